@@ -1,0 +1,157 @@
+"""What all attacks share: the threat model (norm, eps, pixel box [0, 1]), its projection, step rule and starts.
+
+Images are (B, H, W, C) float32 in [0, 1]; eps is a radius in the same units, per attack or per image (B,).
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ibjax.errors import InputError, nearest
+
+NORMS = ("linf", "l2")
+# No published threat model on [0, 1] images reaches these; an eps in 0..255 units does.
+_LARGEST_EPS = {"linf": 1.0, "l2": 8.0}
+
+
+def fraction(value: "str | float | Array") -> "float | Array":
+    """ "8/255" -> 0.0313…; numbers and arrays pass unchanged. Raises InputError on anything else."""
+    if not isinstance(value, str):
+        return value
+    try:
+        numerator, _, denominator = value.partition("/")
+        return float(numerator) / float(denominator or 1)
+    except (ValueError, ZeroDivisionError):
+        raise InputError(
+            f"'{value}' is not a number; write a fraction as '8/255' or a decimal as 0.031"
+        ) from None
+
+
+def radius(eps: "str | float | Array", norm: str) -> "float | Array":
+    """The radius that `eps` means, checked: eps=8 is refused, since images live in [0, 1]."""
+    check_norm(norm)
+    eps = fraction(eps)
+    if isinstance(eps, jax.Array):
+        return eps
+    if not (math.isfinite(eps) and 0 <= eps < _LARGEST_EPS[norm]):
+        raise InputError(
+            f"eps={eps:g} is outside [0, {_LARGEST_EPS[norm]:g}) for {norm}: images are in [0, 1]; "
+            f"write 8 grey levels as '8/255'"
+        )
+    return eps
+
+
+def check_norm(norm: str) -> None:
+    """Raises InputError unless `norm` is one of NORMS."""
+    if norm not in NORMS:
+        raise InputError(f"norm '{norm}' is unknown; {nearest(norm, NORMS)}")
+
+
+def per_image(value: "float | Array", x: Array) -> "float | Array":
+    """Shapes a value per image (B,) so that it broadcasts against x (B, H, W, C); scalars pass unchanged."""
+    if isinstance(value, jax.Array) and value.ndim == 1:
+        return value.reshape((-1,) + (1,) * (x.ndim - 1))
+    return value
+
+
+def l2_norm(x: Array) -> Array:
+    """Euclidean norm of each image, kept broadcastable: (B, 1, 1, 1)."""
+    return jnp.sqrt(jnp.sum(x * x, axis=tuple(range(1, x.ndim)), keepdims=True))
+
+
+def distance(x_adv: Array, x: Array, norm: str) -> Array:
+    """The size of the perturbation of each image in `norm`, shape (B,)."""
+    delta = x_adv - x
+    if norm == "linf":
+        return jnp.max(jnp.abs(delta), axis=tuple(range(1, x.ndim)))
+    return l2_norm(delta).reshape(-1)
+
+
+def project(x_adv: Array, x: Array, norm: str, eps: "float | Array") -> Array:
+    """Π: first onto the eps-ball around x, then onto the box [0, 1].
+
+    Clipping moves every pixel towards x, which is in the box, so the result lies in both.
+    """
+    eps = per_image(eps, x)
+    if norm == "linf":
+        x_adv = jnp.clip(x_adv, x - eps, x + eps)
+    else:
+        delta = x_adv - x
+        x_adv = x + delta * jnp.minimum(1.0, eps / jnp.maximum(l2_norm(delta), 1e-12))
+    return jnp.clip(x_adv, 0.0, 1.0)
+
+
+def ascent_direction(gradient: Array, norm: str) -> Array:
+    """The unit step of steepest ascent: sign(g) for l_inf, g/||g|| per image for l2."""
+    if norm == "linf":
+        return jnp.sign(gradient)
+    return gradient / (l2_norm(gradient) + 1e-10)
+
+
+# ---- starting points ---------------------------------------------------------------------------------------
+
+
+def draw(sampler: Callable, key: Array, x: Array) -> Array:
+    """Noise of x's shape from one key, or image by image from a key per image (B,).
+
+    Evaluation passes a key per image, folded from the image's index, so that neither the batch size nor the
+    number of devices changes a single draw.
+    """
+    if key.ndim == 0:
+        return sampler(key, x.shape, x.dtype)
+    return jax.vmap(lambda k: sampler(k, x.shape[1:], x.dtype))(key)
+
+
+def _none(key, x, norm, eps):
+    return x
+
+
+def _uniform(key, x, norm, eps):
+    if norm == "linf":
+        return project(_uniform_unclipped(key, x, norm, eps), x, norm, eps)
+    # Rice et al.: a Gaussian direction, at a radius uniform in [0, eps]
+    if key.ndim == 0:
+        direction_key, length_key = jax.random.split(key)
+        length = jax.random.uniform(length_key, (x.shape[0],), x.dtype)
+    else:
+        direction_key, length_key = jnp.moveaxis(jax.vmap(jax.random.split)(key), 1, 0)
+        length = jax.vmap(lambda k: jax.random.uniform(k, (), x.dtype))(length_key)
+    direction = draw(jax.random.normal, direction_key, x)
+    direction = direction / (l2_norm(direction) + 1e-10)
+    return project(x + direction * per_image(length * eps, x), x, norm, eps)
+
+
+def _uniform_unclipped(key, x, norm, eps):
+    unit = draw(lambda k, s, d: jax.random.uniform(k, s, d, -1.0, 1.0), key, x)
+    return x + per_image(eps, x) * unit
+
+
+def _uniform_projected(key, x, norm, eps):
+    return project(_uniform_unclipped(key, x, norm, eps), x, norm, eps)
+
+
+def _gaussian(key, x, norm, eps):
+    return x + 0.001 * draw(jax.random.normal, key, x)
+
+
+STARTS = {
+    "none": _none,  # x itself (FGSM; a KL to one's own clean prediction has zero gradient here)
+    "uniform": _uniform,  # in the ball, inside the box (PGD; l2: Gaussian direction × U(0, eps))
+    "uniform_unclipped": _uniform_unclipped,  # in the l_inf cube, may leave the box (ARD)
+    "uniform_projected": _uniform_projected,  # l2: a point of the cube, projected (advertorch)
+    "gaussian": _gaussian,  # x + 0.001·N(0, 1), not clipped (TRADES, MART, RSLAD, IBD)
+}
+
+
+def start(key: Array, x: Array, norm: str, eps: "float | Array", init: str) -> Array:
+    """The attack's first point, by the name of a rule in STARTS."""
+    return STARTS[init](key, x, norm, eps)
+
+
+def check_start(init: str) -> None:
+    """Raises InputError unless `init` is one of STARTS."""
+    if init not in STARTS:
+        raise InputError(f"init '{init}' is unknown; {nearest(init, STARTS)}")

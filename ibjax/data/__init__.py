@@ -1,0 +1,123 @@
+"""Data sets as uint8 arrays: every source is a module with `load(**options) -> Arrays`.
+
+    digits      the 1,797 handwritten digits that scikit-learn ships, with a fixed split
+    npz         one file in Keras's layout: x_train, y_train, x_test, y_test
+    folder      class folders: train/<class>/*.png|jpg, test/<class>/*
+    synthetic   random images of a given shape, for smoke tests
+
+`load_splits` is the door: it loads, checks, and holds out the validation split.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ibjax.errors import DataError
+
+
+class Split(NamedTuple):
+    """images (N, H, W, C) uint8, or float32 in [0, 1]; labels (N,) int32."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+class Arrays(NamedTuple):
+    """What a source returns. `val` is None where the source has no validation split of its own."""
+
+    train: Split
+    test: Split
+    num_classes: int
+    val: Split | None = None
+    label: str = ""  # how results on it must be called, as "CIFAR-10 (JPEG)"
+
+
+def load_splits(
+    source: Any, *, val_size: int, seed: int = 0, num_classes: int | None = None, **options: Any
+) -> Arrays:
+    """Loads with `source(**options)`, checks every split, and takes `val_size` images per `seed` out of training.
+
+    The validation split is stratified: each class gives its share. `val_size=0` leaves `val` empty (selection on the
+    test set must then be asked for). Raises DataError with the file, what is wrong with it, and what to do.
+    """
+    arrays = source(**options)
+    if num_classes is not None and num_classes != arrays.num_classes:
+        raise DataError(f"data.num_classes={num_classes}, but the data has {arrays.num_classes} classes")
+    arrays = arrays._replace(
+        train=check(arrays.train, "train", arrays.num_classes),
+        test=check(arrays.test, "test", arrays.num_classes),
+    )
+    if arrays.train.images.shape[1:] != arrays.test.images.shape[1:]:
+        raise DataError(
+            f"train images are {arrays.train.images.shape[1:]}, test images {arrays.test.images.shape[1:]}; "
+            f"they must have one size"
+        )
+    if arrays.val is not None:
+        return arrays._replace(val=check(arrays.val, "val", arrays.num_classes))
+    train, val = hold_out(arrays.train, val_size, seed)
+    return arrays._replace(train=train, val=val)
+
+
+def check(split: Split, name: str, num_classes: int) -> Split:
+    """The split as (N, H, W, C) uint8 or float32 in [0, 1] and int32 labels, or DataError. Grey images get a channel."""
+    images, labels = np.asarray(split.images), np.asarray(split.labels)
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or images.shape[0] == 0:
+        raise DataError(f"{name} images have shape {images.shape}; expected (N, H, W, C) or (N, H, W), N > 0")
+    if images.shape[-1] not in (1, 3):
+        hint = "; they look like NCHW: transpose them to NHWC" if images.shape[1] in (1, 3) else ""
+        raise DataError(
+            f"{name} images have shape {images.shape}; the last axis must be 1 or 3 channels{hint}"
+        )
+    if images.dtype != np.uint8:
+        images = _as_float_images(images, name)
+    labels = labels.reshape(len(labels), -1)
+    if labels.shape != (len(images), 1) or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(
+            f"{name} labels have shape {split.labels.shape} and type {split.labels.dtype}; "
+            f"expected one integer for each of {len(images)} images"
+        )
+    labels = labels[:, 0]
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise DataError(
+            f"{name} labels lie in [{labels.min()}, {labels.max()}]; with {num_classes} classes they must lie "
+            f"in [0, {num_classes - 1}]"
+        )
+    return Split(np.ascontiguousarray(images), labels.astype(np.int32))
+
+
+def _as_float_images(images, name):
+    if not np.issubdtype(images.dtype, np.floating):
+        raise DataError(f"{name} images have type {images.dtype}; expected uint8, or float in [0, 1]")
+    low, high = float(images.min()), float(images.max())
+    if not (low >= 0.0 and high <= 1.0):  # NaN fails too
+        raise DataError(
+            f"{name} images are {images.dtype} in [{low:g}, {high:g}], shape {images.shape}; float images must lie "
+            f"in [0, 1]: divide by 255, or store uint8; the model normalises"
+        )
+    return images.astype(np.float32)
+
+
+def hold_out(split: Split, size: int, seed: int) -> tuple[Split, Split | None]:
+    """Takes a stratified `size` of the images out: (the rest, the held out). Both keep the original order."""
+    if size == 0:
+        return split, None
+    if not 0 < size < len(split.labels):
+        raise DataError(
+            f"data.val_size={size} of {len(split.labels)} training images; allowed: 0 to all but one"
+        )
+    held = stratified(split.labels, size, seed)
+    rest = np.setdiff1d(np.arange(len(split.labels)), held)
+    return Split(split.images[rest], split.labels[rest]), Split(split.images[held], split.labels[held])
+
+
+def stratified(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """Sorted indices of `size` examples in which each class has its share, to within one example."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(labels))
+    rank = np.empty(len(labels))  # position of each example within its class, as a fraction
+    for c in np.unique(labels):
+        members = order[labels[order] == c]
+        rank[members] = (np.arange(len(members)) + rng.random()) / len(members)
+    return np.sort(np.argsort(rank, kind="stable")[:size])

@@ -1,0 +1,69 @@
+"""Exceptions with a meaning to the user, and the one place that turns them into a line and an exit code."""
+
+import difflib
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+
+class InputError(ValueError):
+    """Wrong configuration, data or checkpoint. Its text is one line: what was given, what is allowed, what to do.
+
+    Command lines print it without a traceback and exit with `EXIT_INPUT`.
+    """
+
+
+class DataError(InputError):
+    """A data set that is missing, damaged, or not what the configuration says."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint that is missing, damaged, or of another network."""
+
+
+class PreemptedError(Exception):
+    """SIGTERM has come, to this process or another of the run; what was to be saved is saved."""
+
+
+class DivergedError(Exception):
+    """The loss or the state became NaN or Inf."""
+
+
+EXIT_DIVERGED = 1  # the last good checkpoint is kept
+EXIT_INPUT = 2  # bad input: nothing was changed
+EXIT_PREEMPTED = 75  # state saved after SIGTERM; the same command continues (EX_TEMPFAIL)
+EXIT_INTERRUPTED = 130  # Ctrl-C; the same command continues from the last checkpoint
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """`allowed: a, b, c; did you mean 'b'?` for a name that is not among the allowed ones."""
+    allowed = sorted(allowed)
+    text = f"allowed: {', '.join(allowed)}" if allowed else "nothing is allowed here"
+    close = difflib.get_close_matches(given, allowed, n=1, cutoff=0.5)
+    return text + (f"; did you mean '{close[0]}'?" if close else "")
+
+
+def exit_with(command: Callable[[], None]) -> NoReturn:
+    """Runs a command line's body; what the user can mend ends in one line on stderr and a code of its own."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file it writes
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    code, message = 0, ""
+    try:
+        command()
+    except InputError as error:
+        code, message = EXIT_INPUT, f"error: {error}"
+    except DivergedError as error:
+        code, message = EXIT_DIVERGED, f"diverged: {error}"
+    except PreemptedError as error:
+        code, message = EXIT_PREEMPTED, f"preempted: {error}; the same command continues"
+    except KeyboardInterrupt:
+        code, message = EXIT_INTERRUPTED, "interrupted; the same command continues from the last checkpoint"
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        code, message = EXIT_DIVERGED, f"out of memory: lower batch_size ({' '.join(str(error).split())[:200]})"
+    if message:
+        print(" ".join(message.split("\n")), file=sys.stderr)
+    sys.exit(code)

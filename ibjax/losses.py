@@ -1,0 +1,57 @@
+"""Per-example losses: every function maps logits (B, C) to values (B,), in float32; callers reduce and say how.
+
+A `target` is either integer labels (B,) or a distribution over classes (B, C).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def is_labels(target: Array) -> bool:
+    """Whether `target` holds integer labels (B,) rather than distributions (B, C)."""
+    return jnp.issubdtype(target.dtype, jnp.integer)
+
+
+def as_distribution(target: Array, num_classes: int) -> Array:
+    """Labels (B,) become one-hot rows (B, C) in float32; distributions pass unchanged."""
+    return jax.nn.one_hot(target, num_classes, dtype=jnp.float32) if is_labels(target) else target
+
+
+def as_labels(target: Array) -> Array:
+    """Distributions (B, C) become their most likely class (B,); labels pass unchanged."""
+    return target if is_labels(target) else jnp.argmax(target, axis=-1)
+
+
+def cross_entropy(logits: Array, target: Array) -> Array:
+    """-Σ_c target_c log softmax(logits)_c, shape (B,)."""
+    log_q = jax.nn.log_softmax(logits.astype(jnp.float32))
+    if is_labels(target):
+        return -jnp.take_along_axis(log_q, target[:, None], axis=-1)[:, 0]
+    return -jnp.sum(target * log_q, axis=-1)
+
+
+def kl(logits: Array, target: Array) -> Array:
+    """KL(target || softmax(logits)), shape (B,): cross-entropy less the target's entropy."""
+    p = as_distribution(target, logits.shape[-1])
+    return cross_entropy(logits, p) + jnp.sum(jax.scipy.special.xlogy(p, p), axis=-1)
+
+
+def kl_logits(reference: Array, logits: Array) -> Array:
+    """KL(softmax(reference) || softmax(logits)), shape (B,); gradients flow through both arguments."""
+    log_p = jax.nn.log_softmax(reference.astype(jnp.float32))
+    log_q = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def margin(logits: Array, target: Array) -> Array:
+    """max_{k≠y} z_k − z_y, shape (B,): positive where the example is misclassified (Carlini & Wagner)."""
+    logits = logits.astype(jnp.float32)
+    is_true = jax.nn.one_hot(as_labels(target), logits.shape[-1], dtype=bool)
+    best_other = jnp.max(jnp.where(is_true, -jnp.inf, logits), axis=-1)
+    return best_other - jnp.sum(jnp.where(is_true, logits, 0.0), axis=-1)
+
+
+def correct(logits: Array, target: Array) -> Array:
+    """Whether the most likely class is the target's, shape (B,), bool."""
+    return jnp.argmax(logits, axis=-1) == as_labels(target)

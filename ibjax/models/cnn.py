@@ -1,0 +1,71 @@
+"""Small convolutional networks for small images.
+
+The defaults are the four-convolution network of the MNIST experiments (TRADES's SmallCNN): 3×3 convolutions
+without padding, 32-32-pool-64-64-pool, then linear 200, dropout, 200, classes, the last one starting at zero.
+
+Taps: `conv1` … (after the activation), `stage1` … (after its pooling), `fc1` …, `pre_logits` (the last hidden layer).
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from ibjax.models import layers
+
+
+class Model(nn.Module):
+    """(B, H, W, C) in [0, 1] -> (logits (B, num_classes), features).
+
+    widths: channels of the convolutions; an inner tuple is a stage and ends with 2×2 max-pooling.
+    hidden: widths of the linear layers between; () with `pool="average"` is a fully convolutional network.
+    """
+
+    num_classes: int
+    widths: tuple[tuple[int, ...], ...] = ((32, 32), (64, 64))
+    hidden: tuple[int, ...] = (200, 200)
+    padding: int = 0
+    batch_norm: bool = False
+    pool: str = "flatten"  # or "average": what stands between the convolutions and the linear layers
+    dropout: float = 0.5  # after the first hidden layer
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    bn_groups: int = 1
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> tuple[Array, dict[str, Array]]:
+        dtype: Any = jnp.dtype(self.dtype)
+        features = {}
+        x = layers.normalize(x, self.mean, self.std).astype(dtype)
+        index = 0
+        for stage, widths in enumerate(self.widths, 1):
+            for width in widths:
+                index += 1
+                x = layers.Conv(
+                    width,
+                    padding=self.padding,
+                    use_bias=not self.batch_norm,
+                    kernel_init=layers.kaiming_normal,
+                    dtype=dtype,
+                    name=f"conv{index}",
+                )(x)
+                if self.batch_norm:
+                    x = layers.BatchNorm(groups=self.bn_groups, dtype=dtype, name=f"bn{index}")(x, train)
+                x = nn.relu(x)
+                features[f"conv{index}"] = x
+            x = layers.max_pool(x)
+            features[f"stage{stage}"] = x
+        x = layers.global_average(x).astype(dtype) if self.pool == "average" else x.reshape(x.shape[0], -1)
+        for i, width in enumerate(self.hidden, 1):
+            x = nn.relu(layers.Dense(width, dtype=dtype, name=f"fc{i}")(x))
+            if i == 1:
+                x = nn.Dropout(self.dropout, deterministic=not train)(x)
+            features[f"fc{i}"] = x
+        features["pre_logits"] = x
+        zeros = nn.initializers.zeros
+        logits = layers.Dense(self.num_classes, kernel_init=zeros, bias_init=zeros, name="head")(
+            x.astype(jnp.float32)
+        )
+        return logits, features

@@ -1,0 +1,134 @@
+"""Layers as PyTorch has them: initialisation, padding, batch-norm; and input normalisation.
+
+Parameters, batch statistics and logits are float32; `dtype` is what convolutions and activations compute in.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+# U(−1/√fan_in, 1/√fan_in): PyTorch's default for convolutions and linear layers (kaiming_uniform with a=√5)
+torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+# N(0, 2/(k²·C_out)): the WideResNet files
+fan_out_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+# N(0, 2/fan_in): TRADES's network for MNIST
+kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+
+def uniform_bias(fan_in: int):
+    """PyTorch's default bias initialiser, U(−1/√fan_in, 1/√fan_in)."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Conv(nn.Module):
+    """Convolution with PyTorch's explicit symmetric padding ("SAME" pads stride-2 layers on one side only)."""
+
+    features: int
+    kernel: int = 3
+    stride: int = 1
+    padding: int | None = None  # None: (kernel − 1) // 2
+    use_bias: bool = False
+    kernel_init: Any = torch_uniform
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        pad = (self.kernel - 1) // 2 if self.padding is None else self.padding
+        fan_in = self.kernel**2 * x.shape[-1]
+        return nn.Conv(
+            self.features,
+            (self.kernel, self.kernel),
+            (self.stride, self.stride),
+            padding=[(pad, pad)] * 2,
+            use_bias=self.use_bias,
+            kernel_init=self.kernel_init,
+            bias_init=uniform_bias(fan_in),
+            dtype=self.dtype,
+            name="conv",
+        )(x)
+
+
+class Dense(nn.Module):
+    """Linear layer with PyTorch's default initialisation."""
+
+    features: int
+    use_bias: bool = True
+    kernel_init: Any = torch_uniform
+    bias_init: Any = None  # None: PyTorch's default
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        bias_init = uniform_bias(x.shape[-1]) if self.bias_init is None else self.bias_init
+        return nn.Dense(
+            self.features,
+            self.use_bias,
+            kernel_init=self.kernel_init,
+            bias_init=bias_init,
+            dtype=self.dtype,
+            name="dense",
+        )(x)
+
+
+class BatchNorm(nn.Module):
+    """Batch-norm with PyTorch's running statistics: the buffer takes the *unbiased* batch variance.
+
+        train:  y = (x − mean_B) / √(var_B + ε) · scale + bias        running ← keep·running + (1 − keep)·batch
+        eval:   the same with the running mean and variance
+
+    Statistics are float32 and over the whole global batch, so they are the same numbers on any number of devices.
+    `groups` > 1 normalises each of that many equal parts of the batch by itself, as data-parallel training without
+    synchronisation does; the running statistics then take the groups' average.
+    """
+
+    keep: float = 0.9  # PyTorch's momentum is 1 − keep
+    epsilon: float = 1e-5
+    groups: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
+        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+        if not train:
+            mul = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
+            add = bias - running_mean.value * mul
+            return x.astype(self.dtype) * mul.astype(self.dtype) + add.astype(self.dtype)
+
+        grouped = x.astype(jnp.float32).reshape((self.groups, -1, *x.shape[1:]))  # (G, B/G, …, C)
+        axes = tuple(range(1, grouped.ndim - 1))
+        mean = jnp.mean(grouped, axes, keepdims=True)
+        var = jnp.mean(jnp.square(grouped - mean), axes, keepdims=True)
+        if not self.is_initializing():
+            n = grouped.size // (self.groups * channels)
+            unbiased = var * (n / max(n - 1, 1))
+            for running, batch in ((running_mean, mean), (running_var, unbiased)):
+                batch = jax.lax.stop_gradient(jnp.mean(batch.reshape(self.groups, channels), 0))
+                running.value = self.keep * running.value + (1 - self.keep) * batch
+        y = (grouped - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
+        return y.reshape(x.shape).astype(self.dtype)
+
+
+def normalize(x: Array, mean: Sequence[float] | None, std: Sequence[float] | None) -> Array:
+    """(x − mean) / std per channel; x itself where `mean` is None."""
+    if mean is None or std is None:
+        return x
+    return (x - jnp.asarray(mean, x.dtype)) / jnp.asarray(std, x.dtype)
+
+
+def max_pool(x: Array) -> Array:
+    """2×2 max-pooling with stride 2; an odd last row or column is dropped, as in PyTorch."""
+    return nn.max_pool(x, (2, 2), (2, 2))
+
+
+def global_average(x: Array) -> Array:
+    """(B, H, W, C) -> (B, C), the spatial mean, summed in float32."""
+    return jnp.mean(x.astype(jnp.float32), axis=(1, 2))

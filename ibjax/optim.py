@@ -1,0 +1,129 @@
+"""Optimisers and learning-rate schedules as the papers' PyTorch code has them.
+
+    sgd:   g ← g + wd·w;  buf ← m·buf + g;  w ← w − lr·buf         (coupled weight decay, on every parameter)
+
+A schedule is a function of the epoch, a real number; `stepping` says which epoch a step belongs to:
+"epoch" its whole part (PyTorch's schedulers, stepped once per epoch), "step" the fraction done before the step,
+"next_step" the fraction after it (Rice et al. and AWP: the drop at epoch 100 already hits the last batch of epoch 99).
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from ibjax.errors import InputError, nearest
+
+STEPPINGS = {
+    "epoch": lambda step, n: step // n,
+    "step": lambda step, n: step / n,
+    "next_step": lambda step, n: (step + 1) / n,
+}
+
+
+def constant(*, lr: float, epochs: float) -> Callable[[Array], Array]:
+    """The same learning rate throughout."""
+    return lambda epoch: jnp.full_like(epoch, lr)
+
+
+def piecewise(
+    *, lr: float, epochs: float, boundaries: Sequence[float] = (100, 150), factor: float = 0.1
+) -> Callable:
+    """lr, multiplied by `factor` at each boundary (in epochs)."""
+    return lambda epoch: lr * factor ** sum((epoch >= b).astype(jnp.float32) for b in boundaries)
+
+
+def cosine(*, lr: float, epochs: float, final: float = 0.0, warmup: float = 0.0) -> Callable:
+    """Half a cosine from lr to `final`, after `warmup` epochs of linear rise."""
+
+    def schedule(epoch):
+        done = jnp.clip((epoch - warmup) / max(epochs - warmup, 1e-9), 0.0, 1.0)
+        value = final + 0.5 * (lr - final) * (1 + jnp.cos(jnp.pi * done))
+        return jnp.where(epoch < warmup, lr * epoch / max(warmup, 1e-9), value)
+
+    return schedule
+
+
+def one_cycle(*, lr: float, epochs: float, peak: float = 0.4, final: float = 0.0) -> Callable:
+    """Linear from 0 to lr at the fraction `peak` of training, linear to `final` at its end (Fast-AT's triangle)."""
+
+    def schedule(epoch):
+        return jnp.interp(epoch, jnp.array([0.0, peak * epochs, epochs]), jnp.array([0.0, lr, final]))
+
+    return schedule
+
+
+SCHEDULES = {"constant": constant, "piecewise": piecewise, "cosine": cosine, "one_cycle": one_cycle}
+
+
+def schedule(
+    *, name: str, lr: float, epochs: float, steps_per_epoch: int, stepping: str | None = None, **options: Any
+):
+    """step (int) -> learning rate, by the name of a function in SCHEDULES; `options` are that function's."""
+    if name not in SCHEDULES:
+        raise InputError(f"schedule.name '{name}' is unknown; {nearest(name, SCHEDULES)}")
+    allowed = set(inspect.signature(SCHEDULES[name]).parameters) - {"lr", "epochs"}
+    for option in options:
+        if option not in allowed:
+            raise InputError(f"schedule.{option} is unknown to '{name}'; {nearest(option, allowed)}")
+    stepping = stepping or ("step" if name in ("one_cycle", "cosine") else "epoch")
+    if stepping not in STEPPINGS:
+        raise InputError(f"schedule.stepping '{stepping}' is unknown; {nearest(stepping, STEPPINGS)}")
+    value = SCHEDULES[name](lr=lr, epochs=epochs, **options)
+    return lambda step: value(jnp.asarray(STEPPINGS[stepping](step, steps_per_epoch), jnp.float32))
+
+
+def sgd(
+    *,
+    lr: Callable,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    nesterov: bool = False,
+    decay_norm_and_bias: bool = True,
+) -> optax.GradientTransformation:
+    """PyTorch's SGD. `decay_norm_and_bias=False` spares one-dimensional parameters (Fast-AT on ImageNet)."""
+    mask = None if decay_norm_and_bias else lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.trace(momentum, nesterov) if momentum else optax.identity(),
+        optax.scale_by_learning_rate(lr),
+    )
+
+
+def adam(*, lr: Callable, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0):
+    """PyTorch's Adam: weight decay is added to the gradient, before the moments."""
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_adam(b1, b2, eps),
+        optax.scale_by_learning_rate(lr),
+    )
+
+
+OPTIMIZERS = {"sgd": sgd, "adam": adam}
+
+
+def optimizer(*, name: str, lr: Callable, **options: Any) -> optax.GradientTransformation:
+    """An optimiser by the name of a function in OPTIMIZERS; `lr` maps the step to the learning rate."""
+    if name not in OPTIMIZERS:
+        raise InputError(f"optimizer.name '{name}' is unknown; {nearest(name, OPTIMIZERS)}")
+    allowed = set(inspect.signature(OPTIMIZERS[name]).parameters) - {"lr"}
+    for option, value in options.items():
+        if option not in allowed:
+            raise InputError(
+                f"optimizer.{option} is unknown to '{name}'; {nearest(option, allowed | {'lr'})}"
+            )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"optimizer.{option}={value} is not a finite number")
+    return OPTIMIZERS[name](lr=lr, **options)
+
+
+def with_head(network: optax.GradientTransformation, head: optax.GradientTransformation | None):
+    """One transformation over {"params": …, "head": …}; `head=None` trains both with the network's optimiser."""
+    if head is None:
+        return network
+    return optax.partition({"params": network, "head": head}, lambda tree: {name: name for name in tree})

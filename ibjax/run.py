@@ -1,0 +1,188 @@
+"""A run on disk: its folder, its configuration, and loading it again.
+
+    workdir/  config.json env.json metrics.jsonl checkpoints/<step>/ eval/<checkpoint>/<attack>.json report.html
+"""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from ml_collections import ConfigDict
+
+from ibjax import checkpoint as checkpoints
+from ibjax import cluster, config
+from ibjax.data import Arrays, load_splits
+from ibjax.errors import CheckpointError, InputError
+from ibjax.step import Variables, linen_net
+
+# Keys that change neither the training nor its result, and so may differ when a run is continued.
+_FREE_KEYS = ("title", "evaluate", "contrast", "log_every", "checkpoint_every", "steps_per_dispatch")
+
+
+class Run(NamedTuple):
+    """A restored network."""
+
+    model: nn.Module
+    variables: Variables  # {"params", "batch_stats"}
+    logits_fn: Callable[[Array], Array]  # (B, H, W, C) in [0, 1] -> (B, num_classes), evaluation mode
+    config: ConfigDict
+    facts: dict[str, Any]  # of the data: label, input_shape, num_classes, sizes
+    step: int
+    workdir: Path
+
+
+def load(workdir: str | os.PathLike, checkpoint: str | int = "best") -> Run:
+    """Restores a trained network: `checkpoint` is "best" (on validation), "last" or a step.
+
+    Raises CheckpointError when there is none, it is damaged, or it is of another network.
+    """
+    saved, facts = read_config(Path(workdir))
+    model = build_model(saved.model, facts["num_classes"], "model")
+    mesh = cluster.mesh()
+    abstract = abstract_variables(model, facts["input_shape"], mesh)
+    with checkpoints.manager(Path(workdir), read_only=True) as orbax:
+        step, variables = checkpoints.restore_variables(orbax, checkpoint, abstract)
+    predict = jax.jit(linen_net(model).predict)
+    return Run(model, variables, lambda x: predict(variables, x)[0], saved, facts, step, Path(workdir))
+
+
+def build_model(section: Any, num_classes: int, where: str) -> nn.Module:
+    """The network of a `model` section; the data, not the configuration, says how many classes it has."""
+    return config.build("models", section, where, num_classes=num_classes)
+
+
+def load_data(settings: ConfigDict) -> Arrays:
+    """The checked splits of a configuration."""
+    section = dict(settings.data)
+    val_size, split_seed = section.pop("val_size"), section.pop("split_seed")
+    options = config.arguments("data", section, "data")
+    return load_splits(config.factory("data", section["name"]), val_size=val_size, seed=split_seed, **options)
+
+
+def abstract_variables(model: nn.Module, input_shape: tuple[int, ...], mesh: Any) -> Any:
+    """Shapes and types of the network's variables, replicated over the mesh; nothing is computed."""
+    x = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+    shapes = {"batch_stats": {}, **jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), x)}
+    sharding = jax.sharding.NamedSharding(mesh, cluster.REPLICATED)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+
+
+# ---- the folder --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """Holds the workdir for this run; a second run in it is refused with InputError."""
+    if jax.process_index() != 0:
+        yield
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        handle = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise InputError(f"--workdir={workdir} cannot be written ({error.strerror}); give another folder") from None
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"another run is using {workdir}; wait for it, or give another --workdir") from None
+        yield
+
+
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether the folder holds a configuration and at least one committed checkpoint."""
+    folder = workdir / "checkpoints"
+    return (workdir / "config.json").is_file() and folder.is_dir() and any(p.name.isdigit() for p in folder.iterdir())
+
+
+def write_config(workdir: Path, given: ConfigDict, facts: dict[str, Any]) -> None:
+    """Writes config.json and env.json, or checks that the run which is already there is the same one."""
+    if (workdir / "config.json").is_file():
+        saved, saved_facts = read_config(workdir)
+        _refuse_other_run(workdir, saved, given)
+        if config.plain(saved_facts) != config.plain(facts):
+            raise InputError(f"{workdir} was trained on other data ({saved_facts}); the data is now {facts}")
+    if jax.process_index() == 0:
+        write_json(workdir / "config.json", {"config": config.plain(given), "data": facts})
+        write_json(workdir / "env.json", environment())
+
+
+def _refuse_other_run(workdir, saved, given):
+    old, new = dict(config.leaves(config.plain(saved))), dict(config.leaves(config.plain(given)))
+    for path in {**new, **old}:
+        if path.split(".")[0] not in _FREE_KEYS and old.get(path) != new.get(path):
+            raise InputError(
+                f"{workdir} holds a run with {path}={old.get(path)!r}, now {new.get(path)!r} is asked for; "
+                f"give another --workdir, or the same configuration to continue"
+            )
+
+
+def read_config(workdir: Path) -> tuple[ConfigDict, dict[str, Any]]:
+    """(configuration, facts of the data) of a run; raises CheckpointError where there is none."""
+    file = workdir / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{workdir} holds no run (no config.json); train there first, or give another folder")
+    try:
+        content = json.loads(file.read_text())
+        return ConfigDict(content["config"]), content["data"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}); restore it from a copy") from None
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Writes indented JSON through a temporary file: there whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    temporary.replace(file)
+
+
+# ---- where numbers come from -------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """Of everything that can change a number; a source tree that is not installed says so."""
+    found = {"python": platform.python_version()}
+    for name in ("ibjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def hardware() -> str:
+    """As "8 × NVIDIA H100 (2 processes)" or "1 × cpu, 2 cores"."""
+    device = jax.devices()[0]
+    text = f"{jax.device_count()} × {device.device_kind}"
+    if device.platform == "cpu":
+        text += f", {os.cpu_count()} cores"
+    return text + (f" ({jax.process_count()} processes)" if jax.process_count() > 1 else "")
+
+
+def commit() -> str | None:
+    """The commit of the source tree, with "+" where it has changes; None for an installed package."""
+    folder = Path(__file__).parent
+    git = ["git", "-C", str(folder)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run([*git, "status", "--porcelain", str(folder)], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else None
+
+
+def environment() -> dict[str, Any]:
+    """What env.json says."""
+    return {"versions": versions(), "hardware": hardware(), "commit": commit(), "platform": platform.platform()}

@@ -1,0 +1,364 @@
+"""Training: everything built from a configuration, one compiled dispatch, the loop around it.
+
+Guarantees (tests of the same names): the data order is a function of (seed, epoch, step); a killed run continues to
+the bit; nothing is transferred from the host inside an epoch; the step compiles once.
+"""
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from ibjax import checkpoint as checkpoints
+from ibjax import cluster, config, optim, run
+from ibjax.data import Arrays, augment
+from ibjax.errors import CheckpointError, DivergedError, InputError, PreemptedError
+from ibjax.evaluate import Scorer
+from ibjax.metrics import MetricsLog
+from ibjax.step import Net, Objective, TrainState, Variables, init_state, linen_net, make_train_step
+
+log = logging.getLogger(__name__)
+
+
+class Experiment(NamedTuple):
+    """What a configuration means, built and checked; nothing has been written or compiled."""
+
+    config: ConfigDict
+    data: Arrays
+    model: nn.Module
+    bind_net: Callable[[Variables | None], Net]
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    learning_rate: Callable
+    train_step: Callable
+    teacher_variables: Variables | None
+    steps_per_epoch: int
+    mesh: Any
+
+
+def build(settings: ConfigDict) -> Experiment:
+    """Builds and checks all parts of an experiment. Raises InputError on whatever is wrong, before anything is saved."""
+    config.check(settings)
+    cluster.check_divides(settings.batch_size, "batch_size")
+    data = run.load_data(settings)
+    _check_selection(settings, data)
+    steps_per_epoch = len(data.train.labels) // settings.batch_size
+    if not steps_per_epoch:
+        raise InputError(f"batch_size={settings.batch_size} exceeds the {len(data.train.labels)} training images")
+
+    model = run.build_model(settings.model, data.num_classes, "model")
+    objective = config.build("objectives", settings.objective, "objective")
+    teacher, teacher_variables = _load_teacher(settings, data, objective)
+    optimizer, learning_rate = _optimizer(settings, steps_per_epoch)
+    attack, training_attack = _attacks(settings)
+
+    def bind_net(variables):
+        return linen_net(model, teacher, variables)
+
+    train_step = make_train_step(
+        bind_net,
+        objective,
+        optimizer,
+        attack,
+        training_attack,
+        augment.crop_and_flip(**settings.augment),
+        settings.ema_decay,
+    )
+    return Experiment(
+        settings,
+        data,
+        model,
+        bind_net,
+        objective,
+        optimizer,
+        learning_rate,
+        train_step,
+        teacher_variables,
+        steps_per_epoch,
+        cluster.mesh(),
+    )
+
+
+def _check_selection(settings, data):
+    if settings.select_on == "val" and data.val is None:
+        raise InputError("data.val_size=0 leaves nothing to select on; hold some out, or set select_on='test'")
+
+
+def _load_teacher(settings, data, objective):
+    if not objective.needs_teacher:
+        return None, None
+    folder = settings.teacher.workdir
+    if not folder:
+        raise InputError(
+            f"objective '{settings.objective.name}' needs a teacher; set teacher.workdir to the workdir of a trained "
+            f"run, or teacher.recipe to a configuration that makes one"
+        )
+    if not run.has_checkpoint(Path(folder)):
+        raise InputError(f"teacher.workdir={folder} holds no trained run; train the teacher there first")
+    teacher = run.load(folder, settings.teacher.checkpoint)
+    if teacher.facts["num_classes"] != data.num_classes:
+        raise InputError(
+            f"the teacher in {folder} has {teacher.facts['num_classes']} classes, the data has {data.num_classes}; "
+            f"give a teacher of this data set"
+        )
+    if tuple(teacher.facts["input_shape"]) != data.train.images.shape[1:]:
+        raise InputError(
+            f"the teacher in {folder} takes images of shape {tuple(teacher.facts['input_shape'])}, "
+            f"the data has {data.train.images.shape[1:]}"
+        )
+    return teacher.model, teacher.variables
+
+
+def _optimizer(settings, steps_per_epoch):
+    """(optimiser over network and head, step -> the network's learning rate)."""
+    options = config.plain(settings.optimizer)
+    lr = options.pop("lr")
+
+    def schedule(lr):
+        section = config.plain(settings.schedule)
+        return optim.schedule(lr=lr, epochs=settings.epochs, steps_per_epoch=steps_per_epoch, **section)
+
+    learning_rate = schedule(lr)
+    head = None
+    if settings.head_optimizer.lr is not None:
+        head = optim.optimizer(lr=schedule(settings.head_optimizer.lr), **options)
+    return optim.with_head(optim.optimizer(lr=learning_rate, **options), head), learning_rate
+
+
+def _attacks(settings):
+    """(attack in evaluation mode, attack in training mode): at most one of them is there."""
+    if settings.attack is None:
+        return None, None
+    if settings.attack_bn == "eval":
+        return config.build("attacks", settings.attack, "attack"), None
+    if settings.attack.name != "pgd":
+        raise InputError("attack_bn='train' goes with attack.name='pgd' only")
+    from ibjax.attacks.pgd import stateful_pgd
+
+    options = config.arguments("attacks", settings.attack, "attack")
+    if options.pop("restarts", 1) != 1:
+        raise InputError("attack_bn='train' goes with attack.restarts=1 only")
+    return None, stateful_pgd(**options)
+
+
+# ---- the compiled part -------------------------------------------------------------------------------------
+
+
+def make_dispatch(experiment: Experiment, capacity: int) -> Callable:
+    """The jitted `(state, images, labels, key, teacher_variables, n) -> (state, metrics)`: n <= capacity steps.
+
+    `metrics` are arrays (capacity,), of which the first n count. The loop's length is an argument, so that one program
+    serves every n; on CPU the capacity is 1 and there is no loop, whose body XLA would run on fewer threads.
+    The order of an epoch is a permutation drawn from (key, epoch); a last incomplete batch is left out.
+    """
+    batch_size, per_epoch = experiment.config.batch_size, experiment.steps_per_epoch
+    sharded = NamedSharding(experiment.mesh, cluster.BATCH)
+
+    def dispatch(state, images, labels, key, teacher_variables, n):
+        order_key, step_key = jax.random.split(key)
+        epoch = state.step // per_epoch  # the loop never dispatches across the end of an epoch
+        order = jax.random.permutation(jax.random.fold_in(order_key, epoch), len(labels))
+
+        def one(state):
+            index = lax.dynamic_slice(order, (state.step % per_epoch * batch_size,), (batch_size,))
+            index = lax.with_sharding_constraint(index, sharded)
+            batch = {"image": images[index], "label": labels[index], "index": index}
+            batch = jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, sharded), batch)
+            state, metrics = experiment.train_step(state, batch, step_key, teacher_variables)
+            return state, {**metrics, "lr": experiment.learning_rate(state.step - 1)}
+
+        if capacity == 1:
+            state, metrics = one(state)
+            return state, jax.tree.map(lambda value: value[None], metrics)
+
+        def body(i, carry):
+            state, rows = carry
+            state, metrics = one(state)
+            return state, jax.tree.map(lambda row, value: row.at[i].set(value), rows, metrics)
+
+        shapes = jax.eval_shape(one, state)[1]
+        rows = jax.tree.map(lambda s: jnp.zeros((capacity, *s.shape), s.dtype), shapes)
+        return lax.fori_loop(0, n, body, (state, rows))
+
+    replicated = NamedSharding(experiment.mesh, cluster.REPLICATED)
+    return jax.jit(dispatch, donate_argnums=0, out_shardings=replicated)
+
+
+def initial_state(experiment: Experiment) -> TrainState:
+    """The state before the first step, on all devices, from the configuration's seed."""
+    model_key = jax.random.split(jax.random.key(experiment.config.seed))[0]
+    x = jnp.zeros((1, *experiment.data.train.images.shape[1:]), jnp.float32)
+
+    def init(key, teacher_variables):
+        net = experiment.bind_net(teacher_variables)
+        ema = experiment.config.ema_decay is not None
+        head, optimizer = experiment.objective.head, experiment.optimizer
+        return init_state(key, net, experiment.model, head, optimizer, x, ema)
+
+    replicated = NamedSharding(experiment.mesh, cluster.REPLICATED)
+    return jax.jit(init, out_shardings=replicated)(model_key, experiment.teacher_variables)
+
+
+# ---- the loop ----------------------------------------------------------------------------------------------
+
+
+def train(experiment: Experiment, workdir: Path) -> None:
+    """Trains to the last epoch, from the newest good checkpoint if there is one.
+
+    Raises PreemptedError after saving when SIGTERM has come, DivergedError when the loss is not finite.
+    """
+    settings = experiment.config
+    total = settings.epochs * experiment.steps_per_epoch
+    run.write_config(workdir, settings, facts(experiment.data))
+    with checkpoints.manager(workdir) as orbax:
+        state = initial_state(experiment)
+        state = checkpoints.restore_latest(orbax, state) or state
+        step = int(state.step)
+        if step >= total:
+            log.info("%s: already trained, %d steps", workdir, step)
+            return
+        if step:
+            log.info("%s: continuing from step %d of %d", workdir, step, total)
+        if jax.process_index() == 0:
+            with contextlib.closing(MetricsLog(workdir, step)) as metrics_log:
+                _loop(experiment, orbax, state, step, total, metrics_log.write)
+        else:
+            _loop(experiment, orbax, state, step, total, lambda *args, **values: None)
+
+
+def _loop(experiment, orbax, state, step, total, write):
+    settings, per_epoch, mesh = experiment.config, experiment.steps_per_epoch, experiment.mesh
+    capacity = min(settings.steps_per_dispatch or _default_capacity(settings), per_epoch)
+    dispatch = make_dispatch(experiment, capacity)
+    _, key = jax.random.split(jax.random.key(settings.seed))
+    train_data = experiment.data.train
+    images, labels = (cluster.replicate(array, mesh) for array in (train_data.images, train_data.labels))
+    lengths = {n: cluster.replicate(np.int32(n), mesh) for n in range(1, capacity + 1)}
+    key = jax.device_put(key, NamedSharding(mesh, cluster.REPLICATED))
+    validate = _validator(experiment)
+    window, window_start, started = [], step, time.perf_counter()
+
+    def drain(step):
+        """Fetches what has been measured since the last row and writes one."""
+        nonlocal window, window_start, started
+        if step == window_start:
+            return
+        rows = [(n, jax.device_get(metrics)) for n, metrics in window]
+        names = rows[0][1].keys()
+        values = {name: np.concatenate([metrics[name][:n] for n, metrics in rows]) for name in names}
+        _stop_if_diverged(values, window_start, orbax)
+        seconds = time.perf_counter() - started
+        means = {name: float(np.mean(value)) for name, value in values.items()}
+        rate = (step - window_start) * settings.batch_size / seconds
+        write("train", step, steps=step - window_start, epoch=step / per_epoch, **means, images_per_s=round(rate, 1))
+        bar.set_postfix_str(f"loss {means['loss']:.3f}, {rate:.0f} images/s")
+        window, window_start, started = [], step, time.perf_counter()
+
+    with _progress(settings, total, step) as bar:
+        while step < total:
+            stop = min(step + capacity, _next_multiple(step, settings.log_every), _next_multiple(step, per_epoch))
+            with jax.transfer_guard("disallow"):
+                state, metrics = dispatch(
+                    state, images, labels, key, experiment.teacher_variables, lengths[stop - step]
+                )
+            window.append((stop - step, metrics))
+            bar.update(stop - step)
+            step = stop
+            epoch, in_epoch = divmod(step, per_epoch)
+            validated = not in_epoch and _validate_now(settings, epoch)
+            saved = not in_epoch and (validated or epoch % settings.checkpoint_every == 0)
+            preempted = cluster.preempted()
+            if saved or preempted or step % settings.log_every == 0:
+                drain(step)
+            if saved or preempted:
+                scores = validate(state) if validated else None
+                if scores:
+                    write("val", step, epoch=step / per_epoch, **scores)
+                _save(orbax, state, scores)
+                started = time.perf_counter()
+            if preempted:
+                orbax.wait_until_finished()
+                raise PreemptedError(f"saved step {step} of {total}")
+
+
+def _default_capacity(settings):
+    return 1 if jax.default_backend() == "cpu" else settings.log_every
+
+
+def _next_multiple(step, interval):
+    return (step // interval + 1) * interval
+
+
+def _validate_now(settings, epoch):
+    last = epoch == settings.epochs
+    return last or (epoch >= settings.validate.start and epoch % settings.validate.every == 0)
+
+
+def _validator(experiment):
+    """state -> {"clean_acc", "robust_acc", "selection"} in percent on the split that selects."""
+    settings = experiment.config
+    options = dict(settings.validate.attack)
+    attack = config.build("attacks", options, "validate.attack")
+    split = experiment.data.val if settings.select_on == "val" else experiment.data.test
+    predict = experiment.bind_net(None).predict
+    scorer = Scorer(predict, lambda eps, step_size: attack, experiment.mesh, settings.validate.batch_size)
+    eps = options.get("eps", 0.0)
+
+    def validate(state):
+        variables = checkpoints.split(state)[0]
+        flags = scorer(variables, split, jax.random.key(settings.seed), eps=eps, step_size=eps)
+        robust = 100 * float(np.mean(flags.robust))
+        return {"clean_acc": 100 * float(np.mean(flags.clean)), "robust_acc": robust, "selection": robust}
+
+    return validate
+
+
+def _stop_if_diverged(values, first, orbax):
+    for name, value in values.items():
+        if not np.all(np.isfinite(value)):
+            step = first + int(np.argmin(np.isfinite(value))) + 1
+            norm = values["grad_norm"][: step - first][-2:].tolist()
+            good = checkpoints.latest_step(orbax)
+            raise DivergedError(
+                f"{name} became NaN or Inf at step {step} (gradient norms before it: {norm}); "
+                f"the last good checkpoint is {'none' if good is None else f'step {good}'}; lower optimizer.lr"
+            )
+
+
+def _save(orbax, state, scores):
+    try:
+        checkpoints.save(orbax, state, scores)
+    except CheckpointError as error:
+        if "NaN" in str(error):
+            raise DivergedError(str(error)) from None
+        raise
+
+
+def _progress(settings, total, step):
+    visible = sys.stderr.isatty() and jax.process_index() == 0
+    name = settings.title or settings.objective.name
+    return tqdm(total=total, initial=step, desc=name, unit="step", disable=not visible, mininterval=0.5)
+
+
+def facts(data: Arrays) -> dict[str, Any]:
+    """What config.json says of the data."""
+    sizes = {f"n_{name}": len(split.labels) for name in ("train", "val", "test") if (split := getattr(data, name))}
+    return {
+        "label": data.label,
+        "input_shape": list(data.train.images.shape[1:]),
+        "num_classes": data.num_classes,
+        **sizes,
+    }
