@@ -259,9 +259,7 @@ def _common(trained, checkpoint, settings, split, validation, warnings):
         "step": trained.step,
         "selected_on": selected_on,
         "validation": validation,
-        "architecture": config.plain(trained.config.model),
-        "objective": config.plain(trained.config.objective),
-        "config": str(trained.workdir / "config.json"),
+        "config": config.plain(trained.config),
         "versions": run.versions(),
         "commit": run.commit(),
         "hardware": run.hardware(),
@@ -269,7 +267,7 @@ def _common(trained, checkpoint, settings, split, validation, warnings):
     }
 
 
-_IDENTITY = ("attack", "eps", "step_size", "norm", "n", "seed", "step", "architecture", "objective")
+_IDENTITY = ("attack", "eps", "step_size", "norm", "n", "seed", "step", "dataset")
 
 
 def _existing(file, identity):
@@ -279,7 +277,8 @@ def _existing(file, identity):
     except (OSError, ValueError):
         return None
     wanted = json.loads(json.dumps(identity))
-    return record if all(record.get(key) == wanted[key] for key in _IDENTITY) else None
+    same = all(record.get(key) == wanted[key] for key in _IDENTITY)
+    return record if same and record.get("config", {}).get("model") == wanted["config"]["model"] else None
 
 
 def _record(identity, flags, seconds):
