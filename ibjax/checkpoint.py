@@ -127,7 +127,9 @@ def restore_latest(orbax: Any, like: TrainState) -> TrainState | None:
     steps = sorted(orbax.all_steps(), reverse=True)
     for step in steps:
         try:
-            return join(*(_restore_item(orbax, step, item, tree) for item, tree in zip(ITEMS, split(like), strict=True)))
+            return join(
+                *(_restore_item(orbax, step, item, tree) for item, tree in zip(ITEMS, split(like), strict=True))
+            )
         except _DamagedError as error:
             log.warning("%s; set aside, trying the step before", error)
             _set_aside(orbax, step)
@@ -274,7 +276,7 @@ def tree_digest(tree: Any) -> str:
 
 
 def _describe(leaf):
-    return {**_shape_and_type(leaf), "digest": digest(leaf)}
+    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "digest": digest(leaf)}
 
 
 def _shape_and_type(leaf):

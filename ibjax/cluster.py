@@ -65,7 +65,9 @@ def mesh() -> Mesh:
 def replicate(tree, mesh: Mesh):
     """Host arrays (the same on every process) as arrays on all devices."""
     sharding = NamedSharding(mesh, REPLICATED)
-    return jax.tree.map(lambda leaf: jax.make_array_from_callback(np.shape(leaf), sharding, np.asarray(leaf).__getitem__), tree)
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_callback(np.shape(leaf), sharding, np.asarray(leaf).__getitem__), tree
+    )
 
 
 def check_divides(batch_size: int, name: str) -> None:

@@ -11,7 +11,7 @@ import math
 import pkgutil
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -42,13 +42,13 @@ def base() -> ConfigDict:
     config.head_optimizer = ConfigDict(dict(lr=None))  # lr=None: the method's own weights share `optimizer`
     config.ema_decay = None
     # teacher: workdir of a trained run; recipe: the configuration that makes it when the workdir has no checkpoint
-    config.teacher = dict(workdir="", checkpoint="best", recipe=None)
+    config.teacher = dict(workdir="", checkpoint="best", recipe=None, made_by="")  # made_by: a command, for messages
     config.contrast = dict()  # name -> configuration of a run to train and report beside this one
-    # validate: the attack on the validation split that selects `best`, every so many epochs, after a burn-in
+    # validate: the attack on the validation split that selects `best`, every so many epochs, from `dense_from` on each
     config.validate = dict(
         attack=dict(name="pgd", loss="ce", norm="linf", eps="8/255", step_size="2/255", steps=10, init="uniform"),
         every=1,
-        start=0,
+        dense_from=None,
         batch_size=500,
     )
     config.select_on = "val"  # or "test", as the papers do; every record then says so
@@ -62,7 +62,7 @@ def base() -> ConfigDict:
         batch_size=500,
     )
     config.log_every = 50  # steps between rows of metrics.jsonl
-    config.checkpoint_every = 5  # epochs between checkpoints, beside those of validation
+    config.checkpoint_every = 10  # epochs between checkpoints, beside those of validation
     config.steps_per_dispatch = None  # None: 1 on CPU, log_every on accelerators
     return config
 
@@ -88,12 +88,24 @@ def check(config: ConfigDict) -> None:
         at_least(config, "steps_per_dispatch", 1)
     if not 0 < config.optimizer.lr < 1e3:
         raise InputError(f"optimizer.lr={config.optimizer.lr} is outside (0, 1000)")
+    _check_sections(config)
     for name, recipe in {"teacher.recipe": config.teacher.recipe, **config.contrast}.items():
         if recipe is not None:
             try:
                 check(recipe)
             except InputError as error:
                 raise InputError(f"{name}: {error}") from None
+
+
+def _check_sections(config):
+    """Builds what costs nothing, and checks the arguments of the rest, so that a typo ends before hours of training."""
+    arguments("models", config.model, "model", ("num_classes",))
+    build("objectives", config.objective, "objective")
+    for name, section in {"attack": config.attack, "validate.attack": config.validate.attack}.items():
+        if section is not None:
+            build("attacks", section, name)
+    hidden = {key: value for key, value in config.data.items() if key not in ("val_size", "split_seed")}
+    arguments("data", hidden, "data")
 
 
 def _check_keys(config, reference, where):
@@ -172,12 +184,12 @@ def build(kind: str, section: Mapping, where: str, **context: Any) -> Any:
     return factory(kind, section["name"])(**arguments(kind, section, where, context), **context)
 
 
-def arguments(kind: str, section: Mapping, where: str, context: Mapping | None = None) -> dict[str, Any]:
+def arguments(kind: str, section: Mapping, where: str, context: Iterable[str] = ()) -> dict[str, Any]:
     """The section without its name, checked against the factory's signature: names, and plain types."""
     options = {key: value for key, value in plain(section).items() if key != "name"}
     call = factory(kind, section["name"])
     signature = inspect.signature(call)
-    hidden = {"parent", "name", *(context or {})}  # what the caller or Linen supplies
+    hidden = {"parent", "name", *context}  # what the caller or Linen supplies
     allowed = set(signature.parameters) - hidden
     hints = typing.get_type_hints(call.__init__ if inspect.isclass(call) else call)
     for key, value in options.items():
@@ -230,6 +242,6 @@ def smoke(config: ConfigDict, shape: tuple[int, int, int], num_classes: int, mod
     if config.attack is not None:
         config.attack.steps = 2
     config.validate.attack.steps = 2
-    config.validate.update(every=1, start=0, batch_size=8)
+    config.validate.update(every=1, batch_size=8)
     config.evaluate.update(attacks=("fgsm", "pgd-2", "cw-2"), ladder=(), batch_size=8)
     return config

@@ -102,7 +102,9 @@ class Scorer:
         eps, step_size = (np.float32(geometry.fraction(value)) for value in (eps, step_size))
         total, size = len(split.labels), self.batch_size
         parts, kept = [], []
-        bar = tqdm(total=total, desc=progress, unit="image", leave=False, disable=not (progress and sys.stderr.isatty()))
+        bar = tqdm(
+            total=total, desc=progress, unit="image", leave=False, disable=not (progress and sys.stderr.isatty())
+        )
         with bar:
             for first in range(0, total, size):
                 index = np.arange(first, first + size, dtype=np.int32)
@@ -172,6 +174,14 @@ def gate(logits_fn: Callable, images: np.ndarray, labels: np.ndarray) -> list[st
 # ---- records ---------------------------------------------------------------------------------------------
 
 
+def check_settings(settings: Any) -> None:
+    """Raises InputError where an `evaluate` section names an attack, norm or eps that there is not."""
+    for name in settings["attacks"]:
+        named_attack(name, settings["norm"])
+    for eps in (settings["eps"], *settings["ladder"]):
+        geometry.radius(eps, settings["norm"])
+
+
 def evaluate(
     workdir: Path,
     checkpoint: str | int = "best",
@@ -194,12 +204,11 @@ def evaluate(
     """
     trained = run.load(workdir, checkpoint)
     settings = config.plain(trained.config.evaluate if settings is None else settings)
-    names = tuple(settings["attacks"] if attacks is None else attacks)
-    factories = {name: named_attack(name, settings["norm"]) for name in names}
+    if attacks is not None:
+        settings["attacks"] = tuple(attacks)
+    check_settings(settings)
     main = settings["eps"]
     radii = [main, *(eps for eps in settings["ladder"] if eps != main)]
-    for eps in radii:
-        geometry.radius(eps, settings["norm"])
     split = _test_split(trained, settings["n"] if n is None else n)
 
     mesh = cluster.mesh()
@@ -210,8 +219,9 @@ def evaluate(
     folder = Path(workdir) / "eval" / str(checkpoint)
     common = _common(trained, checkpoint, settings, split, validation, warnings)
     records, key = [], jax.random.key(trained.config.seed)
-    for name in names:
-        scorer = Scorer(predict, factories[name], mesh, settings["batch_size"], settings["norm"])
+    for name in settings["attacks"]:
+        attack = named_attack(name, settings["norm"])
+        scorer = Scorer(predict, attack, mesh, settings["batch_size"], settings["norm"])
         for eps in radii:
             step_size = _scaled_step(settings, eps)
             identity = {**common, "attack": name, "eps": eps, "step_size": step_size}

@@ -8,6 +8,7 @@ continues where it stopped. Exit codes: 0 done, 1 diverged, 2 wrong input, 75 pr
 """
 
 import logging
+import runpy
 import sys
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ibjax import cluster, config, errors, report, run, train
-from ibjax.errors import InputError
-from ibjax.evaluate import evaluate
+from ibjax.errors import InputError, nearest
+from ibjax.evaluate import check_settings, evaluate
 
 FLAGS = flags.FlagValues()
 CONFIG = config_flags.DEFINE_config_file("config", help_string="the recipe, FILE.py[:arg]", flag_values=FLAGS)
@@ -28,22 +29,59 @@ log = logging.getLogger(__name__)
 
 def parse(argv: list[str]) -> tuple[ConfigDict, Path, str]:
     """(configuration, workdir, mode) of a command line; raises InputError on anything it does not understand."""
+    _check_config_flags(argv)
     try:
         rest = FLAGS(argv)
-        settings, workdir, mode = CONFIG.value, WORKDIR.value, MODE.value
-    except InputError:
-        raise
-    except Exception as error:  # flags, files, Python in a configuration: all are the user's input
-        raise InputError(_readable(error)) from None
+    except Exception as error:  # absl and config_flags raise their own, KeyError, TypeError, ValueError
+        raise InputError(_last_line(error)) from None
     if len(rest) > 1:
         raise InputError(f"'{rest[1]}' is no flag; flags are --config, --workdir, --mode and --config.KEY")
-    for name, value in (("config", settings), ("workdir", workdir)):
+    for name, value in (("config", CONFIG.value), ("workdir", WORKDIR.value)):
         if value is None:
-            raise InputError(f"--{name} is missing; python -m ibjax.main --config=configs/digits.py --workdir=runs/digits")
-    return settings, Path(workdir), mode
+            example = "python -m ibjax.main --config=configs/digits.py --workdir=runs/digits"
+            raise InputError(f"--{name} is missing; for example: {example}")
+    return CONFIG.value, Path(WORKDIR.value), MODE.value
 
 
-def _readable(error):
+def _check_config_flags(argv):
+    """Says in one line what config_flags says in a traceback: a missing file, an error in it, an unknown key."""
+    settings = None
+    for flag, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+        name, _, value = flag.lstrip("-").partition("=")
+        if not flag.startswith("-") or not name.startswith("config"):
+            continue
+        if name == "config":
+            settings = load_config(value or following)
+        elif settings is not None:
+            paths = [path for path, _ in config.leaves(settings)]
+            path = name.removeprefix("config.")
+            if path not in paths:
+                raise InputError(f"config key '{path}' is unknown; {nearest_key(path, paths)}")
+
+
+def nearest_key(path: str, paths: list[str]) -> str:
+    """As `nearest`, but among the keys beside the wrong one rather than all of them."""
+    section = path.rpartition(".")[0]
+    return nearest(path, [p for p in paths if p.rpartition(".")[0] == section] or paths)
+
+
+def load_config(value: str) -> ConfigDict:
+    """The configuration of FILE.py[:arg]; raises InputError when the file is missing or fails."""
+    name, _, arg = value.partition(":")
+    file = Path(name)
+    if not file.is_file():
+        there = sorted(p.name for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        raise InputError(f"--config={file} is no file; in {file.parent}: {nearest(file.name, there)}")
+    try:
+        namespace = runpy.run_path(str(file))
+        return namespace["get_config"](arg) if arg else namespace["get_config"]()
+    except InputError:
+        raise
+    except Exception as error:  # a configuration is the user's Python
+        raise InputError(f"{file} fails with {type(error).__name__}: {_last_line(error)}") from None
+
+
+def _last_line(error):
     """The line of an error that says what is wrong: flags wrap tracebacks into their messages."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
@@ -64,7 +102,11 @@ def recipes(settings: ConfigDict, workdir: Path) -> list[tuple[ConfigDict, Path]
 def execute(settings: ConfigDict, workdir: Path, mode: str) -> list[dict]:
     """Trains and evaluates all runs of a configuration, writes the report; returns the records."""
     config.check(settings)
+    check_settings(settings.evaluate)
     runs = recipes(settings, workdir)
+    if mode == "train":
+        for recipe, _ in runs:  # all of them before the first: a typo in the last must not cost the others
+            train.check(recipe)
     records = []
     with run.lock(workdir):
         if mode == "train":

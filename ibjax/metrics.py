@@ -50,7 +50,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 def _tensorboard(workdir):
     try:
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None  # the extra [tensorboard] is not installed
     return SummaryWriter(str(workdir / "tensorboard"))

@@ -31,9 +31,7 @@ def constant(*, lr: float, epochs: float) -> Callable[[Array], Array]:
     return lambda epoch: jnp.full_like(epoch, lr)
 
 
-def piecewise(
-    *, lr: float, epochs: float, boundaries: Sequence[float] = (100, 150), factor: float = 0.1
-) -> Callable:
+def piecewise(*, lr: float, epochs: float, boundaries: Sequence[float] = (100, 150), factor: float = 0.1) -> Callable:
     """lr, multiplied by `factor` at each boundary (in epochs)."""
     return lambda epoch: lr * factor ** sum((epoch >= b).astype(jnp.float32) for b in boundaries)
 
@@ -61,9 +59,7 @@ def one_cycle(*, lr: float, epochs: float, peak: float = 0.4, final: float = 0.0
 SCHEDULES = {"constant": constant, "piecewise": piecewise, "cosine": cosine, "one_cycle": one_cycle}
 
 
-def schedule(
-    *, name: str, lr: float, epochs: float, steps_per_epoch: int, stepping: str | None = None, **options: Any
-):
+def schedule(*, name: str, lr: float, epochs: float, steps_per_epoch: int, stepping: str | None = None, **options: Any):
     """step (int) -> learning rate, by the name of a function in SCHEDULES; `options` are that function's."""
     if name not in SCHEDULES:
         raise InputError(f"schedule.name '{name}' is unknown; {nearest(name, SCHEDULES)}")
@@ -114,9 +110,7 @@ def optimizer(*, name: str, lr: Callable, **options: Any) -> optax.GradientTrans
     allowed = set(inspect.signature(OPTIMIZERS[name]).parameters) - {"lr"}
     for option, value in options.items():
         if option not in allowed:
-            raise InputError(
-                f"optimizer.{option} is unknown to '{name}'; {nearest(option, allowed | {'lr'})}"
-            )
+            raise InputError(f"optimizer.{option} is unknown to '{name}'; {nearest(option, allowed | {'lr'})}")
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"optimizer.{option}={value} is not a finite number")
     return OPTIMIZERS[name](lr=lr, **options)

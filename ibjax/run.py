@@ -1,10 +1,11 @@
 """A run on disk: its folder, its configuration, and loading it again.
 
-    workdir/  config.json env.json metrics.jsonl checkpoints/<step>/ eval/<checkpoint>/<attack>.json report.html
+workdir/  config.json env.json metrics.jsonl checkpoints/<step>/ eval/<checkpoint>/<attack>.json report.html
 """
 
 import contextlib
 import fcntl
+import functools
 import importlib.metadata
 import json
 import os
@@ -63,8 +64,13 @@ def build_model(section: Any, num_classes: int, where: str) -> nn.Module:
 
 
 def load_data(settings: ConfigDict) -> Arrays:
-    """The checked splits of a configuration."""
-    section = dict(settings.data)
+    """The checked splits of a configuration; read once for all runs of a process that use them."""
+    return _load_data(json.dumps(config.plain(settings.data), sort_keys=True))
+
+
+@functools.lru_cache(maxsize=1)
+def _load_data(section_text):
+    section = json.loads(section_text)
     val_size, split_seed = section.pop("val_size"), section.pop("split_seed")
     options = config.arguments("data", section, "data")
     return load_splits(config.factory("data", section["name"]), val_size=val_size, seed=split_seed, **options)

@@ -30,9 +30,7 @@ class Net(NamedTuple):
     """The only seam to the neural-network library."""
 
     predict: Callable[[Variables, Array], Output]  # evaluation mode: nothing changes
-    forward: Callable[
-        [Variables, Array, Array], tuple[Output, Variables]
-    ]  # training mode (variables, x, key)
+    forward: Callable[[Variables, Array, Array], tuple[Output, Variables]]  # training mode (variables, x, key)
     teacher: Callable[[Array], Output] | None = None  # frozen, evaluation mode, no gradient
 
 
@@ -48,9 +46,7 @@ class Objective(NamedTuple):
     """
 
     target: Callable[[Net, Variables, Batch, Array], Array]
-    loss: Callable[
-        [Net, Variables, Batch, Array | None, Array], tuple[Array, tuple[Variables, dict[str, Array]]]
-    ]
+    loss: Callable[[Net, Variables, Batch, Array | None, Array], tuple[Array, tuple[Variables, dict[str, Array]]]]
     head: nn.Module | None = None
     needs_teacher: bool = False
 
@@ -64,9 +60,7 @@ class TrainState(NamedTuple):
     ema_params: Any  # exponential moving average of variables["params"], or None
 
 
-def linen_net(
-    model: nn.Module, teacher: nn.Module | None = None, teacher_variables: Variables | None = None
-) -> Net:
+def linen_net(model: nn.Module, teacher: nn.Module | None = None, teacher_variables: Variables | None = None) -> Net:
     """The seam: a Linen module (and a frozen teacher) as pure functions of `variables`."""
 
     def predict(variables, x):
@@ -77,10 +71,13 @@ def linen_net(
         output, updated = model.apply(_network(variables), x, train=True, mutable=["batch_stats"], rngs=rngs)
         return output, {**variables, **updated}
 
+    if teacher is None:
+        return Net(predict, forward)
+
     def teach(x):
         return jax.tree.map(lax.stop_gradient, teacher.apply(teacher_variables, x, train=False))
 
-    return Net(predict, forward, teach if teacher is not None else None)
+    return Net(predict, forward, teach)
 
 
 def _network(variables):
@@ -176,9 +173,9 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, params)
         params = optax.apply_updates(params, updates)
         ema_params = state.ema_params
-        if ema_params is not None:
+        if ema_params is not None and ema_decay is not None:
             ema_params = optax.incremental_update(params["params"], ema_params, 1.0 - ema_decay)
-        metrics = {**metrics, "grad_norm": optax.global_norm(gradients)}
+        metrics = {**metrics, "grad_norm": optax.tree.norm(gradients)}
         return TrainState(state.step + 1, with_trainable(variables, params), opt_state, ema_params), metrics
 
     return train_step

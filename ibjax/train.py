@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array, lax
+from jax import lax
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -49,34 +49,45 @@ class Experiment(NamedTuple):
     mesh: Any
 
 
-def build(settings: ConfigDict) -> Experiment:
-    """Builds and checks all parts of an experiment. Raises InputError on whatever is wrong, before anything is saved."""
+def check(settings: ConfigDict) -> Arrays:
+    """Raises InputError on whatever is wrong with a configuration, its data or its teacher; returns the data.
+
+    Nothing is saved, trained or computed. A teacher that has yet to be made from its recipe is not looked for.
+    """
     config.check(settings)
     cluster.check_divides(settings.batch_size, "batch_size")
     data = run.load_data(settings)
-    _check_selection(settings, data)
-    steps_per_epoch = len(data.train.labels) // settings.batch_size
-    if not steps_per_epoch:
+    if settings.select_on == "val" and data.val is None:
+        raise InputError("data.val_size=0 leaves nothing to select on; hold some out, or set select_on='test'")
+    if settings.batch_size > len(data.train.labels):
         raise InputError(f"batch_size={settings.batch_size} exceeds the {len(data.train.labels)} training images")
+    model = run.build_model(settings.model, data.num_classes, "model")
+    run.abstract_variables(model, data.train.images.shape[1:], cluster.mesh())  # refuses impossible shapes and depths
+    _attacks(settings)
+    _optimizer(settings, steps_per_epoch=1)
+    if config.build("objectives", settings.objective, "objective").needs_teacher and settings.teacher.recipe is None:
+        _check_teacher(settings, data)
+    return data
 
+
+def build(settings: ConfigDict) -> Experiment:
+    """Builds all parts of a checked experiment, the teacher's weights included."""
+    data = check(settings)
+    steps_per_epoch = len(data.train.labels) // settings.batch_size
     model = run.build_model(settings.model, data.num_classes, "model")
     objective = config.build("objectives", settings.objective, "objective")
-    teacher, teacher_variables = _load_teacher(settings, data, objective)
+    teacher, teacher_variables = None, None
+    if objective.needs_teacher:
+        _check_teacher(settings, data)
+        teacher, teacher_variables, *_ = run.load(settings.teacher.workdir, settings.teacher.checkpoint)
     optimizer, learning_rate = _optimizer(settings, steps_per_epoch)
-    attack, training_attack = _attacks(settings)
 
     def bind_net(variables):
         return linen_net(model, teacher, variables)
 
-    train_step = make_train_step(
-        bind_net,
-        objective,
-        optimizer,
-        attack,
-        training_attack,
-        augment.crop_and_flip(**settings.augment),
-        settings.ema_decay,
-    )
+    crop_and_flip = augment.crop_and_flip(**settings.augment)
+    attacks = _attacks(settings)
+    train_step = make_train_step(bind_net, objective, optimizer, *attacks, crop_and_flip, settings.ema_decay)
     return Experiment(
         settings,
         data,
@@ -92,14 +103,7 @@ def build(settings: ConfigDict) -> Experiment:
     )
 
 
-def _check_selection(settings, data):
-    if settings.select_on == "val" and data.val is None:
-        raise InputError("data.val_size=0 leaves nothing to select on; hold some out, or set select_on='test'")
-
-
-def _load_teacher(settings, data, objective):
-    if not objective.needs_teacher:
-        return None, None
+def _check_teacher(settings, data):
     folder = settings.teacher.workdir
     if not folder:
         raise InputError(
@@ -107,19 +111,19 @@ def _load_teacher(settings, data, objective):
             f"run, or teacher.recipe to a configuration that makes one"
         )
     if not run.has_checkpoint(Path(folder)):
-        raise InputError(f"teacher.workdir={folder} holds no trained run; train the teacher there first")
-    teacher = run.load(folder, settings.teacher.checkpoint)
-    if teacher.facts["num_classes"] != data.num_classes:
+        command = settings.teacher.made_by or f"python -m ibjax.main --config=… --workdir={folder}"
+        raise InputError(f"teacher.workdir={folder} holds no trained run; train the teacher first: {command}")
+    taught = run.read_config(Path(folder))[1]
+    if taught["num_classes"] != data.num_classes:
         raise InputError(
-            f"the teacher in {folder} has {teacher.facts['num_classes']} classes, the data has {data.num_classes}; "
+            f"the teacher in {folder} has {taught['num_classes']} classes, the data has {data.num_classes}; "
             f"give a teacher of this data set"
         )
-    if tuple(teacher.facts["input_shape"]) != data.train.images.shape[1:]:
+    if tuple(taught["input_shape"]) != data.train.images.shape[1:]:
         raise InputError(
-            f"the teacher in {folder} takes images of shape {tuple(teacher.facts['input_shape'])}, "
+            f"the teacher in {folder} takes images of shape {tuple(taught['input_shape'])}, "
             f"the data has {data.train.images.shape[1:]}"
         )
-    return teacher.model, teacher.variables
 
 
 def _optimizer(settings, steps_per_epoch):
@@ -304,7 +308,8 @@ def _next_multiple(step, interval):
 
 def _validate_now(settings, epoch):
     last = epoch == settings.epochs
-    return last or (epoch >= settings.validate.start and epoch % settings.validate.every == 0)
+    dense = settings.validate.dense_from is not None and epoch >= settings.validate.dense_from
+    return last or dense or epoch % settings.validate.every == 0
 
 
 def _validator(experiment):

@@ -17,6 +17,4 @@ def fgsm(
     step_size: "str | float | Array | None" = None,
 ) -> Attack:
     """One full step of PGD. Fast adversarial training: init="uniform", step_size="10/255"."""
-    return pgd(
-        loss=loss, norm=norm, eps=eps, step_size=eps if step_size is None else step_size, steps=1, init=init
-    )
+    return pgd(loss=loss, norm=norm, eps=eps, step_size=eps if step_size is None else step_size, steps=1, init=init)

@@ -25,9 +25,7 @@ def fraction(value: "str | float | Array") -> "float | Array":
         numerator, _, denominator = value.partition("/")
         return float(numerator) / float(denominator or 1)
     except (ValueError, ZeroDivisionError):
-        raise InputError(
-            f"'{value}' is not a number; write a fraction as '8/255' or a decimal as 0.031"
-        ) from None
+        raise InputError(f"'{value}' is not a number; write a fraction as '8/255' or a decimal as 0.031") from None
 
 
 def radius(eps: "str | float | Array", norm: str) -> "float | Array":

@@ -5,7 +5,7 @@
 
 | symbol      | code        | default  |
 |-------------|-------------|----------|
-| L           | loss        | "ce"     | also "kl" (target: a distribution), "margin" (C&W), or a function of (logits, target) -> (B,)
+| L           | loss        | "ce"     | also "kl" (to a distribution), "margin" (C&W), or (logits, target) -> (B,)
 | ε           | eps         | "8/255"  |
 | step        | step_size   | "2/255"  |
 | k           | steps       | 10       |
@@ -60,9 +60,7 @@ def pgd(
     Raises:
       InputError: an eps that is no radius on [0, 1] images, or an unknown loss, norm or init.
     """
-    ascend = stateful_pgd(
-        loss=loss, norm=norm, eps=eps, step_size=step_size, steps=steps, init=init, unroll=unroll
-    )
+    ascend = stateful_pgd(loss=loss, norm=norm, eps=eps, step_size=step_size, steps=steps, init=init, unroll=unroll)
     per_example = _loss(loss)
     if restarts < 1:
         raise InputError(f"restarts={restarts} is not allowed; at least 1 run is needed")

@@ -32,17 +32,13 @@ class Arrays(NamedTuple):
     label: str = ""  # how results on it must be called, as "CIFAR-10 (JPEG)"
 
 
-def load_splits(
-    source: Any, *, val_size: int, seed: int = 0, num_classes: int | None = None, **options: Any
-) -> Arrays:
+def load_splits(source: Any, *, val_size: int, seed: int = 0, **options: Any) -> Arrays:
     """Loads with `source(**options)`, checks every split, and takes `val_size` images per `seed` out of training.
 
     The validation split is stratified: each class gives its share. `val_size=0` leaves `val` empty (selection on the
     test set must then be asked for). Raises DataError with the file, what is wrong with it, and what to do.
     """
     arrays = source(**options)
-    if num_classes is not None and num_classes != arrays.num_classes:
-        raise DataError(f"data.num_classes={num_classes}, but the data has {arrays.num_classes} classes")
     arrays = arrays._replace(
         train=check(arrays.train, "train", arrays.num_classes),
         test=check(arrays.test, "test", arrays.num_classes),
@@ -59,7 +55,7 @@ def load_splits(
 
 
 def check(split: Split, name: str, num_classes: int) -> Split:
-    """The split as (N, H, W, C) uint8 or float32 in [0, 1] and int32 labels, or DataError. Grey images get a channel."""
+    """The split as (N, H, W, C) uint8 or float32 in [0, 1] and int32 labels, or DataError; (N, H, W) gets a channel."""
     images, labels = np.asarray(split.images), np.asarray(split.labels)
     if images.ndim == 3:
         images = images[..., None]
@@ -67,9 +63,7 @@ def check(split: Split, name: str, num_classes: int) -> Split:
         raise DataError(f"{name} images have shape {images.shape}; expected (N, H, W, C) or (N, H, W), N > 0")
     if images.shape[-1] not in (1, 3):
         hint = "; they look like NCHW: transpose them to NHWC" if images.shape[1] in (1, 3) else ""
-        raise DataError(
-            f"{name} images have shape {images.shape}; the last axis must be 1 or 3 channels{hint}"
-        )
+        raise DataError(f"{name} images have shape {images.shape}; the last axis must be 1 or 3 channels{hint}")
     if images.dtype != np.uint8:
         images = _as_float_images(images, name)
     labels = labels.reshape(len(labels), -1)
@@ -104,9 +98,7 @@ def hold_out(split: Split, size: int, seed: int) -> tuple[Split, Split | None]:
     if size == 0:
         return split, None
     if not 0 < size < len(split.labels):
-        raise DataError(
-            f"data.val_size={size} of {len(split.labels)} training images; allowed: 0 to all but one"
-        )
+        raise DataError(f"data.val_size={size} of {len(split.labels)} training images; allowed: 0 to all but one")
     held = stratified(split.labels, size, seed)
     rest = np.setdiff1d(np.arange(len(split.labels)), held)
     return Split(split.images[rest], split.labels[rest]), Split(split.images[held], split.labels[held])

@@ -12,9 +12,7 @@ from ibjax.errors import InputError, nearest
 PADDINGS = {"zero": "constant", "reflect": "reflect", "edge": "edge"}
 
 
-def crop_and_flip(
-    *, pad: int = 4, padding: str = "zero", flip: bool = True
-) -> Callable[[Array, Array], Array] | None:
+def crop_and_flip(*, pad: int = 4, padding: str = "zero", flip: bool = True) -> Callable[[Array, Array], Array] | None:
     """(key, images (B, H, W, C)) -> images: a random H×W window of the padded image, flipped with probability ½.
 
     Returns None where nothing is to be done. Raises InputError on an unknown padding.
@@ -32,9 +30,7 @@ def crop_and_flip(
         if pad:
             padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), PADDINGS[padding])
             corner = jax.random.randint(crop_key, (batch, 2), 0, 2 * pad + 1)
-            images = jax.vmap(lambda image, c: lax.dynamic_slice(image, (c[0], c[1], 0), shape))(
-                padded, corner
-            )
+            images = jax.vmap(lambda image, c: lax.dynamic_slice(image, (c[0], c[1], 0), shape))(padded, corner)
         if flip:
             flipped = jax.random.bernoulli(flip_key, 0.5, (batch, 1, 1, 1))
             images = jnp.where(flipped, images[:, :, ::-1], images)

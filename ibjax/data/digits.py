@@ -4,6 +4,8 @@ The split is fixed: 1,257 training, 180 validation, 360 test images, each class 
 becomes round(255·g/16).
 """
 
+from typing import Any
+
 import numpy as np
 
 from ibjax.data import Arrays, Split, hold_out
@@ -13,7 +15,7 @@ def load() -> Arrays:
     """Needs no file and no network."""
     from sklearn.datasets import load_digits
 
-    raw = load_digits()
+    raw: Any = load_digits()
     images = np.round(raw.images * (255 / 16)).astype(np.uint8)[..., None]
     rest, test = hold_out(Split(images, raw.target), 360, seed=0)
     train, val = hold_out(rest, 180, seed=1)

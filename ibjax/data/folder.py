@@ -41,9 +41,7 @@ def _read(folder, classes, grey):
         images = list(pool.map(lambda pair: _image(pair[0], grey), files))
     for (file, _), image in zip(files, images, strict=True):
         if image.shape != images[0].shape:
-            raise DataError(
-                f"{file} is {image.shape[:2]}, {files[0][0]} is {images[0].shape[:2]}; resize to one size"
-            )
+            raise DataError(f"{file} is {image.shape[:2]}, {files[0][0]} is {images[0].shape[:2]}; resize to one size")
     return Split(np.stack(images), np.array([index for _, index in files]))
 
 

@@ -11,8 +11,8 @@ from ibjax.errors import DataError
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
-def load(*, path: str, label: str = "") -> Arrays:
-    """Reads `path`; the number of classes is the largest training label + 1."""
+def load(*, path: str, label: str = "", num_classes: int | None = None) -> Arrays:
+    """Reads `path`; without `num_classes` there are as many classes as the largest training label says."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise DataError(f"data.path={path} is no file; give an .npz with {', '.join(KEYS)}")
@@ -20,18 +20,12 @@ def load(*, path: str, label: str = "") -> Arrays:
         with np.load(file, allow_pickle=False) as archive:
             missing = [key for key in KEYS if key not in archive]
             if missing:
-                raise DataError(
-                    f"{path} lacks {', '.join(missing)}; it holds {', '.join(archive.files) or 'nothing'}"
-                )
+                raise DataError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(archive.files) or 'nothing'}")
             x_train, y_train, x_test, y_test = (archive[key] for key in KEYS)
     except DataError:
         raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise DataError(f"{path} cannot be read ({error}); it is damaged or no .npz: copy it again") from None
     if not np.issubdtype(y_train.dtype, np.integer) or y_train.size == 0:
-        raise DataError(
-            f"{path}: y_train has type {y_train.dtype} and {y_train.size} values; expected integer labels"
-        )
-    return Arrays(
-        Split(x_train, y_train), Split(x_test, y_test), int(y_train.max()) + 1, label=label or file.stem
-    )
+        raise DataError(f"{path}: y_train has type {y_train.dtype} and {y_train.size} values; expected integer labels")
+    return Arrays(Split(x_train, y_train), Split(x_test, y_test), int(y_train.max()) + 1, label=label or file.stem)

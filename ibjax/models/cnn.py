@@ -65,7 +65,5 @@ class Model(nn.Module):
             features[f"fc{i}"] = x
         features["pre_logits"] = x
         zeros = nn.initializers.zeros
-        logits = layers.Dense(self.num_classes, kernel_init=zeros, bias_init=zeros, name="head")(
-            x.astype(jnp.float32)
-        )
+        logits = layers.Dense(self.num_classes, kernel_init=zeros, bias_init=zeros, name="head")(x.astype(jnp.float32))
         return logits, features

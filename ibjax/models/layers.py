@@ -94,13 +94,13 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        scale = per_channel(self.param("scale", nn.initializers.ones, (channels,)), x)
+        bias = per_channel(self.param("bias", nn.initializers.zeros, (channels,)), x)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
         if not train:
-            mul = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
-            add = bias - running_mean.value * mul
+            mul = scale * jax.lax.rsqrt(per_channel(running_var.value, x) + self.epsilon)
+            add = bias - per_channel(running_mean.value, x) * mul
             return x.astype(self.dtype) * mul.astype(self.dtype) + add.astype(self.dtype)
 
         grouped = x.astype(jnp.float32).reshape((self.groups, -1, *x.shape[1:]))  # (G, B/G, …, C)
@@ -113,15 +113,20 @@ class BatchNorm(nn.Module):
             for running, batch in ((running_mean, mean), (running_var, unbiased)):
                 batch = jax.lax.stop_gradient(jnp.mean(batch.reshape(self.groups, channels), 0))
                 running.value = self.keep * running.value + (1 - self.keep) * batch
-        y = (grouped - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
+        y = (grouped - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale[None]) + bias[None]
         return y.reshape(x.shape).astype(self.dtype)
+
+
+def per_channel(values: Array, x: Array) -> Array:
+    """(C,) -> (1, …, 1, C), which broadcasts against x."""
+    return values.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def normalize(x: Array, mean: Sequence[float] | None, std: Sequence[float] | None) -> Array:
     """(x − mean) / std per channel; x itself where `mean` is None."""
     if mean is None or std is None:
         return x
-    return (x - jnp.asarray(mean, x.dtype)) / jnp.asarray(std, x.dtype)
+    return (x - per_channel(jnp.asarray(mean, x.dtype), x)) / per_channel(jnp.asarray(std, x.dtype), x)
 
 
 def max_pool(x: Array) -> Array:

@@ -62,9 +62,7 @@ class Model(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> tuple[Array, dict[str, Array]]:
         if self.blocks is None and self.depth not in DEPTHS:
-            raise InputError(
-                f"preact_resnet has no depth {self.depth}; allowed: {sorted(DEPTHS)}, or give `blocks`"
-            )
+            raise InputError(f"preact_resnet has no depth {self.depth}; allowed: {sorted(DEPTHS)}, or give `blocks`")
         dtype: Any = jnp.dtype(self.dtype)
         x = layers.normalize(x, self.mean, self.std).astype(dtype)
         x = layers.Conv(self.width, dtype=dtype, name="stem")(x)

@@ -64,9 +64,7 @@ def ibd(
     energy: str = "square",
 ) -> Objective:
     """Information-bottleneck distillation; its attack is dict(name="pgd", loss="kl", init="gaussian")."""
-    given = dict(
-        attack_target=attack_target, teacher_features=teacher_features, granularity=granularity, energy=energy
-    )
+    given = dict(attack_target=attack_target, teacher_features=teacher_features, granularity=granularity, energy=energy)
     for name, value in given.items():
         if value not in CHOICES[name]:
             raise InputError(f"objective.{name}='{value}' is unknown; {nearest(value, CHOICES[name])}")
@@ -126,9 +124,7 @@ class AttentionMatching(nn.Module):
     energy: str = "square"
 
     @nn.compact
-    def __call__(
-        self, student: dict[str, Array], teacher: dict[str, Array], train: bool
-    ) -> tuple[Array, Array]:
+    def __call__(self, student: dict[str, Array], teacher: dict[str, Array], train: bool) -> tuple[Array, Array]:
         z_s, z_t = layers_of(student, self.granularity), layers_of(teacher, self.granularity)
         n, m, d, batch = len(z_t), len(z_s), self.qk_dim, z_s[0].shape[0]
 
@@ -148,10 +144,8 @@ class AttentionMatching(nn.Module):
         score = jnp.einsum("bmnd,bnd->bnm", key, query)
         if self.positional:
             xavier = nn.initializers.xavier_normal()
-            position_t, position_s = (
-                self.param(f"position_{w}", xavier, (k, d)) for w, k in (("t", n), ("s", m))
-            )
-            score = score + position_t @ position_s.T
+            position_t, position_s = (self.param(f"position_{w}", xavier, (k, d)) for w, k in (("t", n), ("s", m)))
+            score = score + (position_t @ position_s.T)[None]
         attention = jax.nn.softmax(score / math.sqrt(d), axis=-1)  # over student layers
         difference = energy_differences(z_s, z_t, self.energy)  # (B, n, m)
         return jnp.sum(jnp.mean(jnp.sum(attention * difference, -1), 0)), attention
@@ -162,9 +156,7 @@ def layers_of(features: dict[str, Array], granularity: str) -> list[Array]:
 
     Pre-activation networks offer `blockN_relu`, what the next block sees; others are after a ReLU as they are.
     """
-    names = {
-        int(match[1]): match[0] for name in features if (match := re.fullmatch(rf"{granularity}(\d+)", name))
-    }
+    names = {int(match[1]): match[0] for name in features if (match := re.fullmatch(rf"{granularity}(\d+)", name))}
     if not names:  # a plain network has convolutions for blocks
         names = {int(match[1]): match[0] for name in features if (match := re.fullmatch(r"conv(\d+)", name))}
     return [features.get(f"{names[i]}_relu", features[names[i]]) for i in sorted(names)]

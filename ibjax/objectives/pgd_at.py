@@ -8,9 +8,9 @@ with the settings of Rice, Wong & Kolter, "Overfitting in Adversarially Robust D
 |        | clean_forward           | False   |
 
 Batch-norm: one training-mode pass over x'. Rice et al. and AWP also run the clean batch through the network in
-training mode, for logging, after the update of the loss; `clean_forward=True` does so before the optimiser's step (theirs
-comes after it), because it moves the running statistics towards clean images. In the attack, evaluation mode is the
-default; `config.attack_bn = "train"` attacks in training mode as Rice et al. and Fast-AT do.
+training mode, for logging, which moves the running statistics towards clean images; `clean_forward=True` does so
+before the optimiser's step, theirs comes after it. In the attack, evaluation mode is the default;
+`config.attack_bn = "train"` attacks in training mode as Rice et al. and Fast-AT do.
 """
 
 import jax.numpy as jnp

@@ -1,0 +1,32 @@
+"""Eight fake CPU devices, strict promotion, warnings as errors: for every test from day one."""
+
+import jax
+import pytest
+
+jax.config.update("jax_platforms", jax.config.jax_platforms or None)
+if jax.config.jax_platforms in (None, "", "cpu"):
+    jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    """The workdir of a finished `configs/digits.py:smoke`, with its teacher and contrast below it."""
+    from ibjax import main
+
+    workdir = tmp_path_factory.mktemp("runs") / "digits"
+    main.execute(smoke_config("digits"), workdir, "train")
+    return workdir
+
+
+def smoke_config(name, arg="smoke"):
+    """The configuration of `configs/<name>.py:<arg>`, as the command line would load it."""
+    import importlib.util
+    from pathlib import Path
+
+    file = Path(__file__).parent.parent / "configs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"configs_{name}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg)
