@@ -116,8 +116,8 @@ class Scorer:
                 parts.append(jax.tree.map(lambda value, n=count: np.asarray(value)[:n], flags))
                 if first < keep:
                     kept.append(np.asarray(x_adv)[:count])
-                if cluster.preempted():
-                    raise PreemptedError(f"stopped during {progress or 'validation'}")
+                if progress and cluster.preempted():  # in validation the train loop notices, and saves
+                    raise PreemptedError(f"stopped during {progress}; finished records are kept")
                 bar.update(count)
                 bar.set_postfix_str(f"robust {100 * np.mean(np.concatenate([p.robust for p in parts])):.1f} %")
         flags = Flags(*(np.concatenate(values) for values in zip(*parts, strict=True)))

@@ -63,6 +63,7 @@ def check(settings: ConfigDict) -> Arrays:
         raise InputError(f"batch_size={settings.batch_size} exceeds the {len(data.train.labels)} training images")
     model = run.build_model(settings.model, data.num_classes, "model")
     run.abstract_variables(model, data.train.images.shape[1:], cluster.mesh())  # refuses impossible shapes and depths
+    augment.crop_and_flip(**settings.augment)
     _attacks(settings)
     _optimizer(settings, steps_per_epoch=1)
     if config.build("objectives", settings.objective, "objective").needs_teacher and settings.teacher.recipe is None:

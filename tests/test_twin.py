@@ -18,7 +18,7 @@ from ibjax.attacks.pgd import pgd  # noqa: E402
 from ibjax.models import resnet  # noqa: E402
 from ibjax.objectives.pgd_at import pgd_at  # noqa: E402
 
-LR, STEPS = 0.05, 4
+LR = 0.05
 
 
 def batch(size):
@@ -59,13 +59,19 @@ def test_another_architecture_is_refused():
         twin.copy_weights(twin.ResNet(blocks=(1, 2), width=8), variables)
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_one_step_from_the_same_weights_gives_the_same_loss_weights_and_running_statistics(channels_last):
+# Not to the last bit, and less closely later: a ReLU at 0 may close, a pixel with a gradient of 0 step the other way.
+@pytest.mark.parametrize(
+    ("eps", "channels_last", "steps", "tolerance"),
+    [(8 / 255, False, 1, 0.02), (0.0, True, 1, 2e-3), (0.0, False, 2, 0.02)],
+)
+def test_one_step_from_the_same_weights_gives_the_same_loss_weights_and_running_statistics(
+    eps, channels_last, steps, tolerance
+):
     x, y = batch(16)
     blocks, width = (1, 1, 1, 1), 16
     model = resnet.Model(num_classes=10, blocks=blocks, width=width)
     optimizer = optim.sgd(lr=LR)
-    attack = pgd(steps=STEPS, init="none", unroll=False)
+    attack = pgd(eps=eps, steps=4, init="none", unroll=False)
     train_step = step.make_train_step(lambda _: step.linen_net(model), pgd_at(), optimizer, attack)
     net = step.linen_net(model)
     state = step.init_state(jax.random.key(0), net, model, None, optimizer, x[:1], ema=False)
@@ -75,13 +81,18 @@ def test_one_step_from_the_same_weights_gives_the_same_loss_weights_and_running_
     image = nchw(x)
     if channels_last:
         torch_model, image = (part.to(memory_format=torch.channels_last) for part in (torch_model, image))
-    torch_step = twin.make_step(torch_model, twin.sgd(torch_model, LR), steps=STEPS, init="none")
-    torch_loss = torch_step(image, torch.from_numpy(y.astype(np.int64)))
+    torch_step = twin.make_step(torch_model, twin.sgd(torch_model, LR), eps=eps, steps=4, init="none")
+    before, label = torch_model.state_dict(), torch.from_numpy(y.astype(np.int64))
+    before = {name: value.clone() for name, value in before.items()}
 
-    state, metrics = jax.jit(train_step)(state, {"image": jnp.asarray(x), "label": y}, jax.random.key(1))
-    np.testing.assert_allclose(torch_loss.item(), metrics["loss"], atol=1e-3)
+    jitted, arrays = jax.jit(train_step), {"image": jnp.asarray(x), "label": y}
+    for _ in range(steps):  # the second has momentum
+        torch_loss = torch_step(image, label)
+        state, metrics = jitted(state, arrays, jax.random.key(1))
+        np.testing.assert_allclose(torch_loss.item(), metrics["loss"], atol=1e-3)
+
     after = torch_model.state_dict()
     for module, entry, value in twin.torch_entries(state.variables):
-        ours, theirs = value, after[f"{module}.{entry}"].numpy()
-        # a pixel whose gradient is about 0 may step the other way, and moves a few weights by a little
-        np.testing.assert_allclose(theirs, ours, rtol=1e-3, atol=LR * 2e-2, err_msg=f"{module}.{entry}")
+        name = f"{module}.{entry}"
+        ours, theirs = value - before[name].numpy(), (after[name] - before[name]).numpy()
+        assert np.linalg.norm(ours - theirs) < tolerance * np.linalg.norm(ours), f"{name} moved differently"

@@ -17,14 +17,14 @@ def load(*, path: str, label: str = "", num_classes: int | None = None) -> Array
     if not file.is_file():
         raise DataError(f"data.path={path} is no file; give an .npz with {', '.join(KEYS)}")
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        with file.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
             missing = [key for key in KEYS if key not in archive]
             if missing:
                 raise DataError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(archive.files) or 'nothing'}")
             x_train, y_train, x_test, y_test = (archive[key] for key in KEYS)
     except DataError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, TypeError) as error:
         raise DataError(f"{path} cannot be read ({error}); it is damaged or no .npz: copy it again") from None
     if not np.issubdtype(y_train.dtype, np.integer) or y_train.size == 0:
         raise DataError(f"{path}: y_train has type {y_train.dtype} and {y_train.size} values; expected integer labels")

@@ -1,0 +1,287 @@
+"""The HTML page of a report: one file with its style and pictures inside, for screens light and dark and for paper.
+
+Every text that is not of this file passes `escape`.
+"""
+
+import datetime
+import json
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ibjax import report_figures, results
+from ibjax.report_figures import escape
+from ibjax.results import Check, Table, attack_label
+
+
+def page(runs: Sequence[Any], out: Path) -> str:
+    """The page on some `report.RunResults`, to be written to `out`."""
+    records = [record for run in runs for record in run.records]
+    tables, rows = results.tables(records), results.rows(records)
+    problems = [f"{run.title}: {problem}" for run in runs for problem in run.problems]
+    checks = results.checks(records, problems)
+    datasets = dict.fromkeys(str(run.facts.get("label", "")) for run in runs if run.facts.get("label"))
+    title = ", ".join(run.title for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
+    title += f" on {', '.join(datasets)}" if datasets else ""
+    sections = [
+        _problems(problems),
+        *(_table(table) for table in tables),
+        _provenance(records),
+        report_figures.curves(rows),
+        report_figures.training(runs),
+        report_figures.examples(runs),
+        _checks(checks),
+        _configs(runs),
+        _commands(runs, out),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        # no script, no network, whatever a file may have smuggled in
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
+        f"<title>{escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
+        f'<header><p class="kind">ibjax robustness report, {datetime.date.today().isoformat()}</p>\n'
+        f"<h1>{escape(title)}</h1>\n{_verdict(checks)}</header>\n"
+        + "\n".join(section for section in sections if section)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+# ---- text --------------------------------------------------------------------------------------------------
+
+_SYMBOLS = {"pass": "✓", "warn": "!", "not checked": "–"}
+
+
+def _badge(status, text=None):
+    kind = status.replace(" ", "-")
+    return f'<span class="badge {kind}">{_SYMBOLS[status]} {escape(text or status)}</span>'
+
+
+def _verdict(checks: Sequence[Check]) -> str:
+    """How the checks end, at the top where it is read."""
+    counts = {status: sum(check.status == status for check in checks) for status in _SYMBOLS}
+    words = {"pass": "checks pass", "warn": "with a warning", "not checked": "not checked"}
+    badges = (_badge(status, f"{count} {words[status]}") for status, count in counts.items() if count)
+    return f'<p><a class="plain" href="#checks">{" ".join(badges)}</a></p>\n'
+
+
+def _problems(problems):
+    if not problems:
+        return ""
+    items = "".join(f"<li>{escape(problem)}</li>" for problem in problems)
+    return f'<section class="problems" role="note"><strong>Missing or damaged</strong><ul>{items}</ul></section>'
+
+
+def _table(table: Table) -> str:
+    """One table; a checkpoint that was selected on the test set carries a red label."""
+    head, *body = results.cells(table)
+    words = (" ".join(f"<span>{escape(word)}</span>" for word in cell.split()) for cell in head)  # no break in a word
+    columns = "".join(f'<th scope="col">{text}</th>' for text in words)
+    lines = []
+    for line, (label, selection, *numbers) in zip(table.lines, body, strict=True):
+        if line.selected_on == "test":
+            selection = f'{escape(line.checkpoint)} <span class="test">selected on test</span>'
+        else:
+            selection = escape(selection)
+        numbers = "".join(f"<td>{escape(number)}</td>" for number in numbers)
+        lines.append(f'<tr><th scope="row">{escape(label)}</th><td class="word">{selection}</td>{numbers}</tr>')
+    caption = f"{escape(table.dataset)}, {_norm(table.norm)}, eps {escape(table.eps)}: accuracy in percent"
+    worst = ""
+    if head[-1] == "worst case":
+        worst = " Worst case: images that withstand all of these attacks."
+    return (
+        f'<section><div class="scroll"><table class="results"><caption>{caption}</caption>'
+        f"<thead><tr>{columns}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+        f'<p class="note">An image counts under an attack when it is classified correctly both as it is and '
+        f"attacked.{worst}</p></section>"
+    )
+
+
+def _norm(norm):
+    return {"linf": "l<sub>∞</sub>", "l2": "l<sub>2</sub>"}.get(norm, escape(norm))
+
+
+def _provenance(records):
+    """Attacks, n, seeds, selection, hardware, versions and commits behind the tables."""
+    if not records:
+        return ""
+
+    def distinct(values: Iterable) -> str:
+        return escape("; ".join(dict.fromkeys(str(value) for value in values)))
+
+    mains = [record for record in records if results.is_main(record)] or records
+    attacks = {(record["attack"], str(record.get("step_size"))): None for record in mains}
+    ordered = sorted(attacks, key=lambda item: results.strength(item[0]))
+    sizes = sorted({record["n"] for record in records})
+    interval = 98 / min(sizes) ** 0.5  # 1.96 standard errors where they are largest, at 50 %
+    versions = [" ".join(f"{k} {v}" for k, v in dict(record.get("versions") or {}).items()) for record in records]
+    facts = {
+        "Attacks": "<br>".join(escape(_describe(*attack)) for attack in ordered)
+        + "<br>On the ladder, step sizes scale with eps",
+        "Images": f"n = {distinct(sizes)} of the test set; their sampling leaves each accuracy uncertain by up to "
+        f"±{interval:.1f} points (95 %)",
+        "Seeds": f"{distinct(record.get('seed') for record in records)}; each line is one training run",
+        "Checkpoints": "<br>".join(
+            dict.fromkeys(
+                escape(f"{record['title']}: {record['checkpoint']} at step {record.get('step')}")
+                + _selected(record["selected_on"])
+                for record in records
+            )
+        ),
+        "Evaluated on": distinct(record.get("hardware") for record in records)
+        + f", {sum(_number(record.get('seconds')) for record in records):.0f} s in all",
+        "Versions": distinct(versions),
+        "Commit": distinct(record.get("commit") or "none, an installed package" for record in records),
+    }
+    items = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in facts.items())
+    return f'<section><h2>How these numbers were made</h2><dl class="facts">{items}</dl></section>'
+
+
+def _selected(split):
+    return "" if split == "last" else f", selected on {escape(split)}"
+
+
+def _number(value):
+    return value if isinstance(value, int | float) and np.isfinite(value) else 0.0
+
+
+def _describe(attack, step_size):
+    """An attack's constants, as `evaluate.named_attack` sets them."""
+    family, _, steps = attack.partition("-")
+    if family == "fgsm":
+        return "FGSM: one step of size eps on the cross-entropy, no random start"
+    if family in ("pgd", "cw"):
+        loss = "cross-entropy" if family == "pgd" else "margin loss"
+        return f"{attack_label(attack)}: {steps} steps of {step_size} on the {loss}, uniform random start, no restarts"
+    return attack_label(attack)
+
+
+def _checks(checks):
+    items = []
+    for check in checks:
+        details = "".join(f"<li>{escape(text)}</li>" for text in check.details)
+        items.append(
+            f"<tr><td>{_badge(check.status)}</td><th scope=row>{escape(check.name)}<ul>{details}</ul></th></tr>"
+        )
+    return (
+        '<section id="checks"><h2>Self-checks</h2><p class="note">Computed from the records of this page, in percent; '
+        f"{results.TOLERANCE} points are allowed between two attacks and between two eps.</p>"
+        f'<table class="checks"><tbody>{"".join(items)}</tbody></table></section>'
+    )
+
+
+def _configs(runs):
+    parts = []
+    for run in runs:
+        trained = f"Trained on {run.env['hardware']}. " if run.env.get("hardware") else ""
+        text = json.dumps(run.config, indent=1, ensure_ascii=False)
+        parts.append(
+            f"<details><summary>{escape(run.title)}</summary><p class=note>{escape(trained)}Folder: "
+            f"<code>{escape(run.folder)}</code></p><pre>{escape(text)}</pre></details>"
+        )
+    return f"<section><h2>Configurations</h2>{''.join(parts)}</section>"
+
+
+def _commands(runs, out):
+    """Commands that make the numbers again, for runs that no other run of the page contains."""
+    folders = [run.folder.resolve() for run in runs]
+    top = [run for run in runs if not any(folder in run.folder.resolve().parents for folder in folders)]
+    lines = []
+    for run in top:
+        taught = (run.config.get("teacher") or {}).get("workdir")
+        comment = f"{run.title}: train again{f', from the teacher in {taught}' if taught else ''}; again.py is"
+        lines += [
+            f"# {' '.join(comment.split())}",  # one line, whatever a title holds: these are pasted into a shell
+            "#   import json, pathlib, ml_collections",
+            "#   def get_config():",
+            f"#       saved = json.loads(pathlib.Path({str(run.folder / 'config.json')!r}).read_text())",
+            '#       return ml_collections.ConfigDict(saved["config"])',
+            f"python -m ibjax.main --config=again.py --workdir={shlex.quote(str(run.folder) + '-again')}",
+            "",
+        ]
+    for run in runs:
+        own = run.config.get("evaluate") or {}
+        # other settings than a run's own are those of the run that it is contrasted with: main.py evaluates with them
+        mains = [
+            r for r in run.records if results.is_main(r) and (r["norm"], r["eps"]) == (own.get("norm"), own.get("eps"))
+        ]
+        for checkpoint, n in dict.fromkeys((record["checkpoint"], record["n"]) for record in mains):
+            names = {r["attack"] for r in mains if (r["checkpoint"], r["n"]) == (checkpoint, n)}
+            attacks = ",".join(sorted(names, key=results.strength))
+            lines.append(
+                f"python -m ibjax.evaluate --workdir={shlex.quote(str(run.folder))} "
+                f"--checkpoint={shlex.quote(checkpoint)} --attacks={shlex.quote(attacks)} --n={n}"
+            )
+    given = " ".join(shlex.quote(str(run.folder)) for run in top)
+    lines.append(f"python -m ibjax.report {given} --out={shlex.quote(str(out))}")
+    return f"<section><h2>Commands</h2><pre>{escape(chr(10).join(lines))}</pre></section>"
+
+
+_CSS = """
+:root { color-scheme: light; --bg: #fff; --fg: #1c1f24; --muted: #5a626e; --line: #d9dde3; --soft: #f4f6f8;
+  --red: #b3261e; --amber: #8a5300; --green: #1a6b3c;
+  --s0: #0068ad; --s1: #c44e00; --s2: #00805c; --s3: #a8407d; --s4: #946b00; --s5: #4a57c4; --s6: #5a626e; }
+@media screen and (prefers-color-scheme: dark) {
+  :root { color-scheme: dark; --bg: #15181d; --fg: #e4e7eb; --muted: #a0a8b4; --line: #363c46; --soft: #1e2229;
+    --red: #ff8a80; --amber: #f0b355; --green: #6fd39a;
+    --s0: #5eb1ef; --s1: #ff9457; --s2: #43cc9e; --s3: #e893c6; --s4: #e0b64c; --s5: #9aa5ff; --s6: #a0a8b4; }
+}
+* { box-sizing: border-box }
+body { margin: 0; background: var(--bg); color: var(--fg);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, "DejaVu Sans", sans-serif }
+main { max-width: 62rem; margin: 0 auto; padding: 2rem 1.25rem 4rem }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: .1rem 0 .6rem; overflow-wrap: anywhere }
+h2 { font-size: 1.2rem; margin: 2.6rem 0 .5rem; padding-top: .6rem; border-top: 1px solid var(--line) }
+h3 { font-size: 1rem; margin: 1.4rem 0 .2rem; overflow-wrap: anywhere }
+p { margin: .4rem 0 } .kind, .note, figcaption { color: var(--muted) } .kind { margin: 0 }
+.note, figcaption { font-size: .875rem; max-width: 46rem }
+a.plain { color: inherit; text-decoration: none }
+a:focus-visible, summary:focus-visible { outline: 2px solid var(--s0) }
+code, pre { font: .8125rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace }
+pre { background: var(--soft); padding: .75rem 1rem; overflow-x: auto; border-radius: 6px; margin: .5rem 0 }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse }
+.results { width: 100%; margin-top: 1.4rem; font-size: .9375rem; font-variant-numeric: tabular-nums }
+.results caption { text-align: left; font-weight: 600; padding-bottom: .4rem }
+.results th, .results td { padding: .38rem .55rem; text-align: right; border-bottom: 1px solid var(--line) }
+.results thead th { border-bottom: 2px solid var(--fg); font-weight: 600; vertical-align: bottom }
+.results th[scope=row], .results th:first-child { text-align: left; padding-left: 0 }
+.results th[scope=row] { font-weight: 500; min-width: 9rem } .results thead span { white-space: nowrap }
+.results .word, .results th:nth-child(2) { text-align: left }
+.results td:last-child, .results th:last-child { padding-right: 0 }
+.badge, .test { display: inline-block; white-space: nowrap; font-size: .8125rem; font-weight: 600; line-height: 1.4;
+  padding: .05rem .5rem; border: 1px solid currentColor; border-radius: 1rem }
+.pass { color: var(--green) } .warn { color: var(--amber) } .not-checked { color: var(--muted) }
+.results .test { display: block; width: max-content }
+.test { color: #fff; background: #b3261e; border-color: #b3261e }
+.problems { border-left: 4px solid var(--amber); background: var(--soft); padding: .6rem 1rem; margin: 1rem 0 }
+.problems ul { margin: .3rem 0 0; padding-left: 1.2rem; overflow-wrap: anywhere }
+.facts { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.2rem; margin: .6rem 0;
+  font-size: .875rem }
+.facts dt { font-weight: 600 } .facts dd { margin: 0; overflow-wrap: anywhere }
+.legend { display: flex; flex-wrap: wrap; gap: .1rem 1.3rem; list-style: none; margin: .5rem 0; padding: 0;
+  font-size: .875rem }
+figure { margin: 0 0 1.2rem } svg { display: block; width: 100%; min-width: 40rem; height: auto }
+svg * { stroke-linejoin: round } svg text { font-family: inherit !important }
+.strip { font-size: .8125rem; font-variant-numeric: tabular-nums; margin: .4rem 0 }
+.strip th, .strip td { padding: .15rem .2rem; text-align: center; font-weight: 500 }
+.strip th[scope=row] { text-align: left; padding-right: .8rem; white-space: nowrap; color: var(--muted) }
+.strip img { display: block; width: 4.6rem; max-width: none; image-rendering: pixelated; border: 1px solid var(--line) }
+.wrong { color: var(--red); font-weight: 700 }
+.checks { width: 100%; margin-top: .6rem } .checks td, .checks th { padding: .5rem .8rem .5rem 0; vertical-align: top;
+  text-align: left; border-bottom: 1px solid var(--line) } .checks td { width: 8rem } .checks th { font-weight: 600 }
+.checks ul { margin: .1rem 0 0; padding: 0; list-style: none; font-weight: 400; font-size: .875rem; color: var(--muted);
+  overflow-wrap: anywhere }
+summary { cursor: pointer; padding: .3rem 0; font-weight: 500 }
+@media (max-width: 40rem) { .facts { grid-template-columns: 1fr; gap: 0 } .facts dd { margin-bottom: .5rem } }
+@media print {
+  body { font-size: 10.5pt } main { max-width: none; padding: 0 } svg { min-width: 0 }
+  h2, h3 { break-after: avoid } figure, .results, .checks tr { break-inside: avoid } .scroll { overflow: visible }
+  .badge, .test, .strip img, svg { print-color-adjust: exact; -webkit-print-color-adjust: exact }
+  .strip img { width: 3.4rem } pre { white-space: pre-wrap }
+}
+"""

@@ -1,0 +1,319 @@
+"""What result records say: tables, curves against eps, and checks of the numbers. No file is read or written here.
+
+A record is what evaluate.py writes for one network under one attack at one eps.
+
+Guarantees (tests of the same names): the worst case counts the images that withstand every attack; each check warns
+on the fault that it is for.
+"""
+
+import base64
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ibjax.attacks.geometry import fraction
+
+Record = dict[str, Any]  # accuracies in percent
+TOLERANCE = 0.5  # percentage points by which the weaker of two attacks may do better before a check warns
+_NAMES = {"fgsm": "FGSM", "pgd": "PGD", "cw": "margin PGD", "autoattack": "AutoAttack"}
+
+
+def robust_flags(record: Record) -> np.ndarray:
+    """The (n,) bool flags of a record: classified correctly both as it is and under the attack."""
+    packed = np.frombuffer(base64.b64decode(record["robust_flags"]), np.uint8)
+    return np.unpackbits(packed, count=record["n"]).astype(bool)
+
+
+def validate(record: Record) -> None:
+    """Raises ValueError, TypeError, KeyError or AttributeError unless a record has what the functions below need."""
+    for name in ("attack", "norm", "dataset", "checkpoint", "selected_on", "robust_flags"):
+        if not isinstance(record[name], str):
+            raise TypeError(f"{name} is {record[name]!r}")
+    if type(record["n"]) is not int or record["n"] < 1:
+        raise TypeError(f"n is {record['n']!r}")
+    for name, high in (("clean_acc", 100), ("robust_acc", 100), ("max_distance", np.inf)):
+        if not 0 <= record[name] <= high:  # NaN fails too
+            raise ValueError(f"{name} is {record[name]!r}")
+    if not 0 <= fraction(record["eps"]) < np.inf:
+        raise ValueError(f"eps is {record['eps']!r}")
+    if len(base64.b64decode(record["robust_flags"], validate=True)) != -(-record["n"] // 8):
+        raise ValueError("robust_flags do not hold n flags")
+    evaluated = record.get("config", {}).get("evaluate", {})
+    for name, value, kind in (
+        ("warnings", record.get("warnings", []), list),
+        ("versions", record.get("versions", {}), dict),
+        ("config.evaluate", evaluated, dict),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is {value!r}")
+
+
+def is_main(record: Record) -> bool:
+    """Whether a record is at the eps of the table; the others are the ladder of the curve."""
+    if "main" in record:
+        return record["main"]
+    return record["eps"] == record.get("config", {}).get("evaluate", {}).get("eps")
+
+
+def attack_label(name: str) -> str:
+    """As "margin PGD-20" for "cw-20"."""
+    family, dash, steps = name.partition("-")
+    return _NAMES.get(family, family) + dash + steps
+
+
+def strength(attack: str) -> tuple:
+    """Sorts one-step attacks before iterative ones, and fewer steps before more."""
+    family, _, steps = attack.partition("-")
+    known = list(_NAMES)
+    rank = known.index(family) if family in known else len(known)
+    return rank, family, int(steps) if steps.isdigit() else 0, steps
+
+
+# ---- rows and tables ---------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """All records of one network on one set of images: every attack, every eps, sorted by both."""
+
+    label: str  # unique among rows
+    records: list[Record]
+
+
+class Line(NamedTuple):
+    """One line of a table; accuracies in percent."""
+
+    label: str
+    checkpoint: str
+    selected_on: str
+    n: int
+    clean: float
+    robust: dict[str, float]  # attack -> accuracy
+    worst: float | None
+
+
+class Table(NamedTuple):
+    """Lines that may be compared: one data set, one threat model."""
+
+    dataset: str
+    norm: str
+    eps: str
+    attacks: list[str]
+    lines: list[Line]
+
+
+_PARTS = ("checkpoint", "step", "seed", "n", "dataset", "norm")
+
+
+def rows(records: Iterable[Record]) -> list[Row]:
+    """Groups records by network and images; rows of one title get what they differ in as part of their label."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        network = [record.get("config", {}).get(section) for section in ("objective", "model", "attack")]
+        key = [record["title"], *(record.get(part) for part in _PARTS), network]
+        groups.setdefault(json.dumps(key, sort_keys=True), []).append(record)
+    firsts, labels = [group[0] for group in groups.values()], []
+    for first in firsts:
+        others = [other for other in firsts if other["title"] == first["title"]]
+        differing = [part for part in _PARTS if len({str(other.get(part)) for other in others}) > 1]
+        label = ", ".join([first["title"], *(f"{part} {first.get(part)}" for part in differing)])
+        taken = labels.count(label)
+        labels.append(f"{label} #{taken + 1}" if taken else label)
+    by_attack_and_eps = (
+        sorted(group, key=lambda record: (strength(record["attack"]), fraction(record["eps"])))
+        for group in groups.values()
+    )
+    return [Row(label, group) for label, group in zip(labels, by_attack_and_eps, strict=True)]
+
+
+def tables(records: Iterable[Record]) -> list[Table]:
+    """One table for each data set, norm and main eps, in the order of the records."""
+    found: dict[tuple, Table] = {}
+    for row in rows(records):
+        groups: dict[tuple, list[Record]] = {}
+        for record in filter(is_main, row.records):
+            groups.setdefault((record["dataset"], record["norm"], str(record["eps"])), []).append(record)
+        for key, group in groups.items():
+            first = group[0]
+            robust = {record["attack"]: record["robust_acc"] for record in group}
+            selection = first["checkpoint"], first["selected_on"]
+            line = Line(row.label, *selection, first["n"], first["clean_acc"], robust, worst_case(group))
+            table = found.setdefault(key, Table(*key, [], []))
+            table.lines.append(line)
+            table.attacks[:] = sorted({*table.attacks, *robust}, key=strength)
+    return list(found.values())
+
+
+def worst_case(records: Sequence[Record]) -> float | None:
+    """Percent of images that withstand every one of these attacks; None where there is one attack only."""
+    if len(records) < 2:
+        return None
+    return 100 * float(np.mean(np.logical_and.reduce([robust_flags(record) for record in records])))
+
+
+def cells(table: Table) -> list[list[str]]:
+    """A table as text, header first; the first two columns are words, the others numbers in percent."""
+    worst = any(line.worst is not None for line in table.lines)
+    header = ["run", "checkpoint / selected on", "n", "clean", *map(attack_label, table.attacks)]
+    grid = [[*header, "worst case"] if worst else header]
+    for line in table.lines:
+        complete = len(line.robust) == len(table.attacks)  # the worst of fewer attacks must not look better
+        accuracies = [line.clean, *(line.robust.get(attack) for attack in table.attacks)]
+        accuracies += [line.worst if complete else None] * worst
+        numbers = ["–" if value is None else f"{value:.2f}" for value in accuracies]
+        grid.append([line.label, f"{line.checkpoint} / {line.selected_on}", str(line.n), *numbers])
+    return grid
+
+
+def as_text(records: Iterable[Record]) -> str:
+    """The tables of records, as the terminal shows them."""
+    texts = []
+    for table in tables(records):
+        grid = cells(table)
+        widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+        lines = [f"{table.dataset}, {table.norm}, eps {table.eps}: accuracy in percent"]
+        for line in grid:
+            words = (cell.ljust(width) for cell, width in zip(line[:2], widths[:2], strict=True))
+            numbers = (cell.rjust(width) for cell, width in zip(line[2:], widths[2:], strict=True))
+            lines.append("  ".join([*words, *numbers]))
+        texts.append("\n".join(lines))
+    return "\n\n".join(texts) or "no records: nothing has been evaluated yet"
+
+
+def ladders(row: Row) -> dict[str, list[tuple[float, str, float]]]:
+    """attack -> [(eps, eps as written, accuracy)], rising in eps from (0, "0", clean accuracy)."""
+    found: dict[str, list] = {}
+    for record in row.records:
+        points = found.setdefault(record["attack"], [(0.0, "0", record["clean_acc"])])
+        if fraction(record["eps"]) > 0:
+            points.append((fraction(record["eps"]), str(record["eps"]), record["robust_acc"]))
+    return found
+
+
+# ---- checks ------------------------------------------------------------------------------------------------
+
+
+class Check(NamedTuple):
+    """A statement that the numbers support or not."""
+
+    name: str
+    status: str  # "pass", "warn" or "not checked"
+    details: list[str]  # with the numbers
+
+
+def checks(records: Sequence[Record], problems: Sequence[str] = ()) -> list[Check]:
+    """What should make a reader trust or doubt a table; `problems` are those of the files that records came from."""
+    grouped = rows(records)
+    warned = Counter((record["title"], str(text)) for record in records for text in record.get("warnings", ()))
+    warnings = [f"{title}: {text} ({count} records)" for (title, text), count in warned.items()]
+    selected = sorted({(record["title"], record["selected_on"]) for record in records})
+    commits = sorted({str(record.get("commit") or "an installed package") for record in records})
+    mixed = len(commits) > 1 or any(commit.endswith("+") for commit in commits)  # "+": local changes
+    found = [
+        _facts("Every run is finished, and all of its files can be read", problems, "nothing is missing"),
+        _same_images(records),
+        _facts(
+            "No checkpoint was selected on the test set",
+            [f"{title}: selected on the test set" for title, split in selected if split == "test"],
+            "; ".join(f"{title}: {split}" for title, split in selected),
+        ),
+        _cases("PGD is at least as strong as FGSM", _iterative(grouped), "no two of these attacks at one eps"),
+        _cases("Accuracy under attack does not rise with eps", _rises(grouped)),
+        _cases("The largest eps of the ladder at least halves accuracy", _falls(grouped), "evaluate.ladder is empty"),
+        _cases("Every adversarial image lies in the eps-ball, to 1e-6", _distances(grouped)),
+        _cases("Percentages are those of the flags per image", _agreement(grouped)),
+        _facts("No record carries a warning", warnings, f"{len(records)} records"),
+        _facts("All records come from one commit without local changes", commits if mixed else [], ", ".join(commits)),
+    ]
+    if not records:
+        found[1:] = [check._replace(status="not checked", details=["no records"]) for check in found[1:]]
+    return found
+
+
+def _facts(name, faults, otherwise):
+    return Check(name, "warn" if faults else "pass", list(faults) or [otherwise])
+
+
+def _cases(name, cases, missing="no records to compare"):
+    """A check from (margin, text) of each comparison: it warns with every text whose margin is negative."""
+    if not cases:
+        return Check(name, "not checked", [missing])
+    faults = [text for margin, text in cases if not margin >= 0]
+    if faults:
+        return Check(name, "warn", faults)
+    return Check(name, "pass", [f"{len(cases)} compared; the closest: {min(cases)[1]}"])
+
+
+def _same_images(records):
+    """Warns where records differ in data set or n, or those of one checkpoint in the step that it was of."""
+    images = sorted({f"{record['dataset']}, n = {record['n']}" for record in records})
+    steps = {(record["title"], record["checkpoint"], record.get("step")) for record in records}
+    moved = [key for key, count in Counter((title, name) for title, name, _ in steps).items() if count > 1]
+    faults = images if len(images) > 1 else []
+    faults += [f"{title}: the records of {name} are of several steps; evaluate again" for title, name in moved]
+    return _facts("All records are on the same images", faults, "".join(images))
+
+
+def _iterative(grouped):
+    cases = []
+    for row in grouped:
+        one_step = {str(record["eps"]): record["robust_acc"] for record in row.records if record["attack"] == "fgsm"}
+        for record in row.records:
+            eps, strong, name = str(record["eps"]), record["robust_acc"], attack_label(record["attack"])
+            if record["attack"].startswith("pgd-") and eps in one_step:
+                text = f"{row.label}, eps {eps}: {name} leaves {strong:.2f}, FGSM {one_step[eps]:.2f}"
+                cases.append((one_step[eps] + TOLERANCE - strong, text))
+    return cases
+
+
+def _rises(grouped):
+    cases = []
+    for row in grouped:
+        for attack, points in ladders(row).items():
+            for (_, eps, before), (_, larger, after) in itertools.pairwise(points):
+                text = f"{row.label}, {attack_label(attack)}: {before:.2f} at eps {eps}, {after:.2f} at eps {larger}"
+                cases.append((before + TOLERANCE - after, text))
+    return cases
+
+
+def _falls(grouped):
+    cases = []
+    for row in grouped:
+        curves = {attack: points for attack, points in ladders(row).items() if len(points) > 2}  # clean, main, more
+        if not curves:
+            continue
+        top = max(points[-1][0] for points in curves.values())
+        reached = {attack: points[-1] for attack, points in curves.items() if points[-1][0] == top}
+        attack, (_, eps, accuracy) = min(reached.items(), key=lambda item: item[1][2])
+        clean = row.records[0]["clean_acc"]
+        text = f"{row.label}: {clean:.2f} clean, {accuracy:.2f} at eps {eps} under {attack_label(attack)}"
+        cases.append((clean / 2 - accuracy, text))
+    return cases
+
+
+def _distances(grouped):
+    cases = []
+    for row in grouped:
+        for record in row.records:
+            name, eps, distance = attack_label(record["attack"]), record["eps"], record["max_distance"]
+            text = f"{row.label}, {name}: largest distance {distance:.8f}, eps {eps}"
+            cases.append((fraction(eps) + 1e-6 - distance, text))
+    return cases
+
+
+def _agreement(grouped):
+    cases = []
+    for row in grouped:
+        for record in row.records:
+            counted, stated, clean = (
+                100 * float(np.mean(robust_flags(record))),
+                record["robust_acc"],
+                record["clean_acc"],
+            )
+            name = f"{row.label}, {attack_label(record['attack'])}, eps {record['eps']}"
+            text = f"{name}: {stated:.4f} stated, {counted:.4f} counted, {clean:.4f} clean"
+            cases.append((min(0.001 - abs(counted - stated), clean + 0.001 - stated), text))
+    return cases

@@ -1,0 +1,185 @@
+"""Checkpoints under injected damage."""
+
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from ibjax import checkpoint
+from ibjax.errors import CheckpointError
+from ibjax.step import TrainState
+
+
+# Orbax leaves coroutines unawaited when one of several reads fails; Python reports them when they are collected.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
+]
+
+
+def state(step, seed=0, width=6, dtype=jnp.float32, ema=False):
+    keys = jax.random.split(jax.random.key(seed + step), 4)
+    params = {"a": {"kernel": jax.random.normal(keys[0], (width, 5), dtype)}, "b": jax.random.normal(keys[1], (3,))}
+    variables = {"params": params, "batch_stats": {"mean": jax.random.normal(keys[2], (4,))}}
+    variables["head"] = {"params": {"w": jax.random.normal(keys[3], (2,))}, "batch_stats": {}}
+    average = jax.tree.map(lambda leaf: leaf + 1, params) if ema else None
+    return TrainState(jnp.int32(step), variables, (jax.tree.map(jnp.zeros_like, params), ()), average)
+
+
+def saved(folder, steps=(1, 2, 3), **options):
+    with checkpoint.manager(folder) as orbax:
+        for step in steps:
+            checkpoint.save(orbax, state(step, **options), {"selection": {1: 10.0, 2: 30.0}.get(step, 20.0)})
+    return folder / "checkpoints"
+
+
+def latest(folder, like=None):
+    with checkpoint.manager(folder) as orbax:
+        return checkpoint.restore_latest(orbax, state(0) if like is None else like)
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_what_is_restored_is_what_was_saved(tmp_path, ema):
+    saved(tmp_path, ema=ema)
+    assert checkpoint.tree_digest(latest(tmp_path, state(0, ema=ema))) == checkpoint.tree_digest(state(3, ema=ema))
+
+
+def test_the_two_latest_and_the_best_are_kept_the_earliest_of_equals(tmp_path):
+    saved(tmp_path, steps=(1, 2, 3, 4, 5))
+    with checkpoint.manager(tmp_path, read_only=True) as orbax:
+        assert sorted(orbax.all_steps()) == [2, 4, 5]
+        assert checkpoint.find_step(orbax, "best") == 2 and checkpoint.find_step(orbax, "last") == 5
+    saved(tmp_path / "ties", steps=(3, 4))
+    with checkpoint.manager(tmp_path / "ties", read_only=True) as orbax:
+        assert checkpoint.find_step(orbax, "best") == 3
+
+
+def test_evaluation_restores_the_averaged_parameters_alone(tmp_path):
+    saved(tmp_path, steps=(1,), ema=True)
+    like = {name: state(0).variables[name] for name in ("params", "batch_stats")}
+    with checkpoint.manager(tmp_path, read_only=True) as orbax:
+        step, variables = checkpoint.restore_variables(orbax, "last", like)
+    assert step == 1
+    np.testing.assert_array_equal(variables["params"]["b"], state(1, ema=True).ema_params["b"])
+
+
+def test_no_flipped_byte_gives_a_wrong_weight(tmp_path):
+    """A flipped byte gives the step before, or, in one of Orbax's unread copies, the same state; never a wrong weight."""
+    folder = saved(tmp_path, steps=(2, 3))
+    rng = np.random.default_rng(0)
+    data = [f for item in checkpoint.ITEMS for f in (folder / "3" / item).rglob("*") if f.is_file() and "/d/" in str(f)]
+    assert data
+    found = 0
+    for trial in range(100):
+        file = data[trial % len(data)]
+        work = tmp_path / f"trial{trial}"
+        shutil.copytree(folder, work / "checkpoints")
+        target = work / "checkpoints" / file.relative_to(folder)
+        content = bytearray(target.read_bytes())
+        content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        target.write_bytes(content)
+        restored = latest(work)
+        good = {checkpoint.tree_digest(state(step)): step for step in (2, 3)}
+        step = good[checkpoint.tree_digest(restored)]  # KeyError: a wrong weight was restored silently
+        if step == 2:
+            found += 1
+            assert (work / "damaged" / "3").is_dir() and not (work / "checkpoints" / "3").exists()
+    assert found >= 10
+
+
+def test_a_changed_value_is_refused_by_name(tmp_path, monkeypatch):
+    """Where storage returns other bytes without an error of its own, the digest names the leaf."""
+    saved(tmp_path, steps=(3,))
+    real = checkpoint.digest
+    monkeypatch.setattr(checkpoint, "digest", lambda a: real(a + 1) if a.shape == (6, 5) else real(a))
+    like = {name: state(0).variables[name] for name in ("params", "batch_stats")}
+    with checkpoint.manager(tmp_path, read_only=True) as orbax:
+        with pytest.raises(CheckpointError, match="variables/params/a/kernel is damaged"):
+            checkpoint.restore_variables(orbax, "last", like)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "empty", "delete"])
+def test_each_kind_of_file_may_be_damaged(tmp_path, damage):
+    """Truncated, emptied, deleted: the step before is used, or the same state is restored; nothing else."""
+    folder = saved(tmp_path, steps=(2, 3))
+    digests = {checkpoint.tree_digest(state(step)) for step in (2, 3)}
+    files = [f for f in (folder / "3").rglob("*") if f.is_file()]
+    kinds = {f.name if not f.parent.name == "d" else "d": f for f in files}
+    for i, file in enumerate(kinds.values()):
+        work = tmp_path / f"trial{i}"
+        shutil.copytree(folder, work / "checkpoints")
+        target = work / "checkpoints" / file.relative_to(folder)
+        if damage == "delete":
+            target.unlink()
+        else:
+            os.truncate(target, 0 if damage == "empty" else target.stat().st_size // 2)
+        assert checkpoint.tree_digest(latest(work)) in digests, file
+
+
+def test_all_damaged_is_an_error_and_nothing_is_deleted(tmp_path):
+    folder = saved(tmp_path, steps=(2, 3))
+    for step in (2, 3):
+        shutil.rmtree(folder / str(step) / "variables")
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints \[2, 3\]"):
+        latest(tmp_path)
+    assert (tmp_path / "damaged" / "3" / "training").is_dir()
+
+
+@pytest.mark.parametrize(
+    "like, words",
+    [
+        (state(0, width=7), "params/a/kernel: saved float32[6, 5], wanted float32[7, 5]"),
+        (state(0, dtype=jnp.bfloat16), "wanted bfloat16[6, 5]"),
+        (state(0)._replace(opt_state=()), "wanted nothing"),
+    ],
+)
+def test_another_network_or_type_is_refused_and_the_first_leaves_listed(tmp_path, like, words):
+    folder = saved(tmp_path, steps=(3,))
+    with pytest.raises(CheckpointError) as caught:
+        latest(tmp_path, like)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert (folder / "3").is_dir()  # not damaged: not set aside
+
+
+def test_leftovers_of_a_killed_save_are_swept_and_do_not_count(tmp_path):
+    folder = saved(tmp_path, steps=(2,))
+    leftover = folder / "7.orbax-checkpoint-tmp"
+    shutil.copytree(folder / "2", leftover)
+    assert int(latest(tmp_path).step) == 2
+    assert not leftover.exists()
+
+
+def test_restoring_places_the_state_on_any_number_of_devices(tmp_path):
+    saved(tmp_path, steps=(3,))
+    for count in (1, 2, 8):
+        mesh = jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count])
+        sharding = NamedSharding(mesh, PartitionSpec())
+        like = jax.tree.map(lambda a, s=sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state(0))
+        restored = latest(tmp_path, like)
+        assert checkpoint.tree_digest(restored) == checkpoint.tree_digest(state(3))
+        assert len(restored.variables["params"]["b"].sharding.device_set) == count
+
+
+def test_a_state_with_nan_is_never_saved(tmp_path):
+    bad = state(3)
+    bad.variables["params"]["b"] = jnp.array([1.0, jnp.nan, 2.0])
+    with checkpoint.manager(tmp_path) as orbax:
+        with pytest.raises(CheckpointError, match="variables/params/b"):
+            checkpoint.save(orbax, bad)
+        assert not orbax.all_steps()
+
+
+def test_unknown_checkpoints_name_the_known(tmp_path):
+    saved(tmp_path)
+    with checkpoint.manager(tmp_path, read_only=True) as orbax:
+        for which in ("bst", "7"):
+            with pytest.raises(
+                CheckpointError, match=r"allowed: best, last, \[2, 3\]|allowed: best, last, \[1, 2, 3\]"
+            ):
+                checkpoint.find_step(orbax, which)
+    with pytest.raises(CheckpointError, match="train first"), checkpoint.manager(tmp_path / "no", read_only=True):
+        pass

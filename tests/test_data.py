@@ -1,0 +1,152 @@
+"""Data: splits, checks of damaged input, augmentation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from ibjax.data import Split, augment, check, digits, folder, hold_out, load_splits, npz, synthetic
+from ibjax.errors import DataError, InputError
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (40, 6, 6, 3), dtype=np.uint8)
+LABELS = np.arange(40) % 4
+
+
+def write_npz(path, **changes):
+    arrays = {"x_train": IMAGES, "y_train": LABELS, "x_test": IMAGES[:8], "y_test": LABELS[:8], **changes}
+    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
+    return str(path)
+
+
+def test_digits_have_a_fixed_stratified_split_without_overlap():
+    data = digits.load()
+    sizes = [len(split.labels) for split in (data.train, data.val, data.test)]
+    assert sizes == [1257, 180, 360] and data.num_classes == 10
+    assert data.train.images.dtype == np.uint8 and data.train.images.shape[1:] == (8, 8, 1)
+    assert data.train.images.max() == 255
+    for split in (data.val, data.test):
+        counts = np.bincount(split.labels, minlength=10)
+        assert counts.max() - counts.min() <= 2
+    again = digits.load()
+    np.testing.assert_array_equal(data.test.images, again.test.images)
+    everything = np.concatenate([s.images.reshape(-1, 64) for s in (data.train, data.val, data.test)])
+    assert len(np.unique(everything, axis=0)) == 1797  # no image is in two splits
+
+
+def test_hold_out_is_stratified_deterministic_and_complete():
+    rest, held = hold_out(Split(IMAGES, LABELS), 10, seed=3)
+    assert len(rest.labels) == 30 and np.ptp(np.bincount(held.labels)) <= 1
+    both = np.concatenate([rest.images, held.images]).reshape(40, -1)
+    assert sorted(map(bytes, both)) == sorted(map(bytes, IMAGES.reshape(40, -1)))
+    np.testing.assert_array_equal(held.images, hold_out(Split(IMAGES, LABELS), 10, seed=3)[1].images)
+    assert not np.array_equal(held.images, hold_out(Split(IMAGES, LABELS), 10, seed=4)[1].images)
+
+
+def test_npz_round_trip(tmp_path):
+    data = load_splits(npz.load, val_size=8, path=write_npz(tmp_path / "a.npz"))
+    assert (len(data.train.labels), len(data.val.labels), len(data.test.labels)) == (32, 8, 8)
+    np.testing.assert_array_equal(data.test.images, IMAGES[:8])
+    grey = load_splits(
+        npz.load, val_size=0, path=write_npz(tmp_path / "b.npz", x_train=IMAGES[..., 0], x_test=IMAGES[:8, ..., 0])
+    )
+    assert grey.train.images.shape == (40, 6, 6, 1) and grey.val is None
+
+
+def test_npz_accepts_column_labels_and_unit_floats(tmp_path):
+    path = write_npz(tmp_path / "a.npz", y_train=LABELS[:, None], x_train=IMAGES / 255.0, x_test=IMAGES[:8] / 255.0)
+    data = load_splits(npz.load, val_size=0, path=path)
+    assert data.train.labels.shape == (40,) and data.train.images.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(x_train=IMAGES.astype(np.float32)), "[0, 255]"),
+        (dict(x_train=np.where(IMAGES > 250, np.nan, IMAGES / 255)), "nan"),
+        (dict(x_train=IMAGES.transpose(0, 3, 1, 2)), "NCHW"),
+        (dict(x_train=IMAGES.astype(np.int64)), "int64"),
+        (dict(y_train=LABELS - 1), "[-1, 2]"),
+        (dict(y_test=LABELS[:8] + 3), "4 classes"),
+        (dict(y_train=LABELS[:39]), "40 images"),
+        (dict(y_train=LABELS.astype(float)), "integer"),
+        (dict(x_test=IMAGES[:8, :5]), "one size"),
+        (dict(y_test=None), "lacks y_test"),
+    ],
+)
+def test_wrong_arrays_are_refused_in_one_line(tmp_path, changes, words):
+    path = write_npz(tmp_path / "a.npz", **changes)
+    with pytest.raises(DataError) as caught:
+        load_splits(npz.load, val_size=0, path=path)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_damaged_and_malicious_npz_are_refused(tmp_path):
+    path = tmp_path / "a.npz"
+    write_npz(path)
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"not a zip", whole[:3000] + b"\xff" * 40 + whole[3040:]):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"a\.npz"):
+            load_splits(npz.load, val_size=0, path=str(path))
+    with pytest.raises(DataError, match="is no file"):
+        npz.load(path=str(tmp_path / "none.npz"))
+    marker = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return (marker.touch, ())
+
+    np.savez(path, x_train=np.array([Evil()], dtype=object), y_train=LABELS, x_test=IMAGES, y_test=LABELS)
+    with pytest.raises(DataError):
+        npz.load(path=str(path))
+    assert not marker.exists()
+
+
+def test_class_folders(tmp_path):
+    for split, count in (("train", 3), ("test", 1)):
+        for name in ("cat", "ant"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(IMAGES[i]).save(tmp_path / split / name / f"{i}.png")
+    data = load_splits(folder.load, val_size=0, path=str(tmp_path))
+    assert data.num_classes == 2 and list(data.train.labels) == [0, 0, 0, 1, 1, 1]
+    np.testing.assert_array_equal(data.train.images[4], IMAGES[1])
+    broken = tmp_path / "train" / "ant" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    with pytest.raises(DataError, match=r"1\.png"):
+        folder.load(path=str(tmp_path))
+    with pytest.raises(DataError, match="train/ and test/"):
+        folder.load(path=str(tmp_path / "train"))
+
+
+@pytest.mark.parametrize("padding", ["zero", "edge", "reflect"])
+def test_crops_are_windows_of_the_padded_image(padding):
+    x = jax.random.uniform(jax.random.key(0), (64, 6, 5, 3))
+    cropped = augment.crop_and_flip(pad=2, padding=padding, flip=False)(jax.random.key(1), x)
+    padded = np.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)), {"zero": "constant"}.get(padding, padding))
+    corners = set()
+    for image, whole in zip(np.asarray(cropped), padded, strict=True):
+        found = [(i, j) for i in range(5) for j in range(5) if np.array_equal(whole[i : i + 6, j : j + 5], image)]
+        assert found
+        corners.update(found)
+    assert len(corners) > 15  # of 25 places: the draw covers them
+
+
+def test_flips_are_half_and_augmentation_is_a_function_of_the_key():
+    x = jax.random.uniform(jax.random.key(0), (400, 3, 4, 1))
+    flip = augment.crop_and_flip(pad=0, flip=True)
+    y = flip(jax.random.key(1), x)
+    flipped = jnp.all(y == x[:, :, ::-1], (1, 2, 3))
+    assert 0.4 < float(flipped.mean()) < 0.6 and bool(jnp.all(flipped | jnp.all(y == x, (1, 2, 3))))
+    np.testing.assert_array_equal(y, flip(jax.random.key(1), x))
+    assert augment.crop_and_flip(pad=0, flip=False) is None
+    with pytest.raises(InputError, match="'edge'"):
+        augment.crop_and_flip(padding="edges")
+
+
+def test_check_names_the_split():
+    data = synthetic.load(shape=(8, 8, 1), num_classes=3)
+    with pytest.raises(DataError, match="val labels lie in"):
+        check(data.train, "val", 2)

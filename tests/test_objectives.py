@@ -1,0 +1,258 @@
+"""Every objective through one table of properties; then the closed forms of each."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import smoke_config
+from jax.sharding import AxisType
+
+from ibjax import checkpoint, cluster, losses, train
+from ibjax.attacks.pgd import pgd
+from ibjax.models import cnn
+from ibjax.objectives.ibd import ibd
+from ibjax.objectives.pgd_at import pgd_at
+from ibjax.objectives.standard import standard
+from ibjax.objectives.trades import trades
+from ibjax.optim import sgd
+from ibjax.step import init_state, linen_net, make_train_step, trainable, with_trainable
+
+KL = dict(loss="kl", init="gaussian")
+# name -> (objective section, changes of the attack section; None: no attack, other changes)
+OBJECTIVES = {
+    "standard": (dict(name="standard"), None, {}),
+    "pgd_at": (dict(name="pgd_at"), {}, {}),
+    "pgd_at-rice": (dict(name="pgd_at", clean_forward=True), {}, dict(attack_bn="train")),
+    "pgd_at-ema": (dict(name="pgd_at"), {}, dict(ema_decay=0.9)),
+    "trades": (dict(name="trades"), KL, {}),
+    "trades-official": (dict(name="trades", forwards=3), KL, {}),
+    "ibd": (dict(name="ibd"), KL, {}),
+    "ibd-code": (dict(name="ibd", teacher_features="nat", teacher_noise=0.001, alpha=0.8), KL, {}),
+    "ibd-paper-text": (
+        dict(
+            name="ibd", attack_target="student", positional=False, query_relu=True, energy="mean", granularity="stage"
+        ),
+        KL,
+        {},
+    ),
+    "ibd-no-features": (dict(name="ibd", beta=0.0), KL, {}),
+}
+
+
+def mesh(devices):
+    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+
+
+def experiment(name, teacher, devices=8):
+    """A small experiment on 8 × 8 images, with the teacher of the smoke run."""
+    objective, attack, changes = OBJECTIVES[name]
+    settings = smoke_config("digits")
+    settings.data.n_train = 64
+    settings.objective = objective
+    settings.batch_size = 16
+    settings.teacher.recipe = None
+    settings.teacher.workdir = str(teacher)
+    settings.model.update(widths=((8,), (8,)))
+    settings.optimizer.lr = 0.05
+    settings.update(changes)
+    if attack is None:
+        settings.attack = None
+    else:
+        settings.attack.update(attack, eps="0.02", step_size="0.01", unroll=False)
+    return train.build(settings)._replace(mesh=mesh(devices))
+
+
+class Stepper:
+    """Runs single steps of an experiment on its mesh."""
+
+    def __init__(self, made):
+        self.experiment = made
+        self.dispatch = train.make_dispatch(made, 1)
+        split = made.data.train
+        key = jax.random.key(1)
+        host = (split.images, split.labels)
+        self.arguments = [cluster.replicate(array, made.mesh) for array in host]
+        self.arguments += [jax.device_put(key, jax.sharding.NamedSharding(made.mesh, cluster.REPLICATED))]
+        placed = jax.tree.map(lambda leaf: cluster.replicate(np.asarray(leaf), made.mesh), made.teacher_variables)
+        self.arguments += [placed, cluster.replicate(np.int32(1), made.mesh)]
+
+    def __call__(self, state, steps=1):
+        for _ in range(steps):
+            state, metrics = self.dispatch(state, *self.arguments)
+        return state, {name: float(value[0]) for name, value in metrics.items()}
+
+
+@pytest.fixture(params=list(OBJECTIVES), scope="module")
+def stepper(request, digits_run):
+    """A compiled step of each objective on eight devices, shared by the properties."""
+    made = Stepper(experiment(request.param, digits_run / "teacher"))
+    made.name = request.param
+    return made
+
+
+def test_one_and_eight_devices_take_the_same_step(stepper, digits_run):
+    """Values and the updated state agree within 1e-5, batch-norm statistics included."""
+    results = []
+    for other in (Stepper(experiment(stepper.name, digits_run / "teacher", devices=1)), stepper):
+        state, metrics = other(train.initial_state(other.experiment), steps=2)
+        results.append((checkpoint.flatten(jax.device_get(state)), metrics))
+    (one, one_metrics), (eight, eight_metrics) = results
+    assert one.keys() == eight.keys()
+    for path, leaf in one.items():
+        np.testing.assert_allclose(leaf, eight[path], rtol=1e-5, atol=1e-5, err_msg=path)
+    for key, value in one_metrics.items():
+        np.testing.assert_allclose(value, eight_metrics[key], rtol=1e-4, atol=1e-5, err_msg=key)
+
+
+def test_the_loss_falls_and_the_step_compiles_once(stepper):
+    state, first = stepper(train.initial_state(stepper.experiment))
+    state, last = stepper(state, steps=30)
+    assert last["loss"] < first["loss"]
+    assert stepper.dispatch._cache_size() == 1
+
+
+def test_saving_and_restoring_changes_no_bit(stepper, tmp_path):
+    state, _ = stepper(train.initial_state(stepper.experiment))
+    with checkpoint.manager(tmp_path) as orbax:
+        checkpoint.save(orbax, state, {"selection": 1.0})
+        restored = checkpoint.restore_latest(orbax, train.initial_state(stepper.experiment))
+    assert checkpoint.tree_digest(restored) == checkpoint.tree_digest(state)
+    assert checkpoint.tree_digest(stepper(restored)[0]) == checkpoint.tree_digest(stepper(state)[0])
+
+
+# ---- closed forms ------------------------------------------------------------------------------------------
+
+MODEL = cnn.Model(4, widths=((6,), (6,)), hidden=(), padding=1, batch_norm=True, pool="average")
+BATCH = {
+    "image": jax.random.uniform(jax.random.key(0), (12, 8, 8, 1)),
+    "label": jnp.arange(12) % 4,
+    "index": jnp.arange(12),
+}
+X_ADV = jnp.clip(BATCH["image"] + 0.1 * jax.random.normal(jax.random.key(1), (12, 8, 8, 1)), 0, 1)
+
+
+def random_variables(seed, model=MODEL):
+    variables = model.init(jax.random.key(seed), BATCH["image"])
+    keys = iter(jax.random.split(jax.random.key(seed + 100), 99))
+    return jax.tree.map(lambda leaf: leaf + 0.3 * jnp.abs(jax.random.normal(next(keys), leaf.shape)), variables)
+
+
+VARIABLES, TEACHER = random_variables(0), random_variables(7)
+NET = linen_net(MODEL, MODEL, TEACHER)
+
+
+def loss_and_gradient(objective, variables=VARIABLES, net=NET, x_adv=X_ADV):
+    if objective.head is not None and "head" not in variables:
+        features = net.predict(variables, BATCH["image"])[1]
+        variables = {**variables, "head": objective.head.init(jax.random.key(5), features, features, train=False)}
+
+    def value(params):
+        loss, (after, metrics) = objective.loss(net, with_trainable(variables, params), BATCH, x_adv, jax.random.key(2))
+        return loss, (after, metrics)
+
+    (loss, (after, metrics)), gradient = jax.value_and_grad(value, has_aux=True)(trainable(variables))
+    return loss, gradient, after, metrics
+
+
+def test_trades_with_beta_zero_is_cross_entropy():
+    plain, gradient, _, _ = loss_and_gradient(standard())
+    zero, zero_gradient, _, _ = loss_and_gradient(trades(beta=0.0))
+    np.testing.assert_allclose(zero, plain, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient, zero_gradient)
+
+
+def test_trades_is_its_formula():
+    (clean, _), after = NET.forward(VARIABLES, BATCH["image"], jax.random.key(0))
+    (adv, _), _ = NET.forward(after, X_ADV, jax.random.key(0))
+    p, q = jax.nn.softmax(clean), jax.nn.softmax(adv)
+    natural = -np.log(np.asarray(p)[np.arange(12), BATCH["label"]]).mean()
+    robust = (np.asarray(p) * np.log(np.asarray(p) / np.asarray(q))).sum(1).mean()
+    np.testing.assert_allclose(loss_and_gradient(trades(beta=6.0))[0], natural + 6 * robust, rtol=1e-5)
+
+
+def test_trades_gradient_flows_through_the_clean_prediction():
+    """It differs from the version that stops the gradient there, which is another method."""
+    _, gradient, _, _ = loss_and_gradient(trades())
+
+    def stopped(params):
+        variables = with_trainable(VARIABLES, params)
+        (clean, _), variables = NET.forward(variables, BATCH["image"], jax.random.key(0))
+        (adv, _), _ = NET.forward(variables, X_ADV, jax.random.key(0))
+        robust = losses.kl(adv, jax.lax.stop_gradient(jax.nn.softmax(clean)))
+        return jnp.mean(losses.cross_entropy(clean, BATCH["label"])) + 6 * jnp.mean(robust)
+
+    other = jax.grad(stopped)(trainable(VARIABLES))
+    difference = max(float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (gradient, other)), strict=True))
+    assert difference > 1e-2
+
+
+def test_three_forwards_move_the_running_statistics_once_more_and_nothing_else():
+    two, two_gradient, two_after, _ = loss_and_gradient(trades())
+    three, three_gradient, three_after, _ = loss_and_gradient(trades(forwards=3))
+    np.testing.assert_allclose(two, three, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), two_gradient, three_gradient)
+    _, again = NET.forward(two_after, BATCH["image"], jax.random.key(0))
+    expected, got = again["batch_stats"], three_after["batch_stats"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), expected, got)
+
+
+def test_the_attack_leaves_the_running_statistics_alone_and_training_mode_moves_them():
+    """Evaluation mode: the statistics after the step are those of one pass over x_adv. Training mode: of more."""
+
+    def step(training):
+        from ibjax.attacks.pgd import stateful_pgd
+
+        options = dict(eps=0.1, step_size=0.05, steps=3, init="none", unroll=False)
+        attacks = (None, stateful_pgd(**options)) if training else (pgd(**options), None)
+        made = make_train_step(lambda _: NET, pgd_at(), sgd(lr=lambda s: 0.0), *attacks)
+        state = init_state(jax.random.key(0), NET, MODEL, None, sgd(lr=lambda s: 0.0), BATCH["image"], False)
+        state = state._replace(variables=VARIABLES)
+        return made(state, BATCH, jax.random.key(0))[0].variables["batch_stats"]
+
+    x_adv = pgd(eps=0.1, step_size=0.05, steps=3, init="none", unroll=False)(
+        jax.random.key(0), lambda x: NET.predict(VARIABLES, x)[0], BATCH["image"], BATCH["label"]
+    )
+    _, expected = NET.forward(VARIABLES, x_adv, jax.random.key(0))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), expected["batch_stats"], step(False))
+    # keep = 0.9 and four passes: 0.9⁴ of the old statistics is left, against 0.9 after one
+    moved, old = step(True)["bn1"]["mean"], VARIABLES["batch_stats"]["bn1"]["mean"]
+    once = expected["batch_stats"]["bn1"]["mean"]
+    ratio = np.asarray((moved - old) / (once - old))
+    np.testing.assert_allclose(ratio, (1 - 0.9**4) / 0.1, rtol=0.25)
+
+
+def test_ibd_is_kl_to_the_teacher_and_has_cross_entropys_gradient():
+    """The paper's D is the cross-entropy with the teacher's distribution, ours the KL: a constant apart."""
+    y_t = jax.nn.softmax(NET.teacher(BATCH["image"])[0])
+    loss, gradient, _, _ = loss_and_gradient(ibd(beta=0.0, alpha=0.9))
+
+    def cross_entropy(params):
+        variables = with_trainable(VARIABLES, params)
+        (clean, _), variables = NET.forward(variables, BATCH["image"], jax.random.key(0))
+        (adv, _), _ = NET.forward(variables, X_ADV, jax.random.key(0))
+        return 0.1 * jnp.mean(losses.cross_entropy(clean, y_t)) + 0.9 * jnp.mean(losses.cross_entropy(adv, y_t))
+
+    value, expected = jax.value_and_grad(cross_entropy)(trainable(VARIABLES))
+    entropy = -jnp.mean(jnp.sum(y_t * jnp.log(y_t), -1))
+    np.testing.assert_allclose(loss, value - entropy, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient, expected)
+
+
+def test_no_gradient_reaches_the_teacher():
+    def loss(teacher_variables):
+        net = linen_net(MODEL, MODEL, teacher_variables)
+        return loss_and_gradient(ibd(), net=net)[0]
+
+    gradient = jax.grad(loss)(TEACHER)
+    assert all(float(jnp.abs(leaf).max()) == 0.0 for leaf in jax.tree.leaves(gradient["params"]))
+
+
+def test_the_attacks_target_follows_its_option():
+    def target(objective):
+        return objective.target(NET, VARIABLES, BATCH, jax.random.key(0))
+
+    student = jax.nn.softmax(NET.predict(VARIABLES, BATCH["image"])[0])
+    np.testing.assert_allclose(target(ibd()), jax.nn.softmax(NET.teacher(BATCH["image"])[0]), rtol=1e-5)
+    np.testing.assert_allclose(target(ibd(attack_target="student")), student, rtol=1e-5)
+    np.testing.assert_allclose(target(trades()), student, rtol=1e-5)
+    np.testing.assert_array_equal(target(pgd_at()), BATCH["label"])

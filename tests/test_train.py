@@ -1,0 +1,216 @@
+"""The loop: data order, resuming to the bit, what stops it."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import smoke_config
+
+from ibjax import checkpoint, cluster, metrics, run, train
+from ibjax.errors import DivergedError, InputError, PreemptedError
+
+
+def settings(**changes):
+    made = smoke_config("digits")
+    recipe = made.contrast.undefended
+    recipe.update(objective=dict(name="pgd_at"), epochs=3, log_every=3, checkpoint_every=1)
+    recipe.data.n_train = 48  # 40 after validation: 5 steps an epoch
+    recipe.attack = dict(name="pgd", eps="0.1", step_size="0.05", steps=1)
+    for key, value in changes.items():
+        recipe[key] = value
+    return recipe
+
+
+def trained(workdir, recipe):
+    """(digest of all state, metrics without timings) after training."""
+    train.train(train.build(recipe), workdir)
+    made = train.build(recipe)
+    with checkpoint.manager(workdir) as orbax:
+        state = checkpoint.restore_latest(orbax, train.initial_state(made))
+    rows = [{k: v for k, v in row.items() if k != "images_per_s"} for row in metrics.read(workdir / "metrics.jsonl")]
+    return checkpoint.tree_digest(state), rows
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run of `settings()`."""
+    return trained(tmp_path_factory.mktemp("whole"), settings())
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(monkeypatch, dispatches, error=Stop):
+    """Ends the loop as a crash or a notice would, after so many dispatches."""
+    calls = iter(range(10**6))
+
+    def preempted():
+        if next(calls) + 1 < dispatches:
+            return False
+        if error is PreemptedError:
+            return True
+        raise error
+
+    monkeypatch.setattr(cluster, "preempted", preempted)
+
+
+def assert_no_gap_no_duplicate(rows, total):
+    spans = [(row["step"] - row["steps"], row["step"]) for row in rows if row["kind"] == "train"]
+    assert spans[0][0] == 0 and spans[-1][1] == total
+    assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+    validated = [row["step"] for row in rows if row["kind"] == "val"]
+    assert len(validated) == len(set(validated))
+
+
+@pytest.mark.parametrize("crash_at", [1, 8, 13])
+def test_a_crash_anywhere_and_the_same_command_give_the_same_bits(tmp_path, monkeypatch, crash_at, whole):
+    recipe, (expected, expected_rows) = settings(), whole
+    with monkeypatch.context() as patch:
+        stop_after(patch, crash_at)
+        with pytest.raises(Stop):
+            train.train(train.build(recipe), tmp_path / "broken")
+    got, rows = trained(tmp_path / "broken", recipe)
+    assert got == expected and rows == expected_rows
+    assert_no_gap_no_duplicate(rows, 15)
+
+
+def test_a_notice_saves_the_very_step_and_continuing_gives_the_same_bits(tmp_path, monkeypatch, whole):
+    recipe, (expected, _) = settings(), whole
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7, PreemptedError)
+        with pytest.raises(PreemptedError, match="saved step 7 of 15"):
+            train.train(train.build(recipe), tmp_path / "broken")
+    got, rows = trained(tmp_path / "broken", recipe)
+    assert got == expected
+    assert_no_gap_no_duplicate(rows, 15)
+
+
+def test_several_steps_per_dispatch_take_the_same_steps(tmp_path, whole):
+    """The loop of accelerators, compiled once, whatever the length of a dispatch."""
+    _, one = whole
+    _, several = trained(tmp_path / "several", settings(steps_per_dispatch=3))
+    assert [row["step"] for row in one] == [row["step"] for row in several]
+    for a, b in zip(one, several, strict=True):
+        for key in ("loss", "robust_acc"):
+            if key in a:
+                np.testing.assert_allclose(a[key], b[key], rtol=1e-3)
+    made = train.build(settings(steps_per_dispatch=3))
+    dispatch, state = train.make_dispatch(made, 3), train.initial_state(made)
+    arrays = [cluster.replicate(a, made.mesh) for a in (made.data.train.images, made.data.train.labels)]
+    for n in (1, 3, 2):
+        state, _ = dispatch(state, *arrays, jax.random.key(0), None, np.int32(n))
+    assert int(state.step) == 6 and dispatch._cache_size() == 1
+
+
+def test_the_order_is_a_permutation_of_each_epoch_and_a_function_of_seed_and_epoch():
+    """Seen through a train step that returns the indices of its batch."""
+
+    def orders(seed, skip=0):
+        made = train.build(settings(seed=seed))
+        seen = []
+
+        def spy(state, batch, key, teacher):
+            return state._replace(step=state.step + 1), {"index": batch["index"]}
+
+        dispatch = train.make_dispatch(made._replace(train_step=spy), 1)
+        state = train.initial_state(made)._replace(step=jax.numpy.int32(skip))
+        arrays = [cluster.replicate(a, made.mesh) for a in (made.data.train.images, made.data.train.labels)]
+        for _ in range(10 - skip):
+            state, values = dispatch(state, *arrays, jax.random.key(seed), None, np.int32(1))
+            seen.append(np.asarray(values["index"][0]))
+        return seen
+
+    first = orders(0)
+    for epoch in (first[:5], first[5:]):
+        assert sorted(np.concatenate(epoch)) == list(range(40))
+    assert not np.array_equal(np.concatenate(first[:5]), np.concatenate(first[5:]))
+    np.testing.assert_array_equal(first[7:], orders(0, skip=7))  # no iterator state: any step can be the first
+    assert not np.array_equal(first[0], orders(1)[0])
+
+
+def test_nothing_is_transferred_from_the_host_inside_an_epoch(tmp_path, monkeypatch):
+    """The guard is on around every dispatch: an implicit transfer there raises."""
+    made = train.build(settings())
+    levels = []
+
+    def spy(state, batch, key, teacher):
+        levels.append(jax.config.jax_transfer_guard_host_to_device or jax.config.jax_transfer_guard)
+        return made.train_step(state, batch, key, teacher)
+
+    train.train(made._replace(train_step=spy), tmp_path)
+    assert levels and set(levels) == {"disallow"}
+
+
+def test_a_nan_stops_the_run_and_the_last_good_checkpoint_stays(tmp_path):
+    made = train.build(settings())
+
+    def poisoned(state, batch, key, teacher):
+        state, values = made.train_step(state, batch, key, teacher)
+        bad = state.step == 8
+        return state, {**values, "loss": jax.numpy.where(bad, jax.numpy.nan, values["loss"])}
+
+    with pytest.raises(DivergedError) as caught:
+        train.train(made._replace(train_step=poisoned), tmp_path)
+    assert "step 8" in str(caught.value) and "last good checkpoint is step 5" in str(caught.value)
+    with checkpoint.manager(tmp_path, read_only=True) as orbax:
+        assert list(orbax.all_steps()) == [5]
+
+
+def test_a_high_learning_rate_diverges_with_one_line(tmp_path):
+    recipe = settings(objective=dict(name="standard"), attack=None)
+    recipe.optimizer.lr = 999.0
+    recipe.optimizer.weight_decay = 10.0
+    with pytest.raises(DivergedError, match=r"lower optimizer\.lr|not saved"):
+        train.train(train.build(recipe), tmp_path)
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    recipe = settings(epochs=1)
+    trained(tmp_path, recipe)
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "checkpoints").rglob("*") if f.is_file()}
+    trained(tmp_path, recipe)
+    assert before == {f: f.stat().st_mtime_ns for f in (tmp_path / "checkpoints").rglob("*") if f.is_file()}
+
+
+def test_another_configuration_in_the_same_workdir_is_refused(tmp_path):
+    trained(tmp_path, settings(epochs=1))
+    with pytest.raises(InputError, match=r"epochs=1, now 2"):
+        train.train(train.build(settings(epochs=2)), tmp_path)
+    trained(tmp_path, settings(epochs=1, log_every=1))  # what does not change the result may change
+
+
+def test_two_runs_in_one_workdir_the_second_is_refused(tmp_path):
+    with run.lock(tmp_path), pytest.raises(InputError, match="another run"), run.lock(tmp_path):
+        pass
+    with run.lock(tmp_path):
+        pass
+
+
+def test_validation_is_sparse_then_dense(tmp_path):
+    recipe = settings(epochs=6)
+    recipe.validate.update(every=4, dense_from=5)
+    _, rows = trained(tmp_path, recipe)
+    assert [row["step"] for row in rows if row["kind"] == "val"] == [20, 25, 30]
+
+
+def test_a_cut_last_line_of_metrics_is_dropped(tmp_path):
+    log = metrics.MetricsLog(tmp_path, 0)
+    log.write("train", 1, steps=1, loss=0.5)
+    log.write("train", 2, steps=1, loss=0.4)
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as handle:
+        handle.write('{"kind": "train", "st')
+    metrics.MetricsLog(tmp_path, 1).close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1]
+
+
+def test_the_configuration_comes_back_from_disk_as_it_was(tmp_path):
+    recipe = settings(epochs=1)
+    trained(tmp_path, recipe)
+    saved, facts = run.read_config(tmp_path)
+    assert json.loads(json.dumps(recipe.to_dict())) == json.loads(json.dumps(saved.to_dict()))
+    assert facts["num_classes"] == 10 and facts["n_train"] == 40
+    assert dataclasses.is_dataclass(run.load(tmp_path).model)
