@@ -46,7 +46,7 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
 
 def exit_with(command: Callable[[], None]) -> NoReturn:
     """Runs a command line's body; what the user can mend ends in one line on stderr and a code of its own."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file it writes
     logging.getLogger("jax").setLevel(logging.ERROR)
     code, message = 0, ""

@@ -67,12 +67,12 @@ class Scorer:
         self.batch_size = -(-batch_size // count) * count
         self.sharded = NamedSharding(mesh, cluster.BATCH)
 
-        def score(variables, images, labels, index, key, eps, step_size):
+        def score(variables, images, labels, index, seed, eps, step_size):
             def logits_fn(x):
                 return predict(variables, x)[0]
 
             x = to_float(images)
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), index)
             x_adv = make_attack(eps, step_size)(keys, logits_fn, x, labels)
             clean, logits = logits_fn(x), logits_fn(x_adv)
             correct = losses.correct(clean, labels)
@@ -88,7 +88,7 @@ class Scorer:
         self,
         variables: Variables,
         split: Split,
-        key: jax.Array,
+        seed: int,
         *,
         eps: Any,
         step_size: Any,
@@ -111,7 +111,7 @@ class Scorer:
                 chosen = np.minimum(index, total - 1)
                 arrays = (split.images[chosen], split.labels[chosen], index)
                 images, labels, index = (self._shard(array) for array in arrays)
-                flags, x_adv = self.score(variables, images, labels, index, key, eps, step_size)
+                flags, x_adv = self.score(variables, images, labels, index, np.uint32(seed), eps, step_size)
                 count = min(size, total - first)
                 parts.append(jax.tree.map(lambda value, n=count: np.asarray(value)[:n], flags))
                 if first < keep:
@@ -218,7 +218,7 @@ def evaluate(
         validation = checkpoints.metrics(orbax, trained.step)
     folder = Path(workdir) / "eval" / str(checkpoint)
     common = _common(trained, checkpoint, settings, split, validation, warnings)
-    records, key = [], jax.random.key(trained.config.seed)
+    records, seed = [], trained.config.seed
     for name in settings["attacks"]:
         attack = named_attack(name, settings["norm"])
         scorer = Scorer(predict, attack, mesh, settings["batch_size"], settings["norm"])
@@ -230,7 +230,7 @@ def evaluate(
             if record is None:
                 started, wanted = time.perf_counter(), keep if eps == main else 0
                 result = scorer(
-                    trained.variables, split, key, eps=eps, step_size=step_size, progress=f"{name} {eps}", keep=wanted
+                    trained.variables, split, seed, eps=eps, step_size=step_size, progress=f"{name} {eps}", keep=wanted
                 )
                 flags, x_adv = result if wanted else (result, None)
                 record = _record(identity, flags, time.perf_counter() - started)

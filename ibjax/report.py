@@ -149,8 +149,7 @@ def _read_metrics(file, problems):
 def _read_records(folder, problems):
     """The records of all checkpoints, each (checkpoint, step, attack, eps, n) once."""
     found: dict[tuple, Record] = {}
-    files = folder.glob("eval/*/*.json")
-    for file in sorted(files, key=lambda file: (file.parent.name, "@" in file.stem, file.name)):
+    for file in sorted(folder.glob("eval/*/*.json")):  # "pgd-20.json" before "pgd-20@0.1.json"
         record = _read_json(file, problems)
         if not record:
             continue

@@ -204,7 +204,7 @@ def make_dispatch(experiment: Experiment, capacity: int) -> Callable:
 
 def initial_state(experiment: Experiment) -> TrainState:
     """The state before the first step, on all devices, from the configuration's seed."""
-    model_key = jax.random.split(jax.random.key(experiment.config.seed))[0]
+    model_key = _key(experiment.config.seed, 0, experiment.mesh)
     x = jnp.zeros((1, *experiment.data.train.images.shape[1:]), jnp.float32)
 
     def init(key, teacher_variables):
@@ -215,6 +215,12 @@ def initial_state(experiment: Experiment) -> TrainState:
 
     replicated = NamedSharding(experiment.mesh, cluster.REPLICATED)
     return jax.jit(init, out_shardings=replicated)(model_key, experiment.teacher_variables)
+
+
+def _key(seed, which, mesh):
+    """One of the run's keys (0: initial weights, 1: training), on all devices of all processes."""
+    replicated = NamedSharding(mesh, cluster.REPLICATED)
+    return jax.jit(lambda: jax.random.split(jax.random.key(seed))[which], out_shardings=replicated)()
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------
@@ -248,11 +254,10 @@ def _loop(experiment, orbax, state, step, total, write):
     settings, per_epoch, mesh = experiment.config, experiment.steps_per_epoch, experiment.mesh
     capacity = min(settings.steps_per_dispatch or _default_capacity(settings), per_epoch)
     dispatch = make_dispatch(experiment, capacity)
-    _, key = jax.random.split(jax.random.key(settings.seed))
     train_data = experiment.data.train
     images, labels = (cluster.replicate(array, mesh) for array in (train_data.images, train_data.labels))
     lengths = {n: cluster.replicate(np.int32(n), mesh) for n in range(1, capacity + 1)}
-    key = jax.device_put(key, NamedSharding(mesh, cluster.REPLICATED))
+    key = _key(settings.seed, 1, mesh)
     validate = _validator(experiment)
     window, window_start, started = [], step, time.perf_counter()
 
@@ -325,7 +330,7 @@ def _validator(experiment):
 
     def validate(state):
         variables = checkpoints.split(state)[0]
-        flags = scorer(variables, split, jax.random.key(settings.seed), eps=eps, step_size=eps)
+        flags = scorer(variables, split, settings.seed, eps=eps, step_size=eps)
         robust = 100 * float(np.mean(flags.robust))
         return {"clean_acc": 100 * float(np.mean(flags.clean)), "robust_acc": robust, "selection": robust}
 

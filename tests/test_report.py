@@ -1,8 +1,10 @@
 """Reports on small hand-made runs: tables, checks, damaged files, the page."""
 
 import base64
+import errno
 import html.parser
 import json
+import pathlib
 import re
 import runpy
 import sys
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from ibjax import report, results
+from ibjax.errors import InputError
 
 N = 8
 FLAGS = {  # the images that are robust at the main eps; images 2 and 3 withstand all three attacks
@@ -78,7 +81,7 @@ def write_run(folder, records=(), title="student", epochs=2, select_on="val", ro
 
 def write_examples(folder, eps=8 / 255):
     """Two images of which the second is misclassified under the attack."""
-    x = np.full((2, 4, 4, 1), 0.5, np.float32)
+    x = np.random.default_rng(0).integers(1, 9, (2, 4, 4, 1)).astype(np.float32) / 10
     arrays = dict(label=np.array([3, 7]), predicted=np.array([3, 7]), predicted_adv=np.array([3, 9]))
     file = folder / "eval" / "best" / "pgd-2.examples.npz"
     np.savez_compressed(file, x=x, x_adv=x + np.float32(eps), **arrays)
@@ -186,7 +189,7 @@ def test_a_healthy_run_passes_every_check():
         ("flags", record(robust_acc=50.0), "50.0000 stated, 37.5000 counted"),
         ("flags", record(clean_acc=25.0), "25.0000 clean"),
         ("commit", record(commit="def5678"), "abc1234 | def5678"),
-        ("commit", record(commit="abc1234+"), "abc1234+"),
+        ("commit", healthy(commit="abc1234+"), "abc1234+"),
     ],
 )
 def test_each_check_warns_on_the_fault_that_it_is_for(name, fault, numbers):
@@ -241,6 +244,18 @@ def test_a_main_record_is_the_one_whose_file_has_no_at_sign(tmp_path):
     assert found["main"]
 
 
+def test_the_name_of_a_file_says_which_eps_is_the_main_one(tmp_path):
+    """Whatever the run's own configuration says: a teacher is evaluated with the settings of its student."""
+    own = {"evaluate": {"eps": "16/255"}}
+    folder = write_run(tmp_path / "a", [{**each, "config": own} for each in healthy()])
+    for file in folder.glob("eval/best/*.json"):
+        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "main"}))
+    assert [(each["eps"], each["main"]) for each in report.read([folder])[0].records] == [
+        ("8/255", True),
+        ("16/255", False),
+    ] * 3
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -275,13 +290,13 @@ def test_other_damaged_files_are_named_too(tmp_path, name):
     assert "62.50" in page_of(folder)
 
 
-def test_a_damaged_compressed_image_is_named(tmp_path):
+def test_damage_anywhere_in_the_images_is_named(tmp_path):
     folder = write_run(tmp_path / "run", healthy())
     file = write_examples(folder)
-    content = bytearray(file.read_bytes())
-    content[60:90] = bytes(30)
-    file.write_bytes(content)
-    assert any("pgd-2.examples.npz" in problem for problem in report.read([folder])[0].problems)
+    content = file.read_bytes()
+    for i in range(60, 260, 4):  # in the first array, its header and its compressed bytes
+        file.write_bytes(content[:i] + bytes([content[i] ^ 0xFF]) + content[i + 1 :])
+        assert any("pgd-2.examples.npz" in problem for problem in report.read([folder])[0].problems)
 
 
 def test_an_unfinished_run_says_so(tmp_path):
@@ -350,7 +365,7 @@ def test_the_page_refers_to_nothing_outside_itself(tmp_path):
 
 
 def test_whatever_stands_in_a_file_is_escaped(tmp_path):
-    evil = '</title><script>alert("x")</script><img src=//evil onerror=x>$\\frac{'
+    evil = '</title><script>alert("x")</script><img src=//evil onerror=x>$\\frac{$'
     changes = dict(title=evil, dataset=evil, commit=evil, hardware=evil, warnings=[evil], versions={evil: evil})
     records = healthy(**changes, checkpoint="best", selected_on=evil, step=evil, seed=evil)
     records.append(record(evil.replace("/", "|"), flags=[0] * N, **changes))
@@ -386,11 +401,16 @@ def test_wrong_predictions_are_marked_and_the_factor_is_named(tmp_path):
 def test_a_page_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     folder = write_run(tmp_path / "run", healthy())
     before = page_of(folder)
-    monkeypatch.setattr(report, "read", lambda workdirs: [None])
-    with pytest.raises(AttributeError):
+    assert sorted(file.name for file in folder.glob("report*")) == ["report.html"]
+
+    def full_disk(file, text, **options):
+        file.write_bytes(text.encode()[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_text", full_disk)
+    with pytest.raises(InputError, match=r"report\.html cannot be written \(No space left on device\)"):
         report.write([folder], folder / "report.html")
     assert (folder / "report.html").read_text() == before
-    assert sorted(file.name for file in folder.glob("report*")) == ["report.html"]
 
 
 def test_the_same_results_give_the_same_page(tmp_path):

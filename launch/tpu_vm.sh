@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# On every worker of a Cloud TPU slice:
+#
+#   TPU=name ZONE=us-central2-b launch/tpu_vm.sh --config=configs/ibd_wrn.py --workdir=/mnt/shared/runs/ibd_wrn
+#
+# Copies this tree to all workers, installs it with the extra [tpu], and starts the same command on each; they find
+# each other through the TPU's metadata. The workdir must be a folder that all workers see (Filestore, a mounted bucket).
+set -euo pipefail
+: "${TPU:?name of the TPU}" "${ZONE:?its zone}"
+here=$(cd "$(dirname "$0")/.." && pwd)
+archive=$(mktemp --suffix=.tar.gz)
+trap 'rm -f "$archive"' EXIT
+tar -C "$here" --exclude=.git --exclude=runs --exclude=.venv -czf "$archive" .
+gcloud compute tpus tpu-vm scp "$archive" "$TPU":ibjax.tar.gz --zone="$ZONE" --worker=all
+gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command="
+  set -e
+  mkdir -p ibjax && tar -C ibjax -xzf ibjax.tar.gz && cd ibjax
+  python3 -m venv .venv && . .venv/bin/activate && pip install -q -e '.[tpu]'
+  python -m ibjax.main $(printf '%q ' "$@")"
