@@ -58,7 +58,7 @@ class ResNet(nn.Module):
         """Logits of images in [0, 1]."""
         x = F.relu(self.bn_stem(self.stem(x)))
         for name in self.names:
-            x = self.get_submodule(name)(x)
+            x = getattr(self, name)(x)
         return self.head(x.mean((2, 3)))
 
 

@@ -1,13 +1,15 @@
-"""The quickstart: IBD on the 1,797 handwritten digits of scikit-learn.
+"""The quickstart: IBD on the 1,797 handwritten digits (8×8, 16 grey levels) that scikit-learn ships.
 
     python -m ibjax.main --config=configs/digits.py --workdir=runs/digits
 
-Trains a TRADES teacher, an undefended network for contrast, and an IBD student from the teacher.
+Trains a TRADES teacher, an undefended network for contrast, and from the teacher an IBD student of the same
+architecture; attacks all three at eps 2/16, two of the digits' grey levels. Two minutes on two CPU cores.
 """
 
 from ibjax.config import base, parse_arg, smoke
 
-EPS, STEP = "0.15", "0.0375"
+EPS, STEP = "2/16", "1/32"
+LADDER = ("1/16", "3/16", "4/16", "6/16")
 
 
 def get_config(arg=None):
@@ -39,18 +41,18 @@ def undefended():
 
 
 def recipe(title):
+    """What the three runs share."""
     config = base()
     config.title = title
-    config.data = dict(name="digits", val_size=0, split_seed=0)
+    config.data = dict(name="digits", val_size=0, split_seed=0)  # the digits bring their own validation split
     config.augment = dict(pad=1, padding="zero", flip=False)
     config.model = dict(name="cnn", widths=((32, 32), (64, 64)), hidden=(), padding=1, batch_norm=True, pool="average")
     config.batch_size = 64
     config.epochs = 40
-    config.optimizer.update(lr=0.1)
     config.schedule = dict(name="cosine")
     for attack in (config.attack, config.validate.attack):
         attack.update(eps=EPS, step_size=STEP)
     config.validate.update(every=5, batch_size=256)
-    config.evaluate.update(eps=EPS, step_size=STEP, ladder=("0.05", "0.1", "0.2"), batch_size=256)
-    config.log_every = 19
+    config.evaluate.update(eps=EPS, step_size=STEP, ladder=LADDER, batch_size=256)
+    config.log_every = 19  # the steps of an epoch
     return config

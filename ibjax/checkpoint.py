@@ -51,7 +51,13 @@ def manager(workdir: Path, *, read_only: bool = False, asynchronous: bool | None
     )
     if read_only and not folder.is_dir():
         raise CheckpointError(f"{folder} does not exist; train first, or give the workdir of a trained run")
-    with ocp.CheckpointManager(folder, options=options) as orbax:
+    level = logging.getLogger("absl").level
+    logging.getLogger("absl").setLevel(logging.ERROR)  # it comments on every opening of a folder for reading
+    try:
+        orbax = ocp.CheckpointManager(folder, options=options)
+    finally:
+        logging.getLogger("absl").setLevel(level)
+    with orbax:
         yield orbax
 
 

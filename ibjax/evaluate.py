@@ -12,6 +12,7 @@ computed again; every x_adv lies in the eps-ball and in [0, 1] to 1e-6, checked 
 import argparse
 import base64
 import datetime
+import functools
 import json
 import logging
 import sys
@@ -27,9 +28,8 @@ from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from ibjax import checkpoint as checkpoints
-from ibjax import cluster, config, errors, losses, report, run
+from ibjax import cluster, config, errors, losses, report, results, run
 from ibjax.attacks import geometry
-from ibjax.attacks.fgsm import fgsm
 from ibjax.attacks.pgd import Attack, pgd
 from ibjax.data import Split
 from ibjax.errors import InputError, PreemptedError, nearest
@@ -57,7 +57,7 @@ class Scorer:
     def __init__(
         self,
         predict: Callable,
-        make_attack: Callable[[Any, Any], Attack],
+        make_attack: Callable[..., Attack],  # of eps and step_size
         mesh: Any,
         batch_size: int,
         norm: str = "linf",
@@ -73,7 +73,7 @@ class Scorer:
 
             x = to_float(images)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), index)
-            x_adv = make_attack(eps, step_size)(keys, logits_fn, x, labels)
+            x_adv = make_attack(eps=eps, step_size=step_size)(keys, logits_fn, x, labels)
             clean, logits = logits_fn(x), logits_fn(x_adv)
             correct = losses.correct(clean, labels)
             in_box = jnp.all((x_adv >= 0) & (x_adv <= 1), axis=(1, 2, 3))
@@ -130,14 +130,13 @@ class Scorer:
         return jax.make_array_from_callback(array.shape, self.sharded, array.__getitem__)
 
 
-def named_attack(name: str, norm: str) -> Callable[[Any, Any], Attack]:
-    """(eps, step_size) -> attack, for a name as "fgsm", "pgd-20" or "cw-100"; raises InputError on others."""
-    family, _, count = name.partition("-")
+def attack_settings(name: str) -> dict[str, Any]:
+    """What a name as "fgsm", "pgd-20" or "cw-100" stands for, as arguments of `pgd`; raises InputError on others."""
+    family, _, steps = name.partition("-")
     if name == "fgsm":
-        return lambda eps, step_size: fgsm(norm=norm, eps=eps)
-    if family in ("pgd", "cw") and count.isdigit() and int(count) > 0:
-        loss = {"pgd": "ce", "cw": "margin"}[family]
-        return lambda eps, step_size: pgd(loss=loss, norm=norm, eps=eps, step_size=step_size, steps=int(count))
+        return dict(loss="ce", init="none", steps=1, restarts=1)
+    if family in ("pgd", "cw") and steps.isdigit() and int(steps) > 0:
+        return dict(loss={"pgd": "ce", "cw": "margin"}[family], init="uniform", steps=int(steps), restarts=1)
     raise InputError(f"attack '{name}' is unknown; {nearest(name, ('fgsm', 'pgd-20', 'cw-20'))}")
 
 
@@ -177,7 +176,7 @@ def gate(logits_fn: Callable, images: np.ndarray, labels: np.ndarray) -> list[st
 def check_settings(settings: Any) -> None:
     """Raises InputError where an `evaluate` section names an attack, norm or eps that there is not."""
     for name in settings["attacks"]:
-        named_attack(name, settings["norm"])
+        attack_settings(name)
     for eps in (settings["eps"], *settings["ladder"]):
         geometry.radius(eps, settings["norm"])
 
@@ -220,11 +219,13 @@ def evaluate(
     common = _common(trained, checkpoint, settings, split, validation, warnings)
     records, seed = [], trained.config.seed
     for name in settings["attacks"]:
-        attack = named_attack(name, settings["norm"])
+        options = attack_settings(name)
+        attack = functools.partial(pgd, norm=settings["norm"], **options)
         scorer = Scorer(predict, attack, mesh, settings["batch_size"], settings["norm"])
         for eps in radii:
-            step_size = _scaled_step(settings, eps)
-            identity = {**common, "attack": name, "eps": eps, "step_size": step_size}
+            step_size = eps if name == "fgsm" else _scaled_step(settings, eps)
+            own = {"attack": name, "attack_settings": options, "eps": eps, "step_size": step_size, "main": eps == main}
+            identity = {**common, **own}
             file = folder / (f"{name}.json" if eps == main else f"{name}@{str(eps).replace('/', '_')}.json")
             record = _existing(file, identity)
             if record is None:
@@ -258,15 +259,16 @@ def _test_split(trained, n):
 
 
 def _common(trained, checkpoint, settings, split, validation, warnings):
-    selected_on = {"best": trained.config.select_on}.get(str(checkpoint), "last")
+    selected_on = {"best": trained.config.select_on, "last": "last"}.get(str(checkpoint), "step")
     return {
-        "title": trained.config.title or trained.workdir.name,
+        "title": trained.config.title or trained.workdir.resolve().name,
         "dataset": trained.facts["label"],
         "norm": settings["norm"],
         "n": len(split.labels),
         "seed": trained.config.seed,
         "checkpoint": str(checkpoint),
         "step": trained.step,
+        "weights": checkpoints.tree_digest(trained.variables),
         "selected_on": selected_on,
         "validation": validation,
         "config": config.plain(trained.config),
@@ -277,18 +279,20 @@ def _common(trained, checkpoint, settings, split, validation, warnings):
     }
 
 
-_IDENTITY = ("attack", "eps", "step_size", "norm", "n", "seed", "step", "dataset")
+_IDENTITY = ("weights", "attack", "attack_settings", "eps", "step_size", "norm", "n", "seed", "dataset")
 
 
 def _existing(file, identity):
-    """The record in `file` if it is of the same evaluation."""
+    """The record in `file`, under its present title, if it is of the same evaluation of the same weights."""
     try:
         record = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
+        results.validate(record)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None  # absent or damaged: computed again
     wanted = json.loads(json.dumps(identity))
-    same = all(record.get(key) == wanted[key] for key in _IDENTITY)
-    return record if same and record.get("config", {}).get("model") == wanted["config"]["model"] else None
+    if any(record.get(key) != wanted[key] for key in _IDENTITY):
+        return None
+    return {**record, **{key: wanted[key] for key in ("title", "config", "main")}}
 
 
 def _record(identity, flags, seconds):
@@ -318,12 +322,6 @@ def _save_examples(folder, name, split, x_adv, trained):
         predicted=logits.argmax(1),
         predicted_adv=logits_adv.argmax(1),
     )
-
-
-def robust_flags(record: dict[str, Any]) -> np.ndarray:
-    """The (n,) bool flags of a record."""
-    packed = np.frombuffer(base64.b64decode(record["robust_flags"]), np.uint8)
-    return np.unpackbits(packed, count=record["n"]).astype(bool)
 
 
 def main() -> None:

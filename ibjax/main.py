@@ -112,7 +112,7 @@ def execute(settings: ConfigDict, workdir: Path, mode: str) -> list[dict]:
         if mode == "train":
             for recipe, folder in runs:
                 train.train(train.build(recipe), folder)
-        for _, folder in runs:
+        for _, folder in reversed(runs):  # the run itself first, then what it is contrasted with
             records += evaluate(folder, "best", settings=settings.evaluate)
         if jax.process_index() == 0:
             report.write([folder for _, folder in reversed(runs)], workdir / "report.html")

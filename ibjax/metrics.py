@@ -1,8 +1,10 @@
-"""metrics.jsonl: one JSON object a line, with "kind" ("train" or "val") and "step"; every step is in one row.
+"""metrics.jsonl: one JSON object a line, with "kind" and "step"; accuracies are in percent.
 
-A "train" row averages its metrics over the `steps` steps that end at `step`.
+"train" averages its metrics over the `steps` steps that end at `step`: every step is in one row. "val" has the
+accuracies that select a checkpoint. "diverged" has the reason why training stopped.
 """
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -27,7 +29,7 @@ class MetricsLog:
         self.handle.flush()
         os.fsync(self.handle.fileno())
         if self.board:
-            for name, value in values.items():
+            for name, value in values.items() if kind != "diverged" else ():
                 self.board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
@@ -38,13 +40,11 @@ class MetricsLog:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """All whole rows of a metrics file; a last line cut by a crash is left out. Empty where there is no file."""
+    """All whole rows of a metrics file; a line cut by a crash is left out. Empty where there is no file."""
     rows = []
     for line in file.read_text().splitlines() if file.is_file() else ():
-        try:
+        with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-        except ValueError:
-            break
     return rows
 
 

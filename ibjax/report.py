@@ -108,7 +108,10 @@ def _state(config, facts, logged, problems):
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return None
     step = max((row["step"] for row in logged), default=0)
-    if any(not np.isfinite(value) for row in logged for value in row.values() if isinstance(value, float)):
+    reasons = [row["reason"] for row in logged if row.get("kind") == "diverged" and "reason" in row]
+    if reasons:
+        problems.append(f"it diverged: {reasons[-1]}")
+    elif any(not np.isfinite(value) for row in logged for value in row.values() if isinstance(value, float)):
         problems.append(f"it diverged: metrics.jsonl holds NaN or Inf, {step} of {total} steps")
     elif step < total:
         problems.append(f"it is not finished, {step} of {total} steps: it runs, was stopped, or diverged")
@@ -137,12 +140,13 @@ def _short(file):
 def _read_metrics(file, problems):
     try:
         found = metrics.read(file)
-        lines = len(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else 0
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     except (OSError, ValueError) as error:
         problems.append(f"{file.name} cannot be read ({error})")
         return []
-    if len(found) < lines - 1:  # one cut line at the end is what a crash leaves, and no damage
-        problems.append(f"{file.name} is damaged at line {len(found) + 1}; the rows after it are not shown")
+    damaged = len(lines) - len(found) - (bool(lines) and not lines[-1].endswith("}"))  # a crash cuts the last line
+    if damaged > 0:
+        problems.append(f"{file.name} has {damaged} damaged line(s), which are left out")
     return [row for row in found if isinstance(row, dict) and type(row.get("step")) is int]
 
 
@@ -201,7 +205,7 @@ def write(workdirs: Iterable[str | os.PathLike], out: str | os.PathLike) -> list
     text = report_page.page(runs, out)
     temporary = out.with_name(out.name + ".tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")
         temporary.replace(out)
     except OSError as error:
         raise InputError(f"{out} cannot be written ({error.strerror}); give another --out") from None

@@ -152,8 +152,8 @@ def _training_figure(run, name):
     val = [row for row in run.metrics if row.get("kind") == "val"]
     chosen = "test" if run.config.get("select_on") == "test" else "validation"
     curves = (  # rows, key, factor to percent, symbol in the plot, in the legend, name
-        (train, "clean_acc", 100, "-", "━", "training images, clean"),
-        (train, "adv_acc", 100, "-", "━", "training images, attacked"),
+        (train, "clean_acc", 1, "-", "━", "training images, clean"),
+        (train, "adv_acc", 1, "-", "━", "training images, attacked"),
         (val, "clean_acc", 1, "--o", "●", f"{chosen} images, clean"),
         (val, "robust_acc", 1, "--s", "■", f"{chosen} images, attacked"),
     )

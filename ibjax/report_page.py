@@ -114,13 +114,12 @@ def _provenance(records):
         return escape("; ".join(dict.fromkeys(str(value) for value in values)))
 
     mains = [record for record in records if results.is_main(record)] or records
-    attacks = {(record["attack"], str(record.get("step_size"))): None for record in mains}
-    ordered = sorted(attacks, key=lambda item: results.strength(item[0]))
+    ordered = sorted(mains, key=lambda record: results.strength(record["attack"]))
     sizes = sorted({record["n"] for record in records})
     interval = 98 / min(sizes) ** 0.5  # 1.96 standard errors where they are largest, at 50 %
     versions = [" ".join(f"{k} {v}" for k, v in dict(record.get("versions") or {}).items()) for record in records]
     facts = {
-        "Attacks": "<br>".join(escape(_describe(*attack)) for attack in ordered)
+        "Attacks": "<br>".join(dict.fromkeys(escape(_describe(record)) for record in ordered))
         + "<br>On the ladder, step sizes scale with eps",
         "Images": f"n = {distinct(sizes)} of the test set; their sampling leaves each accuracy uncertain by up to "
         f"±{interval:.1f} points (95 %)",
@@ -149,15 +148,15 @@ def _number(value):
     return value if isinstance(value, int | float) and np.isfinite(value) else 0.0
 
 
-def _describe(attack, step_size):
-    """An attack's constants, as `evaluate.named_attack` sets them."""
-    family, _, steps = attack.partition("-")
-    if family == "fgsm":
-        return "FGSM: one step of size eps on the cross-entropy, no random start"
-    if family in ("pgd", "cw"):
-        loss = "cross-entropy" if family == "pgd" else "margin loss"
-        return f"{attack_label(attack)}: {steps} steps of {step_size} on the {loss}, uniform random start, no restarts"
-    return attack_label(attack)
+def _describe(record):
+    """An attack's constants, as its record states them."""
+    made, label = record.get("attack_settings"), attack_label(record["attack"])
+    if not made:
+        return label
+    loss = {"ce": "cross-entropy", "margin": "margin loss"}.get(made["loss"], made["loss"])
+    start = "no random start" if made["init"] == "none" else f"{made['init']} random start"
+    steps = "1 step" if made["steps"] == 1 else f"{made['steps']} steps"
+    return f"{label}: {steps} of {record['step_size']} on the {loss}, {start}, {made['restarts']} restart(s)"
 
 
 def _checks(checks):
@@ -165,7 +164,7 @@ def _checks(checks):
     for check in checks:
         details = "".join(f"<li>{escape(text)}</li>" for text in check.details)
         items.append(
-            f"<tr><td>{_badge(check.status)}</td><th scope=row>{escape(check.name)}<ul>{details}</ul></th></tr>"
+            f"<tr><td>{_badge(check.status)}</td><td><strong>{escape(check.name)}</strong><ul>{details}</ul></td></tr>"
         )
     return (
         '<section id="checks"><h2>Self-checks</h2><p class="note">Computed from the records of this page, in percent; '
@@ -272,10 +271,10 @@ svg * { stroke-linejoin: round } svg text { font-family: inherit !important }
 .strip th[scope=row] { text-align: left; padding-right: .8rem; white-space: nowrap; color: var(--muted) }
 .strip img { display: block; width: 4.6rem; max-width: none; image-rendering: pixelated; border: 1px solid var(--line) }
 .wrong { color: var(--red); font-weight: 700 }
-.checks { width: 100%; margin-top: .6rem } .checks td, .checks th { padding: .5rem .8rem .5rem 0; vertical-align: top;
-  text-align: left; border-bottom: 1px solid var(--line) } .checks td { width: 8rem } .checks th { font-weight: 600 }
-.checks ul { margin: .1rem 0 0; padding: 0; list-style: none; font-weight: 400; font-size: .875rem; color: var(--muted);
-  overflow-wrap: anywhere }
+.checks { width: 100%; margin-top: .6rem } .checks td:first-child { width: 8rem }
+.checks td { padding: .5rem .8rem .5rem 0; vertical-align: top; border-bottom: 1px solid var(--line) }
+.checks strong { font-weight: 600 } .checks ul { margin: .1rem 0 0; padding: 0; list-style: none; font-size: .875rem;
+  color: var(--muted); overflow-wrap: anywhere }
 summary { cursor: pointer; padding: .3rem 0; font-weight: 500 }
 @media (max-width: 40rem) { .facts { grid-template-columns: 1fr; gap: 0 } .facts dd { margin-bottom: .5rem } }
 @media print {

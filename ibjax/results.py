@@ -136,12 +136,12 @@ def tables(records: Iterable[Record]) -> list[Table]:
         groups: dict[tuple, list[Record]] = {}
         for record in filter(is_main, row.records):
             groups.setdefault((record["dataset"], record["norm"], str(record["eps"])), []).append(record)
-        for key, group in groups.items():
+        for (dataset, norm, eps), group in groups.items():
             first = group[0]
             robust = {record["attack"]: record["robust_acc"] for record in group}
             selection = first["checkpoint"], first["selected_on"]
             line = Line(row.label, *selection, first["n"], first["clean_acc"], robust, worst_case(group))
-            table = found.setdefault(key, Table(*key, [], []))
+            table = found.setdefault((dataset, norm, eps), Table(dataset, norm, eps, [], []))
             table.lines.append(line)
             table.attacks[:] = sorted({*table.attacks, *robust}, key=strength)
     return list(found.values())

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -191,4 +192,5 @@ def commit() -> str | None:
 
 def environment() -> dict[str, Any]:
     """What env.json says."""
-    return {"versions": versions(), "hardware": hardware(), "commit": commit(), "platform": platform.platform()}
+    where = {"hardware": hardware(), "platform": platform.platform()}
+    return {"command": sys.argv, "versions": versions(), "commit": commit(), **where}

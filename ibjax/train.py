@@ -269,9 +269,12 @@ def _loop(experiment, orbax, state, step, total, write):
         rows = [(n, jax.device_get(metrics)) for n, metrics in window]
         names = rows[0][1].keys()
         values = {name: np.concatenate([metrics[name][:n] for n, metrics in rows]) for name in names}
-        _stop_if_diverged(values, window_start, orbax)
+        if reason := _divergence(values, window_start, orbax):
+            write("diverged", step, reason=reason)
+            raise DivergedError(reason)
         seconds = time.perf_counter() - started
-        means = {name: float(np.mean(value)) for name, value in values.items()}
+        percent = {name: 100.0 if name.endswith("_acc") else 1.0 for name in values}
+        means = {name: percent[name] * float(np.mean(value)) for name, value in values.items()}
         rate = (step - window_start) * settings.batch_size / seconds
         write("train", step, steps=step - window_start, epoch=step / per_epoch, **means, images_per_s=round(rate, 1))
         bar.set_postfix_str(f"loss {means['loss']:.3f}, {rate:.0f} images/s")
@@ -325,7 +328,8 @@ def _validator(experiment):
     attack = config.build("attacks", options, "validate.attack")
     split = experiment.data.val if settings.select_on == "val" else experiment.data.test
     predict = experiment.bind_net(None).predict
-    scorer = Scorer(predict, lambda eps, step_size: attack, experiment.mesh, settings.validate.batch_size)
+    norm = options.get("norm", "linf")
+    scorer = Scorer(predict, lambda **_: attack, experiment.mesh, settings.validate.batch_size, norm)
     eps = options.get("eps", 0.0)
 
     def validate(state):
@@ -337,16 +341,18 @@ def _validator(experiment):
     return validate
 
 
-def _stop_if_diverged(values, first, orbax):
+def _divergence(values, first, orbax):
+    """What is not finite, where, and what to do; None when all is well."""
     for name, value in values.items():
         if not np.all(np.isfinite(value)):
             step = first + int(np.argmin(np.isfinite(value))) + 1
-            norm = values["grad_norm"][: step - first][-2:].tolist()
+            norms = values["grad_norm"][: step - first][-2:].tolist()
             good = checkpoints.latest_step(orbax)
-            raise DivergedError(
-                f"{name} became NaN or Inf at step {step} (gradient norms before it: {norm}); "
+            return (
+                f"{name} became NaN or Inf at step {step} (last gradient norms: {norms}); "
                 f"the last good checkpoint is {'none' if good is None else f'step {good}'}; lower optimizer.lr"
             )
+    return None
 
 
 def _save(orbax, state, scores):

@@ -294,9 +294,15 @@ def test_damage_anywhere_in_the_images_is_named(tmp_path):
     folder = write_run(tmp_path / "run", healthy())
     file = write_examples(folder)
     content = file.read_bytes()
-    for i in range(60, 260, 4):  # in the first array, its header and its compressed bytes
+    whole, named = report.read([folder])[0].examples, 0
+    for i in range(30, 260, 4):  # in the first array, its zip header and its compressed bytes
         file.write_bytes(content[:i] + bytes([content[i] ^ 0xFF]) + content[i + 1 :])
-        assert any("pgd-2.examples.npz" in problem for problem in report.read([folder])[0].problems)
+        run = report.read([folder])[0]
+        if any("pgd-2.examples.npz" in problem for problem in run.problems):
+            named += 1
+        else:  # a byte that says nothing of the images, as a date
+            np.testing.assert_equal(run.examples, whole)
+    assert named > 40
 
 
 def test_an_unfinished_run_says_so(tmp_path):
@@ -309,13 +315,17 @@ def test_an_unfinished_run_says_so(tmp_path):
 def test_a_diverged_run_says_so(tmp_path):
     rows = [{"kind": "train", "step": s, "epoch": s / 2, "loss": float("nan")} for s in (2, 4)]
     assert "it diverged" in page_of(write_run(tmp_path / "run", healthy(), rows=rows))
+    rows = [{"kind": "diverged", "step": 2, "reason": "loss became NaN at step 2"}]
+    assert "it diverged: loss became NaN at step 2" in page_of(write_run(tmp_path / "other", healthy(), rows=rows))
 
 
-def test_rows_after_a_damaged_line_are_not_lost_in_silence(tmp_path):
+def test_a_damaged_line_is_named_and_the_rows_around_it_kept(tmp_path):
     folder = write_run(tmp_path / "run", healthy())
     whole = (folder / "metrics.jsonl").read_text().splitlines()
     (folder / "metrics.jsonl").write_text("\n".join([whole[0], "{garbled", *whole[1:]]))
-    assert any("damaged at line 2" in problem for problem in report.read([folder])[0].problems)
+    found = report.read([folder])[0]
+    assert any("1 damaged line" in problem for problem in found.problems)
+    assert len(found.metrics) == len(whole)
 
 
 # ---- the page ----------------------------------------------------------------------------------------------

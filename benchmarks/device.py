@@ -1,0 +1,268 @@
+"""What one runs once on an accelerator: one command, under ten minutes, one JSON file.
+
+    python benchmarks/device.py --out=results/device.json [--data=FOLDER|FILE.npz] [--minutes=2.5] [--total-minutes=9.5]
+    python benchmarks/device.py --quick            the same in two minutes on a CPU, at tiny sizes
+
+| part       | what                                                                                                  |
+|------------|-------------------------------------------------------------------------------------------------------|
+| step       | PGD-10 ResNet-18 in bf16 against the PyTorch twin, batch 512 and 128 (benchmarks/pgd_step.py)         |
+| throughput | images/s and share of peak: PGD-10 PreActResNet-18 and WRN-28-10, TRADES-10, IBD-10 (ResNet-18)       |
+| training   | PGD-AT of PreActResNet-18 on --data, as many epochs as fit --minutes; FGSM, PGD-20, CW-20             |
+| tests      | the quick tests with JAX on the accelerator                                                           |
+
+Every part is a process of its own with a share of the time; what it finds is written as it is found, and a part that
+fails or runs out of time is recorded with its last lines and stops no other.
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARES = {"step": 5, "throughput": 4, "tests": 3}  # of the time that training leaves; unused time passes on
+PARTS = ("step", "throughput", "training", "tests")
+RESERVE_S = 75  # of the training part: reading, compiling, evaluating
+
+
+def update(out: Path, part: str, **values: Any) -> None:
+    """Adds values to one part of the JSON file, which is there whole at any time."""
+    content = json.loads(out.read_text()) if out.is_file() else {}
+    content[part] = {**content.get(part, {}), **values}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(out)
+
+
+# ---- the parts, each in a process of its own -----------------------------------------------------------------
+
+
+def step(given: argparse.Namespace) -> None:
+    """Against the PyTorch twin; `torch.compile` comes last because it may take longest."""
+    import jax
+    import pgd_step
+
+    dtype, repeats, n = ("float32", 2, 1) if given.quick else ("bfloat16", 5, 10)
+    plan = [(512, False), (128, False), (512, True)] if jax.default_backend() != "cpu" else [(32, False)]
+    records = []
+    for batch_size, compiled_twin in [(2, False)] if given.quick else plan:
+        record = pgd_step.measure(batch_size, dtype, repeats, n, peak=given.peak_tflops, compiled_twin=compiled_twin)
+        records.append(record)
+        update(given.out, "step", records=records, table=pgd_step.table(records))
+
+
+def throughput(given: argparse.Namespace) -> None:
+    """Images/s of whole train steps, the network's data on the device."""
+    import jax
+    import pgd_step
+
+    from ibjax.attacks.pgd import pgd
+    from ibjax.models import preact_resnet, resnet, wide_resnet
+    from ibjax.objectives.ibd import ibd
+    from ibjax.objectives.pgd_at import pgd_at
+    from ibjax.objectives.trades import trades
+
+    options = {"num_classes": 10, "dtype": "bfloat16"}
+    small = {"num_classes": 10, "blocks": (1, 1), "width": 4} if given.quick else options
+    wide = {"num_classes": 10, "depth": 10, "width": 1} if given.quick else options | {"width": 10}
+    deep = wide if given.quick else wide | {"depth": 34}
+    ce, kl = (pgd(steps=10), pgd(steps=10, loss="kl", init="gaussian"))
+    preact, basic = preact_resnet.Model(**small), resnet.Model(**small)
+    wrn28 = wide_resnet.Model(**(wide if given.quick else wide | {"depth": 28}))
+    plan = {  # name: network, objective, attack, teacher, nominal GFLOP per image
+        "PGD-10 PreActResNet-18": (preact, pgd_at(), ce, None, 23 * 1.11),
+        "IBD-10 ResNet-18 from WRN-34-10": (basic, ibd(), kl, wide_resnet.Model(**deep), 26 * 1.11 + 2 * 13.3),
+        "PGD-10 WRN-28-10": (wrn28, pgd_at(), ce, None, 23 * 10.5),
+        "TRADES-10 ResNet-18": (basic, trades(), kl, None, 27 * 1.11),
+    }
+    batch_size, n = (8, 1) if given.quick else (512, 10)
+    rows, peak = {}, pgd_step.peak_tflops("bfloat16", given.peak_tflops)
+    for name, (model, objective, attack, teacher, gflop) in plan.items():
+        try:
+            steps = {name: pgd_step.ibjax_steps(model, objective, attack, batch_size, teacher)}
+            first = pgd_step.warm_up(steps, [])[name]
+            seconds = pgd_step.alternate(steps, 3, n).seconds[name]
+            rate = batch_size / sorted(seconds)[1]
+            share = rate * gflop / (peak * 1e3) if peak else None
+            memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+            rows[name] = {
+                "images_per_s": rate,
+                "share_of_peak": share,
+                "batch": batch_size,
+                "seconds_per_step": seconds,
+                "first_two_steps_s": first,
+                "peak_bytes_so_far": memory,
+                "gflop_per_image": gflop,
+            }
+        except Exception as error:  # whatever it is, the other rows are still wanted
+            rows[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
+        update(given.out, "throughput", rows=rows)
+
+
+def training(given: argparse.Namespace) -> None:
+    """A short PGD-AT run through `train.build`, its epochs chosen from the measured rate, and its evaluation."""
+    from ibjax import config, run, train
+    from ibjax.evaluate import evaluate
+
+    settings = config.base()
+    settings.title = "PGD-AT PreActResNet-18, short"
+    if given.quick:
+        settings.data = dict(name="synthetic", shape=(32, 32, 3), num_classes=10, n_train=136, val_size=8, split_seed=0)
+        settings.model = dict(name="preact_resnet", blocks=(1, 1), width=4)
+    else:
+        name = "npz" if given.data.suffix == ".npz" else "folder"
+        settings.data = dict(name=name, path=str(given.data), val_size=1000, split_seed=0)
+        settings.model = dict(name="preact_resnet", depth=18, dtype="bfloat16")
+    settings.batch_size = 32 if given.quick else 512
+    settings.optimizer.lr = 0.05 if given.quick else 0.3
+    settings.schedule = dict(name="one_cycle")
+    n = len(run.load_data(settings).train.labels) if not given.quick else 128
+    settings.epochs = 2 if given.quick else max(1, int(affordable_images(given) / n))
+    settings.validate.update(every=settings.epochs, batch_size=min(1000, settings.batch_size * 2))
+    settings.evaluate.update(attacks=("fgsm", "pgd-20", "cw-20"), batch_size=min(1000, settings.batch_size * 2))
+    update(given.out, "training", epochs=settings.epochs, n_train=n, config=config.plain(settings))
+
+    started = time.perf_counter()
+    train.train(train.build(settings), given.workdir)
+    update(given.out, "training", training_s=round(time.perf_counter() - started, 1))
+    evaluate(given.workdir, "last")
+
+
+def affordable_images(given: argparse.Namespace) -> float:
+    """How many images may pass through training in the time, at 0.85 of the rate of the bare step."""
+    rows = json.loads(given.out.read_text()).get("throughput", {}).get("rows", {})
+    rate = rows.get("PGD-10 PreActResNet-18", {}).get("images_per_s")
+    if rate is None:
+        import pgd_step
+
+        from ibjax.attacks.pgd import pgd
+        from ibjax.models import preact_resnet
+        from ibjax.objectives.pgd_at import pgd_at
+
+        model = preact_resnet.Model(num_classes=10, depth=18, dtype="bfloat16")
+        steps = {"": pgd_step.ibjax_steps(model, pgd_at(), pgd(), 512)}
+        pgd_step.warm_up(steps, [])
+        rate = 512 / pgd_step.alternate(steps, 1, 3).seconds[""][0]
+    return 0.85 * rate * max(60 * given.minutes - RESERVE_S, 15)
+
+
+def collect_training(out: Path, workdir: Path) -> None:
+    """What the training part has left in its folder, also where it was stopped."""
+    records = {file.stem: json.loads(file.read_text()) for file in sorted(workdir.glob("eval/*/*.json"))}
+    for record in records.values():
+        del record["config"]  # stands beside the records already
+    log = workdir / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")] if log.is_file() else []
+    update(out, "training", records=records, metrics=rows)
+
+
+def collect_tests(out: Path, log: str) -> None:
+    """Counts and failures from pytest's verbose lines, also where it was stopped."""
+    outcomes = re.findall(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)", log, re.MULTILINE)
+    counts = {word.lower(): sum(outcome == word for _, outcome in outcomes) for word in ("PASSED", "FAILED", "ERROR")}
+    failures = [test for test, outcome in outcomes if outcome in ("FAILED", "ERROR")]
+    update(out, "tests", **counts, skipped=len(outcomes) - sum(counts.values()), failures=failures, tail=log[-4000:])
+
+
+# ---- the parent ----------------------------------------------------------------------------------------------
+
+
+def run_part(name: str, given: argparse.Namespace, limit: float, workdir: Path) -> None:
+    """Runs one part within `limit` seconds and records how it ended."""
+    paths = [f"--out={given.out}", f"--workdir={workdir}"] + ([f"--data={given.data}"] if given.data else [])
+    command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], f"--part={name}", *paths]
+    if name == "tests":
+        tests = "tests/test_twin.py" if given.quick else "tests"
+        options = ["-v", "--tb=short", "-o", "addopts=--strict-markers", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", *options, "-m", "not slow", tests]
+    print(f"{name}: at most {limit:.0f} s", flush=True)
+    started, log, status = time.perf_counter(), workdir.with_name(f"{name}.log"), "stopped from outside"
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        code = process.wait(limit)
+        status = "done" if code == 0 else f"failed, exit code {code}"
+    except subprocess.TimeoutExpired:
+        status = f"stopped after {limit:.0f} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        update(given.out, name, status=status, seconds=round(time.perf_counter() - started, 1))
+        text = log.read_text(errors="replace")
+        if name == "tests":
+            collect_tests(given.out, text)
+        elif name == "training":
+            collect_training(given.out, workdir)
+        if status != "done":
+            update(given.out, name, tail=text[-4000:])
+    print(f"{name}: {status}", flush=True)
+
+
+def run_all(given: argparse.Namespace) -> None:
+    """All parts one after the other; unused time passes on to those that come later."""
+    end = time.perf_counter() + 60 * given.total_minutes
+    given.out.unlink(missing_ok=True)
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    update(given.out, "run", date=date, command=sys.argv, python=platform.python_version(), quick=given.quick)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{folder}/cache")  # the parts share compiled programs
+        for i, name in enumerate(given.parts):
+            later = given.parts[i:]
+            left = end - time.perf_counter() - (60 * given.minutes if "training" in later else 0)
+            limit = 60 * given.minutes
+            if name != "training":
+                limit = left * SHARES[name] / sum(SHARES.get(part, 0) for part in later)
+            if name == "training" and not (given.data or given.quick):
+                update(given.out, name, status="left out: no --data")
+            elif limit < 5:
+                update(given.out, name, status="left out: no time")
+            else:
+                run_part(name, given, limit, Path(folder) / "run")
+    print(given.out)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = Path("results") / f"device-{datetime.date.today()}.json"
+    parser.add_argument("--out", type=Path, default=default, help="the JSON file, written anew")
+    parser.add_argument("--data", type=Path, help="to train on: class folders, or an .npz in Keras's layout")
+    parser.add_argument("--minutes", type=float, help="for training, its compilation and evaluation; default 2.5")
+    parser.add_argument("--total-minutes", type=float, default=9.5, help="for everything")
+    parser.add_argument("--peak-tflops", type=float, help="of the accelerator in bf16; default: known for some")
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=PARTS, help=",".join(PARTS))
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and synthetic data, to try the script")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--workdir", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if unknown := set(given.parts) - set(PARTS):
+        parser.error(f"--parts {', '.join(unknown)} is unknown; allowed: {', '.join(PARTS)}")
+    if given.minutes is None:
+        given.minutes = 1.0 if given.quick else 2.5 if given.data else 0.0
+    given.out = given.out.resolve()
+    given.data = given.data.resolve() if given.data else None
+    if not given.part:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a `finally` stops the part that runs
+        run_all(given)
+        return
+    import pgd_step
+
+    if "environment" not in json.loads(given.out.read_text()):
+        update(given.out, "environment", **pgd_step.environment())
+    {"step": step, "throughput": throughput, "training": training}[given.part](given)
+
+
+if __name__ == "__main__":
+    main()

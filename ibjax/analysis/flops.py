@@ -1,0 +1,153 @@
+"""The FLOPs audit: does a compiled train step compute what its method needs, and nothing twice?
+
+    python -m ibjax.analysis.flops --config=configs/NAME.py[:arg] [--batch=8] [--shape=32,32,3 --classes=10]
+
+    ratio    = FLOPs of the compiled step / FLOPs of one compiled forward pass in evaluation mode, same batch
+    expected = forward passes that the method's page amounts to; an input gradient costs 2, an update 3
+    quotient = ratio / expected                                                    the bar: at most 1.05
+
+| method           | expected                                  |
+|------------------|-------------------------------------------|
+| standard         | 3                                         |
+| PGD-k            | 2k + 3            (+ 1: clean_forward)    |
+| TRADES-k         | 2k + 1 + 6        (+ 3: forwards=3)       |
+| IBD-k            | 2k + 6 + 2t       (t with features of the teacher at x, + 1: attack_target="student") |
+
+k attack steps; t is one forward pass of the teacher in units of the student's. FLOPs are XLA's own count, which leaves
+out padding. A rolled loop's body is counted once, so the attack is unrolled here. `--shape` puts noise in place of the
+configuration's data. The command compiles for the CPU, whatever else is there.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from ibjax import errors, train
+from ibjax.errors import InputError
+from ibjax.step import Net, Variables
+
+
+def compiled_flops(function: Callable, *args: Any) -> float:
+    """What XLA counts for `function` once compiled; arguments may be `jax.ShapeDtypeStruct`s."""
+    return float(jax.jit(function).lower(*args).compile().cost_analysis()["flops"])
+
+
+def step_cost(
+    train_step: Callable,
+    bind_net: Callable[[Variables | None], Net],
+    state: Any,
+    batch: Any,
+    teacher_variables: Variables | None = None,
+) -> dict[str, float]:
+    """FLOPs of a train step and of what it is made of: {"forward", "teacher", "step"}; nothing is run.
+
+    Args:
+      train_step, bind_net: as `ibjax.step.make_train_step` returns and takes them; the attack's loop unrolled.
+      state, batch, teacher_variables: arrays, or their shapes and types.
+    """
+    state, batch, teacher_variables = (_abstract(tree) for tree in (state, batch, teacher_variables))
+    x = jax.ShapeDtypeStruct(batch["image"].shape, "float32")
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    teacher = 0.0
+    if teacher_variables is not None:
+        teacher = compiled_flops(lambda variables, x: bind_net(variables).teacher(x), teacher_variables, x)
+    return {
+        "forward": compiled_flops(lambda variables, x: bind_net(None).predict(variables, x)[0], state.variables, x),
+        "teacher": teacher,
+        "step": compiled_flops(train_step, state, batch, key, teacher_variables),
+    }
+
+
+def _abstract(tree):
+    """Shapes and types without devices: everything is compiled for one."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def expected_forwards(settings: ConfigDict, teacher: float = 0.0) -> float | None:
+    """Forward passes of the network that a step of the configuration amounts to; None for a method not in the table.
+
+    `teacher` is the cost of one of the teacher's, in the same unit.
+    """
+    objective, attack = settings.objective, settings.attack
+    ascent = 0
+    if attack is not None:
+        steps, restarts = attack.get("steps", 1 if attack.name == "fgsm" else 10), attack.get("restarts", 1)
+        ascent = 2 * steps if restarts == 1 else restarts * (2 * steps + 1)
+    match objective.name:
+        case "standard":
+            return 3
+        case "pgd_at":
+            return ascent + 3 + bool(objective.get("clean_forward"))
+        case "trades":
+            return ascent + 1 + 3 * objective.get("forwards", 2)
+        case "ibd":
+            at_x_adv = objective.get("beta", 0.8) and objective.get("teacher_features", "adv") == "adv"
+            student = objective.get("attack_target", "teacher") == "student"
+            return ascent + 6 + student + teacher * (2 if at_x_adv else 1)
+    return None
+
+
+def audit(settings: ConfigDict) -> dict[str, Any]:
+    """Compiles one step of a configuration, as `train.build` makes it, and compares it with what its method needs.
+
+    Returns {"method", "batch_size", "forward_flops", "teacher_flops", "step_flops", "ratio", "expected", "quotient"};
+    the last two are None for a method that `expected_forwards` does not know. Raises InputError as `train.build` does.
+    """
+    settings = settings.copy_and_resolve_references()
+    if settings.attack is not None and settings.attack.name == "pgd":
+        with settings.unlocked():
+            settings.attack.unroll = True
+    experiment = train.build(settings)
+    image, scalar = experiment.data.train.images, ((settings.batch_size,), "int32")
+    batch = {"image": ((settings.batch_size, *image.shape[1:]), image.dtype), "label": scalar, "index": scalar}
+    batch = {name: jax.ShapeDtypeStruct(*leaf) for name, leaf in batch.items()}
+    state = jax.eval_shape(partial(train.initial_state, experiment))
+    cost = step_cost(experiment.train_step, experiment.bind_net, state, batch, experiment.teacher_variables)
+    ratio, expected = (
+        cost["step"] / cost["forward"],
+        expected_forwards(settings, cost["teacher"] / cost["forward"]),
+    )
+    return {
+        "method": settings.title or settings.objective.name,
+        "batch_size": settings.batch_size,
+        **{f"{name}_flops": value for name, value in cost.items()},
+        "ratio": ratio,
+        "expected": expected,
+        "quotient": ratio / expected if expected else None,
+    }
+
+
+def main() -> None:
+    """The command line of this module."""
+    values = flags.FlagValues()
+    given = config_flags.DEFINE_config_file("config", help_string="the recipe, FILE.py[:arg]", flag_values=values)
+    size = flags.DEFINE_integer("batch", 8, "batch size of the audit", flag_values=values)
+    shape = flags.DEFINE_list("shape", None, "of synthetic images in place of the data: H,W,C", flag_values=values)
+    classes = flags.DEFINE_integer("classes", 10, "of the synthetic images", flag_values=values)
+
+    def command():
+        try:
+            values(sys.argv)
+            settings = given.value
+        except (flags.Error, OSError, ValueError) as error:
+            raise InputError(str(error).splitlines()[-1]) from None
+        if settings is None:
+            raise InputError("--config is missing; python -m ibjax.analysis.flops --config=configs/digits.py")
+        settings.batch_size = size.value
+        if shape.value:
+            noise = dict(name="synthetic", shape=tuple(map(int, shape.value)), num_classes=classes.value)
+            settings.data = noise | dict(val_size=classes.value, split_seed=0)
+        jax.config.update("jax_platforms", "cpu")
+        for name, value in audit(settings).items():
+            print(f"{name:15}", value if isinstance(value, str | int | None) else f"{value:,.5g}")
+
+    errors.exit_with(command)
+
+
+if __name__ == "__main__":
+    main()
