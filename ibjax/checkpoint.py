@@ -46,6 +46,7 @@ def manager(workdir: Path, *, read_only: bool = False, asynchronous: bool | None
     options = ocp.CheckpointManagerOptions(
         create=not read_only,
         read_only=read_only,
+        save_interval_steps=0 if read_only else 1,
         enable_async_checkpointing=asynchronous and not read_only,
         cleanup_tmp_directories=not read_only,
     )
