@@ -159,7 +159,8 @@ def busy_elsewhere(call: Callable[[], Any]) -> tuple[float, float]:
     started, others = time.perf_counter(), others_seconds()
     call()
     seconds = time.perf_counter() - started
-    return seconds, max(others_seconds() - others, 0.0) / seconds
+    rounding = 3 / os.sysconf("SC_CLK_TCK")  # the kernel counts in ticks of 10 ms, for them and for us
+    return seconds, max(others_seconds() - others - rounding, 0.0) / seconds
 
 
 def others_seconds() -> float:

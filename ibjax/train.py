@@ -260,6 +260,7 @@ def _loop(experiment, orbax, state, step, total, write):
     key = _key(settings.seed, 1, mesh)
     validate = _validator(experiment)
     window, window_start, started = [], step, time.perf_counter()
+    first, began = step, started
 
     def drain(step):
         """Fetches what has been measured since the last row and writes one."""
@@ -300,6 +301,8 @@ def _loop(experiment, orbax, state, step, total, write):
                 scores = validate(state) if validated else None
                 if scores:
                     write("val", step, epoch=step / per_epoch, **scores)
+                    left = (time.perf_counter() - began) / (step - first) * (total - step)
+                    _tell(settings, epoch, scores, left)
                 _save(orbax, state, scores)
                 started = time.perf_counter()
             if preempted:
@@ -365,9 +368,27 @@ def _save(orbax, state, scores):
 
 
 def _progress(settings, total, step):
+    """A bar with the time left, on a terminal."""
     visible = sys.stderr.isatty() and jax.process_index() == 0
-    name = settings.title or settings.objective.name
-    return tqdm(total=total, initial=step, desc=name, unit="step", disable=not visible, mininterval=0.5)
+    return tqdm(total=total, initial=step, desc=_name(settings), unit="step", disable=not visible, mininterval=0.5)
+
+
+def _tell(settings, epoch, scores, seconds_left):
+    """One line for each validation, where there is no terminal to draw a bar on."""
+    if not sys.stderr.isatty() and jax.process_index() == 0:
+        log.info(
+            "%s: epoch %d of %d, validation clean %.2f %%, robust %.2f %%, %.0f s left",
+            _name(settings),
+            epoch,
+            settings.epochs,
+            scores["clean_acc"],
+            scores["robust_acc"],
+            seconds_left,
+        )
+
+
+def _name(settings):
+    return settings.title or settings.objective.name
 
 
 def facts(data: Arrays) -> dict[str, Any]:

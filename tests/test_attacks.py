@@ -182,7 +182,7 @@ def test_a_stateful_network_moves_once_per_step():
     ],
 )
 def test_nonsense_is_refused_in_one_line(options, words):
-    with pytest.raises(InputError, match=".*") as caught:
+    with pytest.raises(InputError) as caught:
         pgd(**options)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 

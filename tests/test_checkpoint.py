@@ -13,7 +13,6 @@ from ibjax import checkpoint
 from ibjax.errors import CheckpointError
 from ibjax.step import TrainState
 
-
 # Orbax leaves coroutines unawaited when one of several reads fails; Python reports them when they are collected.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -68,7 +67,7 @@ def test_evaluation_restores_the_averaged_parameters_alone(tmp_path):
 
 
 def test_no_flipped_byte_gives_a_wrong_weight(tmp_path):
-    """A flipped byte gives the step before, or, in one of Orbax's unread copies, the same state; never a wrong weight."""
+    """It gives the step before or, in one of Orbax's unread copies, the same state; never a wrong weight."""
     folder = saved(tmp_path, steps=(2, 3))
     rng = np.random.default_rng(0)
     data = [f for item in checkpoint.ITEMS for f in (folder / "3" / item).rglob("*") if f.is_file() and "/d/" in str(f)]
@@ -97,9 +96,9 @@ def test_a_changed_value_is_refused_by_name(tmp_path, monkeypatch):
     real = checkpoint.digest
     monkeypatch.setattr(checkpoint, "digest", lambda a: real(a + 1) if a.shape == (6, 5) else real(a))
     like = {name: state(0).variables[name] for name in ("params", "batch_stats")}
-    with checkpoint.manager(tmp_path, read_only=True) as orbax:
-        with pytest.raises(CheckpointError, match="variables/params/a/kernel is damaged"):
-            checkpoint.restore_variables(orbax, "last", like)
+    damaged = pytest.raises(CheckpointError, match="variables/params/a/kernel is damaged")
+    with checkpoint.manager(tmp_path, read_only=True) as orbax, damaged:
+        checkpoint.restore_variables(orbax, "last", like)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "empty", "delete"])
@@ -108,7 +107,7 @@ def test_each_kind_of_file_may_be_damaged(tmp_path, damage):
     folder = saved(tmp_path, steps=(2, 3))
     digests = {checkpoint.tree_digest(state(step)) for step in (2, 3)}
     files = [f for f in (folder / "3").rglob("*") if f.is_file()]
-    kinds = {f.name if not f.parent.name == "d" else "d": f for f in files}
+    kinds = {f.name if f.parent.name != "d" else "d": f for f in files}
     for i, file in enumerate(kinds.values()):
         work = tmp_path / f"trial{i}"
         shutil.copytree(folder, work / "checkpoints")

@@ -1,5 +1,6 @@
 """Real processes, really killed: the command line as a cluster sees it."""
 
+import itertools
 import os
 import signal
 import socket
@@ -20,7 +21,8 @@ from ibjax.config import base
 
 def get_config(arg=None):
     config = base()
-    config.data = dict(name="synthetic", shape=(8, 8, 1), num_classes=4, n_train=136, n_test=16, val_size=8, split_seed=0)
+    config.data = dict(name="synthetic", shape=(8, 8, 1), num_classes=4, n_train=136, n_test=16)
+    config.data.update(val_size=8, split_seed=0)
     config.augment = dict(pad=1, padding="zero", flip=True)
     config.model = dict(name="cnn", widths=((4,), (4,)), hidden=(), padding=1, batch_norm=True, pool="average")
     config.attack.update(eps="0.1", step_size="0.05", steps=2)
@@ -82,7 +84,7 @@ def state_digest(workdir):
 def assert_every_step_is_in_one_row(workdir):
     rows = [row for row in metrics.read(workdir / "metrics.jsonl") if row["kind"] == "train"]
     assert sum(row["steps"] for row in rows) == rows[-1]["step"] == TOTAL
-    assert all(a["step"] + b["steps"] == b["step"] for a, b in zip(rows, rows[1:], strict=False))
+    assert all(a["step"] + b["steps"] == b["step"] for a, b in itertools.pairwise(rows))
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +225,7 @@ def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(config_file,
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(orbax, "save", full)
-        with pytest.raises(CheckpointError, match="disk full while saving step 2 .* last good checkpoint is step 1"):
+        with pytest.raises(CheckpointError, match=r"disk full while saving step 2 .* last good checkpoint is step 1"):
             checkpoint.save(orbax, state(2), {"selection": 1.0})
     with checkpoint.manager(tmp_path) as orbax:
         assert int(checkpoint.restore_latest(orbax, state(0)).step) == 1

@@ -96,7 +96,7 @@ def test_missing_data_and_teacher_say_what_to_do(command, tmp_path):
     recipe.teacher.update(workdir=str(tmp_path / "none"))
     recipe.teacher.recipe = None
     with pytest.raises(
-        InputError, match="train the teacher first: python -m ibjax.main --config=configs/trades_wrn.py"
+        InputError, match=r"train the teacher first: python -m ibjax\.main --config=configs/trades_wrn\.py"
     ):
         main.execute(recipe, tmp_path / "x", "train")
     assert not (tmp_path / "x").exists()

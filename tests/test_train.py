@@ -1,6 +1,7 @@
 """The loop: data order, resuming to the bit, what stops it."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -60,7 +61,7 @@ def stop_after(monkeypatch, dispatches, error=Stop):
 def assert_no_gap_no_duplicate(rows, total):
     spans = [(row["step"] - row["steps"], row["step"]) for row in rows if row["kind"] == "train"]
     assert spans[0][0] == 0 and spans[-1][1] == total
-    assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
     validated = [row["step"] for row in rows if row["kind"] == "val"]
     assert len(validated) == len(set(validated))
 

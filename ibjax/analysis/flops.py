@@ -53,12 +53,14 @@ def step_cost(
     state, batch, teacher_variables = (_abstract(tree) for tree in (state, batch, teacher_variables))
     x = jax.ShapeDtypeStruct(batch["image"].shape, "float32")
     key = jax.eval_shape(lambda: jax.random.key(0))
-    teacher = 0.0
-    if teacher_variables is not None:
-        teacher = compiled_flops(lambda variables, x: bind_net(variables).teacher(x), teacher_variables, x)
+
+    def teach(variables, x):
+        net = bind_net(variables)
+        return net.teacher(x) if net.teacher else None
+
     return {
         "forward": compiled_flops(lambda variables, x: bind_net(None).predict(variables, x)[0], state.variables, x),
-        "teacher": teacher,
+        "teacher": 0.0 if teacher_variables is None else compiled_flops(teach, teacher_variables, x),
         "step": compiled_flops(train_step, state, batch, key, teacher_variables),
     }
 
@@ -108,10 +110,8 @@ def audit(settings: ConfigDict) -> dict[str, Any]:
     batch = {name: jax.ShapeDtypeStruct(*leaf) for name, leaf in batch.items()}
     state = jax.eval_shape(partial(train.initial_state, experiment))
     cost = step_cost(experiment.train_step, experiment.bind_net, state, batch, experiment.teacher_variables)
-    ratio, expected = (
-        cost["step"] / cost["forward"],
-        expected_forwards(settings, cost["teacher"] / cost["forward"]),
-    )
+    ratio, teacher = cost["step"] / cost["forward"], cost["teacher"] / cost["forward"]
+    expected = expected_forwards(settings, teacher)
     return {
         "method": settings.title or settings.objective.name,
         "batch_size": settings.batch_size,
