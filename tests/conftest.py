@@ -1,13 +1,30 @@
 """Eight fake CPU devices, strict promotion, warnings as errors: for every test from day one."""
 
-import jax
+import logging
+import os
+import tempfile
+
 import pytest
 
-jax.config.update("jax_platforms", jax.config.jax_platforms or None)
+# What one test or process has compiled the others load: workers of one run share a folder, two runs never do.
+CACHE = os.environ.setdefault("IBJAX_TEST_CACHE", tempfile.mkdtemp(prefix="ibjax-test-cache-"))
+
+import jax  # noqa: E402
+
 if jax.config.jax_platforms in (None, "", "cpu"):
     jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(autouse=True)
+def own_logging():
+    """A command line configures logging for its process; a test must not do so for the next."""
+    before = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:], logging.root.level = before
 
 
 @pytest.fixture(scope="session")

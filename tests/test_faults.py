@@ -1,6 +1,7 @@
 """Real processes, really killed: the command line as a cluster sees it."""
 
 import itertools
+import multiprocessing
 import os
 import signal
 import socket
@@ -12,8 +13,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import CACHE
+from test_checkpoint import state
 
 from ibjax import checkpoint, metrics, run, train
+from ibjax.errors import CheckpointError
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -45,7 +49,8 @@ def config_file(tmp_path):
 
 def environment(**changes):
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
-    return {**clean, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **{k: str(v) for k, v in changes.items()}}
+    ours = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": CACHE, "PYTHONPATH": str(ROOT)}
+    return {**clean, **ours, **{name: str(value) for name, value in changes.items()}}
 
 
 def start(config_file, workdir, *arguments, **env):
@@ -177,36 +182,41 @@ def test_kill_9_of_one_of_two_processes_ends_the_other_and_a_relaunch_resumes(co
     assert_every_step_is_in_one_row(workdir)
 
 
+def save_forever(folder, asynchronous, said):
+    """Saves one step after another and says each when its save has returned; runs in a process of its own."""
+    jax.config.update("jax_platforms", "cpu")
+    with checkpoint.manager(folder, asynchronous=asynchronous) as orbax:
+        for step in itertools.count(max(orbax.all_steps(), default=0) + 1):
+            checkpoint.save(orbax, state(step, width=20000), {"selection": float(step)})
+            said.send(step)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_kill_9_at_a_random_moment_of_saving_leaves_a_good_checkpoint(tmp_path, asynchronous):
-    """Thirty kills while a process does nothing but save: every time the newest committed step restores whole."""
-    script = f"""
-import sys, jax, jax.numpy as jnp
-from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_checkpoint import state
-from ibjax import checkpoint
-with checkpoint.manager(Path({str(tmp_path)!r}), asynchronous={asynchronous}) as orbax:
-    first = max(orbax.all_steps(), default=0)
-    for step in range(first + 1, first + 10000):
-        checkpoint.save(orbax, state(step, width=20000), {{"selection": float(step)}})
-        print(step, flush=True)
-"""
-    from test_checkpoint import state
-
-    rng, newest = np.random.default_rng(0), 0
-    for _ in range(30):
-        process = subprocess.Popen([sys.executable, "-c", script], env=environment(), stdout=subprocess.PIPE, text=True)
-        said = int(process.stdout.readline())
+    """Ten kills of a process that does nothing but save: the newest committed step restores whole each time."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["test_faults"])  # imports once, so that a trial takes half a second
+    rng, newest, like = np.random.default_rng(0), 0, state(0, width=20000)
+    for _ in range(10):
+        heard, said = processes.Pipe(duplex=False)
+        process = processes.Process(target=save_forever, args=(tmp_path, asynchronous, said))
+        process.start()
+        said.close()
+        last = heard.recv()
         time.sleep(rng.uniform(0, 0.15))
         process.kill()
-        process.communicate()
+        process.join()
+        while heard.poll():
+            try:
+                last = heard.recv()
+            except EOFError:
+                break
+        heard.close()
         with checkpoint.manager(tmp_path) as orbax:
-            like = jax.tree.map(jax.numpy.zeros_like, state(0, width=20000))
             restored = checkpoint.restore_latest(orbax, like)
-        step = int(restored.step) if restored is not None else 0
-        assert step >= (newest if asynchronous else said)
+        step = int(restored.step)
+        assert step >= (newest if asynchronous else last)
         assert checkpoint.tree_digest(restored) == checkpoint.tree_digest(state(step, width=20000))
         assert not (tmp_path / "damaged").exists()
         newest = step
@@ -214,10 +224,6 @@ with checkpoint.manager(Path({str(tmp_path)!r}), asynchronous={asynchronous}) as
 
 def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(config_file, tmp_path, monkeypatch):
     """Orbax's own error of a full disk, raised in the save."""
-    from test_checkpoint import state
-
-    from ibjax.errors import CheckpointError
-
     with checkpoint.manager(tmp_path) as orbax:
         checkpoint.save(orbax, state(1), {"selection": 1.0})
 
