@@ -34,7 +34,10 @@ from ibjax.step import Net, Variables
 
 def compiled_flops(function: Callable, *args: Any) -> float:
     """What XLA counts for `function` once compiled; arguments may be `jax.ShapeDtypeStruct`s."""
-    return float(jax.jit(function).lower(*args).compile().cost_analysis()["flops"])
+    cost = jax.jit(function).lower(*args).compile().cost_analysis()
+    if not cost or "flops" not in cost:
+        raise RuntimeError(f"the compiler for {jax.default_backend()} counts no FLOPs; compile for the CPU")
+    return float(cost["flops"])
 
 
 def step_cost(
