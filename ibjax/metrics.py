@@ -7,8 +7,12 @@ accuracies that select a checkpoint. "diverged" has the reason why training stop
 import contextlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
+
+import jax
+import numpy as np
 
 
 class MetricsLog:
@@ -37,6 +41,29 @@ class MetricsLog:
         self.handle.close()
         if self.board:
             self.board.close()
+
+
+class Window:
+    """Metrics that are still on the device: those of the steps since the last row."""
+
+    def __init__(self, step: int):
+        self.first, self.parts, self.started = step, [], time.perf_counter()
+
+    def add(self, count: int, values: dict[str, Any]) -> None:
+        """Takes a dispatch's arrays, of which the first `count` entries count; nothing is fetched."""
+        self.parts.append((count, values))
+
+    def fetch(self) -> dict[str, np.ndarray]:
+        """All values, one array (steps,) a name; this waits for the device."""
+        parts = [(count, jax.device_get(values)) for count, values in self.parts]
+        return {name: np.concatenate([values[name][:count] for count, values in parts]) for name in parts[0][1]}
+
+    def row(self, values: dict[str, np.ndarray], step: int, batch_size: int) -> dict[str, float]:
+        """Means over the window, accuracies in percent, with the number of steps and the rate."""
+        steps, seconds = step - self.first, time.perf_counter() - self.started
+        percent = {name: 100.0 if name.endswith("_acc") else 1.0 for name in values}
+        means = {name: percent[name] * float(np.mean(value)) for name, value in values.items()}
+        return {"steps": steps, **means, "images_per_s": round(steps * batch_size / seconds, 1)}
 
 
 def read(file: Path) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from ibjax import cluster, config, optim, run
 from ibjax.data import Arrays, augment
 from ibjax.errors import CheckpointError, DivergedError, InputError, PreemptedError
 from ibjax.evaluate import Scorer
-from ibjax.metrics import MetricsLog
+from ibjax.metrics import MetricsLog, Window
 from ibjax.step import Net, Objective, TrainState, Variables, init_state, linen_net, make_train_step
 
 log = logging.getLogger(__name__)
@@ -253,42 +253,19 @@ def train(experiment: Experiment, workdir: Path) -> None:
 def _loop(experiment, orbax, state, step, total, write):
     settings, per_epoch, mesh = experiment.config, experiment.steps_per_epoch, experiment.mesh
     capacity = min(settings.steps_per_dispatch or _default_capacity(settings), per_epoch)
-    dispatch = make_dispatch(experiment, capacity)
+    dispatch, validate = make_dispatch(experiment, capacity), _validator(experiment)
     train_data = experiment.data.train
-    images, labels = (cluster.replicate(array, mesh) for array in (train_data.images, train_data.labels))
+    arguments = [cluster.replicate(array, mesh) for array in (train_data.images, train_data.labels)]
+    arguments += [_key(settings.seed, 1, mesh), experiment.teacher_variables]
     lengths = {n: cluster.replicate(np.int32(n), mesh) for n in range(1, capacity + 1)}
-    key = _key(settings.seed, 1, mesh)
-    validate = _validator(experiment)
-    window, window_start, started = [], step, time.perf_counter()
-    first, began = step, started
-
-    def drain(step):
-        """Fetches what has been measured since the last row and writes one."""
-        nonlocal window, window_start, started
-        if step == window_start:
-            return
-        rows = [(n, jax.device_get(metrics)) for n, metrics in window]
-        names = rows[0][1].keys()
-        values = {name: np.concatenate([metrics[name][:n] for n, metrics in rows]) for name in names}
-        if reason := _divergence(values, window_start, orbax):
-            write("diverged", step, reason=reason)
-            raise DivergedError(reason)
-        seconds = time.perf_counter() - started
-        percent = {name: 100.0 if name.endswith("_acc") else 1.0 for name in values}
-        means = {name: percent[name] * float(np.mean(value)) for name, value in values.items()}
-        rate = (step - window_start) * settings.batch_size / seconds
-        write("train", step, steps=step - window_start, epoch=step / per_epoch, **means, images_per_s=round(rate, 1))
-        bar.set_postfix_str(f"loss {means['loss']:.3f}, {rate:.0f} images/s")
-        window, window_start, started = [], step, time.perf_counter()
+    window, first, began = Window(step), step, time.perf_counter()
 
     with _progress(settings, total, step) as bar:
         while step < total:
             stop = min(step + capacity, _next_multiple(step, settings.log_every), _next_multiple(step, per_epoch))
             with jax.transfer_guard("disallow"):
-                state, metrics = dispatch(
-                    state, images, labels, key, experiment.teacher_variables, lengths[stop - step]
-                )
-            window.append((stop - step, metrics))
+                state, metrics = dispatch(state, *arguments, lengths[stop - step])
+            window.add(stop - step, metrics)
             bar.update(stop - step)
             step = stop
             epoch, in_epoch = divmod(step, per_epoch)
@@ -296,15 +273,21 @@ def _loop(experiment, orbax, state, step, total, write):
             saved = not in_epoch and (validated or epoch % settings.checkpoint_every == 0)
             preempted = cluster.preempted()
             if saved or preempted or step % settings.log_every == 0:
-                drain(step)
+                values = window.fetch()
+                if reason := _divergence(values, window.first, orbax):
+                    write("diverged", step, reason=reason)
+                    raise DivergedError(reason)
+                row = window.row(values, step, settings.batch_size)
+                write("train", step, epoch=step / per_epoch, **row)
+                bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['images_per_s']:.0f} images/s")
+                window = Window(step)
             if saved or preempted:
                 scores = validate(state) if validated else None
                 if scores:
                     write("val", step, epoch=step / per_epoch, **scores)
-                    left = (time.perf_counter() - began) / (step - first) * (total - step)
-                    _tell(settings, epoch, scores, left)
+                    _tell(settings, epoch, scores, (time.perf_counter() - began) / (step - first) * (total - step))
                 _save(orbax, state, scores)
-                started = time.perf_counter()
+                window = Window(step)
             if preempted:
                 orbax.wait_until_finished()
                 raise PreemptedError(f"saved step {step} of {total}")
