@@ -9,6 +9,8 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+from ibjax.attacks import geometry
+
 NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "quickstart.ipynb"
 
 
@@ -46,7 +48,7 @@ def test_the_notebook_runs_and_draws(digits_run, monkeypatch):
     text = printed(cells)
     assert len(re.findall(r"^ +\d+ +\d +\d +\d  ", text, re.MULTILINE)) == 10
     eps = json.loads((digits_run / "config.json").read_text())["config"]["evaluate"]["eps"]
-    assert 0 < float(re.search(r"largest perturbation: ([\d.]+)", text)[1]) <= float(eps) + 1e-6
+    assert 0 < float(re.search(r"largest perturbation: ([\d.]+)", text)[1]) <= geometry.fraction(eps) + 1e-6
     curves = re.findall(r"^(IBD student|undefended)((?: +[\d.]+){7})$", text, re.MULTILINE)
     assert [name for name, _ in curves] == ["IBD student", "undefended"]
     assert all(0 <= float(value) <= 100 for _, values in curves for value in values.split())
