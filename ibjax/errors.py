@@ -1,7 +1,9 @@
 """Exceptions with a meaning to the user, and the one place that turns them into a line and an exit code."""
 
 import difflib
+import errno
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
@@ -22,6 +24,13 @@ class CheckpointError(InputError):
     """A checkpoint that is missing, damaged, or of another network."""
 
 
+def check_range(name: str, value: float, low: float, high: float = math.inf, *, below: bool = False) -> None:
+    """Raises InputError unless low <= value <= high (value < high with `below`); NaN fails."""
+    if not (low <= value <= high) or (below and value == high):
+        upper = "" if high == math.inf else f" and {'below' if below else 'at most'} {high:g}"
+        raise InputError(f"{name}={value:g} is not allowed; give a number of at least {low:g}{upper}")
+
+
 class PreemptedError(Exception):
     """SIGTERM has come, to this process or another of the run; what was to be saved is saved."""
 
@@ -30,8 +39,9 @@ class DivergedError(Exception):
     """The loss or the state became NaN or Inf."""
 
 
-EXIT_DIVERGED = 1  # the last good checkpoint is kept
+# 1 is Python's own, for bugs
 EXIT_INPUT = 2  # bad input: nothing was changed
+EXIT_DIVERGED = 3  # or out of memory; the last good checkpoint is kept
 EXIT_PREEMPTED = 75  # state saved after SIGTERM; the same command continues (EX_TEMPFAIL)
 EXIT_INTERRUPTED = 130  # Ctrl-C; the same command continues from the last checkpoint
 
@@ -64,6 +74,10 @@ def exit_with(command: Callable[[], None]) -> NoReturn:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         code, message = EXIT_DIVERGED, f"out of memory: lower batch_size ({' '.join(str(error).split())[:200]})"
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        code, message = EXIT_INPUT, f"error: disk full ({error.filename}); free space, run the same command"
     if message:
         print(" ".join(message.split("\n")), file=sys.stderr)
     sys.exit(code)

@@ -48,7 +48,11 @@ def load_splits(source: Any, *, val_size: int, seed: int = 0, **options: Any) ->
             f"train images are {arrays.train.images.shape[1:]}, test images {arrays.test.images.shape[1:]}; "
             f"they must have one size"
         )
+    if arrays.num_classes < 2:
+        raise DataError(f"the data has {arrays.num_classes} class(es); a classifier needs at least 2")
     if arrays.val is not None:
+        if val_size:
+            raise DataError(f"data.val_size={val_size}: this source has a validation split of its own; set 0")
         return arrays._replace(val=check(arrays.val, "val", arrays.num_classes))
     train, val = hold_out(arrays.train, val_size, seed)
     return arrays._replace(train=train, val=val)
@@ -66,6 +70,8 @@ def check(split: Split, name: str, num_classes: int) -> Split:
         raise DataError(f"{name} images have shape {images.shape}; the last axis must be 1 or 3 channels{hint}")
     if images.dtype != np.uint8:
         images = _as_float_images(images, name)
+    elif images.max() <= 1:
+        raise DataError(f"{name} images are uint8 with maximum {images.max()}: nearly black; store 0 to 255")
     labels = labels.reshape(len(labels), -1)
     if labels.shape != (len(images), 1) or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(

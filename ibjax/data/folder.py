@@ -48,6 +48,8 @@ def _read(folder, classes, grey):
 def _image(file, grey):
     try:
         with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):
+                raise DataError(f"{file} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
             return np.asarray(image.convert("L" if grey else "RGB"))
     except (OSError, UnidentifiedImageError, SyntaxError) as error:
         raise DataError(f"{file} is not a readable image ({error}); remove it or copy it again") from None

@@ -28,4 +28,5 @@ def load(*, path: str, label: str = "", num_classes: int | None = None) -> Array
         raise DataError(f"{path} cannot be read ({error}); it is damaged or no .npz: copy it again") from None
     if not np.issubdtype(y_train.dtype, np.integer) or y_train.size == 0:
         raise DataError(f"{path}: y_train has type {y_train.dtype} and {y_train.size} values; expected integer labels")
-    return Arrays(Split(x_train, y_train), Split(x_test, y_test), int(y_train.max()) + 1, label=label or file.stem)
+    classes = int(y_train.max()) + 1 if num_classes is None else num_classes
+    return Arrays(Split(x_train, y_train), Split(x_test, y_test), classes, label=label or file.stem)

@@ -6,12 +6,11 @@ without padding, 32-32-pool-64-64-pool, then linear 200, dropout, 200, classes, 
 Taps: `conv1` … (after the activation), `stage1` … (after its pooling), `fc1` …, `pre_logits` (the last hidden layer).
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from ibjax.errors import InputError, check_range, nearest
 from ibjax.models import layers
 
 
@@ -36,21 +35,30 @@ class Model(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> tuple[Array, dict[str, Array]]:
-        dtype: Any = jnp.dtype(self.dtype)
+        if self.pool not in ("flatten", "average"):
+            raise InputError(f"model.pool '{self.pool}' is unknown; {nearest(self.pool, ('flatten', 'average'))}")
+        check_range("model.dropout", self.dropout, 0, 1, below=True)
+        dtype, zeros = layers.compute_dtype(self.dtype), nn.initializers.zeros
         features = {}
-        x = layers.normalize(x, self.mean, self.std).astype(dtype)
+        x = layers.normalize(x, self.mean, self.std)
         index = 0
         for stage, widths in enumerate(self.widths, 1):
             for width in widths:
                 index += 1
+                if min(x.shape[1:3]) + 2 * self.padding < 3 or width < 1:
+                    raise InputError(
+                        f"images are too small for the model: a 3×3 convolution of width {width} cannot "
+                        f"follow a map of {x.shape[1:3]}"
+                    )
                 x = layers.Conv(
                     width,
                     padding=self.padding,
                     use_bias=not self.batch_norm,
                     kernel_init=layers.kaiming_normal,
-                    dtype=dtype,
+                    bias_init=zeros,
+                    dtype=jnp.float32 if index == 1 else dtype,  # the first one sees pixels: see layers.py
                     name=f"conv{index}",
-                )(x)
+                )(x).astype(dtype)
                 if self.batch_norm:
                     x = layers.BatchNorm(groups=self.bn_groups, dtype=dtype, name=f"bn{index}")(x, train)
                 x = nn.relu(x)
@@ -64,6 +72,5 @@ class Model(nn.Module):
                 x = nn.Dropout(self.dropout, deterministic=not train)(x)
             features[f"fc{i}"] = x
         features["pre_logits"] = x
-        zeros = nn.initializers.zeros
         logits = layers.Dense(self.num_classes, kernel_init=zeros, bias_init=zeros, name="head")(x.astype(jnp.float32))
         return logits, features

@@ -1,6 +1,7 @@
 """Layers as PyTorch has them: initialisation, padding, batch-norm; and input normalisation.
 
-Parameters, batch statistics and logits are float32; `dtype` is what convolutions and activations compute in.
+Parameters, batch statistics and logits are float32; `dtype` is what convolutions and activations compute in. The
+first convolution always computes in float32: bfloat16 pixels would swallow small perturbations, as a start of 0.001·N.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from ibjax.errors import InputError, nearest
 
 # U(−1/√fan_in, 1/√fan_in): PyTorch's default for convolutions and linear layers (kaiming_uniform with a=√5)
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -34,6 +37,7 @@ class Conv(nn.Module):
     padding: int | None = None  # None: (kernel − 1) // 2
     use_bias: bool = False
     kernel_init: Any = torch_uniform
+    bias_init: Any = None  # None: PyTorch's default
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -47,7 +51,7 @@ class Conv(nn.Module):
             padding=[(pad, pad)] * 2,
             use_bias=self.use_bias,
             kernel_init=self.kernel_init,
-            bias_init=uniform_bias(fan_in),
+            bias_init=uniform_bias(fan_in) if self.bias_init is None else self.bias_init,
             dtype=self.dtype,
             name="conv",
         )(x)
@@ -73,6 +77,19 @@ class Dense(nn.Module):
             dtype=self.dtype,
             name="dense",
         )(x)
+
+
+def compute_dtype(name: str) -> Any:
+    """The dtype that a model computes in; raises InputError on anything but float32 and bfloat16."""
+    if name not in ("float32", "bfloat16"):
+        raise InputError(f"model.dtype '{name}' is unknown; {nearest(name, ('float32', 'bfloat16'))}")
+    return jnp.dtype(name)
+
+
+def check_groups(groups: int, x: Array) -> None:
+    """Raises InputError unless the batch divides into that many groups."""
+    if groups < 1 or x.shape[0] % groups:
+        raise InputError(f"model.bn_groups={groups} does not divide a batch of {x.shape[0]}")
 
 
 class BatchNorm(nn.Module):
@@ -101,8 +118,9 @@ class BatchNorm(nn.Module):
         if not train:
             mul = scale * jax.lax.rsqrt(per_channel(running_var.value, x) + self.epsilon)
             add = bias - per_channel(running_mean.value, x) * mul
-            return x.astype(self.dtype) * mul.astype(self.dtype) + add.astype(self.dtype)
+            return (x.astype(jnp.float32) * mul + add).astype(self.dtype)
 
+        check_groups(self.groups, x)
         grouped = x.astype(jnp.float32).reshape((self.groups, -1, *x.shape[1:]))  # (G, B/G, …, C)
         axes = tuple(range(1, grouped.ndim - 1))
         mean = jnp.mean(grouped, axes, keepdims=True)
@@ -123,14 +141,21 @@ def per_channel(values: Array, x: Array) -> Array:
 
 
 def normalize(x: Array, mean: Sequence[float] | None, std: Sequence[float] | None) -> Array:
-    """(x − mean) / std per channel; x itself where `mean` is None."""
-    if mean is None or std is None:
+    """(x − mean) / std per channel; x itself where both are None. Raises InputError unless there is one per channel."""
+    if mean is None and std is None:
         return x
+    channels = x.shape[-1]
+    if mean is None or std is None or len(mean) != channels or len(std) != channels or min(std) <= 0:
+        raise InputError(f"model.mean={mean}, model.std={std}: give both, {channels} numbers each, std above 0")
     return (x - per_channel(jnp.asarray(mean, x.dtype), x)) / per_channel(jnp.asarray(std, x.dtype), x)
 
 
 def max_pool(x: Array) -> Array:
     """2×2 max-pooling with stride 2; an odd last row or column is dropped, as in PyTorch."""
+    if min(x.shape[1:3]) < 2:
+        raise InputError(
+            f"images are too small for the model: a map of {x.shape[1:3]} cannot be pooled; use fewer stages"
+        )
     return nn.max_pool(x, (2, 2), (2, 2))
 
 

@@ -10,7 +10,6 @@ Taps: `stem`; `blockN`, the sum that leaves block N; `blockN_relu`, the same aft
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jax import Array
 
 from ibjax.errors import InputError
@@ -61,14 +60,13 @@ class Model(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> tuple[Array, dict[str, Array]]:
-        if self.blocks is None and self.depth not in DEPTHS:
-            raise InputError(f"preact_resnet has no depth {self.depth}; allowed: {sorted(DEPTHS)}, or give `blocks`")
-        dtype: Any = jnp.dtype(self.dtype)
-        x = layers.normalize(x, self.mean, self.std).astype(dtype)
-        x = layers.Conv(self.width, dtype=dtype, name="stem")(x)
+        counts = block_counts("preact_resnet", self.depth, self.blocks)
+        dtype = layers.compute_dtype(self.dtype)
+        x = layers.normalize(x, self.mean, self.std)
+        x = layers.Conv(self.width, name="stem")(x).astype(dtype)
         features = {"stem": x}
         stage_ends, index = {}, 0
-        for stage, count in enumerate(self.blocks or DEPTHS[self.depth], 1):
+        for stage, count in enumerate(counts, 1):
             for i in range(count):
                 stride = 2 if stage > 1 and i == 0 else 1
                 activated, x = Block(
@@ -84,6 +82,16 @@ class Model(nn.Module):
         x = layers.global_average(x)
         features["pre_logits"] = x
         return layers.Dense(self.num_classes, name="head")(x), features
+
+
+def block_counts(name: str, depth: int, blocks: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The number of blocks of each stage; raises InputError on a depth or a list that there is not."""
+    if blocks is None and depth in DEPTHS:
+        return DEPTHS[depth]
+    if blocks and min(blocks) >= 1:
+        return blocks
+    given = f"depth {depth}" if blocks is None else f"blocks {blocks}"
+    raise InputError(f"{name} has no {given}; allowed: depth {sorted(DEPTHS)}, or blocks as (2, 2, 2, 2)")
 
 
 def stage_taps(features: dict[str, Array], stage_ends: dict[int, int]) -> dict[str, Array]:

@@ -8,12 +8,10 @@ Taps, all after the ReLU: `stem`, `blockN`, `stageN`, `pre_logits`.
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jax import Array
 
-from ibjax.errors import InputError
 from ibjax.models import layers
-from ibjax.models.preact_resnet import DEPTHS, stage_taps
+from ibjax.models.preact_resnet import block_counts, stage_taps
 
 
 class Block(nn.Module):
@@ -50,15 +48,14 @@ class Model(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> tuple[Array, dict[str, Array]]:
-        if self.blocks is None and self.depth not in DEPTHS:
-            raise InputError(f"resnet has no depth {self.depth}; allowed: {sorted(DEPTHS)}, or give `blocks`")
-        dtype: Any = jnp.dtype(self.dtype)
-        x = layers.normalize(x, self.mean, self.std).astype(dtype)
-        x = layers.Conv(self.width, dtype=dtype, name="stem")(x)
+        counts = block_counts("resnet", self.depth, self.blocks)
+        dtype = layers.compute_dtype(self.dtype)
+        x = layers.normalize(x, self.mean, self.std)
+        x = layers.Conv(self.width, name="stem")(x).astype(dtype)
         x = nn.relu(layers.BatchNorm(groups=self.bn_groups, dtype=dtype, name="bn_stem")(x, train))
         features = {"stem": x}
         stage_ends, index = {}, 0
-        for stage, count in enumerate(self.blocks or DEPTHS[self.depth], 1):
+        for stage, count in enumerate(counts, 1):
             for i in range(count):
                 index += 1
                 x = Block(

@@ -10,10 +10,9 @@ Taps: as `preact_resnet`: `stem`, `blockN`, `blockN_relu`, `stageN`, `stageN_rel
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jax import Array
 
-from ibjax.errors import InputError
+from ibjax.errors import InputError, check_range
 from ibjax.models import layers
 from ibjax.models.preact_resnet import stage_taps
 
@@ -64,9 +63,10 @@ class Model(nn.Module):
         count, remainder = divmod(self.depth - 4, 6)
         if remainder or count < 1:
             raise InputError(f"wide_resnet has no depth {self.depth}; allowed: 6n + 4, as 10, 16, 28, 34, 70")
-        dtype: Any = jnp.dtype(self.dtype)
-        x = layers.normalize(x, self.mean, self.std).astype(dtype)
-        x = layers.Conv(16, kernel_init=layers.fan_out_normal, dtype=dtype, name="stem")(x)
+        check_range("model.dropout", self.dropout, 0, 1, below=True)
+        dtype = layers.compute_dtype(self.dtype)
+        x = layers.normalize(x, self.mean, self.std)
+        x = layers.Conv(16, kernel_init=layers.fan_out_normal, name="stem")(x).astype(dtype)
         features = {"stem": x}
         stage_ends, index = {}, 0
         for stage in (1, 2, 3):
