@@ -30,7 +30,7 @@ def get_config(arg=None):
         config.attack.update(eps="0.031", step_size="0.007")
         config.optimizer.weight_decay = 2e-4
         config.epochs = 76
-        config.schedule.boundaries = (75, 90, 100)
+        config.schedule.boundaries = (74, 89, 99)  # theirs counts epochs from 1
         config.validate.dense_from = 70
     if small:
         smoke(config, (32, 32, 3), 10, dict(depth=10, width=1, dtype="float32"))

@@ -14,6 +14,7 @@ Orbax commits a step by renaming its folder, so a step is there whole or not at 
 
 import contextlib
 import hashlib
+import json
 import logging
 import math
 import shutil
@@ -58,8 +59,11 @@ def manager(workdir: Path, *, read_only: bool = False, asynchronous: bool | None
         orbax = ocp.CheckpointManager(folder, options=options)
     finally:
         logging.getLogger("absl").setLevel(level)
-    with orbax:
-        yield orbax
+    try:
+        with orbax:
+            yield orbax
+    except Exception as error:  # a save in the background reports its failure at the next call, or here
+        raise _disk_full(error, orbax) or error from None
 
 
 # ---- saving ------------------------------------------------------------------------------------------------
@@ -82,18 +86,22 @@ def save(orbax: Any, state: TrainState, metrics: dict[str, float] | None = None)
         bad = [path for path, leaf in flatten(host).items() if not _finite(leaf)]
         if bad:
             raise CheckpointError(f"step {step} has NaN or Inf in {item}/{bad[0]} and {len(bad) - 1} more; not saved")
+    manifest["digest"] = _manifest_digest(manifest)
     args = {item: ocp.args.StandardSave(_nest(flatten(tree))) for item, tree in trees.items()}
     try:
         orbax.save(step, args=ocp.args.Composite(**args, manifest=ocp.args.JsonSave(manifest)))
         _delete_superseded(orbax)
     except Exception as error:
-        if "No space left" in str(error) or "ENOSPC" in str(error) or getattr(error, "errno", None) == 28:
-            steps = [s for s in orbax.all_steps(read=True) if s != step]
-            last = f"the last good checkpoint is step {max(steps)}" if steps else "there is no earlier checkpoint"
-            raise CheckpointError(
-                f"disk full while saving step {step} in {orbax.directory}; {last}; free space, run the same command"
-            ) from error
-        raise
+        raise _disk_full(error, orbax) or error from None
+
+
+def _disk_full(error, orbax):
+    """The CheckpointError to raise where `error` says that the disk is full; None for any other."""
+    if isinstance(error, CheckpointError) or not ("No space left" in str(error) or getattr(error, "errno", 0) == 28):
+        return None
+    latest = latest_step(orbax)
+    kept = "there is no earlier checkpoint" if latest is None else f"the last good checkpoint is step {latest}"
+    return CheckpointError(f"disk full while saving in {orbax.directory}; {kept}; free space, run the same command")
 
 
 def _delete_superseded(orbax):
@@ -200,11 +208,15 @@ class _DamagedError(Exception):
 def _manifest(orbax, step):
     try:
         manifest = orbax.restore(step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore()))["manifest"]
-        if not all(isinstance(manifest[key], dict) for key in (*ITEMS, "metrics")):
-            raise ValueError("keys are missing")
+        if manifest.pop("digest") != _manifest_digest(manifest):
+            raise ValueError("its digest differs from the saved one")
         return manifest
     except Exception as error:  # whatever a damaged file makes JSON, Orbax or the file system say
         raise _DamagedError(f"checkpoint {step}: manifest unreadable ({_first_line(error)})") from None
+
+
+def _manifest_digest(manifest):
+    return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _restore_item(orbax, step, item, like):

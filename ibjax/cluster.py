@@ -57,6 +57,13 @@ def preempted() -> bool:
     return multihost_utils.reached_preemption_sync_point(next(_notices))
 
 
+def all_agree(here: bool) -> bool:
+    """Process 0's word, on all processes."""
+    if jax.process_count() == 1:
+        return here
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(here)))
+
+
 def mesh() -> Mesh:
     """All devices of all processes in one axis, "data"."""
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))

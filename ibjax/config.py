@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from ibjax.errors import InputError, nearest
 
@@ -39,16 +40,16 @@ def base() -> ConfigDict:
     config.epochs = 200
     config.optimizer = dict(name="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4)
     config.schedule = dict(name="piecewise", boundaries=(100, 150), factor=0.1)
-    config.head_optimizer = ConfigDict(dict(lr=None))  # lr=None: the method's own weights share `optimizer`
-    config.ema_decay = None
-    # teacher: workdir of a trained run; recipe: the configuration that makes it when the workdir has no checkpoint
-    config.teacher = dict(workdir="", checkpoint="best", recipe=None, made_by="")  # made_by: a command, for messages
+    config.head_optimizer = dict(lr=placeholder(float))  # None: the method's own weights share `optimizer`'s rate
+    config.ema_decay = placeholder(float)  # of averaged parameters, which are then what is evaluated
+    # teacher: workdir of a trained run, or the recipe that makes one in workdir/teacher; made_by: a hint for messages
+    config.teacher = dict(workdir="", checkpoint="best", recipe=None, made_by="")
     config.contrast = dict()  # name -> configuration of a run to train and report beside this one
     # validate: the attack on the validation split that selects `best`, every so many epochs, from `dense_from` on each
     config.validate = dict(
         attack=dict(name="pgd", loss="ce", norm="linf", eps="8/255", step_size="2/255", steps=10, init="uniform"),
         every=1,
-        dense_from=None,
+        dense_from=placeholder(int),
         batch_size=500,
     )
     config.select_on = "val"  # or "test", as the papers do; every record then says so
@@ -58,54 +59,76 @@ def base() -> ConfigDict:
         eps="8/255",
         step_size="2/255",
         ladder=(),  # more values of eps for the curve; steps scale with eps
-        n=None,  # number of test images; None: all
+        n=placeholder(int),  # number of test images, each class in proportion; None: all
         batch_size=500,
     )
     config.log_every = 50  # steps between rows of metrics.jsonl
     config.checkpoint_every = 10  # epochs between checkpoints, beside those of validation
-    config.steps_per_dispatch = None  # None: 1 on CPU, log_every on accelerators
+    config.steps_per_dispatch = placeholder(int)  # None: 1 on CPU, log_every on accelerators
     return config
 
 
+# ---- checks ------------------------------------------------------------------------------------------------
+
+# dotted path -> (type, lowest, highest); None is allowed where base() has a placeholder
+_NUMBERS = {
+    "seed": (int, 0, 2**32 - 1),
+    "data.val_size": (int, 0, math.inf),
+    "data.split_seed": (int, 0, 2**32 - 1),
+    "augment.pad": (int, 0, 64),
+    "batch_size": (int, 1, math.inf),
+    "epochs": (int, 1, math.inf),
+    "optimizer.lr": (float, 1e-12, 1e3),
+    "head_optimizer.lr": (float, 1e-12, 1e3),
+    "ema_decay": (float, 0, 1 - 1e-9),
+    "validate.every": (int, 1, math.inf),
+    "validate.dense_from": (int, 0, math.inf),
+    "validate.batch_size": (int, 1, math.inf),
+    "evaluate.n": (int, 1, math.inf),
+    "evaluate.batch_size": (int, 1, math.inf),
+    "log_every": (int, 1, math.inf),
+    "checkpoint_every": (int, 1, math.inf),
+    "steps_per_dispatch": (int, 1, math.inf),
+}
+_CHOICES = {"attack_bn": ("eval", "train"), "select_on": ("val", "test"), "augment.flip": (False, True)}
+_CLOSED = ("augment", "validate", "evaluate", "teacher", "head_optimizer")  # sections with keys of their own
+_CALLS = {
+    "data": "data",
+    "model": "models",
+    "objective": "objectives",
+    "attack": "attacks",
+    "validate.attack": "attacks",
+}
+
+
 def check(config: ConfigDict) -> None:
-    """Raises InputError where a key is unknown, a number is not finite, or a value contradicts another."""
+    """Raises InputError where a key is unknown or missing, a value of the wrong type, not finite or out of range."""
     reference = base()
     _check_keys(config, reference, "")
-    for section in ("augment", "validate", "evaluate", "teacher", "head_optimizer"):
-        allowed_only(config[section], reference[section], section)
+    for section in _CLOSED:
+        _check_keys(_section(config, section), reference[section], f"{section}.")
+    for section in (*_CALLS, "optimizer", "schedule"):
+        if (section != "attack" or config.attack is not None) and "name" not in _section(config, section):
+            raise InputError(f"{section}.name is missing; it says which module to call")
     for path, value in leaves(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{path}={value} is not a finite number")
-    for name in ("batch_size", "epochs", "log_every", "checkpoint_every", "validate.every", "validate.batch_size"):
-        at_least(config, name, 1)
-    at_least(config, "evaluate.batch_size", 1)
-    at_least(config, "data.val_size", 0)
-    one_of(config, "attack_bn", ("eval", "train"))
-    one_of(config, "select_on", ("val", "test"))
-    if config.ema_decay is not None and not 0 <= config.ema_decay < 1:
-        raise InputError(f"ema_decay={config.ema_decay} is outside [0, 1)")
-    if config.steps_per_dispatch is not None:
-        at_least(config, "steps_per_dispatch", 1)
-    if not 0 < config.optimizer.lr < 1e3:
-        raise InputError(f"optimizer.lr={config.optimizer.lr} is outside (0, 1000)")
-    _check_sections(config)
-    for name, recipe in {"teacher.recipe": config.teacher.recipe, **config.contrast}.items():
-        if recipe is not None:
-            try:
-                check(recipe)
-            except InputError as error:
-                raise InputError(f"{name}: {error}") from None
-
-
-def _check_sections(config):
-    """Builds what costs nothing, and checks the arguments of the rest, so that a typo ends before hours of training."""
-    arguments("models", config.model, "model", ("num_classes",))
-    build("objectives", config.objective, "objective")
-    for name, section in {"attack": config.attack, "validate.attack": config.validate.attack}.items():
-        if section is not None:
-            build("attacks", section, name)
-    hidden = {key: value for key, value in config.data.items() if key not in ("val_size", "split_seed")}
-    arguments("data", hidden, "data")
+    for path, (kind, low, high) in _NUMBERS.items():
+        _check_number(config, path, kind, low, high, optional=lookup(reference, path, "") is None)
+    for path, allowed in _CHOICES.items():
+        if lookup(config, path) not in allowed:
+            raise InputError(f"{path}={lookup(config, path)!r} is unknown; {nearest('', map(str, allowed))}")
+    for section, kind in _CALLS.items():
+        if section != "attack" or config.attack is not None:
+            hidden = {"models": ("num_classes",)}.get(kind, ())
+            options = arguments(kind, lookup(config, section), section, hidden, ("val_size", "split_seed"))
+            if kind in ("objectives", "attacks"):  # these cost nothing, and check their own values
+                factory(kind, lookup(config, f"{section}.name"))(**options)
+    for name, recipe in recipes(config):
+        try:
+            check(recipe)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
 
 
 def _check_keys(config, reference, where):
@@ -117,33 +140,41 @@ def _check_keys(config, reference, where):
             raise InputError(f"config key '{where}{key}' is missing; start from ibjax.config.base()")
 
 
-def allowed_only(section: Mapping, reference: Mapping, name: str) -> None:
-    """Raises InputError unless the section's keys are those of the reference."""
-    _check_keys(section, reference, f"{name}.")
+def _section(config, path):
+    section = lookup(config, path)
+    if not isinstance(section, Mapping | ConfigDict):
+        raise InputError(f"{path}={section!r} is no section; give a dict, as in ibjax.config.base()")
+    return section
 
 
-def at_least(config: ConfigDict, path: str, low: int) -> None:
-    """Raises InputError unless the value at the dotted path is a whole number >= low."""
-    value = lookup(config, path)
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise InputError(f"{path}={value!r} is not allowed; give a whole number of at least {low}")
+def _check_number(config, path, kind, low, high, optional):
+    value = lookup(config, path, None)
+    if value is None and (optional or path not in dict(leaves(config))):
+        if optional:
+            return
+        raise InputError(f"{path} is missing; start from ibjax.config.base()")
+    right = isinstance(value, int | float) if kind is float else isinstance(value, int)
+    if not right or isinstance(value, bool) or not low <= value <= high:
+        number = "a whole number" if kind is int else "a number"
+        upper = "" if high == math.inf else f" and at most {high:g}"
+        raise InputError(f"{path}={value!r} is not allowed; give {number} of at least {low:g}{upper}")
 
 
-def one_of(config: ConfigDict, path: str, allowed: tuple[str, ...]) -> None:
-    """Raises InputError unless the value at the dotted path is among `allowed`."""
-    value = lookup(config, path)
-    if value not in allowed:
-        raise InputError(f"{path}={value!r} is unknown; {nearest(str(value), allowed)}")
+_REQUIRED = object()
 
 
-def lookup(config: Mapping, path: str) -> Any:
-    """The value at a dotted path."""
+def lookup(config: Any, path: str, default: Any = _REQUIRED) -> Any:
+    """The value at a dotted path; without a default, an absent one is an InputError."""
     for key in path.split("."):
+        if not isinstance(config, Mapping | ConfigDict) or key not in config:
+            if default is _REQUIRED:
+                raise InputError(f"config key '{path}' is missing; start from ibjax.config.base()")
+            return default
         config = config[key]
     return config
 
 
-def leaves(config: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted path, value) of every value that is not itself a section."""
     for key, value in config.items():
         if isinstance(value, Mapping | ConfigDict):
@@ -161,8 +192,12 @@ def plain(value: Any) -> Any:
     return value
 
 
-def factory(kind: str, name: str) -> Callable:
+# ---- calls -------------------------------------------------------------------------------------------------
+
+
+def factory(kind: str, name: Any) -> Callable:
     """The factory of module `ibjax.<kind>.<name>`; raises InputError with the nearest right name."""
+    name = str(name)
     attribute = _FACTORIES[kind] or name
     if name.isidentifier():
         try:
@@ -179,28 +214,71 @@ def factory(kind: str, name: str) -> Callable:
     raise InputError(f"{kind.removesuffix('s')}.name '{name}' is unknown; {nearest(name, names)}")
 
 
-def build(kind: str, section: Mapping, where: str, **context: Any) -> Any:
+def build(kind: str, section: Any, where: str, **context: Any) -> Any:
     """Calls the factory that `section["name"]` names with the rest of the section and `context`."""
     return factory(kind, section["name"])(**arguments(kind, section, where, context), **context)
 
 
-def arguments(kind: str, section: Mapping, where: str, context: Iterable[str] = ()) -> dict[str, Any]:
-    """The section without its name, checked against the factory's signature: names, and plain types."""
-    options = {key: value for key, value in plain(section).items() if key != "name"}
-    call = factory(kind, section["name"])
-    signature = inspect.signature(call)
-    hidden = {"parent", "name", *context}  # what the caller or Linen supplies
-    allowed = set(signature.parameters) - hidden
-    hints = typing.get_type_hints(call.__init__ if inspect.isclass(call) else call)
+def arguments(
+    kind: str, section: Any, where: str, context: Iterable[str] = (), drop: Iterable[str] = ()
+) -> dict[str, Any]:
+    """The section without its name and what is dropped, checked against the factory: names, and plain types."""
+    options = {key: value for key, value in plain(section).items() if key not in ("name", *drop)}
+    return call_arguments(factory(kind, section["name"]), section["name"], options, where, context)
+
+
+def call_arguments(call: Callable, name: str, options: dict, where: str, context: Iterable[str] = ()) -> dict[str, Any]:
+    """`options`, if they are what `call` takes beside the `context` that the caller supplies; else InputError."""
+    parameters, hints = signature(call, context)
     for key, value in options.items():
-        if key not in allowed:
-            raise InputError(f"{where}.{key} is unknown to '{section['name']}'; {nearest(key, allowed)}")
+        if key not in parameters:
+            raise InputError(f"{where}.{key} is unknown to '{name}'; {nearest(key, parameters)}")
         if not _fits(value, hints.get(key)):
-            raise InputError(f"{where}.{key}={value!r} has the wrong type; '{section['name']}' takes {hints[key]}")
-    for key in allowed - set(options):
-        if signature.parameters[key].default is inspect.Parameter.empty:
-            raise InputError(f"{where}.{key} is missing; '{section['name']}' needs it")
+            raise InputError(f"{where}.{key}={value!r} has the wrong type; '{name}' takes {_readable(hints[key])}")
+    for key, parameter in parameters.items():
+        if key not in options and parameter.default is inspect.Parameter.empty:
+            raise InputError(f"{where}.{key} is missing; '{name}' needs it")
     return options
+
+
+def signature(call: Callable, context: Iterable[str] = ()) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
+    """(parameters that a section may set, their type hints)."""
+    hidden = {"parent", "name", *context}  # what Linen or the caller supplies
+    parameters = {key: p for key, p in inspect.signature(call).parameters.items() if key not in hidden}
+    return parameters, typing.get_type_hints(call.__init__ if inspect.isclass(call) else call)
+
+
+def complete(config: ConfigDict) -> ConfigDict:
+    """Writes the defaults of every call into its section, so that all options can be set, and all are saved."""
+    for section, kind in _CALLS.items():
+        part = lookup(config, section, None)
+        if part is None or "name" not in part:
+            continue
+        call = factory(kind, part["name"])
+        parameters, hints = signature(call, {"models": ("num_classes",)}.get(kind, ()))
+        for key, parameter in parameters.items():
+            if key not in part and parameter.default is not inspect.Parameter.empty:
+                part[key] = _default(parameter.default, hints.get(key))
+    for _, recipe in recipes(config):
+        complete(recipe)
+    return config
+
+
+def recipes(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
+    """(where, recipe) of the configurations that this one holds: its teacher's and those it is contrasted with."""
+    if config.teacher.recipe is not None:
+        yield "teacher.recipe", config.teacher.recipe
+    for name, recipe in config.contrast.items():
+        yield f"contrast.{name}", recipe
+
+
+def _default(value, hint):
+    """A default as a ConfigDict can hold it: None keeps the type that may replace it."""
+    if value is not None:
+        return plain(value)
+    kinds = [option for option in typing.get_args(hint) if option is not type(None)]
+    kind = typing.get_origin(kinds[0]) or kinds[0] if kinds else None
+    return placeholder(kind) if kind in (int, float, str, bool, tuple) else None
 
 
 def _fits(value, hint):
@@ -214,8 +292,14 @@ def _fits(value, hint):
     if hint is type(None):
         return value is None
     if typing.get_origin(hint) is tuple:
-        return isinstance(value, tuple)
+        inner = typing.get_args(hint)
+        kinds = inner[:1] * len(value) if isinstance(value, tuple) and inner[1:] == (...,) else inner
+        return isinstance(value, tuple) and len(kinds) == len(value) and all(map(_fits, value, kinds))
     return hint is None or not isinstance(hint, type) or isinstance(value, hint)
+
+
+def _readable(hint):
+    return getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
 
 
 # ---- recipes -----------------------------------------------------------------------------------------------
@@ -224,14 +308,13 @@ def _fits(value, hint):
 def parse_arg(arg: str | None, rows: tuple[str, ...] = ()) -> tuple[str, bool]:
     """(row, smoke) of a recipe's argument, as "", "smoke", "ROW" or "ROW,smoke"; the first row is the default."""
     words = [word for word in (arg or "").split(",") if word]
-    smoke = "smoke" in words
     chosen = [word for word in words if word != "smoke"]
     for word in chosen:
         if word not in rows:
             raise InputError(f"config argument '{word}' is unknown; {nearest(word, ('smoke', *rows))}")
     if len(chosen) > 1:
         raise InputError(f"config arguments {', '.join(chosen)} exclude each other; give one")
-    return (chosen[0] if chosen else rows[0] if rows else ""), smoke
+    return (chosen[0] if chosen else rows[0] if rows else ""), "smoke" in words
 
 
 def smoke(config: ConfigDict, shape: tuple[int, int, int], num_classes: int, model: Mapping[str, Any]) -> ConfigDict:
@@ -239,9 +322,9 @@ def smoke(config: ConfigDict, shape: tuple[int, int, int], num_classes: int, mod
     config.data = dict(name="synthetic", shape=shape, num_classes=num_classes, val_size=8, split_seed=0)
     config.model.update(model)
     config.update(batch_size=8, epochs=2, log_every=2, checkpoint_every=1)
-    if config.attack is not None:
-        config.attack.steps = 2
-    config.validate.attack.steps = 2
+    for attack in (config.attack, config.validate.attack):
+        if attack is not None and "steps" in attack:
+            attack.steps = 2
     config.validate.update(every=1, batch_size=8)
     config.evaluate.update(attacks=("fgsm", "pgd-2", "cw-2"), ladder=(), batch_size=8)
     return config

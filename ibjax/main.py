@@ -4,13 +4,16 @@
 
 Trains the teacher of the configuration first where it holds the recipe of one and its checkpoint is absent, then the
 runs it is contrasted with, then itself; evaluates all of them; writes report.html and prints its table. Run again, it
-continues where it stopped. Exit codes: 0 done, 1 diverged, 2 wrong input, 75 preempted and saved, 130 interrupted.
+continues where it stopped. Exit codes: 0 done, 2 wrong input, 3 diverged or out of memory, 75 preempted and saved,
+130 interrupted.
 """
 
+import contextlib
 import logging
 import runpy
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from absl import flags
@@ -20,49 +23,74 @@ from ibjax import cluster, config, errors, report, run, train
 from ibjax.errors import InputError, nearest
 from ibjax.evaluate import check_settings, evaluate
 
-FLAGS = flags.FlagValues()
-CONFIG = config_flags.DEFINE_config_file("config", help_string="the recipe, FILE.py[:arg]", flag_values=FLAGS)
-WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; made if absent", flag_values=FLAGS)
-MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "train and evaluate, or only evaluate", flag_values=FLAGS)
 log = logging.getLogger(__name__)
 
 
-def parse(argv: list[str]) -> tuple[ConfigDict, Path, str]:
-    """(configuration, workdir, mode) of a command line; raises InputError on anything it does not understand."""
-    _check_config_flags(argv)
-    try:
-        rest = FLAGS(argv)
-    except Exception as error:  # absl and config_flags raise their own, KeyError, TypeError, ValueError
-        raise InputError(_last_line(error)) from None
+class Command(NamedTuple):
+    """What a command line asks for."""
+
+    settings: ConfigDict
+    workdir: Path
+    mode: str
+
+
+def parse(argv: list[str]) -> Command:
+    """Reads a command line; raises InputError on anything that it does not understand."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("config", None, "the recipe, FILE.py[:arg]; --config.KEY=VALUE changes it", flag_values=values)
+    flags.DEFINE_string("workdir", None, "folder of the run; made if absent", flag_values=values)
+    flags.DEFINE_enum("mode", "train", ["train", "eval"], "train and evaluate, or only evaluate", flag_values=values)
+    flags.DEFINE_bool("help", False, "show this", short_name="h", flag_values=values)
+    overrides = [flag for flag in argv[1:] if flag.lstrip("-").startswith("config.")]
+    rest = _parsed(values, [flag for flag in argv if flag not in overrides])
+    if values["help"].value:
+        print(f"{__doc__}\n{values.main_module_help() or values.get_help()}")
+        sys.exit(0)
     if len(rest) > 1:
-        raise InputError(f"'{rest[1]}' is no flag; flags are --config, --workdir, --mode and --config.KEY")
-    for name, value in (("config", CONFIG.value), ("workdir", WORKDIR.value)):
-        if value is None:
+        raise InputError(f"'{rest[1]}' is no flag; flags are --config, --workdir, --mode and --config.KEY=VALUE")
+    for name in ("config", "workdir"):
+        if not values[name].value:
             example = "python -m ibjax.main --config=configs/digits.py --workdir=runs/digits"
             raise InputError(f"--{name} is missing; for example: {example}")
-    return CONFIG.value, Path(WORKDIR.value), MODE.value
+    settings = override(load_config(values["config"].value), overrides)
+    return Command(settings, Path(values["workdir"].value), values["mode"].value)
 
 
-def _check_config_flags(argv):
-    """Says in one line what config_flags says in a traceback: a missing file, an error in it, an unknown key."""
-    settings = None
-    for flag, following in zip(argv[1:], [*argv[2:], ""], strict=True):
-        name, _, value = flag.lstrip("-").partition("=")
-        if not flag.startswith("-") or not name.startswith("config"):
-            continue
-        if name == "config":
-            settings = load_config(value or following)
-        elif settings is not None:
-            paths = [path for path, _ in config.leaves(settings)]
-            path = name.removeprefix("config.")
-            if path not in paths:
-                raise InputError(f"config key '{path}' is unknown; {nearest_key(path, paths)}")
+def _parsed(values, argv):
+    try:
+        return values(argv)
+    except Exception as error:  # absl's own, and KeyError, TypeError, ValueError of config_flags
+        raise InputError(_last_line(error)) from None
 
 
-def nearest_key(path: str, paths: list[str]) -> str:
-    """As `nearest`, but among the keys beside the wrong one rather than all of them."""
-    section = path.rpartition(".")[0]
-    return nearest(path, [p for p in paths if p.rpartition(".")[0] == section] or paths)
+def override(settings: ConfigDict, overrides: list[str]) -> ConfigDict:
+    """The configuration with `--config.KEY=VALUE` applied; every option of every call can be set."""
+    pairs = [flag.lstrip("-").removeprefix("config.").partition("=") for flag in overrides]
+    for path, _, value in pairs:  # names first: they decide which options there are
+        if path.endswith(".name") and config.lookup(settings, path, None) is not None:
+            config.lookup(settings, path.removesuffix(".name")).name = value
+    config.complete(settings)
+    paths = [path for path, _ in config.leaves(settings)]
+    for path, separator, _ in pairs:
+        if path not in paths:
+            section = [p for p in paths if p.rpartition(".")[0] == path.rpartition(".")[0]]
+            raise InputError(f"config key '{path}' is unknown; {nearest(path, section or paths)}")
+        if not separator:
+            raise InputError(f"--config.{path} has no value; write --config.{path}=VALUE")
+    values = flags.FlagValues()
+    with _argv(["", *overrides]):  # config_flags looks for overrides there
+        config_flags.DEFINE_config_dict("config", settings, lock_config=True, flag_values=values)
+        _parsed(values, ["", *overrides])
+    return settings
+
+
+@contextlib.contextmanager
+def _argv(argv):
+    before, sys.argv = sys.argv, argv
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def load_config(value: str) -> ConfigDict:
@@ -73,12 +101,15 @@ def load_config(value: str) -> ConfigDict:
         there = sorted(p.name for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
         raise InputError(f"--config={file} is no file; in {file.parent}: {nearest(file.name, there)}")
     try:
-        namespace = runpy.run_path(str(file))
-        return namespace["get_config"](arg) if arg else namespace["get_config"]()
+        made = runpy.run_path(str(file))["get_config"](*([arg] if arg else []))
     except InputError:
         raise
     except Exception as error:  # a configuration is the user's Python
         raise InputError(f"{file} fails with {type(error).__name__}: {_last_line(error)}") from None
+    if not isinstance(made, ConfigDict):
+        raise InputError(f"get_config of {file} returns a {type(made).__name__}; return ibjax.config.base(), changed")
+    config.check(made)
+    return made
 
 
 def _last_line(error):
@@ -87,35 +118,48 @@ def _last_line(error):
     return lines[-1] if lines else type(error).__name__
 
 
-def recipes(settings: ConfigDict, workdir: Path) -> list[tuple[ConfigDict, Path]]:
-    """(configuration, workdir) of everything one configuration stands for, in the order of training."""
-    runs = []
+class Job(NamedTuple):
+    """One training that a configuration stands for."""
+
+    settings: ConfigDict
+    workdir: Path
+    teacher: Path | None
+
+
+def jobs(settings: ConfigDict, workdir: Path) -> list[Job]:
+    """Everything that one configuration stands for, in the order of training: teacher, contrasts, itself."""
+    made, teacher = [], Path(settings.teacher.workdir) if settings.teacher.workdir else None
     if settings.teacher.recipe is not None:
-        if not settings.teacher.workdir:
-            settings.teacher.workdir = str(workdir / "teacher")
-        runs += recipes(settings.teacher.recipe, Path(settings.teacher.workdir))
+        teacher = teacher or workdir / "teacher"
+        made += jobs(settings.teacher.recipe, teacher)
     for name, recipe in settings.contrast.items():
-        runs += recipes(recipe, workdir / name)
-    return [*runs, (settings, workdir)]
+        if name in ("teacher", "checkpoints", "eval", "damaged", "tensorboard"):
+            raise InputError(f"contrast.{name}: that name is a folder of the run itself; choose another")
+        made += jobs(recipe, workdir / name)
+    return [*made, Job(settings, workdir, teacher)]
 
 
-def execute(settings: ConfigDict, workdir: Path, mode: str) -> list[dict]:
+def execute(settings: ConfigDict, workdir: Path, mode: str = "train") -> list[dict]:
     """Trains and evaluates all runs of a configuration, writes the report; returns the records."""
     config.check(settings)
+    config.complete(settings)
     check_settings(settings.evaluate)
-    runs = recipes(settings, workdir)
-    if mode == "train":
-        for recipe, _ in runs:  # all of them before the first: a typo in the last must not cost the others
-            train.check(recipe)
-    records = []
-    with run.lock(workdir):
+    todo = jobs(settings, workdir)
+    for job in todo if mode == "train" else ():  # all before the first: a typo in the last must not cost the others
+        train.check(job.settings, job.teacher)
+    if mode == "eval" and not run.has_checkpoint(workdir):
+        raise InputError(f"{workdir} holds no trained run; train it with --mode=train, or give another --workdir")
+    with contextlib.ExitStack() as locks:
+        for folder in {job.workdir.resolve(): job.workdir for job in todo}.values():
+            locks.enter_context(run.lock(folder))
         if mode == "train":
-            for recipe, folder in runs:
-                train.train(train.build(recipe), folder)
-        for _, folder in reversed(runs):  # the run itself first, then what it is contrasted with
-            records += evaluate(folder, "best", settings=settings.evaluate)
+            for job in todo:
+                train.train(train.build(job.settings, job.teacher), job.workdir)
+        records = []
+        for job in reversed(todo):  # the run itself first, then what it is contrasted with
+            records += evaluate(job.workdir, "best", settings=settings.evaluate)
         if jax.process_index() == 0:
-            report.write([folder for _, folder in reversed(runs)], workdir / "report.html")
+            report.write([job.workdir for job in reversed(todo)], workdir / "report.html")
     return records
 
 
@@ -123,12 +167,12 @@ def main() -> None:
     """The command line of this module."""
 
     def command():
-        settings, workdir, mode = parse(sys.argv)
+        command = parse(sys.argv)
         cluster.initialize()
-        records = execute(settings, workdir, mode)
+        records = execute(*command)
         if jax.process_index() == 0:
             print(report.table(records))
-            print(f"report: {workdir / 'report.html'}")
+            print(f"report: {command.workdir / 'report.html'}")
 
     errors.exit_with(command)
 

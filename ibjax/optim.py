@@ -7,9 +7,7 @@ A schedule is a function of the epoch, a real number; `stepping` says which epoc
 "next_step" the fraction after it (Rice et al. and AWP: the drop at epoch 100 already hits the last batch of epoch 99).
 """
 
-import inspect
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +15,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from ibjax.errors import InputError, nearest
+from ibjax.config import call_arguments
+from ibjax.errors import InputError, check_range, nearest
 
 STEPPINGS = {
     "epoch": lambda step, n: step // n,
@@ -31,7 +30,7 @@ def constant(*, lr: float, epochs: float) -> Callable[[Array], Array]:
     return lambda epoch: jnp.full_like(epoch, lr)
 
 
-def piecewise(*, lr: float, epochs: float, boundaries: Sequence[float] = (100, 150), factor: float = 0.1) -> Callable:
+def piecewise(*, lr: float, epochs: float, boundaries: tuple[float, ...] = (100, 150), factor: float = 0.1) -> Callable:
     """lr, multiplied by `factor` at each boundary (in epochs)."""
     return lambda epoch: lr * factor ** sum((epoch >= b).astype(jnp.float32) for b in boundaries)
 
@@ -62,11 +61,8 @@ SCHEDULES = {"constant": constant, "piecewise": piecewise, "cosine": cosine, "on
 def schedule(*, name: str, lr: float, epochs: float, steps_per_epoch: int, stepping: str | None = None, **options: Any):
     """step (int) -> learning rate, by the name of a function in SCHEDULES; `options` are that function's."""
     if name not in SCHEDULES:
-        raise InputError(f"schedule.name '{name}' is unknown; {nearest(name, SCHEDULES)}")
-    allowed = set(inspect.signature(SCHEDULES[name]).parameters) - {"lr", "epochs"}
-    for option in options:
-        if option not in allowed:
-            raise InputError(f"schedule.{option} is unknown to '{name}'; {nearest(option, allowed)}")
+        raise InputError(f"schedule.name '{name}' is unknown; {nearest(str(name), SCHEDULES)}")
+    call_arguments(SCHEDULES[name], name, options, "schedule", ("lr", "epochs"))
     stepping = stepping or ("step" if name in ("one_cycle", "cosine") else "epoch")
     if stepping not in STEPPINGS:
         raise InputError(f"schedule.stepping '{stepping}' is unknown; {nearest(stepping, STEPPINGS)}")
@@ -83,6 +79,8 @@ def sgd(
     decay_norm_and_bias: bool = True,
 ) -> optax.GradientTransformation:
     """PyTorch's SGD. `decay_norm_and_bias=False` spares one-dimensional parameters (Fast-AT on ImageNet)."""
+    check_range("optimizer.momentum", momentum, 0, 1, below=True)
+    check_range("optimizer.weight_decay", weight_decay, 0)
     mask = None if decay_norm_and_bias else lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
     return optax.chain(
         optax.add_decayed_weights(weight_decay, mask),
@@ -93,6 +91,7 @@ def sgd(
 
 def adam(*, lr: Callable, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0):
     """PyTorch's Adam: weight decay is added to the gradient, before the moments."""
+    check_range("optimizer.weight_decay", weight_decay, 0)
     return optax.chain(
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_adam(b1, b2, eps),
@@ -106,13 +105,8 @@ OPTIMIZERS = {"sgd": sgd, "adam": adam}
 def optimizer(*, name: str, lr: Callable, **options: Any) -> optax.GradientTransformation:
     """An optimiser by the name of a function in OPTIMIZERS; `lr` maps the step to the learning rate."""
     if name not in OPTIMIZERS:
-        raise InputError(f"optimizer.name '{name}' is unknown; {nearest(name, OPTIMIZERS)}")
-    allowed = set(inspect.signature(OPTIMIZERS[name]).parameters) - {"lr"}
-    for option, value in options.items():
-        if option not in allowed:
-            raise InputError(f"optimizer.{option} is unknown to '{name}'; {nearest(option, allowed | {'lr'})}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"optimizer.{option}={value} is not a finite number")
+        raise InputError(f"optimizer.name '{name}' is unknown; {nearest(str(name), OPTIMIZERS)}")
+    call_arguments(OPTIMIZERS[name], name, options, "optimizer", ("lr",))
     return OPTIMIZERS[name](lr=lr, **options)
 
 

@@ -28,8 +28,9 @@ from ibjax.data import Arrays, load_splits
 from ibjax.errors import CheckpointError, InputError
 from ibjax.step import Variables, linen_net
 
-# Keys that change neither the training nor its result, and so may differ when a run is continued.
-_FREE_KEYS = ("title", "evaluate", "contrast", "log_every", "checkpoint_every", "steps_per_dispatch")
+# Keys that change neither the training nor its result, and so may differ when a run is continued. The teacher is
+# compared by its weights, the data by its content: where they lie may change.
+_FREE_KEYS = ("title", "evaluate", "contrast", "log_every", "checkpoint_every", "steps_per_dispatch", "teacher")
 
 
 class Run(NamedTuple):
@@ -69,12 +70,24 @@ def load_data(settings: ConfigDict) -> Arrays:
     return _load_data(json.dumps(config.plain(settings.data), sort_keys=True))
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def _load_data(section_text):
     section = json.loads(section_text)
     val_size, split_seed = section.pop("val_size"), section.pop("split_seed")
     options = config.arguments("data", section, "data")
-    return load_splits(config.factory("data", section["name"]), val_size=val_size, seed=split_seed, **options)
+    return load_splits(config.factory("data", section["name"]), val_size=val_size, split_seed=split_seed, **options)
+
+
+def facts(data: Arrays) -> dict[str, Any]:
+    """What config.json says of the data: its name, shape, sizes, and a digest of each split."""
+    splits = {name: split for name in ("train", "val", "test") if (split := getattr(data, name)) is not None}
+    return {
+        "label": data.label,
+        "input_shape": list(data.train.images.shape[1:]),
+        "num_classes": data.num_classes,
+        **{f"n_{name}": len(split.labels) for name, split in splits.items()},
+        "digests": {name: checkpoints.tree_digest(split) for name, split in splits.items()},
+    }
 
 
 def abstract_variables(model: nn.Module, input_shape: tuple[int, ...], mesh: Any) -> Any:
@@ -90,21 +103,24 @@ def abstract_variables(model: nn.Module, input_shape: tuple[int, ...], mesh: Any
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[None]:
-    """Holds the workdir for this run; a second run in it is refused with InputError."""
-    if jax.process_index() != 0:
-        yield
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        handle = (workdir / ".lock").open("w")
-    except OSError as error:
-        raise InputError(f"--workdir={workdir} cannot be written ({error.strerror}); give another folder") from None
-    with handle:
+    """Holds the workdir for this run, all its processes together; a second run in it is refused with InputError."""
+    handle, problem = None, ""
+    if jax.process_index() == 0:
         try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            handle = (workdir / ".lock").open("w")
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"another run is using {workdir}; wait for it, or give another --workdir") from None
+        except BlockingIOError:
+            problem = f"another run is using {workdir}; wait for it, or give another --workdir"
+        except OSError as error:
+            problem = f"--workdir={workdir} cannot be written or locked ({error.strerror}); give another folder"
+    try:
+        if not cluster.all_agree(not problem):
+            raise InputError(problem or f"process 0 cannot use {workdir}")
         yield
+    finally:
+        if handle:
+            handle.close()
 
 
 def has_checkpoint(workdir: Path) -> bool:
@@ -114,19 +130,27 @@ def has_checkpoint(workdir: Path) -> bool:
 
 
 def write_config(workdir: Path, given: ConfigDict, facts: dict[str, Any]) -> None:
-    """Writes config.json and env.json, or checks that the run which is already there is the same one."""
-    if (workdir / "config.json").is_file():
+    """Writes config.json and env.json, or checks that the run which is already there is the same one.
+
+    Before its first checkpoint a run has nothing to protect, and another configuration may take its place.
+    """
+    if has_checkpoint(workdir):
         saved, saved_facts = read_config(workdir)
         _refuse_other_run(workdir, saved, given)
-        if config.plain(saved_facts) != config.plain(facts):
-            raise InputError(f"{workdir} was trained on other data ({saved_facts}); the data is now {facts}")
+        for name, value in config.plain(facts).items():
+            if config.plain(saved_facts).get(name) != value:
+                raise InputError(
+                    f"{workdir} was trained with another {name} ({saved_facts.get(name)}, now {value}); "
+                    f"give another --workdir, or what it was trained with"
+                )
     if jax.process_index() == 0:
         write_json(workdir / "config.json", {"config": config.plain(given), "data": facts})
         write_json(workdir / "env.json", environment())
 
 
 def _refuse_other_run(workdir, saved, given):
-    old, new = dict(config.leaves(config.plain(saved))), dict(config.leaves(config.plain(given)))
+    parts = (config.complete(part.copy_and_resolve_references()) for part in (saved, given))
+    old, new = (dict(config.leaves(config.plain(part))) for part in parts)
     for path in {**new, **old}:
         if path.split(".")[0] not in _FREE_KEYS and old.get(path) != new.get(path):
             raise InputError(
@@ -142,17 +166,31 @@ def read_config(workdir: Path) -> tuple[ConfigDict, dict[str, Any]]:
         raise CheckpointError(f"{workdir} holds no run (no config.json); train there first, or give another folder")
     try:
         content = json.loads(file.read_text())
-        return ConfigDict(content["config"]), content["data"]
+        saved, facts = ConfigDict(content["config"]), content["data"]
+        config.check(saved)
+        if type(facts["num_classes"]) is not int or not all(type(size) is int for size in facts["input_shape"]):
+            raise ValueError("its data section is not that of a run")
+        return saved, facts
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is damaged ({error}); restore it from a copy") from None
+        raise CheckpointError(f"{file} is damaged or of another version ({error}); restore it from a copy") from None
+
+
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A temporary path that becomes `file` when the block ends well: `file` is there whole or not at all."""
+    temporary = file.with_name(file.name + ".tmp")
+    try:
+        yield temporary
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Writes indented JSON through a temporary file: there whole or not at all."""
+    """Writes indented JSON, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 # ---- where numbers come from -------------------------------------------------------------------------------

@@ -43,12 +43,14 @@ class Objective(NamedTuple):
       `target` and `loss` get the same key, so what both compute XLA computes once.
     head: module of the method's own trainable weights, called as head(features, teacher_features, train=…).
     needs_teacher: whether `net.teacher` must be there.
+    attack_losses: the losses that climb away from `target`; () where the method trains on clean images.
     """
 
     target: Callable[[Net, Variables, Batch, Array], Array]
     loss: Callable[[Net, Variables, Batch, Array | None, Array], tuple[Array, tuple[Variables, dict[str, Array]]]]
     head: nn.Module | None = None
     needs_teacher: bool = False
+    attack_losses: tuple[str, ...] = ("ce", "margin")
 
 
 class TrainState(NamedTuple):
@@ -97,7 +99,10 @@ def with_trainable(variables: Variables, params: dict[str, Any]) -> Variables:
 
 
 def evaluation_variables(state: TrainState) -> Variables:
-    """What is evaluated and saved for use: the averaged parameters where there are any, without the head."""
+    """What is evaluated and saved for use: the averaged parameters where there are any, without the head.
+
+    The running statistics are those of the raw parameters, which is what published code with averaging does.
+    """
     params = state.variables["params"] if state.ema_params is None else state.ema_params
     return {**_network(state.variables), "params": params}
 

@@ -5,6 +5,7 @@ the bit; nothing is transferred from the host inside an epoch; the step compiles
 """
 
 import contextlib
+import functools
 import logging
 import sys
 import time
@@ -38,6 +39,7 @@ class Experiment(NamedTuple):
 
     config: ConfigDict
     data: Arrays
+    facts: dict[str, Any]  # what identifies data and teacher, for config.json
     model: nn.Module
     bind_net: Callable[[Variables | None], Net]
     objective: Objective
@@ -49,38 +51,49 @@ class Experiment(NamedTuple):
     mesh: Any
 
 
-def check(settings: ConfigDict) -> Arrays:
-    """Raises InputError on whatever is wrong with a configuration, its data or its teacher; returns the data.
+def check(settings: ConfigDict, teacher_folder: Path | None = None) -> None:
+    """Raises InputError on whatever is wrong with a configuration, its data or its teacher.
 
-    Nothing is saved, trained or computed. A teacher that has yet to be made from its recipe is not looked for.
+    The whole step and the validation are traced; nothing is saved, compiled or computed. A teacher that has yet to be
+    made is taken from its recipe.
+    """
+    experiment = build(settings, teacher_folder, abstract=True)
+    teacher = experiment.teacher_variables
+    x = jax.ShapeDtypeStruct((1, *experiment.data.train.images.shape[1:]), jnp.float32)
+    images, labels = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in experiment.data.train)
+    n, key = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
+    try:
+        state = jax.eval_shape(_initializer(experiment), key, x, teacher)
+        jax.eval_shape(make_dispatch(experiment, capacity=1), state, images, labels, key, teacher, n)
+        scorer, _ = _validator(experiment)
+        scorer.trace(checkpoints.split(state)[0], _selection_split(experiment))
+    except InputError:
+        raise
+    except Exception as error:  # a contradiction that only tracing sees: shapes, types, values
+        first = (str(error).strip() or "no message").splitlines()[0]
+        raise InputError(f"this configuration cannot be traced: {type(error).__name__}: {first}") from error
+
+
+def build(settings: ConfigDict, teacher_folder: Path | None = None, *, abstract: bool = False) -> Experiment:
+    """Builds all parts of an experiment and checks them. Raises InputError on whatever is wrong.
+
+    Args:
+      settings: the configuration.
+      teacher_folder: workdir of the teacher; None takes `teacher.workdir`.
+      abstract: give the teacher's variables as shapes where it has yet to be trained from its recipe.
     """
     config.check(settings)
     cluster.check_divides(settings.batch_size, "batch_size")
     data = run.load_data(settings)
     if settings.select_on == "val" and data.val is None:
         raise InputError("data.val_size=0 leaves nothing to select on; hold some out, or set select_on='test'")
-    if settings.batch_size > len(data.train.labels):
+    steps_per_epoch = len(data.train.labels) // settings.batch_size
+    if not steps_per_epoch:
         raise InputError(f"batch_size={settings.batch_size} exceeds the {len(data.train.labels)} training images")
     model = run.build_model(settings.model, data.num_classes, "model")
-    run.abstract_variables(model, data.train.images.shape[1:], cluster.mesh())  # refuses impossible shapes and depths
-    augment.crop_and_flip(**settings.augment)
-    _attacks(settings)
-    _optimizer(settings, steps_per_epoch=1)
-    if config.build("objectives", settings.objective, "objective").needs_teacher and settings.teacher.recipe is None:
-        _check_teacher(settings, data)
-    return data
-
-
-def build(settings: ConfigDict) -> Experiment:
-    """Builds all parts of a checked experiment, the teacher's weights included."""
-    data = check(settings)
-    steps_per_epoch = len(data.train.labels) // settings.batch_size
-    model = run.build_model(settings.model, data.num_classes, "model")
     objective = config.build("objectives", settings.objective, "objective")
-    teacher, teacher_variables = None, None
-    if objective.needs_teacher:
-        _check_teacher(settings, data)
-        teacher, teacher_variables, *_ = run.load(settings.teacher.workdir, settings.teacher.checkpoint)
+    _check_attack(settings, objective)
+    teacher, teacher_variables, teacher_facts = _teacher(settings, objective, data, teacher_folder, abstract)
     optimizer, learning_rate = _optimizer(settings, steps_per_epoch)
 
     def bind_net(variables):
@@ -88,33 +101,65 @@ def build(settings: ConfigDict) -> Experiment:
 
     crop_and_flip = augment.crop_and_flip(**settings.augment)
     attacks = _attacks(settings)
-    train_step = make_train_step(bind_net, objective, optimizer, *attacks, crop_and_flip, settings.ema_decay)
     return Experiment(
-        settings,
-        data,
-        model,
-        bind_net,
-        objective,
-        optimizer,
-        learning_rate,
-        train_step,
-        teacher_variables,
-        steps_per_epoch,
-        cluster.mesh(),
+        config=settings,
+        data=data,
+        facts={**run.facts(data), **teacher_facts},
+        model=model,
+        bind_net=bind_net,
+        objective=objective,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        train_step=make_train_step(bind_net, objective, optimizer, *attacks, crop_and_flip, settings.ema_decay),
+        teacher_variables=teacher_variables,
+        steps_per_epoch=steps_per_epoch,
+        mesh=cluster.mesh(),
     )
 
 
-def _check_teacher(settings, data):
-    folder = settings.teacher.workdir
-    if not folder:
+def _check_attack(settings, objective):
+    """Refuses an attack that the objective would ignore, lacks, or that climbs away from something else."""
+    name, losses = settings.objective.name, objective.attack_losses
+    if settings.attack is None:
+        if losses:
+            raise InputError(f"objective '{name}' needs an attack; set attack=dict(name='pgd', loss='{losses[0]}', …)")
+        return
+    loss = settings.attack.get("loss", "ce")
+    if not losses:
+        raise InputError(f"objective '{name}' trains on clean images and would ignore the attack; set attack=None")
+    if loss not in losses:
+        raise InputError(f"attack.loss='{loss}' does not go with objective '{name}'; allowed: {', '.join(losses)}")
+    own_prediction = name == "trades" or settings.objective.get("attack_target") == "student"
+    if own_prediction and settings.attack.get("init") == "none":
+        raise InputError("attack.init='none' gives the KL to one's own prediction no gradient; use 'gaussian'")
+
+
+def _teacher(settings, objective, data, folder, abstract):
+    """(model, variables, facts) of the teacher; (None, None, {}) for an objective that has none."""
+    if not objective.needs_teacher:
+        return None, None, {}
+    recipe = settings.teacher.recipe
+    if not (folder or settings.teacher.workdir or recipe):
         raise InputError(
             f"objective '{settings.objective.name}' needs a teacher; set teacher.workdir to the workdir of a trained "
             f"run, or teacher.recipe to a configuration that makes one"
         )
-    if not run.has_checkpoint(Path(folder)):
+    folder = Path(folder or settings.teacher.workdir or "teacher")
+    if abstract and recipe is not None and not run.has_checkpoint(folder):
+        taught = run.load_data(recipe)
+        _check_teacher(folder, run.facts(taught), data)
+        model = run.build_model(recipe.model, taught.num_classes, "teacher.recipe.model")
+        return model, run.abstract_variables(model, taught.train.images.shape[1:], cluster.mesh()), {}
+    if not run.has_checkpoint(folder):
         command = settings.teacher.made_by or f"python -m ibjax.main --config=… --workdir={folder}"
         raise InputError(f"teacher.workdir={folder} holds no trained run; train the teacher first: {command}")
-    taught = run.read_config(Path(folder))[1]
+    _check_teacher(folder, run.read_config(folder)[1], data)
+    taught = run.load(folder, settings.teacher.checkpoint)
+    made = {"step": taught.step, "weights": checkpoints.tree_digest(taught.variables)}
+    return taught.model, taught.variables, {"teacher": made}
+
+
+def _check_teacher(folder, taught, data):
     if taught["num_classes"] != data.num_classes:
         raise InputError(
             f"the teacher in {folder} has {taught['num_classes']} classes, the data has {data.num_classes}; "
@@ -204,17 +249,21 @@ def make_dispatch(experiment: Experiment, capacity: int) -> Callable:
 
 def initial_state(experiment: Experiment) -> TrainState:
     """The state before the first step, on all devices, from the configuration's seed."""
-    model_key = _key(experiment.config.seed, 0, experiment.mesh)
-    x = jnp.zeros((1, *experiment.data.train.images.shape[1:]), jnp.float32)
+    replicated = NamedSharding(experiment.mesh, cluster.REPLICATED)
+    key = _key(experiment.config.seed, 0, experiment.mesh)
+    x = np.zeros((1, *experiment.data.train.images.shape[1:]), np.float32)
+    return jax.jit(_initializer(experiment), out_shardings=replicated)(key, x, experiment.teacher_variables)
 
-    def init(key, teacher_variables):
+
+def _initializer(experiment):
+    """(key, x, teacher_variables) -> the first state."""
+
+    def init(key, x, teacher_variables):
         net = experiment.bind_net(teacher_variables)
         ema = experiment.config.ema_decay is not None
-        head, optimizer = experiment.objective.head, experiment.optimizer
-        return init_state(key, net, experiment.model, head, optimizer, x, ema)
+        return init_state(key, net, experiment.model, experiment.objective.head, experiment.optimizer, x, ema)
 
-    replicated = NamedSharding(experiment.mesh, cluster.REPLICATED)
-    return jax.jit(init, out_shardings=replicated)(model_key, experiment.teacher_variables)
+    return init
 
 
 def _key(seed, which, mesh):
@@ -233,7 +282,7 @@ def train(experiment: Experiment, workdir: Path) -> None:
     """
     settings = experiment.config
     total = settings.epochs * experiment.steps_per_epoch
-    run.write_config(workdir, settings, facts(experiment.data))
+    run.write_config(workdir, settings, experiment.facts)
     with checkpoints.manager(workdir) as orbax:
         state = initial_state(experiment)
         state = checkpoints.restore_latest(orbax, state) or state
@@ -253,7 +302,7 @@ def train(experiment: Experiment, workdir: Path) -> None:
 def _loop(experiment, orbax, state, step, total, write):
     settings, per_epoch, mesh = experiment.config, experiment.steps_per_epoch, experiment.mesh
     capacity = min(settings.steps_per_dispatch or _default_capacity(settings), per_epoch)
-    dispatch, validate = make_dispatch(experiment, capacity), _validator(experiment)
+    dispatch, validator = make_dispatch(experiment, capacity), _validator(experiment)
     train_data = experiment.data.train
     arguments = [cluster.replicate(array, mesh) for array in (train_data.images, train_data.labels)]
     arguments += [_key(settings.seed, 1, mesh), experiment.teacher_variables]
@@ -282,7 +331,7 @@ def _loop(experiment, orbax, state, step, total, write):
                 bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['images_per_s']:.0f} images/s")
                 window = Window(step)
             if saved or preempted:
-                scores = validate(state) if validated else None
+                scores = _validate(experiment, validator, state) if validated else None
                 if scores:
                     write("val", step, epoch=step / per_epoch, **scores)
                     _tell(settings, epoch, scores, (time.perf_counter() - began) / (step - first) * (total - step))
@@ -307,38 +356,43 @@ def _validate_now(settings, epoch):
     return last or dense or epoch % settings.validate.every == 0
 
 
+def _selection_split(experiment):
+    return experiment.data.val if experiment.config.select_on == "val" else experiment.data.test
+
+
 def _validator(experiment):
-    """state -> {"clean_acc", "robust_acc", "selection"} in percent on the split that selects."""
-    settings = experiment.config
-    options = dict(settings.validate.attack)
-    attack = config.build("attacks", options, "validate.attack")
-    split = experiment.data.val if settings.select_on == "val" else experiment.data.test
-    predict = experiment.bind_net(None).predict
-    norm = options.get("norm", "linf")
-    scorer = Scorer(predict, lambda **_: attack, experiment.mesh, settings.validate.batch_size, norm)
-    eps = options.get("eps", 0.0)
+    """The scorer of the attack that selects checkpoints, with its eps and step size."""
+    section = config.complete(experiment.config.copy_and_resolve_references()).validate.attack
+    options = config.arguments("attacks", section, "validate.attack")
+    eps, step_size = options.pop("eps"), options.pop("step_size")
+    attack = functools.partial(config.factory("attacks", section.name), **options)
+    predict, size = experiment.bind_net(None).predict, experiment.config.validate.batch_size
+    scorer = Scorer(predict, attack, experiment.mesh, size, section.norm)
+    return scorer, {"eps": eps, "step_size": eps if step_size is None else step_size}
 
-    def validate(state):
-        variables = checkpoints.split(state)[0]
-        flags = scorer(variables, split, settings.seed, eps=eps, step_size=eps)
-        robust = 100 * float(np.mean(flags.robust))
-        return {"clean_acc": 100 * float(np.mean(flags.clean)), "robust_acc": robust, "selection": robust}
 
-    return validate
+def _validate(experiment, validator, state):
+    """{"clean_acc", "robust_acc", "selection"} in percent on the split that selects."""
+    (scorer, size), split = validator, _selection_split(experiment)
+    flags, _ = scorer(checkpoints.split(state)[0], split, experiment.config.seed, **size)
+    clean, robust = (100 * float(np.mean(part)) for part in (flags.clean, flags.robust))
+    return {"clean_acc": clean, "robust_acc": robust, "selection": robust}
 
 
 def _divergence(values, first, orbax):
-    """What is not finite, where, and what to do; None when all is well."""
-    for name, value in values.items():
-        if not np.all(np.isfinite(value)):
-            step = first + int(np.argmin(np.isfinite(value))) + 1
-            norms = values["grad_norm"][: step - first][-2:].tolist()
-            good = checkpoints.latest_step(orbax)
-            return (
-                f"{name} became NaN or Inf at step {step} (last gradient norms: {norms}); "
-                f"the last good checkpoint is {'none' if good is None else f'step {good}'}; lower optimizer.lr"
-            )
-    return None
+    """Which metric was not finite first, where, and what to do; None when all is well."""
+    broken = {
+        name: int(np.argmin(np.isfinite(value))) for name, value in values.items() if not np.isfinite(value).all()
+    }
+    if not broken:
+        return None
+    name = min(broken, key=lambda name: (broken[name], name != "loss"))
+    norms = values["grad_norm"][: broken[name]][-2:].tolist()
+    good = checkpoints.latest_step(orbax)
+    return (
+        f"{name} became NaN or Inf in the batch of step {first + broken[name] + 1} (gradient norms before: {norms}); "
+        f"the last good checkpoint is {'none' if good is None else f'step {good}'}; lower optimizer.lr"
+    )
 
 
 def _save(orbax, state, scores):
@@ -372,14 +426,3 @@ def _tell(settings, epoch, scores, seconds_left):
 
 def _name(settings):
     return settings.title or settings.objective.name
-
-
-def facts(data: Arrays) -> dict[str, Any]:
-    """What config.json says of the data."""
-    sizes = {f"n_{name}": len(split.labels) for name in ("train", "val", "test") if (split := getattr(data, name))}
-    return {
-        "label": data.label,
-        "input_shape": list(data.train.images.shape[1:]),
-        "num_classes": data.num_classes,
-        **sizes,
-    }

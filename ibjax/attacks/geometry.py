@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from ibjax.errors import InputError, nearest
 
@@ -28,15 +30,22 @@ def fraction(value: "str | float | Array") -> "float | Array":
         raise InputError(f"'{value}' is not a number; write a fraction as '8/255' or a decimal as 0.031") from None
 
 
-def radius(eps: "str | float | Array", norm: str) -> "float | Array":
-    """The radius that `eps` means, checked: eps=8 is refused, since images live in [0, 1]."""
+def radius(eps: "str | float | Array", norm: str, name: str = "eps") -> "float | Array":
+    """The length that `eps` means, checked: eps=8 is refused, since images live in [0, 1].
+
+    Arrays (one length, or one per image) are checked where their values are known, not inside `jit`.
+    """
     check_norm(norm)
     eps = fraction(eps)
-    if isinstance(eps, jax.Array):
+    if isinstance(eps, Tracer):
         return eps
+    if isinstance(eps, jax.Array | np.ndarray):
+        for value in (float(np.min(eps)), float(np.max(eps))):
+            radius(value, norm, name)
+        return jnp.asarray(eps)
     if not (math.isfinite(eps) and 0 <= eps < _LARGEST_EPS[norm]):
         raise InputError(
-            f"eps={eps:g} is outside [0, {_LARGEST_EPS[norm]:g}) for {norm}: images are in [0, 1]; "
+            f"{name}={eps:g} is outside [0, {_LARGEST_EPS[norm]:g}) for {norm}: images are in [0, 1]; "
             f"write 8 grey levels as '8/255'"
         )
     return eps

@@ -105,7 +105,7 @@ def stateful_pgd(
     step of theirs moves the running statistics; here these are the state. Arguments as `pgd`.
     """
     per_example, eps = _loss(loss), geometry.radius(eps, norm)
-    step_size = geometry.fraction(step_size)
+    step_size = geometry.radius(step_size, norm, "step_size")
     geometry.check_start(init)
     if steps < 1:
         raise InputError(f"steps={steps} is not allowed; at least 1 step is needed")

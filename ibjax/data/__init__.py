@@ -32,8 +32,8 @@ class Arrays(NamedTuple):
     label: str = ""  # how results on it must be called, as "CIFAR-10 (JPEG)"
 
 
-def load_splits(source: Any, *, val_size: int, seed: int = 0, **options: Any) -> Arrays:
-    """Loads with `source(**options)`, checks every split, and takes `val_size` images per `seed` out of training.
+def load_splits(source: Any, *, val_size: int, split_seed: int = 0, **options: Any) -> Arrays:
+    """Loads with `source(**options)`, checks every split, and takes `val_size` images per `split_seed` out of training.
 
     The validation split is stratified: each class gives its share. `val_size=0` leaves `val` empty (selection on the
     test set must then be asked for). Raises DataError with the file, what is wrong with it, and what to do.
@@ -54,7 +54,7 @@ def load_splits(source: Any, *, val_size: int, seed: int = 0, **options: Any) ->
         if val_size:
             raise DataError(f"data.val_size={val_size}: this source has a validation split of its own; set 0")
         return arrays._replace(val=check(arrays.val, "val", arrays.num_classes))
-    train, val = hold_out(arrays.train, val_size, seed)
+    train, val = hold_out(arrays.train, val_size, split_seed)
     return arrays._replace(train=train, val=val)
 
 

@@ -20,10 +20,10 @@
 
 Batch-norm: training-mode passes over x (its features are not used), then x'. The teacher is frozen.
 
-Deviations from the authors' code, which does not run as published: KL in place of the paper's cross-entropy
-(they differ by the teacher's entropy, a constant); with `teacher_noise` the noise is not the very draw that
-starts the attack. β multiplies squared differences of unit-norm maps *divided by H·W*: L_feat ≤ Σ_i 2/(H_i·W_i),
-0.2 for a WRN-34-10 teacher; other scalings change the method by orders of magnitude.
+Deviations from the authors' code, which does not run as published: KL in place of the paper's cross-entropy (they
+differ by the teacher's entropy, a constant; the attack may use either); with `teacher_noise` the noise is not the
+very draw that starts the attack. β multiplies squared differences of unit-norm maps *divided by H·W*:
+L_feat ≤ Σ_i 2/(H_i·W_i), 0.2 for a WRN-34-10 teacher; other scalings change the method by orders of magnitude.
 """
 
 import math
@@ -37,7 +37,7 @@ import numpy as np
 from jax import Array
 
 from ibjax import losses
-from ibjax.errors import InputError, nearest
+from ibjax.errors import InputError, check_range, nearest
 from ibjax.models.layers import BatchNorm, Dense, global_average
 from ibjax.objectives.standard import accuracy
 from ibjax.step import Objective
@@ -68,6 +68,10 @@ def ibd(
     for name, value in given.items():
         if value not in CHOICES[name]:
             raise InputError(f"objective.{name}='{value}' is unknown; {nearest(value, CHOICES[name])}")
+    check_range("objective.alpha", alpha, 0, 1)
+    check_range("objective.beta", beta, 0)
+    check_range("objective.teacher_noise", teacher_noise, 0, 1)
+    check_range("objective.qk_dim", qk_dim, 1)
     head = AttentionMatching(qk_dim, granularity, positional, query_relu, energy)
 
     def teach(net, batch, key):
@@ -104,7 +108,7 @@ def ibd(
         metrics |= {"loss": value, "clean_acc": accuracy(clean, batch), "adv_acc": accuracy(adv, batch)}
         return value, (variables, metrics)
 
-    return Objective(target, loss, head if beta else None, needs_teacher=True)
+    return Objective(target, loss, head if beta else None, needs_teacher=True, attack_losses=("kl", "ce"))
 
 
 class AttentionMatching(nn.Module):

@@ -23,7 +23,7 @@ def standard() -> Objective:
         metrics = {"loss": value, "clean_acc": accuracy(logits, batch)}
         return value, (variables, metrics)
 
-    return Objective(target, loss)
+    return Objective(target, loss, attack_losses=())
 
 
 def accuracy(logits, batch):

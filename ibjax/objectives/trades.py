@@ -19,13 +19,14 @@ import jax
 import jax.numpy as jnp
 
 from ibjax import losses
-from ibjax.errors import InputError
+from ibjax.errors import InputError, check_range
 from ibjax.objectives.standard import accuracy
 from ibjax.step import Objective
 
 
 def trades(*, beta: float = 6.0, forwards: int = 2) -> Objective:
     """TRADES; its attack is dict(name="pgd", loss="kl", init="gaussian")."""
+    check_range("objective.beta", beta, 0)
     if forwards not in (2, 3):
         raise InputError(f"objective.forwards={forwards} is not allowed; 2 (x, x') or 3 (x, x', x again)")
 
@@ -47,4 +48,4 @@ def trades(*, beta: float = 6.0, forwards: int = 2) -> Objective:
         metrics |= {"clean_acc": accuracy(clean, batch), "adv_acc": accuracy(adv, batch)}
         return value, (variables, metrics)
 
-    return Objective(target, loss)
+    return Objective(target, loss, attack_losses=("kl",))
