@@ -17,13 +17,13 @@ from ibjax.objectives.trades import trades
 from ibjax.optim import sgd
 from ibjax.step import init_state, linen_net, make_train_step, trainable, with_trainable
 
-KL = dict(loss="kl", init="gaussian")
+CE, KL = dict(loss="ce", init="uniform"), dict(loss="kl", init="gaussian")
 # name -> (objective section, changes of the attack section; None: no attack, other changes)
 OBJECTIVES = {
     "standard": (dict(name="standard"), None, {}),
-    "pgd_at": (dict(name="pgd_at"), {}, {}),
-    "pgd_at-rice": (dict(name="pgd_at", clean_forward=True), {}, dict(attack_bn="train")),
-    "pgd_at-ema": (dict(name="pgd_at"), {}, dict(ema_decay=0.9)),
+    "pgd_at": (dict(name="pgd_at"), CE, {}),
+    "pgd_at-rice": (dict(name="pgd_at", clean_forward=True), CE, dict(attack_bn="train")),
+    "pgd_at-ema": (dict(name="pgd_at"), CE, dict(ema_decay=0.9)),
     "trades": (dict(name="trades"), KL, {}),
     "trades-official": (dict(name="trades", forwards=3), KL, {}),
     "ibd": (dict(name="ibd"), KL, {}),

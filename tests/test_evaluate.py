@@ -1,0 +1,215 @@
+"""Evaluation: flags recomputed by brute force, the gate on broken networks, records that are reused or not."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import smoke_config
+from jax.sharding import AxisType
+
+from ibjax import evaluate, main, results
+from ibjax.attacks import geometry
+from ibjax.attacks.pgd import pgd
+from ibjax.data import Split
+from ibjax.errors import InputError
+
+RNG = np.random.default_rng(0)
+N, CLASSES = 19, 4  # no multiple of any batch
+WEIGHTS = jnp.float32(RNG.normal(size=(75, CLASSES)))
+IMAGES = RNG.integers(0, 256, (N, 5, 5, 3), dtype=np.uint8)
+# labels that the linear network gets right for about two images of three, some of them by a hair
+LABELS = np.where(RNG.uniform(size=N) < 0.7, np.argmax(IMAGES.reshape(N, -1) / 255 @ WEIGHTS, 1), RNG.integers(0, 4, N))
+SPLIT = Split(IMAGES, LABELS.astype(np.int32))
+EPS, STEP = 0.02, 0.005
+
+
+def predict(variables, x):
+    return x.reshape(x.shape[0], -1) @ variables, {}
+
+
+def score(batch_size=8, devices=8, name="pgd-5", split=SPLIT, eps=EPS, seed=3, **options):
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+    attack = functools.partial(pgd, norm="linf", unroll=False, **evaluate.attack_settings(name))
+    scorer = evaluate.Scorer(predict, attack, mesh, batch_size, "linf")
+    return scorer(WEIGHTS, split, seed, eps=eps, step_size=STEP, **options)
+
+
+def test_flags_are_those_of_a_loop_over_single_images():
+    """Without padding, batching or sharding: clean, robust, loss and distance of every image."""
+    flags, x_adv = score(keep=N)
+    key = jax.random.fold_in(jax.random.key(3), evaluate._EVALUATION)
+    attack = pgd(eps=EPS, step_size=STEP, steps=5, unroll=False)
+    for i in range(N):
+        x, y = jnp.float32(IMAGES[i : i + 1]) / 255, jnp.asarray(SPLIT.labels[i : i + 1])
+        alone = attack(jax.random.fold_in(key, i)[None], lambda x: predict(WEIGHTS, x)[0], x, y)
+        np.testing.assert_allclose(x_adv[i : i + 1], alone, atol=1e-6)
+        clean, robust = (int(np.argmax(predict(WEIGHTS, images)[0])) == LABELS[i] for images in (x, alone))
+        assert flags.clean[i] == clean and flags.robust[i] == (clean and robust)
+        assert abs(flags.distance[i] - float(geometry.distance(alone, x, "linf")[0])) < 1e-6
+        logits = np.asarray(predict(WEIGHTS, alone)[0], np.float64)[0]
+        loss = np.log(np.exp(logits - logits.max()).sum()) - (logits[LABELS[i]] - logits.max())
+        np.testing.assert_allclose(flags.loss[i], loss, rtol=1e-4, atol=1e-6)
+    assert 0 < flags.robust.sum() < flags.clean.sum() < N  # the case has all kinds of images
+
+
+def test_an_image_that_is_wrong_as_it_is_never_counts_as_robust():
+    """Also where the attack pushes it over to its label."""
+    flags, x_adv = score(keep=N, eps=0.3)
+    attacked = np.argmax(predict(WEIGHTS, jnp.asarray(x_adv))[0], 1) == LABELS
+    assert not np.any(flags.robust & ~flags.clean)
+    np.testing.assert_array_equal(flags.robust, flags.clean & attacked)
+
+
+@pytest.mark.parametrize("batch_size, devices", [(1, 1), (8, 1), (16, 8), (500, 8)])
+def test_batch_size_and_number_of_devices_change_no_flag(batch_size, devices):
+    reference, x_reference = score(keep=N)
+    flags, x_adv = score(batch_size, devices, keep=N)
+    np.testing.assert_allclose(x_adv, x_reference, atol=1e-6)
+    np.testing.assert_array_equal(flags.robust, reference.robust)
+    assert len(flags.robust) == N
+
+
+def test_another_seed_draws_other_starts():
+    assert np.abs(score(keep=N)[1] - score(keep=N, seed=4)[1]).max() > 1e-3
+
+
+def test_eps_zero_is_clean_accuracy():
+    flags, _ = score(eps=0.0)
+    np.testing.assert_array_equal(flags.robust, flags.clean)
+
+
+def test_every_x_adv_lies_in_the_ball_and_the_box_or_nothing_is_reported():
+    """An attack that cheats by a millionth too much, or leaves the box, is found."""
+
+    def cheat(by, low=0.0):
+        def make(eps, step_size):
+            return lambda key, logits_fn, x, y: jnp.maximum(x + eps + by, low)
+
+        return make
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    dark = Split(np.full_like(IMAGES, 2), SPLIT.labels)
+    honest = evaluate.Scorer(predict, cheat(0.0), mesh, 8, "linf")
+    honest(WEIGHTS, dark, 0, eps=0.1, step_size=0.1)
+    for attack, split in ((cheat(3e-6), dark), (cheat(0.0), Split(np.full_like(IMAGES, 255), SPLIT.labels))):
+        with pytest.raises(RuntimeError, match="outside"):
+            evaluate.Scorer(predict, attack, mesh, 8, "linf")(WEIGHTS, split, 0, eps=0.1, step_size=0.1)
+
+
+def test_names_stand_for_their_attacks():
+    assert evaluate.attack_settings("cw-30") == dict(loss="margin", init="uniform", steps=30, restarts=1)
+    assert evaluate.attack_settings("pgd-7")["loss"] == "ce"
+    assert evaluate.attack_settings("fgsm") == dict(loss="ce", init="none", steps=1, restarts=1)
+    for name in ("pgd", "pgd-0", "pgd-x", "pgd-²", "cw-", "autoatack"):
+        with pytest.raises(InputError, match="unknown"):
+            evaluate.attack_settings(name)
+
+
+def test_the_ladder_scales_its_steps():
+    settings = dict(eps="8/255", step_size="2/255")
+    assert evaluate._scaled_step(settings, "8/255") == "2/255"
+    np.testing.assert_allclose(evaluate._scaled_step(settings, "16/255"), 4 / 255)
+
+
+# ---- the gate ----------------------------------------------------------------------------------------------
+
+
+def linear(x):
+    return predict(WEIGHTS, x)[0]
+
+
+def test_an_honest_network_passes_the_gate():
+    assert evaluate.gate(linear, IMAGES, SPLIT.labels) == []
+
+
+@pytest.mark.parametrize(
+    "network, words",
+    [
+        (lambda x: jax.nn.softmax(linear(x)), "probabilities"),
+        (lambda x: jnp.ones((len(x), CLASSES)), "same logits for every image"),
+    ],
+)
+def test_broken_networks_get_a_warning(network, words):
+    assert any(words in warning for warning in evaluate.gate(network, IMAGES, SPLIT.labels))
+
+
+def test_a_randomised_network_gets_a_warning():
+    keys = iter(jax.random.split(jax.random.key(0), 9))
+    noisy = lambda x: linear(x) + jax.random.normal(next(keys), (len(x), CLASSES))  # noqa: E731
+    assert any("randomised" in warning for warning in evaluate.gate(noisy, IMAGES, SPLIT.labels))
+
+
+@pytest.mark.parametrize(
+    "network, labels, words",
+    [
+        (lambda x: linear(x) - linear(x).mean(0, keepdims=True), SPLIT.labels, "other images of its batch"),
+        (lambda x: linear(x) * jnp.nan, SPLIT.labels, "NaN"),
+        (lambda x: linear(x)[:, 0], SPLIT.labels, "shape"),
+        (linear, np.append(SPLIT.labels[:-1], 4), "4 classes"),
+    ],
+)
+def test_what_makes_every_number_wrong_is_refused(network, labels, words):
+    with pytest.raises(InputError, match=words):
+        evaluate.gate(network, IMAGES, labels)
+
+
+# ---- records -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A small trained run of which a test may change the folder."""
+    recipe = smoke_config("digits").contrast.undefended
+    np.savez(tmp_path / "a.npz", x_train=RNG.integers(0, 256, (48, 8, 8, 1), dtype=np.uint8), y_train=np.arange(48) % 3,
+             x_test=RNG.integers(0, 256, (21, 8, 8, 1), dtype=np.uint8), y_test=np.arange(21) // 7)  # fmt: skip
+    recipe.data = dict(name="npz", path=str(tmp_path / "a.npz"), val_size=8, split_seed=0)
+    recipe.evaluate.attacks = ("fgsm",)
+    main.execute(recipe, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_records_are_reused_for_the_same_weights_and_images_only(trained):
+    file = trained / "eval/best/fgsm.json"
+    before = file.stat().st_mtime_ns
+    evaluate.evaluate(trained)
+    assert file.stat().st_mtime_ns == before
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({**record, "weights": "of another network"}))
+    assert evaluate.evaluate(trained)[0]["weights"] == record["weights"]
+    file.write_text(file.read_text()[:200])
+    assert evaluate.evaluate(trained)[0]["robust_acc"] == record["robust_acc"]
+
+
+def test_a_part_of_the_test_set_has_every_class_and_its_own_file(trained):
+    """A class folder is sorted by class: the first n images would be of one class only."""
+    whole = (trained / "eval/best/fgsm.json").read_text()
+    part = evaluate.evaluate(trained, n=6)[0]
+    assert part["n"] == 6 and (trained / "eval/best/fgsm.n6.json").is_file()
+    assert (trained / "eval/best/fgsm.json").read_text() == whole
+    loaded = evaluate.run.load(trained)
+    assert sorted(evaluate._test_split(loaded, 6).labels) == [0, 0, 1, 1, 2, 2]
+
+
+def test_other_test_images_than_the_run_was_made_with_are_refused(trained):
+    source = trained.parent / "a.npz"
+    with np.load(source) as archive:
+        arrays = dict(archive)
+    arrays["x_test"] = arrays["x_test"][::-1]
+    np.savez(source, **arrays)
+    evaluate.run._load_data.cache_clear()  # another process would read the file anew
+    with pytest.raises(InputError, match="is not the one that"):
+        evaluate.evaluate(trained)
+
+
+def test_what_a_checkpoint_was_selected_on_is_recorded(trained):
+    steps = {which: evaluate.evaluate(trained, which)[0] for which in ("best", "last", "10", "010")}
+    assert steps["best"]["selected_on"] == "val" and steps["last"]["selected_on"] == "last"
+    assert steps["10"]["selected_on"] == "step" and not (trained / "eval/010").exists()
+
+
+def test_flags_of_a_record_are_its_accuracy(trained):
+    record = evaluate.evaluate(trained)[0]
+    assert 100 * results.robust_flags(record).mean() == pytest.approx(record["robust_acc"], abs=1e-3)
