@@ -98,6 +98,8 @@ _CALLS = {
     "objective": "objectives",
     "attack": "attacks",
     "validate.attack": "attacks",
+    "optimizer": "optim",
+    "schedule": "optim",
 }
 
 
@@ -107,7 +109,7 @@ def check(config: ConfigDict) -> None:
     _check_keys(config, reference, "")
     for section in _CLOSED:
         _check_keys(_section(config, section), reference[section], f"{section}.")
-    for section in (*_CALLS, "optimizer", "schedule"):
+    for section in _CALLS:
         if (section != "attack" or config.attack is not None) and "name" not in _section(config, section):
             raise InputError(f"{section}.name is missing; it says which module to call")
     for path, value in leaves(config):
@@ -118,17 +120,38 @@ def check(config: ConfigDict) -> None:
     for path, allowed in _CHOICES.items():
         if lookup(config, path) not in allowed:
             raise InputError(f"{path}={lookup(config, path)!r} is unknown; {nearest('', map(str, allowed))}")
-    for section, kind in _CALLS.items():
+    for section in _CALLS:
         if section != "attack" or config.attack is not None:
-            hidden = {"models": ("num_classes",)}.get(kind, ())
-            options = arguments(kind, lookup(config, section), section, hidden, ("val_size", "split_seed"))
-            if kind in ("objectives", "attacks"):  # these cost nothing, and check their own values
-                factory(kind, lookup(config, f"{section}.name"))(**options)
+            _check_call(section, lookup(config, section))
     for name, recipe in recipes(config):
         try:
             check(recipe)
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
+
+
+def _check_call(path, section):
+    """Checks a section's names and types; builds what costs nothing, which checks its values."""
+    options = {key: value for key, value in plain(section).items() if key != "name"}
+    for key in ("val_size", "split_seed") if path == "data" else ():
+        options.pop(key, None)
+    call, context = _callable(path, section["name"])
+    if path == "optimizer" and "lr" not in options:
+        raise InputError("optimizer.lr is missing; give the learning rate")
+    call_arguments(call, section["name"], {k: v for k, v in options.items() if k not in context}, path, context)
+    if _CALLS[path] in ("objectives", "attacks"):
+        call(**options)
+
+
+def _callable(path, name):
+    """(what a section's name stands for, the arguments that do not come from its options)."""
+    if _CALLS[path] == "optim":
+        from ibjax import optim  # which checks its own arguments with this module
+
+        if path == "schedule":
+            return optim.named("schedule", name), ("lr", "epochs", "stepping")
+        return optim.named("optimizer", name), ("lr",)
+    return factory(_CALLS[path], name), {"model": ("num_classes",)}.get(path, ())
 
 
 def _check_keys(config, reference, where):
@@ -250,18 +273,30 @@ def signature(call: Callable, context: Iterable[str] = ()) -> tuple[dict[str, in
 
 def complete(config: ConfigDict) -> ConfigDict:
     """Writes the defaults of every call into its section, so that all options can be set, and all are saved."""
-    for section, kind in _CALLS.items():
-        part = lookup(config, section, None)
-        if part is None or "name" not in part:
+    for path in _CALLS:
+        section = lookup(config, path, None)
+        if section is None or "name" not in section:
             continue
-        call = factory(kind, part["name"])
-        parameters, hints = signature(call, {"models": ("num_classes",)}.get(kind, ()))
+        call, context = _callable(path, section["name"])
+        parameters, hints = signature(call, context)
         for key, parameter in parameters.items():
-            if key not in part and parameter.default is not inspect.Parameter.empty:
-                part[key] = _default(parameter.default, hints.get(key))
+            if key not in section and parameter.default is not inspect.Parameter.empty:
+                section[key] = _default(parameter.default, hints.get(key))
     for _, recipe in recipes(config):
         complete(recipe)
     return config
+
+
+def rename(config: ConfigDict, path: str, name: str) -> None:
+    """Gives a section another name: of its options those stay that the new call takes too."""
+    section = lookup(config, path)
+    section.name = name
+    local = path.rpartition("recipe.")[2] if "recipe." in path else path
+    if local in _CALLS:
+        call, context = _callable(local, name)
+        kept = {"name", "val_size", "split_seed", "lr", "stepping", *signature(call, context)[0]}
+        for key in set(section) - kept:
+            del section[key]
 
 
 def recipes(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:

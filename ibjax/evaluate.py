@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from ibjax import checkpoint as checkpoints
 from ibjax import cluster, config, errors, losses, report, results, run
-from ibjax.attacks import geometry
-from ibjax.attacks.pgd import Attack, pgd
+from ibjax.attacks import Attack, geometry
+from ibjax.attacks.pgd import pgd
 from ibjax.data import Split, stratified
 from ibjax.errors import InputError, PreemptedError, nearest
 from ibjax.step import Variables, linen_net, to_float

@@ -68,7 +68,7 @@ def override(settings: ConfigDict, overrides: list[str]) -> ConfigDict:
     pairs = [flag.lstrip("-").removeprefix("config.").partition("=") for flag in overrides]
     for path, _, value in pairs:  # names first: they decide which options there are
         if path.endswith(".name") and config.lookup(settings, path, None) is not None:
-            config.lookup(settings, path.removesuffix(".name")).name = value
+            config.rename(settings, path.removesuffix(".name"), value)
     config.complete(settings)
     paths = [path for path, _ in config.leaves(settings)]
     for path, separator, _ in pairs:

@@ -60,13 +60,12 @@ SCHEDULES = {"constant": constant, "piecewise": piecewise, "cosine": cosine, "on
 
 def schedule(*, name: str, lr: float, epochs: float, steps_per_epoch: int, stepping: str | None = None, **options: Any):
     """step (int) -> learning rate, by the name of a function in SCHEDULES; `options` are that function's."""
-    if name not in SCHEDULES:
-        raise InputError(f"schedule.name '{name}' is unknown; {nearest(str(name), SCHEDULES)}")
-    call_arguments(SCHEDULES[name], name, options, "schedule", ("lr", "epochs"))
+    make = named("schedule", name)
+    call_arguments(make, name, options, "schedule", ("lr", "epochs"))
     stepping = stepping or ("step" if name in ("one_cycle", "cosine") else "epoch")
     if stepping not in STEPPINGS:
         raise InputError(f"schedule.stepping '{stepping}' is unknown; {nearest(stepping, STEPPINGS)}")
-    value = SCHEDULES[name](lr=lr, epochs=epochs, **options)
+    value = make(lr=lr, epochs=epochs, **options)
     return lambda step: value(jnp.asarray(STEPPINGS[stepping](step, steps_per_epoch), jnp.float32))
 
 
@@ -104,10 +103,17 @@ OPTIMIZERS = {"sgd": sgd, "adam": adam}
 
 def optimizer(*, name: str, lr: Callable, **options: Any) -> optax.GradientTransformation:
     """An optimiser by the name of a function in OPTIMIZERS; `lr` maps the step to the learning rate."""
-    if name not in OPTIMIZERS:
-        raise InputError(f"optimizer.name '{name}' is unknown; {nearest(str(name), OPTIMIZERS)}")
-    call_arguments(OPTIMIZERS[name], name, options, "optimizer", ("lr",))
-    return OPTIMIZERS[name](lr=lr, **options)
+    make = named("optimizer", name)
+    call_arguments(make, name, options, "optimizer", ("lr",))
+    return make(lr=lr, **options)
+
+
+def named(kind: str, name: Any) -> Callable:
+    """The function of a `schedule` or `optimizer` section; raises InputError on an unknown name."""
+    known = {"schedule": SCHEDULES, "optimizer": OPTIMIZERS}[kind]
+    if name not in known:
+        raise InputError(f"{kind}.name '{name}' is unknown; {nearest(str(name), known)}")
+    return known[name]
 
 
 def with_head(network: optax.GradientTransformation, head: optax.GradientTransformation | None):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from ibjax.attacks.pgd import Attack, StatefulAttack
+from ibjax.attacks import Attack, StatefulAttack
 
 Variables = dict[str, Any]
 Batch = dict[str, Array]  # "image" (B, H, W, C) float32 in [0, 1], "label" (B,) int32, "index" (B,) int32

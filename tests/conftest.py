@@ -1,13 +1,18 @@
 """Eight fake CPU devices, strict promotion, warnings as errors: for every test from day one."""
 
+import atexit
 import logging
 import os
+import shutil
 import tempfile
 
 import pytest
 
 # What one test or process has compiled the others load: workers of one run share a folder, two runs never do.
-CACHE = os.environ.setdefault("IBJAX_TEST_CACHE", tempfile.mkdtemp(prefix="ibjax-test-cache-"))
+if "IBJAX_TEST_CACHE" not in os.environ:
+    os.environ["IBJAX_TEST_CACHE"] = tempfile.mkdtemp(prefix="ibjax-test-cache-")
+    atexit.register(shutil.rmtree, os.environ["IBJAX_TEST_CACHE"], ignore_errors=True)
+CACHE = os.environ["IBJAX_TEST_CACHE"]
 
 import jax  # noqa: E402
 

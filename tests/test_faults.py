@@ -31,13 +31,13 @@ def get_config(arg=None):
     config.model = dict(name="cnn", widths=((4,), (4,)), hidden=(), padding=1, batch_norm=True, pool="average")
     config.attack.update(eps="0.1", step_size="0.05", steps=2)
     config.validate.attack.update(eps="0.1", step_size="0.05", steps=2)
-    config.validate.update(every=2, batch_size=8)
+    config.validate.update(every=8, batch_size=8)
     config.evaluate.update(attacks=("fgsm",), eps="0.1", step_size="0.05", batch_size=16)
-    config.update(batch_size=16, epochs=12, log_every=5, checkpoint_every=1)
+    config.update(batch_size=16, epochs=48, log_every=5, checkpoint_every=1)
     config.optimizer.lr = 0.02
     return config
 """
-TOTAL = 96
+TOTAL = 384  # seconds of work: a preemption signal is looked for once a second
 
 
 @pytest.fixture

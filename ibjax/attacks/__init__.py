@@ -1,1 +1,10 @@
 """Attacks: one family, one file. An attack is a function `(key, logits_fn, x, target) -> x_adv`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jax import Array
+
+Attack = Callable[[Array, Callable[[Array], Array], Array, Array], Array]
+# the same on a network that changes as it is evaluated: (key, forward, x, target, state) -> (x_adv, state)
+StatefulAttack = Callable[[Array, Callable, Array, Array, Any], tuple[Array, Any]]

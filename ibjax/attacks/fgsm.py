@@ -5,7 +5,8 @@ x_adv = clip( x + ε · sign(∇_x CE(f(x), y)), 0, 1 )          no random start
 
 from jax import Array
 
-from ibjax.attacks.pgd import Attack, pgd
+from ibjax.attacks import Attack
+from ibjax.attacks.pgd import pgd
 
 
 def fgsm(

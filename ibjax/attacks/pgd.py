@@ -16,18 +16,15 @@ gives the same result; each image's result is independent of the others in its b
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from ibjax import losses
-from ibjax.attacks import geometry
+from ibjax.attacks import Attack, StatefulAttack, geometry
 from ibjax.errors import InputError, nearest
 
-Attack = Callable[[Array, Callable[[Array], Array], Array, Array], Array]
-StatefulAttack = Callable[[Array, Callable, Array, Array, Any], tuple[Array, Any]]
 LOSSES = {"ce": losses.cross_entropy, "kl": losses.kl, "margin": losses.margin}
 
 
