@@ -54,6 +54,7 @@ def base() -> ConfigDict:
         every=1,
         dense_from=placeholder(int),
         batch_size=500,
+        stop_on_overfitting=False,  # end when robust accuracy falls by 20 points, as one-step training's can
     )
     config.select_on = "val"  # or "test", as the papers do; every record then says so
     config.evaluate = dict(
@@ -93,7 +94,13 @@ _NUMBERS = {
     "checkpoint_every": (int, 1, math.inf),
     "steps_per_dispatch": (int, 1, math.inf),
 }
-_CHOICES = {"attack_bn": ("eval", "train"), "select_on": ("val", "test"), "augment.flip": (False, True)}
+_CHOICES = {
+    "attack_bn": ("eval", "train"),
+    "select_on": ("val", "test"),
+    "augment.flip": (False, True),
+    "validate.stop_on_overfitting": (False, True),
+}
+
 _CLOSED = ("augment", "validate", "evaluate", *TEACHERS, "head_optimizer")  # sections with keys of their own
 _CALLS = {
     "data": "data",

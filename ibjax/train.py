@@ -32,6 +32,7 @@ from ibjax.metrics import MetricsLog, Window
 from ibjax.step import Net, Objective, TrainState, Variables, init_state, linen_net, make_train_step
 
 log = logging.getLogger(__name__)
+_CATASTROPHE = 20.0  # points of robust accuracy lost on validation images, where one-step training overfits at once
 
 
 class Experiment(NamedTuple):
@@ -309,6 +310,9 @@ def train(experiment: Experiment, workdir: Path) -> None:
         if step >= total:
             log.info("%s: already trained, %d steps", workdir, step)
             return
+        if step and settings.validate.stop_on_overfitting and _overfitted(orbax, checkpoints.metrics(orbax, step)):
+            log.info("%s: stopped at step %d by catastrophic overfitting", workdir, step)
+            return
         if step:
             log.info("%s: continuing from step %d of %d", workdir, step, total)
         if jax.process_index() == 0:
@@ -331,7 +335,7 @@ def _loop(experiment, orbax, state, step, total, write):
     with _progress(settings, total, step) as bar:
         while step < total:
             stop = min(step + capacity, _next_multiple(step, settings.log_every), _next_multiple(step, per_epoch))
-            with jax.transfer_guard("disallow"):
+            with jax.transfer_guard("disallow"), _naming_the_batch(settings, mesh):
                 state, metrics = dispatch(state, *arguments, lengths[stop - step])
             window.add(stop - step, metrics)
             bar.update(stop - step)
@@ -354,11 +358,29 @@ def _loop(experiment, orbax, state, step, total, write):
                 if scores:
                     write("val", step, epoch=step / per_epoch, **scores)
                     _tell(settings, epoch, scores, (time.perf_counter() - began) / (step - first) * (total - step))
+                overfitted = scores is not None and _overfitted(orbax, scores)
                 _save(orbax, state, scores)
+                if overfitted and _alarm(settings, epoch):
+                    return
                 window = Window(step)
             if preempted:
                 orbax.wait_until_finished()
                 raise PreemptedError(f"saved step {step} of {total}")
+
+
+@contextlib.contextmanager
+def _naming_the_batch(settings, mesh):
+    """An out-of-memory error that says how many images a device had to hold."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        size, count = settings.batch_size, mesh.size
+        raise MemoryError(
+            f"batch_size={size} is {size // count} images on each of {count} devices; lower batch_size, use more "
+            f"devices, or model.dtype='bfloat16' ({' '.join(str(error).split())[:200]})"
+        ) from None
 
 
 def _default_capacity(settings):
@@ -396,6 +418,28 @@ def _validate(experiment, validator, state):
     flags, _ = scorer(checkpoints.split(state)[0], split, experiment.config.seed, **size)
     clean, robust = (100 * float(np.mean(part)) for part in (flags.clean, flags.robust))
     return {"clean_acc": clean, "robust_acc": robust, "selection": robust}
+
+
+def _overfitted(orbax, scores):
+    """Whether robust accuracy has fallen catastrophically from the best checkpoint's."""
+    best = checkpoints.best_step(orbax)
+    if best is None or "robust_acc" not in scores:
+        return False
+    return checkpoints.metrics(orbax, best)["robust_acc"] - scores["robust_acc"] > _CATASTROPHE
+
+
+def _alarm(settings, epoch):
+    """Tells of catastrophic overfitting; returns whether to stop."""
+    stop = settings.validate.stop_on_overfitting
+    log.warning(
+        "%s: epoch %d: robust accuracy fell by more than %g points: catastrophic overfitting; the best checkpoint is "
+        "kept; %s",
+        _name(settings),
+        epoch,
+        _CATASTROPHE,
+        "stopping" if stop else "validate.stop_on_overfitting=True would stop here",
+    )
+    return stop
 
 
 def _divergence(values, first, orbax):
