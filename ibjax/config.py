@@ -112,7 +112,7 @@ _CALLS = {
     "schedule": "optim",
     "perturb": "perturb",
 }
-_OPTIONAL = ("attack", "perturb")  # sections that may be None
+OPTIONAL = ("attack", "perturb")  # sections that may be None
 
 
 def check(config: ConfigDict) -> None:
@@ -135,6 +135,10 @@ def check(config: ConfigDict) -> None:
     for section in _CALLS:
         if _given(config, section):
             _check_call(section, lookup(config, section))
+    for role in TEACHERS:
+        which = str(config[role].checkpoint)
+        if which not in ("best", "last") and not which.isdecimal():
+            raise InputError(f"{role}.checkpoint='{which}' is unknown; allowed: best, last or a step")
     for name, recipe in recipes(config):
         try:
             check(recipe)
@@ -143,7 +147,7 @@ def check(config: ConfigDict) -> None:
 
 
 def _given(config, section):
-    return section not in _OPTIONAL or config[section] is not None
+    return section not in OPTIONAL or config[section] is not None
 
 
 def _check_call(path, section):
@@ -201,7 +205,7 @@ def _check_number(config, path, kind, low, high, optional):
     right = isinstance(value, int | float) if kind is float else isinstance(value, int)
     if not right or isinstance(value, bool) or not low <= value <= high:
         number = "a whole number" if kind is int else "a number"
-        upper = "" if high == math.inf else f" and at most {high:g}"
+        upper = "" if high == math.inf else f" and at most {high:.10g}"
         raise InputError(f"{path}={value!r} is not allowed; give {number} of at least {low:g}{upper}")
 
 
@@ -309,9 +313,18 @@ def complete(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def rename(config: ConfigDict, path: str, name: str) -> None:
-    """Gives a section another name: of its options those stay that the new call takes too."""
-    section = lookup(config, path)
+def rename(config: ConfigDict, path: str, name: str | None) -> None:
+    """Gives a section another name: of its options those stay that the new call takes too.
+
+    An optional section appears with its name, and disappears with None.
+    """
+    above, _, last = path.rpartition(".")
+    parent = lookup(config, above) if above else config
+    if parent[last] is None or name is None:
+        parent[last] = None if name is None else ConfigDict()
+    if name is None:
+        return
+    section = parent[last]
     section.name = name
     local = path.rpartition("recipe.")[2] if "recipe." in path else path
     if local in _CALLS:

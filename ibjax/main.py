@@ -64,24 +64,42 @@ def _parsed(values, argv):
 
 
 def override(settings: ConfigDict, overrides: list[str]) -> ConfigDict:
-    """The configuration with `--config.KEY=VALUE` applied; every option of every call can be set."""
-    pairs = [flag.lstrip("-").removeprefix("config.").partition("=") for flag in overrides]
-    for path, _, value in pairs:  # names first: they decide which options there are
-        if path.endswith(".name") and config.lookup(settings, path, None) is not None:
-            config.rename(settings, path.removesuffix(".name"), value)
+    """The configuration with `--config.KEY=VALUE` applied; every option of every call can be set.
+
+    `--config.attack=None` takes an optional section away, `--config.perturb.name=awp` brings one.
+    """
+    overrides = [flag for flag in overrides if not _decides(settings, *_pair(flag))]
+    pairs = [_pair(flag) for flag in overrides]
     config.complete(settings)
     paths = [path for path, _ in config.leaves(settings)]
-    for path, separator, _ in pairs:
+    for path, value in pairs:
         if path not in paths:
             section = [p for p in paths if p.rpartition(".")[0] == path.rpartition(".")[0]]
             raise InputError(f"config key '{path}' is unknown; {nearest(path, section or paths)}")
-        if not separator:
+        if value is None:
             raise InputError(f"--config.{path} has no value; write --config.{path}=VALUE")
     values = flags.FlagValues()
     with _argv(["", *overrides]):  # config_flags looks for overrides there
         config_flags.DEFINE_config_dict("config", settings, lock_config=True, flag_values=values)
         _parsed(values, ["", *overrides])
     return settings
+
+
+def _pair(flag):
+    path, separator, value = flag.lstrip("-").removeprefix("config.").partition("=")
+    return path, value if separator else None
+
+
+def _decides(settings, path, value):
+    """Applies a flag that decides which options there are, a section's name or its absence; says whether it did."""
+    section, _, key = path.rpartition(".")
+    if key == "name" and value and (section in config.OPTIONAL or config.lookup(settings, path, None) is not None):
+        config.rename(settings, section, value)
+    elif path in config.OPTIONAL and value == "None":
+        config.rename(settings, path, None)
+    else:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -50,6 +50,13 @@ WRONG = {
     "an eps of the ladder": (["--config.evaluate.ladder=('8',)"], ["eps=8"]),
     "a word too many": (["digits"], ["'digits'"]),
     "zero epochs": (["--config.epochs=0"], ["epochs=0", "at least 1"]),
+    "an unknown perturbation": (["--config.perturb.name=awpp"], ["'awpp'", "did you mean 'awp'?"]),
+    "an unknown teacher's checkpoint": (["--config.teacher.checkpoint=lst"], ["'lst'", "best, last"]),
+    "an attack that would be ignored": (["--config.objective.name=standard"], ["trains on clean images"]),
+    "an attack that is missing": (["--config.attack=None"], ["needs an attack", "loss='kl'"]),
+    "momentum below zero": (["--config.optimizer.momentum=-5"], ["momentum=-5", "at least 0"]),
+    "groups that do not divide": (["--config.model.bn_groups=3"], ["bn_groups=3"]),
+    "a dtype that is none": (["--config.model.dtype=bfloat15"], ["did you mean 'bfloat16'?"]),
     "an unknown padding": (["--config.augment.padding=edges"], ["'edges'", "did you mean 'edge'?"]),
 }
 
@@ -62,6 +69,31 @@ def test_wrong_input_exits_with_2_and_one_line_and_writes_nothing(command, tmp_p
     assert code == 2 and message.startswith("error: ") and "\n" not in message
     assert all(word in message for word in words), message
     assert not workdir.exists()
+
+
+def test_flags_reach_every_option_and_bring_and_take_sections():
+    """Also defaults that the recipe leaves out, the options of a renamed call, and those of the teacher's recipe."""
+    changed = main.override(
+        smoke_config("digits"),
+        [
+            "--config.objective.name=trades",
+            "--config.objective.beta=2",
+            "--config.optimizer.nesterov=true",
+            "--config.schedule.name=piecewise",
+            "--config.schedule.boundaries=(1,)",
+            "--config.perturb.name=awp",
+            "--config.perturb.gamma=0.005",
+            "--config.ema_decay=0.5",
+            "--config.teacher.recipe.objective.beta=4",
+            "--config.contrast.undefended.seed=3",
+        ],
+    )
+    assert changed.objective.to_dict() == {"name": "trades", "beta": 2.0, "forwards": 2}
+    assert changed.optimizer.nesterov is True and changed.schedule.boundaries == (1,) and changed.ema_decay == 0.5
+    assert changed.perturb.to_dict() == {"name": "awp", "gamma": 0.005, "warmup": 0}
+    assert changed.teacher.recipe.objective.beta == 4.0 and changed.contrast.undefended.seed == 3
+    plain = main.override(smoke_config("digits"), ["--config.attack=None", "--config.objective.name=standard"])
+    assert plain.attack is None and plain.objective.to_dict() == {"name": "standard"}
 
 
 def test_missing_files_and_flags(command, tmp_path):

@@ -147,7 +147,7 @@ class AttentionMatching(nn.Module):
         key = BatchNorm(name="bilinear_bn")(key, train).reshape(batch, m, n, d)
         score = jnp.einsum("bmnd,bnd->bnm", key, query)
         if self.positional:
-            xavier = nn.initializers.xavier_normal()
+            xavier = nn.initializers.variance_scaling(1.0, "fan_avg", "normal")  # Flax's own is truncated
             position_t, position_s = (self.param(f"position_{w}", xavier, (k, d)) for w, k in (("t", n), ("s", m)))
             score = score + (position_t @ position_s.T)[None]
         attention = jax.nn.softmax(score / math.sqrt(d), axis=-1)  # over student layers
