@@ -77,9 +77,8 @@ def replicate(tree, mesh: Mesh):
     )
 
 
-def check_divides(batch_size: int, name: str) -> None:
-    """Raises InputError unless the batch divides among the devices."""
-    count = jax.device_count()
+def check_divides(batch_size: int, name: str, count: int) -> None:
+    """Raises InputError unless the batch divides among so many devices."""
     if batch_size % count:
         raise InputError(
             f"{name}={batch_size} does not divide among {count} devices; "

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -75,16 +75,24 @@ def check(settings: ConfigDict, folders: Mapping[str, Path] | None = None) -> No
         raise InputError(f"this configuration cannot be traced: {type(error).__name__}: {first}") from error
 
 
-def build(settings: ConfigDict, folders: Mapping[str, Path] | None = None, *, abstract: bool = False) -> Experiment:
+def build(
+    settings: ConfigDict,
+    folders: Mapping[str, Path] | None = None,
+    *,
+    abstract: bool = False,
+    mesh: Mesh | None = None,
+) -> Experiment:
     """Builds all parts of an experiment and checks them. Raises InputError on whatever is wrong.
 
     Args:
       settings: the configuration.
       folders: role -> workdir of that teacher; without one, `teacher.workdir` and `assistant.workdir` count.
       abstract: give a teacher's variables as shapes where it has yet to be trained from its recipe.
+      mesh: the devices to train on; None takes all that are here.
     """
     config.check(settings)
-    cluster.check_divides(settings.batch_size, "batch_size")
+    mesh = cluster.mesh() if mesh is None else mesh
+    cluster.check_divides(settings.batch_size, "batch_size", mesh.size)
     data = run.load_data(settings)
     if settings.select_on == "val" and data.val is None:
         raise InputError("data.val_size=0 leaves nothing to select on; hold some out, or set select_on='test'")
@@ -94,7 +102,7 @@ def build(settings: ConfigDict, folders: Mapping[str, Path] | None = None, *, ab
     model = run.build_model(settings.model, data.num_classes, "model")
     objective = config.build("objectives", settings.objective, "objective")
     _check_attack(settings, objective)
-    taught = {role: _teacher(settings, role, data, (folders or {}).get(role), abstract) for role in objective.teachers}
+    taught = {role: _teacher(settings, role, data, (folders or {}).get(role), abstract, mesh) for role in objective.teachers}
     modules, frozen = ({role: parts[i] for role, parts in taught.items()} for i in (0, 1))
     optimizer, learning_rate = _optimizer(settings, steps_per_epoch)
 
@@ -123,7 +131,7 @@ def build(settings: ConfigDict, folders: Mapping[str, Path] | None = None, *, ab
         train_step=train_step,
         frozen=frozen,
         steps_per_epoch=steps_per_epoch,
-        mesh=cluster.mesh(),
+        mesh=mesh,
     )
 
 
@@ -145,7 +153,7 @@ def _check_attack(settings, objective):
         raise InputError("attack.init='none' gives the KL to one's own prediction no gradient; use 'gaussian'")
 
 
-def _teacher(settings, role, data, folder, abstract):
+def _teacher(settings, role, data, folder, abstract, mesh):
     """(model, variables, facts) of the teacher or the assistant."""
     section = settings[role]
     recipe = section.recipe
@@ -159,7 +167,7 @@ def _teacher(settings, role, data, folder, abstract):
         taught = run.load_data(recipe)
         _check_teacher(folder, run.facts(taught), data)
         model = run.build_model(recipe.model, taught.num_classes, f"{role}.recipe.model")
-        return model, run.abstract_variables(model, taught.train.images.shape[1:], cluster.mesh()), {}
+        return model, run.abstract_variables(model, taught.train.images.shape[1:], mesh), {}
     if not run.has_checkpoint(folder):
         command = section.made_by or f"python -m ibjax.main --config=… --workdir={folder}"
         raise InputError(f"{role}.workdir={folder} holds no trained run; train the {role} first: {command}")
