@@ -64,7 +64,7 @@ def check(settings: ConfigDict, folders: Mapping[str, Path] | None = None) -> No
     images, labels = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in experiment.data.train)
     n, key = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
     try:
-        state = jax.eval_shape(_initializer(experiment), key, x, frozen)
+        state = jax.eval_shape(initializer(experiment), key, x, frozen)
         jax.eval_shape(make_dispatch(experiment, capacity=1), state, images, labels, key, frozen, n)
         scorer, _ = _validator(experiment)
         scorer.trace(checkpoints.split(state)[0], _selection_split(experiment))
@@ -102,7 +102,9 @@ def build(
     model = run.build_model(settings.model, data.num_classes, "model")
     objective = config.build("objectives", settings.objective, "objective")
     _check_attack(settings, objective)
-    taught = {role: _teacher(settings, role, data, (folders or {}).get(role), abstract, mesh) for role in objective.teachers}
+    taught = {
+        role: _teacher(settings, role, data, (folders or {}).get(role), abstract, mesh) for role in objective.teachers
+    }
     modules, frozen = ({role: parts[i] for role, parts in taught.items()} for i in (0, 1))
     optimizer, learning_rate = _optimizer(settings, steps_per_epoch)
 
@@ -278,10 +280,10 @@ def initial_state(experiment: Experiment) -> TrainState:
     replicated = NamedSharding(experiment.mesh, cluster.REPLICATED)
     key = _key(experiment.config.seed, 0, experiment.mesh)
     x = np.zeros((1, *experiment.data.train.images.shape[1:]), np.float32)
-    return jax.jit(_initializer(experiment), out_shardings=replicated)(key, x, experiment.frozen)
+    return jax.jit(initializer(experiment), out_shardings=replicated)(key, x, experiment.frozen)
 
 
-def _initializer(experiment):
+def initializer(experiment):
     """(key, x, frozen) -> the first state."""
     objective, data = experiment.objective, experiment.data
     ema = experiment.config.ema_decay is not None

@@ -1,0 +1,302 @@
+"""Compiles the real train step for a TPU slice that is not here: what it costs, and where it communicates.
+
+    python -m ibjax.aot --config=configs/ibd_wrn.py --topology=v5e:16x16 [--config.batch_size=1024 …]
+
+Prints memory of each chip against its HBM, FLOPs and bytes of each chip and step, the images/s that either of them
+allows at most, and the collectives with the loop in which they stand. An attack must contain none: in evaluation mode
+images are independent. Needs the extra [tpu], whose compiler needs no TPU, and no data: only their shape counts.
+
+    FLOPs = FLOPs(dispatch) + (k − 1) · FLOPs(attack step), likewise the bytes
+
+since the compiler counts a rolled loop's body once, whatever its length k. Both are what it reports for the optimised
+program of one chip; the bounds assume its peak in bfloat16 and its bandwidth, so they are never reached.
+"""
+
+import json
+import logging
+import os
+import re
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Before jax looks for chips: there are none, and another process may be compiling as well.
+_WITHOUT_CHIPS = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from absl import flags  # noqa: E402
+from jax.sharding import AxisType, Mesh, NamedSharding  # noqa: E402
+from ml_collections import ConfigDict  # noqa: E402
+
+from ibjax import cluster, config, errors, main, run, train  # noqa: E402
+from ibjax.errors import InputError, nearest  # noqa: E402
+
+log = logging.getLogger(__name__)
+
+
+class Chip(NamedTuple):
+    """What a chip can do at most, as its maker says."""
+
+    flops: float  # a second, dense bfloat16
+    hbm: float  # bytes
+    bandwidth: float  # bytes a second
+
+
+GIB = 2**30
+CHIPS = {  # by the name that JAX gives the kind; Cloud TPU's documentation
+    "TPU v4": Chip(275e12, 32 * GIB, 1228e9),
+    "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9),
+    "TPU v5": Chip(459e12, 95 * GIB, 2765e9),
+    "TPU v6 lite": Chip(918e12, 32 * GIB, 1640e9),
+}
+
+
+class Collective(NamedTuple):
+    """A kind of communication, in one place of the program."""
+
+    kind: str
+    depth: int  # number of loops around it: 0 once a dispatch, 1 once a step, 2 in a loop of the step
+    count: int
+    bytes: int  # of all results together, on one chip
+
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_CALLED = re.compile(r"(?:calls|to_apply|condition|body|branch_computations|true_computation|false_computation)=")
+_COLLECTIVE = re.compile(
+    r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\("
+)
+_SHAPE = re.compile(r"(pred|[a-z]+\d+)\[([\d,]*)\]")
+
+
+def collectives(program: str) -> list[Collective]:
+    """All communication in an optimised HLO module, with the number of loops around it."""
+    blocks, entry, current = {}, None, None
+    for line in program.splitlines():
+        if match := _HEADER.match(line):
+            current = match[2]
+            blocks[current] = []
+            entry = current if match[1] else entry
+        elif current is not None:
+            blocks[current].append(line)
+    depth, todo = {entry: 0}, [entry]
+    while todo:
+        name = todo.pop()
+        for line in blocks.get(name, ()):
+            if not _CALLED.search(line):
+                continue
+            inside = depth[name] + (" while(" in line)
+            for callee in re.findall(r"%([\w.\-]+)", line[_CALLED.search(line).start() :]):
+                if callee in blocks and depth.get(callee, -1) < inside:
+                    depth[callee] = inside
+                    todo.append(callee)
+    found, sizes = Counter(), Counter()
+    for name, level in depth.items():
+        for line in blocks.get(name, ()):
+            if match := _COLLECTIVE.search(line):
+                found[match[2], level] += 1
+                sizes[match[2], level] += _bytes(match[1])
+    return [Collective(kind, level, count, sizes[kind, level]) for (kind, level), count in sorted(found.items())]
+
+
+def _bytes(shapes):
+    total = 0
+    for kind, dimensions in _SHAPE.findall(shapes):
+        bits = 8 if kind == "pred" else int(re.sub(r"\D", "", kind)[:2] or 32)
+        total += bits // 8 * int(np.prod([int(d) for d in dimensions.split(",") if d], dtype=np.int64))
+    return total
+
+
+def slice_mesh(topology: str) -> Mesh:
+    """The devices of a slice, as "v5e:16x16", in one axis; raises InputError where there is no such slice."""
+    try:
+        from jax.experimental import topologies
+
+        devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    except ImportError:
+        raise InputError("the compiler for TPUs is not installed; pip install 'ibjax[tpu]'") from None
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if "libtpu" in reason and "not" in reason.lower():
+            raise InputError("the compiler for TPUs is not installed; pip install 'ibjax[tpu]'") from None
+        raise InputError(f"--topology={topology} is no slice ({reason}); give KIND:SHAPE as v5e:16x16") from None
+    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def prepare(settings: ConfigDict, shape: tuple[int, ...], classes: int, teachers: dict[str, ConfigDict]) -> ConfigDict:
+    """The configuration for a compilation: shapes in place of data, loops rolled as on an accelerator."""
+    settings = settings.copy_and_resolve_references()
+    with settings.unlocked():
+        settings.data = dict(name="synthetic", shape=shape, num_classes=classes, val_size=classes, split_seed=0)
+        settings.data.n_train = settings.batch_size + classes
+        for role, recipe in teachers.items():
+            settings[role].recipe = prepare(recipe, shape, classes, {})
+            settings[role].workdir = ""
+        if settings.attack is not None and settings.attack.name == "pgd":
+            settings.attack.unroll = False
+    return settings
+
+
+def compile_step(settings: ConfigDict, mesh: Mesh, images: int) -> dict[str, Any]:
+    """Compiles what a configuration (see `prepare`) runs on the devices of `mesh`; nothing is run.
+
+    `images` is the number of training images on every device. Returns numbers of one chip and one step.
+    """
+    experiment = train.build(settings, {role: Path("/nowhere") for role in config.TEACHERS}, abstract=True, mesh=mesh)
+    replicated, sharded = (NamedSharding(mesh, spec) for spec in (cluster.REPLICATED, cluster.BATCH))
+
+    def shaped(tree, sharding=replicated):
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+    key = shaped(jax.eval_shape(lambda: jax.random.key(0)))
+    shape = experiment.data.train.images.shape[1:]
+    x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    frozen = shaped(experiment.frozen)
+    state = shaped(jax.eval_shape(train.initializer(experiment), key, x, frozen))
+    data = shaped((jax.ShapeDtypeStruct((images, *shape), jnp.uint8), jax.ShapeDtypeStruct((images,), jnp.int32)))
+    steps = settings.steps_per_dispatch or settings.log_every
+    began = time.perf_counter()
+    dispatch = train.make_dispatch(experiment, max(steps, 2))
+    n = shaped(jax.ShapeDtypeStruct((), jnp.int32))
+    compiled = dispatch.lower(state, *data, key, frozen, n).compile()
+    seconds = time.perf_counter() - began
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    flops, accessed = cost["flops"], cost["bytes accessed"]
+    loops = _attack_steps(settings)
+    if loops > 1:
+        batch = shaped(jax.ShapeDtypeStruct((settings.batch_size, *shape), jnp.float32), sharded)
+        label = shaped(jax.ShapeDtypeStruct((settings.batch_size,), jnp.int32), sharded)
+        one = _attack_step(experiment).lower(state.variables, batch, label).compile().cost_analysis()
+        flops += (loops - 1) * one["flops"]
+        accessed += (loops - 1) * one["bytes accessed"]
+    return {
+        "chips": mesh.size,
+        "kind": mesh.devices.flat[0].device_kind,
+        "batch_size": settings.batch_size,
+        "memory": memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes,
+        "flops": flops,
+        "bytes": accessed,
+        "collectives": collectives(compiled.as_text()),
+        "compile_seconds": seconds,
+    }
+
+
+def _attack_steps(settings):
+    """How often the body of the attack's loop runs in a step."""
+    if settings.attack is None or settings.attack.name != "pgd":
+        return 1
+    return settings.attack.get("steps", 10) * settings.attack.get("restarts", 1)
+
+
+def _attack_step(experiment):
+    """One gradient to the input in evaluation mode: what a rolled attack repeats."""
+
+    def one(variables, x, label):
+        def loss(x):
+            logits, _ = experiment.bind_net(None).predict(variables, x)
+            return -jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], 1))
+
+        return jnp.clip(x + jnp.sign(jax.grad(loss)(x)), 0, 1)
+
+    return jax.jit(one, out_shardings=NamedSharding(experiment.mesh, cluster.BATCH))
+
+
+def table(found: dict[str, Any]) -> str:
+    """What `compile_step` found, for people."""
+    chip = CHIPS.get(found["kind"])
+    lines = [
+        f"{found['chips']} × {found['kind']}, batch {found['batch_size']} "
+        f"({found['batch_size'] // found['chips']} images a chip), compiled in {found['compile_seconds']:.0f} s"
+    ]
+    memory = f"{found['memory'] / GIB:.2f} GiB"
+    if chip is None:
+        lines += [f"memory of a chip  {memory}", f"FLOPs of a chip   {found['flops']:.3g} a step"]
+        lines += [f"no peak is known for {found['kind']}; {nearest(found['kind'], CHIPS)}"]
+    else:
+        share = found["memory"] / chip.hbm
+        lines += [f"memory of a chip  {memory} of {chip.hbm / GIB:.0f} GiB ({100 * share:.0f} %)"]
+        for name, unit, peak in (("flops", "FLOP", chip.flops), ("bytes", "bytes", chip.bandwidth)):
+            rate = found["batch_size"] * peak / found[name]
+            lines += [f"{name:17} {found[name]:.3g} {unit} a step and chip: at most {rate:,.0f} images/s"]
+        if share > 1:
+            lines += ["does not fit: lower batch_size, use more chips, or model.dtype='bfloat16'"]
+    where = {0: "once a dispatch", 1: "each step"}
+    lines += ["collectives       kind, count, MB of a chip, where" if found["collectives"] else "no collectives"]
+    for item in found["collectives"]:
+        place = where.get(item.depth, "IN A LOOP OF THE STEP (an attack must have none)")
+        lines += [f"                  {item.kind}, {item.count}, {item.bytes / 1e6:.2f}, {place}"]
+    return "\n".join(lines)
+
+
+def _teachers(settings, given):
+    """role -> recipe of the teachers that the objective needs: --teacher, the configuration's, or its hint's."""
+    found = {}
+    for role in config.build("objectives", settings.objective, "objective").teachers:
+        hint = re.search(r"--config=(\S+)", settings[role].made_by)
+        file = (given if role == "teacher" else None) or (hint[1] if hint else None)
+        if settings[role].recipe is not None:
+            found[role] = settings[role].recipe
+        elif file:
+            found[role] = main.load_config(file)
+        else:
+            raise InputError(
+                f"objective '{settings.objective.name}' needs a {role}; give its recipe, --teacher=FILE.py"
+            )
+    return found
+
+
+def command() -> None:
+    """The command line of this module."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("config", None, "the recipe, FILE.py[:arg]; --config.KEY=VALUE changes it", flag_values=values)
+    flags.DEFINE_string("topology", "v5e:16x16", "the slice", flag_values=values)
+    flags.DEFINE_string(
+        "teacher", None, "recipe of the teacher, where the configuration names none", flag_values=values
+    )
+    flags.DEFINE_list("shape", ["32", "32", "3"], "of the images: H,W,C", flag_values=values)
+    flags.DEFINE_integer("classes", 10, "of the data", flag_values=values)
+    flags.DEFINE_integer("images", 50_000, "of training, on every chip", flag_values=values)
+    flags.DEFINE_string("json", None, "file for the numbers", flag_values=values)
+
+    def body():
+        overrides = [flag for flag in sys.argv[1:] if flag.lstrip("-").startswith("config.")]
+        try:
+            values([argument for argument in sys.argv if argument not in overrides])
+        except flags.Error as error:
+            raise InputError(str(error).splitlines()[-1]) from None
+        if not values["config"].value:
+            raise InputError(
+                "--config is missing; python -m ibjax.aot --config=configs/ibd_wrn.py --topology=v5e:16x16"
+            )
+        os.environ.update(_WITHOUT_CHIPS)
+        jax.config.update("jax_platforms", "cpu")
+        settings = main.override(main.load_config(values["config"].value), overrides)
+        shape = tuple(map(int, values["shape"].value))
+        teachers = _teachers(settings, values["teacher"].value)
+        mesh = slice_mesh(values["topology"].value)
+        cluster.check_divides(settings.batch_size, "batch_size", mesh.size)
+        settings = prepare(settings, shape, values["classes"].value, teachers)
+        found = compile_step(settings, mesh, values["images"].value)
+        print(table(found))
+        if values["json"].value:
+            numbers = {**found, "collectives": [item._asdict() for item in found["collectives"]]}
+            numbers |= {"topology": values["topology"].value, "config": values["config"].value}
+            Path(values["json"].value).write_text(json.dumps({**numbers, "versions": run.versions()}, indent=1) + "\n")
+
+    errors.exit_with(body)
+
+
+if __name__ == "__main__":
+    command()
