@@ -91,10 +91,9 @@ def collectives(program: str) -> list[Collective]:
     while todo:
         name = todo.pop()
         for line in blocks.get(name, ()):
-            if not _CALLED.search(line):
-                continue
+            called = _CALLED.search(line)
             inside = depth[name] + (" while(" in line)
-            for callee in re.findall(r"%([\w.\-]+)", line[_CALLED.search(line).start() :]):
+            for callee in re.findall(r"%([\w.\-]+)", line[called.start() :]) if called else ():
                 if callee in blocks and depth.get(callee, -1) < inside:
                     depth[callee] = inside
                     todo.append(callee)
@@ -135,8 +134,8 @@ def prepare(settings: ConfigDict, shape: tuple[int, ...], classes: int, teachers
     """The configuration for a compilation: shapes in place of data, loops rolled as on an accelerator."""
     settings = settings.copy_and_resolve_references()
     with settings.unlocked():
-        settings.data = dict(name="synthetic", shape=shape, num_classes=classes, val_size=classes, split_seed=0)
-        settings.data.n_train = settings.batch_size + classes
+        size = dict(shape=shape, num_classes=classes, n_train=settings.batch_size + classes)
+        settings.data = dict(name="synthetic", val_size=classes, split_seed=0, **size)
         for role, recipe in teachers.items():
             settings[role].recipe = prepare(recipe, shape, classes, {})
             settings[role].workdir = ""
@@ -168,13 +167,13 @@ def compile_step(settings: ConfigDict, mesh: Mesh, images: int) -> dict[str, Any
     n = shaped(jax.ShapeDtypeStruct((), jnp.int32))
     compiled = dispatch.lower(state, *data, key, frozen, n).compile()
     seconds = time.perf_counter() - began
-    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     flops, accessed = cost["flops"], cost["bytes accessed"]
     loops = _attack_steps(settings)
     if loops > 1:
         batch = shaped(jax.ShapeDtypeStruct((settings.batch_size, *shape), jnp.float32), sharded)
         label = shaped(jax.ShapeDtypeStruct((settings.batch_size,), jnp.int32), sharded)
-        one = _attack_step(experiment).lower(state.variables, batch, label).compile().cost_analysis()
+        one = _attack_step(experiment).lower(state.variables, batch, label).compile().cost_analysis() or {}
         flops += (loops - 1) * one["flops"]
         accessed += (loops - 1) * one["bytes accessed"]
     return {
