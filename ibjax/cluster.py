@@ -1,8 +1,12 @@
-"""The one place where `jax.distributed` starts, the mesh is made, and a preemption notice is noticed."""
+"""The one place where a process meets JAX: `jax.distributed`, the cache of compiled programs, the mesh, preemption."""
 
+import hashlib
 import itertools
+import logging
 import os
+import platform
 import socket
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,16 +20,18 @@ REPLICATED = PartitionSpec()
 _HEARTBEAT_SECONDS = 30  # a dead process is noticed by the others within this time
 
 _notices = itertools.count()
+log = logging.getLogger(__name__)
 
 
 def initialize() -> None:
-    """Starts `jax.distributed`, for one process too: then SIGTERM is a notice and no longer an end.
+    """Keeps what is compiled, and starts `jax.distributed`, for one process too: then SIGTERM is a notice and no end.
 
     Where the processes come from, in this order: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in the
     environment (launch/local.sh sets them); a cluster that JAX knows (SLURM, TPU, Kubernetes, Open MPI); else alone.
     """
     if jax.distributed.is_initialized():
         return
+    keep_compiled()
     common = dict(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
     variables = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = [name for name in variables if os.environ.get(name)]
@@ -44,6 +50,34 @@ def initialize() -> None:
             raise
         address = f"localhost:{_free_port()}"
         jax.distributed.initialize(address, 1, 0, coordinator_bind_address=address, **common)
+
+
+def keep_compiled() -> None:
+    """Compiled programs are kept in ~/.cache/ibjax, in a folder that only its user can read.
+
+    JAX_COMPILATION_CACHE_DIR in the environment names another folder, or, empty, none. Programs for a CPU are kept by
+    its instruction set: a home may be shared by machines of several kinds.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ibjax"
+    folder = root / hashlib.sha256(_instruction_set().encode()).hexdigest()[:16]
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        root.chmod(0o700)
+    except OSError as error:
+        log.info("nothing compiled is kept: %s cannot be written (%s)", folder, error.strerror)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _instruction_set():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.machine() + platform.processor()
 
 
 def _free_port():
