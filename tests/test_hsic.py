@@ -148,7 +148,7 @@ def test_nhsic_lies_between_zero_and_the_rank():
         for r, rank in zip((*map(hsic.correlation_operator, grams), features), (CLASSES - 1, 2, B - 1), strict=True):
             assert 0 <= hsic.operator_product(r, features) <= rank
             eigenvalues = np.linalg.eigvalsh(np.asarray(r))
-            assert -1e-9 < eigenvalues.min() and eigenvalues.max() < 1
+            assert eigenvalues.min() > -1e-9 and eigenvalues.max() < 1
             assert (eigenvalues > 1e-9).sum() <= rank
 
 

@@ -92,15 +92,11 @@ def test_the_average_starts_as_the_plain_mean_of_the_batches():
     features, other = pairs(jax.random.key(0), 0.8)
     variables = start(module, features)
     assert variables["batch_stats"] == {"log_average": 0.0, "count": 0.0}
-    means = []
-    for key in range(3):
-        _, after = apply(
-            module, {**variables, "batch_stats": start(module, features)["batch_stats"]}, features, other, key
-        )
-        means.append(np.exp(after["batch_stats"]["log_average"]))
+    batches = [apply(module, variables, features, other, key)[1]["batch_stats"] for key in range(3)]
     for key in range(3):
         _, variables = apply(module, variables, features, other, key)
-    np.testing.assert_allclose(np.exp(variables["batch_stats"]["log_average"]), np.mean(means), rtol=1e-5)
+    means = np.exp([stats["log_average"] for stats in batches])
+    np.testing.assert_allclose(np.exp(variables["batch_stats"]["log_average"]), means.mean(), rtol=1e-5)
     assert variables["batch_stats"]["count"] == 3
 
 

@@ -1,4 +1,4 @@
-"""Singular values and polar factor against NumPy and finite differences in float64; finite where they are not smooth."""
+"""Singular values and polar factor against NumPy and finite differences in float64, also where they are not smooth."""
 
 import jax
 import jax.numpy as jnp

@@ -6,10 +6,11 @@ scores by the spectral Stein gradient estimator, SSGE: Shi, Sun & Zhu, ICML 2018
 
     ŝ(x) = Σ_{j≤J} β_j ψ_j(x),  ψ_j(x) = √M/λ_j Σ_m u_jm k(x, x_m),  β_j = −(1/M) Σ_m ∇ψ_j(x_m)
 
-| symbol    | code  | default |
-|-----------|-------|---------|
-| J         | share | 0.99    | as many eigenvalues λ_j of the Gram matrix, from the largest, as make this share of their sum
-| width     |       | median distance between two samples
+| symbol | code  | default |
+|--------|-------|---------|
+| J      | share | 0.99    | the largest eigenvalues λ_j of the Gram matrix that together make this share of all
+
+The width of the Gaussian kernel is the median distance between two samples.
 
 At the samples themselves the sum collapses: with the Gram matrix K = U Λ Uᵀ and G_m = Σ_i ∇_{x_i} k(x_i, x_m),
 ŝ = −U_J Λ_J⁻¹ U_Jᵀ G, which is what the code computes. No derivative passes through the eigenvectors.
