@@ -52,21 +52,22 @@ def ibjax_steps(
     """Jitted and donated train steps of ibjax on one batch of noise."""
     x, y = (jnp.asarray(array) for array in noise(batch_size, shape))
     batch, key, optimizer = {"image": x, "label": y}, jax.random.key(0), optim.sgd(lr=0.01)
-    teacher_variables = None if teacher is None else jax.jit(teacher.init)(key, x[:1])
+    teachers = {} if teacher is None else {"teacher": teacher}
+    frozen = {role: jax.jit(module.init)(key, x[:1]) for role, module in teachers.items()}
 
-    def bind_net(variables):
-        return step.linen_net(model, teacher, variables)
+    def bind_net(frozen):
+        return step.linen_net(model, teachers, frozen)
 
-    def init(x, variables):
-        return step.init_state(key, bind_net(variables), model, objective.head, optimizer, x, ema=False)
+    def init(x, frozen):
+        return step.init_state(key, bind_net(frozen), model, objective.head, optimizer, x, ema=False)
 
-    state = jax.jit(init)(x[:1], teacher_variables)
+    state = jax.jit(init)(x[:1], frozen)
     train_step = jax.jit(step.make_train_step(bind_net, objective, optimizer, attack), donate_argnums=0)
 
     def steps(n):
         nonlocal state
         for _ in range(n):
-            state, metrics = train_step(state, batch, key, teacher_variables)
+            state, metrics = train_step(state, batch, key, frozen)
         jax.block_until_ready(state)
         return float(metrics["loss"])
 

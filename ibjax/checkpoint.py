@@ -113,9 +113,13 @@ def _delete_superseded(orbax):
             orbax.delete(step)
 
 
+_OWN = ("head", "memory")  # what an objective adds to the network's variables
+
+
 def split(state: TrainState) -> tuple[Any, Any]:
     """(what is evaluated, the rest): the two items on disk."""
-    rest = {"step": state.step, "opt_state": state.opt_state, "head": state.variables.get("head")}
+    rest = {"step": state.step, "opt_state": state.opt_state}
+    rest |= {name: state.variables[name] for name in _OWN if name in state.variables}
     if state.ema_params is not None:
         rest["params"] = state.variables["params"]
     return evaluation_variables(state), rest
@@ -124,8 +128,7 @@ def split(state: TrainState) -> tuple[Any, Any]:
 def join(evaluated: Any, rest: Any) -> TrainState:
     """The inverse of `split`."""
     variables = {**evaluated, "params": rest.get("params", evaluated["params"])}
-    if rest["head"] is not None:
-        variables["head"] = rest["head"]
+    variables |= {name: rest[name] for name in _OWN if name in rest}
     ema_params = evaluated["params"] if "params" in rest else None
     return TrainState(rest["step"], variables, rest["opt_state"], ema_params)
 

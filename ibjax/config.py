@@ -19,6 +19,7 @@ from ml_collections.config_dict import placeholder
 
 from ibjax.errors import InputError, nearest
 
+TEACHERS = ("teacher", "assistant")
 # kind of module -> the factory's name in it; None: the module's own name
 _FACTORIES = {"models": "Model", "data": "load", "objectives": None, "attacks": None}
 
@@ -42,8 +43,10 @@ def base() -> ConfigDict:
     config.schedule = dict(name="piecewise", boundaries=(100, 150), factor=0.1)
     config.head_optimizer = dict(lr=placeholder(float))  # None: the method's own weights share `optimizer`'s rate
     config.ema_decay = placeholder(float)  # of averaged parameters, which are then what is evaluated
+    config.perturb = None  # or dict(name="awp", gamma=…, warmup=…): the gradient is taken at perturbed weights
     # teacher: workdir of a trained run, or the recipe that makes one in workdir/teacher; made_by: a hint for messages
-    config.teacher = dict(workdir="", checkpoint="best", recipe=None, made_by="")
+    for role in TEACHERS:  # the assistant is a second teacher, of the methods that have two
+        config[role] = dict(workdir="", checkpoint="best", recipe=None, made_by="")
     config.contrast = dict()  # name -> configuration of a run to train and report beside this one
     # validate: the attack on the validation split that selects `best`, every so many epochs, from `dense_from` on each
     config.validate = dict(
@@ -51,6 +54,7 @@ def base() -> ConfigDict:
         every=1,
         dense_from=placeholder(int),
         batch_size=500,
+        stop_on_overfitting=False,  # end when robust accuracy falls by 20 points, as one-step training's can
     )
     config.select_on = "val"  # or "test", as the papers do; every record then says so
     config.evaluate = dict(
@@ -90,8 +94,14 @@ _NUMBERS = {
     "checkpoint_every": (int, 1, math.inf),
     "steps_per_dispatch": (int, 1, math.inf),
 }
-_CHOICES = {"attack_bn": ("eval", "train"), "select_on": ("val", "test"), "augment.flip": (False, True)}
-_CLOSED = ("augment", "validate", "evaluate", "teacher", "head_optimizer")  # sections with keys of their own
+_CHOICES = {
+    "attack_bn": ("eval", "train"),
+    "select_on": ("val", "test"),
+    "augment.flip": (False, True),
+    "validate.stop_on_overfitting": (False, True),
+}
+
+_CLOSED = ("augment", "validate", "evaluate", *TEACHERS, "head_optimizer")  # sections with keys of their own
 _CALLS = {
     "data": "data",
     "model": "models",
@@ -100,7 +110,9 @@ _CALLS = {
     "validate.attack": "attacks",
     "optimizer": "optim",
     "schedule": "optim",
+    "perturb": "perturb",
 }
+_OPTIONAL = ("attack", "perturb")  # sections that may be None
 
 
 def check(config: ConfigDict) -> None:
@@ -110,7 +122,7 @@ def check(config: ConfigDict) -> None:
     for section in _CLOSED:
         _check_keys(_section(config, section), reference[section], f"{section}.")
     for section in _CALLS:
-        if (section != "attack" or config.attack is not None) and "name" not in _section(config, section):
+        if _given(config, section) and "name" not in _section(config, section):
             raise InputError(f"{section}.name is missing; it says which module to call")
     for path, value in leaves(config):
         if isinstance(value, float) and not math.isfinite(value):
@@ -121,13 +133,17 @@ def check(config: ConfigDict) -> None:
         if lookup(config, path) not in allowed:
             raise InputError(f"{path}={lookup(config, path)!r} is unknown; {nearest('', map(str, allowed))}")
     for section in _CALLS:
-        if section != "attack" or config.attack is not None:
+        if _given(config, section):
             _check_call(section, lookup(config, section))
     for name, recipe in recipes(config):
         try:
             check(recipe)
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
+
+
+def _given(config, section):
+    return section not in _OPTIONAL or config[section] is not None
 
 
 def _check_call(path, section):
@@ -139,7 +155,9 @@ def _check_call(path, section):
     if path == "optimizer" and "lr" not in options:
         raise InputError("optimizer.lr is missing; give the learning rate")
     call_arguments(call, section["name"], {k: v for k, v in options.items() if k not in context}, path, context)
-    if _CALLS[path] in ("objectives", "attacks"):
+    if path == "attack" and options.get("loss") == "objective":  # it comes with the objective
+        options.pop("loss")
+    if _CALLS[path] in ("objectives", "attacks", "perturb"):
         call(**options)
 
 
@@ -151,6 +169,10 @@ def _callable(path, name):
         if path == "schedule":
             return optim.named("schedule", name), ("lr", "epochs", "stepping")
         return optim.named("optimizer", name), ("lr",)
+    if path == "perturb":
+        from ibjax import perturb
+
+        return perturb.named(name), ()
     return factory(_CALLS[path], name), {"model": ("num_classes",)}.get(path, ())
 
 
@@ -301,8 +323,9 @@ def rename(config: ConfigDict, path: str, name: str) -> None:
 
 def recipes(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
     """(where, recipe) of the configurations that this one holds: its teacher's and those it is contrasted with."""
-    if config.teacher.recipe is not None:
-        yield "teacher.recipe", config.teacher.recipe
+    for role in TEACHERS:
+        if config[role].recipe is not None:
+            yield f"{role}.recipe", config[role].recipe
     for name, recipe in config.contrast.items():
         yield f"contrast.{name}", recipe
 

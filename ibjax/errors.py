@@ -70,10 +70,12 @@ def exit_with(command: Callable[[], None]) -> NoReturn:
         code, message = EXIT_PREEMPTED, f"preempted: {error}; the same command continues"
     except KeyboardInterrupt:
         code, message = EXIT_INTERRUPTED, "interrupted; the same command continues from the last checkpoint"
-    except RuntimeError as error:
+    except MemoryError as error:
+        code, message = EXIT_DIVERGED, f"out of memory: {error}"
+    except RuntimeError as error:  # outside the train loop, which names the batch
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        code, message = EXIT_DIVERGED, f"out of memory: lower batch_size ({' '.join(str(error).split())[:200]})"
+        code, message = EXIT_DIVERGED, f"out of memory: lower the batch size ({' '.join(str(error).split())[:200]})"
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

@@ -123,20 +123,23 @@ class Job(NamedTuple):
 
     settings: ConfigDict
     workdir: Path
-    teacher: Path | None
+    teachers: dict[str, Path]  # role -> workdir
 
 
 def jobs(settings: ConfigDict, workdir: Path) -> list[Job]:
     """Everything that one configuration stands for, in the order of training: teacher, contrasts, itself."""
-    made, teacher = [], Path(settings.teacher.workdir) if settings.teacher.workdir else None
-    if settings.teacher.recipe is not None:
-        teacher = teacher or workdir / "teacher"
-        made += jobs(settings.teacher.recipe, teacher)
+    made, teachers = [], {}
+    for role in config.TEACHERS:
+        section = settings[role]
+        if section.workdir or section.recipe is not None:
+            teachers[role] = Path(section.workdir) if section.workdir else workdir / role
+        if section.recipe is not None:
+            made += jobs(section.recipe, teachers[role])
     for name, recipe in settings.contrast.items():
-        if name in ("teacher", "checkpoints", "eval", "damaged", "tensorboard"):
+        if name in (*config.TEACHERS, "checkpoints", "eval", "damaged", "tensorboard"):
             raise InputError(f"contrast.{name}: that name is a folder of the run itself; choose another")
         made += jobs(recipe, workdir / name)
-    return [*made, Job(settings, workdir, teacher)]
+    return [*made, Job(settings, workdir, teachers)]
 
 
 def execute(settings: ConfigDict, workdir: Path, mode: str = "train") -> list[dict]:
@@ -146,7 +149,7 @@ def execute(settings: ConfigDict, workdir: Path, mode: str = "train") -> list[di
     check_settings(settings.evaluate)
     todo = jobs(settings, workdir)
     for job in todo if mode == "train" else ():  # all before the first: a typo in the last must not cost the others
-        train.check(job.settings, job.teacher)
+        train.check(job.settings, job.teachers)
     if mode == "eval" and not run.has_checkpoint(workdir):
         raise InputError(f"{workdir} holds no trained run; train it with --mode=train, or give another --workdir")
     with contextlib.ExitStack() as locks:
@@ -154,7 +157,7 @@ def execute(settings: ConfigDict, workdir: Path, mode: str = "train") -> list[di
             locks.enter_context(run.lock(folder))
         if mode == "train":
             for job in todo:
-                train.train(train.build(job.settings, job.teacher), job.workdir)
+                train.train(train.build(job.settings, job.teachers), job.workdir)
         records = []
         for job in reversed(todo):  # the run itself first, then what it is contrasted with
             records += evaluate(job.workdir, "best", settings=settings.evaluate)

@@ -1,6 +1,7 @@
 """metrics.jsonl: one JSON object a line, with "kind" and "step"; accuracies are in percent.
 
-"train" averages its metrics over the `steps` steps that end at `step`: every step is in one row. "val" has the
+"train" averages its metrics over the `steps` steps that end at `step`: every step is in one row; `compiles` counts
+the programs that were compiled meanwhile, which should be 0 after the first rows. "val" has the
 accuracies that select a checkpoint. "diverged" has the reason why training stopped.
 """
 
@@ -43,11 +44,22 @@ class MetricsLog:
             self.board.close()
 
 
+_compiled = []  # one entry for each program compiled in this process
+
+
+def _count_compilations(event, seconds, **_):
+    if event == "/jax/core/compile/backend_compile_duration":
+        _compiled.append(seconds)
+
+
+jax.monitoring.register_event_duration_secs_listener(_count_compilations)
+
+
 class Window:
     """Metrics that are still on the device: those of the steps since the last row."""
 
     def __init__(self, step: int):
-        self.first, self.parts, self.started = step, [], time.perf_counter()
+        self.first, self.parts, self.started, self.compiled = step, [], time.perf_counter(), len(_compiled)
 
     def add(self, count: int, values: dict[str, Any]) -> None:
         """Takes a dispatch's arrays, of which the first `count` entries count; nothing is fetched."""
@@ -63,7 +75,8 @@ class Window:
         steps, seconds = step - self.first, time.perf_counter() - self.started
         percent = {name: 100.0 if name.endswith("_acc") else 1.0 for name in values}
         means = {name: percent[name] * float(np.mean(value)) for name, value in values.items()}
-        return {"steps": steps, **means, "images_per_s": round(steps * batch_size / seconds, 1)}
+        compiles = len(_compiled) - self.compiled
+        return {"steps": steps, **means, "images_per_s": round(steps * batch_size / seconds, 1), "compiles": compiles}
 
 
 def read(file: Path) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from ibjax.step import Variables, linen_net
 
 # Keys that change neither the training nor its result, and so may differ when a run is continued. The teacher is
 # compared by its weights, the data by its content: where they lie may change.
-_FREE_KEYS = ("title", "evaluate", "contrast", "log_every", "checkpoint_every", "steps_per_dispatch", "teacher")
+_FREE_KEYS = ("title", "evaluate", "contrast", "log_every", "checkpoint_every", "steps_per_dispatch", *config.TEACHERS)
 
 
 class Run(NamedTuple):

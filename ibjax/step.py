@@ -1,17 +1,18 @@
 """The core: what a method may vary, and the one train step that never varies.
 
-    Net        how a network is called: three pure functions over plain nested dicts of arrays
+    Net        how a network is called: pure functions over plain nested dicts of arrays
     Attack     (key, logits_fn, x, target) -> x_adv                                  ibjax.attacks
     Objective  what the attack climbs away from, and what the optimiser descends     ibjax.objectives
+    Perturb    (params, gradients, epoch) -> a step in weight space                  ibjax.perturb
     TrainState, make_train_step                                                      below
 
-`variables` are {"params": …, "batch_stats": …} of the network and, where the objective has trainable weights of its
-own, {"head": {"params": …, "batch_stats": …}}. They go into and come out of `Net.forward`, so the order of
-batch-norm updates is read off an objective's page.
+`variables` are {"params": …, "batch_stats": …} of the network and, where the objective has them, "head": {"params": …,
+"batch_stats": …}, its own trainable weights, and "memory": whatever it remembers from step to step. They go into and
+come out of `Net.forward`, so the order of batch-norm updates is read off an objective's page.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -22,35 +23,65 @@ from jax import Array, lax
 from ibjax.attacks import Attack, StatefulAttack
 
 Variables = dict[str, Any]
-Batch = dict[str, Array]  # "image" (B, H, W, C) float32 in [0, 1], "label" (B,) int32, "index" (B,) int32
+# "image" (B, H, W, C) float32 in [0, 1], "label" and "index" (B,) int32; "step" int32 and "epoch" float32, both of
+# what is done before this step (epoch 0.5: half of the first)
+Batch = dict[str, Array]
 Output = tuple[Array, dict[str, Array]]  # logits (B, C) float32, features
+Edits = Mapping[str, Callable[[Array], Array]]  # tap -> what to do with it on its way through the network
+Perturb = Callable[[Any, Any, Array], Any]
+
+
+class Predict(Protocol):
+    """Evaluation mode: nothing changes."""
+
+    def __call__(self, variables: Variables, x: Array, edits: Edits | None = None) -> Output: ...
+
+
+class Forward(Protocol):
+    """Training mode: the returned variables have new batch statistics."""
+
+    def __call__(
+        self, variables: Variables, x: Array, key: Array, edits: Edits | None = None
+    ) -> tuple[Output, Variables]: ...
 
 
 class Net(NamedTuple):
     """The only seam to the neural-network library."""
 
-    predict: Callable[[Variables, Array], Output]  # evaluation mode: nothing changes
-    forward: Callable[[Variables, Array, Array], tuple[Output, Variables]]  # training mode (variables, x, key)
+    predict: Predict
+    forward: Forward
     teacher: Callable[[Array], Output] | None = None  # frozen, evaluation mode, no gradient
+    assistant: Callable[[Array], Output] | None = None  # a second teacher, likewise
+
+
+Loss = tuple[Array, tuple[Variables, dict[str, Array]]]  # value, (variables, metrics)
 
 
 class Objective(NamedTuple):
     """A paper.
 
-    target: (net, variables, batch, key) -> what the inner maximisation climbs away from: labels (B,) or
-      distributions (B, C).
+    target: (net, variables, batch, key) -> what the inner maximisation climbs away from: labels (B,), distributions
+      (B, C), or any pytree that `attack_loss` takes.
     loss: (net, variables, batch, x_adv, key) -> (loss, (variables, metrics)); `x_adv` is None without an attack.
       `target` and `loss` get the same key, so what both compute XLA computes once.
     head: module of the method's own trainable weights, called as head(features, teacher_features, train=…).
-    needs_teacher: whether `net.teacher` must be there.
-    attack_losses: the losses that climb away from `target`; () where the method trains on clean images.
+    teachers: which of `net.teacher` and `net.assistant` must be there, by name.
+    attack_losses: the values of `attack.loss` that climb away from `target`; () where `attack` must be None.
+    attack_loss: ((logits, features), target) -> (B,), where `attack_losses` is ("objective",).
+    attack: (net, variables, batch, key) -> (x_adv, variables), an inner maximisation of the method's own.
+    memory: (training images, classes) -> variables["memory"] before the first step.
+    proxy: (net, variables, batch, x_adv, key) -> what a weight perturbation climbs; None: `loss`.
     """
 
-    target: Callable[[Net, Variables, Batch, Array], Array]
-    loss: Callable[[Net, Variables, Batch, Array | None, Array], tuple[Array, tuple[Variables, dict[str, Array]]]]
+    target: Callable[[Net, Variables, Batch, Array], Any]
+    loss: Callable[[Net, Variables, Batch, Any, Array], Loss]
     head: nn.Module | None = None
-    needs_teacher: bool = False
+    teachers: tuple[str, ...] = ()
     attack_losses: tuple[str, ...] = ("ce", "margin")
+    attack_loss: Callable[[Output, Any], Array] | None = None
+    attack: Callable[[Net, Variables, Batch, Array], tuple[Any, Variables]] | None = None
+    memory: Callable[[int, int], Any] | None = None
+    proxy: Callable[[Net, Variables, Batch, Any, Array], Array] | None = None
 
 
 class TrainState(NamedTuple):
@@ -62,24 +93,35 @@ class TrainState(NamedTuple):
     ema_params: Any  # exponential moving average of variables["params"], or None
 
 
-def linen_net(model: nn.Module, teacher: nn.Module | None = None, teacher_variables: Variables | None = None) -> Net:
-    """The seam: a Linen module (and a frozen teacher) as pure functions of `variables`."""
+def linen_net(
+    model: nn.Module,
+    teachers: Mapping[str, nn.Module] | None = None,
+    frozen: Mapping[str, Variables] | None = None,
+) -> Net:
+    """The seam: a Linen module as pure functions of `variables`, with its frozen teachers.
 
-    def predict(variables, x):
-        return model.apply(_network(variables), x, train=False)
+    `teachers` and `frozen` have the modules and the variables of "teacher" and "assistant", where they are there.
+    """
 
-    def forward(variables, x, key):
+    def edited(edits):  # models of one's own need not know of edits
+        return {} if edits is None else {"edits": edits}
+
+    def predict(variables, x, edits=None):
+        return model.apply(_network(variables), x, train=False, **edited(edits))
+
+    def forward(variables, x, key, edits=None):
         rngs = dict(zip(("dropout", "sample"), jax.random.split(key), strict=True))
-        output, updated = model.apply(_network(variables), x, train=True, mutable=["batch_stats"], rngs=rngs)
+        network = _network(variables)
+        output, updated = model.apply(network, x, train=True, mutable=["batch_stats"], rngs=rngs, **edited(edits))
         return output, {**variables, **updated}
 
-    if teacher is None:
-        return Net(predict, forward)
+    def teach(role):
+        if not frozen or role not in frozen:
+            return None
+        module, variables = (teachers or {})[role], frozen[role]
+        return lambda x: jax.tree.map(lax.stop_gradient, module.apply(variables, x, train=False))
 
-    def teach(x):
-        return jax.tree.map(lax.stop_gradient, teacher.apply(teacher_variables, x, train=False))
-
-    return Net(predict, forward, teach)
+    return Net(predict, forward, teach("teacher"), teach("assistant"))
 
 
 def _network(variables):
@@ -115,6 +157,7 @@ def init_state(
     optimizer: optax.GradientTransformation,
     x: Array,
     ema: bool,
+    memory: Any = None,
 ) -> TrainState:
     """The state before the first step; `x` (B, H, W, C) gives the shapes of network and head."""
     model_key, head_key = jax.random.split(key)
@@ -126,57 +169,77 @@ def init_state(
             "batch_stats": {},
             **head.init(head_key, features, teacher_features, train=False),
         }
+    if memory is not None:
+        variables["memory"] = memory
     ema_params = jax.tree.map(jnp.copy, variables["params"]) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(trainable(variables)), ema_params)
 
 
 def make_train_step(
-    bind_net: Callable[[Variables | None], Net],
+    bind_net: Callable[[Mapping[str, Variables] | None], Net],
     objective: Objective,
     optimizer: optax.GradientTransformation,
     attack: Attack | None,
     training_attack: StatefulAttack | None = None,
     augment: Callable[[Array, Array], Array] | None = None,
     ema_decay: float | None = None,
-) -> Callable[[TrainState, Batch, Array, Variables | None], tuple[TrainState, dict[str, Array]]]:
-    """The step `(state, batch, key, teacher_variables=None) -> (state, metrics)`, pure and not yet jitted.
+    perturb: Perturb | None = None,
+    steps_per_epoch: int = 1,
+) -> Callable[[TrainState, Batch, Array, Mapping[str, Variables] | None], tuple[TrainState, dict[str, Array]]]:
+    """The step `(state, batch, key, frozen=None) -> (state, metrics)`, pure and not yet jitted.
 
-    The teacher's weights are an argument so that they are neither baked into the program nor saved with the state.
+    The teachers' weights are an argument so that they are neither baked into the program nor saved with the state.
 
     Args:
-      bind_net: teacher's variables (or None) -> Net.
+      bind_net: {role: teacher's variables} (or None) -> Net.
       objective: the method.
       optimizer: over `trainable(variables)`.
-      attack: the inner maximisation in evaluation mode; None trains on the images alone.
+      attack: the inner maximisation in evaluation mode; None trains on the images alone or by `objective.attack`.
       training_attack: the same attack in batch-norm's training mode, moving the running statistics; replaces `attack`.
       augment: (key, images) -> float32 images in [0, 1]; None only converts.
       ema_decay: of the moving average of the parameters, if the state has one.
+      perturb: moves the network's weights uphill for the gradient, and back after the optimiser's step.
+      steps_per_epoch: for `batch["epoch"]`.
     """
 
-    def train_step(state, batch, key, teacher_variables=None):
+    def train_step(state, batch, key, frozen=None):
         key = jax.random.fold_in(key, state.step)
         augment_key, attack_key, loss_key = jax.random.split(key, 3)
-        net, variables = bind_net(teacher_variables), state.variables
+        net, variables = bind_net(frozen), state.variables
         x = to_float(batch["image"])
-        batch = {**batch, "image": augment(augment_key, x) if augment else x}
+        progress = {"step": state.step, "epoch": state.step.astype(jnp.float32) / steps_per_epoch}
+        batch = {**batch, "image": augment(augment_key, x) if augment else x, **progress}
 
         x_adv = None
-        if training_attack is not None:
+        if objective.attack is not None:
+            x_adv, variables = objective.attack(net, variables, batch, attack_key)
+        elif training_attack is not None:
             x_adv, variables = _attack_in_training_mode(
                 training_attack, attack_key, net, variables, batch, objective, loss_key
             )
         elif attack is not None:
             target = objective.target(net, variables, batch, loss_key)
-            x_adv = attack(attack_key, lambda x: net.predict(variables, x)[0], batch["image"], target)
-        x_adv = None if x_adv is None else lax.stop_gradient(x_adv)
+            x_adv = attack(attack_key, _attacked(objective, net, variables), batch["image"], target)
+        x_adv = jax.tree.map(lax.stop_gradient, x_adv)
 
         def loss(params):
             return objective.loss(net, with_trainable(variables, params), batch, x_adv, loss_key)
 
-        params = trainable(variables)
+        params = raw = trainable(variables)
+        if perturb is not None:
+
+            def proxy(weights):
+                changed = with_trainable(variables, {**params, "params": weights})
+                if objective.proxy is None:
+                    return objective.loss(net, changed, batch, x_adv, loss_key)[0]
+                return objective.proxy(net, changed, batch, x_adv, loss_key)
+
+            offset = perturb(params["params"], jax.grad(proxy)(params["params"]), batch["epoch"])
+            params = {**params, "params": jax.tree.map(jnp.add, params["params"], offset)}
         gradients, (variables, metrics) = jax.grad(loss, has_aux=True)(params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, params)
-        params = optax.apply_updates(params, updates)
+        # the optimiser's step is taken at the perturbed weights; w + v + Δ − v is w + Δ, and exactly so without v
+        params = optax.apply_updates(raw, updates)
         ema_params = state.ema_params
         if ema_params is not None and ema_decay is not None:
             ema_params = optax.incremental_update(params["params"], ema_params, 1.0 - ema_decay)
@@ -186,14 +249,22 @@ def make_train_step(
     return train_step
 
 
+def _attacked(objective, net, variables):
+    """What the attack evaluates: the logits, or for an objective's own loss also the features."""
+    if objective.attack_loss is not None:
+        return lambda x: net.predict(variables, x)
+    return lambda x: net.predict(variables, x)[0]
+
+
 def _attack_in_training_mode(attack, key, net, variables, batch, objective, loss_key):
     """Every attack step is a training-mode forward pass and moves the running statistics once (Rice et al.)."""
     target = objective.target(net, variables, batch, loss_key)
     params = trainable(variables)
 
     def forward(x, changing):
-        (logits, _), updated = net.forward(with_trainable(changing, params), x, loss_key)
-        return logits, {name: part for name, part in updated.items() if name != "params"}
+        output, updated = net.forward(with_trainable(changing, params), x, loss_key)
+        changed = {name: part for name, part in updated.items() if name != "params"}
+        return output if objective.attack_loss is not None else output[0], changed
 
     rest = {name: part for name, part in variables.items() if name != "params"}
     x_adv, rest = attack(

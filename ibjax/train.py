@@ -9,7 +9,7 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ibjax import checkpoint as checkpoints
-from ibjax import cluster, config, optim, run
+from ibjax import cluster, config, optim, perturb, run
 from ibjax.data import Arrays, augment
 from ibjax.errors import CheckpointError, DivergedError, InputError, PreemptedError
 from ibjax.evaluate import Scorer
@@ -32,6 +32,7 @@ from ibjax.metrics import MetricsLog, Window
 from ibjax.step import Net, Objective, TrainState, Variables, init_state, linen_net, make_train_step
 
 log = logging.getLogger(__name__)
+_CATASTROPHE = 20.0  # points of robust accuracy lost on validation images, where one-step training overfits at once
 
 
 class Experiment(NamedTuple):
@@ -41,30 +42,30 @@ class Experiment(NamedTuple):
     data: Arrays
     facts: dict[str, Any]  # what identifies data and teacher, for config.json
     model: nn.Module
-    bind_net: Callable[[Variables | None], Net]
+    bind_net: Callable[[Mapping[str, Variables] | None], Net]
     objective: Objective
     optimizer: optax.GradientTransformation
     learning_rate: Callable
     train_step: Callable
-    teacher_variables: Variables | None
+    frozen: dict[str, Variables]  # the teachers' variables, by role
     steps_per_epoch: int
     mesh: Any
 
 
-def check(settings: ConfigDict, teacher_folder: Path | None = None) -> None:
+def check(settings: ConfigDict, folders: Mapping[str, Path] | None = None) -> None:
     """Raises InputError on whatever is wrong with a configuration, its data or its teacher.
 
     The whole step and the validation are traced; nothing is saved, compiled or computed. A teacher that has yet to be
     made is taken from its recipe.
     """
-    experiment = build(settings, teacher_folder, abstract=True)
-    teacher = experiment.teacher_variables
+    experiment = build(settings, folders, abstract=True)
+    frozen = experiment.frozen
     x = jax.ShapeDtypeStruct((1, *experiment.data.train.images.shape[1:]), jnp.float32)
     images, labels = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in experiment.data.train)
     n, key = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
     try:
-        state = jax.eval_shape(_initializer(experiment), key, x, teacher)
-        jax.eval_shape(make_dispatch(experiment, capacity=1), state, images, labels, key, teacher, n)
+        state = jax.eval_shape(_initializer(experiment), key, x, frozen)
+        jax.eval_shape(make_dispatch(experiment, capacity=1), state, images, labels, key, frozen, n)
         scorer, _ = _validator(experiment)
         scorer.trace(checkpoints.split(state)[0], _selection_split(experiment))
     except InputError:
@@ -74,13 +75,13 @@ def check(settings: ConfigDict, teacher_folder: Path | None = None) -> None:
         raise InputError(f"this configuration cannot be traced: {type(error).__name__}: {first}") from error
 
 
-def build(settings: ConfigDict, teacher_folder: Path | None = None, *, abstract: bool = False) -> Experiment:
+def build(settings: ConfigDict, folders: Mapping[str, Path] | None = None, *, abstract: bool = False) -> Experiment:
     """Builds all parts of an experiment and checks them. Raises InputError on whatever is wrong.
 
     Args:
       settings: the configuration.
-      teacher_folder: workdir of the teacher; None takes `teacher.workdir`.
-      abstract: give the teacher's variables as shapes where it has yet to be trained from its recipe.
+      folders: role -> workdir of that teacher; without one, `teacher.workdir` and `assistant.workdir` count.
+      abstract: give a teacher's variables as shapes where it has yet to be trained from its recipe.
     """
     config.check(settings)
     cluster.check_divides(settings.batch_size, "batch_size")
@@ -93,25 +94,34 @@ def build(settings: ConfigDict, teacher_folder: Path | None = None, *, abstract:
     model = run.build_model(settings.model, data.num_classes, "model")
     objective = config.build("objectives", settings.objective, "objective")
     _check_attack(settings, objective)
-    teacher, teacher_variables, teacher_facts = _teacher(settings, objective, data, teacher_folder, abstract)
+    taught = {role: _teacher(settings, role, data, (folders or {}).get(role), abstract) for role in objective.teachers}
+    modules, frozen = ({role: parts[i] for role, parts in taught.items()} for i in (0, 1))
     optimizer, learning_rate = _optimizer(settings, steps_per_epoch)
 
-    def bind_net(variables):
-        return linen_net(model, teacher, variables)
+    def bind_net(frozen):
+        return linen_net(model, modules, frozen)
 
-    crop_and_flip = augment.crop_and_flip(**settings.augment)
-    attacks = _attacks(settings)
+    train_step = make_train_step(
+        bind_net,
+        objective,
+        optimizer,
+        *_attacks(settings, objective),
+        augment=augment.crop_and_flip(**settings.augment),
+        ema_decay=settings.ema_decay,
+        perturb=_perturb(settings),
+        steps_per_epoch=steps_per_epoch,
+    )
     return Experiment(
         config=settings,
         data=data,
-        facts={**run.facts(data), **teacher_facts},
+        facts={**run.facts(data), **{role: made for role, (_, _, made) in taught.items() if made}},
         model=model,
         bind_net=bind_net,
         objective=objective,
         optimizer=optimizer,
         learning_rate=learning_rate,
-        train_step=make_train_step(bind_net, objective, optimizer, *attacks, crop_and_flip, settings.ema_decay),
-        teacher_variables=teacher_variables,
+        train_step=train_step,
+        frozen=frozen,
         steps_per_epoch=steps_per_epoch,
         mesh=cluster.mesh(),
     )
@@ -126,7 +136,8 @@ def _check_attack(settings, objective):
         return
     loss = settings.attack.get("loss", "ce")
     if not losses:
-        raise InputError(f"objective '{name}' trains on clean images and would ignore the attack; set attack=None")
+        why = "makes its own adversarial images" if objective.attack else "trains on clean images"
+        raise InputError(f"objective '{name}' {why} and would ignore the attack; set attack=None")
     if loss not in losses:
         raise InputError(f"attack.loss='{loss}' does not go with objective '{name}'; allowed: {', '.join(losses)}")
     own_prediction = name == "trades" or settings.objective.get("attack_target") == "student"
@@ -134,29 +145,27 @@ def _check_attack(settings, objective):
         raise InputError("attack.init='none' gives the KL to one's own prediction no gradient; use 'gaussian'")
 
 
-def _teacher(settings, objective, data, folder, abstract):
-    """(model, variables, facts) of the teacher; (None, None, {}) for an objective that has none."""
-    if not objective.needs_teacher:
-        return None, None, {}
-    recipe = settings.teacher.recipe
-    if not (folder or settings.teacher.workdir or recipe):
+def _teacher(settings, role, data, folder, abstract):
+    """(model, variables, facts) of the teacher or the assistant."""
+    section = settings[role]
+    recipe = section.recipe
+    if not (folder or section.workdir or recipe):
         raise InputError(
-            f"objective '{settings.objective.name}' needs a teacher; set teacher.workdir to the workdir of a trained "
-            f"run, or teacher.recipe to a configuration that makes one"
+            f"objective '{settings.objective.name}' needs a teacher; set {role}.workdir to the workdir of a trained "
+            f"run, or {role}.recipe to a configuration that makes one"
         )
-    folder = Path(folder or settings.teacher.workdir or "teacher")
+    folder = Path(folder or section.workdir or role)
     if abstract and recipe is not None and not run.has_checkpoint(folder):
         taught = run.load_data(recipe)
         _check_teacher(folder, run.facts(taught), data)
-        model = run.build_model(recipe.model, taught.num_classes, "teacher.recipe.model")
+        model = run.build_model(recipe.model, taught.num_classes, f"{role}.recipe.model")
         return model, run.abstract_variables(model, taught.train.images.shape[1:], cluster.mesh()), {}
     if not run.has_checkpoint(folder):
-        command = settings.teacher.made_by or f"python -m ibjax.main --config=… --workdir={folder}"
-        raise InputError(f"teacher.workdir={folder} holds no trained run; train the teacher first: {command}")
+        command = section.made_by or f"python -m ibjax.main --config=… --workdir={folder}"
+        raise InputError(f"{role}.workdir={folder} holds no trained run; train the {role} first: {command}")
     _check_teacher(folder, run.read_config(folder)[1], data)
-    taught = run.load(folder, settings.teacher.checkpoint)
-    made = {"step": taught.step, "weights": checkpoints.tree_digest(taught.variables)}
-    return taught.model, taught.variables, {"teacher": made}
+    taught = run.load(folder, section.checkpoint)
+    return taught.model, taught.variables, {"step": taught.step, "weights": checkpoints.tree_digest(taught.variables)}
 
 
 def _check_teacher(folder, taught, data):
@@ -188,27 +197,36 @@ def _optimizer(settings, steps_per_epoch):
     return optim.with_head(optim.optimizer(lr=learning_rate, **options), head), learning_rate
 
 
-def _attacks(settings):
+def _attacks(settings, objective):
     """(attack in evaluation mode, attack in training mode): at most one of them is there."""
     if settings.attack is None:
         return None, None
+    options = config.arguments("attacks", settings.attack, "attack")
+    if options.get("loss") == "objective":
+        options["loss"] = objective.attack_loss
     if settings.attack_bn == "eval":
-        return config.build("attacks", settings.attack, "attack"), None
+        return config.factory("attacks", settings.attack.name)(**options), None
     if settings.attack.name != "pgd":
         raise InputError("attack_bn='train' goes with attack.name='pgd' only")
     from ibjax.attacks.pgd import stateful_pgd
 
-    options = config.arguments("attacks", settings.attack, "attack")
     if options.pop("restarts", 1) != 1:
         raise InputError("attack_bn='train' goes with attack.restarts=1 only")
     return None, stateful_pgd(**options)
+
+
+def _perturb(settings):
+    if settings.perturb is None:
+        return None
+    options = {key: value for key, value in config.plain(settings.perturb).items() if key != "name"}
+    return perturb.named(settings.perturb.name)(**options)
 
 
 # ---- the compiled part -------------------------------------------------------------------------------------
 
 
 def make_dispatch(experiment: Experiment, capacity: int) -> Callable:
-    """The jitted `(state, images, labels, key, teacher_variables, n) -> (state, metrics)`: n <= capacity steps.
+    """The jitted `(state, images, labels, key, frozen, n) -> (state, metrics)`: n <= capacity steps.
 
     `metrics` are arrays (capacity,), of which the first n count. The loop's length is an argument, so that one program
     serves every n; on CPU the capacity is 1 and there is no loop, whose body XLA would run on fewer threads.
@@ -217,7 +235,7 @@ def make_dispatch(experiment: Experiment, capacity: int) -> Callable:
     batch_size, per_epoch = experiment.config.batch_size, experiment.steps_per_epoch
     sharded = NamedSharding(experiment.mesh, cluster.BATCH)
 
-    def dispatch(state, images, labels, key, teacher_variables, n):
+    def dispatch(state, images, labels, key, frozen, n):
         order_key, step_key = jax.random.split(key)
         epoch = state.step // per_epoch  # the loop never dispatches across the end of an epoch
         order = jax.random.permutation(jax.random.fold_in(order_key, epoch), len(labels))
@@ -227,7 +245,7 @@ def make_dispatch(experiment: Experiment, capacity: int) -> Callable:
             index = lax.with_sharding_constraint(index, sharded)
             batch = {"image": images[index], "label": labels[index], "index": index}
             batch = jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, sharded), batch)
-            state, metrics = experiment.train_step(state, batch, step_key, teacher_variables)
+            state, metrics = experiment.train_step(state, batch, step_key, frozen)
             return state, {**metrics, "lr": experiment.learning_rate(state.step - 1)}
 
         if capacity == 1:
@@ -252,16 +270,18 @@ def initial_state(experiment: Experiment) -> TrainState:
     replicated = NamedSharding(experiment.mesh, cluster.REPLICATED)
     key = _key(experiment.config.seed, 0, experiment.mesh)
     x = np.zeros((1, *experiment.data.train.images.shape[1:]), np.float32)
-    return jax.jit(_initializer(experiment), out_shardings=replicated)(key, x, experiment.teacher_variables)
+    return jax.jit(_initializer(experiment), out_shardings=replicated)(key, x, experiment.frozen)
 
 
 def _initializer(experiment):
-    """(key, x, teacher_variables) -> the first state."""
+    """(key, x, frozen) -> the first state."""
+    objective, data = experiment.objective, experiment.data
+    ema = experiment.config.ema_decay is not None
 
-    def init(key, x, teacher_variables):
-        net = experiment.bind_net(teacher_variables)
-        ema = experiment.config.ema_decay is not None
-        return init_state(key, net, experiment.model, experiment.objective.head, experiment.optimizer, x, ema)
+    def init(key, x, frozen):
+        net = experiment.bind_net(frozen)
+        memory = objective.memory(len(data.train.labels), data.num_classes) if objective.memory else None
+        return init_state(key, net, experiment.model, objective.head, experiment.optimizer, x, ema, memory)
 
     return init
 
@@ -290,6 +310,9 @@ def train(experiment: Experiment, workdir: Path) -> None:
         if step >= total:
             log.info("%s: already trained, %d steps", workdir, step)
             return
+        if step and settings.validate.stop_on_overfitting and _overfitted(orbax, checkpoints.metrics(orbax, step)):
+            log.info("%s: stopped at step %d by catastrophic overfitting", workdir, step)
+            return
         if step:
             log.info("%s: continuing from step %d of %d", workdir, step, total)
         if jax.process_index() == 0:
@@ -305,14 +328,14 @@ def _loop(experiment, orbax, state, step, total, write):
     dispatch, validator = make_dispatch(experiment, capacity), _validator(experiment)
     train_data = experiment.data.train
     arguments = [cluster.replicate(array, mesh) for array in (train_data.images, train_data.labels)]
-    arguments += [_key(settings.seed, 1, mesh), experiment.teacher_variables]
+    arguments += [_key(settings.seed, 1, mesh), experiment.frozen]
     lengths = {n: cluster.replicate(np.int32(n), mesh) for n in range(1, capacity + 1)}
     window, first, began = Window(step), step, time.perf_counter()
 
     with _progress(settings, total, step) as bar:
         while step < total:
             stop = min(step + capacity, _next_multiple(step, settings.log_every), _next_multiple(step, per_epoch))
-            with jax.transfer_guard("disallow"):
+            with jax.transfer_guard("disallow"), _naming_the_batch(settings, mesh):
                 state, metrics = dispatch(state, *arguments, lengths[stop - step])
             window.add(stop - step, metrics)
             bar.update(stop - step)
@@ -335,11 +358,29 @@ def _loop(experiment, orbax, state, step, total, write):
                 if scores:
                     write("val", step, epoch=step / per_epoch, **scores)
                     _tell(settings, epoch, scores, (time.perf_counter() - began) / (step - first) * (total - step))
+                overfitted = scores is not None and _overfitted(orbax, scores)
                 _save(orbax, state, scores)
+                if overfitted and _alarm(settings, epoch):
+                    return
                 window = Window(step)
             if preempted:
                 orbax.wait_until_finished()
                 raise PreemptedError(f"saved step {step} of {total}")
+
+
+@contextlib.contextmanager
+def _naming_the_batch(settings, mesh):
+    """An out-of-memory error that says how many images a device had to hold."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        size, count = settings.batch_size, mesh.size
+        raise MemoryError(
+            f"batch_size={size} is {size // count} images on each of {count} devices; lower batch_size, use more "
+            f"devices, or model.dtype='bfloat16' ({' '.join(str(error).split())[:200]})"
+        ) from None
 
 
 def _default_capacity(settings):
@@ -377,6 +418,28 @@ def _validate(experiment, validator, state):
     flags, _ = scorer(checkpoints.split(state)[0], split, experiment.config.seed, **size)
     clean, robust = (100 * float(np.mean(part)) for part in (flags.clean, flags.robust))
     return {"clean_acc": clean, "robust_acc": robust, "selection": robust}
+
+
+def _overfitted(orbax, scores):
+    """Whether robust accuracy has fallen catastrophically from the best checkpoint's."""
+    best = checkpoints.best_step(orbax)
+    if best is None or "robust_acc" not in scores:
+        return False
+    return checkpoints.metrics(orbax, best)["robust_acc"] - scores["robust_acc"] > _CATASTROPHE
+
+
+def _alarm(settings, epoch):
+    """Tells of catastrophic overfitting; returns whether to stop."""
+    stop = settings.validate.stop_on_overfitting
+    log.warning(
+        "%s: epoch %d: robust accuracy fell by more than %g points: catastrophic overfitting; the best checkpoint is "
+        "kept; %s",
+        _name(settings),
+        epoch,
+        _CATASTROPHE,
+        "stopping" if stop else "validate.stop_on_overfitting=True would stop here",
+    )
+    return stop
 
 
 def _divergence(values, first, orbax):

@@ -10,6 +10,7 @@ from ibjax.attacks.pgd import pgd
 from ibjax.models import resnet
 from ibjax.objectives.ibd import ibd
 from ibjax.objectives.trades import trades
+from ibjax.perturb import awp
 
 BAR = 1.05
 IMAGES = jax.ShapeDtypeStruct((8, 32, 32, 3), "float32")
@@ -19,25 +20,27 @@ TEACHER = resnet.Model(num_classes=10, blocks=(1, 1, 1), width=32)  # 15 forward
 ATTACK = pgd(loss="kl", init="gaussian", steps=3, unroll=True)
 
 
-def cost(objective, attack, teacher=None):
+def cost(objective, attack, teacher=None, perturb=None):
     """(FLOPs of a step, of one forward pass of the teacher), in forward passes of the student."""
     optimizer = optim.sgd(lr=0.1)
-    variables = None if teacher is None else jax.eval_shape(teacher.init, jax.random.key(0), IMAGES)
+    teachers = {} if teacher is None else {"teacher": teacher}
+    frozen = {role: jax.eval_shape(module.init, jax.random.key(0), IMAGES) for role, module in teachers.items()}
 
-    def bind_net(variables):
-        return step.linen_net(STUDENT, teacher, variables)
+    def bind_net(frozen):
+        return step.linen_net(STUDENT, teachers, frozen)
 
-    def init(x, variables):
-        return step.init_state(jax.random.key(0), bind_net(variables), STUDENT, objective.head, optimizer, x, False)
+    def init(x, frozen):
+        return step.init_state(jax.random.key(0), bind_net(frozen), STUDENT, objective.head, optimizer, x, False)
 
-    state = jax.eval_shape(init, IMAGES, variables)
-    train_step = step.make_train_step(bind_net, objective, optimizer, attack)
-    found = flops.step_cost(train_step, bind_net, state, {"image": IMAGES, "label": LABELS}, variables)
+    state = jax.eval_shape(init, IMAGES, frozen)
+    train_step = step.make_train_step(bind_net, objective, optimizer, attack, perturb=perturb)
+    found = flops.step_cost(train_step, bind_net, state, {"image": IMAGES, "label": LABELS}, frozen)
     return found["step"] / found["forward"], found["teacher"] / found["forward"]
 
 
-def expected(name, teacher=0.0, **options):
+def expected(name, teacher=0.0, perturb=None, **options):
     settings = config.base()
+    settings.perturb = perturb
     settings.attack.steps = 3
     settings.objective = dict(name=name, **options)
     return flops.expected_forwards(settings, teacher)
@@ -85,3 +88,9 @@ def test_forward_passes_too_many_are_noticed():
 
 def test_an_unknown_method_has_no_count():
     assert expected("some_method") is None
+
+
+def test_a_weight_perturbation_costs_one_more_update():
+    ratio, _ = cost(trades(), ATTACK, perturb=awp())
+    assert expected("trades", perturb=dict(name="awp")) == 2 * 3 + 1 + 2 * 6
+    assert 18 < ratio <= BAR * 19

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_objectives import BATCH, NET, VARIABLES, X_ADV
 
 from ibjax.errors import InputError
 from ibjax.objectives.ibd import AttentionMatching, adaptive_average, energy_differences, ibd, layers_of
@@ -120,3 +121,85 @@ def test_differences_keep_the_order_of_layers_across_sizes():
 def test_unknown_choices_are_refused(options):
     with pytest.raises(InputError, match="allowed"):
         ibd(**options)
+
+
+# ---- independent values ------------------------------------------------------------------------------------
+
+
+def float64(tree):
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+
+
+def attention_oracle(head, variables, student, teacher):
+    """The module's attention in evaluation mode, written from the paper's formulas in NumPy and float64."""
+    params, statistics = float64(variables["params"]), float64(variables["batch_stats"])
+
+    def linear_norm(x, name, norm):
+        y = x @ params[name]["dense"]["kernel"] + params[name]["dense"]["bias"]
+        y = (y - statistics[norm]["mean"]) / np.sqrt(statistics[norm]["var"] + 1e-5)
+        return y * params[norm]["scale"] + params[norm]["bias"]
+
+    z_t, z_s = ([np.asarray(z, np.float64).mean((1, 2)) for z in taps.values()] for taps in (teacher, student))
+    n, m, d = len(z_t), len(z_s), head.qk_dim
+    query = [linear_norm(z, f"query{i}", f"query_bn{i}") for i, z in enumerate(z_t, 1)]
+    if head.query_relu:
+        query = [np.maximum(q, 0) for q in query]
+    score = np.zeros((len(z_t[0]), n, m))
+    for j, z in enumerate(z_s):
+        key = np.maximum(linear_norm(z, f"key{j + 1}", f"key_bn{j + 1}"), 0)
+        bilinear = linear_norm(key, "bilinear", "bilinear_bn").reshape(-1, n, d)
+        for i in range(n):
+            score[:, i, j] = (bilinear[:, i] * query[i]).sum(-1)
+            if head.positional:
+                score[:, i, j] += params["position_t"][i] @ params["position_s"][j]
+    score = np.exp(score / np.sqrt(d))
+    return score / score.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(query_relu=True), dict(positional=False)])
+def test_the_attention_is_its_formula(options):
+    head = AttentionMatching(16, **options)
+    variables = head.init(jax.random.key(2), STUDENT, TEACHER, train=False)
+    keys = iter(jax.random.split(jax.random.key(3), 99))
+    variables = jax.tree.map(lambda w: w + 0.3 * jnp.abs(jax.random.normal(next(keys), w.shape)), variables)
+    _, attention = head.apply(variables, STUDENT, TEACHER, train=False)
+    expected = attention_oracle(head, variables, STUDENT, TEACHER)
+    assert expected.max() - expected.min() > 0.1
+    np.testing.assert_allclose(attention, expected, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("teacher_features", ["adv", "nat"])
+def test_the_whole_loss_is_its_formula(teacher_features):
+    """From predictions and features that are computed one by one, in the order of the batch-norm policy."""
+    objective = ibd(alpha=0.7, beta=30.0, teacher_features=teacher_features, qk_dim=16)
+    x, key = BATCH["image"], jax.random.key(0)
+    of_x, of_x_adv = NET.teacher(x), NET.teacher(X_ADV)
+    head = objective.head.init(key, of_x[1], of_x[1], train=False)
+    variables = {**VARIABLES, "head": head}
+    (clean, _), after = NET.forward(variables, x, key)
+    (adv, features), after = NET.forward(after, X_ADV, key)
+    taught = (of_x if teacher_features == "nat" else of_x_adv)[1]
+    (feature, _), moved = objective.head.apply(head, features, taught, train=True, mutable=["batch_stats"])
+
+    def kl(logits):
+        p, q = (np.asarray(jax.nn.softmax(z), np.float64) for z in (of_x[0], logits))
+        return (p * np.log(p / q)).sum(-1).mean()
+
+    loss, (got, metrics) = objective.loss(NET, variables, BATCH, X_ADV, key)
+    assert float(feature) > 1e-4
+    np.testing.assert_allclose(loss, 0.3 * kl(clean) + 0.7 * kl(adv) + 30 * float(feature), rtol=1e-5)
+    np.testing.assert_allclose([metrics["natural"], metrics["robust"]], [kl(clean), kl(adv)], rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got["batch_stats"], after["batch_stats"])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got["head"]["batch_stats"], moved["batch_stats"]
+    )
+
+
+def test_the_teacher_sees_noise_of_the_size_asked_for():
+    """Its logits move, by more where the noise is larger, and not at all without."""
+    exact = jax.nn.softmax(NET.teacher(BATCH["image"])[0])
+    distance = [
+        float(jnp.abs(ibd(teacher_noise=noise).target(NET, VARIABLES, BATCH, jax.random.key(0)) - exact).max())
+        for noise in (0.0, 0.001, 0.1)
+    ]
+    assert distance[0] == 0 and 0 < distance[1] < distance[2] / 10

@@ -24,6 +24,7 @@ OBJECTIVES = {
     "pgd_at": (dict(name="pgd_at"), CE, {}),
     "pgd_at-rice": (dict(name="pgd_at", clean_forward=True), CE, dict(attack_bn="train")),
     "pgd_at-ema": (dict(name="pgd_at"), CE, dict(ema_decay=0.9)),
+    "pgd_at-awp": (dict(name="pgd_at"), CE, dict(perturb=dict(name="awp", gamma=0.01, warmup=0))),
     "trades": (dict(name="trades"), KL, {}),
     "trades-official": (dict(name="trades", forwards=3), KL, {}),
     "ibd": (dict(name="ibd"), KL, {}),
@@ -54,7 +55,8 @@ def experiment(name, teacher, devices=8):
     settings.teacher.workdir = str(teacher)
     settings.model.update(widths=((8,), (8,)))
     settings.optimizer.lr = 0.05
-    settings.update(changes)
+    for key, value in changes.items():
+        settings[key] = value
     if attack is None:
         settings.attack = None
     else:
@@ -73,7 +75,7 @@ class Stepper:
         host = (split.images, split.labels)
         self.arguments = [cluster.replicate(array, made.mesh) for array in host]
         self.arguments += [jax.device_put(key, jax.sharding.NamedSharding(made.mesh, cluster.REPLICATED))]
-        placed = jax.tree.map(lambda leaf: cluster.replicate(np.asarray(leaf), made.mesh), made.teacher_variables)
+        placed = jax.tree.map(lambda leaf: cluster.replicate(np.asarray(leaf), made.mesh), made.frozen)
         self.arguments += [placed, cluster.replicate(np.int32(1), made.mesh)]
 
     def __call__(self, state, steps=1):
@@ -138,7 +140,7 @@ def random_variables(seed, model=MODEL):
 
 
 VARIABLES, TEACHER = random_variables(0), random_variables(7)
-NET = linen_net(MODEL, MODEL, TEACHER)
+NET = linen_net(MODEL, {"teacher": MODEL}, {"teacher": TEACHER})
 
 
 def loss_and_gradient(objective, variables=VARIABLES, net=NET, x_adv=X_ADV):
@@ -240,7 +242,7 @@ def test_ibd_is_kl_to_the_teacher_and_has_cross_entropys_gradient():
 
 def test_no_gradient_reaches_the_teacher():
     def loss(teacher_variables):
-        net = linen_net(MODEL, MODEL, teacher_variables)
+        net = linen_net(MODEL, {"teacher": MODEL}, {"teacher": teacher_variables})
         return loss_and_gradient(ibd(), net=net)[0]
 
     gradient = jax.grad(loss)(TEACHER)

@@ -30,7 +30,10 @@ def trained(workdir, recipe):
     made = train.build(recipe)
     with checkpoint.manager(workdir) as orbax:
         state = checkpoint.restore_latest(orbax, train.initial_state(made))
-    rows = [{k: v for k, v in row.items() if k != "images_per_s"} for row in metrics.read(workdir / "metrics.jsonl")]
+    rows = [
+        {k: v for k, v in row.items() if k not in ("images_per_s", "compiles")}
+        for row in metrics.read(workdir / "metrics.jsonl")
+    ]
     return checkpoint.tree_digest(state), rows
 
 
@@ -215,3 +218,105 @@ def test_the_configuration_comes_back_from_disk_as_it_was(tmp_path):
     assert json.loads(json.dumps(recipe.to_dict())) == json.loads(json.dumps(saved.to_dict()))
     assert facts["num_classes"] == 10 and facts["n_train"] == 40
     assert dataclasses.is_dataclass(run.load(tmp_path).model)
+
+
+# ---- what is selected, on what, and with what --------------------------------------------------------------
+
+
+def scripted_validation(monkeypatch, scores):
+    """Replaces the scores of each validation by (clean, robust) pairs."""
+    pairs = iter(scores)
+
+    def validate(experiment, validator, state):
+        clean, robust = next(pairs)
+        return {"clean_acc": clean, "robust_acc": robust, "selection": robust}
+
+    monkeypatch.setattr(train, "_validate", validate)
+
+
+def test_best_is_chosen_by_robust_not_by_clean_accuracy(tmp_path, monkeypatch):
+    scripted_validation(monkeypatch, [(90.0, 10.0), (50.0, 40.0), (99.0, 35.0)])
+    trained(tmp_path, settings())
+    with checkpoint.manager(tmp_path, read_only=True) as orbax:
+        assert checkpoint.best_step(orbax) == 10
+    assert run.load(tmp_path, "best").step == 10 and run.load(tmp_path, "last").step == 15
+
+
+def test_selection_looks_at_the_validation_split_or_where_asked_at_the_test_set(tmp_path, monkeypatch):
+    seen = []
+    original = train.Scorer.__call__
+
+    def spy(self, variables, split, *args, **kwargs):
+        seen.append(split)
+        return original(self, variables, split, *args, **kwargs)
+
+    monkeypatch.setattr(train.Scorer, "__call__", spy)
+    for name in ("val", "test"):
+        recipe = settings(epochs=1, select_on=name)
+        made = train.build(recipe)
+        train.train(made, tmp_path / name)
+        assert seen.pop() is getattr(made.data, name) and not seen
+
+
+def test_the_teacher_is_its_best_checkpoint_unless_another_is_asked_for(tmp_path, monkeypatch):
+    scripted_validation(monkeypatch, [(90.0, 30.0), (50.0, 10.0)])
+    trained(tmp_path / "teacher", settings(epochs=2))
+    for which, step in (("best", 5), ("last", 10)):
+        recipe = settings(objective=dict(name="ibd", beta=0.0))
+        recipe.attack = dict(name="pgd", loss="kl", init="gaussian", eps="0.1", step_size="0.05", steps=1)
+        recipe.teacher.update(workdir=str(tmp_path / "teacher"), checkpoint=which)
+        made = train.build(recipe)
+        assert made.facts["teacher"]["step"] == step
+        assert made.facts["teacher"]["weights"] == checkpoint.tree_digest(
+            run.load(tmp_path / "teacher", which).variables
+        )
+        assert checkpoint.tree_digest(made.frozen["teacher"]) == made.facts["teacher"]["weights"]
+
+
+def test_other_data_or_another_teacher_cannot_continue_a_run(tmp_path, monkeypatch):
+    made = train.build(settings(epochs=1))
+    train.train(made, tmp_path)
+    for name, other in (("digests", {"train": "0"}), ("teacher", {"step": 3, "weights": "0"})):
+        with pytest.raises(InputError, match=f"trained with another {name}"):
+            train.train(made._replace(facts={**made.facts, name: other}), tmp_path)
+
+
+def test_a_first_attempt_that_fails_does_not_bind_the_workdir(tmp_path):
+    """Without a checkpoint there is nothing to protect: the corrected configuration runs there."""
+    made = train.build(settings(epochs=2))
+
+    def failing(state, batch, key, frozen):
+        raise RuntimeError("a bug in the first step")
+
+    with pytest.raises(RuntimeError, match="first step"):
+        train.train(made._replace(train_step=failing), tmp_path)
+    trained(tmp_path, settings(epochs=1))
+
+
+def test_a_catastrophic_loss_of_robustness_raises_the_alarm_and_stops_where_asked(tmp_path, monkeypatch, caplog):
+    fall = [(80.0, 40.0), (85.0, 19.0), (90.0, 45.0)]
+    scripted_validation(monkeypatch, fall)
+    _, rows = trained(tmp_path / "goes on", settings())
+    assert "catastrophic overfitting" in caplog.text and rows[-1]["step"] == 15
+    scripted_validation(monkeypatch, fall)
+    recipe = settings()
+    recipe.validate.stop_on_overfitting = True
+    for _ in range(2):  # the same command again leaves it stopped
+        _, rows = trained(tmp_path / "stops", recipe)
+        assert rows[-1]["step"] == 10
+    assert run.load(tmp_path / "stops", "best").step == 5
+
+
+def test_running_out_of_memory_names_the_batch_of_a_device(tmp_path, monkeypatch):
+    def dispatch(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
+
+    monkeypatch.setattr(train, "make_dispatch", lambda *_: dispatch)
+    with pytest.raises(MemoryError, match="batch_size=8 is 1 images on each of 8 devices"):
+        train.train(train.build(settings()), tmp_path)
+
+
+def test_a_run_compiles_its_step_once_and_says_so(tmp_path):
+    train.train(train.build(settings()), tmp_path)
+    compiles = [row["compiles"] for row in metrics.read(tmp_path / "metrics.jsonl") if row["kind"] == "train"]
+    assert compiles[0] > 0 and compiles[-1] == 0

@@ -13,13 +13,14 @@
 | TRADES-k         | 2k + 1 + 6        (+ 3: forwards=3)       |
 | IBD-k            | 2k + 6 + 2t       (t with features of the teacher at x, + 1: attack_target="student") |
 
-k attack steps; t is one forward pass of the teacher in units of the student's. FLOPs are XLA's own count, which leaves
-out padding. A rolled loop's body is counted once, so the attack is unrolled here. `--shape` puts noise in place of the
-configuration's data. The command compiles for the CPU, whatever else is there.
+A weight perturbation takes the update's forward and backward passes a second time. k attack steps; t is one forward
+pass of the teacher in units of the student's. FLOPs are XLA's own count, which leaves out padding. A rolled loop's body
+is counted once, so the attack is unrolled here. `--shape` puts noise in place of the configuration's data. The command
+compiles for the CPU, whatever else is there.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -42,29 +43,29 @@ def compiled_flops(function: Callable, *args: Any) -> float:
 
 def step_cost(
     train_step: Callable,
-    bind_net: Callable[[Variables | None], Net],
+    bind_net: Callable[[Mapping[str, Variables] | None], Net],
     state: Any,
     batch: Any,
-    teacher_variables: Variables | None = None,
+    frozen: Mapping[str, Variables] | None = None,
 ) -> dict[str, float]:
     """FLOPs of a train step and of what it is made of: {"forward", "teacher", "step"}; nothing is run.
 
     Args:
       train_step, bind_net: as `ibjax.step.make_train_step` returns and takes them; the attack's loop unrolled.
-      state, batch, teacher_variables: arrays, or their shapes and types.
+      state, batch, frozen: arrays, or their shapes and types.
     """
-    state, batch, teacher_variables = (_abstract(tree) for tree in (state, batch, teacher_variables))
+    state, batch, frozen = (_abstract(tree) for tree in (state, batch, frozen))
     x = jax.ShapeDtypeStruct(batch["image"].shape, "float32")
     key = jax.eval_shape(lambda: jax.random.key(0))
 
-    def teach(variables, x):
-        net = bind_net(variables)
+    def teach(frozen, x):
+        net = bind_net(frozen)
         return net.teacher(x) if net.teacher else None
 
     return {
         "forward": compiled_flops(lambda variables, x: bind_net(None).predict(variables, x)[0], state.variables, x),
-        "teacher": 0.0 if teacher_variables is None else compiled_flops(teach, teacher_variables, x),
-        "step": compiled_flops(train_step, state, batch, key, teacher_variables),
+        "teacher": compiled_flops(teach, frozen, x) if frozen else 0.0,
+        "step": compiled_flops(train_step, state, batch, key, frozen),
     }
 
 
@@ -83,18 +84,21 @@ def expected_forwards(settings: ConfigDict, teacher: float = 0.0) -> float | Non
     if attack is not None:
         steps, restarts = attack.get("steps", 1 if attack.name == "fgsm" else 10), attack.get("restarts", 1)
         ascent = 2 * steps if restarts == 1 else restarts * (2 * steps + 1)
+    rest = 0  # passes that are neither an attack's nor an update's
     match objective.name:
         case "standard":
-            return 3
+            update = 3
         case "pgd_at":
-            return ascent + 3 + bool(objective.get("clean_forward"))
+            update, rest = 3, bool(objective.get("clean_forward"))
         case "trades":
-            return ascent + 1 + 3 * objective.get("forwards", 2)
+            update, rest = 3 * objective.get("forwards", 2), 1
         case "ibd":
             at_x_adv = objective.get("beta", 0.8) and objective.get("teacher_features", "adv") == "adv"
             student = objective.get("attack_target", "teacher") == "student"
-            return ascent + 6 + student + teacher * (2 if at_x_adv else 1)
-    return None
+            update, rest = 6, student + teacher * (2 if at_x_adv else 1)
+        case _:
+            return None
+    return ascent + rest + update * (2 if settings.perturb else 1)
 
 
 def audit(settings: ConfigDict) -> dict[str, Any]:
@@ -112,7 +116,7 @@ def audit(settings: ConfigDict) -> dict[str, Any]:
     batch = {"image": ((settings.batch_size, *image.shape[1:]), image.dtype), "label": scalar, "index": scalar}
     batch = {name: jax.ShapeDtypeStruct(*leaf) for name, leaf in batch.items()}
     state = jax.eval_shape(partial(train.initial_state, experiment))
-    cost = step_cost(experiment.train_step, experiment.bind_net, state, batch, experiment.teacher_variables)
+    cost = step_cost(experiment.train_step, experiment.bind_net, state, batch, experiment.frozen)
     ratio, teacher = cost["step"] / cost["forward"], cost["teacher"] / cost["forward"]
     expected = expected_forwards(settings, teacher)
     return {

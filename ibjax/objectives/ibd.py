@@ -108,7 +108,7 @@ def ibd(
         metrics |= {"loss": value, "clean_acc": accuracy(clean, batch), "adv_acc": accuracy(adv, batch)}
         return value, (variables, metrics)
 
-    return Objective(target, loss, head if beta else None, needs_teacher=True, attack_losses=("kl", "ce"))
+    return Objective(target, loss, head if beta else None, teachers=("teacher",), attack_losses=("kl", "ce"))
 
 
 class AttentionMatching(nn.Module):

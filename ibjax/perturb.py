@@ -1,0 +1,51 @@
+"""Adversarial weight perturbation: Wu, Xia & Wang, "Adversarial Weight Perturbation Helps Robust Generalization",
+NeurIPS 2020.
+
+    v_l = γ · ‖w_l‖ · g_l / ‖g_l‖,      g = ∇_w L_proxy(w)           one step uphill for every tensor l of weights
+    w  <- optimiser's step with ∇L(w + v), taken at w + v, then less v
+
+| symbol  | code   | default                                         |
+|---------|--------|-------------------------------------------------|
+| γ       | gamma  | 0.01 (PGD-AT; 0.005 with TRADES)                |
+|         | warmup | 0 epochs without perturbation (10 with TRADES)  |
+| L_proxy | `Objective.proxy`; the objective's own loss where it has none           |
+
+The adversarial images come from the unperturbed weights. Norms are Frobenius norms of whole tensors; tensors of one
+dimension (biases, batch-norm) stay as they are, and so do the method's own trainable weights. Weight decay sees w + v.
+The proxy's updates of batch-norm statistics are discarded.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ibjax.errors import InputError, check_range, nearest
+from ibjax.step import Perturb
+
+
+def awp(*, gamma: float = 0.01, warmup: int = 0) -> Perturb:
+    """`(params, gradients, epoch) -> v`, a tree like `params`; zero in the first `warmup` epochs."""
+    check_range("perturb.gamma", gamma, 0, 1)
+    check_range("perturb.warmup", warmup, 0)
+
+    def perturb(params: Any, gradients: Any, epoch: Array) -> Any:
+        size = jnp.where(epoch >= warmup, gamma, 0.0)
+
+        def offset(w, g):
+            if w.ndim <= 1:
+                return jnp.zeros_like(w)
+            return size * jnp.linalg.norm(w.ravel()) * g / (jnp.linalg.norm(g.ravel()) + 1e-20)
+
+        return jax.tree.map(offset, params, gradients)
+
+    return perturb
+
+
+def named(name: Any) -> Callable[..., Perturb]:
+    """The function of a `perturb` section; raises InputError on an unknown name."""
+    if name != "awp":
+        raise InputError(f"perturb.name '{name}' is unknown; {nearest(str(name), ('awp',))}")
+    return awp

@@ -1,0 +1,198 @@
+"""The step's wiring: what each part is given, and that nothing is dropped on the way."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_objectives import BATCH, MODEL, NET, TEACHER, VARIABLES, X_ADV, random_variables
+
+from ibjax import losses
+from ibjax.attacks.pgd import pgd, stateful_pgd
+from ibjax.objectives.ibd import ibd
+from ibjax.objectives.pgd_at import pgd_at
+from ibjax.objectives.standard import standard
+from ibjax.optim import sgd, with_head
+from ibjax.step import Objective, evaluation_variables, init_state, linen_net, make_train_step, to_float
+
+KEY = jax.random.key(0)
+
+
+def begin(objective=None, optimizer=None, ema=False, net=NET):
+    objective = objective or pgd_at()
+    memory = objective.memory(12, 4) if objective.memory else None
+    optimizer = optimizer or sgd(lr=lambda step: 0.1)
+    state = init_state(KEY, net, MODEL, objective.head, optimizer, BATCH["image"], ema, memory)
+    return state._replace(variables={**state.variables, **VARIABLES})
+
+
+def take(objective, attack=None, optimizer=None, state=None, batch=BATCH, net=NET, **options):
+    optimizer = optimizer or sgd(lr=lambda step: 0.1)
+    state = begin(objective, optimizer, net=net) if state is None else state
+    return make_train_step(lambda _: net, objective, optimizer, attack, **options)(state, batch, KEY)
+
+
+def recording(seen, loss=None):
+    """An objective that keeps what it is given."""
+
+    def target(net, variables, batch, key):
+        return batch["label"]
+
+    def value(net, variables, batch, x_adv, key):
+        seen.update(batch=batch, x_adv=x_adv, key=key, variables=variables)
+        return standard().loss(net, variables, batch, x_adv, key)
+
+    return Objective(target, value)
+
+
+# ---- what the parts are given ------------------------------------------------------------------------------
+
+
+def test_the_loss_sees_augmented_images_and_the_attacks_images():
+    seen = {}
+    augmented = 1 - BATCH["image"]
+    take(recording(seen), lambda key, f, x, y: 0.5 * x, augment=lambda key, x: 1 - x)
+    np.testing.assert_array_equal(seen["batch"]["image"], augmented)
+    np.testing.assert_array_equal(seen["x_adv"], 0.5 * augmented)
+
+
+def test_uint8_images_reach_the_loss_in_the_unit_interval():
+    seen = {}
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (12, 8, 8, 1)), jnp.uint8)
+    take(recording(seen), batch={**BATCH, "image": images})
+    np.testing.assert_allclose(seen["batch"]["image"], np.asarray(images) / 255, rtol=1e-6)
+    assert to_float(images).dtype == jnp.float32
+
+
+def test_step_and_epoch_count_what_is_done():
+    seen = {}
+    state = begin()._replace(step=jnp.int32(7))
+    take(recording(seen), state=state, steps_per_epoch=4)
+    assert int(seen["batch"]["step"]) == 7 and float(seen["batch"]["epoch"]) == 7 / 4
+
+
+def test_every_step_draws_new_randomness():
+    """Augmentation, attack and loss get keys of their own, which change with the step."""
+    keys = []
+
+    def attack(key, f, x, y):
+        keys.append(key)
+        return x
+
+    def augment(key, x):
+        keys.append(key)
+        return x
+
+    for step in (0, 1):
+        seen = {}
+        take(recording(seen), attack, state=begin()._replace(step=jnp.int32(step)), augment=augment)
+        keys.append(seen["key"])
+    assert len({tuple(np.asarray(jax.random.key_data(key))) for key in keys}) == 6
+
+
+def test_no_gradient_flows_through_the_attack():
+    def attack(key, logits_fn, x, y):
+        return jnp.clip(x + 0.1 * logits_fn(x).sum(), 0, 1)
+
+    free, _ = take(pgd_at(), attack)
+    fixed = attack(KEY, lambda x: NET.predict(VARIABLES, x)[0], BATCH["image"], None)
+    stored, _ = take(pgd_at(), lambda *_: fixed)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), free.variables, stored.variables)
+
+
+# ---- state -------------------------------------------------------------------------------------------------
+
+
+def test_the_moving_average_keeps_its_decay_and_is_what_is_evaluated():
+    """ema <- decay·ema + (1 − decay)·params, after the optimiser's step."""
+    state = begin(ema=True)
+    old = jax.tree.map(jnp.copy, state.ema_params)
+    state, _ = take(pgd_at(), lambda *_: X_ADV, state=state, ema_decay=0.9)
+    expected = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, old, state.variables["params"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.ema_params, expected)
+    assert evaluation_variables(state)["params"] is state.ema_params
+
+
+def test_the_methods_own_weights_follow_their_own_learning_rate():
+    """A head's rate of zero leaves it, and only it, where it was."""
+    for head_rate, moves in ((0.0, False), (0.1, True)):
+        optimizer = with_head(sgd(lr=lambda s: 0.1), sgd(lr=lambda s, rate=head_rate: rate))
+        state = begin(ibd(), optimizer)
+        before = jax.tree.map(jnp.copy, state.variables)
+        state, _ = take(ibd(), lambda *_: X_ADV, optimizer, state)
+        moved = [
+            float(optax.tree.norm(optax.tree.sub(after["params"], start["params"])))
+            for after, start in ((state.variables["head"], before["head"]), (state.variables, before))
+        ]
+        assert (moved[0] > 0) == moves and moved[1] > 0
+
+
+def test_a_memory_is_carried_from_step_to_step():
+    def target(net, variables, batch, key):
+        return batch["label"]
+
+    def loss(net, variables, batch, x_adv, key):
+        value, (after, metrics) = standard().loss(net, variables, batch, x_adv, key)
+        seen = variables["memory"].at[batch["index"]].add(1.0)
+        return value, ({**after, "memory": seen}, metrics)
+
+    counting = Objective(target, loss, attack_losses=(), memory=lambda n, classes: jnp.zeros((n, classes)))
+    state = begin(counting)
+    for expected in (1, 2):
+        state, _ = take(counting, state=state)
+        np.testing.assert_array_equal(state.variables["memory"], np.full((12, 4), expected))
+    assert "memory" not in evaluation_variables(state)
+
+
+# ---- attacks of an objective's own -------------------------------------------------------------------------
+
+
+def test_an_objectives_own_attack_replaces_the_configured_one_and_may_change_the_variables():
+    seen = {}
+
+    def attack(net, variables, batch, key):
+        return X_ADV, {**variables, "memory": variables["memory"] + 1}
+
+    objective = recording(seen)._replace(attack=attack, memory=lambda n, classes: jnp.zeros(()))
+    state, _ = take(objective)
+    np.testing.assert_array_equal(seen["x_adv"], X_ADV)
+    assert float(state.variables["memory"]) == 1
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_objectives_own_attack_loss_sees_logits_features_and_its_target(training):
+    """With CE on the logits it is PGD on CE; the features reach it too."""
+
+    def attack_loss(output, target):
+        logits, features = output
+        assert "pre_logits" in features
+        return losses.cross_entropy(logits, target["label"]) + 0.0 * target["weight"]
+
+    def target(net, variables, batch, key):
+        return {"label": batch["label"], "weight": jnp.float32(3)}
+
+    made = {}
+    options = dict(eps=0.1, step_size=0.05, steps=2, init="none", unroll=False)
+    for loss in ("ce", attack_loss):
+        seen = {}
+        objective = recording(seen)
+        if callable(loss):
+            objective = objective._replace(target=target, attack_losses=("objective",), attack_loss=attack_loss)
+        if training:
+            take(objective, training_attack=stateful_pgd(loss=loss, **options))
+        else:
+            take(objective, pgd(loss=loss, **options))
+        made[str(loss)] = seen["x_adv"]
+    np.testing.assert_array_equal(*made.values())
+
+
+# ---- the seam ----------------------------------------------------------------------------------------------
+
+
+def test_both_teachers_answer_with_their_own_weights():
+    assistant = random_variables(9)
+    modules = {"teacher": MODEL, "assistant": MODEL}
+    net = linen_net(MODEL, modules, {"teacher": TEACHER, "assistant": assistant})
+    for got, variables in ((net.teacher, TEACHER), (net.assistant, assistant)):
+        np.testing.assert_array_equal(got(X_ADV)[0], MODEL.apply(variables, X_ADV)[0])
+    assert NET.assistant is None and linen_net(MODEL).teacher is None
