@@ -41,14 +41,13 @@ def terms(batch_size: int, dtype: str) -> dict[str, Callable[[int], Any]]:
     taps = [features[name] for name in LAYERS]
 
     def operators(x, y):
-        grams = hsic.scaled_gram(x), hsic.label_gram(y, 10)
-        return jnp.stack([hsic.correlation_operator(k) for k in grams])
+        return jnp.stack([hsic.correlation_operator(hsic.scaled_gram(x)), hsic.label_operator(y, 10)])
 
-    def nhsic(taps):
+    def nhsic(taps, x, y):
         with_x, with_y = hsic.nhsic_layers(operators(x, y), taps)
         return jnp.sum(0.008 * with_x - 0.08 * with_y)
 
-    def svd(x):
+    def svd(x, other):
         pairs = zip(parts(x), parts(other), strict=True)
         return sum(jnp.mean(jnp.square(a - b)) for a, b in pairs)
 
@@ -56,21 +55,22 @@ def terms(batch_size: int, dtype: str) -> dict[str, Callable[[int], Any]]:
         channels = jnp.moveaxis(x, -1, 1)
         return (*singular_values_and_polar(channels), channels)
 
-    other = jnp.flip(x, axis=0)
     return {
-        "nHSIC, 10 layers, with gradient": runner(jax.value_and_grad(nhsic), taps),
-        "mask, 512 channels": runner(lambda z: hsic.nhsic_channels(operators(x, y), z), features["pre_logits"]),
-        f"SVD, {3 * batch_size} of 32 × 32, with gradient": runner(jax.value_and_grad(svd), x),
+        "nHSIC, 10 layers, with gradient": runner(jax.value_and_grad(nhsic), taps, x, y),
+        "mask, 512 channels": runner(
+            lambda z, x, y: hsic.nhsic_channels(operators(x, y), z), features["pre_logits"], x, y
+        ),
+        f"SVD, {3 * batch_size} of 32 × 32, with gradient": runner(jax.value_and_grad(svd), x, jnp.flip(x, axis=0)),
     }
 
 
-def runner(f: Callable, argument: Any) -> Callable[[int], Any]:
+def runner(f: Callable, *arguments: Any) -> Callable[[int], Any]:
     """`pgd_step.alternate`'s form of a function."""
     compiled = jax.jit(f)
 
     def steps(n):
         for _ in range(n):
-            jax.block_until_ready(compiled(argument))
+            jax.block_until_ready(compiled(*arguments))
 
     return steps
 

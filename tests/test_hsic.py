@@ -96,15 +96,28 @@ def test_nhsic_over_layers_and_channels_is_one_by_one():
     maps = RNG.normal(size=(B, 3, 3, 7))
     layers = [FEATURES, maps, IMAGES * 2]
     others = [scaled_gaussian(IMAGES), linear(ONE_HOT)]
-    r = jnp.stack([hsic.correlation_operator(f32(k)) for k in others])
+    r_x, r_y = (
+        hsic.correlation_operator(hsic.scaled_gram(f32(IMAGES))),
+        hsic.label_operator(jnp.asarray(LABELS), CLASSES),
+    )
+    r = jnp.stack([r_x, r_y])
     expected = [[nhsic(k, scaled_gaussian(z)) for z in layers] for k in others]
     np.testing.assert_allclose(hsic.nhsic_layers(r, [f32(z) for z in layers]), expected, rtol=1e-5)
     expected = [[nhsic(k, scaled_gaussian(maps[..., c])) for c in range(7)] for k in others]
     for chunk in (None, 3):
-        np.testing.assert_allclose(hsic.nhsic_channels(r, f32(maps), chunk=chunk), expected, rtol=1e-4)
+        np.testing.assert_allclose(hsic.nhsic_channels(r, f32(maps), chunk=chunk), expected, rtol=1e-5)
     with jax.enable_x64(True):
         r = jnp.stack([hsic.correlation_operator(jnp.asarray(k)) for k in others])
         np.testing.assert_allclose(hsic.nhsic_channels(r, jnp.asarray(maps)), expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("kernel", ["linear", "gaussian"])
+def test_the_operator_of_labels_is_that_of_their_gram_matrix(kernel):
+    """In class space, with more classes than samples and with classes that are absent."""
+    gram = linear if kernel == "linear" else scaled_gaussian
+    for labels, classes in ((LABELS, CLASSES), (LABELS % 2, 10), (np.arange(B), 40), (np.zeros(B, int), 10)):
+        got = hsic.label_operator(jnp.asarray(labels), classes, kernel)
+        np.testing.assert_allclose(got, operator(gram(np.eye(classes)[labels])), rtol=1e-5, atol=1e-6)
 
 
 def test_right_centred_and_doubly_centred_forms_agree():

@@ -24,6 +24,7 @@ precision are converted. Guarantees (tests of the same names): no NaN in values 
 constant images, a batch of one class, or fewer samples than classes.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -143,6 +144,23 @@ def correlation_operator(k: Array, ridge: float = RIDGE) -> Array:
         return jax.scipy.linalg.cho_solve((factor, True), b)
 
     return lax.custom_linear_solve(lambda b: _product(regularised, b), k, solve, symmetric=True)
+
+
+def label_operator(
+    labels: Array, num_classes: int, kernel: str = "linear", sigma: float = SIGMA, ridge: float = RIDGE
+) -> Array:
+    """R = `correlation_operator(label_gram(…))`, to more digits: its zero eigenvalues are zero.
+
+    Two one-hot rows are equal or √2 apart, so for both kernels K̃ = s·Ỹ Ỹᵀ with Ỹ = H Y, s = 1 or 1 − exp(−1/(σ²C)),
+    and R = Ỹ (ỸᵀỸ + ε B/s I)⁻¹ Ỹᵀ takes a solve of C × C.
+    """
+    if kernel not in KERNELS:
+        raise InputError(f"label kernel '{kernel}' is unknown; {nearest(kernel, KERNELS)}")
+    s = 1.0 if kernel == "linear" else -math.expm1(-1 / (sigma**2 * num_classes))
+    one_hot = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
+    y = one_hot - jnp.mean(one_hot, axis=0, keepdims=True)  # (B, C)
+    regularised = _product(y.T, y) + ridge * len(y) / s * jnp.eye(num_classes)
+    return _product(y, jax.scipy.linalg.solve(regularised, y.T, assume_a="pos"))
 
 
 def operator_product(r: Array, s: Array) -> Array:
