@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ibjax.errors import InputError, nearest
+from ibjax.information.linalg import each_matrix
 
 SIGMA, RIDGE = 5.0, 1e-5
 KERNELS = ("linear", "gaussian")
@@ -181,7 +182,7 @@ def nhsic_layers(r: Array, layers: Sequence[Array], sigma: float = SIGMA, ridge:
       layers: features (B, …), of any sizes: a Gram matrix each, then one batched solve for all.
     """
     grams = jnp.stack([scaled_gram(z, sigma) for z in layers])  # (L, B, B)
-    return _products(r, jax.vmap(lambda k: correlation_operator(k, ridge))(grams))
+    return _products(r, each_matrix(lambda k: correlation_operator(k, ridge), grams))
 
 
 def nhsic_channels(
@@ -192,7 +193,7 @@ def nhsic_channels(
     Args:
       r: correlation operators (n, B, B).
       features: (B, …, C); a channel's sample is all its positions.
-      chunk: how many channels to treat at a time; a channel takes a few (B, B) arrays. None: all at once.
+      chunk: how many channels an accelerator treats at a time, each with a few (B, B) arrays; None: all at once.
     """
     channels = jnp.moveaxis(features, -1, 0)  # (C, B, …)
 
@@ -200,7 +201,7 @@ def nhsic_channels(
         operator = correlation_operator(scaled_gram(channel, sigma), ridge)
         return _products(r, operator[None])[:, 0]
 
-    return (jax.vmap(one)(channels) if chunk is None else lax.map(one, channels, batch_size=chunk)).T
+    return each_matrix(one, channels, chunk).T
 
 
 def _products(r: Array, s: Array) -> Array:

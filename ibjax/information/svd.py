@@ -37,6 +37,7 @@ from jax import Array, lax
 
 from ibjax.errors import InputError
 from ibjax.information.hsic import at_least_float32
+from ibjax.information.linalg import each_matrix
 
 SMALLEST_SUM = 1e-4  # of σ_i + σ_j in a derivative, relative to σ_max
 
@@ -60,8 +61,10 @@ def _decompose(a):
 
 
 def _forward(a):
-    u, s, vt = jnp.linalg.svd(a, full_matrices=False)
-    kept = s > jnp.finfo(a.dtype).eps * a.shape[-1] * s[..., :1]
+    n = a.shape[-1]
+    u, s, vt = each_matrix(lambda m: jnp.linalg.svd(m, full_matrices=False), a.reshape(-1, n, n))
+    u, s, vt = u.reshape(a.shape), s.reshape(a.shape[:-1]), vt.reshape(a.shape)
+    kept = s > jnp.finfo(a.dtype).eps * n * s[..., :1]
     return (s, _product(u * kept[..., None, :].astype(a.dtype), vt)), (u, s, vt, kept)
 
 
