@@ -28,8 +28,8 @@ relative to σ_max and of P's entries, median over the matrices, against float64
 | Newton–Schulz, 15 iterations | 16 | – | 4e-1 |
 
 Here a CPU gets one matrix per call (see linalg.py); two such sets of images, with the gradient of a squared difference
-of their σ and P to one of them, then took 65 ms of processor time. On CUDA the default algorithm is Jacobi's, batched by cuSOLVER up to 32 × 32; on TPUs there is only the one by polar
-decomposition. Neither has been measured here.
+of their σ and P to one of them, then took 65 ms of processor time. On CUDA the default algorithm is Jacobi's, batched
+by cuSOLVER up to 32 × 32; on TPUs there is only the one by polar decomposition. Neither has been measured here.
 """
 
 import jax
