@@ -30,7 +30,7 @@ OBJECTIVES = {
     "hbar": (dict(name="hbar"), KL, {}),
     "hbar-pgd": (dict(name="hbar", base="pgd_at"), CE, {}),
     "ib_rar": (dict(name="ib_rar"), CE, {}),
-    "ib_rar-plain": (dict(name="ib_rar", base="standard", until_epoch=4.0), None, {}),
+    "ib_rar-plain": (dict(name="ib_rar", base="standard", until_epoch=100.0), None, {}),
     "ib_rar-mart": (dict(name="ib_rar", base="mart", layers=("stage1", "pre_logits"), x_input="adv"), CE, {}),
     "ib_rar-trades": (dict(name="ib_rar", base="trades", form="original", y_kernel="gaussian"), KL, {}),
     "ibd": (dict(name="ibd"), KL, {}),
