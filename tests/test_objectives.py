@@ -27,6 +27,12 @@ OBJECTIVES = {
     "pgd_at-awp": (dict(name="pgd_at"), CE, dict(perturb=dict(name="awp", gamma=0.01, warmup=0))),
     "trades": (dict(name="trades"), KL, {}),
     "trades-official": (dict(name="trades", forwards=3), KL, {}),
+    "hbar": (dict(name="hbar"), KL, {}),
+    "hbar-pgd": (dict(name="hbar", base="pgd_at"), CE, {}),
+    "ib_rar": (dict(name="ib_rar"), CE, {}),
+    "ib_rar-plain": (dict(name="ib_rar", base="standard", until_epoch=100.0), None, {}),
+    "ib_rar-mart": (dict(name="ib_rar", base="mart", layers=("stage1", "pre_logits"), x_input="adv"), CE, {}),
+    "ib_rar-trades": (dict(name="ib_rar", base="trades", form="original", y_kernel="gaussian"), KL, {}),
     "ibd": (dict(name="ibd"), KL, {}),
     "ibd-code": (dict(name="ibd", teacher_features="nat", teacher_noise=0.001, alpha=0.8), KL, {}),
     "ibd-paper-text": (

@@ -1,0 +1,38 @@
+"""Closed-form divergences, in nats: every function returns one value per example (B,); callers reduce and say how.
+
+Gaussians are diagonal, given by mean and standard deviation (B, K), and divergences are sums over the K dimensions:
+a mean would make the coefficient of such a term K times smaller.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def symmetrised_gaussian_kl(mean: Array, std: Array, other_mean: Array, other_std: Array) -> Array:
+    """½ [KL(N || N') + KL(N' || N)] = ¼ Σ_k [ (σ² − σ'²)² / (σσ')² + (μ − μ')² (1/σ² + 1/σ'²) ], shape (B,).
+
+    The logarithms cancel; the first summand is σ²/σ'² + σ'²/σ² − 2 without its cancellation at σ = σ'.
+    """
+    scale = jnp.square((std - other_std) * (std + other_std) / (std * other_std))
+    shift = jnp.square(mean - other_mean) * (1 / jnp.square(std) + 1 / jnp.square(other_std))
+    return jnp.sum(scale + shift, axis=-1) / 4
+
+
+def gaussian_kl_to_standard(mean: Array, std: Array) -> Array:
+    """KL(N(μ, σ²) || N(0, I)) = ½ Σ_k [ μ² + σ² − 1 − log σ² ], shape (B,): the rate of the variational bottleneck."""
+    return jnp.sum(jnp.square(mean) + jnp.square(std) - 1 - 2 * jnp.log(std), axis=-1) / 2
+
+
+def unit_gaussian_kl(mean: Array, other_mean: Array) -> Array:
+    """KL(N(μ, I) || N(μ', I)) = ½ ||μ − μ'||², shape (B,): the rate of the conditional entropy bottleneck."""
+    return jnp.sum(jnp.square(mean - other_mean), axis=-1) / 2
+
+
+def symmetrised_categorical_kl(logits: Array, other_logits: Array) -> Array:
+    """½ [KL(p || p') + KL(p' || p)] = ½ Σ_c (p_c − p'_c)(log p_c − log p'_c) of softmax(logits), shape (B,).
+
+    Gradients flow through both arguments.
+    """
+    log_p, log_q = (jax.nn.log_softmax(z.astype(jnp.float32)) for z in (logits, other_logits))
+    return jnp.sum((jnp.exp(log_p) - jnp.exp(log_q)) * (log_p - log_q), axis=-1) / 2

@@ -1,0 +1,87 @@
+"""Singular values and the orthogonal polar factor of matrices, with derivatives that stay finite.
+
+    A = U Σ Vᵀ,    P = U Vᵀ = Σ_{σ_i > τ} u_i v_iᵀ                            τ = n · machine epsilon · σ_max
+
+    σ̄ -> Ā = U diag(σ̄) Vᵀ
+    P̄ -> Ā = U W Vᵀ,  M = Uᵀ P̄ V,   W_ij = (M − Mᵀ)_ij / (σ_i + σ_j)         both σ above τ
+                                     W_ij = M_ij / σ_i or M_ij / σ_j           only one above τ, σ its value
+                                     W_ij = 0                                  none
+
+The derivatives of U and of V contain 1/(σ_i² − σ_j²) and are undefined at equal singular values; those of σ and of P
+are not, and a function of the image that needs both singular vectors can be written with them.
+
+A matrix of lower rank, as a flat image, leaves U Vᵀ undetermined. Here P is then the partial isometry of the polar
+decomposition A = P·(AᵀA)^½, the one that depends on A alone, 0 for a black image; and the derivative is that within
+matrices of the same rank. Denominators are at least 10⁻⁴·σ_max: natural images have singular values down to
+10⁻⁵·σ_max (128 CIFAR-10 images: median 2·10⁻⁵, 10 % below 3·10⁻⁶), and the exact derivative would be as large as
+their inverse.
+
+Why an SVD: 384 matrices of 32 × 32 (128 CIFAR-10 images), float32, two cores, jax 0.10.2, median of 7; errors of σ
+relative to σ_max and of P's entries, median over the matrices, against float64:
+
+| | ms | error of σ | error of P |
+|---|---|---|---|
+| `jnp.linalg.svd` | 12 – 20 | 9e-8 | 1e-5 |
+| the same, algorithm QR | 15 | 8e-8 | 1e-5 |
+| `eigh` of AᵀA | 10 | 9e-5 | useless: 1/σ of what rounding left |
+| Newton–Schulz, 30 iterations; `eigh` of PᵀA for σ | 31; 48 | 2e-7 | 2e-5 |
+| Newton–Schulz, 15 iterations | 16 | – | 4e-1 |
+
+Here a CPU gets one matrix per call (see linalg.py); two such sets of images, with the gradient of a squared difference
+of their σ and P to one of them, then took 65 ms of processor time. On CUDA the default algorithm is Jacobi's, batched
+by cuSOLVER up to 32 × 32; on TPUs there is only the one by polar decomposition. Neither has been measured here.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ibjax.errors import InputError
+from ibjax.information.hsic import at_least_float32
+from ibjax.information.linalg import each_matrix
+
+SMALLEST_SUM = 1e-4  # of σ_i + σ_j in a derivative, relative to σ_max
+
+
+def singular_values_and_polar(a: Array) -> tuple[Array, Array]:
+    """Singular values (…, n), descending, and polar factor (…, n, n) of square matrices (…, n, n).
+
+    In float32 at least. Reverse-mode derivatives only: a `custom_vjp` has no `jvp`.
+
+    Raises:
+      InputError: matrices that are not square.
+    """
+    if a.ndim < 2 or a.shape[-1] != a.shape[-2]:
+        raise InputError(f"an array of shape {a.shape} holds no square matrices; the last two sizes must agree")
+    return _decompose(at_least_float32(a))
+
+
+@jax.custom_vjp
+def _decompose(a):
+    return _forward(a)[0]
+
+
+def _forward(a):
+    n = a.shape[-1]
+    u, s, vt = each_matrix(lambda m: jnp.linalg.svd(m, full_matrices=False), a.reshape(-1, n, n))
+    u, s, vt = u.reshape(a.shape), s.reshape(a.shape[:-1]), vt.reshape(a.shape)
+    kept = s > jnp.finfo(a.dtype).eps * n * s[..., :1]
+    return (s, _product(u * kept[..., None, :].astype(a.dtype), vt)), (u, s, vt, kept)
+
+
+def _backward(residuals, cotangents):
+    (u, s, vt, kept), (s_bar, p_bar) = residuals, cotangents
+    m = _product(_product(u.mT, p_bar), vt.mT)
+    i, j = kept[..., :, None], kept[..., None, :]
+    numerator = jnp.where(i & j, m - m.mT, jnp.where(i | j, m, 0.0))
+    kept_s = jnp.where(kept, s, 0.0)
+    floor = jnp.maximum(SMALLEST_SUM * s[..., :1, None], jnp.finfo(s.dtype).tiny)
+    w = numerator / jnp.maximum(kept_s[..., :, None] + kept_s[..., None, :], floor)
+    return (_product(_product(u, w) + u * s_bar[..., None, :], vt),)
+
+
+_decompose.defvjp(_forward, _backward)
+
+
+def _product(a, b):
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)

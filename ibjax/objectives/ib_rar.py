@@ -1,0 +1,324 @@
+"""IB-RAR: Xu, Perin & Picek, "IB-RAR: Information Bottleneck as Regularizer for Adversarial Robustness", DSN-W 2023.
+
+    L = L_base + Σ_{l∈S} [ α·nHSIC(X, T_l) − β·nHSIC(Y, T_l) ]                      a sum over layers and passes
+    nHSIC(U, V) = tr(R_U R_V),   R = K̃ (K̃ + ε B I)⁻¹                              see information/hsic.py
+
+    base       L_base, as the authors' code has it (form "code")   as published (form "original")   T of
+    standard   CE(x)                                               the same                         x
+    pgd_at     CE(x')                                              the same                         x'
+    trades     CE(x') + ½ KL(p(x) || p(x'))                        CE(x) + 6 KL(p(x) || p(x'))      x and x'
+    mart       BCE(x') + ½ mean_b (1 − p_y(x)) KL(p(x) || p(x'))   the same with 5                  x and x'
+
+| symbol   | code          | default    |
+|----------|---------------|------------|
+| α        | alpha         | 0.008      | the paper: β/10
+| β        | beta          | 0.08       | the paper: 1 for VGG16, 5e-4 for ResNet-18
+| S        | layers        | "all"      | "robust": stage5, fc1, fc2 of VGG16; or names of taps
+| σ, ε     | sigma, ridge  | 5, 1e-5    | σ in units of √dimension
+|          | estimator     | "nhsic"    | or "hsic", the biased one, orders of magnitude smaller
+|          | y_kernel      | "linear"   | or "gaussian": in the authors' code for all but PGD-AT and the robust layers
+|          | x_input       | "clean"    | or "adv", X = x'
+| base     | base, form    | "pgd_at", "code" |
+|          | robust_weight | None       | of KL; None: the base's own in the table above
+| FC       | mask_tap      | None       | whose channels: "stage5" of VGG, "pre_logits" of ResNet, "stage2" of WRN
+|          | mask_channels | 10         | masked by each of the two rules; the code has 20 for ResNet-18
+|          | mask_every    | 10         | steps
+|          | until_epoch   | None       | the terms count before this epoch only: 1 for SVHN with MART
+
+The paper's text swaps α and β where it gives their values; its figure and its rule α = β/10 tell.
+
+The attack climbs cross-entropy from x + U(−ε, ε), for all bases in form "code"; the original TRADES climbs its KL.
+The authors' attack has eps 0.03 and step 0.0069 where the paper says 8/255 and 2/255.
+
+Channel mask (FC): every `mask_every` steps, except at the first, a training pass has channels of one tap zeroed: of
+all but the last channel those with the lowest nHSIC(Y, f_c) and those with the highest nHSIC(X, f_c), X its input,
+both kernels Gaussian, without gradient. It is never there in attacks and at test. The paper describes another one,
+permanent, of the 5 % with the lowest nHSIC(Y, f_c): `channel_information` averaged over clean batches, then
+`permanent_mask`.
+
+Batch-norm: one training-mode pass for "standard" and "pgd_at"; x, then x', for "trades" and "mart".
+
+Deviations from the authors' code: Y has one column per class of the data set, theirs one per class up to the largest
+in the batch; their extra training-mode pass over x' after each step, for logging, is left out; steps are counted over
+the whole run, theirs within the epoch (the same where an epoch has a multiple of ten).
+"""
+
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ibjax import losses
+from ibjax.attacks import Attack, geometry
+from ibjax.attacks.pgd import pgd
+from ibjax.errors import InputError, check_range, nearest
+from ibjax.information import hsic
+from ibjax.objectives.standard import accuracy
+from ibjax.step import Batch, Net, Objective, Variables
+
+CHOICES = {
+    "base": ("standard", "pgd_at", "trades", "mart"),
+    "form": ("code", "original"),
+    "estimator": ("nhsic", "hsic"),
+    "y_kernel": hsic.KERNELS,
+    "x_input": ("clean", "adv"),
+}
+ROBUST_LAYERS = ("stage5", "fc1", "fc2")
+ORIGINAL_WEIGHTS = {"trades": 6.0, "mart": 5.0}
+
+
+def ib_rar(
+    *,
+    base: str = "pgd_at",
+    form: str = "code",
+    robust_weight: float | None = None,
+    alpha: float = 0.008,
+    beta: float = 0.08,
+    layers: "str | tuple[str, ...]" = "all",
+    sigma: float = hsic.SIGMA,
+    ridge: float = hsic.RIDGE,
+    estimator: str = "nhsic",
+    y_kernel: str = "linear",
+    x_input: str = "clean",
+    mask_tap: str | None = None,
+    mask_channels: int = 10,
+    mask_every: int = 10,
+    until_epoch: float | None = None,
+) -> Objective:
+    """IB-RAR; its attack is PGD on cross-entropy, for the original TRADES dict(loss="kl", init="gaussian")."""
+    given = dict(base=base, form=form, estimator=estimator, y_kernel=y_kernel, x_input=x_input)
+    for name, value in given.items():
+        if value not in CHOICES[name]:
+            raise InputError(f"objective.{name}='{value}' is unknown; {nearest(value, CHOICES[name])}")
+    for name, value in (("alpha", alpha), ("beta", beta), ("until_epoch", until_epoch or 0)):
+        check_range(f"objective.{name}", value, 0)
+    for name, value in (("sigma", sigma), ("ridge", ridge)):
+        check_range(f"objective.{name}", value, 1e-12)
+    check_range("objective.mask_channels", mask_channels, 1)
+    check_range("objective.mask_every", mask_every, 1)
+    if x_input == "adv" and base == "standard":
+        raise InputError("objective.x_input='adv' needs adversarial images; base='standard' has none")
+    if robust_weight is None:
+        robust_weight = ORIGINAL_WEIGHTS.get(base, 0.0) if form == "original" else 0.5
+    check_range("objective.robust_weight", robust_weight, 0)
+    options = dict(sigma=sigma, ridge=ridge, estimator=estimator, y_kernel=y_kernel)
+
+    def target(net, variables, batch, key):
+        if base == "trades" and form == "original":
+            return jax.nn.softmax(net.predict(variables, batch["image"])[0])
+        return batch["label"]
+
+    def loss(net, variables, batch, x_adv, key):
+        x, y = batch["image"], batch["label"]
+        classes = jax.eval_shape(net.predict, variables, x)[0].shape[-1]
+
+        def forward(variables, x, key):
+            if mask_tap is None:
+                return net.forward(variables, x, key)
+            active = (batch["step"] % mask_every == 0) & (batch["step"] > 0)
+            edit = batch_mask(x, y, classes, active, mask_channels, sigma, ridge)
+            return net.forward(variables, x, key, edits={mask_tap: edit})
+
+        inputs = {"standard": (x,), "pgd_at": (x_adv,)}.get(base, (x, x_adv))
+        outputs = []
+        for u, key_u in zip(inputs, jax.random.split(key, len(inputs)), strict=True):
+            output, variables = forward(variables, u, key_u)
+            outputs.append(output)
+        logits = [output[0] for output in outputs]
+        value, metrics = base_loss(base, form, logits, batch, robust_weight)
+
+        taps = [tap for _, features in outputs for tap in layers_of(features, layers)]
+
+        def information(taps):
+            return dependence(x if x_input == "clean" else x_adv, y, classes, taps, **options)
+
+        if until_epoch is None:
+            with_x, with_y = information(taps)
+        else:
+            counts = batch["epoch"] < until_epoch
+            with_x, with_y = lax.cond(counts, information, lambda taps: jnp.zeros(2), taps)
+        value = value + alpha * with_x - beta * with_y
+        metrics |= {"loss": value, "nhsic_x": with_x, "nhsic_y": with_y}
+        return value, (variables, metrics)
+
+    attack_losses = () if base == "standard" else ("ce", "margin")
+    return Objective(target, loss, attack_losses=("kl",) if base == "trades" and form == "original" else attack_losses)
+
+
+def base_loss(base: str, form: str, logits: list[Array], batch: Batch, weight: float) -> tuple[Array, dict[str, Array]]:
+    """(L_base, its metrics) of the table above; `logits` of x and x', or of the only one there is."""
+    clean, adv, y = logits[0], logits[-1], batch["label"]
+    if base == "standard":
+        return jnp.mean(losses.cross_entropy(clean, y)), {"clean_acc": accuracy(clean, batch)}
+    if base == "pgd_at":
+        return jnp.mean(losses.cross_entropy(adv, y)), {"adv_acc": accuracy(adv, batch)}
+    robust = losses.kl_logits(clean, adv)
+    if base == "trades":
+        natural = losses.cross_entropy(adv if form == "code" else clean, y)
+    else:
+        natural = boosted_cross_entropy(adv, y)
+        robust = robust * (1.0000001 - _probability(clean, y))
+    natural, robust = jnp.mean(natural), jnp.mean(robust)
+    accuracies = {"clean_acc": accuracy(clean, batch), "adv_acc": accuracy(adv, batch)}
+    return natural + weight * robust, {"natural": natural, "robust": robust, **accuracies}
+
+
+def boosted_cross_entropy(logits: Array, labels: Array) -> Array:
+    """MART's BCE, −log p_y − log(1.0001 − max_{k≠y} p_k), shape (B,): Wang et al., ICLR 2020."""
+    p = jax.nn.softmax(logits.astype(jnp.float32))
+    other = jnp.max(jnp.where(jax.nn.one_hot(labels, p.shape[-1], dtype=bool), 0.0, p), axis=-1)
+    return -jnp.log(_probability(logits, labels) + 1e-12) - jnp.log(1.0001 - other + 1e-12)
+
+
+def _probability(logits, labels):
+    return jnp.take_along_axis(jax.nn.softmax(logits.astype(jnp.float32)), labels[:, None], axis=-1)[:, 0]
+
+
+# ---- the information terms -----------------------------------------------------------------------------------
+
+
+def layers_of(features: dict[str, Array], layers: "str | tuple[str, ...]" = "all") -> list[Array]:
+    """The taps T_l: "all", "robust" (VGG16's), or by name.
+
+    All are the paper's: stem, blocks and the pooled vector of a residual network; of a plain one the groups of
+    convolutions after their pooling, and the hidden linear layers or, without any, the pooled vector.
+    """
+
+    def numbered(kind):
+        found = (re.fullmatch(rf"{kind}(\d+)", name) for name in features)
+        return [match[0] for match in sorted((m for m in found if m), key=lambda m: int(m[1]))]
+
+    if layers == "all":
+        blocks = numbered("block")
+        names = ["stem", *blocks, "pre_logits"] if blocks else numbered("stage") + (numbered("fc") or ["pre_logits"])
+    else:
+        names = ROBUST_LAYERS if layers == "robust" else (layers,) if isinstance(layers, str) else layers
+    for name in names:
+        if name not in features:
+            raise InputError(f"objective.layers: the model has no layer '{name}'; {nearest(name, features)}")
+    return [features[name] for name in names]
+
+
+def dependence(
+    x: Array,
+    labels: Array,
+    classes: int,
+    taps: list[Array],
+    *,
+    sigma: float = hsic.SIGMA,
+    ridge: float = hsic.RIDGE,
+    estimator: str = "nhsic",
+    y_kernel: str = "linear",
+) -> Array:
+    """(Σ_l I(X, T_l), Σ_l I(Y, T_l)), shape (2,)."""
+    if estimator == "hsic":
+        grams = jnp.stack([hsic.scaled_gram(x, sigma), hsic.label_gram(labels, classes, y_kernel, sigma)])
+        return jnp.sum(hsic.hsic(grams[:, None], jnp.stack([hsic.scaled_gram(t, sigma) for t in taps])[None]), axis=1)
+    operators = _operators(x, labels, classes, y_kernel, sigma, ridge)
+    return jnp.sum(hsic.nhsic_layers(operators, taps, sigma, ridge), axis=1)
+
+
+def _operators(x, labels, classes, y_kernel, sigma, ridge):
+    """(R_X, R_Y), shape (2, B, B)."""
+    r_x = hsic.correlation_operator(hsic.scaled_gram(x, sigma), ridge)
+    return jnp.stack([r_x, hsic.label_operator(labels, classes, y_kernel, sigma, ridge)])
+
+
+# ---- the channel mask ----------------------------------------------------------------------------------------
+
+
+def batch_mask(
+    x: Array,
+    labels: Array,
+    classes: int,
+    active: Array,
+    channels: int,
+    sigma: float = hsic.SIGMA,
+    ridge: float = hsic.RIDGE,
+) -> Callable[[Array], Array]:
+    """An edit of a feature (B, …, C): where `active`, channels by the authors' rules are zero for the whole batch."""
+
+    def keep(z):
+        with_x, with_y = _channel_information(x, labels, classes, z, sigma, ridge)[:, :-1]
+        worst = jnp.concatenate([jnp.argsort(with_y)[:channels], jnp.argsort(-with_x)[:channels]])
+        return jnp.ones(z.shape[-1], z.dtype).at[worst].set(0)
+
+    def edit(z):
+        if z.shape[-1] <= 2 * channels:
+            raise InputError(
+                f"objective.mask_channels={channels} would mask most of {z.shape[-1]} channels; allowed: less than half"
+            )
+        mask = lax.cond(active, keep, lambda z: jnp.ones(z.shape[-1], z.dtype), lax.stop_gradient(z))
+        return masked(mask)(z)
+
+    return edit
+
+
+def channel_information(
+    net: Net,
+    variables: Variables,
+    x: Array,
+    labels: Array,
+    tap: str,
+    sigma: float = hsic.SIGMA,
+    ridge: float = hsic.RIDGE,
+) -> Array:
+    """(nHSIC(X, f_c), nHSIC(Y, f_c)) of each channel of a tap in evaluation mode, shape (2, C); Gaussian kernels."""
+    logits, features = net.predict(variables, x)
+    return _channel_information(x, labels, logits.shape[-1], features[tap], sigma, ridge)
+
+
+def _channel_information(x, labels, classes, z, sigma, ridge):
+    operators = _operators(x, labels, classes, "gaussian", sigma, ridge)
+    return hsic.nhsic_channels(operators, z, sigma, ridge, chunk=64)
+
+
+def permanent_mask(with_y: Array, share: float = 0.05) -> Array:
+    """The paper's mask (C,), 0 for the `share` of channels with the lowest nHSIC(Y, f_c) (C,), a mean over batches."""
+    check_range("share", share, 0, 1, below=True)
+    worst = jnp.argsort(with_y)[: int(share * len(with_y))]
+    return jnp.ones(len(with_y)).at[worst].set(0)
+
+
+def masked(mask: Array) -> Callable[[Array], Array]:
+    """The edit of a feature (B, …, C) that multiplies its channels by a mask (C,)."""
+    return lambda z: z * mask.astype(z.dtype).reshape((1,) * (z.ndim - 1) + (-1,))
+
+
+# ---- the adaptive attack -------------------------------------------------------------------------------------
+
+
+def adaptive_attack(
+    *,
+    alpha: float = 0.008,
+    beta: float = 0.08,
+    layers: "str | tuple[str, ...]" = "all",
+    eps: "str | float" = "0.03",
+    step_size: "str | float | None" = None,
+    steps: int = 10,
+    init: str = "uniform",
+    **options,
+) -> Attack:
+    """PGD on mean_b CE + Σ_l [ α·nHSIC(X, T_l) − β·nHSIC(Y, T_l) ], X the clean images: the paper's PGD_AD.
+
+    Called as an attack with labels, but `logits_fn` returns (logits, features). The terms couple the images of a
+    batch, so the result depends on its composition: the paper has batches of 100. `step_size` is 2.3·eps/steps by
+    default, as in the authors' code; `options` are those of `dependence`, with Gaussian labels by default.
+    """
+    options = {"y_kernel": "gaussian", **options}
+    step = 2.3 * geometry.radius(eps, "linf") / steps if step_size is None else step_size
+
+    def attack(key, logits_fn, x, target):
+        def per_example(output, labels):
+            logits, features = output
+            taps = layers_of(features, layers)
+            with_x, with_y = dependence(x, labels, logits.shape[-1], taps, **options)
+            # pgd climbs the sum over examples, which so is mean CE plus the terms
+            return (losses.cross_entropy(logits, labels) + alpha * with_x - beta * with_y) / len(labels)
+
+        climb = pgd(loss=per_example, eps=eps, step_size=step, steps=steps, init=init)
+        return climb(key, logits_fn, x, target)
+
+    return attack

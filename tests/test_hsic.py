@@ -1,0 +1,263 @@
+"""HSIC and its normalised form against float64 oracles written as loops, traces and inverses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ibjax.errors import InputError
+from ibjax.information import hsic
+
+RNG = np.random.default_rng(0)
+B, CLASSES = 24, 4
+LABELS = RNG.integers(0, CLASSES, B)
+ONE_HOT = np.eye(CLASSES)[LABELS]
+IMAGES = RNG.random((B, 5, 4, 3))
+FEATURES = np.maximum(ONE_HOT @ RNG.normal(size=(CLASSES, 30)) + RNG.normal(size=(B, 30)), 0)
+
+
+# ---- the oracle ----------------------------------------------------------------------------------------------
+
+
+def gaussian(u, sigma):
+    """exp(−||u_a − u_b||² / (2σ²)), pair by pair."""
+    u = u.reshape(len(u), -1)
+    return np.array([[np.exp(-np.sum((a - b) ** 2) / (2 * sigma**2)) for b in u] for a in u])
+
+
+def scaled_gaussian(u, sigma=5.0):
+    return gaussian(u, sigma * np.sqrt(u[0].size))
+
+
+def linear(u):
+    return np.array([[float(np.dot(a.ravel(), b.ravel())) for b in u] for a in u])
+
+
+def trace_hsic(k, l):
+    h = np.eye(len(k)) - 1 / len(k)
+    return np.trace(k @ h @ l @ h)
+
+
+def operator(k, ridge=1e-5, both_sides=True):
+    h = np.eye(len(k)) - 1 / len(k)
+    k = h @ k @ h if both_sides else k @ h
+    return k @ np.linalg.inv(k + ridge * len(k) * np.eye(len(k)))
+
+
+def nhsic(k, l):
+    return np.trace(operator(k) @ operator(l))
+
+
+def directional(f, x, direction, step=1e-5):
+    return (f(x + step * direction) - f(x - step * direction)) / (2 * step)
+
+
+def f32(x):
+    return jnp.asarray(x, jnp.float32)
+
+
+# ---- values --------------------------------------------------------------------------------------------------
+
+
+def test_gram_matrices_are_their_definition():
+    np.testing.assert_allclose(hsic.gaussian_gram(f32(IMAGES), 1.7), gaussian(IMAGES, 1.7), rtol=1e-5)
+    np.testing.assert_allclose(hsic.linear_gram(f32(IMAGES)), linear(IMAGES), rtol=1e-5)
+    np.testing.assert_allclose(hsic.scaled_gram(f32(IMAGES), 5.0), scaled_gaussian(IMAGES) - 1, rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(hsic.label_gram(jnp.asarray(LABELS), CLASSES), linear(ONE_HOT), atol=1e-6)
+    got = hsic.label_gram(jnp.asarray(LABELS), CLASSES, "gaussian")
+    np.testing.assert_allclose(got, scaled_gaussian(ONE_HOT) - 1, rtol=1e-5, atol=1e-8)
+
+
+def test_label_kernels_take_their_width_from_all_classes():
+    """With the classes present only, the Gaussian kernel would be a wider one."""
+    labels = jnp.asarray(LABELS % 2)
+    got = hsic.label_gram(labels, 100, "gaussian")
+    np.testing.assert_allclose(got.min(), np.expm1(-2 / (2 * 25 * 100)), rtol=1e-5)
+
+
+def test_hsic_is_the_trace_over_b_minus_1_squared():
+    k, l = gaussian(IMAGES, 1.7), gaussian(FEATURES, 4.0)
+    np.testing.assert_allclose(hsic.hsic_trace(f32(k), f32(l)), trace_hsic(k, l), rtol=1e-5)
+    np.testing.assert_allclose(hsic.hsic(f32(k), f32(l)), trace_hsic(k, l) / (B - 1) ** 2, rtol=1e-5)
+    several = hsic.hsic(jnp.stack([f32(k), f32(l)]), jnp.stack([f32(l), f32(l)]))
+    np.testing.assert_allclose(several, [trace_hsic(k, l) / (B - 1) ** 2, trace_hsic(l, l) / (B - 1) ** 2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+def test_nhsic_is_the_trace_of_the_operators_in_float32(scale):
+    """Also where the kernel is nearly 1 everywhere, and where it is nearly the identity."""
+    features = f32(FEATURES * scale)
+    expected = nhsic(scaled_gaussian(IMAGES), scaled_gaussian(np.asarray(features, np.float64)))
+    np.testing.assert_allclose(hsic.nhsic_cca(f32(IMAGES), features), expected, rtol=1e-5)
+
+
+def test_nhsic_over_layers_and_channels_is_one_by_one():
+    """Layers of different sizes; channels in one piece and in chunks that do not divide them."""
+    maps = RNG.normal(size=(B, 3, 3, 7))
+    layers = [FEATURES, maps, IMAGES * 2]
+    others = [scaled_gaussian(IMAGES), linear(ONE_HOT)]
+    r_x, r_y = (
+        hsic.correlation_operator(hsic.scaled_gram(f32(IMAGES))),
+        hsic.label_operator(jnp.asarray(LABELS), CLASSES),
+    )
+    r = jnp.stack([r_x, r_y])
+    expected = [[nhsic(k, scaled_gaussian(z)) for z in layers] for k in others]
+    np.testing.assert_allclose(hsic.nhsic_layers(r, [f32(z) for z in layers]), expected, rtol=1e-5)
+    expected = [[nhsic(k, scaled_gaussian(maps[..., c])) for c in range(7)] for k in others]
+    for chunk in (None, 3):
+        np.testing.assert_allclose(hsic.nhsic_channels(r, f32(maps), chunk=chunk), expected, rtol=1e-5)
+    with jax.enable_x64(True):
+        r = jnp.stack([hsic.correlation_operator(jnp.asarray(k)) for k in others])
+        np.testing.assert_allclose(hsic.nhsic_channels(r, jnp.asarray(maps)), expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("kernel", ["linear", "gaussian"])
+def test_the_operator_of_labels_is_that_of_their_gram_matrix(kernel):
+    """In class space, with more classes than samples and with classes that are absent."""
+    gram = linear if kernel == "linear" else scaled_gaussian
+    for labels, classes in ((LABELS, CLASSES), (LABELS % 2, 10), (np.arange(B), 40), (np.zeros(B, int), 10)):
+        got = hsic.label_operator(jnp.asarray(labels), classes, kernel)
+        np.testing.assert_allclose(got, operator(gram(np.eye(classes)[labels])), rtol=1e-5, atol=1e-6)
+
+
+def test_right_centred_and_doubly_centred_forms_agree():
+    """The authors' code centres on one side only; to 1e-6, in float64."""
+    k, l = scaled_gaussian(IMAGES), scaled_gaussian(FEATURES)
+    one_sided = np.trace(operator(k, both_sides=False) @ operator(l, both_sides=False))
+    with jax.enable_x64(True):
+        got = hsic.nhsic_cca(jnp.asarray(IMAGES), jnp.asarray(FEATURES), 5.0)
+        np.testing.assert_allclose(float(got), one_sided, rtol=1e-6)
+
+
+def test_knn_width_is_the_mean_distance_to_the_nearest_others():
+    z = RNG.normal(size=(B, 9))
+    distances = np.array([sorted(np.linalg.norm(a - b) for j, b in enumerate(z) if j != i) for i, a in enumerate(z)])
+    for k in (1, 10, B - 1, 1000):
+        np.testing.assert_allclose(hsic.knn_width(f32(z), k), distances[:, :k].mean(), rtol=1e-5)
+    assert not np.any(jax.grad(lambda z: hsic.knn_width(z))(f32(z)))
+
+
+# ---- properties ----------------------------------------------------------------------------------------------
+
+
+def test_hsic_is_not_negative_and_ignores_the_order_of_samples():
+    """Both samples permuted together; permuted apart, dependence falls."""
+    order = RNG.permutation(B)
+    x, t = f32(IMAGES), f32(FEATURES)
+    np.testing.assert_allclose(hsic.nhsic_cca(x[order], t[order]), hsic.nhsic_cca(x, t), rtol=1e-5)
+    k, l = hsic.linear_gram(f32(ONE_HOT)), hsic.gaussian_gram(t, 5.0)
+    np.testing.assert_allclose(hsic.hsic(k[order][:, order], l[order][:, order]), hsic.hsic(k, l), rtol=1e-5)
+    assert hsic.hsic(k[order][:, order], l) < 0.5 * hsic.hsic(k, l)
+    for seed in range(5):
+        u, v = np.random.default_rng(seed).normal(size=(2, B, 3))
+        assert hsic.hsic(hsic.gaussian_gram(f32(u), 1.0), hsic.gaussian_gram(f32(v), 1.0)) >= 0
+
+
+def test_nhsic_lies_between_zero_and_the_rank():
+    """The linear kernel of C classes has rank C − 1 after centring, features of 2 dimensions have rank 2."""
+    with jax.enable_x64(True):
+        grams = hsic.linear_gram(jnp.asarray(ONE_HOT)), hsic.linear_gram(jnp.asarray(FEATURES[:, :2]))
+        features = hsic.correlation_operator(hsic.scaled_gram(jnp.asarray(FEATURES)))
+        for r, rank in zip((*map(hsic.correlation_operator, grams), features), (CLASSES - 1, 2, B - 1), strict=True):
+            assert 0 <= hsic.operator_product(r, features) <= rank
+            eigenvalues = np.linalg.eigvalsh(np.asarray(r))
+            assert eigenvalues.min() > -1e-9 and eigenvalues.max() < 1
+            assert (eigenvalues > 1e-9).sum() <= rank
+
+
+@pytest.mark.parametrize("kernel", ["linear", "gaussian"])
+def test_nhsic_of_labels_with_collapsed_features_is_the_number_of_classes_less_one(kernel):
+    collapsed = f32(10 * ONE_HOT @ RNG.normal(size=(CLASSES, 30)))
+    r = hsic.correlation_operator(hsic.label_gram(jnp.asarray(LABELS), CLASSES, kernel, sigma=1.0))
+    value = hsic.nhsic_layers(r[None], [collapsed])[0, 0]
+    np.testing.assert_allclose(value, CLASSES - 1, rtol=0.01)
+    assert value < CLASSES - 1
+
+
+# ---- gradients -----------------------------------------------------------------------------------------------
+
+
+def test_the_gradient_of_nhsic_is_the_oracles_finite_difference():
+    direction = RNG.normal(size=FEATURES.shape)
+    k = scaled_gaussian(IMAGES)
+    expected = directional(lambda t: nhsic(k, scaled_gaussian(t)), FEATURES, direction)
+
+    def gradient(dtype):
+        x, t = jnp.asarray(IMAGES, dtype), jnp.asarray(FEATURES, dtype)
+        return np.asarray(jax.grad(lambda t: hsic.nhsic_cca(x, t))(t), np.float64)
+
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(np.sum(gradient(jnp.float64) * direction), expected, rtol=1e-6)
+    np.testing.assert_allclose(np.sum(gradient(jnp.float32) * direction), expected, rtol=1e-4)
+
+
+def test_the_gradient_of_hsic_is_the_oracles_finite_difference():
+    direction, l = RNG.normal(size=FEATURES.shape), gaussian(IMAGES, 1.0)
+    expected = directional(lambda t: trace_hsic(gaussian(t, 4.0), l) / (B - 1) ** 2, FEATURES, direction)
+    with jax.enable_x64(True):
+        gradient = jax.grad(lambda t: hsic.hsic(hsic.gaussian_gram(t, 4.0), jnp.asarray(l)))(jnp.asarray(FEATURES))
+        np.testing.assert_allclose(np.sum(np.asarray(gradient) * direction), expected, rtol=1e-6)
+
+
+DEGENERATE = {
+    "identical samples": np.tile(FEATURES[:1], (B, 1)),
+    "pairs of identical samples": np.repeat(FEATURES[: B // 2], 2, axis=0),
+    "black": np.zeros((B, 30)),
+    "saturated": np.ones((B, 30)),
+    "constant, each another": np.tile(np.linspace(0, 1, B)[:, None], (1, 30)),
+    "huge": 1e4 * FEATURES,
+    "tiny": 1e-6 * FEATURES,
+}
+
+
+@pytest.mark.parametrize("features", DEGENERATE.values(), ids=list(DEGENERATE))
+@pytest.mark.parametrize("labels", [LABELS, np.zeros(B, int)], ids=["classes", "one class"])
+def test_no_nan_on_degenerate_features_and_one_class(features, labels):
+    def value(t):
+        y = hsic.label_gram(jnp.asarray(labels), 10)
+        r = jnp.stack([hsic.correlation_operator(k) for k in (hsic.scaled_gram(t), y)])
+        plain = hsic.hsic(hsic.gaussian_gram(t, hsic.knn_width(t)), y)
+        return jnp.sum(hsic.nhsic_layers(r, [t])) + plain
+
+    value, gradient = jax.value_and_grad(value)(f32(features))
+    assert np.isfinite(value) and np.all(np.isfinite(gradient))
+
+
+def test_no_nan_on_a_batch_smaller_than_the_number_of_classes():
+    t = f32(FEATURES[:3])
+
+    def value(t):
+        r = hsic.correlation_operator(hsic.label_gram(jnp.arange(3), 10))
+        return hsic.nhsic_layers(r[None], [t])[0, 0]
+
+    value, gradient = jax.value_and_grad(value)(t)
+    assert 0 <= value <= 2 and np.all(np.isfinite(gradient))
+    assert float(hsic.nhsic_cca(t[:1], t[:1])) == 0.0
+
+
+def test_one_class_has_no_dependence():
+    y = hsic.label_gram(jnp.zeros(B, jnp.int32), 10)
+    assert float(hsic.nhsic_layers(hsic.correlation_operator(y)[None], [f32(FEATURES)])[0, 0]) == 0.0
+
+
+# ---- dtype and errors ----------------------------------------------------------------------------------------
+
+
+def test_bfloat16_features_are_treated_in_float32():
+    t = jnp.asarray(FEATURES, jnp.bfloat16)
+    got = hsic.nhsic_cca(f32(IMAGES), t)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, hsic.nhsic_cca(f32(IMAGES), t.astype(jnp.float32)), rtol=1e-6)
+
+
+def test_what_is_not_defined_is_refused():
+    k = jnp.ones((1, 1))
+    for call in (
+        lambda: hsic.hsic(k, k),
+        lambda: hsic.knn_width(jnp.ones((1, 3))),
+        lambda: hsic.knn_width(jnp.ones((4, 3)), k=0),
+        lambda: hsic.gaussian_gram(jnp.ones((4, 3)), 0.0),
+        lambda: hsic.label_gram(jnp.zeros(4, jnp.int32), 10, "cubic"),
+    ):
+        with pytest.raises(InputError):
+            call()

@@ -1,0 +1,106 @@
+"""SSGE and MIGE on Gaussians, whose scores and mutual information are known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ibjax.information.mige import information_surrogate, score
+
+RNG = np.random.default_rng(0)
+
+
+def cosine(a, b):
+    a, b = np.ravel(a), np.ravel(b)
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def ssge(x, share):
+    """The estimator as it is defined, in loops and float64: eigenfunctions, their mean gradients, their sum."""
+    m = len(x)
+    differences = x[:, None] - x[None]
+    squared = (differences**2).sum(-1)
+    width = np.median(squared[np.triu_indices(m, 1)])
+    k = np.exp(-squared / (2 * width))
+    values, vectors = np.linalg.eigh(k)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    j_kept = np.searchsorted(np.cumsum(values) / values.sum(), share) + 1
+    result = np.zeros_like(x)
+    for j in range(j_kept):
+        u = vectors[:, j]
+        psi = [np.sqrt(m) / values[j] * np.sum(u * k[i]) for i in range(m)]
+        gradients = [
+            np.sqrt(m) / values[j] * np.sum((u * k[i])[:, None] * -differences[i] / width, axis=0) for i in range(m)
+        ]
+        result += np.outer(psi, -np.mean(gradients, axis=0))
+    return result
+
+
+@pytest.mark.parametrize("share", [0.9, 0.99])
+def test_the_score_is_its_definition(share):
+    x = RNG.normal(size=(40, 3))
+    expected = ssge(x, share)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(score(jnp.asarray(x), share), expected, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(score(jnp.asarray(x, jnp.float32), share), expected, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("sigma", [0.3, 2.0])
+def test_the_score_of_a_gaussian_is_minus_x_over_its_variance(sigma):
+    x = sigma * RNG.normal(size=(400, 2))
+    got = np.asarray(score(jnp.asarray(x, jnp.float32), 0.95))
+    expected = -x / sigma**2
+    assert cosine(got, expected) > 0.9
+    np.testing.assert_allclose(np.sum(got * expected) / np.sum(expected**2), 1.0, atol=0.15)
+
+
+def test_the_surrogates_gradient_is_that_of_the_information_of_gaussians():
+    """z'_k = ρ_k z_k + √(1 − ρ_k²) ε_k:  ∂I/∂ρ_k = ρ_k / (1 − ρ_k²)."""
+    z, noise = (jnp.asarray(RNG.normal(size=(600, 2)), jnp.float32) for _ in range(2))
+
+    def surrogate(rho):
+        return information_surrogate(z, rho[None] * z + jnp.sqrt(1 - rho**2)[None] * noise)
+
+    for rho in ([0.7, 0.3], [-0.6, 0.6], [0.1, -0.8]):
+        rho = np.asarray(rho, np.float32)
+        got = jax.grad(surrogate)(jnp.asarray(rho))
+        assert cosine(got, rho / (1 - rho**2)) > 0.95
+    assert np.abs(jax.grad(surrogate)(jnp.zeros(2))).max() < 0.3  # independent: a minimum
+
+
+def test_climbing_the_surrogate_raises_the_information():
+    """From ρ = 0.2; the correlation of the samples is what rises."""
+    z, noise = (jnp.asarray(RNG.normal(size=(128, 1)), jnp.float32) for _ in range(2))
+
+    def views(angle):
+        return z, jnp.sin(angle) * z + jnp.cos(angle) * noise
+
+    climb = jax.jit(lambda angle: angle + 0.05 * jax.grad(lambda a: information_surrogate(*views(a)))(angle))
+    angle = jnp.float32(0.2)
+    for _ in range(20):
+        angle = climb(angle)
+    assert np.sin(angle) > 0.5
+
+
+def test_no_gradient_passes_through_the_scores():
+    x = jnp.asarray(RNG.normal(size=(20, 2)), jnp.float32)
+    assert not np.any(jax.grad(lambda x: jnp.sum(score(x)))(x))
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        np.zeros((12, 3)),
+        np.ones((12, 3)),
+        np.repeat(RNG.normal(size=(2, 3)), 6, axis=0),
+        np.eye(12)[:, :3],
+        1e4 * RNG.normal(size=(12, 3)),
+        1e-4 * RNG.normal(size=(12, 3)),
+    ],
+    ids=["black", "saturated", "two points", "mostly equal", "large", "small"],
+)
+def test_degenerate_samples_give_finite_gradients(x):
+    x = jnp.asarray(x, jnp.float32)
+    value, gradients = jax.value_and_grad(information_surrogate, (0, 1))(x, x[::-1])
+    assert np.isfinite(value) and all(np.all(np.isfinite(g)) for g in gradients)
+    assert np.ptp(x, axis=0).any() or not np.any(score(x))
