@@ -28,8 +28,9 @@ def base() -> ConfigDict:
     config = ConfigDict()
     config.title = ""  # how reports call the run; empty: the folder's name
     config.seed = 0
-    # data: a module of ibjax.data and its arguments; val_size images of training are held out (split by split_seed)
-    config.data = dict(name="folder", path="", val_size=1000, split_seed=0)
+    # data: a module of ibjax.data and its arguments; val_size images of training are held out (split by split_seed),
+    # of the rest a `fraction` is trained on, each class in proportion
+    config.data = dict(name="folder", path="", val_size=1000, split_seed=0, fraction=1.0)
     config.augment = dict(pad=4, padding="zero", flip=True)  # padding: zero, edge or reflect
     config.model = dict(name="preact_resnet", depth=18)
     config.objective = dict(name="pgd_at")
@@ -92,6 +93,7 @@ _NUMBERS = {
 }
 _CHOICES = {"attack_bn": ("eval", "train"), "select_on": ("val", "test"), "augment.flip": (False, True)}
 _CLOSED = ("augment", "validate", "evaluate", "teacher", "head_optimizer")  # sections with keys of their own
+_SPLITTING = ("val_size", "split_seed", "fraction")  # of the data section, for load_splits, not for the source
 _CALLS = {
     "data": "data",
     "model": "models",
@@ -133,14 +135,21 @@ def check(config: ConfigDict) -> None:
 def _check_call(path, section):
     """Checks a section's names and types; builds what costs nothing, which checks its values."""
     options = {key: value for key, value in plain(section).items() if key != "name"}
-    for key in ("val_size", "split_seed") if path == "data" else ():
+    for key in _SPLITTING if path == "data" else ():
         options.pop(key, None)
+    if path == "data":
+        _check_fraction(section.get("fraction", 1.0))
     call, context = _callable(path, section["name"])
     if path == "optimizer" and "lr" not in options:
         raise InputError("optimizer.lr is missing; give the learning rate")
     call_arguments(call, section["name"], {k: v for k, v in options.items() if k not in context}, path, context)
     if _CALLS[path] in ("objectives", "attacks"):
         call(**options)
+
+
+def _check_fraction(value):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1:
+        raise InputError(f"data.fraction={value!r} is not allowed; give a number above 0 and at most 1")
 
 
 def _callable(path, name):
@@ -277,6 +286,8 @@ def complete(config: ConfigDict) -> ConfigDict:
         section = lookup(config, path, None)
         if section is None or "name" not in section:
             continue
+        if path == "data" and "fraction" not in section:
+            section.fraction = 1.0
         call, context = _callable(path, section["name"])
         parameters, hints = signature(call, context)
         for key, parameter in parameters.items():
@@ -294,7 +305,7 @@ def rename(config: ConfigDict, path: str, name: str) -> None:
     local = path.rpartition("recipe.")[2] if "recipe." in path else path
     if local in _CALLS:
         call, context = _callable(local, name)
-        kept = {"name", "val_size", "split_seed", "lr", "stepping", *signature(call, context)[0]}
+        kept = {"name", *_SPLITTING, "lr", "stepping", *signature(call, context)[0]}
         for key in set(section) - kept:
             del section[key]
 

@@ -85,8 +85,9 @@ def main_missing(flag):
 def test_missing_data_and_teacher_say_what_to_do(command, tmp_path):
     """The CIFAR recipes without their data set and teacher."""
     code, message = command(f"--config={ROOT / 'configs/ibd_wrn.py'}", f"--workdir={tmp_path / 'x'}",
-                            f"--config.data.path={tmp_path / 'cifar'}")  # fmt: skip
-    assert code == 2 and "train/ and test/" in message
+                            f"--config.data.data_dir={tmp_path / 'tfds'}")  # fmt: skip
+    assert code == 2 and "has no cifar10" in message and "\n" not in message
+    assert f"python -m ibjax.data.prepare --dataset=cifar10 --data_dir={tmp_path / 'tfds'}" in message
     recipe = smoke_config("ibd_resnet18")
     recipe.teacher.update(workdir=str(tmp_path / "none"))
     recipe.teacher.recipe = None

@@ -100,7 +100,10 @@ def evaluate(
     if tuple(trained.facts["input_shape"]) != (corruptions.SIZE, corruptions.SIZE, 3):
         raise InputError(f"{workdir} takes images {trained.facts['input_shape']}; the corruptions are of 32×32 RGB")
     if generate:
-        source = generated(run.load_data(trained.config).test, trained.facts["label"])
+        data = run.load_data(trained.config)
+        if run.facts(data)["digests"]["test"] != trained.facts["digests"]["test"]:
+            raise InputError(f"the test set of {trained.facts['label']} is not the one that {workdir} was made with")
+        source = generated(data.test, trained.facts["label"])
     else:
         source = stored(trained.facts["num_classes"], data_dir)
     predict = jax.jit(linen_net(trained.model.clone(dtype="float32")).predict)

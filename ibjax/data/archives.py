@@ -94,7 +94,8 @@ def damage(path: Path) -> Iterator[None]:
     try:
         yield
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} is truncated or damaged ({error}); delete it and download it again") from None
+        reason = " ".join(str(error).split())[:120]
+        raise DataError(f"{path} is truncated or damaged ({reason}); delete it and download it again") from None
 
 
 # ---- members -----------------------------------------------------------------------------------------------
@@ -114,6 +115,8 @@ def read_tar(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, b
                 if len(content) != member.size:
                     raise DataError(f"{path} ends within '{member.name}'; delete it and download it again")
                 yield member.name, content
+        while tar.fileobj and tar.fileobj.read(_CHUNK):  # to the checksum at the very end
+            pass
 
 
 def read_members(path: Path, names: list[str]) -> list[bytes]:

@@ -148,7 +148,7 @@ def records(stored: Stored, split: str, indices: range) -> Iterable[dict[str, An
         try:
             batch = source.__getitems__(chosen)
         except Exception as error:  # the C++ reader's RuntimeError, or what decoding damaged bytes leads to
-            raise _damaged(stored, split, error) from None
+            raise damaged(stored, split, error) from None
         yield from batch
 
 
@@ -159,7 +159,7 @@ def _opened(stored, split):
         kind = stored.builder.info.file_format.value
         raise DataError(f"{stored.folder} holds {kind} files; readable are array_record and tfrecord") from None
     except Exception as error:
-        raise _damaged(stored, split, error) from None
+        raise damaged(stored, split, error) from None
 
 
 def _shard(stored, shard):
@@ -175,10 +175,10 @@ def _decoded(stored, features, split, raw):
     try:
         return features.deserialize_example_np(raw)
     except Exception as error:
-        raise _damaged(stored, split, error) from None
+        raise damaged(stored, split, error) from None
 
 
-def _damaged(stored, split, error):
+def damaged(stored, split, error):
     """Names the first shard of the split that cannot be read from end to end."""
     from array_record.python.array_record_module import ArrayRecordReader
 
