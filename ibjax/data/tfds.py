@@ -136,10 +136,9 @@ def records(stored: Stored, split: str, indices: range) -> Iterable[dict[str, An
     """The decoded records, `_BATCH` at a time in memory; raises DataError naming the shard that is damaged."""
     features = stored.builder.info.features
     if stored.builder.info.file_format.value == "tfrecord":
-        shards = [Path(str(name)) for name in stored.builder.info.splits[split].filepaths]
-        found = [raw for shard in shards for raw in _shard(stored, shard)]
-        if len(found) != stored.counts[split]:
-            raise DataError(f"{stored.folder}: {split} has {len(found)} records, not {stored.counts[split]}; {stored.remake}")
+        info = stored.builder.info.splits[split]
+        pairs = zip(info.filepaths, info.shard_lengths, strict=True)
+        found = [raw for name, length in pairs for raw in _shard(stored, Path(str(name)), length)]
         yield from (_decoded(stored, features, split, found[i]) for i in indices)
         return
     source = _opened(stored, split)
@@ -162,13 +161,16 @@ def _opened(stored, split):
         raise damaged(stored, split, error) from None
 
 
-def _shard(stored, shard):
+def _shard(stored, shard, length):
     try:
-        return tfrecord.read(shard)
+        found = tfrecord.read(shard)
     except OSError as error:
         raise DataError(f"{shard} cannot be read ({error.strerror}); {stored.remake}") from None
     except DataError as error:
         raise DataError(f"{error}; {stored.remake}") from None
+    if len(found) != length:
+        raise DataError(f"{shard} has {len(found)} records, not {length}: it is truncated; {stored.remake}")
+    return found
 
 
 def _decoded(stored, features, split, raw):
