@@ -132,7 +132,8 @@ from pathlib import Path
 from ibjax.data import builders, load_splits, tfds
 image = np.arange(3072, dtype=np.uint8).reshape(32, 32, 3)
 split = [(image, 0), (image, 1)]
-builders.write("cifar10", builders.Contents((32, 32, 3), ("a", "b"), {"train": split, "test": split}), Path(sys.argv[1]), {})
+contents = builders.Contents((32, 32, 3), ("a", "b"), {"train": split, "test": split})
+builders.write("cifar10", contents, Path(sys.argv[1]), {})
 load_splits(tfds.load, val_size=0, dataset="cifar10", data_dir=sys.argv[1])
 load_splits(tfds.load, val_size=0, dataset="stock", data_dir=sys.argv[2])
 load_splits(tfds.load, val_size=0, dataset="records", data_dir=sys.argv[2])

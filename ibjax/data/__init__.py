@@ -3,7 +3,7 @@
     digits      the 1,797 handwritten digits that scikit-learn ships, with a fixed split
     npz         one file in Keras's layout: x_train, y_train, x_test, y_test
     folder      class folders: train/<class>/*.png|jpg, test/<class>/*
-    tfds        a data set of TensorFlow Datasets by name, read without TensorFlow; `ibjax.data.prepare` makes the usual ones
+    tfds        a data set of TensorFlow Datasets by name, without TensorFlow; `ibjax.data.prepare` makes the usual ones
     synthetic   random images of a given shape, for smoke tests
 
 `load_splits` is the door: it loads, checks, holds out the validation split, and takes a fraction of the rest.
@@ -33,15 +33,13 @@ class Arrays(NamedTuple):
     label: str = ""  # how results on it must be called, as "CIFAR-10 (JPEG)"
 
 
-def load_splits(
-    source: Any, *, val_size: int, split_seed: int = 0, fraction: float = 1.0, **options: Any
-) -> Arrays:
+def load_splits(source: Any, *, val_size: int, split_seed: int = 0, fraction: float = 1.0, **options: Any) -> Arrays:
     """Loads with `source(**options)`, checks every split, and takes `val_size` images per `split_seed` out of training.
 
     The validation split is stratified: each class gives its share. `val_size=0` leaves `val` empty (selection on the
-    test set must then be asked for). Of what is left for training a stratified `fraction` is kept, in its order: smaller
-    fractions lie within larger ones, and the validation split is the same for all. A batch's `index` counts in this
-    training split. Raises DataError with the file, what is wrong with it, and what to do.
+    test set must then be asked for). Of what is left for training a stratified `fraction` is kept, in its order:
+    smaller fractions lie within larger ones, and the validation split is the same for all. A batch's `index` counts in
+    this training split. Raises DataError with the file, what is wrong with it, and what to do.
     """
     arrays = source(**options)
     arrays = arrays._replace(

@@ -1,7 +1,7 @@
 """Official archives: found or downloaded, their digests checked, their members read without writing any to disk.
 
-Guarantees (tests of the same names): an archive with another digest is refused; a member that points outside the archive
-is refused, as are links; nothing in an archive is ever unpickled.
+Guarantees (tests of the same names): an archive with another digest is refused; a member that points outside the
+archive is refused; links and devices are refused; .npy with objects is never unpickled.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -26,7 +26,7 @@ _CHUNK = 1 << 20
 
 
 class Archive(NamedTuple):
-    """One official file. A `.gz` that holds a single file is known by its content, since distributions recompress it."""
+    """One official file. With `content`, a `.gz` is known by what it holds, since distributions recompress it."""
 
     name: str
     url: str
@@ -82,9 +82,9 @@ def verify(archive: Archive, path: Path, unverified: bool = False) -> tuple[str,
 
 
 @contextlib.contextmanager
-def opened(path: Path, content: bool = False) -> Iterator[BinaryIO]:
+def opened(path: Path, content: bool = False) -> Iterator[Any]:
     """The file as bytes; with `content` a `.gz` is uncompressed. What cannot be read becomes a DataError."""
-    with damage(path), (gzip.open(path) if content and path.suffix == ".gz" else path.open("rb")) as handle:
+    with damage(path), gzip.open(path) if content and path.suffix == ".gz" else path.open("rb") as handle:
         yield handle
 
 

@@ -1,17 +1,16 @@
 """Common corruptions of 32×32 images at five severities, where CIFAR-10-C itself is not at hand.
 
-Dan Hendrycks, Thomas Dietterich, Benchmarking Neural Network Robustness to Common Corruptions and Perturbations, ICLR 2019;
-the constants are those of the paper's code for CIFAR. Eleven of the twelve corruptions that SiRIIB reports are made here;
-frost needs photographs of the authors: take it from CIFAR-10-C.
+Dan Hendrycks, Thomas Dietterich, Benchmarking Neural Network Robustness to Common Corruptions and Perturbations,
+ICLR 2019; the constants are those of the paper's code for CIFAR. Eleven of the twelve corruptions that SiRIIB reports
+are made here; frost needs photographs of the authors: take it from CIFAR-10-C.
 
 Differences from the authors' code: draws are seeded for each image, theirs were not, so only the four that draw nothing
 (defocus, zoom, pixelate, JPEG) can agree image by image with the published files, JPEG up to the library's version.
-Motion blur follows ImageMagick's formula in floating point; the affine part of the elastic transform is sampled exactly,
-older OpenCV's in steps of 1/32 pixel. As theirs: results are rounded down, and glass blur copies pixels, since the swap in their
-code overwrites one of the two.
+Motion blur follows ImageMagick's formula in floating point; the affine part of the elastic transform is sampled
+exactly, older OpenCV's in steps of 1/32 pixel. As theirs: results are rounded down, and glass blur copies pixels, since
+the swap in their code overwrites one of the two.
 
-Guarantees (tests of the same names): an image's corruption depends on the image, its index, the name, the severity and the
-seed alone.
+Guarantees (tests of the same names): an image's corruption depends on index, name, severity and seed alone.
 """
 
 import io
@@ -48,7 +47,7 @@ def corrupt(images: np.ndarray, name: str, severity: int, seed: int = 0, first_i
     if severity not in SEVERITIES:
         raise InputError(f"severity={severity} is not allowed; give 1, 2, 3, 4 or 5")
     if images.dtype != np.uint8 or images.shape[1:] != (SIZE, SIZE, 3):
-        raise InputError(f"corruptions take uint8 (N, 32, 32, 3), their constants' size; got {images.dtype} {images.shape}")
+        raise InputError(f"corruptions take uint8 images (N, 32, 32, 3); got {images.dtype} {images.shape}")
     function, constants = CORRUPTIONS[name]
     identity = seed, TWELVE.index(name), severity
     parts = [np.empty((0, SIZE, SIZE, 3), np.uint8)]
@@ -212,8 +211,9 @@ def _pixelate(images, factor, rngs):
 
 def _elastic_transform(images, constants, rngs):
     """An affine map that moves three points by up to `reach`, then displacements α·(smoothed uniform noise)."""
+    alpha, sigma, reach = (SIZE * c for c in constants)
     pairs = zip(images / 255, rngs, strict=True)
-    return _bytes(np.stack([_elastic(x, *(SIZE * c for c in constants), rng) for x, rng in pairs]))
+    return _bytes(np.stack([_elastic(x, alpha, sigma, reach, rng) for x, rng in pairs]))
 
 
 def _elastic(x, alpha, sigma, reach, rng):
@@ -242,7 +242,8 @@ CORRUPTIONS: dict[str, tuple[Callable, tuple]] = {
     "impulse_noise": (_impulse_noise, (0.01, 0.02, 0.03, 0.05, 0.07)),  # share of values
     # σ, reach, rounds
     "glass_blur": (_glass_blur, ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2))),
-    "defocus_blur": (_defocus_blur, ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1))),  # radius, σ of its edge
+    # radius, σ of its edge
+    "defocus_blur": (_defocus_blur, ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1))),
     "motion_blur": (_motion_blur, ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))),  # radius, σ
     "zoom_blur": (_zoom_blur, (1.06, 1.11, 1.16, 1.21, 1.26)),  # factor
     "fog": (_fog, ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75))),  # amount, decay of the fractal

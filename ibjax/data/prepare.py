@@ -2,8 +2,8 @@
 
     python -m ibjax.data.prepare --dataset=cifar10 --archives=DIR --data_dir=DIR [--download] [--unverified]
 
-Data sets: cifar10 cifar100 svhn_cropped mnist fashion_mnist tiny_imagenet cifar10_c cifar100_c. The archives' digests are
-checked and recorded. The data set is there whole or not at all, and one that is there is left alone.
+Data sets: cifar10 cifar100 svhn_cropped mnist fashion_mnist tiny_imagenet cifar10_c cifar100_c. The archives' digests
+are checked and recorded. The data set is there whole or not at all, and one that is there is left alone.
 """
 
 import argparse

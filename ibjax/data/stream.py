@@ -3,10 +3,11 @@
     stored = tfds.find("imagenet2012", data_dir)          # a stock copy, made with --file_format=array_record
     for batch in stream.batches(stored, "train", batch_size=256, train=True, seed=0, step=1000): …
 
-Needs the extra `imagenet`. It is a reader on its own: `ibjax.train` holds its data in device memory and does not take it.
+Needs the extra `imagenet`. It is a reader on its own: `ibjax.train` holds its data in device memory and does not take
+it.
 
-Guarantees (tests of the same names): a batch is a function of (seed, step), so that reading can begin at any step with the
-same batches; an epoch shows every image once, but for a last incomplete batch; TensorFlow is never imported.
+Guarantees (tests of the same names): a batch is a function of seed and step, so that reading can begin at any step with
+the same batches; an epoch shows every image once, but for a last incomplete batch.
 """
 
 import io
@@ -34,7 +35,7 @@ def batches(
     step: int = 0,
     threads: int = 16,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """{"image": (B, size, size, 3) uint8, "label": (B,) int32, "index": (B,) int64, in the split's order}, from `step` on.
+    """{"image": (B, size, size, 3) uint8, "label": (B,) int32, "index": (B,) int64 in the split}, from `step` on.
 
     Args:
       stored: from `tfds.find`.
@@ -80,11 +81,11 @@ class _Encoded:
         except NotImplementedError:
             kind = stored.builder.info.file_format.value
             raise DataError(
-                f"{stored.folder} holds {kind} files, which cannot be read at random; convert them, where TensorFlow is "
-                f"installed: tfds convert_format --dataset_version_dir={stored.folder} --out_file_format=array_record"
+                f"{stored.folder} holds {kind} files, which cannot be read at random; where TensorFlow is installed: "
+                f"tfds convert_format --dataset_version_dir={stored.folder} --out_file_format=array_record"
             ) from None
 
-    def image(self, index: int, size: int, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+    def image(self, index: int, size: int, rng: np.random.Generator | None) -> dict[str, Any]:
         """One example; a random crop with `rng`, else the centre."""
         try:
             record = self.source[index]
@@ -92,7 +93,8 @@ class _Encoded:
                 image = encoded.convert("RGB")
         except Exception as error:
             raise tfds.damaged(self.stored, self.split, error) from None
-        box = _centre(*image.size) if rng is None else _random_box(*image.size, rng)
+        width, height = image.size
+        box = _centre(width, height) if rng is None else _random_box(width, height, rng)
         pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=3.0))
         if rng is not None and rng.random() < 0.5:
             pixels = pixels[:, ::-1]
@@ -106,7 +108,7 @@ def _centre(width, height):
 
 
 def _random_box(width, height, rng):
-    """A box of 8 to 100 % of the area and ratio 3:4 to 4:3, log-uniform; after ten that do not fit, the largest square."""
+    """A box of 8 to 100 % of the area, its ratio log-uniform in 3:4 to 4:3; after ten misfits, the largest square."""
     for _ in range(10):
         area = width * height * rng.uniform(0.08, 1)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))

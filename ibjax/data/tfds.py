@@ -2,12 +2,12 @@
 
     data=dict(name="tfds", dataset="cifar10", data_dir="~/tensorflow_datasets")
 
-Reads what `python -m ibjax.data.prepare` makes, and stock TFDS copies as they are, in ArrayRecord or TFRecord files, whose
-features are an image and a label. Images come in the data set's own order: where records carry an `id`, as those of stock
-CIFAR do, in the order of the ids.
+Reads what `python -m ibjax.data.prepare` makes, and stock TFDS copies as they are, in ArrayRecord or TFRecord files,
+whose features are an image and a label. Images come in the data set's own order: where records carry an `id`, as those
+of stock CIFAR do, in the order of the ids.
 
-Guarantees (tests of the same names): TensorFlow is never imported; a truncated or flipped shard is named with how to make
-it again, or its images are unharmed.
+Guarantees (tests of the same names): TensorFlow is never imported; a damaged shard is named with how to make it again,
+or its images are unharmed.
 """
 
 import os
@@ -90,8 +90,9 @@ def find(dataset: str, data_dir: str = "") -> Stored:
 
     try:
         builder = tfds.builder_from_directory(str(folder))
+        features: Any = builder.info.features
         keys = tuple(builder.info.supervised_keys or ("image", "label"))[:2]
-        image, target = (builder.info.features[key] for key in keys)
+        image, target = (features[key] for key in keys)
         counts = {name: int(split.num_examples) for name, split in builder.info.splits.items()}
         num_classes = int(target.num_classes)
         whole = tuple(image.shape)
@@ -101,7 +102,8 @@ def find(dataset: str, data_dir: str = "") -> Stored:
             f"{folder} does not describe images with class labels ({type(error).__name__}: {reason}); {remake}"
         ) from None
     if image.np_dtype != np.uint8 or len(whole) != 3:
-        raise DataError(f"{folder} holds images of {np.dtype(image.np_dtype)} {whole}; expected uint8 of (height, width, channels)")
+        kind = np.dtype(image.np_dtype)
+        raise DataError(f"{folder} holds images of {kind} {whole}; expected uint8 of (height, width, channels)")
     recorded = builder.info.metadata or {}
     name = recorded.get("label") or _LABELS.get(dataset, dataset)
     shape = None if None in whole else whole
@@ -119,6 +121,7 @@ def _how_to_make(dataset, root):
 def read(stored: Stored, split: str, start: int = 0, stop: int | None = None) -> Split:
     """Images (N, H, W, C) uint8 and labels (N,) of records `start` to `stop` of a split, in its order."""
     stop = stored.counts[split] if stop is None else stop
+    assert stored.shape is not None
     images = np.empty((stop - start, *stored.shape), np.uint8)
     labels = np.empty(stop - start, np.int64)
     identities, (image, label) = [], stored.keys

@@ -83,8 +83,7 @@ def write(name: str, contents: Contents, data_dir: Path, metadata: dict[str, Any
 
     Builder.name = name
     _sweep(data_dir / name)
-    bars = tfds.core.utils.tqdm_utils
-    with contextlib.redirect_stdout(io.StringIO()), _quiet(bars):  # TFDS announces a download of unknown size
+    with contextlib.redirect_stdout(io.StringIO()), _quiet(tfds):  # TFDS announces a download of unknown size
         builder = Builder(data_dir=str(data_dir), file_format="array_record")
         with tempfile.TemporaryDirectory() as unused:
             builder.download_and_prepare(download_dir=unused)
@@ -92,13 +91,13 @@ def write(name: str, contents: Contents, data_dir: Path, metadata: dict[str, Any
 
 
 @contextlib.contextmanager
-def _quiet(bars):
-    """Without TFDS's progress bars, which do not know the number of images."""
-    bars.disable_progress_bar()
+def _quiet(tfds):
+    """Without TFDS's own progress bars."""
+    tfds.disable_progress_bar()
     try:
         yield
     finally:
-        bars.enable_progress_bar()
+        tfds.enable_progress_bar()
 
 
 def _terminal():

@@ -1,7 +1,7 @@
 """Tiny-ImageNet-200 (Stanford CS231n) from its zip: 200 classes, 64×64, grey images become RGB.
 
-The labels of its test set are not public, so the splits are `train` and `validation`; papers test on the latter. Classes
-are numbered by their sorted WordNet ids, as class folders would be. JPEGs are decoded once, by Pillow.
+The labels of its test set are not public, so the splits are `train` and `validation`; papers test on the latter.
+Classes are numbered by their sorted WordNet ids, as class folders would be. JPEGs are decoded once, by Pillow.
 """
 
 import io
