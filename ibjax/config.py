@@ -262,14 +262,15 @@ def arguments(
 def call_arguments(call: Callable, name: str, options: dict, where: str, context: Iterable[str] = ()) -> dict[str, Any]:
     """`options`, if they are what `call` takes beside the `context` that the caller supplies; else InputError."""
     parameters, hints = signature(call, context)
-    for key, value in options.items():
+    for key in options:
         if key not in parameters:
             raise InputError(f"{where}.{key} is unknown to '{name}'; {nearest(key, parameters)}")
+    for key, parameter in parameters.items():
+        if options.get(key) is None and parameter.default is inspect.Parameter.empty:
+            raise InputError(f"{where}.{key} is missing; '{name}' needs it")
+    for key, value in options.items():
         if not _fits(value, hints.get(key)):
             raise InputError(f"{where}.{key}={value!r} has the wrong type; '{name}' takes {_readable(hints[key])}")
-    for key, parameter in parameters.items():
-        if key not in options and parameter.default is inspect.Parameter.empty:
-            raise InputError(f"{where}.{key} is missing; '{name}' needs it")
     return options
 
 
@@ -299,15 +300,18 @@ def complete(config: ConfigDict) -> ConfigDict:
 
 
 def rename(config: ConfigDict, path: str, name: str) -> None:
-    """Gives a section another name: of its options those stay that the new call takes too."""
+    """Gives a section another name: of its options those stay that the new call takes too; what it needs can be set."""
     section = lookup(config, path)
     section.name = name
     local = path.rpartition("recipe.")[2] if "recipe." in path else path
     if local in _CALLS:
         call, context = _callable(local, name)
-        kept = {"name", *_SPLITTING, "lr", "stepping", *signature(call, context)[0]}
-        for key in set(section) - kept:
+        parameters, hints = signature(call, context)
+        for key in set(section) - {"name", *_SPLITTING, "lr", "stepping", *parameters}:
             del section[key]
+        for key, parameter in parameters.items():
+            if key not in section and parameter.default is inspect.Parameter.empty:
+                section[key] = _default(None, hints.get(key))
 
 
 def recipes(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
@@ -322,7 +326,8 @@ def _default(value, hint):
     """A default as a ConfigDict can hold it: None keeps the type that may replace it."""
     if value is not None:
         return plain(value)
-    kinds = [option for option in typing.get_args(hint) if option is not type(None)]
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    kinds = [option for option in (typing.get_args(hint) if union else (hint,)) if option is not type(None)]
     kind = typing.get_origin(kinds[0]) or kinds[0] if kinds else None
     return placeholder(kind) if kind in (int, float, str, bool, tuple) else None
 
