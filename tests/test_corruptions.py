@@ -29,7 +29,7 @@ def one(image, name, severity, **options):
 def test_an_image_s_corruption_depends_on_index_name_severity_and_seed_alone(name, monkeypatch):
     whole = corruptions.corrupt(SMOOTH, name, 3, seed=5)
     assert whole.dtype == np.uint8 and whole.shape == SMOOTH.shape and np.any(whole != SMOOTH)
-    np.testing.assert_array_equal(whole[2:4], corruptions.corrupt(SMOOTH[2:4], name, 3, seed=5, first_index=2))
+    np.testing.assert_array_equal(whole[2:4], corruptions.corrupt(SMOOTH[2:4], name, 3, 5, np.array([2, 3])))
     monkeypatch.setattr(corruptions, "_CHUNK", 4)
     np.testing.assert_array_equal(whole, corruptions.corrupt(SMOOTH, name, 3, seed=5))
     random = name not in ("defocus_blur", "zoom_blur", "jpeg_compression", "pixelate")
@@ -265,5 +265,8 @@ def test_runs_on_other_images_are_refused(cifar_run, tmp_path, monkeypatch):
 
 def test_generated_images_are_the_runs_own(cifar_run):
     test = synthetic.load(shape=(32, 32, 3), num_classes=10).test
-    source = analysis.generated(test, "synthetic")
-    np.testing.assert_array_equal(source.split("fog", 2).images, corruptions.corrupt(test.images, "fog", 2))
+    whole = corruptions.corrupt(test.images, "fog", 2)
+    np.testing.assert_array_equal(analysis.generated(test, "synthetic").split("fog", 2).images, whole)
+    part = analysis.generated(test, "synthetic", n=10).split("fog", 2)
+    assert np.bincount(part.labels).tolist() == [1] * 10
+    assert {image.tobytes() for image in part.images} < {image.tobytes() for image in whole}

@@ -51,11 +51,14 @@ def stored(num_classes: int, data_dir: str = "") -> Source:
     return Source(found.label, corruptions.TWELVE, split)
 
 
-def generated(test: Split, label: str, seed: int = 0) -> Source:
-    """The corruptions that can be made of the test images themselves: all but frost."""
+def generated(test: Split, label: str, seed: int = 0, n: int | None = None) -> Source:
+    """The corruptions that can be made of the test images themselves, or of `n` of them: all but frost."""
+    total = len(test.labels)
+    chosen = np.arange(total) if n is None or n >= total else stratified(test.labels, n, seed=0)
+    images, labels = test.images[chosen], test.labels[chosen]
 
     def split(name, severity):
-        return Split(corruptions.corrupt(test.images, name, severity, seed), test.labels)
+        return Split(corruptions.corrupt(images, name, severity, seed, chosen), labels)
 
     return Source(f"{label}, corruptions generated with seed {seed}", corruptions.TWELVE[:-1], split)
 
@@ -103,7 +106,7 @@ def evaluate(
         data = run.load_data(trained.config)
         if run.facts(data)["digests"]["test"] != trained.facts["digests"]["test"]:
             raise InputError(f"the test set of {trained.facts['label']} is not the one that {workdir} was made with")
-        source = generated(data.test, trained.facts["label"])
+        source = generated(data.test, trained.facts["label"], n=n)
     else:
         source = stored(trained.facts["num_classes"], data_dir)
     predict = jax.jit(linen_net(trained.model.clone(dtype="float32")).predict)

@@ -35,8 +35,10 @@ _CHUNK = 1000  # images at a time
 Rngs = list[np.random.Generator]  # one for each image
 
 
-def corrupt(images: np.ndarray, name: str, severity: int, seed: int = 0, first_index: int = 0) -> np.ndarray:
-    """(N, 32, 32, 3) uint8 -> the same, corrupted; the first image has index `first_index`.
+def corrupt(
+    images: np.ndarray, name: str, severity: int, seed: int = 0, indices: np.ndarray | None = None
+) -> np.ndarray:
+    """(N, 32, 32, 3) uint8 -> the same, corrupted; `indices` (N,) of the images in their data set, None: 0, 1, ….
 
     Raises InputError on an unknown name or severity, on other images, and on frost.
     """
@@ -50,10 +52,11 @@ def corrupt(images: np.ndarray, name: str, severity: int, seed: int = 0, first_i
         raise InputError(f"corruptions take uint8 images (N, 32, 32, 3); got {images.dtype} {images.shape}")
     function, constants = CORRUPTIONS[name]
     identity = seed, TWELVE.index(name), severity
+    indices = np.arange(len(images)) if indices is None else indices
     parts = [np.empty((0, SIZE, SIZE, 3), np.uint8)]
     for start in range(0, len(images), _CHUNK):
         chunk = images[start : start + _CHUNK]
-        rngs = [np.random.default_rng((*identity, first_index + start + i)) for i in range(len(chunk))]
+        rngs = [np.random.default_rng((*identity, int(i))) for i in indices[start : start + _CHUNK]]
         parts.append(function(chunk, constants[severity - 1], rngs))
     return np.concatenate(parts)
 
