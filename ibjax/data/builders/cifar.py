@@ -22,7 +22,8 @@ def _read(path, folder, names, train, test, label_bytes):
     classes = tuple(text.decode("ascii").split())
     parts = [_records(path, member, batch, label_bytes) for member, batch in zip(members[1:], batches, strict=True)]
     images, labels = (np.concatenate([part[i] for part in parts[:-1]]) for i in (0, 1))
-    return Contents((32, 32, 3), classes, {"train": zip(images, labels, strict=True), "test": zip(*parts[-1])})  # noqa: B905
+    splits = {"train": zip(images, labels, strict=True), "test": zip(*parts[-1], strict=True)}
+    return Contents((32, 32, 3), classes, splits)
 
 
 def _records(path, member, content, label_bytes):
