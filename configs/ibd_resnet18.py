@@ -20,7 +20,7 @@ def get_config(arg=None):
     row, small = parse_arg(arg, ("paper", "code"))
     config = base()
     config.title = "IBD PreActResNet-18"
-    config.data.path = "data/cifar10"
+    config.data = dict(name="tfds", dataset="cifar10", val_size=1000, split_seed=0)
     config.augment.padding = "edge"
     config.model = dict(name="preact_resnet", depth=18, dtype="bfloat16")
     config.objective = dict(name="ibd", alpha=0.9, beta=0.8)

@@ -17,7 +17,7 @@ def get_config(arg=None):
     _, small = parse_arg(arg)
     config = base()
     config.title = "IBD WRN-34-10"
-    config.data.path = "data/cifar10"
+    config.data = dict(name="tfds", dataset="cifar10", val_size=1000, split_seed=0)
     config.augment.padding = "edge"
     config.model = wide_resnet(dtype="bfloat16")
     config.objective = dict(name="ibd", alpha=0.9, beta=0.8)

@@ -19,7 +19,7 @@ def get_config(arg=None):
     row, small = parse_arg(arg, ("ibd", "original"))
     config = base()
     config.title = "TRADES WRN-34-10"
-    config.data.path = "data/cifar10"
+    config.data = dict(name="tfds", dataset="cifar10", val_size=1000, split_seed=0)
     config.model = dict(name="wide_resnet", depth=34, width=10, dtype="bfloat16")
     config.objective = dict(name="trades", beta=6.0)
     config.attack.update(loss="kl", init="gaussian")

@@ -29,8 +29,9 @@ def base() -> ConfigDict:
     config = ConfigDict()
     config.title = ""  # how reports call the run; empty: the folder's name
     config.seed = 0
-    # data: a module of ibjax.data and its arguments; val_size images of training are held out (split by split_seed)
-    config.data = dict(name="folder", path="", val_size=1000, split_seed=0)
+    # data: a module of ibjax.data and its arguments; val_size images of training are held out (split by split_seed),
+    # of the rest a `fraction` is trained on, each class in proportion
+    config.data = dict(name="folder", path="", val_size=1000, split_seed=0, fraction=1.0)
     config.augment = dict(pad=4, padding="zero", flip=True)  # padding: zero, edge or reflect
     config.model = dict(name="preact_resnet", depth=18)
     config.objective = dict(name="pgd_at")
@@ -100,8 +101,8 @@ _CHOICES = {
     "augment.flip": (False, True),
     "validate.stop_on_overfitting": (False, True),
 }
-
 _CLOSED = ("augment", "validate", "evaluate", *TEACHERS, "head_optimizer")  # sections with keys of their own
+_SPLITTING = ("val_size", "split_seed", "fraction")  # of the data section, for load_splits, not for the source
 _CALLS = {
     "data": "data",
     "model": "models",
@@ -153,8 +154,10 @@ def _given(config, section):
 def _check_call(path, section):
     """Checks a section's names and types; builds what costs nothing, which checks its values."""
     options = {key: value for key, value in plain(section).items() if key != "name"}
-    for key in ("val_size", "split_seed") if path == "data" else ():
+    for key in _SPLITTING if path == "data" else ():
         options.pop(key, None)
+    if path == "data":
+        _check_fraction(section.get("fraction", 1.0))
     call, context = _callable(path, section["name"])
     if path == "optimizer" and "lr" not in options:
         raise InputError("optimizer.lr is missing; give the learning rate")
@@ -163,6 +166,11 @@ def _check_call(path, section):
         options.pop("loss")
     if _CALLS[path] in ("objectives", "attacks", "perturb"):
         call(**options)
+
+
+def _check_fraction(value):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1:
+        raise InputError(f"data.fraction={value!r} is not allowed; give a number above 0 and at most 1")
 
 
 def _callable(path, name):
@@ -279,14 +287,15 @@ def arguments(
 def call_arguments(call: Callable, name: str, options: dict, where: str, context: Iterable[str] = ()) -> dict[str, Any]:
     """`options`, if they are what `call` takes beside the `context` that the caller supplies; else InputError."""
     parameters, hints = signature(call, context)
-    for key, value in options.items():
+    for key in options:
         if key not in parameters:
             raise InputError(f"{where}.{key} is unknown to '{name}'; {nearest(key, parameters)}")
+    for key, parameter in parameters.items():
+        if options.get(key) is None and parameter.default is inspect.Parameter.empty:
+            raise InputError(f"{where}.{key} is missing; '{name}' needs it")
+    for key, value in options.items():
         if not _fits(value, hints.get(key)):
             raise InputError(f"{where}.{key}={value!r} has the wrong type; '{name}' takes {_readable(hints[key])}")
-    for key, parameter in parameters.items():
-        if key not in options and parameter.default is inspect.Parameter.empty:
-            raise InputError(f"{where}.{key} is missing; '{name}' needs it")
     return options
 
 
@@ -303,6 +312,8 @@ def complete(config: ConfigDict) -> ConfigDict:
         section = lookup(config, path, None)
         if section is None or "name" not in section:
             continue
+        if path == "data" and "fraction" not in section:
+            section.fraction = 1.0
         call, context = _callable(path, section["name"])
         parameters, hints = signature(call, context)
         for key, parameter in parameters.items():
@@ -314,7 +325,7 @@ def complete(config: ConfigDict) -> ConfigDict:
 
 
 def rename(config: ConfigDict, path: str, name: str | None) -> None:
-    """Gives a section another name: of its options those stay that the new call takes too.
+    """Gives a section another name: of its options those stay that the new call takes too; what it needs can be set.
 
     An optional section appears with its name, and disappears with None.
     """
@@ -329,9 +340,12 @@ def rename(config: ConfigDict, path: str, name: str | None) -> None:
     local = path.rpartition("recipe.")[2] if "recipe." in path else path
     if local in _CALLS:
         call, context = _callable(local, name)
-        kept = {"name", "val_size", "split_seed", "lr", "stepping", *signature(call, context)[0]}
-        for key in set(section) - kept:
+        parameters, hints = signature(call, context)
+        for key in set(section) - {"name", *_SPLITTING, "lr", "stepping", *parameters}:
             del section[key]
+        for key, parameter in parameters.items():
+            if key not in section and parameter.default is inspect.Parameter.empty:
+                section[key] = _default(None, hints.get(key))
 
 
 def recipes(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
@@ -347,7 +361,8 @@ def _default(value, hint):
     """A default as a ConfigDict can hold it: None keeps the type that may replace it."""
     if value is not None:
         return plain(value)
-    kinds = [option for option in typing.get_args(hint) if option is not type(None)]
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    kinds = [option for option in (typing.get_args(hint) if union else (hint,)) if option is not type(None)]
     kind = typing.get_origin(kinds[0]) or kinds[0] if kinds else None
     return placeholder(kind) if kind in (int, float, str, bool, tuple) else None
 

@@ -73,9 +73,10 @@ def load_data(settings: ConfigDict) -> Arrays:
 @functools.lru_cache(maxsize=2)
 def _load_data(section_text):
     section = json.loads(section_text)
-    val_size, split_seed = section.pop("val_size"), section.pop("split_seed")
+    split = dict(val_size=section.pop("val_size"), split_seed=section.pop("split_seed"))
+    split["fraction"] = section.pop("fraction", 1.0)
     options = config.arguments("data", section, "data")
-    return load_splits(config.factory("data", section["name"]), val_size=val_size, split_seed=split_seed, **options)
+    return load_splits(config.factory("data", section["name"]), **split, **options)
 
 
 def facts(data: Arrays) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ibjax.data import Split, augment, check, digits, folder, hold_out, load_splits, npz, synthetic
+from ibjax.data import Split, augment, check, digits, folder, gallery, hold_out, load_splits, npz, synthetic
 from ibjax.errors import DataError, InputError
 
 RNG = np.random.default_rng(0)
@@ -150,3 +150,12 @@ def test_check_names_the_split():
     data = synthetic.load(shape=(8, 8, 1), num_classes=3)
     with pytest.raises(DataError, match="val labels lie in"):
         check(data.train, "val", 2)
+
+
+def test_a_picture_has_a_column_for_each_class_and_counts_are_a_row():
+    data = synthetic.load(shape=(8, 6, 1), num_classes=3, n_train=10)
+    whole = gallery.picture(data.train, rows=2, augmented=1, pad=1)
+    assert whole.shape == (3 * 10, 3 * 8, 3) and whole.dtype == np.uint8
+    second = data.train.images[np.flatnonzero(data.train.labels == 2)[1]]
+    np.testing.assert_array_equal(whole[11:19, 17:23, 0], second[..., 0])
+    assert gallery.counts(data) == "| synthetic | 10 | 0 | 16 | 8×6×1 | 3 | 3 – 4 | 5 – 6 |"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import smoke_config
 
-from ibjax import errors, evaluate, main, run
+from ibjax import config, errors, evaluate, main, run
 from ibjax.attacks.geometry import fraction
 from ibjax.errors import DivergedError, InputError, PreemptedError
 
@@ -117,8 +117,9 @@ def main_missing(flag):
 def test_missing_data_and_teacher_say_what_to_do(command, tmp_path):
     """The CIFAR recipes without their data set and teacher."""
     code, message = command(f"--config={ROOT / 'configs/ibd_wrn.py'}", f"--workdir={tmp_path / 'x'}",
-                            f"--config.data.path={tmp_path / 'cifar'}")  # fmt: skip
-    assert code == 2 and "train/ and test/" in message
+                            f"--config.data.data_dir={tmp_path / 'tfds'}")  # fmt: skip
+    assert code == 2 and "has no cifar10" in message and "\n" not in message
+    assert f"python -m ibjax.data.prepare --dataset=cifar10 --data_dir={tmp_path / 'tfds'}" in message
     recipe = smoke_config("ibd_resnet18")
     recipe.teacher.update(workdir=str(tmp_path / "none"))
     recipe.teacher.recipe = None
@@ -127,6 +128,19 @@ def test_missing_data_and_teacher_say_what_to_do(command, tmp_path):
     ):
         main.execute(recipe, tmp_path / "x", "train")
     assert not (tmp_path / "x").exists()
+
+
+def test_another_source_can_be_named_on_the_command_line_with_what_it_needs(command, tmp_path):
+    recipe, workdir = f"--config={ROOT / 'configs/trades_wrn.py'}", f"--workdir={tmp_path / 'x'}"
+    code, message = command(recipe, workdir, "--config.data.name=folder")
+    assert code == 2 and "data.path is missing; 'folder' needs it" in message
+    code, message = command(recipe, workdir, "--config.data.name=folder", f"--config.data.path={tmp_path / 'cifar'}")
+    assert code == 2 and "train/ and test/" in message
+    chosen = main.override(
+        main.load_config(str(ROOT / "configs/trades_wrn.py")),
+        ["--config.data.name=synthetic", "--config.data.shape=(32, 32, 3)", "--config.data.num_classes=10"],
+    )
+    assert config.plain(chosen.data)["shape"] == (32, 32, 3) and chosen.data.val_size == 1000
 
 
 def test_a_teacher_of_another_class_count_or_image_size_is_refused(digits_run, tmp_path):

@@ -3,9 +3,10 @@
     digits      the 1,797 handwritten digits that scikit-learn ships, with a fixed split
     npz         one file in Keras's layout: x_train, y_train, x_test, y_test
     folder      class folders: train/<class>/*.png|jpg, test/<class>/*
+    tfds        a data set of TensorFlow Datasets by name, without TensorFlow; `ibjax.data.prepare` makes the usual ones
     synthetic   random images of a given shape, for smoke tests
 
-`load_splits` is the door: it loads, checks, and holds out the validation split.
+`load_splits` is the door: it loads, checks, holds out the validation split, and takes a fraction of the rest.
 """
 
 from typing import Any, NamedTuple
@@ -32,11 +33,13 @@ class Arrays(NamedTuple):
     label: str = ""  # how results on it must be called, as "CIFAR-10 (JPEG)"
 
 
-def load_splits(source: Any, *, val_size: int, split_seed: int = 0, **options: Any) -> Arrays:
+def load_splits(source: Any, *, val_size: int, split_seed: int = 0, fraction: float = 1.0, **options: Any) -> Arrays:
     """Loads with `source(**options)`, checks every split, and takes `val_size` images per `split_seed` out of training.
 
     The validation split is stratified: each class gives its share. `val_size=0` leaves `val` empty (selection on the
-    test set must then be asked for). Raises DataError with the file, what is wrong with it, and what to do.
+    test set must then be asked for). Of what is left for training a stratified `fraction` is kept, in its order:
+    smaller fractions lie within larger ones, and the validation split is the same for all. A batch's `index` counts in
+    this training split. Raises DataError with the file, what is wrong with it, and what to do.
     """
     arrays = source(**options)
     arrays = arrays._replace(
@@ -53,9 +56,19 @@ def load_splits(source: Any, *, val_size: int, split_seed: int = 0, **options: A
     if arrays.val is not None:
         if val_size:
             raise DataError(f"data.val_size={val_size}: this source has a validation split of its own; set 0")
-        return arrays._replace(val=check(arrays.val, "val", arrays.num_classes))
+        return arrays._replace(
+            train=part(arrays.train, fraction, split_seed), val=check(arrays.val, "val", arrays.num_classes)
+        )
     train, val = hold_out(arrays.train, val_size, split_seed)
-    return arrays._replace(train=train, val=val)
+    return arrays._replace(train=part(train, fraction, split_seed), val=val)
+
+
+def part(split: Split, fraction: float, seed: int) -> Split:
+    """A stratified fraction of a split, in its order; 1.0 is the split itself."""
+    if fraction == 1.0:
+        return split
+    kept = stratified(split.labels, max(1, round(fraction * len(split.labels))), seed)
+    return Split(split.images[kept], split.labels[kept])
 
 
 def check(split: Split, name: str, num_classes: int) -> Split:

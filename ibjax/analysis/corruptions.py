@@ -1,0 +1,168 @@
+"""Accuracy of a trained run under the common corruptions of CIFAR-10-C or CIFAR-100-C.
+
+    python -m ibjax.analysis.corruptions --workdir=DIR --data_dir=DIR [--checkpoint=best] [--n=1000]
+    python -m ibjax.analysis.corruptions --workdir=DIR --generate
+
+The first reads the published images (made ready by `python -m ibjax.data.prepare --dataset=cifar10_c`), the twelve
+corruptions of SiRIIB's Table 9. The second makes eleven of them from the run's own test images. Writes
+`corruptions/<checkpoint>.json` in the workdir; the aggregate is the mean over severities, then over corruptions.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from ibjax import checkpoint as checkpoints
+from ibjax import cluster, errors, run
+from ibjax.data import Split, corruptions, stratified, tfds
+from ibjax.errors import DataError, InputError
+from ibjax.step import linen_net, to_float
+
+log = logging.getLogger(__name__)
+
+
+class Source(NamedTuple):
+    """Corrupted test images."""
+
+    label: str
+    names: tuple[str, ...]
+    split: Callable[[str, int], Split]  # (corruption, severity) -> images and labels
+
+
+def stored(num_classes: int, data_dir: str = "") -> Source:
+    """The published images, CIFAR-10-C or CIFAR-100-C by the number of classes; DataError where they are not there."""
+    if num_classes not in (10, 100):
+        raise InputError(f"the run has {num_classes} classes; CIFAR-10-C has 10, CIFAR-100-C 100: use --generate")
+    found = tfds.find(f"cifar{num_classes}_c", data_dir)
+    if missing := [name for name in corruptions.TWELVE if name not in found.counts]:
+        raise DataError(f"{found.folder} lacks {', '.join(missing)}; {found.remake}")
+
+    def split(name, severity):
+        size = found.counts[name] // len(corruptions.SEVERITIES)
+        return tfds.read(found, name, (severity - 1) * size, severity * size)
+
+    return Source(found.label, corruptions.TWELVE, split)
+
+
+def generated(test: Split, label: str, seed: int = 0, n: int | None = None) -> Source:
+    """The corruptions that can be made of the test images themselves, or of `n` of them: all but frost."""
+    total = len(test.labels)
+    chosen = np.arange(total) if n is None or n >= total else stratified(test.labels, n, seed=0)
+    images, labels = test.images[chosen], test.labels[chosen]
+
+    def split(name, severity):
+        return Split(corruptions.corrupt(images, name, severity, seed, chosen), labels)
+
+    return Source(f"{label}, corruptions generated with seed {seed}", corruptions.TWELVE[:-1], split)
+
+
+def accuracies(logits_fn: Callable, source: Source, n: int | None = None, batch_size: int = 500) -> dict[str, Any]:
+    """{corruption: its five accuracies in percent, …} for any (B, H, W, C) in [0, 1] -> (B, classes)."""
+    table: dict[str, list[float]] = {name: [] for name in source.names}
+    pairs = [(name, severity) for name in source.names for severity in corruptions.SEVERITIES]
+    for name, severity in tqdm(pairs, desc="corruptions", disable=not sys.stderr.isatty()):
+        split = source.split(name, severity)
+        if n is not None and n < len(split.labels):
+            chosen = stratified(split.labels, n, seed=0)
+            split = Split(split.images[chosen], split.labels[chosen])
+        table[name].append(_accuracy(logits_fn, split, batch_size))
+    return table
+
+
+def _accuracy(logits_fn, split, batch_size):
+    """Batches have one size: the last repeats its final image, which then does not count."""
+    total, correct = len(split.labels), 0
+    for first in range(0, total, batch_size):
+        chosen = np.minimum(np.arange(first, first + batch_size), total - 1)
+        logits = np.asarray(logits_fn(to_float(jax.numpy.asarray(split.images[chosen]))))
+        count = min(batch_size, total - first)
+        correct += int((logits.argmax(1)[:count] == split.labels[chosen[:count]]).sum())
+    return round(100 * correct / total, 4)
+
+
+def evaluate(
+    workdir: Path,
+    checkpoint: str = "best",
+    *,
+    data_dir: str = "",
+    generate: bool = False,
+    n: int | None = None,
+    batch_size: int = 500,
+) -> dict[str, Any]:
+    """Evaluates a run and writes and returns its record; networks trained in bfloat16 are scored in float32."""
+    if n is not None and n < 1:
+        raise InputError(f"n={n} is not allowed; give a whole number of at least 1")
+    trained = run.load(workdir, checkpoint)
+    if tuple(trained.facts["input_shape"]) != (corruptions.SIZE, corruptions.SIZE, 3):
+        raise InputError(f"{workdir} takes images {trained.facts['input_shape']}; the corruptions are of 32×32 RGB")
+    if generate:
+        data = run.load_data(trained.config)
+        if run.facts(data)["digests"]["test"] != trained.facts["digests"]["test"]:
+            raise InputError(f"the test set of {trained.facts['label']} is not the one that {workdir} was made with")
+        source = generated(data.test, trained.facts["label"], n=n)
+    else:
+        source = stored(trained.facts["num_classes"], data_dir)
+    predict = jax.jit(linen_net(trained.model.clone(dtype="float32")).predict)
+    table = accuracies(lambda x: predict(trained.variables, x)[0], source, n, batch_size)
+    record = {
+        "title": trained.config.title or workdir.resolve().name,
+        "trained_on": trained.facts["label"],
+        "dataset": source.label,
+        "n": n,  # of each corruption and severity; null: all
+        "checkpoint": checkpoint,
+        "step": trained.step,
+        "weights": checkpoints.tree_digest(trained.variables),
+        "mean_acc": round(float(np.mean([np.mean(row) for row in table.values()])), 4),
+        "acc": table,
+        "missing": [name for name in corruptions.TWELVE if name not in table],
+        "seed": trained.config.seed,
+        "versions": run.versions(),
+        "commit": run.commit(),
+        "hardware": run.hardware(),
+    }
+    if jax.process_index() == 0:
+        run.write_json(workdir / "corruptions" / f"{checkpoint}.json", record)
+    return record
+
+
+def lines(record: dict[str, Any]) -> Iterable[str]:
+    """The record as a Markdown table."""
+    yield f"{record['title']} on {record['dataset']}, accuracy in percent, n = {record['n'] or 'all'}"
+    yield "| corruption | 1 | 2 | 3 | 4 | 5 | mean |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, row in record["acc"].items():
+        yield f"| {name} | {' | '.join(f'{value:.2f}' for value in row)} | {np.mean(row):.2f} |"
+    yield f"| mean of {len(record['acc'])} | | | | | | {record['mean_acc']:.2f} |"
+
+
+def main() -> None:
+    """The command line of this module."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ibjax.analysis.corruptions", allow_abbrev=False, description=__doc__
+    )
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--checkpoint", default="best", help="best, last or a step")
+    parser.add_argument("--data_dir", default="", help="TFDS's folder of data sets, with cifar10_c or cifar100_c")
+    parser.add_argument("--generate", action="store_true", help="corrupt the run's own test images instead")
+    parser.add_argument("--n", type=int, help="images of each corruption and severity; default: all")
+    given = parser.parse_args()
+
+    def command():
+        cluster.initialize()
+        options = dict(data_dir=given.data_dir, generate=given.generate, n=given.n)
+        record = evaluate(given.workdir, given.checkpoint, **options)
+        if jax.process_index() == 0:
+            print("\n".join(lines(record)))
+
+    errors.exit_with(command)
+
+
+if __name__ == "__main__":
+    main()

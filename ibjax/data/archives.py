@@ -1,0 +1,150 @@
+"""Official archives: found or downloaded, their digests checked, their members read without writing any to disk.
+
+Guarantees (tests of the same names): an archive with another digest is refused; a member that points outside the
+archive is refused; links and devices are refused; .npy with objects is never unpickled.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import io
+import tarfile
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from ibjax.errors import DataError
+
+_CHUNK = 1 << 20
+
+
+class Archive(NamedTuple):
+    """One official file. With `content`, a `.gz` is known by what it holds, since distributions recompress it."""
+
+    name: str
+    url: str
+    digest: str  # "sha256:…" or "md5:…", of the file as it is or, with `content`, uncompressed
+    content: bool = False
+
+
+def find(archive: Archive, folder: Path, download: bool = False) -> Path:
+    """The archive's path in `folder`, fetched if it is absent and `download`; raises DataError naming file and URL."""
+    names = [archive.name, archive.name.removesuffix(".gz")] if archive.content else [archive.name]
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    if not download:
+        raise DataError(f"{folder} has no {archive.name}; download it there from {archive.url}, or add --download")
+    return _download(archive, folder)
+
+
+def _download(archive, folder):
+    """Fetches to NAME.part, which becomes NAME when it is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{archive.name}.part"
+    try:
+        with urllib.request.urlopen(archive.url, timeout=60) as response, part.open("wb") as out:
+            total = int(response.headers.get("Content-Length") or 0)
+            with tqdm(total=total or None, desc=archive.name, unit="B", unit_scale=True) as bar:
+                while chunk := response.read(_CHUNK):
+                    out.write(chunk)
+                    bar.update(len(chunk))
+                received = bar.n
+        if total and received != total:
+            raise DataError(f"{archive.url} ended after {received} of {total} bytes; run the same command again")
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        reason = getattr(error, "reason", error)
+        raise DataError(f"{archive.url} cannot be downloaded ({reason}); fetch it by hand into {folder}") from None
+    return part.replace(folder / archive.name)
+
+
+def verify(archive: Archive, path: Path, unverified: bool = False) -> tuple[str, bool]:
+    """(digest of the file, whether it is the official one); a wrong one raises DataError unless `unverified`."""
+    algorithm, _, official = archive.digest.partition(":")
+    digest = hashlib.new(algorithm)
+    with opened(path, archive.content) as handle:
+        while chunk := handle.read(_CHUNK):
+            digest.update(chunk)
+    found = digest.hexdigest()
+    if found != official and not unverified:
+        raise DataError(
+            f"{path} has {algorithm} {found}, the official file {official}; delete it and download it again from "
+            f"{archive.url}, or add --unverified if it is meant to be another one"
+        )
+    return f"{algorithm}:{found}", found == official
+
+
+@contextlib.contextmanager
+def opened(path: Path, content: bool = False) -> Iterator[Any]:
+    """The file as bytes; with `content` a `.gz` is uncompressed. What cannot be read becomes a DataError."""
+    with damage(path), gzip.open(path) if content and path.suffix == ".gz" else path.open("rb") as handle:
+        yield handle
+
+
+@contextlib.contextmanager
+def damage(path: Path) -> Iterator[None]:
+    """Turns the many errors of a damaged archive into one line."""
+    try:
+        yield
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, gzip.BadGzipFile) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise DataError(f"{path} is truncated or damaged ({reason}); delete it and download it again") from None
+
+
+# ---- members -----------------------------------------------------------------------------------------------
+
+
+def read_tar(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the members whose name is `wanted`, in the order of the archive."""
+    with damage(path), tarfile.open(path, "r:*") as tar:
+        for member in tar:
+            _refuse_unsafe(path, member.name)
+            if not (member.isfile() or member.isdir()):
+                raise DataError(f"{path} holds a link or device '{member.name}'; it is not the official archive")
+            if member.isfile() and wanted(member.name):
+                handle = tar.extractfile(member)
+                assert handle is not None  # of a regular file
+                content = handle.read()
+                if len(content) != member.size:
+                    raise DataError(f"{path} ends within '{member.name}'; delete it and download it again")
+                yield member.name, content
+        while tar.fileobj and tar.fileobj.read(_CHUNK):  # to the checksum at the very end
+            pass
+
+
+def read_members(path: Path, names: list[str]) -> list[bytes]:
+    """The content of the named members of a tar; raises DataError where one is missing."""
+    found = dict(read_tar(path, set(names).__contains__))
+    if missing := [name for name in names if name not in found]:
+        raise DataError(f"{path} has no member '{missing[0]}'; it is not the official archive")
+    return [found[name] for name in names]
+
+
+@contextlib.contextmanager
+def opened_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    """A zip whose names have all been checked."""
+    with damage(path), zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            _refuse_unsafe(path, name)
+        yield archive
+
+
+def read_npy(content: bytes, where: str) -> Any:
+    """The array of a .npy file; objects, which would be unpickled, are refused."""
+    try:
+        return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{where} is no array of numbers ({error}); it is damaged or not official") from None
+
+
+def _refuse_unsafe(path, name):
+    parts = PurePosixPath(name.replace("\\", "/"))
+    if parts.is_absolute() or ".." in parts.parts or ":" in name:
+        raise DataError(f"{path} holds the path '{name}', outside of it; it is not the official archive")

@@ -1,0 +1,106 @@
+"""Makes a TFDS data set from its official archives, without TensorFlow.
+
+    python -m ibjax.data.prepare --dataset=cifar10 --archives=DIR --data_dir=DIR [--download] [--unverified]
+
+Data sets: cifar10 cifar100 svhn_cropped mnist fashion_mnist tiny_imagenet cifar10_c cifar100_c. The archives' digests
+are checked and recorded. The data set is there whole or not at all, and one that is there is left alone.
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+from ibjax import errors
+from ibjax.data import archives, builders
+from ibjax.data.builders import Recipe, cifar, cifar_c, mnist, svhn, tiny_imagenet
+from ibjax.errors import DataError, nearest
+
+log = logging.getLogger(__name__)
+
+RECIPES: dict[str, Recipe] = {
+    "cifar10": cifar.CIFAR10,
+    "cifar100": cifar.CIFAR100,
+    "svhn_cropped": svhn.SVHN,
+    "mnist": mnist.MNIST,
+    "fashion_mnist": mnist.FASHION_MNIST,
+    "tiny_imagenet": tiny_imagenet.TINY_IMAGENET,
+    "cifar10_c": cifar_c.CIFAR10_C,
+    "cifar100_c": cifar_c.CIFAR100_C,
+}
+
+
+def prepare(
+    dataset: str,
+    data_dir: Path,
+    archives_dir: Path | None = None,
+    *,
+    download: bool = False,
+    unverified: bool = False,
+    label: str = "",
+) -> Path:
+    """Makes `dataset` in `data_dir` and returns its folder.
+
+    Args:
+      dataset: one of the names above.
+      data_dir: TFDS's folder of data sets.
+      archives_dir: where the archives lie or are downloaded to; None: `data_dir`/downloads.
+      download: fetch what is missing.
+      unverified: accept archives that are not the official ones; the label then says so.
+      label: how results on the data are called; empty: its usual name.
+
+    Raises DataError naming the archive that is missing, damaged or another one.
+    """
+    if dataset == "imagenet2012":
+        raise DataError(
+            "imagenet2012 needs TFDS's own builder and TensorFlow: pip install 'ibjax[prepare]', then "
+            f"tfds build imagenet2012 --file_format=array_record --data_dir={data_dir}"
+        )
+    if dataset not in RECIPES:
+        raise DataError(f"--dataset={dataset} is unknown; {nearest(dataset, RECIPES)}")
+    recipe, folder = RECIPES[dataset], builders.folder(dataset, data_dir)
+    if folder.is_dir():
+        log.info("%s: already prepared; delete it to make it again", folder)
+        return folder
+    source = archives_dir or data_dir / "downloads"
+    paths = [archives.find(archive, source, download) for archive in recipe.archives]
+    checked = [archives.verify(archive, path, unverified) for archive, path in zip(recipe.archives, paths, strict=True)]
+    official = all(is_official for _, is_official in checked)
+    metadata = {
+        "label": label or recipe.label + ("" if official else " (unofficial archive)"),
+        "archives": {path.name: digest for path, (digest, _) in zip(paths, checked, strict=True)},
+    }
+    made = builders.write(dataset, recipe.read(paths), data_dir, metadata)
+    counts = {split["name"]: sum(map(int, split["shardLengths"])) for split in _info(made)["splits"]}
+    log.info("%s: %s, %s", made, metadata["label"], ", ".join(f"{n} {split}" for split, n in counts.items()))
+    return made
+
+
+def _info(folder):
+    return json.loads((folder / "dataset_info.json").read_text())
+
+
+def main() -> None:
+    """The command line of this module."""
+    parser = argparse.ArgumentParser(prog="python -m ibjax.data.prepare", allow_abbrev=False, description=__doc__)
+    parser.add_argument("--dataset", required=True, help=", ".join(RECIPES))
+    parser.add_argument("--data_dir", type=Path, required=True, help="TFDS's folder of data sets")
+    parser.add_argument("--archives", type=Path, help="folder of the archives; default: DATA_DIR/downloads")
+    parser.add_argument("--download", action="store_true", help="fetch the archives that are missing")
+    parser.add_argument("--unverified", action="store_true", help="accept archives that are not the official ones")
+    parser.add_argument("--label", default="", help="how results on the data are called; default: its usual name")
+    given = parser.parse_args()
+    errors.exit_with(
+        lambda: prepare(
+            given.dataset,
+            given.data_dir.expanduser(),
+            given.archives and given.archives.expanduser(),
+            download=given.download,
+            unverified=given.unverified,
+            label=given.label,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Data sets of TensorFlow Datasets by name, read without TensorFlow.
+
+    data=dict(name="tfds", dataset="cifar10", data_dir="~/tensorflow_datasets")
+
+Reads what `python -m ibjax.data.prepare` makes, and stock TFDS copies as they are, in ArrayRecord or TFRecord files,
+whose features are an image and a label. Images come in the data set's own order: where records carry an `id`, as those
+of stock CIFAR do, in the order of the ids.
+
+Guarantees (tests of the same names): TensorFlow is never imported; a damaged shard is named with how to make it again,
+or its images are unharmed.
+"""
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ibjax.data import Arrays, Split, tfrecord
+from ibjax.errors import DataError
+
+DEFAULT_DIR = "~/tensorflow_datasets"  # TFDS's own, unless TFDS_DATA_DIR says otherwise
+_LABELS = {
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "svhn_cropped": "SVHN",
+    "mnist": "MNIST",
+    "fashion_mnist": "Fashion-MNIST",
+}
+_BATCH = 4096  # records decoded at a time
+
+
+def load(*, dataset: str, data_dir: str = "", label: str = "") -> Arrays:
+    """Reads splits `train` and `test` (and `validation`, if there is one) of a data set into memory.
+
+    Where the labelled test images are a split named `validation`, as Tiny-ImageNet's, that is the test set.
+
+    Args:
+      dataset: name, or name/config, with a folder of that name in `data_dir`.
+      data_dir: TFDS's folder; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+      label: how results on it are called; empty: what `prepare` recorded, or the usual name.
+
+    Raises DataError: not there, and what to run; not a set of images with labels; damaged, and which file.
+    """
+    if dataset.endswith("_c"):
+        raise DataError(
+            f"data.dataset='{dataset}' is a test set only: train on '{dataset[:-2]}', then evaluate the run with "
+            f"python -m ibjax.analysis.corruptions --workdir=DIR --data_dir={data_dir or DEFAULT_DIR}"
+        )
+    stored = find(dataset, data_dir)
+    if "train" not in stored.counts or not {"test", "validation"} & set(stored.counts):
+        raise DataError(f"{stored.folder} has splits {', '.join(stored.counts)}; needed: train, and test or validation")
+    if stored.shape is None:
+        raise DataError(
+            f"{stored.folder} has images of different sizes, which do not fit in one array; "
+            f"ibjax.data.stream reads them, and class folders of images resized to one size can be trained on"
+        )
+    splits = {name: read(stored, name) for name in ("train", "validation", "test") if name in stored.counts}
+    test = splits.get("test", splits.get("validation"))
+    assert test is not None
+    val = splits.get("validation") if "test" in splits else None
+    return Arrays(splits["train"], test, stored.num_classes, val, label or stored.label)
+
+
+class Stored(NamedTuple):
+    """A data set on disk."""
+
+    builder: Any  # TFDS's, read-only
+    folder: Path
+    label: str
+    keys: tuple[str, str]  # of image and label in a record
+    shape: tuple[int, int, int] | None  # of every image; None where they differ
+    num_classes: int
+    counts: dict[str, int]  # images in each split
+    remake: str  # what to do when a file is damaged
+
+
+def find(dataset: str, data_dir: str = "") -> Stored:
+    """The newest version of a data set in `data_dir`; reads its description only."""
+    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or DEFAULT_DIR).expanduser()
+    make = _how_to_make(dataset, root)
+    versions = [info.parent for info in (root / dataset).glob("*/dataset_info.json")]
+    if not versions:
+        raise DataError(f"data.data_dir={root} has no {dataset}; make it: {make}, or give the right data_dir")
+    folder = max(versions, key=lambda folder: [int(number) for number in re.findall(r"\d+", folder.name)])
+    remake = f"delete {folder} and make it again: {make}"
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder_from_directory(str(folder))
+        features: Any = builder.info.features
+        keys = tuple(builder.info.supervised_keys or ("image", "label"))[:2]
+        image, target = (features[key] for key in keys)
+        counts = {name: int(split.num_examples) for name, split in builder.info.splits.items()}
+        num_classes = int(target.num_classes)
+        whole = tuple(image.shape)
+    except Exception as error:  # TFDS raises whatever a damaged or foreign description leads it to
+        reason = (str(error).splitlines() or [""])[0]
+        raise DataError(
+            f"{folder} does not describe images with class labels ({type(error).__name__}: {reason}); {remake}"
+        ) from None
+    if image.np_dtype != np.uint8 or len(whole) != 3:
+        kind = np.dtype(image.np_dtype)
+        raise DataError(f"{folder} holds images of {kind} {whole}; expected uint8 of (height, width, channels)")
+    recorded = builder.info.metadata or {}
+    name = recorded.get("label") or _LABELS.get(dataset, dataset)
+    shape = None if None in whole else whole
+    return Stored(builder, folder, name, keys, shape, num_classes, counts, remake)
+
+
+def _how_to_make(dataset, root):
+    from ibjax.data.prepare import RECIPES
+
+    if dataset in RECIPES:
+        return f"python -m ibjax.data.prepare --dataset={dataset} --data_dir={root} --download"
+    return f"pip install 'ibjax[prepare]' && tfds build {dataset} --file_format=array_record --data_dir={root}"
+
+
+def read(stored: Stored, split: str, start: int = 0, stop: int | None = None) -> Split:
+    """Images (N, H, W, C) uint8 and labels (N,) of records `start` to `stop` of a split, in its order."""
+    stop = stored.counts[split] if stop is None else stop
+    assert stored.shape is not None
+    images = np.empty((stop - start, *stored.shape), np.uint8)
+    labels = np.empty(stop - start, np.int64)
+    identities, (image, label) = [], stored.keys
+    for i, record in enumerate(records(stored, split, range(start, stop))):
+        images[i], labels[i] = record[image], record[label]
+        if "id" in record:
+            identities.append(record["id"])
+    if len(identities) == len(images) and start == 0:
+        order = np.argsort(np.array(identities), kind="stable")
+        images, labels = images[order], labels[order]
+    return Split(images, labels)
+
+
+def records(stored: Stored, split: str, indices: range) -> Iterable[dict[str, Any]]:
+    """The decoded records, `_BATCH` at a time in memory; raises DataError naming the shard that is damaged."""
+    features = stored.builder.info.features
+    if stored.builder.info.file_format.value == "tfrecord":
+        info = stored.builder.info.splits[split]
+        pairs = zip(info.filepaths, info.shard_lengths, strict=True)
+        found = [raw for name, length in pairs for raw in _shard(stored, Path(str(name)), length)]
+        yield from (_decoded(stored, features, split, found[i]) for i in indices)
+        return
+    source = _opened(stored, split)
+    for first in range(indices.start, indices.stop, _BATCH):
+        chosen = list(range(first, min(first + _BATCH, indices.stop)))
+        try:
+            batch = source.__getitems__(chosen)
+        except Exception as error:  # the C++ reader's RuntimeError, or what decoding damaged bytes leads to
+            raise damaged(stored, split, error) from None
+        yield from batch
+
+
+def _opened(stored, split):
+    try:
+        return stored.builder.as_data_source(split=split)
+    except NotImplementedError:
+        kind = stored.builder.info.file_format.value
+        raise DataError(f"{stored.folder} holds {kind} files; readable are array_record and tfrecord") from None
+    except Exception as error:
+        raise damaged(stored, split, error) from None
+
+
+def _shard(stored, shard, length):
+    try:
+        found = tfrecord.read(shard)
+    except OSError as error:
+        raise DataError(f"{shard} cannot be read ({error.strerror}); {stored.remake}") from None
+    except DataError as error:
+        raise DataError(f"{error}; {stored.remake}") from None
+    if len(found) != length:
+        raise DataError(f"{shard} has {len(found)} records, not {length}: it is truncated; {stored.remake}")
+    return found
+
+
+def _decoded(stored, features, split, raw):
+    try:
+        return features.deserialize_example_np(raw)
+    except Exception as error:
+        raise damaged(stored, split, error) from None
+
+
+def damaged(stored, split, error):
+    """Names the first shard of the split that cannot be read from end to end."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reason = " ".join(str(error).split())[:120] or type(error).__name__
+    for name in stored.builder.info.splits[split].filepaths:
+        try:
+            reader = ArrayRecordReader(str(name))
+            reader.read_all()
+            reader.close()
+        except Exception:
+            return DataError(f"{name} is missing, truncated or damaged ({reason}); {stored.remake}")
+    return DataError(f"{stored.folder}: {split} cannot be read ({reason}); {stored.remake}")

@@ -1,0 +1,394 @@
+"""TFDS by name: read without TensorFlow, our own data sets and stock ones, damaged ones named."""
+
+import io
+import json
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ibjax import config, run
+from ibjax.data import Split, builders, check, load_splits, part, stream, synthetic, tfds, tfrecord
+from ibjax.data.builders import Contents
+from ibjax.errors import DataError, InputError
+
+RNG = np.random.default_rng(0)
+CLASSES = tuple("abcdefghij")
+
+
+def examples(n, size=32):
+    return RNG.integers(0, 256, (n, size, size, 3), dtype=np.uint8), np.arange(n) % 10
+
+
+def make(data_dir, name="cifar10", n=80):
+    """One of our own data sets; returns its splits."""
+    splits = {"train": examples(n), "test": examples(20)}
+    contents = Contents((32, 32, 3), CLASSES, {split: zip(*part, strict=True) for split, part in splits.items()})
+    builders.write(name, contents, data_dir, {"label": "noise"})
+    return splits
+
+
+def png(image, kind="PNG"):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, kind)
+    file.seek(0)
+    return file
+
+
+def make_stock(data_dir, name, splits, shape=(32, 32, 3), ids=False, kind="PNG"):
+    """As TFDS's own builders do: encoded images, records shuffled, perhaps with ids."""
+    import tensorflow_datasets as catalogue
+
+    class Stock(catalogue.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = catalogue.core.Version("3.0.2")
+
+        def _info(self):
+            features = {
+                "image": catalogue.features.Image(shape=shape, encoding_format=kind.lower()),
+                "label": catalogue.features.ClassLabel(num_classes=10),
+            }
+            if ids:
+                features["id"] = catalogue.features.Text()
+            features = catalogue.features.FeaturesDict(features)
+            return catalogue.core.DatasetInfo(builder=self, features=features, supervised_keys=("image", "label"))
+
+        def _split_generators(self, dl_manager):
+            return {split: self._generate_examples(split) for split in splits}
+
+        def _generate_examples(self, split):
+            for i, (image, label) in enumerate(zip(*splits[split], strict=True)):
+                extra = {"id": f"{split}_{i:05d}"} if ids else {}
+                yield str(i), {"image": png(image, kind), "label": int(label), **extra}
+
+    Stock.name = name
+    Stock(data_dir=str(data_dir), file_format="array_record").download_and_prepare()
+    return data_dir / name / "3.0.2"
+
+
+def to_tfrecord(folder):
+    """Rewrites a data set's shards as TFRecord files, with a CRC-32C of its own, bit by bit."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    for shard in list(folder.glob("*.array_record-*")):
+        reader = ArrayRecordReader(str(shard))
+        content = b""
+        for record in reader.read_all():
+            length = struct.pack("<Q", len(record))
+            content += length + struct.pack("<I", slow_masked(length)) + record + struct.pack("<I", slow_masked(record))
+        reader.close()
+        shard.with_name(shard.name.replace("array_record", "tfrecord")).write_bytes(content)
+        shard.unlink()
+    info = folder / "dataset_info.json"
+    info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
+
+
+def slow_crc32c(data):
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def slow_masked(data):
+    crc = slow_crc32c(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+# ---- reading ------------------------------------------------------------------------------------------------
+
+
+def test_a_configuration_loads_a_data_set_by_name(tmp_path):
+    splits = make(tmp_path)
+    settings = config.base()
+    settings.data = dict(name="tfds", dataset="cifar10", data_dir=str(tmp_path), val_size=20, split_seed=0)
+    config.check(settings)
+    config.complete(settings)
+    data = run.load_data(settings)
+    assert (len(data.train.labels), len(data.val.labels), data.num_classes, data.label) == (60, 20, 10, "noise")
+    np.testing.assert_array_equal(data.test.images, splits["test"][0])
+    assert settings.data.fraction == 1.0 and settings.data.label == ""
+
+
+NO_TENSORFLOW = """
+import builtins, importlib, importlib.machinery, sys
+asked, find = [], importlib.machinery.PathFinder.find_spec
+def absent(name, *args, **options):  # as where it is not installed
+    return None if name.split(".")[0] == "tensorflow" else find(name, *args, **options)
+importlib.machinery.PathFinder.find_spec = absent
+def watched(call):
+    def importing(name, *args, **options):
+        if name.split(".")[0] == "tensorflow": asked.append(name)
+        return call(name, *args, **options)
+    return importing
+builtins.__import__, importlib.import_module = watched(builtins.__import__), watched(importlib.import_module)
+
+import numpy as np
+from pathlib import Path
+from ibjax.data import builders, load_splits, tfds
+image = np.arange(3072, dtype=np.uint8).reshape(32, 32, 3)
+split = [(image, 0), (image, 1)]
+contents = builders.Contents((32, 32, 3), ("a", "b"), {"train": split, "test": split})
+builders.write("cifar10", contents, Path(sys.argv[1]), {})
+load_splits(tfds.load, val_size=0, dataset="cifar10", data_dir=sys.argv[1])
+load_splits(tfds.load, val_size=0, dataset="stock", data_dir=sys.argv[2])
+load_splits(tfds.load, val_size=0, dataset="records", data_dir=sys.argv[2])
+print(asked, [name for name in sys.modules if name.split(".")[0] == "tensorflow"])
+"""
+
+
+def test_tensorflow_is_never_imported(tmp_path):
+    """Neither on building nor on reading, of our own, stock and TFRecord data sets."""
+    make_stock(tmp_path / "stock", "stock", {"train": examples(10), "test": examples(5)})
+    to_tfrecord(make_stock(tmp_path / "stock", "records", {"train": examples(10), "test": examples(5)}))
+    command = [sys.executable, "-c", NO_TENSORFLOW, str(tmp_path / "own"), str(tmp_path / "stock")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "[] []"
+
+
+@pytest.mark.parametrize("ids", [True, False])
+@pytest.mark.parametrize("records", ["array_record", "tfrecord"])
+def test_a_stock_copy_is_read_as_it_is(ids, records, tmp_path):
+    splits = {"train": examples(60), "test": examples(30)}
+    folder = make_stock(tmp_path, "cifar10", splits, ids=ids)
+    if records == "tfrecord":
+        to_tfrecord(folder)
+    data = tfds.load(dataset="cifar10", data_dir=str(tmp_path))
+    assert data.label == "CIFAR-10" and data.num_classes == 10 and data.val is None
+    for split, (x, y) in splits.items():
+        read = getattr(data, split)
+        if not ids:  # TFDS has shuffled them
+            order = [[np.array_equal(image, other) for other in x].index(True) for image in read.images]
+            assert sorted(order) == list(range(len(x))) and order != list(range(len(x)))
+            x, y = x[order], y[order]
+        np.testing.assert_array_equal(read.images, x)
+        np.testing.assert_array_equal(read.labels, y)
+
+
+def test_the_newest_version_and_the_splits_that_there_are(tmp_path, monkeypatch):
+    splits = {"train": examples(20), "validation": examples(10)}
+    make_stock(tmp_path, "cifar10", splits, ids=True)
+    make(tmp_path)  # version 1.0.0, older than 3.0.2
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    data = load_splits(tfds.load, val_size=0, dataset="cifar10")
+    np.testing.assert_array_equal(data.test.images, splits["validation"][0])  # no test split: this is it
+    assert data.val is None
+    make_stock(tmp_path, "three", {**splits, "test": examples(10)}, ids=True)
+    three = load_splits(tfds.load, val_size=0, dataset="three")
+    np.testing.assert_array_equal(three.val.images, splits["validation"][0])
+    make_stock(tmp_path, "one", {"train": examples(10)})
+    with pytest.raises(DataError, match="needed: train, and test or validation"):
+        tfds.load(dataset="one")
+
+
+def test_a_missing_data_set_says_what_to_run(tmp_path):
+    with pytest.raises(DataError, match=r"has no svhn_cropped; make it: python -m ibjax\.data\.prepare --dataset=svhn"):
+        tfds.load(dataset="svhn_cropped", data_dir=str(tmp_path))
+    with pytest.raises(DataError, match=r"tfds build imagenet2012"):
+        tfds.load(dataset="imagenet2012", data_dir=str(tmp_path))
+    with pytest.raises(DataError, match=r"test set only"):
+        tfds.load(dataset="cifar10_c", data_dir=str(tmp_path))
+
+
+# ---- faults -------------------------------------------------------------------------------------------------
+
+
+def mutations(content):
+    middle = len(content) // 2
+    yield "truncated", content[:middle]
+    yield "emptied", b""
+    yield "deleted", None
+    for at in (middle, len(content) // 3, 2 * len(content) // 3, 40, len(content) - 20):
+        yield f"flipped at {at}", content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :]
+    yield "tail lost", content[:-3]
+
+
+@pytest.mark.parametrize("records", ["array_record", "tfrecord"])
+def test_a_damaged_shard_is_named_with_how_to_make_it_again_or_unharmed(records, tmp_path):
+    make(tmp_path, n=200)
+    folder = builders.folder("cifar10", tmp_path)
+    if records == "tfrecord":
+        to_tfrecord(folder)
+    whole = tfds.load(dataset="cifar10", data_dir=str(tmp_path))
+    shard = next(folder.glob("cifar10-train*"))
+    content, named = shard.read_bytes(), 0
+    for what, damaged in mutations(content):
+        shard.write_bytes(damaged) if damaged is not None else shard.unlink()
+        try:
+            data = tfds.load(dataset="cifar10", data_dir=str(tmp_path))
+        except DataError as error:
+            assert shard.name in str(error) and "\n" not in str(error), what
+            assert f"delete {folder} and make it again: python -m ibjax.data.prepare" in str(error)
+            named += 1
+        else:  # the byte is padding
+            assert records == "array_record" and what.startswith("flipped"), what
+            np.testing.assert_array_equal(data.train.images, whole.train.images)
+            np.testing.assert_array_equal(data.train.labels, whole.train.labels)
+        shard.write_bytes(content)
+    assert named >= 7
+
+
+@pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
+def test_a_damaged_description_is_named(file, tmp_path):
+    make(tmp_path)
+    path = builders.folder("cifar10", tmp_path) / file
+    content = path.read_text()
+    for damaged in (content[: len(content) // 2], "", "{}"):
+        path.write_text(damaged)
+        with pytest.raises(DataError, match=r"cifar10/1\.0\.0") as caught:
+            tfds.load(dataset="cifar10", data_dir=str(tmp_path))
+        assert "\n" not in str(caught.value)
+
+
+def test_other_data_sets_are_refused(tmp_path):
+    make_stock(tmp_path, "sizes", {"train": examples(10), "test": examples(10)}, shape=(None, None, 3))
+    with pytest.raises(DataError, match=r"different sizes.*ibjax\.data\.stream"):
+        tfds.load(dataset="sizes", data_dir=str(tmp_path))
+
+
+def test_crc32c_against_published_values():
+    """RFC 3720, B.4, and the check value of the catalogue of parametrised CRC algorithms."""
+    vectors = [(b"123456789", 0xE3069283), (bytes(32), 0x8A9136AA), (b"\xff" * 32, 0x62A8AB43), (b"", 0)]
+    vectors += [(bytes(range(32)), 0x46DD794E), (bytes(range(31, -1, -1)), 0x113FDB5C)]
+    content = np.frombuffer(b"".join(data for data, _ in vectors), np.uint8)
+    sizes = np.array([len(data) for data, _ in vectors])
+    np.testing.assert_array_equal(tfrecord.crc32c(content, np.cumsum(sizes) - sizes, sizes), [c for _, c in vectors])
+
+
+# ---- fractions ----------------------------------------------------------------------------------------------
+
+
+def test_fractions_are_stratified_nested_and_share_the_validation_split():
+    options = dict(val_size=100, shape=(8, 8, 1), num_classes=5, n_train=600)
+    whole = load_splits(synthetic.load, **options)
+    before = None
+    for fraction, count in ((0.4, 200), (0.6, 300), (0.8, 400), (1.0, 500)):
+        data = load_splits(synthetic.load, fraction=fraction, **options)
+        assert len(data.train.labels) == count and np.ptp(np.bincount(data.train.labels)) <= 1
+        np.testing.assert_array_equal(data.val.images, whole.val.images)
+        np.testing.assert_array_equal(data.test.images, whole.test.images)
+        now = [image.tobytes() for image in data.train.images]
+        everything = [image.tobytes() for image in whole.train.images]
+        assert [everything.index(image) for image in now] == sorted(map(everything.index, now))  # in order
+        assert before is None or set(before) < set(now)
+        before = now
+    other = part(whole.train, 0.4, seed=1)
+    assert not np.array_equal(other.images, part(whole.train, 0.4, seed=0).images)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -0.5, 1.5, "0.4", True])
+def test_an_impossible_fraction_is_refused(value):
+    settings = config.base()
+    settings.data = dict(name="digits", val_size=0, split_seed=0, fraction=value)
+    with pytest.raises(InputError, match=r"data\.fraction=.* is not allowed; give a number above 0 and at most 1"):
+        config.check(settings)
+
+
+def test_a_fraction_can_be_set_on_every_recipe():
+    settings = config.base()
+    settings.data = dict(name="digits", val_size=0, split_seed=0)
+    assert config.complete(settings).data.fraction == 1.0
+    config.rename(settings, "data", "tfds")
+    assert settings.data.fraction == 1.0
+    settings.data = dict(name="digits", val_size=0, split_seed=0, fraction=0.4)
+    assert len(run.load_data(settings).train.labels) == round(0.4 * 1257)
+
+
+# ---- ImageNet-size sets -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """40 JPEGs of different sizes, of one colour each, which is their label."""
+    sizes = [(int(h), int(w)) for h, w in RNG.integers(40, 90, (40, 2))]
+    x = [np.full((*size, 3), 20 * (i % 10) + 30, np.uint8) for i, size in enumerate(sizes)]
+    splits = {"train": (x, np.arange(40) % 10), "validation": (x[:10], np.arange(10))}
+    make_stock(tmp_path, "imagenet2012", splits, shape=(None, None, 3), kind="JPEG")
+    return tfds.find("imagenet2012", str(tmp_path))
+
+
+def take(iterator, n):
+    return [batch for batch, _ in zip(iterator, range(n), strict=False)]
+
+
+def test_stream_a_batch_is_a_function_of_seed_and_step(pictures):
+    pytest.importorskip("grain")
+    options = dict(batch_size=6, train=True, size=16, threads=2)
+    batches = take(stream.batches(pictures, "train", seed=1, **options), 14)
+    resumed = take(stream.batches(pictures, "train", seed=1, step=5, **options), 9)
+    for a, b in zip(batches[5:], resumed, strict=True):
+        for key in ("image", "label", "index"):
+            np.testing.assert_array_equal(a[key], b[key])
+    other = take(stream.batches(pictures, "train", seed=2, **options), 1)[0]
+    assert not np.array_equal(other["index"], batches[0]["index"])
+    for batch in batches:
+        assert batch["image"].shape == (6, 16, 16, 3) and batch["image"].dtype == np.uint8
+        colours = batch["image"].reshape(6, -1).mean(1)
+        np.testing.assert_allclose(colours, 20 * batch["label"] + 30, atol=3)
+
+
+def test_stream_an_epoch_shows_every_image_once(pictures):
+    pytest.importorskip("grain")
+    epochs = take(stream.batches(pictures, "train", batch_size=6, train=True, size=8, threads=2), 12)
+    first, second = (np.concatenate([b["index"] for b in epochs[i : i + 6]]) for i in (0, 6))  # 36 of 40
+    for epoch in (first, second):
+        assert len(np.unique(epoch)) == 36
+    assert not np.array_equal(first, second)
+
+
+def test_stream_evaluation_is_in_order_and_whole(pictures):
+    pytest.importorskip("grain")
+    batches = list(stream.batches(pictures, "validation", batch_size=4, train=False, size=24, threads=2))
+    assert [len(b["label"]) for b in batches] == [4, 4, 2]
+    np.testing.assert_array_equal(np.concatenate([b["index"] for b in batches]), np.arange(10))
+    labels = np.concatenate([b["label"] for b in batches])
+    assert sorted(labels) == list(range(10))
+
+
+def test_stream_crops_lie_in_the_image():
+    for width, height in ((50, 400), (400, 50), (1, 1), (224, 224)):
+        for _ in range(200):
+            left, top, right, bottom = stream._random_box(width, height, RNG)
+            assert 0 <= left < right <= width and 0 <= top < bottom <= height
+    assert stream._centre(320, 256) == (48, 16, 272, 240)
+
+
+def test_stream_names_damage_and_what_cannot_be_read_at_random(pictures):
+    pytest.importorskip("grain")
+    with pytest.raises(InputError, match="batch_size=41 of 40"):
+        stream.batches(pictures, "train", batch_size=41, train=True)
+    shard = next(pictures.folder.glob("*train*"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=shard.name):
+        list(stream.batches(pictures, "train", batch_size=4, train=False, threads=2))
+    shard.write_bytes(content)
+    to_tfrecord(pictures.folder)
+    again = tfds.find("imagenet2012", str(pictures.folder.parent.parent))
+    with pytest.raises(DataError, match=r"tfds convert_format"):
+        stream.batches(again, "train", batch_size=4, train=True)
+
+
+def test_counts_of_the_description_are_those_of_the_files(tmp_path):
+    """A description that promises more records than the shards hold."""
+    make(tmp_path)
+    path = builders.folder("cifar10", tmp_path) / "dataset_info.json"
+    info = json.loads(path.read_text())
+    info["splits"][0]["shardLengths"] = ["90"]
+    path.write_text(json.dumps(info))
+    with pytest.raises(DataError, match="train cannot be read"):
+        tfds.load(dataset="cifar10", data_dir=str(tmp_path))
+
+
+def test_checks_apply_to_what_was_read(tmp_path):
+    black = [(np.zeros((32, 32, 3), np.uint8), i % 10) for i in range(20)]
+    builders.write("cifar10", Contents((32, 32, 3), CLASSES, {"train": black, "test": black}), tmp_path, {})
+    with pytest.raises(DataError, match="nearly black"):
+        load_splits(tfds.load, val_size=0, dataset="cifar10", data_dir=str(tmp_path))
+    with pytest.raises(DataError):
+        check(Split(np.zeros((2, 2)), np.zeros(2)), "train", 2)
