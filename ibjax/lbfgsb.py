@@ -13,7 +13,8 @@ with W = [Y, θS], K = [[−D, Lᵀ], [L, θSᵀS]], D and L the diagonal and th
 
 Differences from the Fortran code: every pair is scaled so that sᵀy = 1, which leaves B as it is and K well conditioned
 in float32; the path's segments are computed at once rather than one after the other; the line search asks for
-sufficient decrease alone (the step to the model's minimum, 1, is its longest), and pairs without curvature are dropped.
+sufficient decrease alone (1, the step to the minimum of the model, is its longest) and interpolates by parabolas, so
+that the iterates differ once a step was shortened; pairs without curvature are dropped.
 """
 
 from collections.abc import Callable

@@ -358,7 +358,7 @@ def test_sign_noise_is_at_the_corners_and_uniform_noise_fills_the_ball():
 def test_ara_comes_as_near_to_the_guide_as_scipy():
     import scipy.optimize
 
-    guide, eps, steps = X[guides(Y)], 0.1, 12
+    guide, eps, steps = X[guides(Y)], 0.1, 20
     x_adv = run(ara(eps=eps, steps=steps), y=guide, logits_fn=curved)
     ours = jnp.sum((curved(x_adv) - curved(guide)) ** 2, axis=1)
     wanted = curved(guide)

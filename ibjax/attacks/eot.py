@@ -22,10 +22,13 @@ from ibjax.attacks.pgd import first, fold_in, loss_function
 from ibjax.errors import check_range
 
 Stochastic = Callable[[Array, Array], Any]  # (one key, x (B, H, W, C)) -> logits (B, classes), or (logits, …)
+StochasticAttack = Callable[[Array, Stochastic, Array, Array], Array]
 _NOISE = 0x656F74  # folded into the key: the network's draws are not those of the attack's start
 
 
-def eot(*, attack: Callable[..., Attack], samples: int = 20, loss: "str | Callable" = "ce", **options: Any) -> Attack:
+def eot(
+    *, attack: Callable[..., Attack], samples: int = 20, loss: "str | Callable" = "ce", **options: Any
+) -> StochasticAttack:
     """An attack `(key, stochastic, x, target) -> x_adv` on the mean loss of `samples` draws.
 
     Args:
