@@ -80,7 +80,7 @@ ATTACKS = {  # name ends with its norm
     "spsa-l2": lambda eps=0.7: spsa(norm="l2", eps=eps, lr=0.05, steps=5, samples=32),
     "cw-l2": lambda eps=0.7: cw(eps=eps, lr=0.05, steps=30),
     "transfer-linf": lambda eps=0.1: transfer(
-        pgd(eps=eps, step_size=eps / 4, **ROLLED), lambda x: linear(x, SURROGATE)
+        attack=pgd(eps=eps, step_size=eps / 4, **ROLLED), surrogate=lambda x: linear(x, SURROGATE)
     ),
     "ara-linf": lambda eps=0.1: on(curved, ara(eps=eps, steps=4), X[guides(Y)]),
     "eot-linf": lambda eps=0.1: on(noisy, eot(attack=pgd, samples=4, eps=eps, step_size=eps / 4, **ROLLED)),
@@ -337,7 +337,7 @@ def test_expectation_beats_a_single_draw_on_a_noisy_network():
 
 def test_transfer_attacks_the_surrogate():
     plain = pgd(eps=0.1, step_size=0.02, **ROLLED)
-    on_surrogate = run(transfer(plain, lambda x: linear(x, SURROGATE)), logits_fn=curved)
+    on_surrogate = run(transfer(attack=plain, surrogate=lambda x: linear(x, SURROGATE)), logits_fn=curved)
     np.testing.assert_array_equal(on_surrogate, run(plain, logits_fn=lambda x: linear(x, SURROGATE)))
     white_box, black_box = (losses.cross_entropy(curved(x), Y).mean() for x in (run(plain), on_surrogate))
     assert black_box < white_box

@@ -12,7 +12,7 @@ from jax import Array
 from ibjax.attacks import Attack
 
 
-def transfer(attack: Attack, surrogate: Callable[[Array], Array]) -> Attack:
+def transfer(*, attack: Attack, surrogate: Callable[[Array], Array]) -> Attack:
     """`attack`, computed on `surrogate`, a `logits_fn` (B, H, W, C) -> (B, classes), whatever network it is given.
 
     A surrogate that closes over its weights bakes them into a program that is jitted around the attack.
