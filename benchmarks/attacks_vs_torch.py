@@ -208,7 +208,7 @@ def page(found: dict, records: list[dict]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     return (
         f"{found['data']}, {found['n']} test images, eps {found['eps']} (l2: 1.0), step {found['step_size']} (l2: 0.2)"
-        f", {found['model']}; clean {found['clean_acc']:.2f} %; logits differ by at most {found['logits_apart']:.1e}\n\n"
+        f", {found['model']}; clean {found['clean_acc']:.2f} %; logits differ by {found['logits_apart']:.1e}\n\n"
         f"{table(records)}\n\n"
         f"Robust accuracy in percent; distance: mean of the broken images, ibjax / torchattacks; seconds per run.\n"
         f"{found['hardware']}; {versions}; {found['date'][:10]}\n"
