@@ -5,17 +5,31 @@
 
 | symbol      | code        | default  |
 |-------------|-------------|----------|
-| L           | loss        | "ce"     | also "kl" (to a distribution), "margin" (C&W), or (logits, target) -> (B,)
+| L           | loss        | "ce"     | also "kl" (to a distribution), "margin" (C&W), or a function: see below
 | ε           | eps         | "8/255"  |
 | step        | step_size   | "2/255"  |
 | k           | steps       | 10       |
 | first point | init        | "uniform"| see geometry.STARTS
 
+Basic iterative method (Kurakin et al., 2017): init="none". Margin PGD, "CW l_inf" in many papers: loss="margin".
+
+Adaptive attacks give their own loss(output, target). Where the network returns more than logits, its output is a tuple
+(logits, …), as `Net.predict` returns it, and where the loss needs more than labels, so is the target: (labels, …).
+The loss has a value per image (B,) or, where it couples the batch (HSIC), one for all of them: (). With the latter the
+result depends on the batch; keep its size fixed and name it.
+
+    def loss(output, target):                              # cross-entropy plus a term on a tap
+        (logits, features), (labels, tap) = output, target
+        return losses.cross_entropy(logits, labels) + jnp.mean((features["stage1"] - tap) ** 2, (1, 2, 3))
+
+    x_adv = pgd(loss=loss)(key, lambda x: net.predict(variables, x), x, (y, tap))
+
 Guarantees (tests of the same names): x_adv lies in the eps-ball and in [0, 1]; eps=0 returns x; the same key
-gives the same result; each image's result is independent of the others in its batch.
+gives the same result; each image's result is independent of the others in its batch (unless the loss couples them).
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,23 +56,24 @@ def pgd(
     """An attack `(key, logits_fn, x, target) -> x_adv`.
 
     Args:
-      loss: what to maximise, per example: "ce", "kl", "margin" or a function (logits, target) -> (B,).
+      loss: what to maximise: "ce", "kl", "margin" or a function (output, target) -> (B,) or ().
       norm: "linf" or "l2".
       eps: radius in [0, 1] pixel units, as "8/255", a float, or an array (scalar or one per image).
       step_size: length of one step, same units.
       steps: number of gradient steps.
       init: the first point, a name in `geometry.STARTS`.
-      restarts: independent runs; of each image the misclassified one is kept, among equals the one of larger loss.
+      restarts: independent runs; of each image the misclassified one is kept, among equals the one of larger loss
+        (of larger margin, where the loss couples the batch and so has no value per image).
       unroll: unroll the loop; None means on CPU only, where XLA runs a rolled body on fewer threads.
 
     Returns:
       The attack. `x` is (B, H, W, C) in [0, 1], `target` what `loss` takes, `key` one key or one per image.
 
     Raises:
-      InputError: an eps that is no radius on [0, 1] images, or an unknown loss, norm or init.
+      InputError: an eps that is no radius on [0, 1] images, an unknown loss, norm or init, a loss of another shape.
     """
     ascend = stateful_pgd(loss=loss, norm=norm, eps=eps, step_size=step_size, steps=steps, init=init, unroll=unroll)
-    per_example = _loss(loss)
+    value = loss_function(loss)
     if restarts < 1:
         raise InputError(f"restarts={restarts} is not allowed; at least 1 run is needed")
 
@@ -71,17 +86,18 @@ def pgd(
 
         def run(i, best):
             x_best, score_best = best
-            fold = jax.random.fold_in if key.ndim == 0 else jax.vmap(jax.random.fold_in, (0, None))
-            x_adv = once(fold(key, i), logits_fn, x, target)
-            logits = logits_fn(x_adv)
-            score = (~losses.correct(logits, target), per_example(logits, target))  # compared in this order
+            x_adv = once(fold_in(key, i), logits_fn, x, target)
+            output = logits_fn(x_adv)
+            logits, labels, height = first(output), first(target), value(output, target)
+            height = losses.margin(logits, labels) if height.ndim == 0 else height
+            score = (~losses.correct(logits, labels), height)  # compared in this order
             better = (score[0] > score_best[0]) | ((score[0] == score_best[0]) & (score[1] > score_best[1]))
             x_best = jnp.where(geometry.per_image(better, x), x_adv, x_best)
             return x_best, jax.tree.map(lambda new, old: jnp.where(better, new, old), score, score_best)
 
         batch = x.shape[0]
-        first = (x, (jnp.zeros(batch, bool), jnp.full(batch, -jnp.inf)))
-        return lax.fori_loop(0, restarts, run, first, unroll=_unroll(unroll))[0]
+        none_yet = (x, (jnp.zeros(batch, bool), jnp.full(batch, -jnp.inf)))
+        return lax.fori_loop(0, restarts, run, none_yet, unroll=unrolled(unroll))[0]
 
     return attack
 
@@ -98,10 +114,10 @@ def stateful_pgd(
 ) -> StatefulAttack:
     """PGD on a network that changes as it is evaluated: `(key, forward, x, target, state) -> (x_adv, state)`.
 
-    `forward(x, state) -> (logits, state)`. Rice et al., ARD and IAD attack in batch-norm's training mode, so each
+    `forward(x, state) -> (output, state)`. Rice et al., ARD and IAD attack in batch-norm's training mode, so each
     step of theirs moves the running statistics; here these are the state. Arguments as `pgd`.
     """
-    per_example, eps = _loss(loss), geometry.radius(eps, norm)
+    value, eps = loss_function(loss), geometry.radius(eps, norm)
     step_size = geometry.radius(step_size, norm, "step_size")
     geometry.check_start(init)
     if steps < 1:
@@ -109,8 +125,8 @@ def stateful_pgd(
 
     def attack(key, forward, x, target, state):
         def objective(x_adv, state):
-            logits, state = forward(x_adv, state)
-            return jnp.sum(per_example(logits, target)), state  # a sum: gradients stay per image
+            output, state = forward(x_adv, state)
+            return jnp.sum(value(output, target)), state  # a sum: gradients stay per image
 
         def step(_, carry):
             x_adv, state = carry
@@ -119,18 +135,48 @@ def stateful_pgd(
             return geometry.project(x_adv, x, norm, eps), state
 
         x_start = geometry.start(key, x, norm, eps, init)
-        return lax.fori_loop(0, steps, step, (x_start, state), unroll=_unroll(unroll))
+        return lax.fori_loop(0, steps, step, (x_start, state), unroll=unrolled(unroll))
 
     return attack
 
 
-def _loss(loss: "str | Callable") -> Callable:
-    if callable(loss):
-        return loss
-    if loss not in LOSSES:
-        raise InputError(f"attack loss '{loss}' is unknown; {nearest(loss, LOSSES)}")
-    return LOSSES[loss]
+# ---- what attacks of other files share with this one --------------------------------------------------------
 
 
-def _unroll(unroll: bool | None) -> bool:
+def loss_function(loss: "str | Callable") -> Callable:
+    """The loss (output, target) -> (B,) or () that a name stands for, or a given one with its result's shape checked.
+
+    Losses with a name see the logits and the labels or distributions: the `first` of output and of target.
+    """
+    if not callable(loss):
+        if loss not in LOSSES:
+            raise InputError(f"attack loss '{loss}' is unknown; {nearest(loss, LOSSES)}")
+        return lambda output, target: LOSSES[loss](first(output), first(target))
+
+    def checked(output, target):
+        value = loss(output, target)
+        if value.ndim > 1:
+            raise InputError(
+                f"the attack's loss has shape {value.shape}; return one value per image (B,), or one for the batch ()"
+            )
+        return value
+
+    return checked
+
+
+def first(tree: Any) -> Array:
+    """The logits of a network's output, or the labels of a target: itself, or the first of a tuple."""
+    found = tree[0] if isinstance(tree, tuple) else tree
+    if not hasattr(found, "dtype"):
+        raise InputError(f"the attack was given a {type(tree).__name__}; give an array, or a tuple that begins with it")
+    return found
+
+
+def fold_in(key: Array, data: "int | Array") -> Array:
+    """Folds a number into one key, or into each of a key per image (B,)."""
+    return (jax.random.fold_in if key.ndim == 0 else jax.vmap(jax.random.fold_in, (0, None)))(key, data)
+
+
+def unrolled(unroll: bool | None) -> bool:
+    """Whether a short loop is unrolled: as asked, and on CPUs by default."""
     return jax.default_backend() == "cpu" if unroll is None else unroll

@@ -1,0 +1,38 @@
+"""Random noise: what no attack should do worse than.
+
+uniform   x_adv = Π( x + U(−ε, ε) )                l2: a Gaussian direction, at a radius uniform in [0, ε]
+sign      x_adv = Π( x + ε · v ),  v ∈ {−1, 1}     l2: the same direction at distance ε, less what leaves the box
+"""
+
+from collections.abc import Callable
+
+import jax
+from jax import Array
+
+from ibjax.attacks import Attack, geometry
+from ibjax.errors import InputError, nearest
+
+KINDS = ("uniform", "sign")
+
+
+def noise(*, kind: str = "uniform", norm: str = "linf", eps: "str | float | Array" = "8/255") -> Attack:
+    """An attack `(key, logits_fn, x, target) -> x_adv` that looks at neither network nor target.
+
+    Args:
+      kind: "uniform" fills the ball, "sign" goes to a corner of the l_inf cube or along its direction.
+      norm, eps: as in `pgd`.
+
+    Raises:
+      InputError: an eps that is no radius on [0, 1] images, an unknown kind or norm.
+    """
+    eps = geometry.radius(eps, norm)
+    if kind not in KINDS:
+        raise InputError(f"noise kind '{kind}' is unknown; {nearest(kind, KINDS)}")
+
+    def attack(key: Array, logits_fn: Callable, x: Array, target: Array) -> Array:
+        if kind == "uniform":
+            return geometry.start(key, x, norm, eps, "uniform")
+        signs = geometry.draw(jax.random.rademacher, key, x)
+        return geometry.project(x + geometry.per_image(eps, x) * signs, x, norm, eps)
+
+    return attack

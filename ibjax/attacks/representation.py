@@ -1,0 +1,75 @@
+"""Adversarial representation attack (ARA): Sabour et al., "Adversarial Manipulation of Deep Representations", ICLR
+2016, as in the shared-information paper (MERL TR2022-141, eq. 17).
+
+    min_x'  ‖φ(x') − φ(x_guide)‖²        subject to  |x' − x| ≤ ε,  0 ≤ x' ≤ 1
+
+by L-BFGS-B from x' = x, per image. φ is the layer before the output (the mean, of a stochastic one). An image is
+broken when x' is no longer classified as x is labelled.
+
+| symbol | code  | default  |
+|--------|-------|----------|
+| σ      | eps   | "10/255" | the paper: 5, 10, 15 of 255
+| step   | steps | 20       | at most so many iterations; those of the line search do not count. The paper: 10, 20
+
+The start, and the guides of the test set, are not stated in the paper. Here it starts at x, and every image is guided
+by one drawn from those of another class (`guides`).
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ibjax import lbfgsb
+from ibjax.attacks import Attack, geometry
+from ibjax.errors import InputError, check_range
+
+
+def ara(*, eps: "str | float | Array" = "10/255", steps: int = 20) -> Attack:
+    """An attack `(key, features_fn, x, guide) -> x_adv`; it draws nothing from `key`.
+
+    `features_fn` maps (B, H, W, C) to features (B, …), each image by itself; `guide` holds an image for each of x.
+
+        x_adv = ara()(key, lambda x: net.predict(variables, x)[1]["pre_logits"], x, images[guides(labels)])
+
+    Raises:
+      InputError: an eps that is no radius on [0, 1] images, steps < 1, guides of another shape.
+    """
+    eps = geometry.radius(eps, "linf")
+    check_range("steps", steps, 1)
+
+    def attack(key: Array, features_fn: Callable, x: Array, guide: Array) -> Array:
+        if guide.shape != x.shape:
+            raise InputError(f"guides have shape {guide.shape}; give one image for each of x, {x.shape}")
+        wanted = features_fn(guide)
+        radius = geometry.per_image(eps, x)
+        lower, upper = jnp.maximum(x - radius, 0.0), jnp.minimum(x + radius, 1.0)
+
+        def one(x, wanted, lower, upper):
+            def distance(flat):
+                return jnp.sum((features_fn(flat.reshape(1, *x.shape))[0] - wanted) ** 2)
+
+            flat, _ = lbfgsb.minimize(distance, x.ravel(), lower.ravel(), upper.ravel(), steps=steps)
+            return flat.reshape(x.shape)
+
+        return geometry.project(jax.vmap(one)(x, wanted, lower, upper), x, "linf", eps)
+
+    return attack
+
+
+def guides(labels: np.ndarray, seed: int = 0) -> np.ndarray:
+    """For every image (N,) the index of another, drawn evenly from those with another label.
+
+    Pair the whole test set before it is cut into batches: then no result depends on them.
+    Raises InputError where all labels are the same.
+    """
+    labels = np.asarray(labels)
+    order = np.argsort(labels, kind="stable")  # the images of a class are neighbours
+    _, group, count = np.unique(labels, return_inverse=True, return_counts=True)
+    if len(count) < 2:
+        raise InputError("guides come from another class; all images have the same label")
+    after_own = np.cumsum(count)[group]  # where in `order` the own class ends; the others follow, cyclically
+    drawn = np.random.default_rng(seed).integers(0, len(labels) - count[group])
+    return order[(after_own + drawn) % len(labels)]

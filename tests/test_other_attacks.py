@@ -1,0 +1,506 @@
+"""The attacks beside PGD and AutoAttack: one table of guarantees, then each against an oracle of its own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ibjax import losses
+from ibjax.attacks import eot as eot_module
+from ibjax.attacks import geometry
+from ibjax.attacks.cw import cw
+from ibjax.attacks.eot import eot, sampled
+from ibjax.attacks.mim import mim
+from ibjax.attacks.nifgsm import nifgsm
+from ibjax.attacks.noise import noise
+from ibjax.attacks.pgd import fold_in, pgd
+from ibjax.attacks.representation import ara, guides
+from ibjax.attacks.spsa import spsa
+from ibjax.attacks.transfer import transfer
+from ibjax.errors import InputError
+
+RNG = np.random.default_rng(0)
+X = jnp.float32(RNG.uniform(size=(6, 5, 4, 3))).at[:, 0, 0].set(0.0).at[:, 0, 1].set(1.0)  # the box's edges too
+WEIGHTS = jnp.float32(RNG.normal(size=(60, 4)) / 4)
+SURROGATE = WEIGHTS + 0.05 * jnp.float32(RNG.normal(size=(60, 4)))
+KEY = jax.random.key(0)
+EPS = {"linf": 0.1, "l2": 0.7}
+
+
+def linear(x, weights=WEIGHTS):
+    return x.reshape(x.shape[0], -1) @ weights
+
+
+def curved(x):
+    return jnp.tanh(linear(x)) * 3 + jnp.square(linear(x))[:, ::-1]
+
+
+Y = jnp.argmax(curved(X), axis=1).astype(jnp.int32)  # all are classified correctly
+
+
+def noisy(key, x):
+    """A randomised network: other weights at every draw."""
+    return curved(x) + linear(x, 0.3 * jax.random.normal(key, WEIGHTS.shape))
+
+
+def lenient(factory):
+    """optax's Adam mixes a float with its integer count, which strict promotion refuses."""
+
+    def make(**options):
+        attack = factory(**options)
+
+        def run(*given):
+            with jax.numpy_dtype_promotion("standard"):
+                return attack(*given)
+
+        return run
+
+    return make
+
+
+cw, spsa = lenient(cw), lenient(spsa)
+
+
+def on(fun, attack, target=Y):
+    """The attack on `fun` in place of logits, and with its own kind of target for each image."""
+
+    def run(key, logits_fn, x, y):
+        rows = jnp.argmin(jnp.sum((x[:, None] - X[None]) ** 2, axis=(2, 3, 4)), axis=1)  # which of X these are
+        return attack(key, fun, x, target[rows])
+
+    return run
+
+
+ROLLED = dict(steps=5, unroll=False)
+ATTACKS = {  # name ends with its norm
+    "mim-linf": lambda eps=0.1: mim(eps=eps, step_size=eps / 4, **ROLLED),
+    "mim-l2": lambda eps=0.7: mim(norm="l2", eps=eps, step_size=eps / 4, init="uniform", **ROLLED),
+    "nifgsm-linf": lambda eps=0.1: nifgsm(eps=eps, step_size=eps / 4, **ROLLED),
+    "spsa-linf": lambda eps=0.1: spsa(eps=eps, lr=0.03, steps=5, samples=32),
+    "spsa-l2": lambda eps=0.7: spsa(norm="l2", eps=eps, lr=0.05, steps=5, samples=32),
+    "cw-l2": lambda eps=0.7: cw(eps=eps, lr=0.05, steps=30),
+    "transfer-linf": lambda eps=0.1: transfer(
+        attack=pgd(eps=eps, step_size=eps / 4, **ROLLED), surrogate=lambda x: linear(x, SURROGATE)
+    ),
+    "ara-linf": lambda eps=0.1: on(curved, ara(eps=eps, steps=4), X[guides(Y)]),
+    "eot-linf": lambda eps=0.1: on(noisy, eot(attack=pgd, samples=4, eps=eps, step_size=eps / 4, **ROLLED)),
+    "noise-uniform-linf": lambda eps=0.1: noise(eps=eps),
+    "noise-sign-linf": lambda eps=0.1: noise(kind="sign", eps=eps),
+    "noise-uniform-l2": lambda eps=0.7: noise(norm="l2", eps=eps),
+    "noise-sign-l2": lambda eps=0.7: noise(kind="sign", norm="l2", eps=eps),
+}
+
+
+@pytest.fixture(params=list(ATTACKS))
+def name(request):
+    return request.param
+
+
+def run(attack, x=X, y=Y, key=KEY, logits_fn=curved):
+    return jax.jit(lambda key, x, y: attack(key, logits_fn, x, y))(key, x, y)
+
+
+def test_x_adv_lies_in_the_eps_ball_and_in_the_box(name):
+    norm, x_adv = name.split("-")[-1], run(ATTACKS[name]())
+    assert x_adv.dtype == X.dtype and x_adv.shape == X.shape
+    assert float(geometry.distance(x_adv, X, norm).max()) <= EPS[norm] + 1e-6
+    assert float(x_adv.min()) >= 0 and float(x_adv.max()) <= 1
+
+
+def test_eps_zero_returns_x(name):
+    np.testing.assert_array_equal(run(ATTACKS[name](eps=0.0)), X)
+
+
+def test_the_same_key_gives_the_same_result_and_the_eps_may_be_one_per_image(name):
+    norm = name.split("-")[-1]
+    eps = jnp.linspace(0.0, 1.0, 6) * EPS[norm]
+    first, second = (run(ATTACKS[name](eps=eps)) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    size = np.asarray(geometry.distance(first, X, norm))
+    assert np.all(size <= eps + 1e-6) and size[5] > 0
+
+
+def test_each_image_is_attacked_by_itself(name):
+    """With a key per image, an image's result does not depend on the rest of its batch."""
+    keys, attack = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(3), jnp.arange(6)), ATTACKS[name]()
+    rows = jnp.array([0, 5])
+    together, pair = run(attack, key=keys), run(attack, X[rows], Y[rows], keys[rows])
+    np.testing.assert_allclose(together[rows], pair, atol=2e-5)
+
+
+def test_the_loss_rises(name):
+    def loss(x):
+        return losses.cross_entropy(curved(x), Y).mean()
+
+    if not name.startswith(("noise", "ara")):  # these do not look at the loss
+        assert loss(run(ATTACKS[name]())) > loss(X)
+
+
+# ---- momentum ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attack", [mim, nifgsm])
+def test_without_decay_it_is_the_basic_iterative_method(attack):
+    options = dict(eps=0.1, step_size=0.02, init="none", **ROLLED)
+    np.testing.assert_allclose(run(attack(decay=0.0, **options)), run(pgd(**options)), atol=1e-6)
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_momentum_follows_its_formula_in_numpy(lookahead):
+    """On a quadratic loss, whose gradient is written by hand, in float64."""
+    a, steps, alpha, mu, eps = RNG.normal(size=60), 6, 0.02, 0.7, 0.09
+    x = np.float64(X).reshape(6, 60)
+    x_adv, g = x, np.zeros_like(x)
+    for _ in range(steps):
+        at = x_adv + mu * alpha * g * lookahead
+        gradient = 2 * (at @ a)[:, None] * a - 2 * at
+        g = mu * g + gradient / np.abs(gradient).mean(1, keepdims=True)
+        x_adv = np.clip(np.clip(x_adv + alpha * np.sign(g), x - eps, x + eps), 0, 1)
+
+    def loss(x, target):
+        flat = x.reshape(x.shape[0], -1)
+        return (flat @ jnp.float32(a)) ** 2 - jnp.sum(flat**2, axis=1)
+
+    attack = (nifgsm if lookahead else mim)(loss=loss, eps=eps, step_size=alpha, steps=steps, decay=mu, unroll=False)
+    np.testing.assert_allclose(run(attack, logits_fn=lambda x: x).reshape(6, 60), x_adv, atol=1e-5)
+
+
+def test_momentum_carries_on_where_the_gradient_vanishes():
+    """A gradient of zero adds nothing; it is not NaN."""
+    y = jnp.zeros(6, jnp.int32)
+
+    def flat_beyond(x):  # rises until the first pixel reaches 0.55
+        return jnp.stack([0 * x[:, 1, 1, 0], jnp.minimum(x[:, 1, 1, 0], 0.55)], axis=1)
+
+    x = jnp.full_like(X, 0.5)
+    x_adv = run(mim(eps=0.4, step_size=0.1, steps=3, unroll=False), x, y, logits_fn=flat_beyond)
+    np.testing.assert_allclose(x_adv[:, 1, 1, 0], 0.8, atol=1e-6)
+    assert np.array_equal(run(mim(), x, y, logits_fn=lambda x: jnp.zeros((6, 4))), x)
+
+
+# ---- SPSA --------------------------------------------------------------------------------------------------
+
+
+def test_spsa_recovers_the_sign_of_a_linear_models_gradient():
+    """Adam's first step is lr · sign(g); the estimate's deviation is ‖w‖/√q per pixel."""
+    x, y, lr = jnp.full_like(X, 0.5), jnp.zeros(6, jnp.int32), 0.01
+    w = (WEIGHTS[:, 1] - WEIGHTS[:, 0]).reshape(5, 4, 3)
+    attack = spsa(eps=0.1, steps=1, samples=2048, lr=lr)
+    x_adv = run(attack, x, y, logits_fn=lambda x: linear(x)[:, :2])
+    clear = jnp.abs(w) > 5 * jnp.linalg.norm(w) / np.sqrt(2048)
+    assert clear.mean() > 0.4
+    np.testing.assert_allclose(
+        jnp.where(clear, x_adv - x, 0), jnp.broadcast_to(jnp.where(clear, lr * jnp.sign(w), 0), x.shape), atol=1e-6
+    )
+
+
+def test_spsa_needs_no_gradient():
+    """A network of steps has none; the loss rises all the same."""
+
+    def steps(x):
+        return jnp.floor(8 * linear(x)) / 8
+
+    x_adv = run(spsa(eps=0.1, delta=0.05, lr=0.03, samples=64), logits_fn=steps)
+    assert losses.margin(steps(x_adv), Y).mean() > losses.margin(steps(X), Y).mean() + 0.3
+    np.testing.assert_array_equal(run(pgd(init="none", loss="margin", unroll=False), logits_fn=steps), X)
+
+
+# ---- C&W ---------------------------------------------------------------------------------------------------
+
+
+def classified():
+    """Images and the classes that the linear model gives them."""
+    return X, jnp.argmax(linear(X), axis=1).astype(jnp.int32)
+
+
+def test_cw_finds_the_nearest_boundary_of_a_linear_model():
+    """Two classes, no pixel near the box: the distance is |margin| / ‖w‖."""
+    x = 0.5 + 0.1 * (X - 0.5)
+    y = jnp.argmax(linear(x)[:, :2], axis=1).astype(jnp.int32)
+
+    def two(x):
+        return linear(x)[:, :2]
+
+    x_adv = run(cw(c=5.0, steps=1500, lr=0.003), x, y, logits_fn=two)
+    exact = jnp.abs(two(x)[:, 0] - two(x)[:, 1]) / jnp.linalg.norm(WEIGHTS[:, 0] - WEIGHTS[:, 1])
+    assert not losses.correct(two(x_adv), y).any()
+    size = geometry.distance(x_adv, x, "l2")
+    assert np.all(size >= exact - 1e-5)
+    np.testing.assert_allclose(size, exact, rtol=0.03, atol=2e-3)
+
+
+def test_cw_on_log_softmax_works_fixed_and_is_inert_in_torchattacks():
+    """All logits negative: masking with 0 leaves no classification term, hence no gradient but that of the distance."""
+    x, y = classified()
+
+    def log_softmax(x):
+        return jax.nn.log_softmax(linear(x))
+
+    def broken(**options):
+        x_adv = run(cw(c=1.0, lr=0.05, steps=60, **options), x, y, logits_fn=log_softmax)
+        return int((~losses.correct(linear(x_adv), y)).sum())
+
+    assert broken() == 6
+    assert broken(torchattacks_compat=True) == 0
+
+
+def test_cw_moves_pixels_at_the_edge_of_the_box_and_torchattacks_does_not():
+    x, y = jnp.round(X), jnp.argmax(linear(jnp.round(X)), axis=1).astype(jnp.int32)
+    options = dict(c=10.0, lr=0.5, steps=200)
+    fixed, theirs = (run(cw(torchattacks_compat=c, **options), x, y, logits_fn=linear) for c in (False, True))
+    assert not losses.correct(linear(fixed), y).any() and jnp.isfinite(fixed).all()
+    np.testing.assert_array_equal(theirs, x)
+
+
+def test_cw_returns_x_where_nothing_nearer_than_eps_is_misclassified():
+    x, y = classified()
+    free = run(cw(lr=0.05, steps=60), x, y, logits_fn=linear)
+    sizes = np.asarray(geometry.distance(free, x, "l2"))
+    eps = float(np.sort(sizes)[2:4].mean())  # a bound that half of them keep
+    bounded = run(cw(lr=0.05, steps=60, eps=eps), x, y, logits_fn=linear)
+    expected = np.where((sizes < eps)[:, None, None, None], free, x)
+    np.testing.assert_allclose(bounded, expected, atol=1e-6)
+
+
+def test_cw_in_torchattacks_mode_stops_the_whole_batch_at_once():
+    """A learning rate that overshoots makes the summed cost rise; the images of the batch then all stop."""
+    x, y = classified()
+    calls = []
+
+    def counting(x):
+        jax.debug.callback(lambda: calls.append(1))
+        return linear(x)
+
+    for compat in (False, True):
+        calls.clear()
+        run(cw(c=0.0, lr=5.0, steps=100, torchattacks_compat=compat), x, y, logits_fn=counting).block_until_ready()
+        jax.effects_barrier()
+        assert (len(calls) < 100) == compat
+
+
+# ---- randomised networks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attack", [pgd, mim, nifgsm])
+def test_a_deterministic_network_gives_the_plain_attacks_result(attack):
+    options = dict(loss="margin", eps=0.1, step_size=0.02, init="uniform", **ROLLED)
+    wrapped = eot(attack=attack, samples=3, **options)
+    np.testing.assert_allclose(
+        run(wrapped, logits_fn=lambda key, x: curved(x)), run(attack(**options), logits_fn=curved), atol=1e-6
+    )
+
+
+def test_the_gradient_is_the_mean_of_the_samples_gradients():
+    """Each sample's gradient by itself, then their mean: its sign is the step. The mean logits would go elsewhere."""
+    draws = sampled(fold_in(KEY, eot_module._NOISE), noisy, 5)
+    step = eot(attack=pgd, samples=5, steps=1, init="none", eps=0.1, step_size=1e-3, unroll=False)
+    x_adv = run(step, logits_fn=noisy)
+
+    @jax.jit
+    def gradients(x):
+        each = [jax.grad(lambda x, s=s: jnp.sum(losses.cross_entropy(draws(x)[1][s], Y)))(x) for s in range(5)]
+        return sum(each) / 5, jax.grad(lambda x: jnp.sum(losses.cross_entropy(draws(x)[0], Y)))(x)
+
+    mean, at_mean_logits = gradients(X)
+    inside = (X > 0) & (X < 1) & (jnp.abs(mean) > 1e-5)
+    np.testing.assert_array_equal(jnp.sign(x_adv - X)[inside], jnp.sign(mean)[inside])
+    assert jnp.mean((jnp.sign(mean) != jnp.sign(at_mean_logits))[inside]) > 0.01
+
+
+def test_noise_is_fresh_at_every_point_and_the_same_at_the_same_point():
+    for key in (KEY, jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(6))):
+        forward = jax.jit(sampled(key, noisy, 3))
+        mean, draws = forward(X)
+        np.testing.assert_array_equal(forward(X)[1], draws)
+        np.testing.assert_allclose(mean, draws.mean(0), atol=1e-6)
+        noise_here = draws - curved(X)[None]
+        moved = X.at[:, 2, 2, 1].add(1e-6)  # one bit or two of one pixel
+        assert jnp.abs(noise_here - (forward(moved)[1] - curved(moved)[None])).max(axis=(0, 2)).min() > 0.01
+        assert jnp.abs(noise_here[0] - noise_here[1]).min(axis=1).max() > 0.01
+
+
+def test_expectation_beats_a_single_draw_on_a_noisy_network():
+    """The network's weights drown in noise at each draw; the mean of many is what there is to attack."""
+
+    def drowned(key, x):
+        return linear(x, WEIGHTS + 3.0 * jax.random.normal(key, WEIGHTS.shape))
+
+    def reached(samples):
+        attack = eot(attack=pgd, samples=samples, loss="margin", eps=0.1, step_size=0.05, steps=3, unroll=False)
+        return losses.margin(linear(run(attack, logits_fn=drowned)), Y).mean()
+
+    assert reached(400) > reached(1) + 0.3
+
+
+# ---- transfer, noise, representations ----------------------------------------------------------------------
+
+
+def test_transfer_attacks_the_surrogate():
+    plain = pgd(eps=0.1, step_size=0.02, **ROLLED)
+    on_surrogate = run(transfer(attack=plain, surrogate=lambda x: linear(x, SURROGATE)), logits_fn=curved)
+    np.testing.assert_array_equal(on_surrogate, run(plain, logits_fn=lambda x: linear(x, SURROGATE)))
+    white_box, black_box = (losses.cross_entropy(curved(x), Y).mean() for x in (run(plain), on_surrogate))
+    assert black_box < white_box
+
+
+def test_sign_noise_is_at_the_corners_and_uniform_noise_fills_the_ball():
+    x = jnp.full((300, 6, 6, 3), 0.5)
+    signs = np.asarray(noise(kind="sign", eps=0.1)(KEY, None, x, None) - x)
+    np.testing.assert_allclose(np.abs(signs), 0.1, atol=1e-6)
+    assert abs(np.mean(signs > 0) - 0.5) < 0.01
+    inside = np.asarray(noise(eps=0.1)(KEY, None, x, None) - x)
+    assert abs(inside.std() - 0.1 / np.sqrt(3)) < 1e-3
+    np.testing.assert_allclose(
+        geometry.distance(noise(kind="sign", norm="l2", eps=1.0)(KEY, None, x, None), x, "l2"), 1, atol=1e-5
+    )
+
+
+def test_ara_comes_as_near_to_the_guide_as_scipy():
+    import scipy.optimize
+
+    guide, eps, steps = X[guides(Y)], 0.1, 20
+    x_adv = run(ara(eps=eps, steps=steps), y=guide, logits_fn=curved)
+    ours = jnp.sum((curved(x_adv) - curved(guide)) ** 2, axis=1)
+    wanted = curved(guide)
+    before = jnp.sum((curved(X) - curved(guide)) ** 2, axis=1)
+
+    @jax.jit
+    def value_and_gradient(flat, wanted):
+        return jax.value_and_grad(lambda flat: jnp.sum((curved(flat.reshape(1, 5, 4, 3))[0] - wanted) ** 2))(flat)
+
+    for i in range(6):
+        lower, upper = (np.clip(np.float64(X[i]).ravel() + side * eps, 0, 1) for side in (-1, 1))
+
+        def both(flat, i=i):
+            value, gradient = value_and_gradient(jnp.float32(flat), wanted[i])
+            return float(value), np.asarray(gradient, np.float64)
+
+        best = scipy.optimize.minimize(
+            both,
+            np.float64(X[i]).ravel(),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=scipy.optimize.Bounds(lower, upper),
+            options=dict(maxiter=steps),
+        ).fun
+        assert ours[i] <= best + 0.02 * before[i]
+        assert ours[i] < 0.95 * before[i]
+
+
+def test_guides_are_of_another_class_and_evenly_drawn():
+    labels = RNG.integers(0, 5, 4000)
+    chosen = guides(labels, seed=1)
+    assert np.all(labels[chosen] != labels)
+    np.testing.assert_array_equal(chosen, guides(labels, seed=1))
+    assert np.any(chosen != guides(labels, seed=2))
+    pairs = np.zeros((5, 5))
+    np.add.at(pairs, (labels, labels[chosen]), 1)
+    rows = pairs.sum(1, keepdims=True)
+    off = ~np.eye(5, dtype=bool)
+    assert np.all(np.abs((pairs / rows)[off] - 0.25) < 0.08)
+    assert len(np.unique(chosen)) > 0.6 * 4000 * (1 - np.exp(-1))
+
+
+# ---- PGD on a loss of one's own ----------------------------------------------------------------------------
+
+
+def with_features(x):
+    return curved(x), {"tap": linear(x)}
+
+
+def test_pgd_takes_a_loss_of_logits_and_features():
+    """A loss on a tap alone goes where the tap's gradient points; without a tap it is the plain attack."""
+    options = dict(eps=0.1, step_size=0.02, steps=5, unroll=False, init="none")
+
+    def away_from_tap(output, target):
+        (_, features), (_, tap) = output, target
+        return jnp.sum((features["tap"] - tap) ** 2, axis=1)
+
+    x_adv = run(pgd(loss=away_from_tap, **options), y=(Y, linear(X) - 1.0), logits_fn=with_features)
+    x, w = np.float64(X).reshape(6, 60), np.float64(WEIGHTS)
+    expected = x
+    for _ in range(5):
+        gradient = 2 * (expected @ w - (x @ w - 1.0)) @ w.T
+        expected = np.clip(np.clip(expected + 0.02 * np.sign(gradient), x - 0.1, x + 0.1), 0, 1)
+    np.testing.assert_allclose(x_adv.reshape(6, 60), expected, atol=1e-5)
+    plain = run(pgd(**options), logits_fn=curved)
+    np.testing.assert_array_equal(run(pgd(**options), y=(Y, X), logits_fn=with_features), plain)
+
+
+def batch_coupling(output, target):
+    """Not a sum over images: the variance of a tap over the batch, less the mean cross-entropy's share."""
+    (logits, features), labels = output, target
+    return jnp.mean(losses.cross_entropy(logits, labels)) + jnp.sum(jnp.var(features["tap"], axis=0))
+
+
+@pytest.mark.parametrize("restarts", [1, 4])
+def test_pgd_takes_a_loss_that_couples_the_batch(restarts):
+    attack = pgd(loss=batch_coupling, eps=0.1, step_size=0.02, steps=8, restarts=restarts, unroll=False)
+    x_adv = run(attack, logits_fn=with_features)
+    assert geometry.distance(x_adv, X, "linf").max() <= 0.1 + 1e-6
+    assert batch_coupling(with_features(x_adv), Y) > batch_coupling(with_features(X), Y) + 0.1
+
+
+def test_restarts_of_a_coupling_loss_keep_the_misclassified_then_the_larger_margin():
+    attack = {n: pgd(loss=batch_coupling, eps=0.1, step_size=0.02, steps=1, restarts=n, unroll=False) for n in (1, 6)}
+    runs = []
+    for i in range(6):
+        single = run(attack[1], key=jax.random.fold_in(KEY, i), logits_fn=with_features)
+        runs.append((losses.margin(curved(single), Y), single))
+    margins = jnp.stack([margin for margin, _ in runs])
+    best = jnp.stack([x_adv for _, x_adv in runs])[jnp.argmax(margins, axis=0), jnp.arange(6)]
+    np.testing.assert_allclose(run(attack[6], logits_fn=with_features), best, atol=1e-6)
+
+
+def test_margin_pgd_breaks_of_a_linear_model_what_the_closed_form_says():
+    """Where no pixel meets the box, an image is robust iff its margin exceeds eps · ‖w_y − w_k‖₁."""
+    x = jnp.float32(0.5 + 0.25 * RNG.uniform(-1, 1, (200, 5, 4, 3)))
+
+    def two(x):
+        return linear(x)[:, :2]
+
+    y = jnp.argmax(two(x), axis=1).astype(jnp.int32)
+    exact = jnp.abs(two(x)[:, 1] - two(x)[:, 0]) > 0.03 * jnp.sum(jnp.abs(WEIGHTS[:, 1] - WEIGHTS[:, 0]))
+    attack = pgd(loss="margin", eps=0.03, step_size=0.01, steps=8, unroll=False)
+    np.testing.assert_array_equal(losses.correct(two(run(attack, x, y, logits_fn=two)), y), exact)
+    assert 20 < exact.sum() < 180
+
+
+# ---- errors ------------------------------------------------------------------------------------------------
+
+
+def output_is_a_dict():
+    return run(pgd(unroll=False), logits_fn=lambda x: {"logits": curved(x)})
+
+
+def guide_of_another_shape():
+    return ara()(KEY, curved, X, X[:3])
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: mim(decay=-1.0), "decay"),
+        (lambda: mim(steps=0), "steps=0"),
+        (lambda: mim(eps=8), "8/255"),
+        (lambda: nifgsm(norm="l2", eps=0.5), "mim"),
+        (lambda: spsa(delta=0.0), "delta"),
+        (lambda: spsa(samples=0), "samples"),
+        (lambda: spsa(loss="cee"), "'ce'"),
+        (lambda: run(spsa(loss=batch_coupling), logits_fn=with_features), "pgd"),
+        (lambda: cw(c=-1.0), "c=-1"),
+        (lambda: cw(steps=0), "steps=0"),
+        (lambda: cw(eps=128), "l2"),
+        (lambda: noise(kind="sing"), "'sign'"),
+        (lambda: ara(eps=10), "8/255"),
+        (guide_of_another_shape, "guide"),
+        (lambda: guides(np.zeros(5, int)), "another class"),
+        (lambda: run(eot(attack=pgd, samples=0), logits_fn=noisy), "samples"),
+        (output_is_a_dict, "tuple"),
+        (lambda: run(pgd(loss=lambda z, y: z, unroll=False)), "(6, 4)"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(call, words):
+    with pytest.raises(InputError) as caught:
+        call()
+    assert words in str(caught.value) and "\n" not in str(caught.value)
