@@ -38,7 +38,7 @@ class Twin(nn.Module):
                 self.record(*names, x)
         if final is not None:
             x = self.record(*[f"{name}_relu" for name in names], final(x))
-        return self.record("pre_logits", x.mean((2, 3)))
+        return self.record("pre_logits", F.avg_pool2d(x, x.shape[-1]).flatten(1))
 
     def ours(self):
         """{their module name: our module path} of all layers with weights."""

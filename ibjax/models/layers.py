@@ -244,3 +244,35 @@ class GlobalAverage(nn.Module):
 def global_average(x: Array) -> Array:
     """(B, H, W, C) -> (B, C), the spatial mean, summed in float32."""
     return jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+
+
+class AveragePool(nn.Module):
+    """Average-pooling with windows of `factor`×`factor`, which must divide the map."""
+
+    factor: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        b, h, w, c = x.shape
+        if h % self.factor or w % self.factor:
+            raise InputError(f"a map of {(h, w)} does not divide into windows of {self.factor}×{self.factor}")
+        return x.reshape(b, h // self.factor, self.factor, w // self.factor, self.factor, c).mean((2, 4))
+
+
+def resize(x: Array, size: tuple[int, int]) -> Array:
+    """(B, H, W, C) -> (B, *size, C), bilinear between pixel centres and without anti-aliasing, PyTorch's default."""
+    return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), "bilinear", antialias=False)
+
+
+def pixel_unshuffle(x: Array, factor: int = 2) -> Array:
+    """(B, H, W, C) -> (B, H/factor, W/factor, C·factor²): each window becomes channels, in PyTorch's order."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // factor, factor, w // factor, factor, c)
+    return x.transpose(0, 1, 3, 5, 2, 4).reshape(b, h // factor, w // factor, c * factor**2)
+
+
+def pixel_shuffle(x: Array, factor: int = 2) -> Array:
+    """The inverse of `pixel_unshuffle`."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, c // factor**2, factor, factor)
+    return x.transpose(0, 1, 4, 2, 5, 3).reshape(b, h * factor, w * factor, c // factor**2)
