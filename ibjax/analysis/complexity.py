@@ -12,8 +12,8 @@
 | `layers.Add`                     | 1 per element                               |
 | everything else                  | 0: sigmoid, FFT, resizing, normalisation    |
 
-ptflops sees `torch.add`, which WideResNet's published file has, and not `+=`, which ResNet's have: hence `layers.Add` in
-the one and `+` in the other. Nothing is computed: the model is traced on shapes, and its module calls are intercepted.
+ptflops sees `torch.add`, which WideResNet's published file has, and not `+=`, which ResNet's have: hence `layers.Add`
+in the one and `+` in the other. Nothing is computed: the model is traced on shapes, its module calls intercepted.
 """
 
 import math

@@ -10,15 +10,16 @@ together, which may differ. Transforms are over height and width, unitary, of im
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 Mix = Callable[[Array], Array]  # (B, H, W//2 + 1, C') -> the same shape, position by position
 
 
 def amplitude(x: Array, mix: Mix) -> Array:
-    """F'_c = mix(|F|)_c · F_c / |F_c|: the phase stays.    |F_c| = √(Re² + Im² + 1e-12), smooth at zero"""
+    """F'_c = mix(|F|)_c · F_c / |F_c|: phases stay.    |F_c| = √(Re² + Im² + 1e-12), smooth at zero"""
     f = transform(x)
-    return inverse(mix(modulus(f)) * f / modulus(f), x)
+    gain = mix(modulus(f)) / modulus(f)
+    return inverse(lax.complex(gain * f.real, gain * f.imag), x)
 
 
 def amplitude_and_phase(x: Array, mix: Mix) -> Array:
@@ -27,14 +28,14 @@ def amplitude_and_phase(x: Array, mix: Mix) -> Array:
     zero = jnp.abs(f.real) + jnp.abs(f.imag) < 1e-6  # where the angle has no derivative, and F no weight
     angle = jnp.where(zero, 0.0, jnp.arctan2(f.imag, jnp.where(zero, 1.0, f.real)))
     a, phi = jnp.split(mix(jnp.concatenate([modulus(f), angle], -1)), 2, -1)
-    return inverse(a * (jnp.cos(phi) + 1j * jnp.sin(phi)), x)
+    return inverse(lax.complex(a * jnp.cos(phi), a * jnp.sin(phi)), x)
 
 
 def parts(x: Array, mix: Mix) -> Array:
     """F' = a + i·b, (a, b) = mix(Re F, Im F), one after the other along the channels."""
     f = transform(x)
     a, b = jnp.split(mix(jnp.concatenate([f.real, f.imag], -1)), 2, -1)
-    return inverse(a + 1j * b, x)
+    return inverse(lax.complex(a, b), x)
 
 
 def transform(x: Array) -> Array:

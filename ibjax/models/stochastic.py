@@ -51,7 +51,7 @@ class Model(nn.Module):
     ) -> tuple[Array, dict[str, Array]]:
         if self.sigma not in SIGMAS:
             raise InputError(f"model.sigma '{self.sigma}' is unknown; {nearest(self.sigma, SIGMAS)}")
-        if self.latent is None and self.sigma != "unit" or self.latent is not None and self.latent < 1:
+        if self.sigma != "unit" if self.latent is None else self.latent < 1:
             raise InputError(f"model.latent={self.latent}: give 1 or more, or None together with sigma='unit'")
         tap = layers.Taps(edits)
         network = config.build("models", self.backbone, "model.backbone", num_classes=None, name="backbone")
