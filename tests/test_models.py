@@ -1,14 +1,60 @@
 """Architectures: parameter counts, taps, PyTorch's conventions."""
 
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ibjax.errors import InputError
-from ibjax.models import cnn, layers, preact_resnet, resnet, wide_resnet
+from ibjax.models import cnn, layers, preact_resnet, resnet, siriib, stochastic, vgg, wide_resnet
 
-CIFAR, MNIST = (2, 32, 32, 3), (2, 28, 28, 1)
+CIFAR, MNIST, IMAGENET = (2, 32, 32, 3), (2, 28, 28, 1), (1, 224, 224, 3)
+RESNET = dict(name="resnet", blocks=(1, 1, 1), width=4)
+# every family, and every option that changes what is computed, in a size that a test can afford
+SMALL = {
+    "cnn": cnn.Model(10, widths=((4,), (8,)), hidden=(8, 8)),
+    "resnet": resnet.Model(10, width=4, blocks=(1, 1, 1)),
+    "resnet_bottleneck": resnet.Model(10, depth=50, width=4, blocks=(1, 1), stem="imagenet"),
+    "preact_resnet": preact_resnet.Model(10, width=4, blocks=(1, 1, 1)),
+    "preact_resnet_raw": preact_resnet.Model(10, width=4, blocks=(1, 1), projection="raw", final_norm=False),
+    "wide_resnet": wide_resnet.Model(10, 10, 1, dropout=0.2),
+    "wide_resnet_silu": wide_resnet.Model(10, 10, 1, variant="deepmind", activation="silu"),
+    "wide_resnet_ib_rar": wide_resnet.Model(10, 10, 1, variant="ib_rar", dropout=0.3),
+    "vgg": vgg.Model(10, depth=11, width=4, hidden=(8, 8)),
+    "stochastic": stochastic.Model(10, RESNET, latent=6),
+    "siriib": siriib.Model(10, RESNET, widths=(4, 6)),
+    "siriib_blocks": siriib.Model(10, RESNET, widths=(4, 4), basic_blocks=True),
+}
+
+
+@pytest.fixture(scope="module")
+def built():
+    """name -> (model, variables, images, (logits, features) in evaluation mode, training-mode function of a key)."""
+
+    @functools.cache
+    def build(name):
+        model, x = SMALL[name], jax.random.uniform(jax.random.key(1), CIFAR)
+        shapes, random = jax.eval_shape(model.init, jax.random.key(0), x), np.random.default_rng(0)
+
+        def fill(path, leaf):  # initialising would compile each model once more, and start some layers at zero
+            if path[-1].key in ("scale", "var"):
+                return jnp.asarray(random.uniform(0.5, 1.5, leaf.shape), leaf.dtype)
+            return jnp.asarray(
+                random.normal(0, 1 / np.sqrt(max(leaf.size / leaf.shape[-1], 2)), leaf.shape), leaf.dtype
+            )
+
+        variables = jax.tree_util.tree_map_with_path(fill, shapes)
+
+        @jax.jit
+        def train(key):
+            return model.apply(variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": key, "sample": key})
+
+        return model, variables, x, jax.jit(model.apply)(variables, x), train
+
+    return build
 
 
 def parameters(model, shape):
@@ -21,9 +67,21 @@ def parameters(model, shape):
     [
         (cnn.Model(10), MNIST, 312_202),  # TRADES's SmallCNN
         (preact_resnet.Model(10, depth=18), CIFAR, 11_172_170),
+        (preact_resnet.Model(10, depth=34), CIFAR, 21_280_330),
         (resnet.Model(10, depth=18), CIFAR, 11_173_962),
+        (resnet.Model(10, depth=34), CIFAR, 21_282_122),
+        (resnet.Model(10, depth=50), CIFAR, 23_520_842),  # pytorch-cifar
+        (resnet.Model(1000, depth=18, stem="imagenet"), IMAGENET, 11_689_512),  # torchvision
+        (resnet.Model(1000, depth=50, stem="imagenet"), IMAGENET, 25_557_032),  # torchvision
+        (wide_resnet.Model(10, depth=28, width=4), CIFAR, 5_849_050),
         (wide_resnet.Model(10, depth=28, width=10), CIFAR, 36_479_194),
         (wide_resnet.Model(10, depth=34, width=10), CIFAR, 46_160_474),
+        (wide_resnet.Model(10, depth=34, width=20), CIFAR, 184_531_674),
+        (wide_resnet.Model(10, depth=70, width=16), CIFAR, 266_796_506),
+        (wide_resnet.Model(10, 28, 10, variant="ib_rar"), CIFAR, 36_489_290),
+        (vgg.Model(1000, depth=16, hidden=()), CIFAR, 14_723_136 + 512 * 1000 + 1000),  # torchvision's features
+        (vgg.Model(10, depth=16), CIFAR, 33_663_050),
+        (stochastic.Model(10, dict(name="resnet", depth=18)), CIFAR, 11_434_058),
     ],
 )
 def test_parameter_counts_are_the_published_ones(model, shape, count):
@@ -39,8 +97,8 @@ def test_parameter_counts_are_the_published_ones(model, shape, count):
     ],
 )
 def test_every_block_is_a_tap_of_the_right_size(model, blocks, sizes):
-    variables = model.init(jax.random.key(0), jnp.zeros(CIFAR))
-    logits, features = model.apply(variables, jnp.ones(CIFAR) / 3)
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros(CIFAR))
+    logits, features = jax.jit(model.apply)(variables, jnp.ones(CIFAR) / 3)
     assert logits.shape == (2, 10) and logits.dtype == jnp.float32
     assert [features[f"block{i}"].shape[1] for i in range(1, blocks + 1)] == sizes
     assert {"stem", "stage1", "stage2", "stage3", "pre_logits"} <= set(features)
@@ -51,8 +109,8 @@ def test_every_block_is_a_tap_of_the_right_size(model, blocks, sizes):
 
 def test_pre_activation_taps_are_the_normalised_block_outputs():
     model = preact_resnet.Model(10, depth=10, width=4)
-    variables = model.init(jax.random.key(1), jnp.zeros(CIFAR))
-    _, features = model.apply(variables, jax.random.uniform(jax.random.key(2), CIFAR))
+    variables = jax.jit(model.init)(jax.random.key(1), jnp.zeros(CIFAR))
+    _, features = jax.jit(model.apply)(variables, jax.random.uniform(jax.random.key(2), CIFAR))
     expected = jax.nn.relu(features["block1"] / np.sqrt(1 + 1e-5))  # running statistics 0 and 1, scale 1
     np.testing.assert_allclose(features["block1_relu"], expected, rtol=1e-5)
 
@@ -60,12 +118,13 @@ def test_pre_activation_taps_are_the_normalised_block_outputs():
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_where_it_matters():
     model = preact_resnet.Model(10, depth=10, width=8, dtype="bfloat16")
     x = jax.random.uniform(jax.random.key(0), CIFAR)
-    variables = model.init(jax.random.key(1), x)
-    (logits, features), updated = model.apply(variables, x, train=True, mutable=["batch_stats"])
+    variables = jax.jit(model.init)(jax.random.key(1), x)
+    train = jax.jit(lambda x: model.apply(variables, x, train=True, mutable=["batch_stats"]))
+    (logits, features), updated = train(x)
     assert features["block1"].dtype == jnp.bfloat16 and logits.dtype == features["pre_logits"].dtype == jnp.float32
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves([variables, updated]))
-    exact, _ = model.clone(dtype="float32").apply(variables, x)
-    np.testing.assert_allclose(model.apply(variables, x)[0], exact, atol=0.05)
+    exact, _ = jax.jit(model.clone(dtype="float32").apply)(variables, x)
+    np.testing.assert_allclose(jax.jit(model.apply)(variables, x)[0], exact, atol=0.05)
 
 
 def test_batch_norm_keeps_pytorchs_running_statistics():
@@ -119,14 +178,142 @@ def test_normalisation_is_inside_the_model():
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     x = jax.random.uniform(jax.random.key(0), CIFAR)
     plain, normalising = resnet.Model(10, 10, 4), resnet.Model(10, 10, 4, mean=mean, std=std)
-    variables = plain.init(jax.random.key(1), x)
+    variables = jax.jit(plain.init)(jax.random.key(1), x)
     outside = (x - jnp.array(mean).reshape(1, 1, 1, 3)) / jnp.array(std).reshape(1, 1, 1, 3)
-    np.testing.assert_allclose(normalising.apply(variables, x)[0], plain.apply(variables, outside)[0], atol=1e-5)
+    expected, _ = jax.jit(plain.apply)(variables, outside)
+    np.testing.assert_allclose(jax.jit(normalising.apply)(variables, x)[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_training_mode_moves_every_running_statistic_and_nothing_else(name, built):
+    _, variables, _, (_, evaluated), train = built(name)
+    (logits, features), updated = train(jax.random.key(1))
+    assert logits.shape == (2, 10) and jnp.isfinite(logits).all()
+    assert set(features) == set(evaluated)
+    moved = jax.tree.map(
+        lambda a, b: bool((a != b).any()), updated.get("batch_stats", {}), variables.get("batch_stats", {})
+    )
+    assert all(jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32(name):
+    model, x = SMALL[name], jnp.zeros(CIFAR)
+    half = dict(dtype="bfloat16")
+    rounded = model.clone(**half) if hasattr(model, "dtype") else model.clone(backbone=model.backbone | half)
+    variables = jax.eval_shape(rounded.init, jax.random.key(0), x)
+    logits, features = jax.eval_shape(rounded.apply, variables, x)
+    assert {leaf.dtype for leaf in jax.tree.leaves([variables, logits])} == {jnp.dtype("float32")}
+    assert features["stage1"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_an_edit_changes_what_comes_after_it_and_nothing_before(name, built):
+    model, variables, x, (logits, features), _ = built(name)
+    order = []
+    jax.eval_shape(lambda x: order.extend(model.apply(variables, x)[1]), x)
+    assert set(order) == set(features)  # which jit has sorted by name
+    tap = "stage1"
+    changed, edited = jax.jit(lambda x: model.apply(variables, x, edits={tap: lambda f: 2 * f + 1}))(x)
+    np.testing.assert_allclose(edited[tap], 2 * features[tap] + 1, rtol=1e-5, atol=1e-5)
+    for before in order[: order.index(tap)]:
+        np.testing.assert_allclose(edited[before], features[before], rtol=1e-5, atol=1e-6, err_msg=before)
+    assert jnp.abs(changed - logits).max() > 1e-3
+
+
+def test_edits_of_zero_ablate_a_channel_and_a_wrong_one_is_named(built):
+    model, variables, x, (_, features), _ = built("resnet")
+    mask = np.arange(features["pre_logits"].shape[1], dtype=np.float32)[None] % 2
+    changed, _ = jax.jit(lambda x: model.apply(variables, x, edits={"pre_logits": lambda f: f * mask}))(x)
+    head = variables["params"]["head"]["dense"]
+    expected = np.asarray(features["pre_logits"] * mask) @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
+    np.testing.assert_allclose(changed, expected, atol=1e-5)
+    with pytest.raises(InputError, match=r"no feature 'stage_1'; allowed: .* did you mean 'stage1'\?"):
+        jax.eval_shape(lambda x: model.apply(variables, x, edits={"stage_1": lambda f: f}), x)
+    with pytest.raises(InputError, match="the edit of 'stem' returns"):
+        jax.eval_shape(lambda x: model.apply(variables, x, edits={"stem": lambda f: f[:1]}), x)
+
+
+def test_an_edit_of_a_normalised_tap_is_what_the_next_convolutions_see():
+    """Zeros there leave of a block with equal widths only what it adds to: the raw input."""
+    model = wide_resnet.Model(10, 16, 1)
+    x = jax.random.uniform(jax.random.key(1), CIFAR)
+
+    @jax.jit
+    def run(key):
+        return model.apply(model.init(key, x), x, edits={"block1_relu": lambda f: 0 * f})
+
+    _, features = run(jax.random.key(0))
+    np.testing.assert_array_equal(features["block2"], features["block1"])
+
+
+def test_without_classes_a_backbone_ends_before_its_last_layer(built):
+    model, variables, x, (_, features), _ = built("wide_resnet")
+    backbone = model.clone(num_classes=None)
+    assert "head" not in backbone.init(jax.random.key(0), x)["params"]
+    output, _ = backbone.apply(
+        {**variables, "params": {k: v for k, v in variables["params"].items() if k != "head"}}, x
+    )
+    np.testing.assert_allclose(output, features["pre_logits"], rtol=1e-5, atol=1e-7)
+
+
+PYTORCH = (3 * 9 * 16) ** -0.5  # of U(±1/√fan_in), for 3×3 kernels from 16 to 32 channels
+FAN_OUT = (2 / (9 * 32)) ** 0.5
 
 
 @pytest.mark.parametrize(
-    "model", [preact_resnet.Model(10, depth=19), resnet.Model(10, depth=7), wide_resnet.Model(10, 30)]
+    "model, std, zero_bias",
+    [
+        (wide_resnet.Model(10, 10, 2), FAN_OUT, True),
+        (wide_resnet.Model(10, 10, 2, variant="ib_rar"), PYTORCH, False),
+        (resnet.Model(10, blocks=(1, 1)), PYTORCH, False),
+        (resnet.Model(10, 50, stem="imagenet", blocks=(1, 1)), FAN_OUT, False),
+        (preact_resnet.Model(10, blocks=(1, 1)), PYTORCH, False),
+        (vgg.Model(10, depth=11), PYTORCH, False),
+        (cnn.Model(10), (2 / (9 * 16)) ** 0.5, True),
+    ],
 )
-def test_an_impossible_depth_is_refused(model):
+def test_every_convolution_of_a_family_starts_as_its_published_file_does(model, std, zero_bias):
+    convolutions, heads = [], []
+
+    def collect(call, args, kwargs, context):
+        module = context.module
+        if isinstance(module, nn.Conv):
+            convolutions.append(module.kernel_init)
+        elif context.module.name == "head":
+            heads.append(module.bias_init)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(collect):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(CIFAR))
+    assert len(convolutions) >= 4
+    for init in set(convolutions):
+        kernel = init(jax.random.key(0), (3, 3, 16, 32), jnp.float32)
+        assert abs(float(np.std(kernel)) / std - 1) < 0.05
+    assert (heads[0] is nn.initializers.zeros) is zero_bias
+
+
+def test_dropout_stands_where_each_variant_has_it(built):
+    """Before the second batch-norm (IB-RAR) its statistics see the dropped values; after it they do not."""
+    for name, seen in (("wide_resnet", False), ("wide_resnet_ib_rar", True)):
+        train = built(name)[-1]
+        one, two = (train(jax.random.key(seed))[1]["batch_stats"]["block1"]["bn2"]["mean"] for seed in (1, 2))
+        assert bool((one != two).any()) is seen
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        preact_resnet.Model(10, depth=19),
+        preact_resnet.Model(10, projection="rwa"),
+        resnet.Model(10, depth=7),
+        resnet.Model(10, stem="image_net"),
+        wide_resnet.Model(10, 30),
+        wide_resnet.Model(10, 10, variant="deep_mind"),
+        wide_resnet.Model(10, 10, activation="gelu"),
+        vgg.Model(10, depth=17),
+    ],
+)
+def test_an_impossible_depth_or_variant_is_refused(model):
     with pytest.raises(InputError, match="allowed"):
         model.init(jax.random.key(0), jnp.zeros(CIFAR))

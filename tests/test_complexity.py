@@ -1,0 +1,88 @@
+"""Parameters and multiply-adds: as printed in the tables, and as ptflops counts the PyTorch twins."""
+
+import sys
+
+import pytest
+
+from ibjax.analysis import complexity
+from ibjax.config import build
+from ibjax.models import cnn, siriib
+
+RESNET, WRN = dict(name="resnet", depth=18), dict(name="wide_resnet", depth=28, width=10)
+
+
+def counted(section, options=None):
+    model = (
+        build("models", section, "model", num_classes=10) if options is None else siriib.Model(10, section, **options)
+    )
+    found = complexity.complexity(model, (32, 32, 3))
+    return found.parameters.total(), found.operations.total()
+
+
+@pytest.mark.parametrize(
+    "section, options, millions, billions",
+    [
+        (RESNET, None, 11.17, 0.56),
+        (RESNET, {}, 11.35, 0.73),
+        (WRN, None, 36.48, 5.25),
+        (WRN, {}, 36.79, 5.57),
+        (WRN, dict(widths=(160, 160), basic_blocks=True), 37.89, 6.70),
+        (WRN, dict(widths=(160, 160, 160, 160), basic_blocks=True), 38.81, 7.65),
+    ],
+)
+def test_siriibs_tables_3_and_5_to_both_printed_decimals(section, options, millions, billions):
+    parameters, operations = counted(section, options)
+    assert round(parameters / 1e6, 2) == millions
+    assert round(operations / 1e9, 2) == billions
+
+
+def test_a_connection_convolves_at_full_resolution_before_it_pools():
+    """The other order is 0.68 G for ResNet-18-SR, which is not what is printed: the pool sees 128 channels at 32×32."""
+    found = complexity.complexity(siriib.Model(10, RESNET), (32, 32, 3))
+    assert found.operations["p3"] == 32 * 32 * 128 * (9 * 64 + 1)
+    assert found.operations["pool3"] == 32 * 32 * 128
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["wrn_trades", "wrn_deepmind", "preact_rice", "preact_raw", "resnet_basic", "resnet_bottleneck", "resnet_imagenet"],
+)
+def test_counts_are_ptflops_own(name):
+    """Not for files with nn.ReLU modules, which ptflops counts twice."""
+    ptflops = pytest.importorskip("ptflops", reason="the oracle is ptflops")
+    from test_twins import PAIRS
+
+    make, options, model = PAIRS[name]
+    operations, parameters = ptflops.get_model_complexity_info(
+        make(**options), (3, 32, 32), as_strings=False, print_per_layer_stat=False, backend="pytorch"
+    )
+    found = complexity.complexity(model, (32, 32, 3))
+    assert (found.parameters.total(), found.operations.total()) == (parameters, operations)
+
+
+def test_every_kind_of_layer_counts_by_the_table():
+    """By hand: convolution with bias, ReLU, max-pooling, two linear layers with ReLU, and the head."""
+    found = complexity.complexity(cnn.Model(10, widths=((4,),), hidden=(6,)), (8, 8, 3))
+    assert found.operations["conv1"] == 36 * 4 * (27 + 1)
+    assert found.operations["fc1"] == 36 * 6 + 6 and found.operations["head"] == 6 * 10 + 10
+    assert found.operations.total() == 36 * 4 * (28 + 1 + 1) + 36 * 6 + 6 + 6 + 70
+    assert complexity.table(found).splitlines()[-1] == "0.00 M parameters, 0.00 G multiply-adds"
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
+def test_the_command_line_prints_the_table_and_names_mistakes(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["complexity", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            complexity.main()
+        return stopped.value.code, capsys.readouterr()
+
+    code, printed = run("--config=configs/trades_wrn.py")
+    assert code == 0 and printed.out.splitlines()[-1] == "46.16 M parameters, 6.67 G multiply-adds"
+    for arguments, message in [
+        ([], "--config is missing"),
+        (["--config=configs/nothing.py"], "No such file"),
+        (["--config=configs/trades_wrn.py", "--shape=32,32"], "give H,W,C"),
+    ]:
+        code, printed = run(*arguments)
+        assert code == 2 and message in printed.err

@@ -1,0 +1,46 @@
+"""Modulation in the Fourier domain: against NumPy, and what it is not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ibjax.information import fourier
+
+X = np.random.default_rng(0).uniform(size=(2, 8, 6, 3)).astype(np.float32)
+W = np.random.default_rng(1).normal(size=(3, 3)).astype(np.float32)
+
+
+def mixed(weights):
+    return lambda f: jnp.matmul(f, weights, precision="highest")
+
+
+@pytest.mark.parametrize("modulate", [fourier.amplitude, fourier.amplitude_and_phase, fourier.parts])
+def test_the_identity_changes_nothing(modulate):
+    np.testing.assert_allclose(modulate(jnp.asarray(X), lambda f: f), X, atol=1e-5)
+
+
+def test_amplitude_keeps_the_phase_and_mixes_the_amplitudes():
+    """Against the full complex transform of NumPy; weights are positive, so that phases can be compared."""
+    weights = np.abs(W)
+    y = fourier.amplitude(jnp.asarray(X), mixed(weights))
+    before, after = np.fft.fft2(X, axes=(1, 2)), np.fft.fft2(np.asarray(y), axes=(1, 2))
+    np.testing.assert_allclose(np.abs(after), np.abs(before) @ weights, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(after / np.abs(after), before / np.abs(before), atol=2e-3)
+
+
+def test_a_real_map_of_real_and_imaginary_parts_alike_only_mixes_colours():
+    """The negative: it does nothing in the spectrum. The amplitude's does, as does one that tells the parts apart."""
+    x, both = jnp.asarray(X), np.kron(np.eye(2, dtype=np.float32), W)
+    colours = jnp.matmul(x, W, precision="highest")
+    np.testing.assert_allclose(fourier.parts(x, mixed(both)), colours, atol=1e-5)
+    assert jnp.abs(fourier.amplitude(x, mixed(W)) - colours).max() > 0.1
+    both[3:, 3:] *= 2
+    assert jnp.abs(fourier.parts(x, mixed(both)) - colours).max() > 0.1
+
+
+@pytest.mark.parametrize("modulate", [fourier.amplitude, fourier.amplitude_and_phase, fourier.parts])
+def test_gradients_are_finite_where_the_spectrum_is_zero(modulate):
+    gradient = jax.grad(lambda x: jnp.square(modulate(x, lambda f: 2 * f)).sum())
+    for x in (jnp.zeros((1, 4, 4, 1)), jnp.ones((1, 4, 4, 1))):
+        assert jnp.isfinite(gradient(x)).all()

@@ -1,0 +1,171 @@
+"""SiRIIB's network: its sizes as printed, its parts as described."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ibjax.errors import InputError
+from ibjax.models import layers, resnet, siriib
+
+RESNET, WRN = dict(name="resnet", depth=18), dict(name="wide_resnet", depth=28, width=10)
+TINY = dict(name="resnet", blocks=(1, 1), width=4)
+X = jax.random.uniform(jax.random.key(0), (2, 16, 16, 3))
+
+
+def sizes(model, size=32):
+    """{part: parameters}, {feature: shape}; nothing is computed."""
+    x = jnp.zeros((1, size, size, 3))
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    _, features = jax.eval_shape(model.apply, variables, x)
+    count = {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in variables["params"].items()}
+    return count, {name: value.shape for name, value in features.items()}
+
+
+@pytest.mark.parametrize(
+    "model, total",
+    [
+        (siriib.Model(10, RESNET), 11_346_042),
+        (siriib.Model(10, RESNET, connections=1), 11_235_258),
+        (siriib.Model(10, RESNET, connections=2), 11_272_186),
+        (siriib.Model(10, WRN), 36_789_754),
+        (siriib.Model(10, WRN, widths=(160,) * 2, basic_blocks=True), 37_891_888),
+        (siriib.Model(10, WRN, widths=(160,) * 4, basic_blocks=True), 38_814_768),
+    ],
+)
+def test_parameters_are_those_of_the_structure_that_the_printed_tables_settle(model, total):
+    count, _ = sizes(model)
+    assert count["calibration"] == 4 * (144 + 9 + 9 + 6) == 672
+    assert sum(count.values()) == total
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("backbone, most", [(RESNET, 5), (WRN, 4)])
+def test_each_connection_has_the_shape_of_the_feature_it_is_added_to(backbone, most, size):
+    for connections in range(most + 1):
+        _, shapes = sizes(siriib.Model(10, backbone, connections=connections), size)
+        assert shapes["x_avg"] == (1, size, size, 3) and shapes["orthogonality"] == ()
+        infos = [name for name in shapes if name.startswith("info")]
+        assert len(infos) == connections
+        for i, tap in enumerate(siriib.TAPS[:connections], 1):
+            assert shapes[f"info{i}"] == shapes[tap]
+
+
+def test_more_connections_than_the_backbone_has_features_are_refused():
+    with pytest.raises(InputError, match="no 'stage4'"):
+        sizes(siriib.Model(10, WRN, connections=5))
+    with pytest.raises(InputError, match="connections=6"):
+        sizes(siriib.Model(10, RESNET, connections=6))
+    with pytest.raises(InputError, match=r"32×32 or 64×64"):
+        sizes(siriib.Model(10, RESNET), 48)
+    with pytest.raises(InputError, match="even numbers"):
+        sizes(siriib.Model(10, RESNET, scales=(32, 9)))
+    with pytest.raises(InputError, match="did you mean 'amplitude'"):
+        sizes(siriib.Model(10, RESNET, fourier="amplitud"))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """(model, variables, apply) with two scales and two connections."""
+    model = siriib.Model(10, TINY, connections=2, scales=(16, 8), widths=(4, 6))
+    return model, jax.jit(model.init)(jax.random.key(1), X), jax.jit(model.apply)
+
+
+def test_the_network_is_the_backbone_with_the_connections_added(tiny):
+    """The same logits from the classifier alone when the recorded f_i are added to its features by hand."""
+    _, variables, apply = tiny
+    logits, features = apply(variables, X)
+    alone = resnet.Model(10, blocks=(1, 1), width=4)
+    inside = {kind: tree["backbone"] for kind, tree in variables.items()}
+    add = {"stem": lambda f: f + features["info1"], "stage1": lambda f: f + features["info2"]}
+    expected, _ = jax.jit(lambda v, x: alone.apply(v, x, edits=add))(inside, X)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    assert jnp.abs(features["info1"]).max() > 1e-3 and jnp.abs(features["info2"]).max() > 1e-3
+
+
+def test_the_calibration_works_alone(tiny):
+    _, variables, apply = tiny
+    inside = {kind: tree["calibration"] for kind, tree in variables.items()}
+    x_avg, penalty = jax.jit(siriib.Calibration(scales=(16, 8)).apply)(inside, X)
+    features = apply(variables, X)[1]
+    np.testing.assert_allclose(x_avg, features["x_avg"], atol=1e-6)
+    assert x_avg.min() > 0 and x_avg.max() < 1
+    assert penalty == pytest.approx(0, abs=1e-10)  # orthogonal as it starts
+
+
+def test_without_connections_the_classifier_does_not_see_the_calibration():
+    model = siriib.Model(10, TINY, connections=0, scales=(16, 8))
+    variables = jax.jit(model.init)(jax.random.key(1), X)
+    slope = jax.jit(jax.grad(lambda p: model.apply({**variables, "params": p}, X)[0].sum()))(variables["params"])
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(slope["calibration"]))
+    assert set(slope) == {"backbone", "calibration"}
+
+
+def test_the_orthogonal_layer_keeps_the_norm_of_an_image_and_not_the_image():
+    """W_o acts on windows: with anything else in its place, singular values would change too."""
+    w = nn_orthogonal(12)
+    y = layers.pixel_shuffle(jnp.matmul(layers.pixel_unshuffle(X), w, precision="highest"))
+    np.testing.assert_allclose(jnp.linalg.norm(y.ravel()), jnp.linalg.norm(X.ravel()), rtol=1e-5)
+    assert jnp.abs(y - X).max() > 0.1
+
+
+def nn_orthogonal(n):
+    return jax.nn.initializers.orthogonal()(jax.random.key(3), (n, n))
+
+
+@pytest.mark.parametrize("penalty", ["off_diagonal", "full"])
+def test_the_penalty_is_that_of_the_kernels_that_are_there(penalty):
+    module = siriib.Calibration(scales=(16, 8), penalty=penalty)
+    variables = module.init(jax.random.key(0), X)
+    w = np.random.default_rng(0).normal(size=(2, 12, 12))
+    for i in (1, 2):
+        kernel = jnp.asarray(w[i - 1].reshape(1, 1, 12, 12), jnp.float32)
+        variables["params"][f"sr{i}"]["vectors"]["conv"]["kernel"] = kernel
+    gram = w @ w.transpose(0, 2, 1)
+    error = gram * (1 - np.eye(12)) if penalty == "off_diagonal" else gram - np.eye(12)
+    np.testing.assert_allclose(module.apply(variables, X)[1], (error**2).sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [dict(fourier="amp_phase"), dict(fourier="reim"), dict(fuse="concat")])
+def test_the_named_variants_differ_and_have_gradients(options):
+    default, module = siriib.Calibration(scales=(8,)), siriib.Calibration(scales=(8,), **options)
+    small = X[:, :8, :8]
+    variables = module.init(jax.random.key(0), small)
+    one, other = (m.init(jax.random.key(0), small)["params"]["sr1"] for m in (default, module))
+    assert jax.tree.map(np.shape, one) != jax.tree.map(np.shape, other)
+    gradient = jax.grad(lambda x: module.apply(variables, x)[0].sum())(small)
+    assert jnp.isfinite(gradient).all() and jnp.abs(gradient).max() > 0
+
+
+@pytest.mark.parametrize("size", [(24, 24), (16, 16), (8, 8), (64, 64)])
+def test_resizing_is_pytorchs_without_anti_aliasing(size):
+    torch = pytest.importorskip("torch", reason="the oracle is PyTorch")
+    x = np.random.default_rng(0).uniform(size=(2, 32, 32, 3)).astype(np.float32)
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), size=size, mode="bilinear", align_corners=False
+    )
+    np.testing.assert_allclose(layers.resize(x, size), expected.numpy().transpose(0, 2, 3, 1), atol=1e-5)
+
+
+def test_pixel_unshuffle_has_pytorchs_order():
+    torch = pytest.importorskip("torch", reason="the oracle is PyTorch")
+    x = np.asarray(X)
+    expected = torch.nn.functional.pixel_unshuffle(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), 2).numpy()
+    np.testing.assert_array_equal(layers.pixel_unshuffle(X), expected.transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(layers.pixel_shuffle(layers.pixel_unshuffle(X)), x)
+
+
+def test_the_sigmoid_comes_before_the_interpolation(tiny):
+    """By hand from the modules: the other order would give other values."""
+    _, variables, apply = tiny
+    parts = {kind: tree["calibration"] for kind, tree in variables.items()}
+    module = siriib.SingularRegularization("amplitude", "add", "off_diagonal", 1)
+    maps, swapped = [], []
+    for i, s in enumerate((16, 8), 1):
+        inside = {kind: tree[f"sr{i}"] for kind, tree in parts.items()}
+        y, _ = module.apply(inside, layers.resize(X, (s, s)), train=False)
+        maps.append(layers.resize(jax.nn.sigmoid(y), (16, 16)))
+        swapped.append(jax.nn.sigmoid(layers.resize(y, (16, 16))))
+    found = apply(variables, X)[1]["x_avg"]
+    np.testing.assert_allclose(found, sum(maps) / 2, atol=1e-6)
+    assert jnp.abs(found - sum(swapped) / 2).max() > 1e-5
