@@ -1,0 +1,173 @@
+"""Shared information: Yu et al., "Improving Adversarial Robustness by Learning Shared Information", Pattern
+Recognition 134, 2023 (MERL TR2022-141).
+
+    L     = α CE(f(x'), y) + (1−α) CE(f(x), y) + β(e) D_SKL − λ I(z; z')
+    D_SKL = mean_b ½ [ KL(p(z|x) || p(z|x')) + KL(p(z|x') || p(z|x)) ],   p(z|x) = N(μ, σ²), a sum over its K dimensions
+    I     = HSIC of z and z', Gaussian kernels, the width of each its mean distance to the k nearest neighbours
+    β(e)  = β₀ (β/β₀)^clip((⌊e⌋ − warmup)/ramp, 0, 1)           superfluous information is squeezed out slowly
+
+| symbol | code        | default                                                                             |
+|--------|-------------|-------------------------------------------------------------------------------------|
+| α      | alpha       | 0.5                                                                                 |
+| β, β₀  | beta, beta_start | 4 (MNIST, CIFAR-10; 6 for CIFAR-100), 1e-3                                     |
+|        | warmup, ramp | 10, 90 epochs                                                                      |
+| λ      | lam         | 1e-3 (0.01 with "mine" and "mige")                                                  |
+| k      | neighbours  | 10                                                                                  |
+| I      | information | "hsic", biased; "trace", without its (B − 1)⁻²; "nhsic"; "mine"; "mige"             |
+|        | location    | "latent": p(z|x) of a stochastic layer; "prediction": p(y|x), which needs none      |
+| x'     | views       | "pgd", the configured attack on CE; "ara": adversarial representations, see below   |
+| σ, step| ara_eps, ara_steps | "10/255", 20                                                                 |
+
+Use with model=dict(name="stochastic", …): each view draws one z for the CE terms and I; attack and test see z = μ. The
+paper's AutoAttack accuracy, above its PGD accuracy, suggests that its tests drew z too, which no attack that expects a
+deterministic network can judge.
+
+Representations: with views="ara" the first half of a batch guides the second, whose images alone have an adversarial
+view; the loss is that of the second half. Set `attack=None`.
+
+Batch-norm: training-mode passes over x', then x.
+
+Read from an incomplete text: gradients flow through both views; the divergence is summed over dimensions; the kernel
+is exp(−d²/(2σ²)) (the minus sign is missing in the paper), its width without gradient, of z and z' separately. The
+biased HSIC is of order 0.05 here, so that λ = 1e-3 makes it nearly vanish; what the paper's ablation shows of this
+term suggests another scale, hence "trace" and "nhsic".
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ibjax import losses
+from ibjax.attacks.representation import ara
+from ibjax.errors import InputError, check_range, nearest
+from ibjax.information import divergence, hsic, mige
+from ibjax.information.mine import Mine
+from ibjax.objectives.standard import accuracy
+from ibjax.step import Objective
+
+CHOICES = {
+    "information": ("hsic", "trace", "nhsic", "mine", "mige"),
+    "location": ("latent", "prediction"),
+    "views": ("pgd", "ara"),
+}
+HSIC = {"hsic": hsic.hsic, "trace": hsic.hsic_trace}
+
+
+def shared_information(
+    *,
+    alpha: float = 0.5,
+    beta: float = 4.0,
+    beta_start: float = 1e-3,
+    warmup: int = 10,
+    ramp: int = 90,
+    lam: float = 1e-3,
+    neighbours: int = 10,
+    information: str = "hsic",
+    location: str = "latent",
+    views: str = "pgd",
+    ara_eps: str = "10/255",
+    ara_steps: int = 20,
+) -> Objective:
+    """Shared information; its attack is PGD on cross-entropy, or None with views="ara"."""
+    given = dict(information=information, location=location, views=views)
+    for name, value in given.items():
+        if value not in CHOICES[name]:
+            raise InputError(f"objective.{name}='{value}' is unknown; {nearest(value, CHOICES[name])}")
+    check_range("objective.alpha", alpha, 0, 1)
+    check_range("objective.beta", beta, 0)
+    check_range("objective.beta_start", beta_start, 1e-12)
+    check_range("objective.warmup", warmup, 0)
+    check_range("objective.ramp", ramp, 1)
+    check_range("objective.lam", lam, 0)
+    check_range("objective.neighbours", neighbours, 1)
+    if information == "mine" and location == "prediction":
+        raise InputError("objective.information='mine' goes with location='latent'; its network is sized for z")
+    represent = ara(eps=ara_eps, steps=ara_steps)
+    mine = Mine(tap="z") if information == "mine" and lam else None
+
+    def target(net, variables, batch, key):
+        return batch["label"]
+
+    def attack(net, variables, batch, key):
+        guide, source = jnp.split(batch["image"], 2)
+
+        def representation(x):
+            _, features = net.predict(variables, x)
+            return features.get("mu", features["pre_logits"])
+
+        return represent(key, representation, source, guide), variables
+
+    def loss(net, variables, batch, x_adv, key):
+        x, y = batch["image"], batch["label"]
+        if views == "ara":
+            x, y = (jnp.split(value, 2)[1] for value in (x, y))
+        key_adv, key_clean, key_pairs = jax.random.split(key, 3)
+        adv, variables = net.forward(variables, x_adv, key_adv)
+        clean, variables = net.forward(variables, x, key_clean)
+
+        robust = jnp.mean(losses.cross_entropy(adv[0], y))
+        natural = jnp.mean(losses.cross_entropy(clean[0], y))
+        skl = jnp.mean(divergences(clean, adv, location))
+        value = alpha * robust + (1 - alpha) * natural + beta_at(batch["epoch"], beta, beta_start, warmup, ramp) * skl
+        metrics = {"natural": natural, "robust": robust, "skl": skl}
+        if lam:
+            if mine is not None:
+                shared, updated = mine.apply(
+                    variables["head"],
+                    clean[1],
+                    adv[1],
+                    train=True,
+                    mutable=["batch_stats"],
+                    rngs={"permutation": key_pairs},
+                )
+                variables = {**variables, "head": {**variables["head"], **updated}}
+            else:
+                shared = measure(view(clean, location), view(adv, location), information, neighbours)
+            value = value - lam * shared
+            metrics["shared"] = shared
+        labelled = {**batch, "label": y}
+        metrics |= {"loss": value, "clean_acc": accuracy(clean[0], labelled), "adv_acc": accuracy(adv[0], labelled)}
+        return value, (variables, metrics)
+
+    if views == "ara":
+        return Objective(target, loss, mine, attack_losses=(), attack=attack)
+    return Objective(target, loss, mine)
+
+
+def beta_at(epoch: Array, beta: float, start: float, warmup: int, ramp: int) -> Array:
+    """β(e), constant within an epoch: `start` until `warmup` are done, then exponentially to `beta` in `ramp` more."""
+    progress = jnp.clip((jnp.floor(epoch) - warmup) / ramp, 0.0, 1.0)
+    return start * (max(beta, 1e-12) / start) ** progress if beta else jnp.zeros(())
+
+
+def view(output: tuple[Array, dict[str, Array]], location: str) -> Array:
+    """What the two views share: the drawn z (B, K), or the prediction (B, C)."""
+    logits, features = output
+    return _latent(features, "z") if location == "latent" else jax.nn.softmax(logits)
+
+
+def divergences(clean, adv, location: str) -> Array:
+    """The symmetrised KL of each example's two distributions, shape (B,)."""
+    if location == "prediction":
+        return divergence.symmetrised_categorical_kl(clean[0], adv[0])
+    gaussians = [_latent(features, name) for _, features in (clean, adv) for name in ("mu", "sigma")]
+    return divergence.symmetrised_gaussian_kl(*gaussians)
+
+
+def measure(z: Array, z_adv: Array, information: str, neighbours: int) -> Array:
+    """I(z; z') in the chosen measure; of "mige" only the gradient means something."""
+    if information == "mige":
+        return mige.information_surrogate(z, z_adv)
+    if information == "nhsic":
+        return hsic.nhsic_cca(z, z_adv)
+    grams = (hsic.gaussian_gram(v, hsic.knn_width(v, neighbours)) for v in (z, z_adv))
+    return HSIC[information](*grams)
+
+
+def _latent(features, name):
+    if name not in features:
+        raise InputError(
+            "objective.location='latent' needs a stochastic layer; set model=dict(name='stochastic', backbone=…), or "
+            "location='prediction'"
+        )
+    return features[name]

@@ -1,0 +1,191 @@
+"""SiRIIB: Li et al., "Singular Regularization with Information Bottleneck Improves Model's Adversarial Robustness".
+
+    L      = L_ori + λ₁ (L_svd + L_info) + λ₂ R_τ
+    L_svd  = d(Σ_avg, Σ) + d(P_avg, P) + d(x_avg, x)       U Σ Vᵀ the SVD of an image's channel, P = U Vᵀ
+    L_info = Σ_i d(f_i(x'), sg f_i(x))                     what is added to the classifier's features
+    R_τ                                                    keeps the kernels that modulate singular vectors orthogonal
+
+x_avg is the calibrated x' (models/siriib.py), Σ and P without index those of x. L_ori is the loss of any other
+objective on the whole network, from which also the attack climbs.
+
+| symbol | code       | default  |                                                                                 |
+|--------|------------|----------|---------------------------------------------------------------------------------|
+| λ₁     | lam        | 20       |                                                                                 |
+| λ₂     | lam_tau    | 1e-4     |                                                                                 |
+| L_ori  | base       | "pgd_at" | or "trades" (β: `base_beta`, 6), "te", "te_trades"; AWP: config.perturb         |
+| d      | distance   | "mse"    | mean over all elements of the square; "l2_per_image": mean_b ‖·‖₂, by colour    |
+|        |            |          | channel or feature map; "fro_batch": ‖·‖₂ of the whole batch                     |
+| sg     | info_stop  | True     | the clean f_i are a target, towards which the adversarial ones are calibrated   |
+
+With model.connections=0 the singular regularisation stands beside a plain classifier (isolated training, Tables 8 and
+9): L_info is empty and no gradient of L_svd reaches the classifier. The paper has λ₁ = 1 there.
+
+Batch-norm: as L_ori has it. Where that makes no training-mode pass over x, one follows whose statistics count for the
+added parts alone.
+
+There is no public code. The paper writes d as ‖·‖₂ without a reduction; with norms that are not squared λ₁ = 1 would
+already swamp L_ori, against its Table 2, hence the mean square. Derivatives: information/svd.py.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ibjax import losses
+from ibjax.attacks import Attack
+from ibjax.attacks.pgd import pgd
+from ibjax.errors import InputError, check_range, nearest
+from ibjax.information.svd import singular_values_and_polar
+from ibjax.objectives.pgd_at import pgd_at
+from ibjax.objectives.trades import trades
+from ibjax.step import Net, Objective, Output
+
+ADDED = ("calibration", "extractor")  # modules of the network that are not the classifier's
+
+
+def mean_square(a: Array, b: Array) -> Array:
+    """The mean of (a − b)² over all elements."""
+    return jnp.mean(jnp.square(a - b))
+
+
+def l2_per_image(a: Array, b: Array) -> Array:
+    """The mean over images and the last axis (colour channels, feature maps) of ‖a − b‖₂."""
+    squares = jnp.sum(jnp.square(a - b), axis=tuple(range(1, a.ndim - 1)))
+    return jnp.mean(jnp.sqrt(squares + 1e-24))
+
+
+def fro_batch(a: Array, b: Array) -> Array:
+    """‖a − b‖₂ over the whole batch."""
+    return jnp.sqrt(jnp.sum(jnp.square(a - b)) + 1e-24)
+
+
+DISTANCES = {"mse": mean_square, "l2_per_image": l2_per_image, "fro_batch": fro_batch}
+BASES = ("pgd_at", "trades")
+
+
+def siriib(
+    *,
+    base: str = "pgd_at",
+    base_beta: float = 6.0,
+    lam: float = 20.0,
+    lam_tau: float = 1e-4,
+    distance: str = "mse",
+    info_stop: bool = True,
+) -> Objective:
+    """SiRIIB on a base objective, whose attack it shares; use with model=dict(name="siriib", …)."""
+    for name, value, allowed in (("base", base, BASES), ("distance", distance, DISTANCES)):
+        if value not in allowed:
+            raise InputError(f"objective.{name}='{value}' is unknown; {nearest(value, allowed)}")
+    check_range("objective.lam", lam, 0)
+    check_range("objective.lam_tau", lam_tau, 0)
+    original = pgd_at() if base == "pgd_at" else trades(beta=base_beta)
+    d = DISTANCES[distance]
+
+    def loss(net, variables, batch, x_adv, key):
+        key_base, key_clean = jax.random.split(key)
+        x = batch["image"]
+        passes = []
+        value, (variables, metrics) = original.loss(_recorded(net, passes), variables, batch, x_adv, key_base)
+        adv, clean = (next((output[1] for u, output in passes if u is v), None) for v in (x_adv, x))
+        if "x_avg" not in adv:
+            raise InputError("objective 'siriib' needs its network; set model=dict(name='siriib', backbone=…)")
+        if clean is None:
+            (_, clean), updated = net.forward(variables, x, key_clean)
+            variables = _with_added_statistics(variables, updated)
+
+        svd = svd_loss(adv["x_avg"], x, d)
+        info = info_loss(adv, clean, d, stop=info_stop)
+        penalty = adv["orthogonality"]
+        metrics |= {"base": value, "svd": svd, "info": info, "orthogonality": penalty}
+        value = value + lam * (svd + info) + lam_tau * penalty
+        return value, (variables, {**metrics, "loss": value})
+
+    return original._replace(loss=loss)
+
+
+def _recorded(net: Net, passes: list[tuple[Array, Output]]) -> Net:
+    """The network, with its training-mode passes noted as (x, output): what L_ori computes is not computed again."""
+
+    def forward(variables, x, key, edits=None):
+        output, variables = net.forward(variables, x, key, edits)
+        passes.append((x, output))
+        return output, variables
+
+    return net._replace(forward=forward)
+
+
+def _with_added_statistics(variables, updated):
+    """`variables` with the batch statistics of the added parts, but not of the classifier, replaced."""
+    statistics = dict(variables["batch_stats"])
+    for name, new in updated["batch_stats"].items():
+        if name in ADDED:
+            statistics[name] = new
+    return {**variables, "batch_stats": statistics}
+
+
+def svd_loss(x_avg: Array, x: Array, d=mean_square) -> Array:
+    """L_svd of calibrated images and their clean ones, (B, H, W, C) with H = W; gradients flow to x_avg only."""
+
+    def channels_first(images):
+        return jnp.moveaxis(images, -1, 1)  # (B, C, H, W): one matrix per image and colour channel
+
+    sigma_avg, polar_avg = singular_values_and_polar(channels_first(x_avg))
+    sigma, polar = lax.stop_gradient(singular_values_and_polar(channels_first(x)))
+    last = [jnp.moveaxis(values, 1, -1) for values in (sigma_avg, sigma, polar_avg, polar)]  # as the images have it
+    return d(last[0], last[1]) + d(last[2], last[3]) + d(x_avg, x)
+
+
+def info_loss(adv: dict[str, Array], clean: dict[str, Array], d=mean_square, *, stop: bool = True) -> Array:
+    """L_info of the features of x' and x; 0 where nothing is added to the classifier."""
+    names = sorted(name for name in adv if name.startswith("info"))
+    total = jnp.zeros(())
+    for name in names:
+        f_adv, f = adv[name].astype(jnp.float32), clean[name].astype(jnp.float32)
+        total = total + d(f_adv, lax.stop_gradient(f) if stop else f)
+    return total
+
+
+# ---- the adaptive attack -------------------------------------------------------------------------------------
+
+
+def adaptive_attack(
+    *,
+    terms: Sequence[str] = ("ce", "svd", "info"),
+    weights: Sequence[float] | None = None,
+    eps: "str | float" = "8/255",
+    step_size: "str | float" = "2/255",
+    steps: int = 20,
+    restarts: int = 1,
+) -> Attack:
+    """PGD on a sum of CE, L_svd and L_info, from a random start (L_info has no gradient at x): Table 4 of the paper.
+
+    Called as an attack with labels, but `logits_fn` returns (logits, features). `weights` are 1 by default; L_svd and
+    L_info are means over the batch, and counted once for each image, so that no image's result depends on the others.
+    """
+    for term in terms:
+        if term not in ("ce", "svd", "info"):
+            raise InputError(f"term '{term}' is unknown; {nearest(term, ('ce', 'svd', 'info'))}")
+    weights = (1.0,) * len(terms) if weights is None else tuple(weights)
+
+    def attack(key, logits_fn, x, target):
+        _, clean = jax.tree.map(lax.stop_gradient, logits_fn(x))
+
+        def per_example(output, labels_and_clean):
+            logits, adv = output
+            labels, x, clean = labels_and_clean
+            each = jax.vmap(lambda a, b: svd_loss(a[None], b[None]))
+            info = jax.vmap(lambda a, b: info_loss(a, b))
+            infos = [{k: v for k, v in features.items() if k.startswith("info")} for features in (adv, clean)]
+            values = {
+                "ce": lambda: losses.cross_entropy(logits, labels),
+                "svd": lambda: each(adv["x_avg"], x),
+                "info": lambda: info(*infos),
+            }
+            return sum(weight * values[term]() for term, weight in zip(terms, weights, strict=True))
+
+        climb = pgd(loss=per_example, eps=eps, step_size=step_size, steps=steps, restarts=restarts)
+        return climb(key, logits_fn, x, (target, x, clean))
+
+    return attack
