@@ -41,6 +41,14 @@ def schedule(name, **options):
     return lambda step: float(made(jnp.int32(step)))
 
 
+def test_exponential_falls_in_stairs():
+    """×0.97 after every second epoch (VIB); four steps make an epoch."""
+    lr = schedule("exponential", factor=0.97, every=2)
+    np.testing.assert_allclose(
+        [lr(0), lr(7), lr(8), lr(15), lr(16)], 0.1 * 0.97 ** np.array([0, 0, 1, 1, 2]), rtol=1e-5
+    )
+
+
 def test_piecewise_drops_at_its_boundaries():
     lr = schedule("piecewise", boundaries=(5, 7), factor=0.1)
     np.testing.assert_allclose(
