@@ -2,28 +2,30 @@
 
     python -m ibjax.main --config=configs/teachers.py:ROW --workdir=runs/ROW
 
-| ROW                 | what                                       | in                     | paper's clean | AutoAttack |
-|---------------------|--------------------------------------------|------------------------|---------------|------------|
-| trades-awp-resnet18 | TRADES + AWP, PreActResNet-18              | Tables 7, 8            | 84.09         | 48.71      |
-| trades-awp-resnet34 | TRADES + AWP, PreActResNet-34              | Table 8                | 85.94         | 50.57      |
-| trades-wrn-cifar100 | TRADES, WRN-34-10 on CIFAR-100             | Tables 1, 2            | 57.16         | 26.78      |
-| natural-resnet18    | undefended PreActResNet-18                 | Table 6, IAD-II        | –             | –          |
-| sat-resnet18        | PGD training, PreActResNet-18              | Table 3 (the surrogate | –             | –          |
-|                     |                                            | of transfer), IAD      |               |            |
+| ROW                 | what                                       | in                   | paper's clean | AutoAttack |
+|---------------------|--------------------------------------------|----------------------|---------------|------------|
+| trades-awp-resnet18 | TRADES + AWP, PreActResNet-18              | Tables 7, 8          | 84.09         | 48.71      |
+| trades-awp-resnet34 | TRADES + AWP, PreActResNet-34              | Table 8              | 85.94         | 50.57      |
+| trades-wrn-cifar100 | TRADES, WRN-34-10 on CIFAR-100             | Tables 1, 2          | 57.16         | 26.78      |
+| natural-resnet18    | undefended PreActResNet-18                 | Table 6, IAD-II      |               |            |
+| sat-resnet18        | PGD training, PreActResNet-18              | Table 3's surrogate, |               |            |
+|                     |                                            | IAD                  |               |            |
 
-`,smoke` shrinks any. The paper's CIFAR-100 teacher is trained "in the way of TRADES and AWP" and not published: this one
-is TRADES with our settings. Its larger teachers come from RobustBench:
+`,smoke` shrinks any. The paper's CIFAR-100 teacher is trained "with a way of TRADES and AWP" and not published: this
+one is TRADES with our settings. Its larger teachers come from RobustBench:
 
-| WRN-34-20 | 85.65 | 56.82 | Gowal2020Uncovering_34_20          | runs/teacher-wrn34_20 |
-| WRN-70-16 | 88.54 | 64.25 | Rebuffi2021Fixing_70_16_cutmix_ddpm | runs/teacher-wrn70_16 |
-| ResNet-50 | 64.02 | 34.96 | Salman2020Do_R50 (ImageNet)        | runs/teacher-resnet50 |
+| RobustBench                         | architecture            | in      | clean | AutoAttack |
+|-------------------------------------|-------------------------|---------|-------|------------|
+| Gowal2020Uncovering_34_20           | WRN-34-20               | Table 8 | 85.65 | 56.82      |
+| Rebuffi2021Fixing_70_16_cutmix_ddpm | WRN-70-16 ("WRN-76-10") | Table 8 | 88.54 | 64.25      |
+| Salman2020Do_R50                    | ResNet-50, ImageNet     | Table 2 | 64.02 | 34.96      |
 
-    python -m ibjax.convert --torch FILE --arch … --workdir DIR
+    python -m ibjax.convert --torch FILE --arch … --workdir runs/teacher-wrn34_20      (-wrn70_16, -resnet50)
 
-(The paper calls the second one WRN-76-10; its accuracies are those of this WRN-70-16.)
+We recognise them by their accuracies; the paper names only the last.
 
-Cost of 200 epochs: 200·49,000·(27, with AWP 33)·1.11 GFLOP = 0.29 and 0.36 EFLOP for ResNet-18; twice that for ResNet-34;
-twelve times for WRN-34-10; the undefended network 0.03.
+Cost of 200 epochs, 200·49,000·(27, with AWP 33)·1.11 GFLOP: 0.29 and 0.36 EFLOP for ResNet-18; twice that for
+ResNet-34; twelve times for WRN-34-10; the undefended network 0.03.
 """
 
 from ibjax.config import base, parse_arg, smoke

@@ -3,14 +3,15 @@
 
     python -m ibjax.main --config=configs/variational.py:ROW --workdir=runs/variational/ROW
 
-| ROW             | clean         | FGSM          | PGD-100       | CW-100        | AutoAttack    | printed, best / last     |
-|-----------------|---------------|---------------|---------------|---------------|---------------|--------------------------|
-| ceb             | 82.87 / 83.39 | 58.61 / 57.74 | 52.94 / 48.79 | 50.22 / 47.67 | 48.87 / 45.85 | IBD, Table 1, CIFAR-10   |
-| ceb-cifar100    | 55.17 / 55.74 | 32.36 / 30.84 | 30.12 / 26.59 | 26.35 / 24.51 | 25.36 / 23.16 | IBD, Table 1, CIFAR-100  |
-| ceb-natural     |               |               |               |               | 0             | IBD, section 4.2         |
-| vib-vgg16       | 90.52         |               | curves        | curves        |               | IB-RAR, Figure 2, last   |
-| vib-mnist       | 98.87         |               |               |               |               | VIB, 12 samples, β 1e-3  |
-| ceb-rho1, -rho5 | our choice of ρ to tune CEB with; the rows above have ρ 3                                              |
+| ROW          | clean         | FGSM          | PGD-100       | CW-100        | AutoAttack    | printed in         |
+|--------------|---------------|---------------|---------------|---------------|---------------|--------------------|
+| ceb          | 82.87 / 83.39 | 58.61 / 57.74 | 52.94 / 48.79 | 50.22 / 47.67 | 48.87 / 45.85 | IBD, Table 1, best |
+| ceb-cifar100 | 55.17 / 55.74 | 32.36 / 30.84 | 30.12 / 26.59 | 26.35 / 24.51 | 25.36 / 23.16 | and last           |
+| ceb-natural  |               |               |               |               | 0             | IBD, section 4.2   |
+| vib-vgg16    | 90.52         |               | curves        | curves        |               | IB-RAR, Figure 2   |
+| vib-mnist    | 98.87         |               |               |               |               | VIB, 12 samples    |
+
+`ceb-rho1` and `ceb-rho5` are for tuning CEB; the others have ρ 3.
 
 IBD does not say how it trains CEB: here PGD adversarial training with CEB's loss, PreActResNet-18 whose 512 pooled
 features are μ, ρ 3. IB-RAR compares "under the same conditions": VGG16-BN, its optimiser, a 2×256 layer after FC2.

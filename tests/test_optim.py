@@ -49,6 +49,11 @@ def test_exponential_falls_in_stairs():
     )
 
 
+def test_linear_goes_through_its_points():
+    lr = schedule("linear", points=((0.0, 0.0), (2.0, 1.0), (4.0, 0.1)))
+    np.testing.assert_allclose([lr(0), lr(4), lr(8), lr(12), lr(99)], [0, 0.05, 0.1, 0.055, 0.01], rtol=1e-5)
+
+
 def test_piecewise_drops_at_its_boundaries():
     lr = schedule("piecewise", boundaries=(5, 7), factor=0.1)
     np.testing.assert_allclose(

@@ -20,9 +20,9 @@
 | VIB, CEB         | 3                 (+ 2k: adversarial)     |
 
 A weight perturbation takes the update's forward and backward passes a second time. k attack steps; t and a are one
-forward pass of the teacher and of the assistant in units of the student's. FLOPs are XLA's own count, which leaves out padding. A rolled loop's body
-is counted once, so the attack is unrolled here. `--shape` puts noise in place of the configuration's data. The command
-compiles for the CPU, whatever else is there.
+forward pass of the teacher and of the assistant in units of the student's. FLOPs are XLA's own count, which leaves out
+padding. A rolled loop's body is counted once, so the attack is unrolled here. `--shape` puts noise in place of the
+configuration's data. The command compiles for the CPU, whatever else is there.
 """
 
 import sys
@@ -124,7 +124,8 @@ def audit(settings: ConfigDict) -> dict[str, Any]:
     """Compiles one step of a configuration, as `train.build` makes it, and compares it with what its method needs.
 
     Returns {"method", "batch_size", "forward_flops", "teacher_flops", "assistant_flops", "step_flops", "ratio",
-    "expected", "quotient"}; the last two are None for a method that `expected_forwards` does not know. Raises InputError as `train.build` does.
+    "expected", "quotient"}; the last two are None for a method that `expected_forwards` does not know. Raises
+    InputError as `train.build` does.
     """
     settings = settings.copy_and_resolve_references()
     if settings.attack is not None and settings.attack.name == "pgd":

@@ -16,13 +16,12 @@ The student trusts its teacher by A, and itself by 1 − A:
 | α      | alpha               | 1           | 0.5          |
 | α_2    | alpha_2             | 0           | 0.25         |
 |        | begin               | 60          | 40           |
-|        | weight_teacher_term | True        | True         | False: no A in front of the first term, as the authors' code of "I"
+|        | weight_teacher_term | True        | True         | False: the first term without A, as the code of "I"
 
 Gradients flow through p_s(x) as well. Batch-norm: training-mode passes over x', then x. The authors attack in training
 mode (`config.attack_bn = "train"`). Teachers are frozen.
 """
 
-import jax
 import jax.numpy as jnp
 
 from ibjax import losses

@@ -14,7 +14,7 @@
 | δ           | smoothing        | 0.3       | of labels="smooth"; the paper does not give it
 | Attn        | matching         | "adaptive"| or "hand": layers of the same level
 |             | adversarial      | True      | False: L = D(x, y_t) + β·L_feat(x), without adversarial training
-| inner goal  | attack_target    | "teacher" | y_t; or "student": KL(p_s(x) || p_s(x')), TRADES's, as the paper's text says
+| inner goal  | attack_target    | "teacher" | y_t; or "student": TRADES's KL(p_s(x) || p_s(x')), as the paper's text
 | Z_t from    | teacher_features | "adv"     | or "nat", as the authors' code does
 |             | teacher_noise    | 0         | the authors' code shows the teacher x + 0.001·N(0, 1)
 | layers      | granularity      | "block"   | or "stage" (the authors' earlier code)
