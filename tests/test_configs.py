@@ -1,6 +1,7 @@
 """Every row of every recipe of `configs/`: it runs in its short form, and means what its page says in its long one."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -14,6 +15,16 @@ RECIPES = {file.stem: config_rows(file.stem) for file in sorted((ROOT / "configs
 ALL = [(name, row) for name, rows in RECIPES.items() for row in rows]
 FIRST = [(name, rows[0]) for name, rows in RECIPES.items() if name != "digits"]  # that one is the `digits_run`
 OTHER = [(name, row) for name, row in ALL if (name, row) not in FIRST and name != "digits"]
+
+
+def distinct(rows):
+    """Of rows that differ in numbers only, as those of a sweep, the first."""
+
+    def program(name, row):
+        settings = {**config.plain(smoke_config(name, f"{row},smoke")), "title": ""}
+        return name, re.sub(r"\b\d+\.\d+", "#", repr(settings))
+
+    return list({program(*row): row for row in reversed(rows)}.values())[::-1]
 
 
 def run(name, row, folder):
@@ -34,7 +45,7 @@ def test_every_other_row_runs_too(name, row, tmp_path):
     run(name, row, tmp_path / "run")
 
 
-@pytest.mark.parametrize("name, row", OTHER)
+@pytest.mark.parametrize("name, row", distinct(OTHER))
 def test_every_row_can_be_traced(name, row):
     """The whole step and the validation, with teachers that have yet to be made; nothing is compiled."""
     train.check(smoke_config(name, f"{row},smoke"))
@@ -76,4 +87,4 @@ def test_a_sweep_names_every_row_that_matches():
         for line, row in zip(chosen, [row for row in rows if row.startswith("alpha-")], strict=True)
     )
     none = sweep("nothing")
-    assert none.returncode == 2 and "alpha-0.9" in none.stderr
+    assert none.returncode == 2 and "alpha-0.8" in none.stderr
