@@ -21,8 +21,9 @@ def distinct(rows):
     """Of rows that differ in numbers only, as those of a sweep, the first."""
 
     def program(name, row):
-        settings = {**config.plain(smoke_config(name, f"{row},smoke")), "title": ""}
-        return name, re.sub(r"\b\d+\.\d+", "#", repr(settings))
+        settings = smoke_config(name, f"{row},smoke")
+        settings.title = settings.teacher.made_by = settings.assistant.made_by = ""
+        return name, re.sub(r"\d+(\.\d+)?", lambda number: str(float(number[0]) != 0), repr(config.plain(settings)))
 
     return list({program(*row): row for row in reversed(rows)}.values())[::-1]
 
