@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_objectives import BATCH, MODEL, NET, TEACHER, VARIABLES, X_ADV, loss_and_gradient, random_variables
+from test_objectives import BATCH, MODEL, NET, TEACHER, VARIABLES, X_ADV, random_variables
 
 from ibjax import losses
 from ibjax.errors import InputError
-from ibjax.models import resnet, wide_resnet
+from ibjax.objectives import ibd_matching
 from ibjax.objectives.ard import ard
 from ibjax.objectives.iad import iad
 from ibjax.objectives.ibd import ibd
-from ibjax.objectives.ibd_matching import energy_differences, hand_matching, layers_of
+from ibjax.objectives.ibd_matching import AttentionMatching, energy_differences, hand_matching, layers_of
 from ibjax.objectives.rslad import rslad
 from ibjax.perturb import awp
 from ibjax.step import linen_net, trainable, with_trainable
@@ -206,12 +206,12 @@ def test_the_four_kinds_of_labels():
 
 
 def test_labels_change_the_soft_label_terms_and_not_the_features():
-    metrics = {
-        labels: loss_and_gradient(ibd(labels=labels), net=BOTH)[3]
+    metrics = [
+        ibd(labels=labels, matching="hand").loss(BOTH, VARIABLES, LATE, X_ADV, KEY)[1][1]
         for labels in ("robust", "natural", "smooth", "onehot")
-    }
-    assert len({float(m["feature"]) for m in metrics.values()}) == 1
-    assert len({float(m["robust"]) for m in metrics.values()}) == 4
+    ]
+    assert len({float(m["feature"]) for m in metrics}) == 1
+    assert len({float(m["robust"]) for m in metrics}) == 4
 
 
 def test_onehot_labels_without_features_are_adversarial_training_with_two_terms():
@@ -245,44 +245,52 @@ def test_ibd_asks_for_the_teachers_it_uses(options, teachers):
 # ---- IBD's matching ----------------------------------------------------------------------------------------
 
 
-def taps(model):
-    return model.apply(model.init(jax.random.key(1), BATCH["image"]), BATCH["image"])[1]
+def taps(seed, sizes, stage_ends, pre_activation=False):
+    """Features of a network of one block for each size, whose stages end with the blocks named."""
+    keys = jax.random.split(jax.random.key(seed), 2 * len(sizes))
+    draw = iter(jax.random.uniform(k, (12, n, n, 3)) for k, n in zip(keys, [*sizes, *sizes], strict=True))
+    features = {f"block{i}": next(draw) for i in range(1, len(sizes) + 1)}
+    if pre_activation:
+        features |= {f"block{i}_relu": next(draw) for i in range(1, len(sizes) + 1)}
+    for stage, end in enumerate(stage_ends, 1):
+        features |= {
+            f"stage{stage}{s}": features[f"block{end}{s}"] for s in ("", "_relu") if f"block{end}{s}" in features
+        }
+    return features
+
+
+RESNET = taps(0, (8, 4, 2, 1), (1, 2, 3, 4))  # four stages of one block
+WIDE = taps(1, (8, 8, 4, 4, 2, 2), (2, 4, 6), pre_activation=True)  # three stages of two
 
 
 def test_hand_matching_pairs_equal_networks_block_by_block():
-    student, teacher = (taps(resnet.Model(C, blocks=(2, 1), width=w)) for w in (4, 6))
-    z_s, z_t = layers_of(student, "block"), layers_of(teacher, "block")
+    other = taps(2, (8, 4, 2, 1), (1, 2, 3, 4))
+    z_s, z_t = layers_of(other, "block"), layers_of(RESNET, "block")
     expected = sum(energy_differences([s], [t], "square").mean() for s, t in zip(z_s, z_t, strict=True))
-    np.testing.assert_allclose(hand_matching(student, teacher, "block", "square"), expected, rtol=1e-5)
+    np.testing.assert_allclose(hand_matching(other, RESNET, "block", "square"), expected, rtol=1e-5)
 
 
 def test_hand_matching_pairs_the_ends_of_stages_of_different_networks():
-    """The weights sum to the number of the teacher's layers: with one value everywhere, both matchings agree."""
-    student = taps(resnet.Model(C, blocks=(1, 1, 1, 1), width=4))  # 4 stages: 8, 4, 2, 1
-    teacher = taps(wide_resnet.Model(C, depth=16, width=1))  # 3 stages of 2 blocks: 8, 4, 2
-    ends = [(student[f"stage{i}"], teacher[f"stage{i}_relu"]) for i in (1, 2, 3)]
+    """Stages 1 to 3; the teacher's are seen after their activation, the student's fourth has no partner."""
+    ends = [(RESNET[f"stage{i}"], WIDE[f"stage{i}_relu"]) for i in (1, 2, 3)]
     expected = 6 / 3 * sum(energy_differences([s], [t], "square").mean() for s, t in ends)
-    np.testing.assert_allclose(hand_matching(student, teacher, "block", "square"), expected, rtol=1e-5)
+    np.testing.assert_allclose(hand_matching(RESNET, WIDE, "block", "square"), expected, rtol=1e-5)
 
 
-def test_the_weights_of_hand_matching_sum_to_the_number_of_teacher_layers(monkeypatch):
-    """With differences of one everywhere L_feat is that number, as it is with attention, whose rows sum to one."""
-    from ibjax.objectives import ibd_matching
-
+@pytest.mark.parametrize("student", [RESNET, WIDE], ids=["different", "equal"])
+def test_the_weights_of_both_matchings_sum_to_the_number_of_teacher_layers(student, monkeypatch):
+    """With differences of one everywhere L_feat is that number: β means the same."""
     monkeypatch.setattr(ibd_matching, "energy_differences", lambda s, t, _: jnp.ones((12, len(t), len(s))))
-    teacher = wide_resnet.Model(C, depth=16, width=1)
-    for student in (resnet.Model(C, blocks=(1, 1, 1, 1), width=4), teacher):
-        z = taps(student), taps(teacher)
-        assert float(hand_matching(*z, "block", "square")) == 6
-        head = ibd_matching.AttentionMatching(8)
-        loss, _ = head.apply(head.init(KEY, *z, train=False), *z, train=False)
-        np.testing.assert_allclose(loss, 6, rtol=1e-5)
+    assert float(hand_matching(student, WIDE, "block", "square")) == 6
+    head = AttentionMatching(8)
+    loss, _ = head.apply(head.init(KEY, student, WIDE, train=False), student, WIDE, train=False)
+    np.testing.assert_allclose(loss, 6, rtol=1e-5)
 
 
 def test_hand_matching_has_no_weights_of_its_own():
     objective = ibd(matching="hand")
     assert objective.head is None
-    loss, _, _, metrics = loss_and_gradient(objective)
+    loss, (_, metrics) = objective.loss(NET, VARIABLES, LATE, X_ADV, KEY)
     np.testing.assert_allclose(
         loss, 0.1 * metrics["natural"] + 0.9 * metrics["robust"] + 0.8 * metrics["feature"], rtol=1e-5
     )
