@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,10 @@ def test_no_two_rows_of_a_recipe_are_the_same(name):
 def test_a_sweep_names_every_row_that_matches():
     def sweep(*arguments):
         command = ["bash", "launch/sweep.sh", "configs/ibd_ablations.py", "runs/x", *arguments]
-        return subprocess.run(command, cwd=ROOT, env={**os.environ, "DRY": "1"}, capture_output=True, text=True)
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "PATH": path, "DRY": "1"}, capture_output=True, text=True, check=False
+        )
 
     rows = RECIPES["ibd_ablations"]
     assert [line.split("ibd_ablations.py:")[1].split()[0] for line in sweep().stdout.splitlines()] == list(rows)
