@@ -20,6 +20,7 @@ from ml_collections.config_dict import placeholder
 from ibjax.errors import InputError, nearest
 
 TEACHERS = ("teacher", "assistant")
+ModelSection = Mapping[str, Any]  # the type of an option that is a model's section itself
 # kind of module -> the factory's name in it; None: the module's own name
 _FACTORIES = {"models": "Model", "data": "load", "objectives": None, "attacks": None}
 
@@ -282,12 +283,20 @@ def call_arguments(call: Callable, name: str, options: dict, where: str, context
     for key, value in options.items():
         if key not in parameters:
             raise InputError(f"{where}.{key} is unknown to '{name}'; {nearest(key, parameters)}")
-        if not _fits(value, hints.get(key)):
+        if hints.get(key) == ModelSection:
+            _check_nested(value, f"{where}.{key}")
+        elif not _fits(value, hints.get(key)):
             raise InputError(f"{where}.{key}={value!r} has the wrong type; '{name}' takes {_readable(hints[key])}")
     for key, parameter in parameters.items():
         if key not in options and parameter.default is inspect.Parameter.empty:
             raise InputError(f"{where}.{key} is missing; '{name}' needs it")
     return options
+
+
+def _check_nested(section, where):
+    if not isinstance(section, Mapping) or "name" not in section:
+        raise InputError(f"{where}={section!r} is no model; give its section, as dict(name='resnet', depth=18)")
+    arguments("models", section, where, ("num_classes",))
 
 
 def signature(call: Callable, context: Iterable[str] = ()) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
@@ -303,14 +312,19 @@ def complete(config: ConfigDict) -> ConfigDict:
         section = lookup(config, path, None)
         if section is None or "name" not in section:
             continue
-        call, context = _callable(path, section["name"])
-        parameters, hints = signature(call, context)
-        for key, parameter in parameters.items():
-            if key not in section and parameter.default is not inspect.Parameter.empty:
-                section[key] = _default(parameter.default, hints.get(key))
+        _complete(section, *_callable(path, section["name"]))
     for _, recipe in recipes(config):
         complete(recipe)
     return config
+
+
+def _complete(section, call, context):
+    parameters, hints = signature(call, context)
+    for key, parameter in parameters.items():
+        if hints.get(key) == ModelSection and "name" in section.get(key, {}):
+            _complete(section[key], factory("models", section[key]["name"]), ("num_classes",))
+        elif key not in section and parameter.default is not inspect.Parameter.empty:
+            section[key] = _default(parameter.default, hints.get(key))
 
 
 def rename(config: ConfigDict, path: str, name: str | None) -> None:

@@ -1,14 +1,46 @@
 """Architectures: parameter counts, taps, PyTorch's conventions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ibjax.errors import InputError
-from ibjax.models import cnn, layers, preact_resnet, resnet, wide_resnet
+from ibjax.models import cnn, layers, preact_resnet, resnet, siriib, stochastic, vgg, wide_resnet
 
-CIFAR, MNIST = (2, 32, 32, 3), (2, 28, 28, 1)
+CIFAR, MNIST, IMAGENET = (2, 32, 32, 3), (2, 28, 28, 1), (1, 224, 224, 3)
+RESNET = dict(name="resnet", blocks=(1, 1, 1), width=4)
+# every family, and every option that changes what is computed, in a size that a test can afford
+SMALL = {
+    "cnn": cnn.Model(10, widths=((4,), (8,)), hidden=(8, 8)),
+    "resnet": resnet.Model(10, width=4, blocks=(1, 1, 1)),
+    "resnet_bottleneck": resnet.Model(10, depth=50, width=4, blocks=(1, 1), stem="imagenet"),
+    "preact_resnet": preact_resnet.Model(10, width=4, blocks=(1, 1, 1)),
+    "preact_resnet_raw": preact_resnet.Model(10, width=4, blocks=(1, 1), projection="raw", final_norm=False),
+    "wide_resnet": wide_resnet.Model(10, 10, 1, dropout=0.2),
+    "wide_resnet_silu": wide_resnet.Model(10, 10, 1, variant="deepmind", activation="silu"),
+    "wide_resnet_ib_rar": wide_resnet.Model(10, 10, 1, variant="ib_rar", dropout=0.3),
+    "vgg": vgg.Model(10, depth=11, width=4, hidden=(8, 8)),
+    "stochastic": stochastic.Model(10, RESNET, latent=6),
+    "siriib": siriib.Model(10, RESNET, widths=(4, 6)),
+    "siriib_blocks": siriib.Model(10, RESNET, widths=(4, 4), basic_blocks=True),
+}
+
+
+@pytest.fixture(scope="module")
+def built():
+    """name -> (model, variables, images, (logits, features) in evaluation mode); each is made once."""
+
+    @functools.cache
+    def build(name):
+        x = jax.random.uniform(jax.random.key(1), CIFAR)
+        model = SMALL[name]
+        variables = jax.jit(model.init)(jax.random.key(0), x)
+        return model, variables, x, jax.jit(model.apply)(variables, x)
+
+    return build
 
 
 def parameters(model, shape):
@@ -21,9 +53,21 @@ def parameters(model, shape):
     [
         (cnn.Model(10), MNIST, 312_202),  # TRADES's SmallCNN
         (preact_resnet.Model(10, depth=18), CIFAR, 11_172_170),
+        (preact_resnet.Model(10, depth=34), CIFAR, 21_280_330),
         (resnet.Model(10, depth=18), CIFAR, 11_173_962),
+        (resnet.Model(10, depth=34), CIFAR, 21_282_122),
+        (resnet.Model(10, depth=50), CIFAR, 23_520_842),  # pytorch-cifar
+        (resnet.Model(1000, depth=18, stem="imagenet"), IMAGENET, 11_689_512),  # torchvision
+        (resnet.Model(1000, depth=50, stem="imagenet"), IMAGENET, 25_557_032),  # torchvision
+        (wide_resnet.Model(10, depth=28, width=4), CIFAR, 5_848_186),
         (wide_resnet.Model(10, depth=28, width=10), CIFAR, 36_479_194),
         (wide_resnet.Model(10, depth=34, width=10), CIFAR, 46_160_474),
+        (wide_resnet.Model(10, depth=34, width=20), CIFAR, 184_534_634),
+        (wide_resnet.Model(10, depth=70, width=16), CIFAR, 266_796_506),
+        (wide_resnet.Model(10, 28, 10, variant="ib_rar"), CIFAR, 36_489_290),
+        (vgg.Model(1000, depth=16, hidden=()), CIFAR, 14_723_136 + 512 * 1000 + 1000),  # torchvision's features
+        (vgg.Model(10, depth=16), CIFAR, 33_663_306),
+        (stochastic.Model(10, dict(name="resnet", depth=18)), CIFAR, 11_434_058),
     ],
 )
 def test_parameter_counts_are_the_published_ones(model, shape, count):
@@ -124,9 +168,132 @@ def test_normalisation_is_inside_the_model():
     np.testing.assert_allclose(normalising.apply(variables, x)[0], plain.apply(variables, outside)[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_training_mode_moves_every_running_statistic_and_nothing_else(name, built):
+    model, variables, x, _ = built(name)
+    rngs = {"dropout": jax.random.key(1), "sample": jax.random.key(2)}
+    apply = jax.jit(lambda v: model.apply(v, x, train=True, mutable=["batch_stats"], rngs=rngs))
+    (logits, features), updated = apply(variables)
+    assert logits.shape == (2, 10) and jnp.isfinite(logits).all()
+    assert set(features) == set(built(name)[3][1])
+    moved = jax.tree.map(
+        lambda a, b: bool((a != b).any()), updated.get("batch_stats", {}), variables.get("batch_stats", {})
+    )
+    assert all(jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32(name, built):
+    model, variables, x, (exact, _) = built(name)
+    half = dict(dtype="bfloat16")
+    rounded = model.clone(**half) if hasattr(model, "dtype") else model.clone(backbone=model.backbone | half)
+    shapes = jax.eval_shape(rounded.init, jax.random.key(0), x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+    logits, features = jax.jit(rounded.apply)(variables, x)
+    assert logits.dtype == jnp.float32
+    assert any(value.dtype == jnp.bfloat16 for value in features.values())
+    np.testing.assert_allclose(logits, exact, atol=0.05)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_an_edit_changes_what_comes_after_it_and_nothing_before(name, built):
+    """Every feature in turn is edited. Those recorded before it stay, it is what the edit says, the logits change."""
+    model, variables, x, (logits, features) = built(name)
+    scalars = {"orthogonality", "class_means", "x_avg"}
+    order = [tap for tap in features if tap not in scalars and not tap.startswith("info") and tap != "sigma"]
+    for tap in (order[0], order[len(order) // 2], order[-1]):
+        changed, edited = model.apply(variables, x, edits={tap: lambda f: 2 * f + 1})
+        np.testing.assert_allclose(edited[tap], 2 * features[tap] + 1, rtol=1e-5, atol=1e-5)
+        for before in list(features)[: list(features).index(tap)]:
+            np.testing.assert_allclose(edited[before], features[before], rtol=1e-5, atol=1e-6, err_msg=before)
+        if tap != order[-1] or name != "cnn":  # whose last layer starts at zero
+            assert jnp.abs(changed - logits).max() > 1e-4 or name == "cnn"
+
+
+def test_edits_of_zero_ablate_a_channel_and_a_wrong_one_is_named(built):
+    model, variables, x, (logits, features) = built("resnet")
+    mask = jnp.arange(features["pre_logits"].shape[1]) % 2
+    changed, _ = model.apply(variables, x, edits={"pre_logits": lambda f: f * mask.astype(f.dtype)[None]})
+    head = variables["params"]["head"]["dense"]
+    np.testing.assert_allclose(changed, (features["pre_logits"] * mask) @ head["kernel"] + head["bias"], atol=1e-5)
+    with pytest.raises(InputError, match=r"no feature 'stage_1'; allowed: .* did you mean 'stage1'\?"):
+        model.apply(variables, x, edits={"stage_1": lambda f: f})
+    with pytest.raises(InputError, match="the edit of 'stem' returns"):
+        model.apply(variables, x, edits={"stem": lambda f: f[:1]})
+
+
+def test_an_edit_of_a_normalised_tap_is_what_the_next_convolutions_see(built):
+    """Zeros there leave of a block with equal widths only what it adds to: the raw input."""
+    model = wide_resnet.Model(10, 16, 1)
+    variables, x = model.init(jax.random.key(0), jnp.zeros(CIFAR)), jax.random.uniform(jax.random.key(1), CIFAR)
+    _, features = model.apply(variables, x, edits={"block1_relu": lambda f: 0 * f})
+    np.testing.assert_array_equal(features["block2"], features["block1"])
+
+
+def test_without_classes_a_backbone_ends_before_its_last_layer(built):
+    model, variables, x, (_, features) = built("wide_resnet")
+    backbone = model.clone(num_classes=None)
+    assert "head" not in backbone.init(jax.random.key(0), x)["params"]
+    output, _ = backbone.apply(
+        {**variables, "params": {k: v for k, v in variables["params"].items() if k != "head"}}, x
+    )
+    np.testing.assert_allclose(output, features["pre_logits"], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
-    "model", [preact_resnet.Model(10, depth=19), resnet.Model(10, depth=7), wide_resnet.Model(10, 30)]
+    "model, kernel_std, zero_bias",
+    [
+        (wide_resnet.Model(10, 10, 2), lambda k, c_in, c_out: (2 / (k * k * c_out)) ** 0.5, True),
+        (wide_resnet.Model(10, 10, 2, variant="ib_rar"), lambda k, c_in, c_out: (3 * k * k * c_in) ** -0.5, False),
+        (resnet.Model(10, width=32, blocks=(1, 1)), lambda k, c_in, c_out: (3 * k * k * c_in) ** -0.5, False),
+        (
+            resnet.Model(10, width=32, blocks=(1, 1), stem="imagenet"),
+            lambda k, c_in, c_out: (2 / (k * k * c_out)) ** 0.5,
+            False,
+        ),
+        (preact_resnet.Model(10, width=32, blocks=(1, 1)), lambda k, c_in, c_out: (3 * k * k * c_in) ** -0.5, False),
+        (vgg.Model(10, depth=11, width=32, hidden=(64,)), lambda k, c_in, c_out: (3 * k * k * c_in) ** -0.5, False),
+    ],
 )
-def test_an_impossible_depth_is_refused(model):
+def test_every_convolution_of_a_family_starts_as_its_published_file_does(model, kernel_std, zero_bias):
+    params = jax.jit(model.init)(jax.random.key(3), jnp.zeros(CIFAR))["params"]
+    kernels = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 4]
+    assert len(kernels) > 4
+    for kernel in kernels:
+        k, _, c_in, c_out = kernel.shape
+        n = kernel.size
+        assert abs(float(kernel.std()) / kernel_std(k, c_in, c_out) - 1) < 4 / n**0.5
+        assert abs(float(kernel.mean())) < 4 * kernel_std(k, c_in, c_out) / n**0.5
+    assert bool((params["head"]["dense"]["bias"] == 0).all()) is zero_bias
+
+
+def test_dropout_stands_where_each_variant_has_it():
+    """Before the second batch-norm (IB-RAR) its statistics see the dropped values; after it they do not."""
+    x = jax.random.uniform(jax.random.key(0), CIFAR)
+    for variant, seen in (("trades", False), ("ib_rar", True)):
+        model = wide_resnet.Model(10, 10, 1, dropout=0.5, variant=variant)
+        variables = model.init(jax.random.key(1), x)
+        means = []
+        for seed in (1, 2):
+            rngs = {"dropout": jax.random.key(seed)}
+            _, updated = model.apply(variables, x, train=True, mutable=["batch_stats"], rngs=rngs)
+            means.append(updated["batch_stats"]["block1"]["bn2"]["mean"])
+        assert bool((means[0] != means[1]).any()) is seen
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        preact_resnet.Model(10, depth=19),
+        preact_resnet.Model(10, projection="rwa"),
+        resnet.Model(10, depth=7),
+        resnet.Model(10, stem="image_net"),
+        wide_resnet.Model(10, 30),
+        wide_resnet.Model(10, 10, variant="deep_mind"),
+        wide_resnet.Model(10, 10, activation="gelu"),
+        vgg.Model(10, depth=17),
+    ],
+)
+def test_an_impossible_depth_or_variant_is_refused(model):
     with pytest.raises(InputError, match="allowed"):
         model.init(jax.random.key(0), jnp.zeros(CIFAR))

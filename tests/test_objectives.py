@@ -104,8 +104,6 @@ class Stepper:
 @pytest.fixture(params=list(OBJECTIVES), scope="module")
 def stepper(request, digits_run):
     """A compiled step of each objective on eight devices, shared by the properties."""
-    if OBJECTIVES[request.param][2].get("model", {}).get("name") == "stochastic":
-        pytest.importorskip("ibjax.models.stochastic", reason="its network is still to come")
     made = Stepper(experiment(request.param, digits_run / "teacher"))
     made.name = request.param
     return made

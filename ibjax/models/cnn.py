@@ -15,13 +15,13 @@ from ibjax.models import layers
 
 
 class Model(nn.Module):
-    """(B, H, W, C) in [0, 1] -> (logits (B, num_classes), features).
+    """(B, H, W, C) in [0, 1] -> (logits (B, num_classes), features); num_classes None: (pre_logits, features).
 
     widths: channels of the convolutions; an inner tuple is a stage and ends with 2×2 max-pooling.
     hidden: widths of the linear layers between; () with `pool="average"` is a fully convolutional network.
     """
 
-    num_classes: int
+    num_classes: int | None
     widths: tuple[tuple[int, ...], ...] = ((32, 32), (64, 64))
     hidden: tuple[int, ...] = (200, 200)
     padding: int = 0
@@ -34,12 +34,14 @@ class Model(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> tuple[Array, dict[str, Array]]:
+    def __call__(
+        self, x: Array, train: bool = False, edits: layers.Edits | layers.Taps | None = None
+    ) -> tuple[Array, dict[str, Array]]:
         if self.pool not in ("flatten", "average"):
             raise InputError(f"model.pool '{self.pool}' is unknown; {nearest(self.pool, ('flatten', 'average'))}")
         check_range("model.dropout", self.dropout, 0, 1, below=True)
         dtype, zeros = layers.compute_dtype(self.dtype), nn.initializers.zeros
-        features = {}
+        tap = layers.Taps(edits)
         x = layers.normalize(x, self.mean, self.std)
         index = 0
         for stage, widths in enumerate(self.widths, 1):
@@ -61,16 +63,14 @@ class Model(nn.Module):
                 )(x).astype(dtype)
                 if self.batch_norm:
                     x = layers.BatchNorm(groups=self.bn_groups, dtype=dtype, name=f"bn{index}")(x, train)
-                x = nn.relu(x)
-                features[f"conv{index}"] = x
-            x = layers.max_pool(x)
-            features[f"stage{stage}"] = x
-        x = layers.global_average(x).astype(dtype) if self.pool == "average" else x.reshape(x.shape[0], -1)
+                x = tap(f"conv{index}", layers.Activation()(x))
+            x = tap(f"stage{stage}", layers.MaxPool()(x))
+        x = layers.GlobalAverage()(x).astype(dtype) if self.pool == "average" else x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.hidden, 1):
-            x = nn.relu(layers.Dense(width, dtype=dtype, name=f"fc{i}")(x))
+            x = layers.Activation()(layers.Dense(width, dtype=dtype, name=f"fc{i}")(x))
             if i == 1:
                 x = nn.Dropout(self.dropout, deterministic=not train)(x)
-            features[f"fc{i}"] = x
-        features["pre_logits"] = x
-        logits = layers.Dense(self.num_classes, kernel_init=zeros, bias_init=zeros, name="head")(x.astype(jnp.float32))
-        return logits, features
+            x = tap(f"fc{i}", x)
+        x = tap("pre_logits", x)
+        logits = layers.classifier(x, self.num_classes, kernel_init=zeros, bias_init=zeros)
+        return logits, tap.finish()

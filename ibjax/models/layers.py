@@ -1,10 +1,10 @@
-"""Layers as PyTorch has them: initialisation, padding, batch-norm; and input normalisation.
+"""Layers as PyTorch has them: initialisation, padding, batch-norm; input normalisation; and the taps.
 
 Parameters, batch statistics and logits are float32; `dtype` is what convolutions and activations compute in. The
 first convolution always computes in float32: bfloat16 pixels would swallow small perturbations, as a start of 0.001·N.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +16,7 @@ from ibjax.errors import InputError, nearest
 
 # U(−1/√fan_in, 1/√fan_in): PyTorch's default for convolutions and linear layers (kaiming_uniform with a=√5)
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-# N(0, 2/(k²·C_out)): the WideResNet files
+# N(0, 2/(k²·C_out)): the WideResNet files, and torchvision's ResNets
 fan_out_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # N(0, 2/fan_in): TRADES's network for MNIST
 kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -28,13 +28,47 @@ def uniform_bias(fan_in: int):
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+Edits = Mapping[str, Callable[[Array], Array]]  # feature -> what to do with it on its way through the network
+
+
+class Taps:
+    """The features of one forward pass, by name, and the caller's edits of them.
+
+        x = tap("stage1", x)          records x, or edits["stage1"](x) where there is one, and returns what it records
+
+    so everything after a tap sees the edited feature. A model inside a model is given the outer one's `Taps` for its
+    `edits`: both then write one record, and only the outer one knows all the names.
+    """
+
+    def __init__(self, edits: "Edits | Taps | None" = None):
+        self.inner = isinstance(edits, Taps)
+        self.edits: Edits = edits.edits if isinstance(edits, Taps) else edits or {}
+        self.features: dict[str, Array] = edits.features if isinstance(edits, Taps) else {}
+
+    def __call__(self, name: str, x: Array) -> Array:
+        if name in self.edits:
+            edited = self.edits[name](x)
+            if edited.shape != x.shape:
+                raise InputError(f"the edit of '{name}' returns {edited.shape}; the feature is {x.shape}")
+            x = edited.astype(x.dtype)
+        self.features[name] = x
+        return x
+
+    def finish(self) -> dict[str, Array]:
+        """All features; raises InputError if there was an edit of something else."""
+        for name in () if self.inner else self.edits:
+            if name not in self.features:
+                raise InputError(f"edits: there is no feature '{name}'; {nearest(name, self.features)}")
+        return self.features
+
+
 class Conv(nn.Module):
     """Convolution with PyTorch's explicit symmetric padding ("SAME" pads stride-2 layers on one side only)."""
 
     features: int
     kernel: int = 3
     stride: int = 1
-    padding: int | None = None  # None: (kernel − 1) // 2
+    padding: int | tuple[int, int] | None = None  # (before, after); None: (kernel − 1) // 2
     use_bias: bool = False
     kernel_init: Any = torch_uniform
     bias_init: Any = None  # None: PyTorch's default
@@ -43,12 +77,13 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         pad = (self.kernel - 1) // 2 if self.padding is None else self.padding
+        before, after = (pad, pad) if isinstance(pad, int) else pad
         fan_in = self.kernel**2 * x.shape[-1]
         return nn.Conv(
             self.features,
             (self.kernel, self.kernel),
             (self.stride, self.stride),
-            padding=[(pad, pad)] * 2,
+            padding=[(before, after)] * 2,
             use_bias=self.use_bias,
             kernel_init=self.kernel_init,
             bias_init=uniform_bias(fan_in) if self.bias_init is None else self.bias_init,
@@ -77,6 +112,12 @@ class Dense(nn.Module):
             dtype=self.dtype,
             name="dense",
         )(x)
+
+
+def classifier(x: Array, num_classes: int | None, **options: Any) -> Array:
+    """The final linear layer, in float32; without `num_classes` x itself: a backbone whose caller has the head."""
+    x = x.astype(jnp.float32)
+    return x if num_classes is None else Dense(num_classes, **options, name="head")(x)
 
 
 def compute_dtype(name: str) -> Any:
@@ -150,15 +191,88 @@ def normalize(x: Array, mean: Sequence[float] | None, std: Sequence[float] | Non
     return (x - per_channel(jnp.asarray(mean, x.dtype), x)) / per_channel(jnp.asarray(std, x.dtype), x)
 
 
-def max_pool(x: Array) -> Array:
-    """2×2 max-pooling with stride 2; an odd last row or column is dropped, as in PyTorch."""
-    if min(x.shape[1:3]) < 2:
-        raise InputError(
-            f"images are too small for the model: a map of {x.shape[1:3]} cannot be pooled; use fewer stages"
+# Operations without parameters are modules too: whoever intercepts module calls (`analysis.complexity`) sees them.
+
+
+class Activation(nn.Module):
+    """ReLU, or SiLU (also called Swish): x·sigmoid(x)."""
+
+    kind: str = "relu"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        functions = {"relu": nn.relu, "silu": nn.silu}
+        if self.kind not in functions:
+            raise InputError(f"model.activation '{self.kind}' is unknown; {nearest(self.kind, functions)}")
+        return functions[self.kind](x)
+
+
+class Add(nn.Module):
+    """x + y."""
+
+    @nn.compact
+    def __call__(self, x: Array, y: Array) -> Array:
+        return x + y
+
+
+class MaxPool(nn.Module):
+    """Max-pooling; rows and columns that fill no window are dropped, as in PyTorch."""
+
+    window: int = 2
+    stride: int = 2
+    padding: int = 0
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        if min(x.shape[1:3]) + 2 * self.padding < self.window:
+            raise InputError(
+                f"images are too small for the model: a map of {x.shape[1:3]} cannot be pooled; use fewer stages"
+            )
+        return nn.max_pool(
+            x, (self.window, self.window), (self.stride, self.stride), padding=[(self.padding, self.padding)] * 2
         )
-    return nn.max_pool(x, (2, 2), (2, 2))
+
+
+class GlobalAverage(nn.Module):
+    """(B, H, W, C) -> (B, C), the spatial mean, summed in float32."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return global_average(x)
 
 
 def global_average(x: Array) -> Array:
     """(B, H, W, C) -> (B, C), the spatial mean, summed in float32."""
     return jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+
+
+class AveragePool(nn.Module):
+    """Average-pooling with windows of `factor`×`factor`, which must divide the map."""
+
+    factor: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        b, h, w, c = x.shape
+        if h % self.factor or w % self.factor:
+            raise InputError(f"a map of {(h, w)} does not divide into windows of {self.factor}×{self.factor}")
+        return x.reshape(b, h // self.factor, self.factor, w // self.factor, self.factor, c).mean((2, 4))
+
+
+def resize(x: Array, size: tuple[int, int]) -> Array:
+    """(B, H, W, C) -> (B, *size, C), bilinear between pixel centres and without anti-aliasing, PyTorch's default."""
+    return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), "bilinear", antialias=False)
+
+
+def pixel_unshuffle(x: Array, factor: int = 2) -> Array:
+    """(B, H, W, C) -> (B, H/factor, W/factor, C·factor²): each window becomes channels, in PyTorch's order."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // factor, factor, w // factor, factor, c)
+    return x.transpose(0, 1, 3, 5, 2, 4).reshape(b, h // factor, w // factor, c * factor**2)
+
+
+def pixel_shuffle(x: Array, factor: int = 2) -> Array:
+    """The inverse of `pixel_unshuffle`."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, c // factor**2, factor, factor)
+    return x.transpose(0, 1, 4, 2, 5, 3).reshape(b, h * factor, w * factor, c // factor**2)

@@ -1,8 +1,15 @@
-"""ResNet: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, in its CIFAR form (basic blocks).
+"""ResNet: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016.
 
-A 3×3 stem with batch-norm and ReLU, stages of widths 64·(1, 2, 4, 8), projection shortcuts with batch-norm.
+Stages of widths 64·(1, 2, 4, 8); basic blocks to depth 34, bottlenecks (1×1, 3×3 with the stride, 1×1 to four times
+the width) from 50; projection shortcuts with batch-norm.
 
-Taps, all after the ReLU: `stem`, `blockN`, `stageN`, `pre_logits`.
+| stem       |                                                             | convolutions start from | files          |
+|------------|-------------------------------------------------------------|-------------------------|----------------|
+| "cifar"    | 3×3 convolution, BN, ReLU                                   | PyTorch's default       | pytorch-cifar  |
+| "imagenet" | 7×7 convolution with stride 2, BN, ReLU, 3×3 max-pooling    | N(0, 2/(k²·C_out))      | torchvision    |
+|            | with stride 2 and padding 1                                 |                         |                |
+
+Taps, all after the ReLU: `stem` (what enters stage 1), `blockN`, `stageN`, `pre_logits`.
 """
 
 from typing import Any
@@ -10,64 +17,89 @@ from typing import Any
 import flax.linen as nn
 from jax import Array
 
+from ibjax.errors import InputError, nearest
 from ibjax.models import layers
-from ibjax.models.preact_resnet import block_counts, stage_taps
+from ibjax.models.preact_resnet import DEPTHS as BASIC
+from ibjax.models.preact_resnet import block_counts, positions
+
+DEPTHS = {**BASIC, 50: (3, 4, 6, 3)}
 
 
 class Block(nn.Module):
-    """relu(x + BN-conv-ReLU-BN-conv(x))."""
+    """relu(x + BN-conv-ReLU-BN-conv(x)); the bottleneck has three convolutions."""
 
     width: int
     stride: int
+    bottleneck: bool
+    kernel_init: Any
     bn_groups: int
     dtype: Any
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        def conv_norm(x, stride, suffix, kernel=3):
-            x = layers.Conv(self.width, kernel, stride, dtype=self.dtype, name=f"conv{suffix}")(x)
-            return layers.BatchNorm(groups=self.bn_groups, dtype=self.dtype, name=f"bn{suffix}")(x, train)
+        def conv_norm(x, width, kernel, stride, suffix):
+            conv = layers.Conv(
+                width, kernel, stride, kernel_init=self.kernel_init, dtype=self.dtype, name=f"conv{suffix}"
+            )
+            return layers.BatchNorm(groups=self.bn_groups, dtype=self.dtype, name=f"bn{suffix}")(conv(x), train)
 
-        y = conv_norm(nn.relu(conv_norm(x, self.stride, "1")), 1, "2")
-        if self.stride != 1 or x.shape[-1] != self.width:
-            x = conv_norm(x, self.stride, "_shortcut", kernel=1)
-        return nn.relu(x + y)
+        width, relu = self.width, layers.Activation("relu")
+        if self.bottleneck:
+            y = relu(conv_norm(x, width, 1, 1, "1"))
+            y = relu(conv_norm(y, width, 3, self.stride, "2"))
+            y = conv_norm(y, 4 * width, 1, 1, "3")
+        else:
+            y = relu(conv_norm(x, width, 3, self.stride, "1"))
+            y = conv_norm(y, width, 3, 1, "2")
+        if self.stride != 1 or x.shape[-1] != y.shape[-1]:
+            x = conv_norm(x, y.shape[-1], 1, self.stride, "_shortcut")
+        return relu(x + y)
 
 
 class Model(nn.Module):
-    """(B, H, W, C) in [0, 1] -> (logits (B, num_classes), features); depth 10, 18 or 34, or `blocks` per stage."""
+    """(B, H, W, C) in [0, 1] -> (logits (B, num_classes), features); num_classes None: (pre_logits, features).
 
-    num_classes: int
+    depth: 10, 18, 34 or 50. blocks: how many there are in each stage, in place of the depth's own.
+    """
+
+    num_classes: int | None
     depth: int = 18
     width: int = 64
     blocks: tuple[int, ...] | None = None
+    stem: str = "cifar"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     bn_groups: int = 1
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> tuple[Array, dict[str, Array]]:
-        counts = block_counts("resnet", self.depth, self.blocks)
-        dtype = layers.compute_dtype(self.dtype)
+    def __call__(
+        self, x: Array, train: bool = False, edits: layers.Edits | layers.Taps | None = None
+    ) -> tuple[Array, dict[str, Array]]:
+        if self.stem not in ("cifar", "imagenet"):
+            raise InputError(f"model.stem '{self.stem}' is unknown; {nearest(self.stem, ('cifar', 'imagenet'))}")
+        counts = block_counts("resnet", self.depth, self.blocks, DEPTHS)
+        dtype, tap = layers.compute_dtype(self.dtype), layers.Taps(edits)
+        imagenet = self.stem == "imagenet"
+        kernel_init = layers.fan_out_normal if imagenet else layers.torch_uniform
+        kernel, stride = (7, 2) if imagenet else (3, 1)
         x = layers.normalize(x, self.mean, self.std)
-        x = layers.Conv(self.width, name="stem")(x).astype(dtype)
-        x = nn.relu(layers.BatchNorm(groups=self.bn_groups, dtype=dtype, name="bn_stem")(x, train))
-        features = {"stem": x}
-        stage_ends, index = {}, 0
-        for stage, count in enumerate(counts, 1):
-            for i in range(count):
-                index += 1
-                x = Block(
-                    self.width * 2 ** (stage - 1),
-                    2 if stage > 1 and i == 0 else 1,
-                    self.bn_groups,
-                    dtype,
-                    name=f"block{index}",
-                )(x, train)
-                features[f"block{index}"] = x
-            stage_ends[stage] = index
-        features |= stage_taps(features, stage_ends)
-        x = layers.global_average(x)
-        features["pre_logits"] = x
-        return layers.Dense(self.num_classes, name="head")(x), features
+        x = layers.Conv(self.width, kernel, stride, kernel_init=kernel_init, name="stem")(x)
+        x = layers.BatchNorm(groups=self.bn_groups, dtype=dtype, name="bn_stem")(x.astype(dtype), train)
+        x = layers.Activation()(x)
+        x = tap("stem", layers.MaxPool(3, 2, 1)(x) if imagenet else x)
+        for i, (stage, first, last) in enumerate(positions(counts), 1):
+            block = Block(
+                self.width * 2 ** (stage - 1),
+                2 if stage > 1 and first else 1,
+                self.depth >= 50,
+                kernel_init,
+                self.bn_groups,
+                dtype,
+                name=f"block{i}",
+            )
+            x = tap(f"block{i}", block(x, train))
+            if last:
+                x = tap(f"stage{stage}", x)
+        x = tap("pre_logits", layers.GlobalAverage()(x))
+        return layers.classifier(x, self.num_classes), tap.finish()

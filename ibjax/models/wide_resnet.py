@@ -1,92 +1,128 @@
-"""Wide residual networks: Zagoruyko & Komodakis, BMVC 2016, as TRADES, MART and RobustBench have them.
+"""Wide residual networks: Zagoruyko & Komodakis, BMVC 2016.
 
-Pre-activation, three stages of (depth − 4) / 6 blocks with widths 16·width·(1, 2, 4), 3×3 stem of 16 channels.
-The projection shortcut sees the activated input; where input and output widths agree, the raw one is added.
-Convolutions start from N(0, 2/(k²·C_out)), linear biases from zero.
+Pre-activation, three stages of (depth − 4) / 6 blocks with widths 16·width·(1, 2, 4), 3×3 stem of 16 channels; where
+input and output widths agree, the raw input is added. What the published files have different is `variant`:
+
+| variant                 | "trades"           | "deepmind"                 | "ib_rar"                    |
+|-------------------------|--------------------|----------------------------|-----------------------------|
+| used by                 | TRADES, MART, AWP, | Gowal et al., Rebuffi et   | IB-RAR (meliketoy's file;   |
+|                         | most of RobustBench| al. (with `activation=     | there with `dropout=0.3`)   |
+|                         |                    | "silu"`, mean and std)     |                             |
+| stride 2 in             | the first conv     | the first conv             | the second conv             |
+| it pads (before, after) | (1, 1)             | (0, 1), TensorFlow's SAME  | (1, 1)                      |
+| projection sees         | activated x        | activated x                | raw x                       |
+| dropout stands          | after BN-ReLU 2    | after BN-ReLU 2            | before BN-ReLU 2            |
+| convolutions' biases    | no                 | no                         | yes                         |
+| convolutions start from | N(0, 2/(k²·C_out)) | N(0, 2/(k²·C_out))         | PyTorch's default           |
+| linear bias starts from | 0                  | 0                          | PyTorch's default           |
+| final batch-norm keeps  | 0.9                | 0.9                        | 0.1 (momentum 0.9)          |
 
 Taps: as `preact_resnet`: `stem`, `blockN`, `blockN_relu`, `stageN`, `stageN_relu`, `pre_logits`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jax import Array
 
-from ibjax.errors import InputError, check_range
+from ibjax.errors import InputError, check_range, nearest
 from ibjax.models import layers
-from ibjax.models.preact_resnet import stage_taps
+from ibjax.models.preact_resnet import activated_tap, positions
+
+VARIANTS = ("trades", "deepmind", "ib_rar")
 
 
 class Block(nn.Module):
-    """x -> (activated x, x + residual); dropout stands between the two convolutions."""
+    """x -> x + residual; `see` is called with the activated input, the tap of the block before."""
 
     width: int
-    stride: int
-    dropout: float
-    bn_groups: int
-    dtype: Any
+    stride: int = 1
+    variant: str = "trades"
+    activation: str = "relu"
+    dropout: float = 0.0
+    bn_groups: int = 1
+    dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> tuple[Array, Array]:
-        def norm(name):
-            return layers.BatchNorm(groups=self.bn_groups, dtype=self.dtype, name=name)
+    def __call__(self, x: Array, train: bool, see: Callable[[Array], Array] = lambda x: x) -> Array:
+        ib_rar = self.variant == "ib_rar"
+        strides = (1, self.stride) if ib_rar else (self.stride, 1)
+        same = (0, 1) if self.variant == "deepmind" and self.stride == 2 else None
 
-        def conv(stride, name, kernel=3):
-            return layers.Conv(
-                self.width, kernel, stride, kernel_init=layers.fan_out_normal, dtype=self.dtype, name=name
-            )
+        def activated(x, name):
+            x = layers.BatchNorm(groups=self.bn_groups, dtype=self.dtype, name=name)(x, train)
+            return layers.Activation(self.activation)(x)
 
-        activated = nn.relu(norm("bn1")(x, train))
-        y = conv(self.stride, "conv1")(activated)
-        y = nn.relu(norm("bn2")(y, train))
-        y = nn.Dropout(self.dropout, deterministic=not train)(y)
-        y = conv(1, "conv2")(y)
-        if x.shape[-1] != self.width:
-            x = conv(self.stride, "shortcut", kernel=1)(activated)
-        return activated, x + y
+        def conv(stride, name, kernel=3, padding=None):
+            options = conv_options(self.variant)
+            return layers.Conv(self.width, kernel, stride, padding, dtype=self.dtype, name=name, **options)
+
+        dropout = nn.Dropout(self.dropout, deterministic=not train)
+        seen = see(activated(x, "bn1"))
+        y = conv(strides[0], "conv1", padding=same)(seen)
+        y = activated(dropout(y), "bn2") if ib_rar else dropout(activated(y, "bn2"))
+        y = conv(strides[1], "conv2")(y)
+        if self.stride != 1 or x.shape[-1] != self.width:
+            x = conv(self.stride, "shortcut", kernel=1)(x if ib_rar else seen)
+        return layers.Add()(x, y)
 
 
 class Model(nn.Module):
-    """(B, H, W, C) in [0, 1] -> (logits (B, num_classes), features); depth = 6n + 4."""
+    """(B, H, W, C) in [0, 1] -> (logits (B, num_classes), features); num_classes None: (pre_logits, features).
 
-    num_classes: int
+    depth: 6n + 4. width: the factor, 10 in WRN-28-10.
+    """
+
+    num_classes: int | None
     depth: int = 34
     width: int = 10
     dropout: float = 0.0
+    variant: str = "trades"
+    activation: str = "relu"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     bn_groups: int = 1
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> tuple[Array, dict[str, Array]]:
+    def __call__(
+        self, x: Array, train: bool = False, edits: layers.Edits | layers.Taps | None = None
+    ) -> tuple[Array, dict[str, Array]]:
         count, remainder = divmod(self.depth - 4, 6)
         if remainder or count < 1:
             raise InputError(f"wide_resnet has no depth {self.depth}; allowed: 6n + 4, as 10, 16, 28, 34, 70")
+        if self.variant not in VARIANTS:
+            raise InputError(f"model.variant '{self.variant}' is unknown; {nearest(self.variant, VARIANTS)}")
         check_range("model.dropout", self.dropout, 0, 1, below=True)
-        dtype = layers.compute_dtype(self.dtype)
+        dtype, tap = layers.compute_dtype(self.dtype), layers.Taps(edits)
         x = layers.normalize(x, self.mean, self.std)
-        x = layers.Conv(16, kernel_init=layers.fan_out_normal, name="stem")(x).astype(dtype)
-        features = {"stem": x}
-        stage_ends, index = {}, 0
-        for stage in (1, 2, 3):
-            for i in range(count):
-                stride = 2 if stage > 1 and i == 0 else 1
-                activated, x = Block(
-                    16 * self.width * 2 ** (stage - 1),
-                    stride,
-                    self.dropout,
-                    self.bn_groups,
-                    dtype,
-                    name=f"block{index + 1}",
-                )(x, train)
-                features["stem_relu" if index == 0 else f"block{index}_relu"] = activated
-                index += 1
-                features[f"block{index}"] = x
-            stage_ends[stage] = index
-        x = nn.relu(layers.BatchNorm(groups=self.bn_groups, dtype=dtype, name="bn")(x, train))
-        features[f"block{index}_relu"] = x
-        features |= stage_taps(features, stage_ends)
-        x = layers.global_average(x)
-        features["pre_logits"] = x
-        return layers.Dense(self.num_classes, bias_init=nn.initializers.zeros, name="head")(x), features
+        x = tap("stem", layers.Conv(16, name="stem", **conv_options(self.variant))(x).astype(dtype))
+        names = ["stem"]  # of the feature x
+        for i, (stage, first, last) in enumerate(positions((count,) * 3), 1):
+            block = Block(
+                16 * self.width * 2 ** (stage - 1),
+                2 if stage > 1 and first else 1,
+                self.variant,
+                self.activation,
+                self.dropout,
+                self.bn_groups,
+                dtype,
+                name=f"block{i}",
+            )
+            x = block(x, train, see=activated_tap(tap, names))
+            names = [f"block{i}"] + [f"stage{stage}"] * last
+            for name in names:
+                x = tap(name, x)
+        keep = 0.1 if self.variant == "ib_rar" else 0.9
+        x = layers.BatchNorm(keep, groups=self.bn_groups, dtype=dtype, name="bn")(x, train)
+        x = activated_tap(tap, names)(layers.Activation(self.activation)(x))
+        x = tap("pre_logits", layers.GlobalAverage()(x))
+        bias_init = None if self.variant == "ib_rar" else nn.initializers.zeros
+        return layers.classifier(x, self.num_classes, bias_init=bias_init), tap.finish()
+
+
+def conv_options(variant: str) -> dict[str, Any]:
+    """The biases and the initialisation of a variant's convolutions."""
+    return dict(use_bias=True) if variant == "ib_rar" else dict(kernel_init=layers.fan_out_normal)

@@ -1,0 +1,1 @@
+"""Measures of dependence and of distance between distributions, as pure functions with stable derivatives."""

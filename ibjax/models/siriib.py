@@ -1,0 +1,184 @@
+"""The network of SiRIIB: singular regularisation with an implicit information bottleneck.
+
+    x → { x_s }  →  SR_s  →  sigmoid  →  up to full size  →  mean over s  =  x_avg ∈ (0, 1)
+    f_i = p_i(c(x_avg))  is added to the classifier's i-th feature: stem, stage 1, stage 2, …
+    SR(x) = BN(W_u (A + B)),   A = shuffle₂(W_o unshuffle₂(x)) modulates singular vectors, W_o 12×12 near orthogonal
+                               B = FFT⁻¹((W_f |F|) · F / |F|), F = FFT(x), modulates singular values
+
+| paper       | code             | default             |                                                              |
+|-------------|------------------|---------------------|--------------------------------------------------------------|
+| {s}         | scales           | 32, 24, 16, 8       | for 32×32 images; 64, 48, 24, 16 for 64×64                   |
+| # of p_i    | connections      | 3                   | the first so many of stem, stage 1, 2, 3, 4; 0: SR stands    |
+|             |                  |                     | beside a plain classifier, to be trained by itself           |
+| c           | widths           | (16, 32, 64)        | 3×3 convolutions – BN – ReLU                                 |
+|             | basic_blocks     | False               | or WRN blocks of these widths and a final BN-ReLU: SR-L is   |
+|             |                  |                     | widths=(160, 160), SR-XL widths=(160, 160, 160, 160)         |
+| p_i         |                  |                     | 3×3 convolution at full resolution, then average-pooling     |
+| W_f         | fourier          | "amplitude"         | or "amp_phase", "reim", which map 2·3 channels together      |
+| A + B       | fuse             | "add"               | or "concat"                                                  |
+| R_τ         | penalty          | "off_diagonal"      | ‖(W_o W_oᵀ) ⊙ (1 − I)‖²_F, or "full": ‖W_o W_oᵀ − I‖²_F      |
+
+Features are the backbone's, with what is added, and `x_avg`; `info1` … are the f_i; `orthogonality` is R_τ, a scalar.
+They are all that the method's losses need, and XLA drops what a loss does not use.
+
+There is no public code. The printed parameter and operation counts settle which features are added to, that p_i comes
+before the pooling, and the widths and blocks of c; they do not settle the inside of SR, hence its options. That W_o
+acts on 12 = 3·2² channels of 2×2 windows and W_f on amplitudes is our reading of the text.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ibjax import config
+from ibjax.errors import InputError, nearest
+from ibjax.information import fourier
+from ibjax.models import layers, wide_resnet
+
+SCALES = {32: (32, 24, 16, 8), 64: (64, 48, 24, 16)}
+FOURIER = {"amplitude": fourier.amplitude, "amp_phase": fourier.amplitude_and_phase, "reim": fourier.parts}
+CHOICES = {"fourier": tuple(FOURIER), "fuse": ("add", "concat"), "penalty": ("off_diagonal", "full")}
+TAPS = ("stem", "stage1", "stage2", "stage3", "stage4")
+
+
+class SingularRegularization(nn.Module):
+    """(B, H, W, C) -> (SR(x) (B, H, W, C), R_τ of its W_o); H and W are even."""
+
+    fourier: str
+    fuse: str
+    penalty: str
+    bn_groups: int
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> tuple[Array, Array]:
+        channels, wide = x.shape[-1], x.shape[-1] * 4
+        vectors = layers.Conv(wide, 1, kernel_init=nn.initializers.orthogonal(), name="vectors")
+        a = layers.pixel_shuffle(vectors(layers.pixel_unshuffle(x)))
+        w_o = vectors.variables["params"]["conv"]["kernel"].reshape(wide, wide)
+        stacked = channels if self.fourier == "amplitude" else 2 * channels
+        b = FOURIER[self.fourier](x, layers.Conv(stacked, 1, name="values"))
+        fused = a + b if self.fuse == "add" else jnp.concatenate([a, b], -1)
+        y = layers.BatchNorm(groups=self.bn_groups, name="bn")(layers.Conv(channels, 1, name="fuse")(fused), train)
+
+        gram = jnp.matmul(w_o, w_o.T, precision=jax.lax.Precision.HIGHEST)
+        identity = jnp.eye(wide)
+        error = gram * (1 - identity) if self.penalty == "off_diagonal" else gram - identity
+        return y, jnp.sum(jnp.square(error))
+
+
+class Calibration(nn.Module):
+    """(B, H, W, C) in [0, 1] -> (x_avg (B, H, W, C) in (0, 1), R_τ): the calibrated images, all in float32."""
+
+    scales: tuple[int, ...] | None = None
+    fourier: str = "amplitude"
+    fuse: str = "add"
+    penalty: str = "off_diagonal"
+    bn_groups: int = 1
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> tuple[Array, Array]:
+        for name, allowed in CHOICES.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise InputError(f"model.{name} '{value}' is unknown; {nearest(value, allowed)}")
+        size = x.shape[1:3]
+        scales = self.scales or (SCALES.get(size[0], ()) if size[0] == size[1] else ())
+        if not scales or any(s < 2 or s % 2 for s in scales):
+            raise InputError(
+                f"model.scales={self.scales} for images of {size}: give even numbers, as {SCALES[32]}; "
+                f"without, images are {' or '.join(f'{s}×{s}' for s in SCALES)}"
+            )
+        maps, penalties = [], []
+        for i, s in enumerate(scales, 1):
+            module = SingularRegularization(self.fourier, self.fuse, self.penalty, self.bn_groups, name=f"sr{i}")
+            y, penalty = module(layers.resize(x, (s, s)), train)
+            maps.append(layers.resize(jax.nn.sigmoid(y), size))  # the sigmoid comes first: interpolation is after it
+            penalties.append(penalty)
+        return sum(maps) / len(maps), sum(penalties)
+
+
+class Extractor(nn.Module):
+    """c: (B, H, W, C) -> (B, H, W, widths[-1])."""
+
+    widths: tuple[int, ...]
+    basic_blocks: bool
+    bn_groups: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        def norm_relu(x, name):
+            norm = layers.BatchNorm(groups=self.bn_groups, dtype=self.dtype, name=name)
+            return layers.Activation()(norm(x, train))
+
+        for i, width in enumerate(self.widths, 1):
+            dtype = jnp.float32 if i == 1 else self.dtype  # the first one sees pixels: see layers.py
+            if self.basic_blocks:
+                block = wide_resnet.Block(width, bn_groups=self.bn_groups, dtype=dtype, name=f"block{i}")
+                x = block(x, train).astype(self.dtype)
+            else:
+                x = layers.Conv(width, dtype=dtype, name=f"conv{i}")(x).astype(self.dtype)
+                x = norm_relu(x, f"bn{i}")
+        return norm_relu(x, "bn") if self.basic_blocks else x
+
+
+class Model(nn.Module):
+    """(B, H, W, C) in [0, 1] -> (logits (B, num_classes), features).
+
+    backbone: the section of the classifier, as dict(name="resnet", depth=18); its `dtype` and `bn_groups` hold for the
+    added parts too. The other options: see above.
+    """
+
+    num_classes: int | None
+    backbone: config.ModelSection
+    connections: int = 3
+    scales: tuple[int, ...] | None = None
+    widths: tuple[int, ...] = (16, 32, 64)
+    basic_blocks: bool = False
+    fourier: str = "amplitude"
+    fuse: str = "add"
+    penalty: str = "off_diagonal"
+
+    @nn.compact
+    def __call__(
+        self, x: Array, train: bool = False, edits: layers.Edits | layers.Taps | None = None
+    ) -> tuple[Array, dict[str, Array]]:
+        if not 0 <= self.connections <= len(TAPS) or not self.widths or min(self.widths) < 1:
+            raise InputError(
+                f"model.connections={self.connections}, model.widths={self.widths}: give 0 to {len(TAPS)} connections, "
+                "and the width of one convolution or more"
+            )
+        dtype = layers.compute_dtype(self.backbone.get("dtype", "float32"))
+        bn_groups = self.backbone.get("bn_groups", 1)
+        tap = layers.Taps(edits)
+        calibration = Calibration(self.scales, self.fourier, self.fuse, self.penalty, bn_groups, name="calibration")
+        x_avg, penalty = calibration(x, train)
+        x_avg = tap("x_avg", x_avg)
+        tap("orthogonality", penalty)
+        extracted = x_avg
+        if self.connections:
+            extracted = Extractor(self.widths, self.basic_blocks, bn_groups, dtype, name="extractor")(x_avg, train)
+
+        def connection(i, edit):
+            """Adds f_i, made when the feature comes by and shows its shape; then the caller's own edit, if any."""
+
+            def add(feature):
+                conv = layers.Conv(feature.shape[-1], use_bias=True, dtype=dtype, name=f"p{i}", parent=self)
+                f = conv(extracted)
+                if (factor := f.shape[1] // feature.shape[1]) != 1:
+                    f = layers.AveragePool(factor, name=f"pool{i}", parent=self)(f)
+                feature = layers.Add(name=f"add{i}", parent=self)(feature, tap(f"info{i}", f).astype(feature.dtype))
+                return edit(feature) if edit else feature
+
+            return add
+
+        connected = {name: connection(i, tap.edits.get(name)) for i, name in enumerate(TAPS[: self.connections], 1)}
+        tap.edits = {**tap.edits, **connected}
+        options = dict(num_classes=self.num_classes, name="backbone")
+        logits, features = config.build("models", self.backbone, "model.backbone", **options)(x, train, edits=tap)
+        for name in connected:
+            if name not in features:
+                raise InputError(f"model.connections={self.connections}: the backbone has no '{name}'; give fewer")
+        return logits, tap.finish()

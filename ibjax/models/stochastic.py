@@ -1,0 +1,78 @@
+"""A Gaussian bottleneck before the last layer of any network: for shared information, VIB and CEB.
+
+    h = backbone(x)        (μ, s) = W h + b ∈ R^{2K}        z = μ + σ(s) ⊙ ξ,  ξ ~ N(0, I)        logits = V z + c
+
+In training z is one sample; otherwise, for attacks and tests, z = μ. A network that samples when it is tested looks
+more robust than it is: attacks that expect a deterministic one then fail for want of a gradient.
+
+| option         | default    |                                                                                        |
+|----------------|------------|----------------------------------------------------------------------------------------|
+| latent         | 256        | K; None: μ is h itself, with sigma="unit" (CEB on pooled features)                     |
+| sigma          | "softplus" | σ = softplus(s) + 1e-7; "shifted": softplus(s − 5) (VIB); "unit": 1, no s (CEB).       |
+|                |            | σ is kept in [1e-4, 1e2]                                                               |
+| sample_at_test | False      | True: the caller gives `apply` rngs={"sample": key} in evaluation mode too             |
+| class_means    | False      | CEB's b(z|y) = N(m_y, I): a trainable table, features["class_means"] (num_classes, K)  |
+
+Features are the backbone's (`pre_logits` is h) and `mu`, `sigma`, `z` (B, K), all float32.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ibjax import config
+from ibjax.errors import InputError, nearest
+from ibjax.models import layers
+
+SIGMAS = {
+    "softplus": lambda s: jax.nn.softplus(s) + 1e-7,
+    "shifted": lambda s: jax.nn.softplus(s - 5.0),
+    "unit": jnp.ones_like,
+}
+
+
+class Model(nn.Module):
+    """(B, H, W, C) in [0, 1] -> (logits (B, num_classes), features).
+
+    backbone: the section of a network, as dict(name="resnet", depth=18), used without its final layer.
+    """
+
+    num_classes: int
+    backbone: config.ModelSection
+    latent: int | None = 256
+    sigma: str = "softplus"
+    sample_at_test: bool = False
+    class_means: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Array, train: bool = False, edits: layers.Edits | layers.Taps | None = None
+    ) -> tuple[Array, dict[str, Array]]:
+        if self.sigma not in SIGMAS:
+            raise InputError(f"model.sigma '{self.sigma}' is unknown; {nearest(self.sigma, SIGMAS)}")
+        if self.latent is None and self.sigma != "unit" or self.latent is not None and self.latent < 1:
+            raise InputError(f"model.latent={self.latent}: give 1 or more, or None together with sigma='unit'")
+        tap = layers.Taps(edits)
+        network = config.build("models", self.backbone, "model.backbone", num_classes=None, name="backbone")
+        mu, _ = network(x, train, edits=tap)
+        if self.latent is not None:
+            mu = layers.Dense(self.latent * (1 if self.sigma == "unit" else 2), name="gaussian")(mu)
+        mu, s = (mu, mu) if self.sigma == "unit" else jnp.split(mu, 2, -1)
+        mu = tap("mu", mu)
+        sigma = tap("sigma", jnp.clip(SIGMAS[self.sigma](s), 1e-4, 1e2))
+        z = tap("z", mu + sigma * self.noise(mu) if self.samples(train) else mu)
+        if self.class_means:
+            shape = (self.num_classes, mu.shape[-1])
+            tap("class_means", self.param("class_means", layers.torch_uniform, shape))  # a linear map of one-hot labels
+        return layers.classifier(z, self.num_classes), tap.finish()
+
+    def samples(self, train: bool) -> bool:
+        """Whether z is drawn; not when the network is initialised, which has no key for it."""
+        return train or (self.sample_at_test and not self.is_initializing())
+
+    def noise(self, mu: Array) -> Array:
+        """ξ ~ N(0, I) from the stream "sample"; raises InputError where the caller gives none."""
+        if not self.has_rng("sample"):
+            raise InputError("this network samples: call apply(…, rngs={'sample': key}), or set sample_at_test=False")
+        return jax.random.normal(self.make_rng("sample"), mu.shape, mu.dtype)
