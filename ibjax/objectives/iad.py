@@ -22,6 +22,8 @@ Gradients flow through p_s(x) as well. Batch-norm: training-mode passes over x',
 mode (`config.attack_bn = "train"`). Teachers are frozen.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 
 from ibjax import losses
@@ -29,7 +31,16 @@ from ibjax.errors import InputError, check_range, nearest
 from ibjax.objectives.standard import accuracy
 from ibjax.step import Objective
 
-DEFAULTS = {"I": dict(alpha=1.0, alpha_2=0.0, begin=60), "II": dict(alpha=0.5, alpha_2=0.25, begin=40)}
+
+class Defaults(NamedTuple):
+    """What None means in a variant."""
+
+    alpha: float
+    alpha_2: float
+    begin: int
+
+
+DEFAULTS = {"I": Defaults(1.0, 0.0, 60), "II": Defaults(0.5, 0.25, 40)}
 
 
 def iad(
@@ -45,9 +56,9 @@ def iad(
     if variant not in DEFAULTS:
         raise InputError(f"objective.variant='{variant}' is unknown; {nearest(variant, DEFAULTS)}")
     defaults = DEFAULTS[variant]
-    alpha = defaults["alpha"] if alpha is None else alpha
-    alpha_2 = defaults["alpha_2"] if alpha_2 is None else alpha_2
-    begin = defaults["begin"] if begin is None else begin
+    alpha = defaults.alpha if alpha is None else alpha
+    alpha_2 = defaults.alpha_2 if alpha_2 is None else alpha_2
+    begin = defaults.begin if begin is None else begin
     check_range("objective.beta", beta, 0)
     check_range("objective.alpha", alpha, 0, 1)
     check_range("objective.begin", begin, 0)
