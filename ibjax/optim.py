@@ -102,9 +102,15 @@ def sgd(
 def adam(*, lr: Callable, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0):
     """PyTorch's Adam: weight decay is added to the gradient, before the moments."""
     check_range("optimizer.weight_decay", weight_decay, 0)
+    moments = optax.scale_by_adam(b1, b2, eps)
+
+    def update(gradients, state, params=None):
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to its integer count
+            return moments.update(gradients, state, params)
+
     return optax.chain(
         optax.add_decayed_weights(weight_decay),
-        optax.scale_by_adam(b1, b2, eps),
+        optax.GradientTransformation(moments.init, update),
         optax.scale_by_learning_rate(lr),
     )
 
