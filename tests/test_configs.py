@@ -14,8 +14,9 @@ from ibjax import config, main, metrics, train
 ROOT = Path(__file__).parent.parent
 RECIPES = {file.stem: config_rows(file.stem) for file in sorted((ROOT / "configs").glob("*.py"))}
 ALL = [(name, row) for name, rows in RECIPES.items() for row in rows]
-FIRST = [(name, rows[0]) for name, rows in RECIPES.items() if name != "digits"]  # that one is the `digits_run`
-OTHER = [(name, row) for name, row in ALL if (name, row) not in FIRST and name != "digits"]
+# the digits are the `digits_run`; these differ in network, teacher and optimiser
+RUN = [("ibd_resnet18", "paper"), ("ibd_wrn", "ibd"), ("trades_wrn", "ibd"), ("variational", "vib-mnist")]
+OTHER = [(name, row) for name, row in ALL if (name, row) not in RUN and name != "digits"]
 
 
 def distinct(rows):
@@ -36,8 +37,8 @@ def run(name, row, folder):
     assert (folder / "report.html").is_file()
 
 
-@pytest.mark.parametrize("name, row", FIRST)
-def test_every_recipe_runs_in_its_short_form(name, row, tmp_path):
+@pytest.mark.parametrize("name, row", RUN)
+def test_recipes_run_in_their_short_form(name, row, tmp_path):
     run(name, row, tmp_path / "run")
 
 
