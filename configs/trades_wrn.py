@@ -14,12 +14,13 @@ Cost: 27 forward passes per image; 200 epochs are 200·49,000·27·13.3 GFLOP = 
 
 from ibjax.config import base, parse_arg, smoke
 
+ROWS = ("ibd", "original")
+
 
 def get_config(arg=None):
-    row, small = parse_arg(arg, ("ibd", "original"))
+    row, small = parse_arg(arg, ROWS)
     config = base()
     config.title = "TRADES WRN-34-10"
-    config.data = dict(name="tfds", dataset="cifar10", val_size=1000, split_seed=0)
     config.model = dict(name="wide_resnet", depth=34, width=10, dtype="bfloat16")
     config.objective = dict(name="trades", beta=6.0)
     config.attack.update(loss="kl", init="gaussian")

@@ -32,7 +32,7 @@ def base() -> ConfigDict:
     config.seed = 0
     # data: a module of ibjax.data and its arguments; val_size images of training are held out (split by split_seed),
     # of the rest a `fraction` is trained on, each class in proportion
-    config.data = dict(name="folder", path="", val_size=1000, split_seed=0, fraction=1.0)
+    config.data = dict(name="tfds", dataset="cifar10", val_size=1000, split_seed=0, fraction=1.0)
     config.augment = dict(pad=4, padding="zero", flip=True)  # padding: zero, edge or reflect
     config.model = dict(name="preact_resnet", depth=18)
     config.objective = dict(name="pgd_at")

@@ -220,7 +220,7 @@ def evaluate(
     settings |= {} if n is None else {"n": n}
     check_settings(settings)
     split = _test_split(trained, settings["n"])
-    model = trained.model.clone(dtype="float32")
+    model = _in_float32(trained.model)
     predict = linen_net(model).predict
     logits = jax.jit(predict)
     warnings = gate(lambda x: logits(trained.variables, x)[0], split.images, split.labels)
@@ -268,6 +268,14 @@ def _scaled_step(settings, eps):
         return settings["step_size"]
     main, step = geometry.fraction(settings["eps"]), geometry.fraction(settings["step_size"])
     return float(step * geometry.fraction(eps) / main)
+
+
+def _in_float32(model):
+    """The network, and the one inside it if there is one, computing in float32."""
+    changes = {"dtype": "float32"} if hasattr(model, "dtype") else {}
+    if hasattr(model, "backbone"):
+        changes["backbone"] = {**model.backbone, "dtype": "float32"}
+    return model.clone(**changes)
 
 
 def _test_split(trained, n):

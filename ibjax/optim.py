@@ -46,6 +46,11 @@ def cosine(*, lr: float, epochs: float, final: float = 0.0, warmup: float = 0.0)
     return schedule
 
 
+def exponential(*, lr: float, epochs: float, factor: float = 0.97, every: float = 2) -> Callable:
+    """lr, multiplied by `factor` after each `every` epochs."""
+    return lambda epoch: lr * factor ** jnp.floor(epoch / every)
+
+
 def one_cycle(*, lr: float, epochs: float, peak: float = 0.4, final: float = 0.0) -> Callable:
     """Linear from 0 to lr at the fraction `peak` of training, linear to `final` at its end (Fast-AT's triangle)."""
 
@@ -55,14 +60,20 @@ def one_cycle(*, lr: float, epochs: float, peak: float = 0.4, final: float = 0.0
     return schedule
 
 
-SCHEDULES = {"constant": constant, "piecewise": piecewise, "cosine": cosine, "one_cycle": one_cycle}
+def linear(*, lr: float, epochs: float, points: tuple[tuple[float, float], ...] = ((0.0, 1.0),)) -> Callable:
+    """Straight lines through `points` (epoch, factor of lr); constant beyond the first and the last."""
+    times, factors = (jnp.array(values, jnp.float32) for values in zip(*points, strict=True))
+    return lambda epoch: lr * jnp.interp(epoch, times, factors)
+
+
+SCHEDULES = {f.__name__: f for f in (constant, piecewise, cosine, one_cycle, linear, exponential)}
 
 
 def schedule(*, name: str, lr: float, epochs: float, steps_per_epoch: int, stepping: str | None = None, **options: Any):
     """step (int) -> learning rate, by the name of a function in SCHEDULES; `options` are that function's."""
     make = named("schedule", name)
     call_arguments(make, name, options, "schedule", ("lr", "epochs"))
-    stepping = stepping or ("step" if name in ("one_cycle", "cosine") else "epoch")
+    stepping = stepping or ("step" if name in ("one_cycle", "cosine", "linear") else "epoch")
     if stepping not in STEPPINGS:
         raise InputError(f"schedule.stepping '{stepping}' is unknown; {nearest(stepping, STEPPINGS)}")
     value = make(lr=lr, epochs=epochs, **options)
@@ -91,9 +102,15 @@ def sgd(
 def adam(*, lr: Callable, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0):
     """PyTorch's Adam: weight decay is added to the gradient, before the moments."""
     check_range("optimizer.weight_decay", weight_decay, 0)
+    moments = optax.scale_by_adam(b1, b2, eps)
+
+    def update(gradients, state, params=None):
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to its integer count
+            return moments.update(gradients, state, params)
+
     return optax.chain(
         optax.add_decayed_weights(weight_decay),
-        optax.scale_by_adam(b1, b2, eps),
+        optax.GradientTransformation(moments.init, update),
         optax.scale_by_learning_rate(lr),
     )
 

@@ -44,6 +44,15 @@ def digits_run(tmp_path_factory):
 
 def smoke_config(name, arg="smoke"):
     """The configuration of `configs/<name>.py:<arg>`, as the command line would load it."""
+    return _recipe(name).get_config(arg)
+
+
+def config_rows(name):
+    """The rows of a recipe; ("",) where it has one only."""
+    return getattr(_recipe(name), "ROWS", ("",))
+
+
+def _recipe(name):
     import importlib.util
     from pathlib import Path
 
@@ -51,4 +60,4 @@ def smoke_config(name, arg="smoke"):
     spec = importlib.util.spec_from_file_location(f"configs_{name}", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config(arg)
+    return module

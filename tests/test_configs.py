@@ -1,32 +1,96 @@
-"""Every recipe of `configs/`: it runs in its short form, and means what its page says in its long one."""
+"""Every row of every recipe of `configs/`: it runs in its short form, and means what its page says in its long one."""
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import smoke_config
+from conftest import config_rows, smoke_config
 
-from ibjax import config, main, metrics
+from ibjax import config, main, metrics, train
 
-CONFIGS = sorted(file.stem for file in (Path(__file__).parent.parent / "configs").glob("*.py"))
-
-
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "digits"])  # that one is the `digits_run`
-def test_every_recipe_runs_in_its_short_form(name, tmp_path):
-    records = main.execute(smoke_config(name), tmp_path / "run")
-    assert {record["attack"] for record in records} == {"fgsm", "pgd-2", "cw-2"}
-    assert all(row["loss"] > 0 for row in metrics.read(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train")
-    assert (tmp_path / "run" / "report.html").is_file()
+ROOT = Path(__file__).parent.parent
+RECIPES = {file.stem: config_rows(file.stem) for file in sorted((ROOT / "configs").glob("*.py"))}
+ALL = [(name, row) for name, rows in RECIPES.items() for row in rows]
+# the digits are the `digits_run`; these differ in network, teacher and optimiser
+RUN = [("ibd_resnet18", "paper"), ("ibd_wrn", "ibd"), ("trades_wrn", "ibd"), ("variational", "vib-mnist")]
+OTHER = [(name, row) for name, row in ALL if (name, row) not in RUN and name != "digits"]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_recipe_is_complete_and_every_option_is_known(name):
-    settings = smoke_config(name, None)
+def distinct(rows):
+    """Of rows that differ in numbers only, as those of a sweep, the first."""
+
+    def program(name, row):
+        settings = smoke_config(name, f"{row},smoke")
+        settings.title = settings.teacher.made_by = settings.assistant.made_by = ""
+        return name, re.sub(r"\d+(\.\d+)?", lambda number: str(float(number[0]) != 0), repr(config.plain(settings)))
+
+    return list({program(*row): row for row in reversed(rows)}.values())[::-1]
+
+
+def run(name, row, folder):
+    records = main.execute(smoke_config(name, f"{row},smoke"), folder)
+    assert {record["attack"] for record in records} >= {"pgd-2"}
+    assert all(row["loss"] > 0 for row in metrics.read(folder / "metrics.jsonl") if row["kind"] == "train")
+    assert (folder / "report.html").is_file()
+
+
+@pytest.mark.parametrize("name, row", RUN)
+def test_recipes_run_in_their_short_form(name, row, tmp_path):
+    run(name, row, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, row", OTHER)
+def test_every_other_row_runs_too(name, row, tmp_path):
+    run(name, row, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name, row", distinct(OTHER))
+def test_every_row_can_be_traced(name, row):
+    """The whole step and the validation, with teachers that have yet to be made; nothing is compiled."""
+    train.check(smoke_config(name, f"{row},smoke"))
+
+
+@pytest.mark.parametrize("name, row", ALL)
+def test_every_row_is_complete_and_every_option_is_known(name, row):
+    settings = smoke_config(name, row)
     config.check(settings)
     config.check(config.complete(settings))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_short_form_keeps_the_method(name):
-    long, short = smoke_config(name, None), smoke_config(name)
-    assert long.objective == short.objective and long.attack.loss == short.attack.loss
-    assert long.attack.eps == short.attack.eps and long.attack_bn == short.attack_bn
+@pytest.mark.parametrize("name, row", ALL)
+def test_the_short_form_keeps_the_method(name, row):
+    long, short = smoke_config(name, row), smoke_config(name, f"{row},smoke")
+    assert long.objective == short.objective and long.attack_bn == short.attack_bn and long.perturb == short.perturb
+    assert (long.attack is None) == (short.attack is None)
+    if long.attack is not None:
+        assert long.attack.loss == short.attack.loss and long.attack.eps == short.attack.eps
+
+
+@pytest.mark.parametrize("name", [name for name, rows in RECIPES.items() if len(rows) > 1])
+def test_no_two_rows_of_a_recipe_are_the_same(name):
+    texts = [repr({**config.plain(smoke_config(name, row)), "title": ""}) for row in RECIPES[name]]
+    assert len(set(texts)) == len(texts)
+
+
+def test_a_sweep_names_every_row_that_matches():
+    def sweep(*arguments):
+        command = ["bash", "launch/sweep.sh", "configs/ibd_ablations.py", "runs/x", *arguments]
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "PATH": path, "DRY": "1"}, capture_output=True, text=True, check=False
+        )
+
+    rows = RECIPES["ibd_ablations"]
+    assert [line.split("ibd_ablations.py:")[1].split()[0] for line in sweep().stdout.splitlines()] == list(rows)
+    chosen = sweep("alpha-*", "--config.seed=1").stdout.splitlines()
+    assert len(chosen) == sum(row.startswith("alpha-") for row in rows) > 1
+    assert all(
+        line.split()[-2:] == [f"--workdir=runs/x/{row}", "--config.seed=1"]
+        for line, row in zip(chosen, [row for row in rows if row.startswith("alpha-")], strict=True)
+    )
+    none = sweep("nothing")
+    assert none.returncode == 2 and "alpha-0.8" in none.stderr

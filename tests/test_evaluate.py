@@ -15,6 +15,7 @@ from ibjax.attacks import geometry
 from ibjax.attacks.pgd import pgd
 from ibjax.data import Split
 from ibjax.errors import InputError
+from ibjax.models import resnet, stochastic
 
 RNG = np.random.default_rng(0)
 N, CLASSES = 19, 4  # no multiple of any batch
@@ -213,3 +214,10 @@ def test_what_a_checkpoint_was_selected_on_is_recorded(trained):
 def test_flags_of_a_record_are_its_accuracy(trained):
     record = evaluate.evaluate(trained)[0]
     assert 100 * results.robust_flags(record).mean() == pytest.approx(record["robust_acc"], abs=1e-3)
+
+
+def test_a_network_inside_a_network_is_evaluated_in_float32_too():
+    backbone = dict(name="resnet", depth=10, width=4, dtype="bfloat16")
+    outer = stochastic.Model(10, backbone=backbone)
+    assert evaluate._in_float32(outer).backbone == {**backbone, "dtype": "float32"}
+    assert evaluate._in_float32(resnet.Model(10, dtype="bfloat16")).dtype == "float32"

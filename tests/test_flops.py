@@ -7,8 +7,11 @@ from ibjax import config, optim, step
 from ibjax.analysis import flops
 from ibjax.attacks import geometry
 from ibjax.attacks.pgd import pgd
-from ibjax.models import resnet
+from ibjax.models import cnn, resnet
+from ibjax.objectives.ard import ard
+from ibjax.objectives.iad import iad
 from ibjax.objectives.ibd import ibd
+from ibjax.objectives.rslad import rslad
 from ibjax.objectives.trades import trades
 from ibjax.perturb import awp
 
@@ -17,33 +20,37 @@ IMAGES = jax.ShapeDtypeStruct((8, 32, 32, 3), "float32")
 LABELS = jax.ShapeDtypeStruct((8,), "int32")
 STUDENT = resnet.Model(num_classes=10, blocks=(1, 1, 1), width=8)
 TEACHER = resnet.Model(num_classes=10, blocks=(1, 1, 1), width=32)  # 15 forward passes of the student
+SMALL, LARGE, LARGER = (  # a plain network, which compiles in a third of the time
+    cnn.Model(10, widths=((w, w), (w, w)), hidden=(), padding=1, batch_norm=True, pool="average") for w in (16, 48, 64)
+)
 ATTACK = pgd(loss="kl", init="gaussian", steps=3, unroll=True)
 
 
-def cost(objective, attack, teacher=None, perturb=None):
-    """(FLOPs of a step, of one forward pass of the teacher), in forward passes of the student."""
+def cost(objective, attack, teacher=None, perturb=None, assistant=None, student=STUDENT):
+    """FLOPs (of a step, of one forward pass of the teacher, of the assistant), in forward passes of the student."""
     optimizer = optim.sgd(lr=0.1)
-    teachers = {} if teacher is None else {"teacher": teacher}
+    given = {"teacher": teacher, "assistant": assistant}
+    teachers = {role: module for role, module in given.items() if module is not None}
     frozen = {role: jax.eval_shape(module.init, jax.random.key(0), IMAGES) for role, module in teachers.items()}
 
     def bind_net(frozen):
-        return step.linen_net(STUDENT, teachers, frozen)
+        return step.linen_net(student, teachers, frozen)
 
     def init(x, frozen):
-        return step.init_state(jax.random.key(0), bind_net(frozen), STUDENT, objective.head, optimizer, x, False)
+        return step.init_state(jax.random.key(0), bind_net(frozen), student, objective.head, optimizer, x, False)
 
     state = jax.eval_shape(init, IMAGES, frozen)
     train_step = step.make_train_step(bind_net, objective, optimizer, attack, perturb=perturb)
     found = flops.step_cost(train_step, bind_net, state, {"image": IMAGES, "label": LABELS}, frozen)
-    return found["step"] / found["forward"], found["teacher"] / found["forward"]
+    return tuple(found[part] / found["forward"] for part in ("step", "teacher", "assistant"))
 
 
-def expected(name, teacher=0.0, perturb=None, **options):
+def expected(name, teacher=0.0, assistant=0.0, perturb=None, steps=3, **options):
     settings = config.base()
     settings.perturb = perturb
-    settings.attack.steps = 3
+    settings.attack = None if steps is None else dict(name="pgd", steps=steps)
     settings.objective = dict(name=name, **options)
-    return flops.expected_forwards(settings, teacher)
+    return flops.expected_forwards(settings, teacher, assistant)
 
 
 def test_a_pgd_10_step_of_resnet_18_costs_23_forward_passes():
@@ -60,17 +67,46 @@ def test_a_pgd_10_step_of_resnet_18_costs_23_forward_passes():
 
 
 def test_a_trades_step_costs_no_more_than_its_count():
-    ratio, _ = cost(trades(), ATTACK)
+    ratio, *_ = cost(trades(), ATTACK)
     assert expected("trades") == 2 * 3 + 1 + 6
     assert ratio <= BAR * expected("trades")
 
 
 @pytest.mark.parametrize(("teacher_features", "passes"), [("adv", 2), ("nat", 1)])
 def test_an_ibd_step_asks_the_teacher_once_for_each_image_it_needs(teacher_features, passes):
-    ratio, teacher = cost(ibd(teacher_features=teacher_features), ATTACK, TEACHER)
+    ratio, teacher, _ = cost(ibd(teacher_features=teacher_features), ATTACK, TEACHER)
     wanted = expected("ibd", teacher, teacher_features=teacher_features)
     assert teacher > 10  # so that one more pass could not hide
     assert wanted == pytest.approx(2 * 3 + 6 + passes * teacher)
+    assert ratio <= BAR * wanted
+
+
+@pytest.mark.parametrize(
+    "method, options, passes",  # of the update, of the teacher, of the assistant
+    [
+        (ibd, dict(labels="natural", matching="hand"), (6, 1, 1)),
+        (ibd, dict(adversarial=False), (3, 1, 0)),
+        (rslad, dict(), (6, 1, 0)),
+        (ard, dict(), (4, 1, 0)),
+        (iad, dict(), (6, 2, 0)),
+        (iad, dict(variant="II"), (6, 1, 1)),
+    ],
+)
+def test_distillation_asks_its_teachers_once_for_each_image_it_needs(method, options, passes):
+    objective, attacked = method(**options), options.get("adversarial", True)
+    attack = pgd(loss=objective.attack_losses[0], steps=1) if attacked else None
+    ratio, teacher, assistant = cost(objective, attack, LARGER, assistant=LARGE, student=SMALL)
+    wanted = expected(method.__name__, teacher, assistant, steps=1 if attacked else None, **options)
+    update, of_teacher, of_assistant = passes
+    assert wanted == pytest.approx(2 * attacked + update + of_teacher * teacher + of_assistant * assistant)
+    assert teacher > 10 and assistant > 5
+    assert 0.85 * wanted < ratio <= BAR * wanted
+
+
+def test_ibds_weight_perturbation_does_not_ask_the_teacher_again():
+    ratio, teacher, _ = cost(ibd(), ATTACK, TEACHER, perturb=awp())
+    wanted = expected("ibd", teacher, perturb=dict(name="awp"))
+    assert wanted == pytest.approx(2 * 3 + 2 * 6 + 2 * teacher)
     assert ratio <= BAR * wanted
 
 
@@ -82,7 +118,7 @@ def test_forward_passes_too_many_are_noticed():
             x_adv = geometry.project(x_adv + 1e-3 * logits_fn(x_adv).sum(), x, "linf", 8 / 255)
         return x_adv
 
-    ratio, _ = cost(trades(), wasteful)
+    ratio, *_ = cost(trades(), wasteful)
     assert ratio > BAR * expected("trades")
 
 
@@ -91,6 +127,6 @@ def test_an_unknown_method_has_no_count():
 
 
 def test_a_weight_perturbation_costs_one_more_update():
-    ratio, _ = cost(trades(), ATTACK, perturb=awp())
+    ratio, *_ = cost(trades(), ATTACK, perturb=awp())
     assert expected("trades", perturb=dict(name="awp")) == 2 * 3 + 1 + 2 * 6
     assert 18 < ratio <= BAR * 19

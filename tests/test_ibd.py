@@ -7,7 +7,8 @@ import pytest
 from test_objectives import BATCH, NET, VARIABLES, X_ADV
 
 from ibjax.errors import InputError
-from ibjax.objectives.ibd import AttentionMatching, adaptive_average, energy_differences, ibd, layers_of
+from ibjax.objectives.ibd import ibd
+from ibjax.objectives.ibd_matching import AttentionMatching, adaptive_average, energy_differences, layers_of
 
 
 def taps(seed, sizes, channels=5, batch=4):

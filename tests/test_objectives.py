@@ -18,6 +18,8 @@ from ibjax.optim import sgd
 from ibjax.step import init_state, linen_net, make_train_step, trainable, with_trainable
 
 CE, KL = dict(loss="ce", init="uniform"), dict(loss="kl", init="gaussian")
+CNN = dict(name="cnn", widths=((8,), (8,)), hidden=(), padding=1, batch_norm=True, pool="average")
+GAUSSIAN = dict(name="stochastic", backbone=CNN, latent=6)
 # name -> (objective section, changes of the attack section; None: no attack, other changes)
 OBJECTIVES = {
     "standard": (dict(name="standard"), None, {}),
@@ -43,6 +45,21 @@ OBJECTIVES = {
         {},
     ),
     "ibd-no-features": (dict(name="ibd", beta=0.0), KL, {}),
+    "ibd-hand": (dict(name="ibd", matching="hand"), KL, {}),
+    "ibd-onehot": (dict(name="ibd", labels="onehot"), KL, {}),
+    "ibd-smooth": (dict(name="ibd", labels="smooth", smoothing=0.3), KL, {}),
+    "ibd-natural-labels": (dict(name="ibd", labels="natural"), KL, {}),
+    "ibd-natural": (dict(name="ibd", adversarial=False), None, {}),
+    "ibd-awp": (dict(name="ibd"), KL, dict(perturb=dict(name="awp", gamma=0.005, warmup=0))),
+    "rslad": (dict(name="rslad", scale=10.0), KL, {}),
+    "rslad-sum": (dict(name="rslad", reduction="sum"), KL, {}),
+    "ard": (dict(name="ard"), CE | dict(init="uniform_unclipped"), dict(attack_bn="train")),
+    "ard-iad": (dict(name="ard", temperature=1.0, reduction="sum", alpha=0.5), CE, {}),
+    "iad": (dict(name="iad", begin=0), CE, {}),
+    "iad-code": (dict(name="iad", begin=0, weight_teacher_term=False), CE, dict(attack_bn="train")),
+    "iad-2": (dict(name="iad", variant="II", begin=0), CE, {}),
+    "vib": (dict(name="vib"), None, dict(model=GAUSSIAN | dict(sigma="shifted"), ema_decay=0.9)),
+    "ceb": (dict(name="ceb"), CE, dict(model=GAUSSIAN | dict(sigma="unit", class_means=True))),
 }
 
 
@@ -58,7 +75,7 @@ def experiment(name, teacher, devices=8):
     settings.objective = objective
     settings.batch_size = 16
     settings.teacher.recipe = None
-    settings.teacher.workdir = str(teacher)
+    settings.teacher.workdir = settings.assistant.workdir = str(teacher)
     settings.model.update(widths=((8,), (8,)))
     settings.optimizer.lr = 0.05
     for key, value in changes.items():

@@ -1,6 +1,5 @@
 """Optimisers against PyTorch's, schedules at their boundaries."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -30,8 +29,7 @@ def test_updates_are_pytorchs(name, options):
     for gradient in gradients:
         parameter.grad = torch.tensor(gradient)
         reference.step()
-        with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes a float with its integer count
-            updates, state = transform.update(jnp.float32(gradient), state, params)
+        updates, state = transform.update(jnp.float32(gradient), state, params)
         params = optax.apply_updates(params, updates)
     np.testing.assert_allclose(params, parameter.detach().numpy(), rtol=2e-5)
 
@@ -39,6 +37,19 @@ def test_updates_are_pytorchs(name, options):
 def schedule(name, **options):
     made = optim.schedule(name=name, lr=0.1, epochs=10, steps_per_epoch=4, **options)
     return lambda step: float(made(jnp.int32(step)))
+
+
+def test_exponential_falls_in_stairs():
+    """×0.97 after every second epoch (VIB); four steps make an epoch."""
+    lr = schedule("exponential", factor=0.97, every=2)
+    np.testing.assert_allclose(
+        [lr(0), lr(7), lr(8), lr(15), lr(16)], 0.1 * 0.97 ** np.array([0, 0, 1, 1, 2]), rtol=1e-5
+    )
+
+
+def test_linear_goes_through_its_points():
+    lr = schedule("linear", points=((0.0, 0.0), (2.0, 1.0), (4.0, 0.1)))
+    np.testing.assert_allclose([lr(0), lr(4), lr(8), lr(12), lr(99)], [0, 0.05, 0.1, 0.055, 0.01], rtol=1e-5)
 
 
 def test_piecewise_drops_at_its_boundaries():

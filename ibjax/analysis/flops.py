@@ -12,11 +12,17 @@
 | PGD-k            | 2k + 3            (+ 1: clean_forward)    |
 | TRADES-k         | 2k + 1 + 6        (+ 3: forwards=3)       |
 | IBD-k            | 2k + 6 + 2t       (t with features of the teacher at x, + 1: attack_target="student") |
+|                  | 2k + 6 + t + a    (natural labels of the assistant; other labels of their own: 2k + 6 + t)  |
+|                  | 3 + t             (without adversarial training)                                     |
+| RSLAD-k          | 2k + 6 + t                                |
+| ARD-k            | 2k + 4 + t        (2k + 6 + t with α < 1) |
+| IAD-k            | 2k + 6 + 2t       (II: 2k + 6 + t + a)    |
+| VIB, CEB         | 3                 (+ 2k: adversarial)     |
 
-A weight perturbation takes the update's forward and backward passes a second time. k attack steps; t is one forward
-pass of the teacher in units of the student's. FLOPs are XLA's own count, which leaves out padding. A rolled loop's body
-is counted once, so the attack is unrolled here. `--shape` puts noise in place of the configuration's data. The command
-compiles for the CPU, whatever else is there.
+A weight perturbation takes the update's forward and backward passes a second time. k attack steps; t and a are one
+forward pass of the teacher and of the assistant in units of the student's. FLOPs are XLA's own count, which leaves out
+padding. A rolled loop's body is counted once, so the attack is unrolled here. `--shape` puts noise in place of the
+configuration's data. The command compiles for the CPU, whatever else is there.
 """
 
 import sys
@@ -29,6 +35,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ibjax import errors, train
+from ibjax.config import TEACHERS
 from ibjax.errors import InputError
 from ibjax.step import Net, Variables
 
@@ -48,7 +55,7 @@ def step_cost(
     batch: Any,
     frozen: Mapping[str, Variables] | None = None,
 ) -> dict[str, float]:
-    """FLOPs of a train step and of what it is made of: {"forward", "teacher", "step"}; nothing is run.
+    """FLOPs of a train step and of what it is made of: {"forward", "teacher", "assistant", "step"}; nothing is run.
 
     Args:
       train_step, bind_net: as `ibjax.step.make_train_step` returns and takes them; the attack's loop unrolled.
@@ -58,13 +65,13 @@ def step_cost(
     x = jax.ShapeDtypeStruct(batch["image"].shape, "float32")
     key = jax.eval_shape(lambda: jax.random.key(0))
 
-    def teach(frozen, x):
-        net = bind_net(frozen)
-        return net.teacher(x) if net.teacher else None
+    def teach(role):
+        return lambda frozen, x: getattr(bind_net(frozen), role)(x)
 
+    roles = {role: compiled_flops(teach(role), frozen, x) if role in (frozen or {}) else 0.0 for role in TEACHERS}
     return {
         "forward": compiled_flops(lambda variables, x: bind_net(None).predict(variables, x)[0], state.variables, x),
-        "teacher": compiled_flops(teach, frozen, x) if frozen else 0.0,
+        **roles,
         "step": compiled_flops(train_step, state, batch, key, frozen),
     }
 
@@ -74,10 +81,10 @@ def _abstract(tree):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
-def expected_forwards(settings: ConfigDict, teacher: float = 0.0) -> float | None:
+def expected_forwards(settings: ConfigDict, teacher: float = 0.0, assistant: float = 0.0) -> float | None:
     """Forward passes of the network that a step of the configuration amounts to; None for a method not in the table.
 
-    `teacher` is the cost of one of the teacher's, in the same unit.
+    `teacher` and `assistant` are the cost of one pass of theirs, in the same unit.
     """
     objective, attack = settings.objective, settings.attack
     ascent = 0
@@ -93,9 +100,21 @@ def expected_forwards(settings: ConfigDict, teacher: float = 0.0) -> float | Non
         case "trades":
             update, rest = 3 * objective.get("forwards", 2), 1
         case "ibd":
-            at_x_adv = objective.get("beta", 0.8) and objective.get("teacher_features", "adv") == "adv"
-            student = objective.get("attack_target", "teacher") == "student"
-            update, rest = 6, student + teacher * (2 if at_x_adv else 1)
+            adversarial, labels = objective.get("adversarial", True), objective.get("labels", "robust")
+            features = objective.get("beta", 0.8) > 0
+            at_x_adv = features and adversarial and objective.get("teacher_features", "adv") == "adv"
+            at_x = labels == "robust" or (features and not at_x_adv)
+            update, rest = 6 if adversarial else 3, teacher * (at_x + at_x_adv) + assistant * (labels == "natural")
+            rest += adversarial and objective.get("attack_target", "teacher") == "student"
+        case "rslad":
+            update, rest = 6, teacher
+        case "ard":
+            only_statistics = objective.get("alpha", 1.0) == 1
+            update, rest = 3 if only_statistics else 6, only_statistics + teacher
+        case "iad":
+            update, rest = 6, teacher + (teacher if objective.get("variant", "I") == "I" else assistant)
+        case "vib" | "ceb":
+            update = 3
         case _:
             return None
     return ascent + rest + update * (2 if settings.perturb else 1)
@@ -104,8 +123,9 @@ def expected_forwards(settings: ConfigDict, teacher: float = 0.0) -> float | Non
 def audit(settings: ConfigDict) -> dict[str, Any]:
     """Compiles one step of a configuration, as `train.build` makes it, and compares it with what its method needs.
 
-    Returns {"method", "batch_size", "forward_flops", "teacher_flops", "step_flops", "ratio", "expected", "quotient"};
-    the last two are None for a method that `expected_forwards` does not know. Raises InputError as `train.build` does.
+    Returns {"method", "batch_size", "forward_flops", "teacher_flops", "assistant_flops", "step_flops", "ratio",
+    "expected", "quotient"}; the last two are None for a method that `expected_forwards` does not know. Raises
+    InputError as `train.build` does.
     """
     settings = settings.copy_and_resolve_references()
     if settings.attack is not None and settings.attack.name == "pgd":
@@ -117,8 +137,8 @@ def audit(settings: ConfigDict) -> dict[str, Any]:
     batch = {name: jax.ShapeDtypeStruct(*leaf) for name, leaf in batch.items()}
     state = jax.eval_shape(partial(train.initial_state, experiment))
     cost = step_cost(experiment.train_step, experiment.bind_net, state, batch, experiment.frozen)
-    ratio, teacher = cost["step"] / cost["forward"], cost["teacher"] / cost["forward"]
-    expected = expected_forwards(settings, teacher)
+    ratio, *taught = (cost[part] / cost["forward"] for part in ("step", *TEACHERS))
+    expected = expected_forwards(settings, *taught)
     return {
         "method": settings.title or settings.objective.name,
         "batch_size": settings.batch_size,
