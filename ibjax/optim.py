@@ -7,6 +7,7 @@ A schedule is a function of the epoch, a real number; `stepping` says which epoc
 "next_step" the fraction after it (Rice et al. and AWP: the drop at epoch 100 already hits the last batch of epoch 99).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,9 +31,19 @@ def constant(*, lr: float, epochs: float) -> Callable[[Array], Array]:
     return lambda epoch: jnp.full_like(epoch, lr)
 
 
-def piecewise(*, lr: float, epochs: float, boundaries: tuple[float, ...] = (100, 150), factor: float = 0.1) -> Callable:
-    """lr, multiplied by `factor` at each boundary (in epochs)."""
-    return lambda epoch: lr * factor ** sum((epoch >= b).astype(jnp.float32) for b in boundaries)
+def piecewise(
+    *,
+    lr: float,
+    epochs: float,
+    boundaries: tuple[float, ...] = (100, 150),
+    factor: float | tuple[float, ...] = 0.1,
+) -> Callable:
+    """lr, multiplied by `factor` at each boundary (in epochs), or by each boundary's own."""
+    if not isinstance(factor, tuple):
+        return lambda epoch: lr * factor ** sum((epoch >= b).astype(jnp.float32) for b in boundaries)
+    if len(factor) != len(boundaries):
+        raise InputError(f"schedule.factor has {len(factor)} values for {len(boundaries)} boundaries; give one for each")
+    return lambda epoch: lr * math.prod(jnp.where(epoch >= b, f, 1.0) for b, f in zip(boundaries, factor, strict=True))
 
 
 def cosine(*, lr: float, epochs: float, final: float = 0.0, warmup: float = 0.0) -> Callable:
@@ -55,14 +66,20 @@ def one_cycle(*, lr: float, epochs: float, peak: float = 0.4, final: float = 0.0
     return schedule
 
 
-SCHEDULES = {"constant": constant, "piecewise": piecewise, "cosine": cosine, "one_cycle": one_cycle}
+def linear(*, lr: float, epochs: float, points: tuple[tuple[float, float], ...] = ((0.0, 1.0),)) -> Callable:
+    """Straight lines through `points` (epoch, factor of lr); constant beyond the first and the last."""
+    times, factors = (jnp.array(values, jnp.float32) for values in zip(*points, strict=True))
+    return lambda epoch: lr * jnp.interp(epoch, times, factors)
+
+
+SCHEDULES = {f.__name__: f for f in (constant, piecewise, cosine, one_cycle, linear)}
 
 
 def schedule(*, name: str, lr: float, epochs: float, steps_per_epoch: int, stepping: str | None = None, **options: Any):
     """step (int) -> learning rate, by the name of a function in SCHEDULES; `options` are that function's."""
     make = named("schedule", name)
     call_arguments(make, name, options, "schedule", ("lr", "epochs"))
-    stepping = stepping or ("step" if name in ("one_cycle", "cosine") else "epoch")
+    stepping = stepping or ("step" if name in ("one_cycle", "cosine", "linear") else "epoch")
     if stepping not in STEPPINGS:
         raise InputError(f"schedule.stepping '{stepping}' is unknown; {nearest(stepping, STEPPINGS)}")
     value = make(lr=lr, epochs=epochs, **options)

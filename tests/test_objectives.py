@@ -18,13 +18,16 @@ from ibjax.optim import sgd
 from ibjax.step import init_state, linen_net, make_train_step, trainable, with_trainable
 
 CE, KL = dict(loss="ce", init="uniform"), dict(loss="kl", init="gaussian")
+OWN = dict(loss="objective", init="gaussian")
+AWP = dict(perturb=dict(name="awp", gamma=0.01, warmup=0))
 # name -> (objective section, changes of the attack section; None: no attack, other changes)
 OBJECTIVES = {
     "standard": (dict(name="standard"), None, {}),
     "pgd_at": (dict(name="pgd_at"), CE, {}),
     "pgd_at-rice": (dict(name="pgd_at", clean_forward=True), CE, dict(attack_bn="train")),
     "pgd_at-ema": (dict(name="pgd_at"), CE, dict(ema_decay=0.9)),
-    "pgd_at-awp": (dict(name="pgd_at"), CE, dict(perturb=dict(name="awp", gamma=0.01, warmup=0))),
+    "pgd_at-awp": (dict(name="pgd_at"), CE, AWP),
+    "pgd_at-fast": (dict(name="pgd_at"), CE | dict(steps=1), dict(attack_bn="train")),
     "trades": (dict(name="trades"), KL, {}),
     "trades-official": (dict(name="trades", forwards=3), KL, {}),
     "ibd": (dict(name="ibd"), KL, {}),
@@ -37,6 +40,16 @@ OBJECTIVES = {
         {},
     ),
     "ibd-no-features": (dict(name="ibd", beta=0.0), KL, {}),
+    "mart": (dict(name="mart"), CE | dict(init="gaussian"), {}),
+    "mart-awp": (dict(name="mart"), CE | dict(init="gaussian"), AWP),
+    "mma": (dict(name="mma", steps=2, search_steps=3), None, {}),
+    "mma-awp-ema": (dict(name="mma", steps=2, search_steps=3), None, dict(**AWP, ema_decay=0.9)),
+    "te": (dict(name="te", start=1, end=3, weight=3.0), OWN, {}),
+    "te-trades-awp": (dict(name="te", base="trades", start=1, end=3, weight=3.0), OWN, AWP),
+    "alp": (dict(name="alp"), CE, {}),
+    "label_smoothing": (dict(name="label_smoothing"), CE, {}),
+    "label_smoothing-standard": (dict(name="label_smoothing", base="standard"), None, {}),
+    "infoat_r": (dict(name="infoat_r"), OWN, {}),
 }
 
 
