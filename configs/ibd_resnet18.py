@@ -15,9 +15,11 @@ student and 2 of the teacher per image; 200 epochs are 200·49,000·(26·1.11 + 
 
 from ibjax.config import base, parse_arg, smoke
 
+ROWS = ("paper", "code")
+
 
 def get_config(arg=None):
-    row, small = parse_arg(arg, ("paper", "code"))
+    row, small = parse_arg(arg, ROWS)
     config = base()
     config.title = "IBD PreActResNet-18"
     config.data.path = "data/cifar10"

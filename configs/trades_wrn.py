@@ -14,9 +14,11 @@ Cost: 27 forward passes per image; 200 epochs are 200·49,000·27·13.3 GFLOP = 
 
 from ibjax.config import base, parse_arg, smoke
 
+ROWS = ("ibd", "original")
+
 
 def get_config(arg=None):
-    row, small = parse_arg(arg, ("ibd", "original"))
+    row, small = parse_arg(arg, ROWS)
     config = base()
     config.title = "TRADES WRN-34-10"
     config.data.path = "data/cifar10"

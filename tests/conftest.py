@@ -44,6 +44,11 @@ def digits_run(tmp_path_factory):
 
 def smoke_config(name, arg="smoke"):
     """The configuration of `configs/<name>.py:<arg>`, as the command line would load it."""
+    return load_recipe(name).get_config(arg)
+
+
+def load_recipe(name):
+    """The module `configs/<name>.py`."""
     import importlib.util
     from pathlib import Path
 
@@ -51,4 +56,4 @@ def smoke_config(name, arg="smoke"):
     spec = importlib.util.spec_from_file_location(f"configs_{name}", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config(arg)
+    return module

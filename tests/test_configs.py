@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
-from conftest import smoke_config
+from conftest import load_recipe, smoke_config
 
-from ibjax import config, main, metrics
+from ibjax import config, main, metrics, train
 
 CONFIGS = sorted(file.stem for file in (Path(__file__).parent.parent / "configs").glob("*.py"))
+ROWS = [(name, row) for name in CONFIGS for row in getattr(load_recipe(name), "ROWS", ("",))]
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "digits"])  # that one is the `digits_run`
@@ -18,15 +19,25 @@ def test_every_recipe_runs_in_its_short_form(name, tmp_path):
     assert (tmp_path / "run" / "report.html").is_file()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_recipe_is_complete_and_every_option_is_known(name):
-    settings = smoke_config(name, None)
+@pytest.mark.parametrize(("name", "row"), ROWS)
+def test_every_row_is_complete_and_every_option_is_known(name, row):
+    settings = smoke_config(name, row)
     config.check(settings)
     config.check(config.complete(settings))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_short_form_keeps_the_method(name):
-    long, short = smoke_config(name, None), smoke_config(name)
-    assert long.objective == short.objective and long.attack.loss == short.attack.loss
-    assert long.attack.eps == short.attack.eps and long.attack_bn == short.attack_bn
+@pytest.mark.parametrize(("name", "row"), [(name, row) for name, row in ROWS if row])
+def test_every_rows_step_can_be_traced(name, row):
+    train.check(smoke_config(name, f"{row},smoke"))
+
+
+@pytest.mark.parametrize(("name", "row"), ROWS)
+def test_the_short_form_keeps_the_method(name, row):
+    long, short = smoke_config(name, row), smoke_config(name, f"{row},smoke")
+    assert long.objective == short.objective and long.attack_bn == short.attack_bn and long.perturb == short.perturb
+    assert long.optimizer == short.optimizer and long.schedule == short.schedule
+    if long.attack is None:
+        assert short.attack is None
+    else:
+        kept = set(long.attack) - {"steps"}
+        assert all(long.attack[key] == short.attack[key] for key in kept)
