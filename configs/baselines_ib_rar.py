@@ -14,8 +14,9 @@ Arguments: `pgd` (default) or `mart` on ResNet-18 and CIFAR-10, `wrn-pgd` or `wr
 
 Means of three runs, last epoch (`--checkpoint=last`). eps is 0.03, below 8/255 = 0.0314: also evaluate with
 `--config.evaluate.eps=8/255`. The code trains without momentum, with a weight decay of 1e-2; its MART weighs the KL
-by 0.5, starts its attack uniformly and never drops its rate. It also runs x' through the network once more after each step,
-for logging, which moves the running statistics; that is left out here. Cost: 23 (PGD) or 26 forward passes per image.
+by 0.5, starts its attack uniformly and never drops its rate. It also runs x' through the network once more after each
+step, for logging, which moves the running statistics; that is left out here. Cost: 23 (PGD) or 26 forward passes per
+image.
 """
 
 from ibjax.config import base, dataset, parse_arg, smoke

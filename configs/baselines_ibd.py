@@ -2,8 +2,9 @@
 
     python -m ibjax.main --config=configs/baselines_ibd.py:sat --workdir=runs/baselines_ibd/sat
 
-Arguments: a method, `sat` (default), `trades` or `infoat_r`; `-cifar100` behind it changes the data set. `,smoke` shrinks
-any. `infoat_r` is a reconstruction from InfoAT's abstract: its numbers are not InfoAT's, which stand here for contrast.
+Arguments: a method, `sat` (default), `trades` or `infoat_r`; `-cifar100` behind it changes the data set. `,smoke`
+shrinks any. `infoat_r` is a reconstruction from InfoAT's abstract: its numbers are not InfoAT's, which stand here for
+contrast.
 
 | best checkpoint  | clean | FGSM  | PGD-100 | CW-100 | AutoAttack | last: AutoAttack |
 |------------------|-------|-------|---------|--------|------------|------------------|

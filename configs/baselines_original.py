@@ -2,16 +2,16 @@
 
     python -m ibjax.main --config=configs/baselines_original.py:mart --workdir=runs/baselines_original/mart
 
-| argument        | method, network, data                                                     | authors' figures                     |
-|-----------------|---------------------------------------------------------------------------|--------------------------------------|
-| sat (default)   | Rice et al. 2020: PreActResNet-18; attack in training mode                |                                      |
-| awp, trades_awp | Wu et al. 2020: PreActResNet-18 (γ 0.01), WRN-34-10 (γ 0.005)             | AutoAttack 56.17 (trades_awp)        |
-| mart, mart_wrn  | Wang et al. 2020: ResNet-18 (λ 5), WRN-34-10 (λ 6)                        |                                      |
-| mma, mma_20, mma_32, mma_mnist | Ding et al. 2020: WRN-28-4, d_max 12, 20, 32/255; CNN, 0.45 |                                     |
-| te, te_trades   | Dong et al. 2022: ResNet-18                                               |                                      |
-| fast_at, fast_at_mnist | Wong et al. 2020: PreActResNet-18, 15 epochs, eps 8/255; CNN, 0.3  |                                      |
-| label_smoothing | Pang et al. 2021: PreActResNet-18, δ 0.1                                  |                                      |
-| alp             | Kannan et al. 2018, who have no CIFAR-10: trained as `sat`, but in evaluation mode |                             |
+| argument                       | method and network                                                                  |
+|--------------------------------|-------------------------------------------------------------------------------------|
+| sat (default)                  | Rice et al. 2020: PreActResNet-18, attack in training mode                          |
+| awp, trades_awp                | Wu et al. 2020: PreActResNet-18, γ 0.01; WRN-34-10, γ 0.005, AutoAttack 56.17       |
+| mart, mart_wrn                 | Wang et al. 2020: ResNet-18, λ 5; WRN-34-10, λ 6                                    |
+| mma, mma_20, mma_32, mma_mnist | Ding et al. 2020: WRN-28-4, d_max 12, 20 or 32/255; CNN, d_max 0.45                 |
+| te, te_trades                  | Dong et al. 2022: ResNet-18                                                         |
+| fast_at, fast_at_mnist         | Wong et al. 2020: PreActResNet-18, 15 epochs; CNN, 10 epochs at eps 0.3             |
+| label_smoothing                | Pang et al. 2021: PreActResNet-18, δ 0.1                                            |
+| alp                            | Kannan et al. 2018, who have no CIFAR-10: the defaults of ibjax.config              |
 
 `,smoke` shrinks any. The paper of each selects on its test set; here the default is 1,000 held-out training images.
 Deviations: batches are 128 and the last incomplete one is left out; MMA's steps are given in epochs, and its best

@@ -29,7 +29,12 @@ CIFAR-100); 120 epochs of MART on ResNet-18 are 120·49,000·26·1.11 GFLOP = 0.
 from ibjax.config import base, dataset, parse_arg, smoke
 
 CIFAR = ("standard", "trades", "mart")
-ROWS = (*CIFAR, "mma", *(f"mnist-{m}" for m in (*CIFAR, "mma")), *(f"{d}-{m}" for d in ("wrn", "wrn100") for m in CIFAR))
+ROWS = (
+    *CIFAR,
+    "mma",
+    *(f"mnist-{m}" for m in (*CIFAR, "mma")),
+    *(f"{d}-{m}" for d in ("wrn", "wrn100") for m in CIFAR),
+)
 
 
 def get_config(arg=None):

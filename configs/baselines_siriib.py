@@ -3,7 +3,8 @@
     python -m ibjax.main --config=configs/baselines_siriib.py:te --workdir=runs/baselines_siriib/te
 
 Arguments: `pgd_at` (default), `trades`, `awp`, `te` on ResNet-18 and CIFAR-10, `-cifar100` behind them changes the data
-set; `wrn` (PGD training of a WRN-28-10, Table 5), `tiny` (FGSM training on Tiny-ImageNet, Table 6). `,smoke` shrinks any.
+set; `wrn` (PGD training of a WRN-28-10, Table 5), `tiny` (FGSM training on Tiny-ImageNet, Table 6). `,smoke` shrinks
+any.
 
 | CIFAR-10 or Tiny-ImageNet    | clean | PGD-20 | PGD-100 | CW-100 | AutoAttack |
 |------------------------------|-------|--------|---------|--------|------------|
@@ -14,8 +15,8 @@ set; `wrn` (PGD training of a WRN-28-10, Table 5), `tiny` (FGSM training on Tiny
 
 The other rows are points of figures. For Table 7: `python -m ibjax.main --mode=eval` on the same workdir with
 `--config.evaluate.norm=l2 --config.evaluate.eps=0.5 --config.evaluate.step_size=0.1`. Not stated, ours: 200 epochs, β 6
-for TRADES, γ 0.01 for AWP on PGD training, TE on PGD training; `tiny` attacks with one step of 1.25·eps from a uniform start.
-Cost: 23 to 27 forward passes per image; 200 epochs of TE are 200·49,000·24·1.11 GFLOP = 0.26 EFLOP.
+for TRADES, γ 0.01 for AWP on PGD training, TE on PGD training; `tiny` attacks with one step of 1.25·eps from a
+uniform start. Cost: 23 to 27 forward passes per image; 200 epochs of TE are 200·49,000·24·1.11 GFLOP = 0.26 EFLOP.
 """
 
 from ibjax.config import base, dataset, parse_arg, smoke

@@ -389,7 +389,7 @@ def parse_arg(arg: str | None, rows: tuple[str, ...] = ()) -> tuple[str, bool]:
 
 
 def dataset(name: str) -> dict[str, Any]:
-    """The `data` section of a data set that recipes name, "cifar10" for one: where it lies unless a flag says otherwise."""
+    """The `data` section of a data set that recipes name, as "cifar10": where it lies unless a flag says otherwise."""
     if name == "mnist":
         return dict(name="npz", path="data/mnist.npz", val_size=1000, split_seed=0)
     return dict(name="folder", path=f"data/{name}", val_size=1000, split_seed=0)

@@ -42,7 +42,9 @@ def piecewise(
     if not isinstance(factor, tuple):
         return lambda epoch: lr * factor ** sum((epoch >= b).astype(jnp.float32) for b in boundaries)
     if len(factor) != len(boundaries):
-        raise InputError(f"schedule.factor has {len(factor)} values for {len(boundaries)} boundaries; give one for each")
+        raise InputError(
+            f"schedule.factor has {len(factor)} values for {len(boundaries)} boundaries; give one for each"
+        )
     return lambda epoch: lr * math.prod(jnp.where(epoch >= b, f, 1.0) for b, f in zip(boundaries, factor, strict=True))
 
 

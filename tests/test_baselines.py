@@ -25,7 +25,9 @@ def test_smoothing_leaves_the_true_class_one_minus_delta():
     np.testing.assert_allclose(smooth(jnp.array([1, 0]), 6, 0.1), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("base", "x", "plain"), [("pgd_at", X_ADV, pgd_at()), ("standard", BATCH["image"], standard())])
+@pytest.mark.parametrize(
+    ("base", "x", "plain"), [("pgd_at", X_ADV, pgd_at()), ("standard", BATCH["image"], standard())]
+)
 def test_label_smoothing_is_cross_entropy_to_the_smoothed_labels(base, x, plain):
     (logits, _), _ = NET.forward(VARIABLES, x, KEY)
     log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
@@ -41,7 +43,7 @@ def test_label_smoothing_is_cross_entropy_to_the_smoothed_labels(base, x, plain)
 
 def test_only_adversarial_label_smoothing_takes_an_attack():
     assert label_smoothing(base="standard").attack_losses == () != label_smoothing().attack_losses
-    with pytest.raises(InputError, match="label_smoothing|unknown"):
+    with pytest.raises(InputError, match="unknown"):
         label_smoothing(base="trades")
 
 
@@ -55,7 +57,9 @@ def test_logit_pairing_is_its_formula_on_one_mixed_minibatch():
     expected = 0.5 * cross_entropy(clean) + 0.5 * cross_entropy(adv) + 0.5 * ((clean - adv) ** 2).sum() / 48
     value, _, variables, _ = loss_and_gradient(alp())
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), after["batch_stats"], variables["batch_stats"])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), after["batch_stats"], variables["batch_stats"]
+    )
     alone = cross_entropy(adv) + 2.0 * ((clean - adv) ** 2).mean()
     np.testing.assert_allclose(loss_and_gradient(alp(pairing=2.0, clean_weight=0.0))[0], alone, rtol=1e-5)
 
@@ -85,7 +89,9 @@ def test_the_reconstruction_weighs_marts_kl_by_the_rate():
     boosted = np.mean(boosted_cross_entropy(adv, BATCH["label"]))
     robust = (np.asarray(losses.kl_logits(clean, adv)) * w).mean()
     np.testing.assert_allclose(loss_and_gradient(infoat_r())[0], boosted + 5 * robust, rtol=1e-4)
-    np.testing.assert_allclose(loss_and_gradient(infoat_r(beta=0.0))[0], loss_and_gradient(mart(beta=0.0))[0], rtol=1e-6)
+    np.testing.assert_allclose(
+        loss_and_gradient(infoat_r(beta=0.0))[0], loss_and_gradient(mart(beta=0.0))[0], rtol=1e-6
+    )
 
 
 def test_the_reconstructions_attack_adds_the_rate_to_cross_entropy():

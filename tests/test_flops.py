@@ -8,7 +8,13 @@ from ibjax.analysis import flops
 from ibjax.attacks import geometry
 from ibjax.attacks.pgd import pgd
 from ibjax.models import resnet
+from ibjax.objectives.alp import alp
 from ibjax.objectives.ibd import ibd
+from ibjax.objectives.infoat_r import infoat_r
+from ibjax.objectives.label_smoothing import label_smoothing
+from ibjax.objectives.mart import mart
+from ibjax.objectives.mma import mma
+from ibjax.objectives.te import te
 from ibjax.objectives.trades import trades
 from ibjax.perturb import awp
 
@@ -30,11 +36,14 @@ def cost(objective, attack, teacher=None, perturb=None):
         return step.linen_net(STUDENT, teachers, frozen)
 
     def init(x, frozen):
-        return step.init_state(jax.random.key(0), bind_net(frozen), STUDENT, objective.head, optimizer, x, False)
+        memory = objective.memory(8, 10) if objective.memory else None
+        return step.init_state(
+            jax.random.key(0), bind_net(frozen), STUDENT, objective.head, optimizer, x, False, memory
+        )
 
     state = jax.eval_shape(init, IMAGES, frozen)
     train_step = step.make_train_step(bind_net, objective, optimizer, attack, perturb=perturb)
-    found = flops.step_cost(train_step, bind_net, state, {"image": IMAGES, "label": LABELS}, frozen)
+    found = flops.step_cost(train_step, bind_net, state, {"image": IMAGES, "label": LABELS, "index": LABELS}, frozen)
     return found["step"] / found["forward"], found["teacher"] / found["forward"]
 
 
@@ -42,6 +51,8 @@ def expected(name, teacher=0.0, perturb=None, **options):
     settings = config.base()
     settings.perturb = perturb
     settings.attack.steps = 3
+    if name == "mma" or options.get("base") == "standard":
+        settings.attack = None
     settings.objective = dict(name=name, **options)
     return flops.expected_forwards(settings, teacher)
 
@@ -63,6 +74,23 @@ def test_a_trades_step_costs_no_more_than_its_count():
     ratio, _ = cost(trades(), ATTACK)
     assert expected("trades") == 2 * 3 + 1 + 6
     assert ratio <= BAR * expected("trades")
+
+
+@pytest.mark.parametrize(("made", "section", "passes"), [
+    (mart(), dict(name="mart"), 2 * 3 + 6),
+    (alp(), dict(name="alp"), 2 * 3 + 6),
+    (mma(steps=3, search_steps=4), dict(name="mma", steps=3, search_steps=4), 2 * 3 + 1 + 4 + 6),
+    (te(), dict(name="te"), 2 * 3 + 1 + 3),
+    (te(base="trades"), dict(name="te", base="trades"), 2 * 3 + 1 + 6),
+    (label_smoothing(), dict(name="label_smoothing"), 2 * 3 + 3),
+    (label_smoothing(base="standard"), dict(name="label_smoothing", base="standard"), 3),
+    (infoat_r(), dict(name="infoat_r"), 2 * 3 + 1 + 6),
+])  # fmt: skip
+def test_a_baselines_step_costs_no_more_than_its_count(made, section, passes):
+    assert expected(**section) == passes
+    attack = None if not made.attack_losses else pgd(loss=made.attack_loss or "ce", steps=3, unroll=True)
+    ratio, _ = cost(made, attack)
+    assert 0.9 * passes < ratio <= BAR * passes
 
 
 @pytest.mark.parametrize(("teacher_features", "passes"), [("adv", 2), ("nat", 1)])

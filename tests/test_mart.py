@@ -49,7 +49,9 @@ def test_value_and_gradients_are_pytorchs_in_float64(beta):
     expected = boosted + beta * (divergence * weight).sum() / 6
     expected.backward()
 
-    value, gradients = jax.value_and_grad(loss_of(mart(beta=beta)), (0, 1))(jnp.float32(logits(0)), jnp.float32(logits(1)))
+    value, gradients = jax.value_and_grad(loss_of(mart(beta=beta)), (0, 1))(
+        jnp.float32(logits(0)), jnp.float32(logits(1))
+    )
     np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
     for got, reference in zip(gradients, (clean.grad, adv.grad), strict=True):
         reference = np.zeros((6, 4)) if reference is None else reference.numpy()
@@ -62,7 +64,9 @@ def test_without_the_robust_term_it_is_boosted_cross_entropy():
     others = q.copy()
     others[rows, LABELS] = 0
     expected = np.mean(-np.log(q[rows, LABELS]) - np.log(1.0001 - others.max(1)))
-    np.testing.assert_allclose(loss_of(mart(beta=0.0))(jnp.float32(logits(0)), jnp.float32(logits(1))), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        loss_of(mart(beta=0.0))(jnp.float32(logits(0)), jnp.float32(logits(1))), expected, rtol=1e-5
+    )
 
 
 def test_a_certain_and_right_clean_prediction_weighs_1e_minus_7():

@@ -9,8 +9,13 @@
 | method           | expected                                  |
 |------------------|-------------------------------------------|
 | standard         | 3                                         |
+| label smoothing  | 2k + 3            (3: base="standard")    |
 | PGD-k            | 2k + 3            (+ 1: clean_forward)    |
 | TRADES-k         | 2k + 1 + 6        (+ 3: forwards=3)       |
+| MART-k, ALP-k    | 2k + 6                                    |
+| TE-k             | 2k + 1 + 3        (+ 3: base="trades")    |
+| MMA-k            | 2k + 1 + s + 6    (s search_steps)        |
+| InfoAT-R-k       | 2k + 1 + 6                                |
 | IBD-k            | 2k + 6 + 2t       (t with features of the teacher at x, + 1: attack_target="student") |
 
 A weight perturbation takes the update's forward and backward passes a second time. k attack steps; t is one forward
@@ -92,6 +97,16 @@ def expected_forwards(settings: ConfigDict, teacher: float = 0.0) -> float | Non
             update, rest = 3, bool(objective.get("clean_forward"))
         case "trades":
             update, rest = 3 * objective.get("forwards", 2), 1
+        case "label_smoothing":
+            update = 3
+        case "mart" | "alp":
+            update = 6
+        case "infoat_r":
+            update, rest = 6, 1
+        case "te":
+            update, rest = 6 if objective.get("base") == "trades" else 3, 1
+        case "mma":
+            update, rest = 6, 2 * objective.get("steps", 10) + 1 + objective.get("search_steps", 10)
         case "ibd":
             at_x_adv = objective.get("beta", 0.8) and objective.get("teacher_features", "adv") == "adv"
             student = objective.get("attack_target", "teacher") == "student"

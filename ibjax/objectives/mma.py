@@ -44,9 +44,8 @@ def mma(
     search_steps: int = 10,
 ) -> Objective:
     """MMA training with the soft logit margin, in l_inf."""
-    d_max, d_min = (
-        geometry.radius(value, "linf", f"objective.{name}") for name, value in (("max_eps", max_eps), ("min_eps", min_eps))
-    )
+    d_max = geometry.radius(max_eps, "linf", "objective.max_eps")
+    d_min = geometry.radius(min_eps, "linf", "objective.min_eps")
     if not 0 < d_min <= d_max <= 0.95:
         raise InputError(f"objective.min_eps={min_eps} and max_eps={max_eps} are not allowed; 0 < min_eps <= max_eps")
     check_range("objective.clean_weight", clean_weight, 0, 1)

@@ -1,6 +1,6 @@
 """Temporal ensembling: Dong et al., "Exploring Memorization in Adversarial Training", ICLR 2022.
 
-    e_i <- η·e_i + (1 − η)·p(x_i)        p in evaluation mode, before the attack, from epoch `start` on;  t_i = e_i / Σ_c e_i
+    e_i <- η·e_i + (1 − η)·p(x_i)    in evaluation mode, before the attack, from epoch `start` on;   t_i = e_i / Σ_c e_i
     w(e) = 0 (e < start),   W·exp(−5·(1 − (e − start) / (end − start))²),   W (e > end)              e = 1, 2, … epochs
 
     base "pgd_at":   L  = CE(x') + w · mean_{b,c} (p(x') − t)²
@@ -74,10 +74,7 @@ def te(
 
     def attack_loss(output, target):
         logits, _ = output
-        if base == "trades":
-            fit = beta * losses.kl(logits, target["p"])
-        else:
-            fit = losses.cross_entropy(logits, target["y"])
+        fit = beta * losses.kl(logits, target["p"]) if "p" in target else losses.cross_entropy(logits, target["y"])
         return fit + target["w"] * distance(logits, target["t"])
 
     def loss(net, variables, batch, x_adv, key):
