@@ -14,14 +14,15 @@
 | TRADES-k         | 2k + 1 + 6        (+ 3: forwards=3)       |
 | MART-k, ALP-k    | 2k + 6                                    |
 | TE-k             | 2k + 1 + 3        (+ 3: base="trades")    |
-| MMA-k            | 2k + 1 + s + 6    (s search_steps)        |
+| MMA-k            | 2k + 2 + s + 6    (s search_steps)        |
 | InfoAT-R-k       | 2k + 1 + 6                                |
 | IBD-k            | 2k + 6 + 2t       (t with features of the teacher at x, + 1: attack_target="student") |
 
-A weight perturbation takes the update's forward and backward passes a second time. k attack steps; t is one forward
-pass of the teacher in units of the student's. FLOPs are XLA's own count, which leaves out padding. A rolled loop's body
-is counted once, so the attack is unrolled here. `--shape` puts noise in place of the configuration's data. The command
-compiles for the CPU, whatever else is there.
+MMA shows the network x once more than its update does, to know which images are right. A weight perturbation takes the
+update's forward and backward passes a second time. k attack steps; t is one forward pass of the teacher in units of the
+student's. FLOPs are XLA's own count, which leaves out padding. A rolled loop's body is counted once, so the attack is
+unrolled here. `--shape` puts noise in place of the configuration's data. The command compiles for the CPU, whatever
+else is there.
 """
 
 import sys
@@ -106,7 +107,7 @@ def expected_forwards(settings: ConfigDict, teacher: float = 0.0) -> float | Non
         case "te":
             update, rest = 6 if objective.get("base") == "trades" else 3, 1
         case "mma":
-            update, rest = 6, 2 * objective.get("steps", 10) + 1 + objective.get("search_steps", 10)
+            update, rest = 6, 2 * objective.get("steps", 10) + 2 + objective.get("search_steps", 10)
         case "ibd":
             at_x_adv = objective.get("beta", 0.8) and objective.get("teacher_features", "adv") == "adv"
             student = objective.get("attack_target", "teacher") == "student"
