@@ -14,13 +14,13 @@
 | alp                            | Kannan et al. 2018, who have no CIFAR-10: the defaults of ibjax.config              |
 
 `,smoke` shrinks any. The paper of each selects on its test set; here the default is 1,000 held-out training images.
-Deviations: batches are 128 and the last incomplete one is left out; MMA's steps are given in epochs, and its best
+Deviations: an epoch's last incomplete batch is left out; MMA's steps are given in epochs, and its best
 checkpoint is that of PGD-10 accuracy, not of the mean margin; the MNIST networks are the four-convolution CNN. Fast-AT
 stops where robust accuracy falls by 20 points from the best epoch's on validation images; its authors compare with the
 epoch before on one minibatch. Its ImageNet variant (three resolutions) is not here: its attack is
 `attack=dict(name="pgd", steps=1, init="uniform_unclipped", clip_input=True, …)`, its rates are schedule `linear`.
 
-Cost in forward passes per image and step: 24 sat, 26 mart, 27 mma with its own attack, 24 te, 5 fast_at. Fast-AT is
+Cost in forward passes per image and step: 24 sat, 26 mart, 38 mma, 24 te, 5 fast_at. Fast-AT is
 15·49,000·5·1.11 GFLOP = 4.1 PFLOP; MART on ResNet-18 120·49,000·26·1.11 GFLOP = 0.17 EFLOP.
 """
 

@@ -23,7 +23,7 @@ Means of three runs; Table 11 has the best epochs. Evaluate the last epoch with 
 not the standard one (APGD-CE, untargeted APGD-DLR, FAB and Square). Where table and text differ the text counts: ten
 attack steps on CIFAR-10, twenty on CIFAR-100. Not stated, ours: Standard trains as TRADES does; MMA's last rate is 0.03
 (the table says 0.003, MMA's own code 0.03 and 0.009). Cost: 23 to 27 forward passes per image (twenty more on
-CIFAR-100); 120 epochs of MART on ResNet-18 are 120·49,000·26·1.11 GFLOP = 0.17 EFLOP.
+CIFAR-100), 38 with MMA; 120 epochs of MART on ResNet-18 are 120·49,000·26·1.11 GFLOP = 0.17 EFLOP.
 """
 
 from ibjax.config import base, dataset, parse_arg, smoke
