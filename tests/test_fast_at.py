@@ -96,6 +96,9 @@ def test_straight_lines_through_the_phases_of_imagenet():
     points = ((0.0, 0.0), (1.0, 1.0), (6.0, 0.1), (12.0, 0.01), (15.0, 0.001))
     found = rates([0, 50, 100, 600, 900, 1200, 1500], name="linear", lr=0.4, epochs=15, points=points)
     np.testing.assert_allclose(found, [0, 0.2, 0.4, 0.04, 0.022, 0.004, 0.0004], rtol=1e-5, atol=1e-9)
+    for wrong in ((), ((1.0, 1.0), (0.0, 0.5))):
+        with pytest.raises(InputError, match="rising"):
+            rates([0], name="linear", lr=0.4, epochs=15, points=wrong)
 
 
 def test_each_boundary_may_have_its_own_factor():
