@@ -7,6 +7,8 @@ A schedule is a function of the epoch, a real number; `stepping` says which epoc
 "next_step" the fraction after it (Rice et al. and AWP: the drop at epoch 100 already hits the last batch of epoch 99).
 """
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,9 +32,21 @@ def constant(*, lr: float, epochs: float) -> Callable[[Array], Array]:
     return lambda epoch: jnp.full_like(epoch, lr)
 
 
-def piecewise(*, lr: float, epochs: float, boundaries: tuple[float, ...] = (100, 150), factor: float = 0.1) -> Callable:
-    """lr, multiplied by `factor` at each boundary (in epochs)."""
-    return lambda epoch: lr * factor ** sum((epoch >= b).astype(jnp.float32) for b in boundaries)
+def piecewise(
+    *,
+    lr: float,
+    epochs: float,
+    boundaries: tuple[float, ...] = (100, 150),
+    factor: float | tuple[float, ...] = 0.1,
+) -> Callable:
+    """lr, multiplied by `factor` at each boundary (in epochs), or by each boundary's own."""
+    if not isinstance(factor, tuple):
+        return lambda epoch: lr * factor ** sum((epoch >= b).astype(jnp.float32) for b in boundaries)
+    if len(factor) != len(boundaries):
+        raise InputError(
+            f"schedule.factor has {len(factor)} values for {len(boundaries)} boundaries; give one for each"
+        )
+    return lambda epoch: lr * math.prod(jnp.where(epoch >= b, f, 1.0) for b, f in zip(boundaries, factor, strict=True))
 
 
 def cosine(*, lr: float, epochs: float, final: float = 0.0, warmup: float = 0.0) -> Callable:
@@ -62,7 +76,10 @@ def one_cycle(*, lr: float, epochs: float, peak: float = 0.4, final: float = 0.0
 
 def linear(*, lr: float, epochs: float, points: tuple[tuple[float, float], ...] = ((0.0, 1.0),)) -> Callable:
     """Straight lines through `points` (epoch, factor of lr); constant beyond the first and the last."""
-    times, factors = (jnp.array(values, jnp.float32) for values in zip(*points, strict=True))
+    times = [epoch for epoch, _ in points]
+    if not times or any(later <= earlier for earlier, later in itertools.pairwise(times)):
+        raise InputError(f"schedule.points={points} is not allowed; give pairs (epoch, factor) of rising epochs")
+    times, factors = jnp.array(times, jnp.float32), jnp.array([factor for _, factor in points], jnp.float32)
     return lambda epoch: lr * jnp.interp(epoch, times, factors)
 
 

@@ -70,6 +70,8 @@ class Objective(NamedTuple):
     attack_loss: ((logits, features), target) -> (B,), where `attack_losses` is ("objective",).
     attack: (net, variables, batch, key) -> (x_adv, variables), an inner maximisation of the method's own.
     memory: (training images, classes) -> variables["memory"] before the first step.
+    remember: (net, variables, batch, key) -> variables with a new memory; it comes before target and attack, at the
+      weights of the step, so that a weight perturbation never reaches what is remembered.
     proxy: (net, variables, batch, x_adv, key) -> what a weight perturbation climbs; None: `loss`.
     """
 
@@ -81,6 +83,7 @@ class Objective(NamedTuple):
     attack_loss: Callable[[Output, Any], Array] | None = None
     attack: Callable[[Net, Variables, Batch, Array], tuple[Any, Variables]] | None = None
     memory: Callable[[int, int], Any] | None = None
+    remember: Callable[[Net, Variables, Batch, Array], Variables] | None = None
     proxy: Callable[[Net, Variables, Batch, Any, Array], Array] | None = None
 
 
@@ -207,8 +210,11 @@ def make_train_step(
         augment_key, attack_key, loss_key = jax.random.split(key, 3)
         net, variables = bind_net(frozen), state.variables
         x = to_float(batch["image"])
-        progress = {"step": state.step, "epoch": state.step.astype(jnp.float32) / steps_per_epoch}
+        whole, rest = jnp.divmod(state.step, steps_per_epoch)  # so that floor(epoch) is exact wherever division is not
+        progress = {"step": state.step, "epoch": whole.astype(jnp.float32) + rest.astype(jnp.float32) / steps_per_epoch}
         batch = {**batch, "image": augment(augment_key, x) if augment else x, **progress}
+        if objective.remember is not None:
+            variables = objective.remember(net, variables, batch, loss_key)
 
         x_adv = None
         if objective.attack is not None:

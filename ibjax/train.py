@@ -150,7 +150,8 @@ def _check_attack(settings, objective):
         raise InputError(f"objective '{name}' {why} and would ignore the attack; set attack=None")
     if loss not in losses:
         raise InputError(f"attack.loss='{loss}' does not go with objective '{name}'; allowed: {', '.join(losses)}")
-    own_prediction = name == "trades" or settings.objective.get("attack_target") == "student"
+    section = settings.objective
+    own_prediction = "trades" in (name, section.get("base")) or section.get("attack_target") == "student"
     if own_prediction and settings.attack.get("init") == "none":
         raise InputError("attack.init='none' gives the KL to one's own prediction no gradient; use 'gaussian'")
 

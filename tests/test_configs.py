@@ -14,8 +14,17 @@ from ibjax import config, main, metrics, train
 ROOT = Path(__file__).parent.parent
 RECIPES = {file.stem: config_rows(file.stem) for file in sorted((ROOT / "configs").glob("*.py"))}
 ALL = [(name, row) for name, rows in RECIPES.items() for row in rows]
-# the digits are the `digits_run`; these differ in network, teacher and optimiser
-RUN = [("ibd_resnet18", "paper"), ("ibd_wrn", "ibd"), ("trades_wrn", "ibd"), ("variational", "vib-mnist")]
+# the digits are the `digits_run`; these differ in network, teacher, optimiser and method
+RUN = [
+    ("ibd_resnet18", "paper"),
+    ("ibd_wrn", "ibd"),
+    ("trades_wrn", "ibd"),
+    ("variational", "vib-mnist"),
+    ("baselines_ibd", "infoat_r"),
+    ("baselines_shared", "mnist-mart"),
+    ("baselines_siriib", "awp"),
+    ("baselines_original", "te_trades"),
+]
 OTHER = [(name, row) for name, row in ALL if (name, row) not in RUN and name != "digits"]
 
 
@@ -65,9 +74,10 @@ def test_every_row_is_complete_and_every_option_is_known(name, row):
 def test_the_short_form_keeps_the_method(name, row):
     long, short = smoke_config(name, row), smoke_config(name, f"{row},smoke")
     assert long.objective == short.objective and long.attack_bn == short.attack_bn and long.perturb == short.perturb
+    assert long.optimizer == short.optimizer and long.schedule == short.schedule
     assert (long.attack is None) == (short.attack is None)
     if long.attack is not None:
-        assert long.attack.loss == short.attack.loss and long.attack.eps == short.attack.eps
+        assert all(long.attack[key] == short.attack[key] for key in set(long.attack) - {"steps"})
 
 
 @pytest.mark.parametrize("name", [name for name, rows in RECIPES.items() if len(rows) > 1])

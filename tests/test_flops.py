@@ -8,10 +8,16 @@ from ibjax.analysis import flops
 from ibjax.attacks import geometry
 from ibjax.attacks.pgd import pgd
 from ibjax.models import cnn, resnet
+from ibjax.objectives.alp import alp
 from ibjax.objectives.ard import ard
 from ibjax.objectives.iad import iad
 from ibjax.objectives.ibd import ibd
+from ibjax.objectives.infoat_r import infoat_r
+from ibjax.objectives.label_smoothing import label_smoothing
+from ibjax.objectives.mart import mart
+from ibjax.objectives.mma import mma
 from ibjax.objectives.rslad import rslad
+from ibjax.objectives.te import te
 from ibjax.objectives.trades import trades
 from ibjax.perturb import awp
 
@@ -37,18 +43,23 @@ def cost(objective, attack, teacher=None, perturb=None, assistant=None, student=
         return step.linen_net(student, teachers, frozen)
 
     def init(x, frozen):
-        return step.init_state(jax.random.key(0), bind_net(frozen), student, objective.head, optimizer, x, False)
+        memory = objective.memory(8, 10) if objective.memory else None
+        return step.init_state(
+            jax.random.key(0), bind_net(frozen), student, objective.head, optimizer, x, False, memory
+        )
 
     state = jax.eval_shape(init, IMAGES, frozen)
     train_step = step.make_train_step(bind_net, objective, optimizer, attack, perturb=perturb)
-    found = flops.step_cost(train_step, bind_net, state, {"image": IMAGES, "label": LABELS}, frozen)
+    found = flops.step_cost(train_step, bind_net, state, {"image": IMAGES, "label": LABELS, "index": LABELS}, frozen)
     return tuple(found[part] / found["forward"] for part in ("step", "teacher", "assistant"))
 
 
-def expected(name, teacher=0.0, assistant=0.0, perturb=None, steps=3, **options):
+def expected(name, teacher=0.0, assistant=0.0, perturb=None, attack_steps=3, **options):
     settings = config.base()
     settings.perturb = perturb
-    settings.attack = None if steps is None else dict(name="pgd", steps=steps)
+    settings.attack = None if attack_steps is None else dict(name="pgd", steps=attack_steps)
+    if name == "mma" or options.get("base") == "standard":
+        settings.attack = None
     settings.objective = dict(name=name, **options)
     return flops.expected_forwards(settings, teacher, assistant)
 
@@ -70,6 +81,22 @@ def test_a_trades_step_costs_no_more_than_its_count():
     ratio, *_ = cost(trades(), ATTACK)
     assert expected("trades") == 2 * 3 + 1 + 6
     assert ratio <= BAR * expected("trades")
+
+
+@pytest.mark.parametrize(("made", "section", "passes"), [
+    (mart(), dict(name="mart"), 2 * 3 + 6),
+    (alp(), dict(name="alp"), 2 * 3 + 6),
+    (mma(steps=3, search_steps=4), dict(name="mma", steps=3, search_steps=4), 2 * 3 + 2 + 4 + 6),
+    (te(), dict(name="te"), 2 * 3 + 1 + 3),
+    (te(base="trades"), dict(name="te", base="trades"), 2 * 3 + 1 + 6),
+    (label_smoothing(), dict(name="label_smoothing"), 2 * 3 + 3),
+    (infoat_r(), dict(name="infoat_r"), 2 * 3 + 1 + 6),
+])  # fmt: skip
+def test_a_baselines_step_costs_no_more_than_its_count(made, section, passes):
+    assert expected(**section) == passes
+    attack = None if not made.attack_losses else pgd(loss=made.attack_loss or "ce", steps=3, unroll=True)
+    ratio, *_ = cost(made, attack)
+    assert 0.9 * passes < ratio <= BAR * passes
 
 
 @pytest.mark.parametrize(("teacher_features", "passes"), [("adv", 2), ("nat", 1)])
@@ -96,7 +123,7 @@ def test_distillation_asks_its_teachers_once_for_each_image_it_needs(method, opt
     objective, attacked = method(**options), options.get("adversarial", True)
     attack = pgd(loss=objective.attack_losses[0], steps=1) if attacked else None
     ratio, teacher, assistant = cost(objective, attack, LARGER, assistant=LARGE, student=SMALL)
-    wanted = expected(method.__name__, teacher, assistant, steps=1 if attacked else None, **options)
+    wanted = expected(method.__name__, teacher, assistant, attack_steps=1 if attacked else None, **options)
     update, of_teacher, of_assistant = passes
     assert wanted == pytest.approx(2 * attacked + update + of_teacher * teacher + of_assistant * assistant)
     assert teacher > 10 and assistant > 5
@@ -124,6 +151,10 @@ def test_forward_passes_too_many_are_noticed():
 
 def test_an_unknown_method_has_no_count():
     assert expected("some_method") is None
+
+
+def test_without_an_attack_an_update_is_all():
+    assert expected("standard", base="standard") == expected("label_smoothing", base="standard") == 3
 
 
 def test_a_weight_perturbation_costs_one_more_update():

@@ -20,13 +20,16 @@ from ibjax.step import init_state, linen_net, make_train_step, trainable, with_t
 CE, KL = dict(loss="ce", init="uniform"), dict(loss="kl", init="gaussian")
 CNN = dict(name="cnn", widths=((8,), (8,)), hidden=(), padding=1, batch_norm=True, pool="average")
 GAUSSIAN = dict(name="stochastic", backbone=CNN, latent=6)
+OWN = dict(loss="objective", init="gaussian")
+AWP = dict(perturb=dict(name="awp", gamma=0.01, warmup=0))
 # name -> (objective section, changes of the attack section; None: no attack, other changes)
 OBJECTIVES = {
     "standard": (dict(name="standard"), None, {}),
     "pgd_at": (dict(name="pgd_at"), CE, {}),
     "pgd_at-rice": (dict(name="pgd_at", clean_forward=True), CE, dict(attack_bn="train")),
     "pgd_at-ema": (dict(name="pgd_at"), CE, dict(ema_decay=0.9)),
-    "pgd_at-awp": (dict(name="pgd_at"), CE, dict(perturb=dict(name="awp", gamma=0.01, warmup=0))),
+    "pgd_at-awp": (dict(name="pgd_at"), CE, AWP),
+    "pgd_at-fast": (dict(name="pgd_at"), CE | dict(steps=1), dict(attack_bn="train")),
     "trades": (dict(name="trades"), KL, {}),
     "trades-official": (dict(name="trades", forwards=3), KL, {}),
     "hbar": (dict(name="hbar"), KL, {}),
@@ -50,7 +53,7 @@ OBJECTIVES = {
     "ibd-smooth": (dict(name="ibd", labels="smooth", smoothing=0.3), KL, {}),
     "ibd-natural-labels": (dict(name="ibd", labels="natural"), KL, {}),
     "ibd-natural": (dict(name="ibd", adversarial=False), None, {}),
-    "ibd-awp": (dict(name="ibd"), KL, dict(perturb=dict(name="awp", gamma=0.005, warmup=0))),
+    "ibd-awp": (dict(name="ibd"), KL, AWP),
     "rslad": (dict(name="rslad", scale=10.0), KL, {}),
     "rslad-sum": (dict(name="rslad", reduction="sum"), KL, {}),
     "ard": (dict(name="ard"), CE | dict(init="uniform_unclipped"), dict(attack_bn="train")),
@@ -60,6 +63,16 @@ OBJECTIVES = {
     "iad-2": (dict(name="iad", variant="II", begin=0), CE, {}),
     "vib": (dict(name="vib"), None, dict(model=GAUSSIAN | dict(sigma="shifted"), ema_decay=0.9)),
     "ceb": (dict(name="ceb"), CE, dict(model=GAUSSIAN | dict(sigma="unit", class_means=True))),
+    "mart": (dict(name="mart"), CE | dict(init="gaussian"), {}),
+    "mart-awp": (dict(name="mart"), CE | dict(init="gaussian"), AWP),
+    "mma": (dict(name="mma", steps=2, search_steps=3), None, {}),
+    "mma-awp-ema": (dict(name="mma", steps=2, search_steps=3), None, dict(**AWP, ema_decay=0.9)),
+    "te": (dict(name="te", start=1, end=3, weight=3.0), OWN, {}),
+    "te-trades-awp": (dict(name="te", base="trades", start=1, end=3, weight=3.0), OWN, AWP),
+    "alp": (dict(name="alp"), CE, {}),
+    "label_smoothing": (dict(name="label_smoothing"), CE, {}),
+    "label_smoothing-standard": (dict(name="label_smoothing", base="standard"), None, {}),
+    "infoat_r": (dict(name="infoat_r"), OWN, {}),
 }
 
 
@@ -71,13 +84,14 @@ def experiment(name, teacher, devices=8):
     """A small experiment on 8 × 8 images, with the teacher of the smoke run."""
     objective, attack, changes = OBJECTIVES[name]
     settings = smoke_config("digits")
-    settings.data.n_train = 64
+    settings.data.n_train = 24  # eight are held out: every step sees the same sixteen, so that the loss can fall
     settings.objective = objective
     settings.batch_size = 16
     settings.teacher.recipe = None
     settings.teacher.workdir = settings.assistant.workdir = str(teacher)
     settings.model.update(widths=((8,), (8,)))
     settings.optimizer.lr = 0.05
+    settings.schedule = dict(name="constant")  # the smoke run's cosine is soon over
     for key, value in changes.items():
         settings[key] = value
     if attack is None:

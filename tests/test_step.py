@@ -71,6 +71,15 @@ def test_step_and_epoch_count_what_is_done():
     assert int(seen["batch"]["step"]) == 7 and float(seen["batch"]["epoch"]) == 7 / 4
 
 
+def test_the_whole_epochs_are_exact():
+    """At every step that begins an epoch the fraction is zero, however many steps an epoch has."""
+    seen = {}
+    for epoch, steps_per_epoch in ((89, 391), (149, 383), (10_000, 97)):
+        state = begin()._replace(step=jnp.int32(epoch * steps_per_epoch))
+        take(recording(seen), state=state, steps_per_epoch=steps_per_epoch)
+        assert float(seen["batch"]["epoch"]) == epoch
+
+
 def test_every_step_draws_new_randomness():
     """Augmentation, attack and loss get keys of their own, which change with the step."""
     keys = []
@@ -142,6 +151,26 @@ def test_a_memory_is_carried_from_step_to_step():
         state, _ = take(counting, state=state)
         np.testing.assert_array_equal(state.variables["memory"], np.full((12, 4), expected))
     assert "memory" not in evaluation_variables(state)
+
+
+def test_what_is_remembered_is_there_for_target_attack_and_loss():
+    """And it sees augmented images, before anything else has changed the variables."""
+    seen = {}
+
+    def remember(net, variables, batch, key):
+        np.testing.assert_array_equal(batch["image"], 1 - BATCH["image"])
+        return {**variables, "memory": variables["memory"] + 1}
+
+    def target(net, variables, batch, key):
+        return variables["memory"]
+
+    def attack(key, logits_fn, x, target):
+        seen["target"] = target
+        return x
+
+    objective = recording(seen)._replace(target=target, remember=remember, memory=lambda n, classes: jnp.zeros(()))
+    state, _ = take(objective, attack, augment=lambda key, x: 1 - x)
+    assert float(seen["target"]) == float(seen["variables"]["memory"]) == float(state.variables["memory"]) == 1
 
 
 # ---- attacks of an objective's own -------------------------------------------------------------------------

@@ -9,8 +9,13 @@
 | method           | expected                                  |
 |------------------|-------------------------------------------|
 | standard         | 3                                         |
+| label smoothing  | 2k + 3            (3: base="standard")    |
 | PGD-k            | 2k + 3            (+ 1: clean_forward)    |
 | TRADES-k         | 2k + 1 + 6        (+ 3: forwards=3)       |
+| MART-k, ALP-k    | 2k + 6                                    |
+| TE-k             | 2k + 1 + 3        (+ 3: base="trades")    |
+| MMA-k            | 2k + 2 + s + 6    (s search_steps)        |
+| InfoAT-R-k       | 2k + 1 + 6                                |
 | IBD-k            | 2k + 6 + 2t       (t with features of the teacher at x, + 1: attack_target="student") |
 |                  | 2k + 6 + t + a    (natural labels of the assistant; other labels of their own: 2k + 6 + t)  |
 |                  | 3 + t             (without adversarial training)                                     |
@@ -19,10 +24,11 @@
 | IAD-k            | 2k + 6 + 2t       (II: 2k + 6 + t + a)    |
 | VIB, CEB         | 3                 (+ 2k: adversarial)     |
 
-A weight perturbation takes the update's forward and backward passes a second time. k attack steps; t and a are one
-forward pass of the teacher and of the assistant in units of the student's. FLOPs are XLA's own count, which leaves out
-padding. A rolled loop's body is counted once, so the attack is unrolled here. `--shape` puts noise in place of the
-configuration's data. The command compiles for the CPU, whatever else is there.
+MMA shows the network x once more than its update does, to know which images are right. A weight perturbation takes the
+update's forward and backward passes a second time. k attack steps; t and a are one forward pass of the teacher and of
+the assistant in units of the student's. FLOPs are XLA's own count, which leaves out padding. A rolled loop's body is
+counted once, so the attack is unrolled here. `--shape` puts noise in place of the configuration's data. The command
+compiles for the CPU, whatever else is there.
 """
 
 import sys
@@ -99,6 +105,16 @@ def expected_forwards(settings: ConfigDict, teacher: float = 0.0, assistant: flo
             update, rest = 3, bool(objective.get("clean_forward"))
         case "trades":
             update, rest = 3 * objective.get("forwards", 2), 1
+        case "label_smoothing":
+            update = 3
+        case "mart" | "alp":
+            update = 6
+        case "infoat_r":
+            update, rest = 6, 1
+        case "te":
+            update, rest = 6 if objective.get("base") == "trades" else 3, 1
+        case "mma":
+            update, rest = 6, 2 * objective.get("steps", 10) + 2 + objective.get("search_steps", 10)
         case "ibd":
             adversarial, labels = objective.get("adversarial", True), objective.get("labels", "robust")
             features = objective.get("beta", 0.8) > 0

@@ -51,6 +51,7 @@ def pgd(
     steps: int = 10,
     init: str = "uniform",
     restarts: int = 1,
+    clip_input: bool = False,
     unroll: bool | None = None,
 ) -> Attack:
     """An attack `(key, logits_fn, x, target) -> x_adv`.
@@ -62,6 +63,8 @@ def pgd(
       step_size: length of one step, same units.
       steps: number of gradient steps.
       init: the first point, a name in `geometry.STARTS`.
+      clip_input: show the network every point clipped to [0, 1], so that pixels outside have no gradient: with
+        init="uniform_unclipped" and one step, Fast-AT's rule on ImageNet. Without it the first point may lie outside.
       restarts: independent runs; of each image the misclassified one is kept, among equals the one of larger loss
         (of larger margin, where the loss couples the batch and so has no value per image).
       unroll: unroll the loop; None means on CPU only, where XLA runs a rolled body on fewer threads.
@@ -72,7 +75,8 @@ def pgd(
     Raises:
       InputError: an eps that is no radius on [0, 1] images, an unknown loss, norm or init, a loss of another shape.
     """
-    ascend = stateful_pgd(loss=loss, norm=norm, eps=eps, step_size=step_size, steps=steps, init=init, unroll=unroll)
+    threat = dict(norm=norm, eps=eps, step_size=step_size)
+    ascend = stateful_pgd(loss=loss, steps=steps, init=init, clip_input=clip_input, unroll=unroll, **threat)
     value = loss_function(loss)
     if restarts < 1:
         raise InputError(f"restarts={restarts} is not allowed; at least 1 run is needed")
@@ -110,6 +114,7 @@ def stateful_pgd(
     step_size: "str | float | Array" = "2/255",
     steps: int = 10,
     init: str = "uniform",
+    clip_input: bool = False,
     unroll: bool | None = None,
 ) -> StatefulAttack:
     """PGD on a network that changes as it is evaluated: `(key, forward, x, target, state) -> (x_adv, state)`.
@@ -125,7 +130,7 @@ def stateful_pgd(
 
     def attack(key, forward, x, target, state):
         def objective(x_adv, state):
-            output, state = forward(x_adv, state)
+            output, state = forward(jnp.clip(x_adv, 0.0, 1.0) if clip_input else x_adv, state)
             return jnp.sum(value(output, target)), state  # a sum: gradients stay per image
 
         def step(_, carry):

@@ -1,0 +1,195 @@
+"""Every objective of the package on the digits, with equal networks, epochs and seeds: one page, unattended.
+
+    python benchmarks/comparison.py --workdir=runs/comparison [--out=PATH] [--epochs=20] [--seeds=3]
+
+Trains the convolutional network of configs/digits.py with each objective that the package has (`--only=mart,te` for
+some), attacks the best checkpoint on validation with PGD-20, margin PGD-20 and, where the package has it, AutoAttack,
+and writes OUT.json and OUT.md after every run. The same command continues where it was stopped. An objective that
+refuses these settings, or diverges, is named on the page with its reason and stops no other.
+
+Every method has its own paper's defaults, but for what is tied to a length of training or an eps (OPTIONS). Teachers,
+where a method has them, are a TRADES network and an undefended one of the same architecture, trained first.
+"""
+
+import argparse
+import importlib
+import logging
+import pkgutil
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ibjax import config, errors, evaluate, main, metrics, objectives, run
+from ibjax.errors import DivergedError, InputError
+from ibjax.results import attack_label
+
+log = logging.getLogger(__name__)
+ROOT = Path(__file__).resolve().parent.parent
+Results = dict[str, Any]
+
+# objective -> epochs -> options that its paper ties to 200 epochs, or to eps 8/255
+OPTIONS = {
+    "te": lambda epochs: dict(start=max(1, round(0.45 * epochs)), end=max(2, round(0.75 * epochs))),
+    "mma": lambda epochs: dict(max_eps="3/16", min_eps=0.02),  # 12/255 and 0.005 at eps 8/255
+}
+
+
+def names() -> list[str]:
+    """The objectives of the package: modules with a factory of their own name."""
+    found = [module.name for module in pkgutil.iter_modules(objectives.__path__)]
+    return [name for name in found if hasattr(importlib.import_module(f"ibjax.objectives.{name}"), name)]
+
+
+def settings(name: str, epochs: int, seed: int, workdir: Path) -> ConfigDict:
+    """The quickstart's recipe with another objective and the attack that it asks for."""
+    made = recipe(name, epochs, OPTIONS.get(name, lambda epochs: {})(epochs))
+    made.seed = seed
+    teachers = {"teacher": "trades", "assistant": "standard"}
+    for role in config.build("objectives", made.objective, "objective").teachers:
+        made[role].workdir = str(workdir / role)
+        made[role].recipe = recipe(teachers[role], epochs, {})
+    return made
+
+
+def recipe(name: str, epochs: int, options: dict[str, Any]) -> ConfigDict:
+    """One network on the digits; seed 0."""
+    digits = main.load_config(f"{ROOT / 'configs' / 'digits.py'}")
+    made = digits.contrast.undefended.copy_and_resolve_references()
+    made.title = name
+    made.objective = dict(name=name, **options)
+    losses = config.build("objectives", made.objective, "objective").attack_losses
+    if losses:
+        made.attack = digits.attack.copy_and_resolve_references()
+        made.attack.update(loss=losses[0], init="uniform" if losses[0] == "ce" else "gaussian")
+    made.epochs = epochs
+    made.evaluate.update(attacks=attacks(), ladder=())
+    return made
+
+
+def attacks() -> tuple[str, ...]:
+    """The attacks of the page, from the weakest to the strongest that there is."""
+    try:
+        evaluate.attack_settings("autoattack")
+    except InputError:  # the package has none
+        return "pgd-20", "cw-20"
+    return "pgd-20", "cw-20", "autoattack"
+
+
+def measure(name: str, epochs: int, seed: int, workdir: Path) -> Results:
+    """Trains, or continues, and attacks one network; accuracies in percent."""
+    folder, made = workdir / name / str(seed), settings(name, epochs, seed, workdir)
+    records = [record for record in main.execute(made, folder) if record["title"] == name]
+    rows = [row for row in metrics.read(folder / "metrics.jsonl") if row["kind"] == "train"]
+    steady = [row["images_per_s"] for row in rows if not row["compiles"]] or [row["images_per_s"] for row in rows]
+    weights = jax.tree.leaves(run.load(folder).variables["params"])
+    return {
+        "clean": records[0]["clean_acc"],
+        **{record["attack"]: record["robust_acc"] for record in records},
+        "step_ms": round(1000 * made.batch_size / statistics.median(steady), 2),
+        "parameters": int(sum(np.size(leaf) for leaf in weights)),
+        "n": records[0]["n"],
+        "warnings": records[0]["warnings"],
+    }
+
+
+# ---- the page ----------------------------------------------------------------------------------------------
+
+
+def page(results: Results) -> str:
+    """The comparison in Markdown: mean ± standard deviation over seeds, the most robust first."""
+    columns = ["clean", *results["attacks"]]
+    methods = {name: list(runs.values()) for name, runs in results["methods"].items() if runs}
+    ranked = sorted(methods, key=lambda name: -_mean(methods[name], columns[-1]))
+    head = ["objective", "seeds", *map(attack_label, columns), "ms per step", "parameters"]
+    lines = [head, ["---"] * len(head)]
+    for name in ranked:
+        runs = methods[name]
+        cells = [_cell(runs, column) for column in columns]
+        step = statistics.median(single["step_ms"] for single in runs)
+        lines.append([name, str(len(runs)), *cells, f"{step:.1f}", f"{runs[0]['parameters']:,}"])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    failed = "".join(f"- {name}: {reason}\n" for name, reason in sorted(results["failed"].items()))
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return (
+        f"# Every objective on the digits\n\n`{results['command']}`, commit {results['commit']}; "
+        f"{results['hardware']}; {versions}\n\n{table}\n\n"
+        f"{_reading(results, methods, columns[-1])}\n" + (f"\nNot on the page:\n\n{failed}" if failed else "")
+    )
+
+
+def _mean(runs, column):
+    return statistics.mean(single[column] for single in runs)
+
+
+def _cell(runs, column):
+    spread = f" ± {statistics.stdev(single[column] for single in runs):.1f}" if len(runs) > 1 else ""
+    return f"{_mean(runs, column):.1f}{spread}"
+
+
+def _reading(results, methods, column):
+    """What the ranking shows and what it does not."""
+    if not methods:
+        return "No run has finished yet."
+    several = [runs for runs in methods.values() if len(runs) > 1]
+    n = next(iter(methods.values()))[0]["n"]
+    sampling = 196 * (0.25 / n) ** 0.5  # 95 %, of a proportion at one half, in percent
+    text = (
+        f"In percent of {n} test images at eps {results['eps']}, mean ± standard deviation over seeds, sorted by "
+        f"{attack_label(column)}; {results['epochs']} epochs each. The images alone leave each accuracy uncertain "
+        f"by up to ±{sampling:.1f} points. "
+    )
+    if not several:
+        return text + "With one seed each, this is no ranking."
+    typical = statistics.median(statistics.stdev(single[column] for single in runs) for runs in several)
+    least = min(len(runs) for runs in several)
+    gap = 2 * typical * (2 / least) ** 0.5
+    return text + (
+        f"Two means of {least} seeds with the median standard deviation of {typical:.1f} differ by chance by up to "
+        f"{gap:.1f} points: smaller gaps rank nothing, and what ranks here on 8×8 digits need not on CIFAR-10."
+    )
+
+
+def compare(given: argparse.Namespace) -> None:
+    """All runs, one seed of every objective before the next seed; the page is up to date after each."""
+    chosen = given.only.split(",") if given.only else names()
+    if unknown := set(chosen) - set(names()):
+        raise InputError(f"--only={','.join(sorted(unknown))} is unknown; {errors.nearest('', names())}")
+    results = {
+        "command": " ".join(["python", "benchmarks/comparison.py", *sys.argv[1:]]),
+        "epochs": given.epochs,
+        "eps": recipe("pgd_at", given.epochs, {}).evaluate.eps,
+        "attacks": list(attacks()),
+        "hardware": run.hardware(),
+        "versions": run.versions(),
+        "commit": run.commit(),
+        "methods": {name: {} for name in chosen},
+        "failed": {},
+    }
+    for seed in range(given.seeds):
+        for name in chosen:
+            if name in results["failed"]:
+                continue
+            try:
+                results["methods"][name][str(seed)] = measure(name, given.epochs, seed, given.workdir)
+            except (InputError, DivergedError) as error:
+                results["failed"][name] = f"seed {seed}: {error}"
+                log.warning("%s: %s", name, error)
+            run.write_json(given.out.with_suffix(".json"), results)
+            given.out.with_suffix(".md").write_text(page(results))
+    print(page(results))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
+    parser.add_argument("--workdir", type=Path, required=True, help="folder of all runs")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "comparison-digits", help="without suffix")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, …")
+    parser.add_argument("--only", default="", help="names of objectives, separated by commas; default: all")
+    arguments = parser.parse_args()
+    errors.exit_with(lambda: compare(arguments))

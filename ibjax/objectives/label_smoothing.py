@@ -1,0 +1,50 @@
+"""Label smoothing: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016; in
+adversarial training: Pang et al., "Bag of Tricks for Adversarial Training", ICLR 2021.
+
+    L   = CE(f(x̃), y_δ)                             x̃ = x' ("pgd_at") or x ("standard"),  x' = PGD on CE to y
+    y_δ = 1 − δ for the true class,  δ / (C − 1) for each other
+
+| symbol | code  | default  |
+|--------|-------|----------|
+| δ      | delta | 0.1      |
+|        | base  | "pgd_at" |
+
+This is Pang et al.'s form; PyTorch's and Optax's, (1 − δ)·onehot + δ/C, leaves δ·(C − 1)/C for the other classes.
+The attack sees hard labels.
+
+Batch-norm: one training-mode pass over x̃.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ibjax import losses
+from ibjax.errors import InputError, check_range, nearest
+from ibjax.objectives.standard import accuracy
+from ibjax.step import Objective
+
+
+def label_smoothing(*, delta: float = 0.1, base: str = "pgd_at") -> Objective:
+    """PGD adversarial training, or standard training, on smoothed labels."""
+    check_range("objective.delta", delta, 0, 1, below=True)
+    if base not in ("pgd_at", "standard"):
+        raise InputError(f"objective.base='{base}' is unknown; {nearest(base, ('pgd_at', 'standard'))}")
+    adversarial = base == "pgd_at"
+
+    def target(net, variables, batch, key):
+        return batch["label"]
+
+    def loss(net, variables, batch, x_adv, key):
+        x = x_adv if adversarial else batch["image"]
+        (logits, _), variables = net.forward(variables, x, key)
+        value = jnp.mean(losses.cross_entropy(logits, smooth(batch["label"], logits.shape[-1], delta)))
+        metrics = {"loss": value, "adv_acc" if adversarial else "clean_acc": accuracy(logits, batch)}
+        return value, (variables, metrics)
+
+    return Objective(target, loss, attack_losses=("ce", "margin") if adversarial else ())
+
+
+def smooth(labels: Array, num_classes: int, delta: float) -> Array:
+    """1 − δ for the label, δ/(C − 1) elsewhere: (B,) -> (B, C) float32."""
+    return jnp.where(jax.nn.one_hot(labels, num_classes, dtype=bool), 1.0 - delta, delta / (num_classes - 1))

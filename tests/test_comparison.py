@@ -1,0 +1,52 @@
+"""The comparison of all objectives: each is found and can be trained with its settings; what the page says."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import comparison
+
+from ibjax import config, train
+
+
+def test_every_objective_is_found():
+    folder = Path(__file__).parent.parent / "ibjax" / "objectives"
+    assert set(comparison.names()) == {file.stem for file in folder.glob("*.py")} - {"__init__"}
+
+
+@pytest.mark.parametrize("name", comparison.names())
+def test_every_objective_can_be_trained_with_its_settings(name, tmp_path):
+    settings = comparison.settings(name, 20, 1, tmp_path)
+    for part in (settings, *(recipe for _, recipe in config.recipes(settings))):
+        part.model.update(widths=((4,), (4,)))
+    train.check(settings)
+    assert (settings.epochs, settings.seed, settings.title) == (20, 1, name)
+
+
+def results(**methods):
+    runs = {
+        name: {
+            str(seed): dict(clean=90.0, **{"pgd-20": acc}, step_ms=2.0, parameters=1000, n=360)
+            for seed, acc in enumerate(accs)
+        }
+        for name, accs in methods.items()
+    }
+    facts = dict(
+        command="c", commit="abc", hardware="h", versions={"jax": "1"}, epochs=20, eps="2/16", attacks=["pgd-20"]
+    )
+    return {**facts, "methods": runs, "failed": {"other": "seed 0: refused"}}
+
+
+def test_the_page_ranks_by_the_strongest_attack_and_says_what_that_means():
+    text = comparison.page(results(weak=[10.0, 20.0, 30.0], strong=[50.0, 50.0, 56.0]))
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| strong", "| weak"]
+    assert "20.0 ± 10.0" in rows[3] and "| 3 |" in rows[3] and "1,000" in rows[3]
+    # the median of 10 and 3.46 is 6.73; 2·6.73·√(2/3) = 10.99
+    assert "up to 11.0 points" in text and "±5.2 points" in text and "- other: seed 0: refused" in text
+
+
+def test_one_seed_ranks_nothing():
+    assert "this is no ranking" in comparison.page(results(one=[10.0], two=[20.0]))
