@@ -101,6 +101,7 @@ def stateful_pgd(
     `forward(x, state) -> (logits, state)`. Rice et al., ARD and IAD attack in batch-norm's training mode, so each
     step of theirs moves the running statistics; here these are the state. Arguments as `pgd`.
     """
+    geometry.check_norm(norm, ("linf", "l2"))
     per_example, eps = _loss(loss), geometry.radius(eps, norm)
     step_size = geometry.radius(step_size, norm, "step_size")
     geometry.check_start(init)
