@@ -26,12 +26,11 @@ the first checkpoint, 0 stands in its place; at the first checkpoint the second 
 is the latest misclassified iterate, not the one of largest loss; after going back to x_best the momentum term is
 x_best − x_{t−1}.
 
-Guarantees (tests of the same names): x_adv lies in the eps-ball and in [0, 1]; an image that is wrong as it is comes back
-unchanged, as does one that withstands; each image's result is independent of the others in its batch.
+Guarantees (tests of the same names): x_adv lies in the eps-ball and in [0, 1]; an image that is wrong as it is comes
+back unchanged, as does one that withstands; each image's result is independent of the others in its batch.
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -90,6 +89,7 @@ class State(NamedTuple):
     x_before: Array  # x_{t−1}
     x_found: Array  # latest misclassified iterate
     found: Array  # whether there is one
+    flat: Array  # whether the gradient at the first point was zero
     x_best: Array  # of largest loss
     gradient_best: Array
     loss_best: Array
@@ -137,7 +137,7 @@ def iterative_apgd(
         x_start = jnp.clip(_start(keys, x, norm, radii[0], larger_eps), 0.0, 1.0)
         zero, no = jnp.zeros(x.shape[0]), jnp.zeros(x.shape[0], bool)
         image = jnp.zeros_like(x)
-        return State(keys, x_start, x_start, x, no, image, image, *[zero] * 3, zero.astype(jnp.int32), no, *[zero] * 3)
+        return State(keys, x_start, x_start, x, no, no, image, image, *[zero] * 3, zero.astype(jnp.int32), no, *[zero] * 3)
 
     def step(i, logits_fn, x, y, other, state):
         radius, is_first, window = (jnp.asarray(table)[i] for table in (radii, first, windows))
@@ -156,7 +156,9 @@ def iterative_apgd(
         return jnp.where(geometry.per_image(state.found, x), state.x_found, x)
 
     targets = targets if loss in TARGETED_LOSSES else 0
-    return Iterative(init, step, len(radii), x_adv, restarts=restarts, targets=targets, eot=eot)
+    return Iterative(
+        init, step, len(radii), x_adv, flat=lambda state: state.flat, restarts=restarts, targets=targets, eot=eot
+    )
 
 
 def larger_eps_stages(eps: float, steps: int) -> list[tuple[float, int]]:
@@ -227,6 +229,7 @@ def _note(state, is_first, wrong, loss_now, gradient):
     return state._replace(
         x_found=jnp.where(latest, state.x, state.x_found),
         found=wrong | (state.found & ~is_first),
+        flat=jnp.where(is_first, jnp.all(gradient == 0, axis=tuple(range(1, gradient.ndim))), state.flat),
         x_best=jnp.where(pick, state.x, state.x_best),
         gradient_best=jnp.where(pick, gradient, state.gradient_best),
         loss_best=loss_best,

@@ -11,12 +11,13 @@ With df_k = z_k − z_y and the boundary's linearisation { x' : df_k + <∇df_k,
 | symbol     | code     | default |
 |------------|----------|---------|
 | N_iter     | steps    | 100     |
-| N_restarts | restarts | 1       | the second and later ones start at random, within half the smaller of eps and the best
-| α_max, η, β |         | 0.1, 1.05, 0.9 |
+| N_restarts | restarts | 1       | all but the first start at random, eps/2 away
+| α_max      |          | 0.1     |
+| η          |          | 1.05    |
+| β          |          | 0.9     |
 | k          | targets  | 0       | 9: one run for each of the 9 largest other clean logits (FAB-T)
 
-FAB seeks the nearest adversarial image and knows no radius: what it finds counts only within eps. One difference from
-the authors' code: a restart draws within eps/2 even where an earlier run came nearer, for it sees no other run.
+FAB seeks the nearest adversarial image and knows no radius: what it finds counts only within eps.
 
 Guarantees (tests of the same names): x_adv lies in the eps-ball and in [0, 1]; the steps onto the hyperplane are those
 of a quadratic and of a linear programme's solver.
@@ -73,9 +74,8 @@ def iterative_fab(norm: str, eps: "str | float", steps: int = 100, restarts: int
     slopes = _slope_to if targets else _nearest_boundary
 
     def init(keys, restart, x, y):
-        # an image that is wrong as it is counts as found at distance 0 by whoever calls; here all are taken as right
         t = _direction(keys, x, norm)
-        x_start = jnp.where(restart > 0, jnp.clip(x + 0.5 * eps * t, 0.0, 1.0), x)
+        x_start = jnp.where(geometry.per_image(restart > 0, x), jnp.clip(x + 0.5 * eps * t, 0.0, 1.0), x)
         return State(x_start, x, jnp.full(x.shape[0], jnp.inf))
 
     def step(i, logits_fn, x, y, other, state):

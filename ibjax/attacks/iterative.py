@@ -29,6 +29,7 @@ class Iterative(NamedTuple):
     steps: int  # evaluations of the network in one run, each with its gradient if the attack has one
     x_adv: Callable[[Array, State], Array]  # (x, state) -> what was found, x itself where nothing was
     done: Callable[[State], Array] | None = None  # (B,) bool: further steps change nothing; None: never
+    flat: Callable[[State], Array] | None = None  # (B,) bool: the gradient was zero at the start
     gradient: bool = True  # whether a step has a backward pass
     restarts: int = 1
     targets: int = 0  # classes to attack, from the second largest clean logit down; 0: untargeted

@@ -1,5 +1,5 @@
-"""Square Attack: Andriushchenko, Croce, Flammarion & Hein, "Square Attack: a query-efficient black-box adversarial attack
-via random search", ECCV 2020; in l1: Croce & Hein, "Mind the box", ICML 2021.
+"""Square Attack: Andriushchenko, Croce, Flammarion & Hein, "Square Attack: a query-efficient black-box adversarial
+attack via random search", ECCV 2020; in l1: Croce & Hein, "Mind the box", ICML 2021.
 
     x_0 = vertical stripes of ±ε (l_inf), or a grid of bumps (l2, l1)
     each query: a random square of side s is filled anew, the result projected onto ball and box; it replaces x_t where
@@ -13,8 +13,8 @@ via random search", ECCV 2020; in l1: Croce & Hein, "Mind the box", ICML 2021.
 | p      | p_init  | 0.8     | divided by 2, 4, 8 … 512 after 10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000 queries
 |        | rescale | False   | True: the schedule is for 10,000 queries, and shrunk to N (the paper's)
 
-l_inf: the square gets ±2ε, one sign per channel. l2 and l1: a bump η of the square's size, plus the perturbation that was
-there, takes up the mass of the square, of a second square, which is set to zero, and what the ball had left.
+l_inf: the square gets ±2ε, one sign per channel. l2 and l1: a bump η of the square's size, plus the perturbation that
+was there, takes up the mass of the square, of a second square, which is set to zero, and what the ball had left.
 
 One deviation from the authors' code: it draws one square for a whole batch of images, so that results depend on what
 else is in the batch; here each image draws from its own key. Both choose uniformly, and neither ever
@@ -24,7 +24,6 @@ Guarantees (tests of the same names): x_adv lies in the eps-ball and in [0, 1]; 
 result is independent of the others in its batch.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -144,7 +143,7 @@ def _signs(keys, shape):
 
 def _stripes(keys, x, norm, eps):
     """x ± ε, one sign per image, column and channel."""
-    batch, _, width, channels = x.shape
+    _, _, width, channels = x.shape
     return jnp.clip(x + eps * _signs(keys, (1, width, channels)), 0.0, 1.0)
 
 
@@ -204,7 +203,7 @@ def _scaled(delta, norm, x, eps):
 
 def _bumps(keys, x, norm, eps):
     """A grid of five by five bumps, each turned by chance, with a random sign per channel."""
-    batch, height, width, channels = x.shape
+    _, height, width, channels = x.shape
     side = max(height // 5, 1)
     first = (height - 5 * side) // 2
     shape = (height // side, width // side)
