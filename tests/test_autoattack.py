@@ -1,4 +1,4 @@
-"""AutoAttack: closed-form margins, invariance to batches, devices and interruption, its warnings, and what it refuses."""
+"""AutoAttack: closed-form margins, invariance to batches, devices and interruption, warnings, and what it refuses."""
 
 import os
 import subprocess
@@ -36,22 +36,33 @@ def linear(x):
 def curved(x):
     """Every sub-attack breaks some images of this one at eps 0.02 only."""
     z = linear(x)
-    return z + 2 * jnp.sin(3 * z[:, ::-1])
+    return z + jnp.sin(3 * z[:, ::-1])
 
 
 def margins(norm):
-    """min_k (z_y − z_k) / ||w_y − w_k||_q of each image, in float64; below 0 where it is wrong as it is."""
-    z, rows = X.reshape(N, -1).astype(np.float64) @ WEIGHTS, np.arange(N)
-    dual = {"linf": 1, "l2": 2, "l1": np.inf}[norm]
-    lengths = np.linalg.norm(WEIGHTS[:, Y][:, :, None] - WEIGHTS[:, None, :], dual, axis=0)
-    quotients = (z[rows, Y][:, None] - z) / np.maximum(lengths, 1e-12)
+    """The distance of each image's nearest boundary, in float64; below 0 where it is wrong as it is.
+
+    (z_y − z_k) / ||w_y − w_k||_q, smallest over k; in l1 the steepest pixels go to their walls first.
+    """
+    x, rows = X.reshape(N, -1).astype(np.float64), np.arange(N)
+    gap = (x @ WEIGHTS)[rows, Y][:, None] - x @ WEIGHTS  # (N, K)
+    w = WEIGHTS[:, Y].T[:, None] - WEIGHTS.T[None]  # (N, K, D)
+    if norm == "l1":
+        steep, room = np.abs(w), np.where(w > 0, x[:, None], 1 - x[:, None])
+        order = np.argsort(-steep, axis=2)
+        steep, room = (np.take_along_axis(value, order, 2) for value in (steep, room))
+        before = np.cumsum(steep * room, 2) - steep * room
+        length = np.clip((gap[..., None] - before) / np.maximum(steep, 1e-12), 0, room).sum(2)
+        quotients = np.where(gap > 0, length, -1)
+    else:
+        quotients = gap / np.maximum(np.linalg.norm(w, {"linf": 1, "l2": 2}[norm], axis=2), 1e-12)
     return np.min(np.where(np.arange(CLASSES) == Y[:, None], np.inf, quotients), axis=1)
 
 
 def short(norm="linf", eps=0.02, steps=10, queries=60):
-    """The attacks of "standard" with few steps."""
+    """The attacks of "standard" with few steps, the first with so few that it leaves something to the next."""
     return {
-        "apgd-ce": iterative_apgd("ce", norm, eps, steps),
+        "apgd-ce": iterative_apgd("ce", norm, eps, steps // 10),
         "apgd-t": iterative_apgd("dlr_targeted", norm, eps, steps),
         "fab-t": iterative_fab(norm, eps, steps, targets=9),
         "square": iterative_square(norm, eps, queries),
@@ -62,22 +73,40 @@ def attack(network=curved, key=KEY, x=X, y=Y, norm="linf", eps=0.02, **options):
     return autoattack.autoattack(key, network, x, y, norm, eps, **{"attacks": short(norm, eps), **options})
 
 
+@pytest.fixture(scope="module")
+def whole():
+    """One attack on the curved network, in one batch over all devices."""
+    return attack(batch_size=64)
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_on_a_linear_network_robust_means_that_the_margin_exceeds_eps(norm):
     margin = margins(norm)
     eps = float(np.median(margin[3:]))
-    near = np.abs(margin / eps - 1) < (0.02 if norm == "l1" else 1e-3)
-    result = attack(linear, norm=norm, eps=eps, attacks=["apgd-ce", "apgd-t", "fab-t"], batch_size=64)
+    near = np.abs(margin / eps - 1) < (0.03 if norm == "l1" else 1e-3)
+    result = attack(linear, norm=norm, eps=eps, attacks=["apgd-ce", "fab-t"], batch_size=64)
     np.testing.assert_array_equal(result.robust[~near], (margin > eps)[~near])
-    assert 10 < result.robust.sum() < 25 and near.sum() <= 3
+    assert 10 < result.robust.sum() < 31 and near.sum() <= 3
     np.testing.assert_array_equal(result.clean, margin > 0)
+    assert result.warnings == []
 
 
-def test_every_sub_attack_lowers_robust_accuracy_and_bookkeeping_is_consistent():
-    result = attack()
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_standard_on_a_linear_network_is_its_margin(norm):
+    margin = margins(norm)
+    eps = float(np.median(margin[3:]))
+    near = np.abs(margin / eps - 1) < (0.03 if norm == "l1" else 1e-3)
+    result = attack(linear, norm=norm, eps=eps, attacks=None, batch_size=64)
+    np.testing.assert_array_equal(result.robust[~near], (margin > eps)[~near])
+    assert list(result.robust_after) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+
+
+def test_robust_accuracy_only_falls_and_bookkeeping_is_consistent(whole):
+    result = whole
     counts = [result.clean.sum(), *(flags.sum() for flags in result.robust_after.values())]
     assert list(result.robust_after) == list(result.seconds) == ["apgd-ce", "apgd-t", "fab-t", "square"]
-    assert np.all(np.diff(counts) <= 0) and counts[-1] < counts[0] and counts[2] < counts[1]
+    assert np.all(np.diff(counts) <= 0) and counts[2] < counts[1] < counts[0]
     for before, after in zip([result.clean, *result.robust_after.values()], result.robust_after.values(), strict=False):
         assert not np.any(after & ~before)
     np.testing.assert_array_equal(result.robust, result.robust_after["square"])
@@ -87,9 +116,9 @@ def test_every_sub_attack_lowers_robust_accuracy_and_bookkeeping_is_consistent()
     assert result.x_adv.min() >= 0 and result.x_adv.max() <= 1
 
 
-@pytest.mark.parametrize("devices, batch_size", [(8, 8), (1, 1), (1, 256), (4, 12)])
-def test_neither_batch_size_nor_number_of_devices_changes_a_flag(monkeypatch, devices, batch_size):
-    reference = attack(batch_size=64)
+@pytest.mark.parametrize("devices, batch_size", [(8, 8), (1, 1), (1, 256)])
+def test_neither_batch_size_nor_number_of_devices_changes_a_flag(monkeypatch, whole, devices, batch_size):
+    reference = whole
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
     monkeypatch.setattr(cluster, "mesh", lambda: mesh)
     result = attack(batch_size=batch_size)
@@ -99,7 +128,9 @@ def test_neither_batch_size_nor_number_of_devices_changes_a_flag(monkeypatch, de
 
 
 def test_another_key_draws_otherwise():
-    assert np.any(attack(key=jax.random.key(1)).x_adv != attack().x_adv)
+    few = {"apgd-ce": iterative_apgd("ce", "linf", 0.02, 1)}
+    first, second = (attack(key=jax.random.key(seed), attacks=few).x_adv for seed in (0, 1))
+    assert np.any(first != second)
 
 
 # ---- interruption --------------------------------------------------------------------------------------------
@@ -107,7 +138,8 @@ def test_another_key_draws_otherwise():
 
 def test_interrupted_anywhere_and_run_again_it_ends_with_the_same_flags_and_images(monkeypatch, tmp_path):
     monkeypatch.setattr(autoattack, "_SAVE_SECONDS", 0.0)
-    whole, file = attack(batch_size=8), tmp_path / "state.npz"
+    attacks = {name: short()[name] for name in ("apgd-t", "square")}
+    whole, file = attack(batch_size=8, attacks=attacks), tmp_path / "state.npz"
     save, times = autoattack._Progress.save, []
 
     def save_and_stop(self, at_once=True):
@@ -119,7 +151,7 @@ def test_interrupted_anywhere_and_run_again_it_ends_with_the_same_flags_and_imag
     monkeypatch.setattr(autoattack._Progress, "save", save_and_stop)
     for _ in range(30):
         try:
-            result = attack(batch_size=8, state=file)
+            result = attack(batch_size=8, attacks=attacks, state=file)
             break
         except KeyboardInterrupt:
             continue
@@ -127,7 +159,7 @@ def test_interrupted_anywhere_and_run_again_it_ends_with_the_same_flags_and_imag
     np.testing.assert_array_equal(result.x_adv, whole.x_adv)
     for name, flags in whole.robust_after.items():
         np.testing.assert_array_equal(result.robust_after[name], flags)
-    again = attack(batch_size=8, state=file)  # finished: only read
+    again = attack(batch_size=8, attacks=attacks, state=file)  # finished: only read
     np.testing.assert_array_equal(again.x_adv, whole.x_adv)
     assert len(times) == len(set(times))
 
@@ -179,7 +211,9 @@ def test_killed_at_random_points_and_run_again_it_ends_with_the_same_bits(tmp_pa
     environment = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
 
     def start(name):
-        return subprocess.Popen([sys.executable, script, tmp_path / f"{name}.state", tmp_path / f"{name}.npz"], env=environment)
+        return subprocess.Popen(
+            [sys.executable, script, tmp_path / f"{name}.state", tmp_path / f"{name}.npz"], env=environment
+        )
 
     assert start("whole").wait() == 0
     kills, state = 0, tmp_path / "killed.state"
@@ -218,8 +252,8 @@ def constant(x):
     return jnp.zeros((len(x), CLASSES)) + 0 * linear(x)
 
 
-def test_honest_networks_get_no_warning():
-    assert attack(linear).warnings == [] and attack().warnings == []
+def test_an_honest_network_gets_no_warning(whole):
+    assert whole.warnings == []
 
 
 @pytest.mark.parametrize(
@@ -232,8 +266,8 @@ def test_honest_networks_get_no_warning():
 )
 def test_networks_with_masked_gradients_get_warnings(network, words):
     y = np.argmax(np.asarray(network(jnp.asarray(X))), 1)
-    options = dict(attacks={name: short()[name] for name in ("apgd-t", "square")}) if network is not saturated else {}
-    warnings = attack(network, y=y, **options).warnings
+    first = {"apgd-ce": iterative_apgd("ce", "linf", 0.02, 3)}
+    warnings = attack(network, y=y, attacks=first | {"square": short()["square"]}).warnings
     for word in words:
         assert any(word in text for text in warnings), warnings
 
@@ -273,8 +307,9 @@ def test_dlr_gives_way_to_the_margin_where_classes_are_too_few():
         assert list(plan) == ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
         reasons = [text for text in warnings if "classes" in text]
         assert len(reasons) == {2: 2, 3: 1, 4: 0}[classes], warnings
-    two = attack(lambda x: linear(x)[:, :2], y=np.asarray(jnp.argmax(linear(X)[:, :2], 1)), attacks=["apgd-t"])
-    assert 0 < two.robust.sum() < N and "there are 2" in two.warnings[0]
+    two = lambda x: linear(x - 0.5)[:, :2]  # noqa: E731
+    result = attack(two, y=np.asarray(jnp.argmax(two(jnp.asarray(X)), 1)), eps=0.01, attacks=["apgd-t"])
+    assert 0 < result.robust.sum() < N and "there are 2" in result.warnings[0]
 
 
 def test_versions_are_those_of_the_authors():

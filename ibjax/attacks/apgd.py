@@ -137,7 +137,9 @@ def iterative_apgd(
         x_start = jnp.clip(_start(keys, x, norm, radii[0], larger_eps), 0.0, 1.0)
         zero, no = jnp.zeros(x.shape[0]), jnp.zeros(x.shape[0], bool)
         image = jnp.zeros_like(x)
-        return State(keys, x_start, x_start, x, no, no, image, image, *[zero] * 3, zero.astype(jnp.int32), no, *[zero] * 3)
+        return State(
+            keys, x_start, x_start, x, no, no, image, image, *[zero] * 3, zero.astype(jnp.int32), no, *[zero] * 3
+        )
 
     def step(i, logits_fn, x, y, other, state):
         radius, is_first, window = (jnp.asarray(table)[i] for table in (radii, first, windows))

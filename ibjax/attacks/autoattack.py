@@ -14,13 +14,13 @@ attacks", ICML 2020; in l1: "Mind the box: l1-APGD for sparse adversarial attack
 APGD and FAB take 100 steps. There are never more targets than other classes, and a target is only tried on the images
 that are not broken yet. Where there are too few classes for DLR, the margin stands in for it and a warning says so.
 
-Differences from the authors' code, none of which changes what is computed for an image by chance: every image draws
-from its own key, folded from the attack's name and the image's index, so that batches, devices and interruptions change
-nothing; Square draws a square per image, not per batch (see square.py).
+Differences from the authors' code, in what is drawn only: every image draws from its own key, folded from the attack's
+name and the image's index, so that batches, devices and interruptions change nothing; Square draws a square per image,
+not per batch (see square.py).
 
-Guarantees (tests of the same names): on a linear network robust means that the closed-form margin exceeds eps, in every
-norm; neither batch size nor number of devices changes a flag; killed and run again it ends with the same flags and images;
-every x_adv lies in the eps-ball and in [0, 1] to 1e-6.
+Guarantees (tests of the same names): on a linear network robust means that the margin exceeds eps, in every norm;
+neither batch size nor number of devices changes a flag; killed and run again it ends with the same flags and images, on
+the same devices; every x_adv lies in the eps-ball and in [0, 1] to 1e-6.
 """
 
 import json
@@ -86,7 +86,9 @@ def sub_attacks(
     def apgd(name, loss, restarts, targets):
         if num_classes < FEWEST_CLASSES.get(loss, 0):
             instead = loss.replace("dlr", "margin")
-            warnings.append(f"{name}: DLR needs {FEWEST_CLASSES[loss]} classes, there are {num_classes}: {instead} used")
+            warnings.append(
+                f"{name}: DLR needs {FEWEST_CLASSES[loss]} classes, there are {num_classes}: {instead} used"
+            )
             loss = instead
         return iterative_apgd(loss, norm, eps, 100, restarts, targets, larger_eps, eot)
 
@@ -229,7 +231,9 @@ def _run(runner, plan, logits, state, bar_name):
             )
         if bar_name:
             seconds = state.seconds[-2]
-            log.info("%s: robust accuracy %.2f %% after %s (%.1f s)", bar_name, 100 * state.robust.mean(), name, seconds)
+            log.info(
+                "%s: robust accuracy %.2f %% after %s (%.1f s)", bar_name, 100 * state.robust.mean(), name, seconds
+            )
     return warnings
 
 
@@ -246,7 +250,9 @@ def _final_checks(runner, state, after):
             norm=runner.norm, eps=runner.eps, batch_size=runner.sizes[-1],
         ).clean_logits()  # fmt: skip
         if not np.all(np.isfinite(again)):
-            warnings.append(f"the network returns NaN or Inf for {np.sum(~np.isfinite(again).all(1))} adversarial images")
+            warnings.append(
+                f"the network returns NaN or Inf for {np.sum(~np.isfinite(again).all(1))} adversarial images"
+            )
         differing = int(np.sum((again.argmax(1) == runner.y) != state.robust))
         if differing:
             warnings.append(f"{differing} images are classified otherwise when scored again: rounding decides on them")
@@ -256,7 +262,9 @@ def _final_checks(runner, state, after):
 class _Progress:
     """What has been found so far, and the file that keeps it."""
 
-    def __init__(self, file: Path | None, settings: dict[str, Any], logits: np.ndarray, x: np.ndarray, clean: np.ndarray):
+    def __init__(
+        self, file: Path | None, settings: dict[str, Any], logits: np.ndarray, x: np.ndarray, clean: np.ndarray
+    ):
         self.file, self.settings, self.x, self.clean = file, settings, x, clean
         self.probe = logits[:64]
         self.x_adv, self.broken = x.copy(), ~clean
@@ -299,7 +307,7 @@ class _Progress:
 
     def _restore(self):
         try:
-            with np.load(self.file, allow_pickle=False) as stored:
+            with self.file.open("rb") as handle, np.load(handle, allow_pickle=False) as stored:
                 found = {name: stored[name] for name in stored.files}
             settings = json.loads(str(found["settings"]))
             wrong = [name for name, value in self.settings.items() if settings.get(name) != value]
@@ -307,7 +315,11 @@ class _Progress:
             if not wrong and not (same and np.array_equal(found["clean"], self.clean)):
                 wrong = ["network"]
             if not wrong:
-                changed, self.seconds, self.position = found["changed"], found["seconds"].tolist(), int(found["position"])
+                changed, self.seconds, self.position = (
+                    found["changed"],
+                    found["seconds"].tolist(),
+                    int(found["position"]),
+                )
                 self.after = [flags.copy() for flags in found["after"]]
                 self.x_adv[changed], self.broken[changed] = found["images"], True
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:

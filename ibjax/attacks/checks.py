@@ -59,7 +59,7 @@ def network(logits_fn: Callable, x: np.ndarray, y: np.ndarray) -> list[str]:
 
 
 def randomised(logits_fn: Callable, x: jax.Array, logits: np.ndarray) -> bool:
-    """Whether four more passes answer differently: another number of an argmax, or logits moved by 1e-4 of their size."""
+    """Whether one of four more passes moves an image's logits by more than 1e-4 of their length."""
     size = np.linalg.norm(logits, axis=1, keepdims=True) + 1e-12
     for _ in range(4):
         again = np.asarray(logits_fn(x), np.float64)

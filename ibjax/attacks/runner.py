@@ -162,7 +162,9 @@ class Runner:
         """Writes what a batch has found so far into `result`, at the rows that it holds."""
         x_adv, broken, flat, distance = map(np.asarray, programs.finish(programs.constants, self.key, x, *fixed, state))
         if not float(distance.max()) <= self.eps + TOLERANCE:
-            raise RuntimeError(f"an adversarial image is {distance.max():.8g} away or outside [0, 1]; eps is {self.eps:g}")
+            raise RuntimeError(
+                f"an adversarial image is {distance.max():.8g} away or outside [0, 1]; eps is {self.eps:g}"
+            )
         result.x_adv[rows], result.broken[rows], result.flat[rows] = x_adv, broken, flat
 
     def _programs(self, name, attack, size):
