@@ -1,4 +1,4 @@
-"""AutoAttack's parts against torchattacks' on the same weights, images, steps and queries: what is left robust, and when.
+"""AutoAttack's parts against torchattacks', on the same weights, images, steps and queries: accuracy and time.
 
     pip install torch torchvision && pip install --no-deps torchattacks==3.5.1
     python -m ibjax.main --config=configs/small_cnn.py --workdir=runs/small_cnn --config.data.path=FOLDER
@@ -6,7 +6,8 @@
 
 Each part attacks all correctly classified images by itself: APGD on cross-entropy, APGD on targeted DLR and FAB with
 100 steps and 9 targets, Square with torchattacks' schedule. In each round ibjax runs first, then PyTorch; the first
-round of ibjax includes tracing and compilation. `flags` counts the images on which the two disagree; both draw at random.
+round of ibjax includes tracing and compilation. `flags` counts the images on which the two disagree; both draw at
+random.
 
 Writes a JSON after every run, and the table beside it as Markdown.
 """
@@ -68,7 +69,10 @@ def parts(eps: float, steps: int, queries: int) -> dict[str, tuple[Iterative, Ca
             iterative_apgd("ce", "linf", eps, steps),
             partial(torchattacks.APGD, eps=eps, steps=steps, loss="ce"),
         ),
-        "APGD-T": (iterative_apgd("dlr_targeted", "linf", eps, steps), partial(torchattacks.APGDT, eps=eps, steps=steps)),
+        "APGD-T": (
+            iterative_apgd("dlr_targeted", "linf", eps, steps),
+            partial(torchattacks.APGDT, eps=eps, steps=steps),
+        ),
         "FAB-T": (
             iterative_fab("linf", eps, steps, targets=9),
             partial(torchattacks.FAB, eps=eps, steps=steps, multi_targeted=True),
@@ -99,7 +103,9 @@ def compare(workdir: Path, n: int, eps: str, steps: int, queries: int, rounds: i
         for name, (ours, theirs) in parts(radius, steps, queries).items():
             key = jax.random.key(round_)
             result, seconds, busy = timed(
-                lambda key=key, name=name, ours=ours: autoattack(key, trained.logits_fn, x, y, "linf", radius, attacks={name: ours})
+                lambda key=key, name=name, ours=ours: autoattack(
+                    key, trained.logits_fn, x, y, "linf", radius, attacks={name: ours}
+                )
             )
             attack = theirs(network, seed=round_)
             x_adv, seconds_torch, busy_torch = timed(lambda attack=attack: attack(x_torch, y_torch))
@@ -131,7 +137,10 @@ def timed(call: Callable) -> tuple[Any, float, float]:
 
 def table(found: Mapping[str, Any]) -> str:
     """The comparison as Markdown; the first round's accuracies, the sum of all rounds' seconds."""
-    lines = ["| attack | ibjax | torchattacks | flags | ibjax, s | torchattacks, s | speed |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| attack | ibjax | torchattacks | flags | ibjax, s | torchattacks, s | speed |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, part in found["parts"].items():
         first = part["rounds"][0]
         seconds = [sum(round_["seconds"][side] for round_ in part["rounds"]) for side in (0, 1)]
@@ -166,8 +175,8 @@ def main() -> None:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     text = (
         f"{table(found)}\n\nrobust accuracy in percent of {given.n} images, l_inf, eps {given.eps}, clean "
-        f"{found['clean'][0]:.2f}; {given.steps} steps, {given.queries} queries; seconds with compilation, {given.rounds} "
-        f"round(s); {about['hardware']}; {versions}; {about['date'][:10]}\n"
+        f"{found['clean'][0]:.2f}; {given.steps} steps, {given.queries} queries; seconds with compilation, "
+        f"{given.rounds} round(s); {about['hardware']}; {versions}; {about['date'][:10]}\n"
     )
     out.with_suffix(".md").write_text(text)
     print(text)

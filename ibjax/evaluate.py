@@ -3,7 +3,7 @@
     python -m ibjax.evaluate --workdir=DIR [--checkpoint=best|last|STEP] [--attacks=autoattack,pgd-20] [--n=1000]
 
 An attack's name is one of `attacks/named.py`: `fgsm`, `pgd-STEPS` (cross-entropy), `cw-STEPS` (PGD on the margin loss),
-`autoattack` and its parts. An image counts as robust when it is classified correctly both as it is and under the attack.
+`autoattack` and its parts. An image counts as robust when it is classified correctly both as it is and under attack.
 AutoAttack runs at the main eps only, and goes on where it was ended.
 
 Guarantees (tests of the same names): batch size and number of devices change no flag; a record that is there is not

@@ -10,12 +10,12 @@ import pytest
 from conftest import smoke_config
 from jax.sharding import AxisType
 
-from ibjax import evaluate, main, results
-from ibjax.attacks import checks, geometry
+from ibjax import cluster, evaluate, main, results
+from ibjax.attacks import autoattack, checks, geometry
 from ibjax.attacks.named import named
 from ibjax.attacks.pgd import pgd
 from ibjax.data import Split
-from ibjax.errors import InputError
+from ibjax.errors import InputError, PreemptedError
 
 RNG = np.random.default_rng(0)
 N, CLASSES = 19, 4  # no multiple of any batch
@@ -219,3 +219,26 @@ def test_what_a_checkpoint_was_selected_on_is_recorded(trained):
 def test_flags_of_a_record_are_its_accuracy(trained):
     record = evaluate.evaluate(trained)[0]
     assert 100 * results.robust_flags(record).mean() == pytest.approx(record["robust_acc"], abs=1e-3)
+
+
+def test_autoattack_goes_on_where_it_was_ended_and_states_robust_accuracy_after_each_attack(trained, monkeypatch):
+    monkeypatch.setitem(autoattack._VERSIONS, "standard", ("apgd-ce", "apgd-t"))
+    notices = iter([True])
+    monkeypatch.setattr(cluster, "preempted", lambda: next(notices, False))
+    folder = trained / "eval/best"
+    with pytest.raises(PreemptedError):
+        evaluate.evaluate(trained, attacks=("autoattack",))
+    assert len(list(folder.glob(".autoattack-*.npz"))) == 1 and not (folder / "autoattack.json").exists()
+    resumed = evaluate.evaluate(trained, attacks=("autoattack",))[0]
+    assert not list(folder.glob(".autoattack-*.npz"))
+    assert list(resumed["robust_after"]) == ["apgd-ce", "apgd-t"] == list(resumed["seconds_of"])
+    assert resumed["robust_after"]["apgd-t"] == resumed["robust_acc"] <= resumed["clean_acc"]
+    assert any("DLR needs 4 classes" in text for text in resumed["warnings"])
+    assert resumed["max_distance"] <= 2 / 16 + 1e-6
+
+    (folder / "autoattack.json").unlink()
+    whole = evaluate.evaluate(trained, attacks=("autoattack",))[0]
+    assert whole["robust_flags"] == resumed["robust_flags"] and whole["robust_after"] == resumed["robust_after"]
+    assert "robust after" in results.as_text([whole]) and "APGD-t" in results.as_text([whole])
+    with np.load(folder / "autoattack.examples.npz") as examples:
+        assert len(examples["x_adv"]) == 10

@@ -31,7 +31,6 @@ _STEPS_PER_CALL = 50
 class Programs(NamedTuple):
     """One attack at one batch size."""
 
-    constants: list[Array]  # what logits_fn closes over: its weights
     init: Callable
     steps: Callable
     finish: Callable
@@ -74,22 +73,20 @@ class Runner:
         largest = _ceil(min(batch_size, _power_of_two(len(x))), mesh.size)
         self.sizes = sorted({_ceil(max(largest // 4**i, 1), mesh.size) for i in range(6)})
         self.programs: dict[tuple[str, int], Programs] = {}
-        self.hoisted: dict[int, tuple[Callable, list[Array]]] = {}
-        self.constants: dict[int, tuple[Any, Array]] = {}  # id -> (the array, its copy on all devices)
+        self.constants: dict[int, tuple[Any, Array]] = {}  # id -> (what logits_fn closes over, its copy on all devices)
         self.flat = self.runs = 0  # runs whose gradient was zero at the start, of all of the last attack
 
     def clean_logits(self) -> np.ndarray:
         """(N, classes) float32."""
         parts, size = [], self.sizes[-1]
-        predict, constants = self.network(size)
 
-        def answer(constants, key, image, x):
-            return predict(constants, x, *self._keys(key, "clean", image, 0 * image))
+        def answer(key, image, x):
+            return self.logits_fn(x, *self._keys(key, "clean", image, 0 * image))
 
-        program = jax.jit(self._on_each_device(answer, "ccss"), out_shardings=self.replicated)
+        program = self._on_each_device(answer, "css", gathered=True)
         for first in range(0, len(self.x), size):
             chosen = np.minimum(np.arange(first, first + size, dtype=np.int32), len(self.x) - 1)
-            logits = program(constants, self.key, *self._place(chosen, self.x[chosen]))
+            logits = program(self.key, *self._place(chosen, self.x[chosen]))
             parts.append(np.asarray(logits)[: len(self.x) - first])
         return np.concatenate(parts).astype(np.float32)
 
@@ -142,7 +139,7 @@ class Runner:
         i = 0
         while i < attack.steps:
             stop = min(i + stride, attack.steps)
-            state = programs.steps(programs.constants, np.int32(i), np.int32(stop), x, *fixed, state)
+            state = programs.steps(np.int32(i), np.int32(stop), x, *fixed, state)
             i = stop
             if attack.done is None or i == attack.steps:
                 continue
@@ -160,7 +157,7 @@ class Runner:
 
     def _harvest(self, programs, x, fixed, state, rows, result):
         """Writes what a batch has found so far into `result`, at the rows that it holds."""
-        x_adv, broken, flat, distance = map(np.asarray, programs.finish(programs.constants, self.key, x, *fixed, state))
+        x_adv, broken, flat, distance = map(np.asarray, programs.finish(self.key, x, *fixed, state))
         if not float(distance.max()) <= self.eps + TOLERANCE:
             raise RuntimeError(
                 f"an adversarial image is {distance.max():.8g} away or outside [0, 1]; eps is {self.eps:g}"
@@ -169,67 +166,73 @@ class Runner:
 
     def _programs(self, name, attack, size):
         if (name, size) not in self.programs:
-            self.programs[name, size] = self._compile(name, attack, size)
+            self.programs[name, size] = self._make(name, attack)
         return self.programs[name, size]
 
-    def _compile(self, name, attack, size):
-        predict, constants = self.network(size)
-
+    def _make(self, name, attack):
         def init(key, x, image, number, other, y):
             keys = self._image_keys(key, name, image, number)
             return attack.init(keys, number % attack.restarts, x, y)
 
-        def steps(constants, start, stop, x, image, number, other, y, state):
+        def steps(start, stop, x, image, number, other, y, state):
             def step(i, state):
-                return attack.step(i, lambda *x: predict(constants, *x), x, y, other, state)
+                return attack.step(i, self.logits_fn, x, y, other, state)
 
             if attack.gradient and jax.default_backend() == "cpu":
                 return step(start, state)
             return lax.fori_loop(start, stop, step, state)
 
-        def finish(constants, key, x, image, number, other, y, state):
+        def finish(key, x, image, number, other, y, state):
             x_adv = attack.x_adv(x, state)
-            logits = predict(constants, x_adv, *self._keys(key, f"{name} found", image, number))
+            logits = self.logits_fn(x_adv, *self._keys(key, f"{name} found", image, number))
             distance = geometry.distance(x_adv, x, self.norm)
             in_box = jnp.all((x_adv >= 0) & (x_adv <= 1), axis=(1, 2, 3))
             flat = jnp.zeros(len(x), bool) if attack.flat is None else attack.flat(state)
             return x_adv, ~losses.correct(logits, y), flat, jnp.where(in_box, distance, jnp.inf)
 
         return Programs(
-            constants,
-            jax.jit(self._on_each_device(init, "csssss")),
-            jax.jit(self._on_each_device(steps, "cccssssss"), donate_argnums=8),
-            jax.jit(self._on_each_device(finish, "ccssssss"), out_shardings=self.replicated),
+            self._on_each_device(init, "csssss"),
+            self._on_each_device(steps, "ccssssss", donate=True),
+            self._on_each_device(finish, "cssssss", gathered=True),
             jax.jit(attack.done or (lambda state: None), out_shardings=self.replicated),
         )
 
-    def _on_each_device(self, program, arguments):
-        """Runs a program on each device for its own images, so that none of its steps waits for another device.
+    def _on_each_device(self, program, arguments, gathered=False, donate=False):
+        """A compiled program that runs on each device for its own images: no step of it waits for another device.
 
-        Of the arguments, "s" are split among the devices, "c" are common to all.
+        What the program closes over, the weights of logits_fn, becomes an argument: baked in, it would be compiled too.
+
+        Args:
+          program: a function of arrays and trees; it sees one device's share.
+          arguments: for each argument "s", split among the devices, or "c", common to all.
+          gathered: whether all processes need all of the result.
+          donate: whether the last argument's memory is taken for the result.
         """
         specs = tuple({"s": cluster.BATCH, "c": cluster.REPLICATED}[kind] for kind in arguments)
-        return jax.shard_map(program, mesh=self.mesh, in_specs=specs, out_specs=cluster.BATCH, check_vma=False)
+        split = jax.shard_map(program, mesh=self.mesh, in_specs=specs, out_specs=cluster.BATCH, check_vma=False)
+        compiled: list[tuple] = []
 
-    def network(self, size: int) -> tuple[Callable, list[Array]]:
-        """(`predict(constants, x[, keys])`, constants) of logits_fn at one batch size, on one device's share of it.
+        def call(*arguments):
+            leaves = jax.tree.leaves(arguments)
+            if not compiled:
+                closed, shapes = jax.make_jaxpr(split, return_shape=True)(*arguments)
+                kept = range(1 + len(leaves) - len(jax.tree.leaves(arguments[-1])), 1 + len(leaves))
+                hoisted = jax.jit(
+                    lambda constants, *leaves: jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, constants))(*leaves),
+                    out_shardings=self.replicated if gathered else self.sharded,
+                    donate_argnums=tuple(kept) if donate else (),
+                )
+                compiled.append((hoisted, [self._everywhere(c) for c in closed.consts], jax.tree.structure(shapes)))
+            hoisted, constants, tree = compiled[0]
+            return jax.tree.unflatten(tree, hoisted(constants, *leaves))
 
-        What logits_fn closes over becomes an argument: baked into a program, the weights would be compiled with it.
-        """
-        if size not in self.hoisted:
-            share = size // self.mesh.size
-            x = jax.ShapeDtypeStruct((share, *self.x.shape[1:]), np.float32)
-            keys = [jax.eval_shape(lambda: jax.random.split(self._key(self.key), share))] * self.randomized
-            closed = jax.make_jaxpr(self.logits_fn)(x, *keys)
+        return call
 
-            def predict(constants, *arguments):
-                return jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, constants))(*arguments)[0]
-
-            for constant in closed.consts:
-                if id(constant) not in self.constants:
-                    self.constants[id(constant)] = constant, cluster.replicate(constant, self.mesh)
-            self.hoisted[size] = predict, [self.constants[id(constant)][1] for constant in closed.consts]
-        return self.hoisted[size]
+    def _everywhere(self, constant):
+        """An array that logits_fn closes over, on all devices; moved once."""
+        if id(constant) not in self.constants:
+            self.constants[id(constant)] = constant, jax.device_put(constant, self.replicated)
+        return self.constants[id(constant)][1]
 
     def _key(self, data):
         return jax.random.wrap_key_data(data, impl=self.key_kind)
