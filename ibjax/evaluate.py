@@ -249,8 +249,8 @@ def evaluate(
                 wanted = keep if eps == main else 0
                 state = file.with_name(f".{file.stem}-{_state_digest(identity)}.npz")
                 flags, x_adv, more = execute(eps, step_size, f"{name} {eps}", wanted, state)
-                more["warnings"] = list(dict.fromkeys([*warnings, *more.get("warnings", ())]))
-                record = _record({**identity, **more}, flags)
+                doubts = list(dict.fromkeys([*warnings, *more["warnings"]]))
+                record = _record({**identity, **more, "warnings": doubts}, flags)
                 if wanted:
                     _save_examples(file.with_suffix(".examples.npz"), split, x_adv, trained)
                 if jax.process_index() == 0:
@@ -273,7 +273,7 @@ def _executor(attack, predict, trained, split, settings, mesh):
     def execute(eps, step_size, title, keep, state):
         started = time.perf_counter()
         flags, x_adv = scorer(trained.variables, split, seed, eps=eps, step_size=step_size, progress=title, keep=keep)
-        return flags, x_adv, {"seconds": round(time.perf_counter() - started, 2)}
+        return flags, x_adv, {"seconds": round(time.perf_counter() - started, 2), "warnings": []}
 
     return execute
 

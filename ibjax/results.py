@@ -249,9 +249,6 @@ def checks(records: Sequence[Record], problems: Sequence[str] = ()) -> list[Chec
             "; ".join(f"{title}: {split}" for title, split in selected),
         ),
         _cases("PGD is at least as strong as FGSM", _iterative(grouped), "no two of these attacks at one eps"),
-        _cases(
-            "AutoAttack is at least as strong as every other attack", _strongest(grouped), "no AutoAttack to compare"
-        ),
         _cases("Accuracy under attack does not rise with eps", _rises(grouped)),
         _cases("The largest eps of the ladder at least halves accuracy", _falls(grouped), "evaluate.ladder is empty"),
         _cases("Every adversarial image lies in the eps-ball, to 1e-6", _distances(grouped)),

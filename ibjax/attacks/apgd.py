@@ -113,20 +113,15 @@ def iterative_apgd(
     eot: int | None = None,
 ) -> Iterative:
     """APGD in its parts; arguments as `apgd`."""
-    eps = geometry.radius(eps, norm)
+    largest = geometry.one_radius(eps, norm)
     if loss not in LOSSES and loss not in TARGETED_LOSSES:
         raise InputError(f"apgd's loss '{loss}' is unknown; {nearest(loss, [*LOSSES, *TARGETED_LOSSES])}")
     if larger_eps and norm != "l1":
         raise InputError(f"larger_eps is the schedule of l1; the norm is {norm}")
-    for name, value in (
-        ("steps", steps),
-        ("restarts", restarts),
-        ("targets", targets),
-        ("eot", 1 if eot is None else eot),
-    ):
-        if value < 1:
+    for name, value in dict(steps=steps, restarts=restarts, targets=targets, eot=eot).items():
+        if value is not None and value < 1:
             raise InputError(f"apgd's {name}={value} is not allowed; give at least 1")
-    stages = larger_eps_stages(eps, steps) if larger_eps else [(eps, steps)]
+    stages = larger_eps_stages(largest, steps) if larger_eps else [(largest, steps)]
     # one row per evaluation of the network: a stage of n steps has n + 1
     radii = np.concatenate([np.full(n + 1, stage_eps) for stage_eps, n in stages]).astype(np.float32)
     first = np.concatenate([np.arange(n + 1) == 0 for _, n in stages])
@@ -134,12 +129,11 @@ def iterative_apgd(
     gradient_of = _gradient(loss, eot)
 
     def init(keys, restart, x, y):
-        x_start = jnp.clip(_start(keys, x, norm, radii[0], larger_eps), 0.0, 1.0)
-        zero, no = jnp.zeros(x.shape[0]), jnp.zeros(x.shape[0], bool)
-        image = jnp.zeros_like(x)
-        return State(
-            keys, x_start, x_start, x, no, no, image, image, *[zero] * 3, zero.astype(jnp.int32), no, *[zero] * 3
-        )
+        x_start = jnp.clip(_start(keys, x, norm, radii[0]), 0.0, 1.0)
+        number, flag, image = jnp.zeros(x.shape[0]), jnp.zeros(x.shape[0], bool), jnp.zeros_like(x)
+        blank = dict.fromkeys(State._fields, number)  # most is set by the first evaluation
+        blank |= dict.fromkeys(("found", "flat", "halved"), flag) | dict.fromkeys(("x_best", "gradient_best"), image)
+        return State(**blank | dict(keys=keys, x=x_start, x_before=x_start, x_found=x, rises=number.astype(jnp.int32)))
 
     def step(i, logits_fn, x, y, other, state):
         radius, is_first, window = (jnp.asarray(table)[i] for table in (radii, first, windows))
@@ -183,7 +177,7 @@ def checkpoint_windows(steps: int, norm: str) -> np.ndarray:
     return windows
 
 
-def _start(keys, x, norm, eps, larger_eps):
+def _start(keys, x, norm, eps):
     """A point of the ball's surface, before the box; in l1 the projection of Gaussian noise onto ball and box."""
     if norm == "linf":
         t = geometry.draw(lambda k, s, d: jax.random.uniform(k, s, d, -1.0, 1.0), keys, x)

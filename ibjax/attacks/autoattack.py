@@ -72,8 +72,9 @@ def sub_attacks(
 
     Raises InputError on an unknown version, name or norm.
     """
-    eps, warnings = geometry.radius(eps, norm), []
+    warnings: list[str] = []
     restarts, targets, eot, larger_eps = 1, 9, None, False
+    geometry.one_radius(eps, norm)
     if version not in _VERSIONS:
         raise InputError(f"AutoAttack's version '{version}' is unknown; {nearest(version, _VERSIONS)}")
     if version == "standard" and norm == "l1":
@@ -155,9 +156,9 @@ def autoattack(
       InputError: images not in [0, 1], wrong labels, an eps that is no radius, logits that are no logits, a random
         network, or a state of another evaluation: one line that says what to do.
     """
-    eps = geometry.radius(eps, norm)
-    if isinstance(eps, jax.Array) or not eps > 0:
-        raise InputError(f"eps={eps} is not allowed; AutoAttack takes one radius above 0")
+    eps = geometry.one_radius(eps, norm)
+    if not eps > 0:
+        raise InputError("eps=0 is not allowed; AutoAttack takes a radius above 0")
     if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0):
         raise InputError("key is not one JAX key; give jax.random.key(0)")
     if batch_size < 1:
@@ -271,7 +272,7 @@ class _Progress:
         self.after: list[np.ndarray] = []
         self.seconds, self.position, self.saved = [0.0], 0, time.monotonic()
         if file is not None and file.exists():
-            self._restore()
+            self._restore(file)
 
     @property
     def robust(self) -> np.ndarray:
@@ -305,9 +306,9 @@ class _Progress:
             )
         self.saved = time.monotonic()
 
-    def _restore(self):
+    def _restore(self, file):
         try:
-            with self.file.open("rb") as handle, np.load(handle, allow_pickle=False) as stored:
+            with file.open("rb") as handle, np.load(handle, allow_pickle=False) as stored:
                 found = {name: stored[name] for name in stored.files}
             settings = json.loads(str(found["settings"]))
             wrong = [name for name, value in self.settings.items() if settings.get(name) != value]
@@ -323,8 +324,8 @@ class _Progress:
                 self.after = [flags.copy() for flags in found["after"]]
                 self.x_adv[changed], self.broken[changed] = found["images"], True
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise InputError(f"{self.file} is no state of AutoAttack, or damaged ({error}); delete it") from None
+            raise InputError(f"{file} is no state of AutoAttack, or damaged ({error}); delete it") from None
         if wrong:
             raise InputError(
-                f"{self.file} is of another evaluation (its {', '.join(wrong)} differ); delete it or give another file"
+                f"{file} is of another evaluation (its {', '.join(wrong)} differ); delete it or give another file"
             )

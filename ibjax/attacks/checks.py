@@ -8,7 +8,7 @@ import numpy as np
 
 from ibjax.errors import InputError
 
-_PROBED = 256  # images
+_PROBED, _REPEATED = 256, 64  # images that are asked about once, and again
 
 
 def images_and_labels(x: np.ndarray, y: np.ndarray) -> None:
@@ -33,13 +33,13 @@ def network(logits_fn: Callable, x: np.ndarray, y: np.ndarray) -> list[str]:
     Raises InputError on what makes every number wrong: labels outside the classes, NaN logits, or logits of an image
     that depend on the others in its batch.
     """
-    x = jnp.asarray(x[:_PROBED])
-    answer = logits_fn(x)
+    images = jnp.asarray(x[:_PROBED])
+    answer = logits_fn(images)
     if not hasattr(answer, "shape"):
         raise InputError(f"logits_fn returns a {type(answer).__name__}; return the logits alone, (B, classes)")
     logits = np.asarray(answer, np.float64)
-    if logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
-        raise InputError(f"logits have shape {logits.shape}; expected ({len(x)}, classes)")
+    if logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
+        raise InputError(f"logits have shape {logits.shape}; expected ({len(images)}, classes)")
     if not np.all(np.isfinite(logits)):
         raise InputError(f"the network returns NaN or Inf for {int(np.sum(~np.isfinite(logits).all(1)))} images")
     if y.min() < 0 or y.max() >= logits.shape[1]:
@@ -47,22 +47,20 @@ def network(logits_fn: Callable, x: np.ndarray, y: np.ndarray) -> list[str]:
     warnings = []
     if logits.min() >= -1e-5 and logits.max() <= 1 + 1e-5 and np.allclose(logits.sum(1), 1, atol=1e-5):
         warnings.append("the network returns probabilities, not logits: gradients of attacks may vanish")
-    if len(x) > 1 and np.ptp(logits, axis=0).max() < 1e-6:
+    if len(images) > 1 and np.ptp(logits, axis=0).max() < 1e-6:
         warnings.append("the network returns the same logits for every image")
-    if randomised(logits_fn, x, logits):
+    if randomised(logits_fn, images[:_REPEATED]):
         warnings.append("two passes over the same images differ: the network is randomised, use EOT attacks")
-    elif len(x) > 1:
+    elif len(images) > 1:
         tolerance = 1e-2 * max(float(np.abs(logits).max()), 1e-6)  # other batch sizes may choose other algorithms
-        if np.abs(np.asarray(logits_fn(x[:1])) - logits[:1]).max() > tolerance:
+        if np.abs(np.asarray(logits_fn(images[:1])) - logits[:1]).max() > tolerance:
             raise InputError("an image's logits depend on the other images of its batch; evaluate in evaluation mode")
     return warnings
 
 
-def randomised(logits_fn: Callable, x: jax.Array, logits: np.ndarray) -> bool:
+def randomised(logits_fn: Callable, x: jax.Array) -> bool:
     """Whether one of four more passes moves an image's logits by more than 1e-4 of their length."""
-    size = np.linalg.norm(logits, axis=1, keepdims=True) + 1e-12
-    for _ in range(4):
-        again = np.asarray(logits_fn(x), np.float64)
-        if np.max(np.linalg.norm((again - logits) / size, axis=1)) > 1e-4:
-            return True
-    return False
+    logits = np.asarray(logits_fn(x), np.float64)
+    length = np.linalg.norm(logits, axis=1, keepdims=True) + 1e-12
+    passes = (np.asarray(logits_fn(x), np.float64) for _ in range(4))
+    return any(np.max(np.linalg.norm((again - logits) / length, axis=1)) > 1e-4 for again in passes)

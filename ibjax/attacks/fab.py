@@ -68,21 +68,21 @@ class State(NamedTuple):
 
 def iterative_fab(norm: str, eps: "str | float", steps: int = 100, restarts: int = 1, targets: int = 0) -> Iterative:
     """FAB in its parts; arguments as `fab`."""
-    eps = geometry.radius(eps, norm)
+    radius = geometry.one_radius(eps, norm)
     if steps < 1 or restarts < 1 or targets < 0:
         raise InputError(f"fab's steps={steps}, restarts={restarts}, targets={targets}: give 1, 1, 0 or more")
     slopes = _slope_to if targets else _nearest_boundary
 
     def init(keys, restart, x, y):
         t = _direction(keys, x, norm)
-        x_start = jnp.where(geometry.per_image(restart > 0, x), jnp.clip(x + 0.5 * eps * t, 0.0, 1.0), x)
+        x_start = jnp.where(geometry.per_image(restart > 0, x), jnp.clip(x + 0.5 * radius * t, 0.0, 1.0), x)
         return State(x_start, x, jnp.full(x.shape[0], jnp.inf))
 
     def step(i, logits_fn, x, y, other, state):
         df, w = slopes(logits_fn, state.x, y, other, norm)
         above = df + jnp.sum((w * (x - state.x)).reshape(x.shape[0], -1), 1)  # the same linear function, at x
-        both = (jnp.concatenate(pair) for pair in ((state.x, x), (w, w), (df, above)))
-        d1, d0 = jnp.split(step_onto_hyperplane(*both, norm), 2)
+        points, normals, excess = (jnp.concatenate(pair) for pair in ((state.x, x), (w, w), (df, above)))
+        d1, d0 = jnp.split(step_onto_hyperplane(points, normals, excess, norm), 2)
         a1, a0 = (jnp.maximum(geometry.size(d, norm), 1e-8) for d in (d1, d0))
         alpha = jnp.minimum(a1 / (a1 + a0), _ALPHA_MAX)
         moved = jnp.clip((state.x + _ETA * d1) * (1 - alpha) + (x + _ETA * d0) * alpha, 0.0, 1.0)
@@ -94,7 +94,7 @@ def iterative_fab(norm: str, eps: "str | float", steps: int = 100, restarts: int
         return State(back, x_best, jnp.where(nearer, distance, state.nearest))
 
     def x_adv(x, state):
-        return jnp.where(geometry.per_image(state.nearest <= eps, x), state.x_best, x)
+        return jnp.where(geometry.per_image(state.nearest <= radius, x), state.x_best, x)
 
     return Iterative(init, step, steps, x_adv, restarts=restarts, targets=targets)
 
@@ -156,16 +156,16 @@ def step_onto_hyperplane(x: Array, w: Array, above: Array, norm: str) -> Array:
       above: <w, x> − b, (B,), for the hyperplane <w, ·> = b.
       norm: "linf", "l2" or "l1".
     """
-    above = geometry.per_image(above, x)
-    w, above = jnp.where(above < 0, -w, w), jnp.abs(above)
+    excess = above.reshape((-1,) + (1,) * (x.ndim - 1))
+    w = jnp.where(excess < 0, -w, w)
     scale = jnp.maximum(geometry.size(w, "linf"), 1e-30)  # so that squares of tiny gradients do not vanish
-    steepness, above = jnp.abs(w) / scale, above / scale
+    steepness, excess = jnp.abs(w) / scale, jnp.abs(excess) / scale
     room = jnp.where(w > 0, x, 1.0 - x)
     if norm == "l1":
-        length = _steepest_first(steepness, room, above)
+        length = _steepest_first(steepness, room, excess)
     else:
         rate = jnp.ones_like(w) if norm == "linf" else steepness
-        multiplier = _multiplier(steepness * rate, steepness * room, above)
+        multiplier = _multiplier(steepness * rate, steepness * room, excess)
         length = jnp.where(steepness > 0, jnp.minimum(multiplier * rate, room), 0.0)
     return -jnp.sign(w) * length
 

@@ -51,6 +51,14 @@ def radius(eps: "str | float | Array", norm: str, name: str = "eps") -> "float |
     return eps
 
 
+def one_radius(eps: "str | float", norm: str) -> float:
+    """`radius` for attacks whose programs are made for one length: no array, no tracer."""
+    length = radius(eps, norm)
+    if isinstance(length, jax.Array):
+        raise InputError("eps is an array; this attack takes one number for all images, as '8/255'")
+    return float(length)
+
+
 def check_norm(norm: str, allowed: Sequence[str] = NORMS) -> None:
     """Raises InputError unless `norm` is one of the allowed ones."""
     if norm not in allowed:

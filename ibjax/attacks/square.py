@@ -84,7 +84,7 @@ def iterative_square(
     rescale: bool = False,
 ) -> Iterative:
     """Square in its parts; arguments as `square`. Its step 0 only evaluates the first point."""
-    eps = geometry.radius(eps, norm)
+    radius = geometry.one_radius(eps, norm)
     check_range("square's p_init", p_init, 0, 1)
     if queries < 1 or restarts < 1:
         raise InputError(f"square's queries={queries}, restarts={restarts}: give at least 1")
@@ -93,14 +93,13 @@ def iterative_square(
     def init(keys, restart, x, y):
         draw_keys = geometry.fold(keys, 0)
         start = _stripes if norm == "linf" else _bumps
-        return State(keys, start(draw_keys, x, norm, eps), jnp.full(x.shape[0], jnp.inf))
+        return State(keys, start(draw_keys, x, norm, radius), jnp.full(x.shape[0], jnp.inf))
 
     def step(i, logits_fn, x, y, other, state):
         keys = geometry.fold(state.keys, i)
-        # the first point stands in for query 0
-        sizes = side_lengths(shares, x.shape[1:3], norm)
-        proposal = (_squares if norm == "linf" else _moved_mass)(keys, x, state.x_best, norm, eps, sizes, i - 1)
-        proposal = jnp.where(i == 0, state.x_best, proposal)
+        sides = side_lengths(shares, x.shape[1:3], norm)
+        propose = _squares if norm == "linf" else _moved_mass
+        proposal = jnp.where(i == 0, state.x_best, propose(keys, x, state.x_best, norm, radius, sides, i - 1))
         margin = -losses.margin(logits_fn(proposal), y)
         accept = (state.margin > 0) & ((margin < state.margin) | (margin <= 0))
         x_best = jnp.where(geometry.per_image(accept, x), proposal, state.x_best)
@@ -167,9 +166,9 @@ def _inside(x, corner, side):
     return (rows >= 0) & (rows < side) & (columns >= 0) & (columns < side)
 
 
-def _squares(keys, x, x_best, norm, eps, sizes, query):
+def _squares(keys, x, x_best, norm, eps, sides, query):
     """x_best ± 2ε in a random square, one sign per channel."""
-    side = jnp.asarray(sizes)[jnp.maximum(query, 0)]
+    side = jnp.asarray(sides)[jnp.maximum(query, 0)]
     corner = _corner(geometry.fold(keys, 1), x, side)
     delta = 2 * eps * _signs(geometry.fold(keys, 2), (1, 1, x.shape[-1]))
     return geometry.project(x_best + jnp.where(_inside(x, corner, side), delta, 0.0), x, norm, eps)
@@ -220,13 +219,13 @@ def _bumps(keys, x, norm, eps):
     return _scaled(10 * eps * delta if norm == "l1" else delta, norm, x, eps)
 
 
-def _moved_mass(keys, x, x_best, norm, eps, sizes, query):
+def _moved_mass(keys, x, x_best, norm, eps, sides, query):
     """The mass of two random squares, and what the ball has left, in the first square as a bump."""
-    kinds = np.unique(sizes)
+    kinds = np.unique(sides)
     table = np.zeros((len(kinds), kinds.max(), kinds.max()), np.float32)
     for row, kind in zip(table, kinds, strict=True):
         row[:kind, :kind] = bump(kind)
-    kind = jnp.asarray(np.searchsorted(kinds, sizes))[jnp.maximum(query, 0)]
+    kind = jnp.asarray(np.searchsorted(kinds, sides))[jnp.maximum(query, 0)]
     side, eta = jnp.asarray(kinds)[kind], jnp.asarray(table)[kind]
 
     channels, delta = x.shape[-1], x_best - x
