@@ -180,7 +180,8 @@ def autoattack(
     settings = dict(version=version, attacks=steps, norm=norm, eps=eps, images=digest(x), labels=digest(y))
     settings |= dict(key=runner.key.tolist(), key_kind=str(runner.key_kind))
     progress_ = _Progress(Path(state) if state else None, settings, logits, x, logits.argmax(1) == y)
-    warnings += [*notes, *_run(runner, plan, logits, progress_, progress)]
+    _run(runner, plan, logits, progress_, progress)
+    warnings += [*notes, *_gradient_warnings(plan, progress_.flat)]
     after = dict(zip(plan, progress_.after, strict=True))
     warnings += _final_checks(runner, progress_, after)
     seconds = {name: round(value, 2) for name, value in zip(plan, progress_.seconds[:-1], strict=True)}
@@ -205,8 +206,8 @@ def _check_network(logits_fn, x, y, random, allow_randomized):
 
 
 def _run(runner, plan, logits, state, bar_name):
-    """All attacks that are not behind yet; returns warnings."""
-    others, warnings = np.asarray(other_classes(jnp.asarray(logits))), []
+    """All attacks that are not behind yet."""
+    others = np.asarray(other_classes(jnp.asarray(logits)))
     for name, attack in list(plan.items())[len(state.after) :]:
         todo = np.nonzero(state.after[-1] if state.after else state.clean)[0]
         total = passes(attack, others) * len(todo)
@@ -214,28 +215,31 @@ def _run(runner, plan, logits, state, bar_name):
                    unit="run", leave=False, disable=not (bar_name and sys.stderr.isatty()))  # fmt: skip
         with bar:
             bar.set_postfix_str(f"robust {100 * state.robust.mean():.2f} %")
-            before = time.perf_counter()
+            before, runner.flat = time.perf_counter(), state.flat[-1]
             for position in runner.run(name, attack, todo, others, state.broken, state.x_adv, state.position):
                 state.seconds[-1] += time.perf_counter() - before
                 before = time.perf_counter()
                 bar.update(position - state.position)
                 bar.set_postfix_str(f"robust {100 * state.robust.mean():.2f} %")
-                state.position = position
+                state.position, state.flat[-1] = position, runner.flat
                 state.save(at_once=False)
                 if bar_name and cluster.preempted():
                     state.save()
                     raise PreemptedError(f"stopped during {bar_name}")
         state.finish_attack()
-        if runner.flat:
-            warnings.append(
-                f"{name}: the gradient is zero at the start of {runner.flat} of {runner.runs} runs: it may be masked"
-            )
         if bar_name:
             seconds = state.seconds[-2]
             log.info(
                 "%s: robust accuracy %.2f %% after %s (%.1f s)", bar_name, 100 * state.robust.mean(), name, seconds
             )
-    return warnings
+
+
+def _gradient_warnings(plan, flat):
+    return [
+        f"{name}: the gradient is zero at the start of {count} runs: it may be masked"
+        for name, count in zip(plan, flat, strict=False)
+        if count
+    ]
 
 
 def _final_checks(runner, state, after):
@@ -270,7 +274,8 @@ class _Progress:
         self.probe = logits[:64]
         self.x_adv, self.broken = x.copy(), ~clean
         self.after: list[np.ndarray] = []
-        self.seconds, self.position, self.saved = [0.0], 0, time.monotonic()
+        self.seconds, self.flat = [0.0], [0]  # of each attack; the last one is under way
+        self.position, self.saved = 0, time.monotonic()
         if file is not None and file.exists():
             self._restore(file)
 
@@ -281,6 +286,7 @@ class _Progress:
     def finish_attack(self) -> None:
         self.after.append(self.robust)
         self.seconds.append(0.0)
+        self.flat.append(0)
         self.position = 0
         self.save()
 
@@ -302,6 +308,7 @@ class _Progress:
                 changed=changed,
                 images=self.x_adv[changed],
                 seconds=np.array(self.seconds),
+                flat=np.array(self.flat),
                 position=np.array(self.position),
             )
         self.saved = time.monotonic()
@@ -316,11 +323,8 @@ class _Progress:
             if not wrong and not (same and np.array_equal(found["clean"], self.clean)):
                 wrong = ["network"]
             if not wrong:
-                changed, self.seconds, self.position = (
-                    found["changed"],
-                    found["seconds"].tolist(),
-                    int(found["position"]),
-                )
+                changed, self.position = found["changed"], int(found["position"])
+                self.seconds, self.flat = found["seconds"].tolist(), found["flat"].tolist()
                 self.after = [flags.copy() for flags in found["after"]]
                 self.x_adv[changed], self.broken[changed] = found["images"], True
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:

@@ -74,7 +74,7 @@ class Runner:
         self.sizes = sorted({_ceil(max(largest // 4**i, 1), mesh.size) for i in range(6)})
         self.programs: dict[tuple[str, int], Programs] = {}
         self.constants: dict[int, tuple[Any, Array]] = {}  # id -> (what logits_fn closes over, its copy on all devices)
-        self.flat = self.runs = 0  # runs whose gradient was zero at the start, of all of the last attack
+        self.flat = 0  # items whose gradient was zero at the start, so far
 
     def clean_logits(self) -> np.ndarray:
         """(N, classes) float32."""
@@ -110,7 +110,6 @@ class Runner:
           broken, x_adv: (N,) bool and (N, H, W, C), changed in place.
           position: how many items, of `passes(…)` times len(todo), are behind.
         """
-        self.flat = self.runs = 0
         total = passes(attack, others) * len(todo)
         while position < total:
             ahead = np.arange(position, total)
@@ -119,7 +118,7 @@ class Runner:
             if len(alive):
                 image, number = todo[alive % len(todo)], alive // len(todo)
                 found = self._batch(name, attack, image, number, others[image, number // attack.restarts])
-                self.flat, self.runs = self.flat + int(found.flat.sum()), self.runs + len(image)
+                self.flat += int(found.flat.sum())
                 for row in np.nonzero(found.broken)[0]:
                     if not broken[image[row]]:
                         broken[image[row]], x_adv[image[row]] = True, found.x_adv[row]
