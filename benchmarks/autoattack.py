@@ -9,10 +9,11 @@ Each part attacks all correctly classified images by itself: APGD on cross-entro
 round of ibjax includes tracing and compilation. `flags` counts the images on which the two disagree; both draw at
 random.
 
-Writes a JSON after every run, and the table beside it as Markdown.
+Writes a JSON after every attack, from which the same command goes on, and the table beside it as Markdown.
 """
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -84,47 +85,38 @@ def parts(eps: float, steps: int, queries: int) -> dict[str, tuple[Iterative, Ca
     }
 
 
-def compare(workdir: Path, n: int, eps: str, steps: int, queries: int, rounds: int, save: Callable) -> dict[str, Any]:
-    """The whole comparison as plain data; `save` gets it after every run."""
+def compare(workdir: Path, found: dict[str, Any], rounds: int, save: Callable) -> None:
+    """Fills `found` with what it does not have yet; `save` is called after every run."""
     trained = ibjax.load(workdir)
-    split = evaluate._test_split(trained, n)
+    split = evaluate._test_split(trained, found["n"])
     x, y = np.float32(split.images / 255), split.labels
     network = CNN(x.shape[-1], trained.model.widths, trained.model.num_classes)
     twin.copy_weights(network, jax.device_get(trained.variables))
     network.eval().requires_grad_(False)
     x_torch, y_torch = torch.tensor(x).permute(0, 3, 1, 2).contiguous(), torch.tensor(y.astype(np.int64))
     logits = np.asarray(trained.logits_fn(x)), network(x_torch).numpy()
-    clean = [float(np.mean(z.argmax(1) == y)) * 100 for z in logits]
-    found = {"n": n, "eps": eps, "steps": steps, "queries": queries, "clean": clean, "parts": {}}
+    right = [z.argmax(1) == y for z in logits]
+    found["clean"] = [100 * float(np.mean(kept)) for kept in right]
     found["largest difference of logits"] = float(np.abs(logits[0] - logits[1]).max())
-    radius = geometry.fraction(eps)
-    survive: list[dict[str, np.ndarray]] = [{}, {}]
+    eps = geometry.fraction(found["eps"])
     for round_ in range(rounds):
-        for name, (ours, theirs) in parts(radius, steps, queries).items():
-            key = jax.random.key(round_)
-            result, seconds, busy = timed(
-                lambda key=key, name=name, ours=ours: autoattack(
-                    key, trained.logits_fn, x, y, "linf", radius, attacks={name: ours}
-                )
-            )
-            attack = theirs(network, seed=round_)
-            x_adv, seconds_torch, busy_torch = timed(lambda attack=attack: attack(x_torch, y_torch))
-            distance = float((x_adv - x_torch).abs().max())
-            flags = result.robust, (network(x_adv).argmax(1) == y_torch).numpy() & (logits[1].argmax(1) == y)
-            for side, kept in zip(survive, flags, strict=True):
-                side[name] = side.get(name, True) & kept
-            part = found["parts"].setdefault(name, {"rounds": []})
-            part["rounds"].append({
-                "robust": [100 * float(kept.mean()) for kept in flags],
-                "flags": int(np.sum(flags[0] != flags[1])),
+        for name, (ours, theirs) in parts(eps, found["steps"], found["queries"]).items():
+            done = found["parts"].setdefault(name, [])
+            if len(done) > round_:
+                continue
+            key, attack, own = jax.random.key(round_), theirs(network, seed=round_), {name: ours}
+            run_ours = partial(autoattack, key, trained.logits_fn, x, y, "linf", eps, attacks=own)
+            result, seconds, busy = timed(run_ours)
+            x_adv, seconds_torch, busy_torch = timed(lambda attack=attack: attack(x_torch, y_torch).detach())
+            kept = result.robust, (network(x_adv).argmax(1) == y_torch).numpy() & right[1]
+            done.append({
+                "robust": ["".join(map(str, flags.astype(int))) for flags in kept],
                 "seconds": [round(seconds, 2), round(seconds_torch, 2)],
-                "busy elsewhere": [round(busy, 2), round(busy_torch, 2)],
-                "distance": [float(np.abs(result.x_adv - x).max()), distance],
+                "processors busy elsewhere": [round(busy, 2), round(busy_torch, 2)],
+                "distance": [float(np.abs(result.x_adv - x).max()), float((x_adv - x_torch).abs().max())],
                 "warnings": result.warnings,
             })  # fmt: skip
-            save(found)
-    found["worst case"] = [100 * float(np.logical_and.reduce(list(side.values())).mean()) for side in survive]
-    return found
+            save()
 
 
 def timed(call: Callable) -> tuple[Any, float, float]:
@@ -136,20 +128,23 @@ def timed(call: Callable) -> tuple[Any, float, float]:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """The comparison as Markdown; the first round's accuracies, the sum of all rounds' seconds."""
-    lines = [
-        "| attack | ibjax | torchattacks | flags | ibjax, s | torchattacks, s | speed |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, part in found["parts"].items():
-        first = part["rounds"][0]
-        seconds = [sum(round_["seconds"][side] for round_ in part["rounds"]) for side in (0, 1)]
-        robust = " | ".join(f"{value:.2f}" for value in first["robust"])
-        times = " | ".join(f"{value:.1f}" for value in seconds)
-        lines.append(f"| {name} | {robust} | {first['flags']} | {times} | {seconds[1] / seconds[0]:.2f} |")
-    if "worst case" in found:
-        lines.append(f"| worst case | {found['worst case'][0]:.2f} | {found['worst case'][1]:.2f} | | | | |")
-    return "\n".join(lines)
+    """The comparison as Markdown: accuracies of the first round, seconds of all rounds together."""
+    head = ("attack", "ibjax", "torchattacks", "flags", "ibjax, s", "torchattacks, s", "speed")
+    lines, survive = [head, ("---",) * len(head)], []
+    for name, rounds in found["parts"].items():
+        kept = [np.array(list(text)) == "1" for text in rounds[0]["robust"]]
+        survive.append(kept)
+        seconds = [sum(each["seconds"][side] for each in rounds) for side in (0, 1)]
+        robust = [f"{100 * flags.mean():.2f}" for flags in kept]
+        differing = int(np.sum(kept[0] != kept[1]))
+        lines.append(
+            (name, *robust, differing, *(f"{value:.1f}" for value in seconds), f"{seconds[1] / seconds[0]:.2f}")
+        )
+    worst = np.logical_and.reduce(survive)
+    lines.append(
+        ("worst case", *(f"{100 * flags.mean():.2f}" for flags in worst), int(np.sum(worst[0] != worst[1])), "", "", "")
+    )
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def main() -> None:
@@ -167,11 +162,17 @@ def main() -> None:
     about["versions"]["torchattacks"] = "3.5.1"
     out = given.out or Path("results") / f"autoattack-{jax.default_backend()}-{about['date'][:10]}.json"
 
-    def save(found):
-        run.write_json(out, {"benchmark": "autoattack", **about, **found})
-
-    found = compare(given.workdir, given.n, given.eps, given.steps, given.queries, given.rounds, save)
-    save(found)
+    asked = {
+        "workdir": given.workdir.name,
+        "n": given.n,
+        "eps": given.eps,
+        "steps": given.steps,
+        "queries": given.queries,
+    }
+    found = json.loads(out.read_text()) if out.is_file() else {}
+    if any(found.get(name) != value for name, value in asked.items()):
+        found = {"benchmark": "autoattack", **about, **asked, "parts": {}}
+    compare(given.workdir, found, given.rounds, lambda: run.write_json(out, found))
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     text = (
         f"{table(found)}\n\nrobust accuracy in percent of {given.n} images, l_inf, eps {given.eps}, clean "

@@ -25,4 +25,5 @@ def get_config(arg=None):
     config.evaluate.update(eps="4/255", step_size="1/255", batch_size=256, n=1000)
     if small:
         smoke(config, (32, 32, 3), 10, dict(widths=((4,), (4,))))
+        config.evaluate.n = None
     return config
