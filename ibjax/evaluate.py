@@ -1,9 +1,10 @@
 """Evaluation: restore, attack the test set, write one result record per attack.
 
-    python -m ibjax.evaluate --workdir=DIR [--checkpoint=best|last|STEP] [--attacks=fgsm,pgd-20,cw-20] [--n=1000]
+    python -m ibjax.evaluate --workdir=DIR [--checkpoint=best|last|STEP] [--attacks=autoattack,pgd-20] [--n=1000]
 
-An attack's name is `fgsm`, `pgd-STEPS` (cross-entropy) or `cw-STEPS` (PGD on the margin loss). An image counts as
-robust when it is classified correctly both as it is and under the attack.
+An attack's name is one of `attacks/named.py`: `fgsm`, `pgd-STEPS` (cross-entropy), `cw-STEPS` (PGD on the margin loss),
+`autoattack` and its parts. An image counts as robust when it is classified correctly both as it is and under attack.
+AutoAttack runs at the main eps only, and goes on where it was ended.
 
 Guarantees (tests of the same names): batch size and number of devices change no flag; a record that is there is not
 computed again; every x_adv lies in the eps-ball and in [0, 1] to 1e-6, checked per example in float32.
@@ -13,6 +14,7 @@ import argparse
 import base64
 import datetime
 import functools
+import hashlib
 import json
 import logging
 import sys
@@ -29,10 +31,10 @@ from tqdm import tqdm
 
 from ibjax import checkpoint as checkpoints
 from ibjax import cluster, config, errors, losses, report, results, run
-from ibjax.attacks import Attack, geometry
-from ibjax.attacks.pgd import pgd
+from ibjax.attacks import Attack, autoattack, checks, geometry
+from ibjax.attacks.named import check, named
 from ibjax.data import Split, stratified
-from ibjax.errors import InputError, PreemptedError, nearest
+from ibjax.errors import InputError, PreemptedError
 from ibjax.step import Variables, linen_net, to_float
 
 log = logging.getLogger(__name__)
@@ -131,46 +133,44 @@ class Scorer:
         return jax.make_array_from_callback(array.shape, self.sharded, array.__getitem__)
 
 
-def attack_settings(name: str) -> dict[str, Any]:
-    """What a name as "fgsm", "pgd-20" or "cw-100" stands for, as arguments of `pgd`; raises InputError on others."""
-    family, _, steps = name.partition("-")
-    if name == "fgsm":
-        return dict(loss="ce", init="none", steps=1, restarts=1)
-    if family in ("pgd", "cw") and steps.isascii() and steps.isdecimal() and int(steps) > 0:
-        return dict(loss={"pgd": "ce", "cw": "margin"}[family], init="uniform", steps=int(steps), restarts=1)
-    raise InputError(f"attack '{name}' is unknown; {nearest(name, ('fgsm', 'pgd-20', 'cw-20'))}")
+# ---- AutoAttack ------------------------------------------------------------------------------------------
 
 
-# ---- before any robustness is reported -------------------------------------------------------------------
+def auto_attack(
+    logits_fn: Callable,
+    split: Split,
+    seed: int,
+    options: dict[str, Any],
+    *,
+    norm: str,
+    eps: Any,
+    batch_size: int,
+    title: str | None = None,
+    keep: int = 0,
+    state: Path | None = None,
+) -> tuple[Flags, np.ndarray, dict[str, Any]]:
+    """(flags of the whole split, the first `keep` adversarial images, what the record says of each attack).
 
-
-def gate(logits_fn: Callable, images: np.ndarray, labels: np.ndarray) -> list[str]:
-    """Checks that robust accuracy would mean something, on up to 256 images; returns warnings.
-
-    Raises InputError on what makes every number wrong: labels outside the classes, NaN logits, or logits of an image
-    that depend on the others in its batch.
+    `state` is a file that keeps the progress; with it, the same call goes on where it was ended.
     """
-    x = to_float(jnp.asarray(images[:256]))
-    logits = np.asarray(logits_fn(x), np.float64)
-    if logits.ndim != 2 or len(logits) != len(x):
-        raise InputError(f"logits have shape {logits.shape}; expected ({len(x)}, classes)")
-    if not np.all(np.isfinite(logits)):
-        raise InputError(f"the network returns NaN or Inf for {int(np.sum(~np.isfinite(logits).all(1)))} images")
-    if labels.min() < 0 or labels.max() >= logits.shape[1]:
-        raise InputError(
-            f"labels reach from {labels.min()} to {labels.max()}; the network has {logits.shape[1]} classes"
-        )
-    warnings = []
-    if logits.min() >= -1e-5 and logits.max() <= 1 + 1e-5 and np.allclose(logits.sum(1), 1, atol=1e-5):
-        warnings.append("the network returns probabilities, not logits: gradients of attacks may vanish")
-    if len(x) > 1 and np.ptp(logits, axis=0).max() < 1e-6:
-        warnings.append("the network returns the same logits for every image")
-    tolerance = 1e-2 * max(float(np.abs(logits).max()), 1e-6)  # other batch sizes may choose other algorithms
-    if np.abs(np.asarray(logits_fn(x)) - logits).max() > tolerance:
-        warnings.append("two passes over the same images differ: the network is randomised, use EOT attacks")
-    elif len(x) > 1 and np.abs(np.asarray(logits_fn(x[:1])) - logits[:1]).max() > tolerance:
-        raise InputError("an image's logits depend on the other images of its batch; evaluate in evaluation mode")
-    return warnings
+    x = np.asarray(to_float(jnp.asarray(split.images)))
+    # "rand" asks for samples of the network; these have one
+    network = (lambda x, keys: logits_fn(x)) if options["version"] == "rand" else logits_fn
+    key = jax.random.fold_in(jax.random.key(seed), _EVALUATION)
+    result = autoattack.autoattack(
+        key, network, x, split.labels, norm, eps, batch_size=batch_size, state=state, progress=title, **options
+    )
+    scores = jax.jit(lambda x_adv, x, y: (losses.cross_entropy(logits_fn(x_adv), y), geometry.distance(x_adv, x, norm)))
+    parts = [slice(first, first + batch_size) for first in range(0, len(x), batch_size)]
+    values = [scores(result.x_adv[part], x[part], split.labels[part]) for part in parts]
+    flags = Flags(result.clean, result.robust, *(np.concatenate(column) for column in zip(*values, strict=True)))
+    more = {
+        "robust_after": {name: round(100 * float(np.mean(kept)), 4) for name, kept in result.robust_after.items()},
+        "seconds_of": result.seconds,
+        "seconds": round(sum(result.seconds.values()), 2),
+        "warnings": result.warnings,
+    }
+    return flags, result.x_adv[:keep], more
 
 
 # ---- records ---------------------------------------------------------------------------------------------
@@ -181,10 +181,12 @@ def check_settings(settings: Any) -> None:
     if not settings["attacks"]:
         raise InputError("evaluate.attacks is empty; give names as ('fgsm', 'pgd-20', 'cw-20')")
     for name in settings["attacks"]:
-        attack_settings(name)
+        named(name)
     for name in ("eps", "step_size"):
         if not geometry.radius(settings[name], settings["norm"], f"evaluate.{name}") > 0:
             raise InputError(f"evaluate.{name}={settings[name]} is not allowed; give a length above 0, as '8/255'")
+    for name in settings["attacks"]:
+        check(name, settings["norm"], settings["eps"], settings["step_size"])
     for eps in settings["ladder"]:
         geometry.radius(eps, settings["norm"], "evaluate.ladder eps")
     n = settings["n"]
@@ -223,7 +225,8 @@ def evaluate(
     model = _in_float32(trained.model)
     predict = linen_net(model).predict
     logits = jax.jit(predict)
-    warnings = gate(lambda x: logits(trained.variables, x)[0], split.images, split.labels)
+    x = np.asarray(to_float(jnp.asarray(split.images[:256])))
+    warnings = checks.network(lambda x: logits(trained.variables, x)[0], x, split.labels)
     with checkpoints.manager(workdir, read_only=True) as orbax:
         validation = checkpoints.metrics(orbax, trained.step)
 
@@ -233,27 +236,46 @@ def evaluate(
     mesh, records = cluster.mesh(), []
     main = settings["eps"]
     for name in settings["attacks"]:
-        options = attack_settings(name)
-        attack = functools.partial(pgd, norm=settings["norm"], **options)
-        scorer = Scorer(predict, attack, mesh, settings["batch_size"], settings["norm"])
-        for eps in (main, *(eps for eps in settings["ladder"] if eps != main)):
-            step_size = eps if name == "fgsm" else _scaled_step(settings, eps)
-            own = {"attack": name, "attack_settings": options, "eps": eps, "step_size": step_size, "main": eps == main}
-            identity = {**common, **own}
+        attack = named(name)
+        ladder = settings["ladder"] if attack.make else ()
+        execute = _executor(attack, predict, trained, split, settings, mesh)
+        for eps in (main, *(eps for eps in ladder if eps != main)):
+            step_size = eps if attack.full_step else _scaled_step(settings, eps) if attack.make else None
+            own = {"attack": name, "attack_settings": attack.settings, "eps": eps, "step_size": step_size}
+            identity = {**common, **own, "main": eps == main}
             file = folder / _file_name(name, eps, main, settings["n"])
             record = _existing(file, identity)
             if record is None:
-                started, seed, wanted = time.perf_counter(), trained.config.seed, keep if eps == main else 0
-                flags, x_adv = scorer(
-                    trained.variables, split, seed, eps=eps, step_size=step_size, progress=f"{name} {eps}", keep=wanted
-                )
-                record = _record(identity, flags, time.perf_counter() - started)
+                wanted = keep if eps == main else 0
+                state = file.with_name(f".{file.stem}-{_state_digest(identity)}.npz")
+                flags, x_adv, more = execute(eps, step_size, f"{name} {eps}", wanted, state)
+                doubts = list(dict.fromkeys([*warnings, *more["warnings"]]))
+                record = _record({**identity, **more, "warnings": doubts}, flags)
                 if wanted:
                     _save_examples(file.with_suffix(".examples.npz"), split, x_adv, trained)
                 if jax.process_index() == 0:
                     run.write_json(file, record)
+                    state.unlink(missing_ok=True)
             records.append(record)
     return records
+
+
+def _executor(attack, predict, trained, split, settings, mesh):
+    """(eps, step_size, title, keep, state) -> (flags, the first `keep` x_adv, what the record says beside them)."""
+    norm, batch_size, seed = settings["norm"], settings["batch_size"], trained.config.seed
+    if attack.make is None:
+        return lambda eps, step_size, title, keep, state: auto_attack(
+            lambda x: predict(trained.variables, x)[0], split, seed, attack.settings,
+            norm=norm, eps=eps, batch_size=batch_size, title=title, keep=keep, state=state,
+        )  # fmt: skip
+    scorer = Scorer(predict, functools.partial(attack.make, norm=norm), mesh, batch_size, norm)
+
+    def execute(eps, step_size, title, keep, state):
+        started = time.perf_counter()
+        flags, x_adv = scorer(trained.variables, split, seed, eps=eps, step_size=step_size, progress=title, keep=keep)
+        return flags, x_adv, {"seconds": round(time.perf_counter() - started, 2), "warnings": []}
+
+    return execute
 
 
 def _file_name(attack, eps, main, n):
@@ -320,6 +342,12 @@ def _common(trained, checkpoint, settings, split, validation, warnings):
 _IDENTITY = ("weights", "images", "dtype", "attack", "attack_settings", "eps", "step_size", "norm", "seed")
 
 
+def _state_digest(identity):
+    """Names the file that keeps AutoAttack's progress by what it is of."""
+    text = json.dumps({key: identity[key] for key in _IDENTITY}, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
 def _existing(file, identity):
     """The record in `file`, under its present title, if it is of the same evaluation of the same weights."""
     try:
@@ -333,14 +361,13 @@ def _existing(file, identity):
     return {**record, **{key: wanted[key] for key in ("title", "config", "main")}}
 
 
-def _record(identity, flags, seconds):
+def _record(identity, flags):
     return {
         "clean_acc": round(100 * float(np.mean(flags.clean)), 4),
         "robust_acc": round(100 * float(np.mean(flags.robust)), 4),
         **identity,
         "max_distance": float(flags.distance.max()),
         "mean_loss": float(np.mean(flags.loss)),
-        "seconds": round(seconds, 2),
         "date": datetime.date.today().isoformat(),
         "robust_flags": base64.b64encode(np.packbits(flags.robust).tobytes()).decode(),
     }

@@ -5,7 +5,7 @@ A `target` is either integer labels (B,) or a distribution over classes (B, C).
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 
 def is_labels(target: Array) -> bool:
@@ -50,6 +50,32 @@ def margin(logits: Array, target: Array) -> Array:
     is_true = jax.nn.one_hot(as_labels(target), logits.shape[-1], dtype=bool)
     best_other = jnp.max(jnp.where(is_true, -jnp.inf, logits), axis=-1)
     return best_other - jnp.sum(jnp.where(is_true, logits, 0.0), axis=-1)
+
+
+def margin_targeted(logits: Array, target: Array, other: Array) -> Array:
+    """z_t − z_y, shape (B,), for the class t = `other` (B,)."""
+    z_y, z_t = (jnp.take_along_axis(logits.astype(jnp.float32), k[:, None], 1)[:, 0] for k in (target, other))
+    return z_t - z_y
+
+
+def dlr(logits: Array, target: Array) -> Array:
+    """Difference of logits ratio (Croce & Hein 2020), shape (B,); at least 3 classes.
+
+        −(z_y − max_{k≠y} z_k) / (z_(1) − z_(3) + 1e-12)          z_(1) ≥ z_(2) ≥ …
+
+    Neither a shift nor a positive scale of the logits changes it.
+    """
+    z = lax.top_k(logits.astype(jnp.float32), 3)[0]
+    return margin(logits, target) / (z[:, 0] - z[:, 2] + 1e-12)
+
+
+def dlr_targeted(logits: Array, target: Array, other: Array) -> Array:
+    """DLR towards the class t = `other` (B,), shape (B,); at least 4 classes.
+
+    −(z_y − z_t) / (z_(1) − ½(z_(3) + z_(4)) + 1e-12)
+    """
+    z = lax.top_k(logits.astype(jnp.float32), 4)[0]
+    return margin_targeted(logits, target, other) / (z[:, 0] - 0.5 * (z[:, 2] + z[:, 3]) + 1e-12)
 
 
 def correct(logits: Array, target: Array) -> Array:

@@ -28,7 +28,7 @@ def page(runs: Sequence[Any], out: Path) -> str:
     title += f" on {', '.join(datasets)}" if datasets else ""
     sections = [
         _problems(problems),
-        *(_table(table) for table in tables),
+        *(_table(table, results.stages(table, records)) for table in tables),
         _provenance(records),
         report_figures.curves(rows),
         report_figures.training(runs),
@@ -76,8 +76,8 @@ def _problems(problems):
     return f'<section class="problems" role="note"><strong>Missing or damaged</strong><ul>{items}</ul></section>'
 
 
-def _table(table: Table) -> str:
-    """One table; a checkpoint that was selected on the test set carries a red label."""
+def _table(table: Table, stages: list[list[list[str]]]) -> str:
+    """One table; a checkpoint that was selected on the test set carries a red label. Below, AutoAttack step by step."""
     head, *body = results.cells(table)
     words = (" ".join(f"<span>{escape(word)}</span>" for word in cell.split()) for cell in head)  # no break in a word
     columns = "".join(f'<th scope="col">{text}</th>' for text in words)
@@ -97,7 +97,20 @@ def _table(table: Table) -> str:
         f'<section><div class="scroll"><table class="results"><caption>{caption}</caption>'
         f"<thead><tr>{columns}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
         f'<p class="note">An image counts under an attack when it is classified correctly both as it is and '
-        f"attacked.{worst}</p></section>"
+        f"attacked.{worst}</p>{''.join(map(_stages, stages))}</section>"
+    )
+
+
+def _stages(grid):
+    head, *body = grid
+    columns = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
+    lines = (
+        f'<tr><th scope="row">{escape(label)}</th>{"".join(f"<td>{escape(number)}</td>" for number in numbers)}</tr>'
+        for label, *numbers in body
+    )
+    return (
+        '<div class="scroll"><table class="results"><caption>Robust accuracy after each attack, in percent</caption>'
+        f"<thead><tr>{columns}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 
@@ -153,6 +166,9 @@ def _describe(record):
     made, label = record.get("attack_settings"), attack_label(record["attack"])
     if not made:
         return label
+    if "version" in made:
+        parts = ", ".join(made["attacks"] or record.get("robust_after", {}))
+        return f"{label}: AutoAttack {made['version']}, {parts}"
     loss = {"ce": "cross-entropy", "margin": "margin loss"}.get(made["loss"], made["loss"])
     start = "no random start" if made["init"] == "none" else f"{made['init']} random start"
     steps = "1 step" if made["steps"] == 1 else f"{made['steps']} steps"

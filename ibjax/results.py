@@ -19,7 +19,15 @@ from ibjax.attacks.geometry import fraction
 
 Record = dict[str, Any]  # accuracies in percent
 TOLERANCE = 0.5  # percentage points by which the weaker of two attacks may do better before a check warns
-_NAMES = {"fgsm": "FGSM", "pgd": "PGD", "cw": "margin PGD", "autoattack": "AutoAttack"}
+_NAMES = {
+    "fgsm": "FGSM",
+    "pgd": "PGD",
+    "cw": "margin PGD",
+    "square": "Square",
+    "fab": "FAB",
+    "apgd": "APGD",
+    "autoattack": "AutoAttack",
+}
 
 
 def robust_flags(record: Record) -> np.ndarray:
@@ -42,6 +50,9 @@ def validate(record: Record) -> None:
         raise ValueError(f"eps is {record['eps']!r}")
     if len(base64.b64decode(record["robust_flags"], validate=True)) != -(-record["n"] // 8):
         raise ValueError("robust_flags do not hold n flags")
+    for name, accuracy in record.get("robust_after", {}).items():
+        if not 0 <= accuracy <= 100:
+            raise ValueError(f"robust_after {name} is {accuracy!r}")
     evaluated = record.get("config", {}).get("evaluate", {})
     for name, value, kind in (
         ("warnings", record.get("warnings", []), list),
@@ -168,19 +179,36 @@ def cells(table: Table) -> list[list[str]]:
     return grid
 
 
+def stages(table: Table, records: Iterable[Record]) -> list[list[list[str]]]:
+    """Robust accuracy after each attack of AutoAttack: for each list of attacks a grid of text, header first."""
+    found: dict[tuple[str, ...], list[list[str]]] = {}
+    for row in rows(records):
+        for record in filter(is_main, row.records):
+            after = record.get("robust_after", {})
+            here = (record["dataset"], record["norm"], str(record["eps"])) == (table.dataset, table.norm, table.eps)
+            if here and len(after) > 1:
+                numbers = [f"{value:.2f}" for value in (record["clean_acc"], *after.values())]
+                name = f"{row.label}, {attack_label(record['attack'])}"
+                found.setdefault(tuple(after), []).append([name, *numbers])
+    return [[["robust after", "clean", *map(attack_label, names)], *lines] for names, lines in found.items()]
+
+
 def as_text(records: Iterable[Record]) -> str:
-    """The tables of records, as the terminal shows them."""
-    texts = []
+    """The tables of records, as the terminal shows them, each with the stages of AutoAttack below it."""
+    texts, records = [], list(records)
     for table in tables(records):
-        grid = cells(table)
-        widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-        lines = [f"{table.dataset}, {table.norm}, eps {table.eps}: accuracy in percent"]
-        for line in grid:
-            words = (cell.ljust(width) for cell, width in zip(line[:2], widths[:2], strict=True))
-            numbers = (cell.rjust(width) for cell, width in zip(line[2:], widths[2:], strict=True))
-            lines.append("  ".join([*words, *numbers]))
-        texts.append("\n".join(lines))
+        title = f"{table.dataset}, {table.norm}, eps {table.eps}: accuracy in percent"
+        texts.append("\n".join([title, *_aligned(cells(table), 2)]))
+        texts += ["\n".join(_aligned(grid, 1)) for grid in stages(table, records)]
     return "\n\n".join(texts) or "no records: nothing has been evaluated yet"
+
+
+def _aligned(grid, words):
+    """Lines of text: the first `words` columns to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    for line in grid:
+        sides = [str.ljust] * words + [str.rjust] * (len(line) - words)
+        yield "  ".join(side(cell, width) for side, cell, width in zip(sides, line, widths, strict=True))
 
 
 def ladders(row: Row) -> dict[str, list[tuple[float, str, float]]]:
@@ -228,6 +256,9 @@ def checks(records: Sequence[Record], problems: Sequence[str] = ()) -> list[Chec
         _facts("No record carries a warning", warnings, f"{len(records)} records"),
         _facts("All records come from one commit without local changes", commits if mixed else [], ", ".join(commits)),
     ]
+    strongest = _strongest(grouped)
+    if strongest:
+        found.insert(4, _cases("AutoAttack is at least as strong as every other attack", strongest))
     if not records:
         found[1:] = [check._replace(status="not checked", details=["no records"]) for check in found[1:]]
     return found
@@ -266,6 +297,18 @@ def _iterative(grouped):
             if record["attack"].startswith("pgd-") and eps in one_step:
                 text = f"{row.label}, eps {eps}: {name} leaves {strong:.2f}, FGSM {one_step[eps]:.2f}"
                 cases.append((one_step[eps] + TOLERANCE - strong, text))
+    return cases
+
+
+def _strongest(grouped):
+    cases = []
+    for row in grouped:
+        for auto in (record for record in row.records if record["attack"] == "autoattack"):
+            for other in row.records:
+                if other is not auto and str(other["eps"]) == str(auto["eps"]):
+                    strong, weak, name = auto["robust_acc"], other["robust_acc"], attack_label(other["attack"])
+                    text = f"{row.label}, eps {auto['eps']}: AutoAttack leaves {strong:.2f}, {name} {weak:.2f}"
+                    cases.append((weak + TOLERANCE - strong, text))
     return cases
 
 

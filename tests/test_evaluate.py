@@ -10,11 +10,12 @@ import pytest
 from conftest import smoke_config
 from jax.sharding import AxisType
 
-from ibjax import evaluate, main, results
-from ibjax.attacks import geometry
+from ibjax import cluster, evaluate, main, results
+from ibjax.attacks import autoattack, checks, geometry
+from ibjax.attacks.named import named
 from ibjax.attacks.pgd import pgd
 from ibjax.data import Split
-from ibjax.errors import InputError
+from ibjax.errors import InputError, PreemptedError
 from ibjax.models import resnet, stochastic
 
 RNG = np.random.default_rng(0)
@@ -33,7 +34,7 @@ def predict(variables, x):
 
 def score(batch_size=8, devices=8, name="pgd-5", split=SPLIT, eps=EPS, seed=3, **options):
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
-    attack = functools.partial(pgd, norm="linf", unroll=False, **evaluate.attack_settings(name))
+    attack = functools.partial(named(name).make, norm="linf", unroll=False)
     scorer = evaluate.Scorer(predict, attack, mesh, batch_size, "linf")
     return scorer(WEIGHTS, split, seed, eps=eps, step_size=STEP, **options)
 
@@ -101,12 +102,14 @@ def test_every_x_adv_lies_in_the_ball_and_the_box_or_nothing_is_reported():
 
 
 def test_names_stand_for_their_attacks():
-    assert evaluate.attack_settings("cw-30") == dict(loss="margin", init="uniform", steps=30, restarts=1)
-    assert evaluate.attack_settings("pgd-7")["loss"] == "ce"
-    assert evaluate.attack_settings("fgsm") == dict(loss="ce", init="none", steps=1, restarts=1)
+    assert named("cw-30").settings == dict(loss="margin", init="uniform", steps=30, restarts=1)
+    assert named("pgd-7").settings["loss"] == "ce" and not named("pgd-7").full_step
+    assert named("fgsm").settings == dict(loss="ce", init="none", steps=1, restarts=1) and named("fgsm").full_step
+    assert named("autoattack").settings == dict(version="standard", attacks=None)
+    assert named("fab-t").settings == dict(version="standard", attacks=["fab-t"])
     for name in ("pgd", "pgd-0", "pgd-x", "pgd-²", "cw-", "autoatack"):
         with pytest.raises(InputError, match="unknown"):
-            evaluate.attack_settings(name)
+            named(name)
 
 
 def test_the_ladder_scales_its_steps():
@@ -118,12 +121,15 @@ def test_the_ladder_scales_its_steps():
 # ---- the gate ----------------------------------------------------------------------------------------------
 
 
+FLOATS = np.float32(IMAGES / 255)
+
+
 def linear(x):
     return predict(WEIGHTS, x)[0]
 
 
 def test_an_honest_network_passes_the_gate():
-    assert evaluate.gate(linear, IMAGES, SPLIT.labels) == []
+    assert checks.network(linear, FLOATS, SPLIT.labels) == []
 
 
 @pytest.mark.parametrize(
@@ -134,13 +140,13 @@ def test_an_honest_network_passes_the_gate():
     ],
 )
 def test_broken_networks_get_a_warning(network, words):
-    assert any(words in warning for warning in evaluate.gate(network, IMAGES, SPLIT.labels))
+    assert any(words in warning for warning in checks.network(network, FLOATS, SPLIT.labels))
 
 
 def test_a_randomised_network_gets_a_warning():
     keys = iter(jax.random.split(jax.random.key(0), 9))
     noisy = lambda x: linear(x) + jax.random.normal(next(keys), (len(x), CLASSES))  # noqa: E731
-    assert any("randomised" in warning for warning in evaluate.gate(noisy, IMAGES, SPLIT.labels))
+    assert any("randomised" in warning for warning in checks.network(noisy, FLOATS, SPLIT.labels))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +160,7 @@ def test_a_randomised_network_gets_a_warning():
 )
 def test_what_makes_every_number_wrong_is_refused(network, labels, words):
     with pytest.raises(InputError, match=words):
-        evaluate.gate(network, IMAGES, labels)
+        checks.network(network, FLOATS, labels)
 
 
 # ---- records -----------------------------------------------------------------------------------------------
@@ -221,3 +227,26 @@ def test_a_network_inside_a_network_is_evaluated_in_float32_too():
     outer = stochastic.Model(10, backbone=backbone)
     assert evaluate._in_float32(outer).backbone == {**backbone, "dtype": "float32"}
     assert evaluate._in_float32(resnet.Model(10, dtype="bfloat16")).dtype == "float32"
+
+
+def test_autoattack_goes_on_where_it_was_ended_and_states_robust_accuracy_after_each_attack(trained, monkeypatch):
+    monkeypatch.setitem(autoattack._VERSIONS, "standard", ("apgd-ce", "apgd-t"))
+    notices = iter([True])
+    monkeypatch.setattr(cluster, "preempted", lambda: next(notices, False))
+    folder = trained / "eval/best"
+    with pytest.raises(PreemptedError):
+        evaluate.evaluate(trained, attacks=("autoattack",))
+    assert len(list(folder.glob(".autoattack-*.npz"))) == 1 and not (folder / "autoattack.json").exists()
+    resumed = evaluate.evaluate(trained, attacks=("autoattack",))[0]
+    assert not list(folder.glob(".autoattack-*.npz"))
+    assert list(resumed["robust_after"]) == ["apgd-ce", "apgd-t"] == list(resumed["seconds_of"])
+    assert resumed["robust_after"]["apgd-t"] == resumed["robust_acc"] <= resumed["clean_acc"]
+    assert any("DLR needs 4 classes" in text for text in resumed["warnings"])
+    assert resumed["max_distance"] <= 2 / 16 + 1e-6
+
+    (folder / "autoattack.json").unlink()
+    whole = evaluate.evaluate(trained, attacks=("autoattack",))[0]
+    assert whole["robust_flags"] == resumed["robust_flags"] and whole["robust_after"] == resumed["robust_after"]
+    assert "robust after" in results.as_text([whole]) and "APGD-t" in results.as_text([whole])
+    with np.load(folder / "autoattack.examples.npz") as examples:
+        assert len(examples["x_adv"]) == 10

@@ -178,6 +178,7 @@ def test_a_healthy_run_passes_every_check():
     "name, fault, numbers",
     [
         ("as strong as FGSM", record("pgd-2", flags=[1] * 6 + [0, 0]), "PGD-2 leaves 75.00, FGSM 62.50"),
+        ("as every other", record("autoattack", flags=[1] * 5 + [0] * 3), "AutoAttack leaves 62.50, PGD-2 37.50"),
         ("does not rise", record("pgd-2", "16/255", [1] * 4 + [0] * 4), "37.50 at eps 8/255, 50.00 at eps 16/255"),
         ("halves", [record(a, "16/255", [1, 1, 1, 1, 0, 0, 0, 0]) for a in FLAGS], "87.50 clean, 50.00 at eps 16/255"),
         ("eps-ball", record(max_distance=8 / 255 + 2e-6), "0.03137455"),
@@ -199,6 +200,20 @@ def test_each_check_warns_on_the_fault_that_it_is_for(name, fault, numbers):
     outcome, details = status([*rest, *faults], name)
     assert outcome == "warn"
     assert numbers in details
+
+
+def test_robust_accuracy_after_each_attack_is_shown(tmp_path):
+    after = {"apgd-ce": 37.5, "apgd-t": 25.0, "square": 12.5}
+    made = dict(version="standard", attacks=None)
+    auto = record("autoattack", flags=[1] + [0] * 7, robust_after=after, attack_settings=made)
+    (table,) = results.tables([*healthy(), auto])
+    ((header, line),) = results.stages(table, [*healthy(), auto])
+    assert header[1:] == ["clean", "APGD-ce", "APGD-t", "Square"] and line[1:] == ["87.50", "37.50", "25.00", "12.50"]
+    assert "student, AutoAttack" in results.as_text([auto]) and results.stages(table, healthy()) == []
+    write_run(tmp_path / "run", [*healthy(), auto])
+    report.write([tmp_path / "run"], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "Robust accuracy after each attack" in page and "AutoAttack standard, apgd-ce, apgd-t, square" in page
 
 
 def test_half_a_point_is_allowed_and_no_more():

@@ -4,19 +4,19 @@ Images are (B, H, W, C) float32 in [0, 1]; eps is a radius in the same units, pe
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.core import Tracer
 
 from ibjax.errors import InputError, nearest
 
-NORMS = ("linf", "l2")
+NORMS = ("linf", "l2", "l1")
 # No published threat model on [0, 1] images reaches these; an eps in 0..255 units does.
-_LARGEST_EPS = {"linf": 1.0, "l2": 8.0}
+_LARGEST_EPS = {"linf": 1.0, "l2": 8.0, "l1": 256.0}
 
 
 def fraction(value: "str | float | Array") -> "float | Array":
@@ -51,10 +51,18 @@ def radius(eps: "str | float | Array", norm: str, name: str = "eps") -> "float |
     return eps
 
 
-def check_norm(norm: str) -> None:
-    """Raises InputError unless `norm` is one of NORMS."""
-    if norm not in NORMS:
-        raise InputError(f"norm '{norm}' is unknown; {nearest(norm, NORMS)}")
+def one_radius(eps: "str | float", norm: str) -> float:
+    """`radius` for attacks whose programs are made for one length: no array, no tracer."""
+    length = radius(eps, norm)
+    if isinstance(length, jax.Array):
+        raise InputError("eps is an array; this attack takes one number for all images, as '8/255'")
+    return float(length)
+
+
+def check_norm(norm: str, allowed: Sequence[str] = NORMS) -> None:
+    """Raises InputError unless `norm` is one of the allowed ones."""
+    if norm not in allowed:
+        raise InputError(f"norm '{norm}' is unknown{' here' * (norm in NORMS)}; {nearest(norm, allowed)}")
 
 
 def per_image(value: "float | Array", x: Array) -> "float | Array":
@@ -69,26 +77,61 @@ def l2_norm(x: Array) -> Array:
     return jnp.sqrt(jnp.sum(x * x, axis=tuple(range(1, x.ndim)), keepdims=True))
 
 
+def size(delta: Array, norm: str) -> Array:
+    """The norm of each image, kept broadcastable: (B, 1, 1, 1)."""
+    axes = tuple(range(1, delta.ndim))
+    if norm == "linf":
+        return jnp.max(jnp.abs(delta), axis=axes, keepdims=True)
+    return l2_norm(delta) if norm == "l2" else jnp.sum(jnp.abs(delta), axis=axes, keepdims=True)
+
+
 def distance(x_adv: Array, x: Array, norm: str) -> Array:
     """The size of the perturbation of each image in `norm`, shape (B,)."""
     delta = x_adv - x
-    if norm == "linf":
-        return jnp.max(jnp.abs(delta), axis=tuple(range(1, x.ndim)))
-    return l2_norm(delta).reshape(-1)
+    return size(delta, norm).reshape(-1)
 
 
 def project(x_adv: Array, x: Array, norm: str, eps: "float | Array") -> Array:
     """Π: first onto the eps-ball around x, then onto the box [0, 1].
 
-    Clipping moves every pixel towards x, which is in the box, so the result lies in both.
+    Clipping moves every pixel towards x, which is in the box, so the result lies in both. In l1 it is the exact
+    projection onto ball and box together.
     """
     eps = per_image(eps, x)
+    if norm == "l1":
+        return _project_l1(x_adv, x, eps)
     if norm == "linf":
         x_adv = jnp.clip(x_adv, x - eps, x + eps)
     else:
         delta = x_adv - x
         x_adv = x + delta * jnp.minimum(1.0, eps / jnp.maximum(l2_norm(delta), 1e-12))
     return jnp.clip(x_adv, 0.0, 1.0)
+
+
+def _project_l1(x_adv, x, eps):
+    """The nearest point, in Euclidean distance, of { u : ||u − x||_1 ≤ ε, u in [0, 1] } (Croce & Hein 2021).
+
+        u_i = x_i + sign(δ_i) · clip(|δ_i| − λ, 0, room_i)          δ = x_adv − x, room: from x_i to the box's wall
+
+    with the smallest λ ≥ 0 that brings u into the ball: the sum falls with λ, and bisection finds it. The radius is
+    a millionth short, which float32 would otherwise take back as rounding of the sum.
+    """
+    delta = x_adv - x
+    room, length = jnp.where(delta > 0, 1.0 - x, x), jnp.abs(delta)
+
+    def moved(threshold):
+        return jnp.clip(length - threshold, 0.0, room)
+
+    def halve(_, bracket):
+        low, high = bracket
+        middle = (low + high) / 2
+        inside = size(moved(middle), "l1") <= eps * (1 - 1e-6)
+        return jnp.where(inside, low, middle), jnp.where(inside, middle, high)
+
+    zero = jnp.zeros_like(delta, shape=(x.shape[0],) + (1,) * (x.ndim - 1))
+    _, threshold = lax.fori_loop(0, 40, halve, (zero, size(delta, "linf")))
+    threshold = jnp.where(size(moved(zero), "l1") <= eps * (1 - 1e-6), zero, threshold)
+    return jnp.clip(x + jnp.sign(delta) * moved(threshold), 0.0, 1.0)
 
 
 def ascent_direction(gradient: Array, norm: str) -> Array:
@@ -110,6 +153,16 @@ def draw(sampler: Callable, key: Array, x: Array) -> Array:
     if key.ndim == 0:
         return sampler(key, x.shape, x.dtype)
     return jax.vmap(lambda k: sampler(k, x.shape[1:], x.dtype))(key)
+
+
+def keys_per_image(key: Array, x: Array) -> Array:
+    """A key for each image (B,), from one key or as they were given."""
+    return jax.random.split(key, x.shape[0]) if key.ndim == 0 else key
+
+
+def fold(keys: Array, data: "int | Array") -> Array:
+    """`jax.random.fold_in` of one number into each key (B,)."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, data)
 
 
 def _none(key, x, norm, eps):

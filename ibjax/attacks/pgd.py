@@ -122,6 +122,7 @@ def stateful_pgd(
     `forward(x, state) -> (output, state)`. Rice et al., ARD and IAD attack in batch-norm's training mode, so each
     step of theirs moves the running statistics; here these are the state. Arguments as `pgd`.
     """
+    geometry.check_norm(norm, ("linf", "l2"))
     value, eps = loss_function(loss), geometry.radius(eps, norm)
     step_size = geometry.radius(step_size, norm, "step_size")
     geometry.check_start(init)

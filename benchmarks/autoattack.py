@@ -1,0 +1,187 @@
+"""AutoAttack's parts against torchattacks', on the same weights, images, steps and queries: accuracy and time.
+
+    pip install torch torchvision && pip install --no-deps torchattacks==3.5.1
+    python -m ibjax.main --config=configs/small_cnn.py --workdir=runs/small_cnn --config.data.path=FOLDER
+    python benchmarks/autoattack.py --workdir=runs/small_cnn [--n=256] [--queries=5000] [--eps=4/255] [--rounds=1]
+
+Each part attacks all correctly classified images by itself: APGD on cross-entropy, APGD on targeted DLR and FAB with
+100 steps and 9 targets, Square with torchattacks' schedule. In each round ibjax runs first, then PyTorch; the first
+round of ibjax includes tracing and compilation. `flags` counts the images on which the two disagree; both draw at
+random.
+
+Writes a JSON after every attack, from which the same command goes on, and the table beside it as Markdown.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pgd_step
+import torch
+import torch.nn.functional as F
+import torchattacks
+import twin
+from torch import Tensor, nn
+
+import ibjax
+from ibjax import evaluate, run
+from ibjax.attacks import geometry
+from ibjax.attacks.apgd import iterative_apgd
+from ibjax.attacks.autoattack import autoattack
+from ibjax.attacks.fab import iterative_fab
+from ibjax.attacks.iterative import Iterative
+from ibjax.attacks.square import iterative_square
+
+
+class CNN(nn.Module):
+    """The twin of `ibjax.models.cnn` with batch-norm, padding 1 and average pooling: (B, C, H, W) -> logits."""
+
+    def __init__(self, channels: int, widths: tuple[tuple[int, ...], ...], num_classes: int):
+        super().__init__()
+        self.stages, count = [], 0
+        for stage in widths:
+            for width in stage:
+                count += 1
+                self.add_module(f"conv{count}", nn.Conv2d(channels, width, 3, 1, 1, bias=False))
+                self.add_module(f"bn{count}", nn.BatchNorm2d(width))
+                channels = width
+            self.stages.append(range(count - len(stage) + 1, count + 1))
+        self.head = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of images in [0, 1]."""
+        for stage in self.stages:
+            for i in stage:
+                x = F.relu(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)))
+            x = F.max_pool2d(x, 2)
+        return self.head(x.mean((2, 3)))
+
+
+def parts(eps: float, steps: int, queries: int) -> dict[str, tuple[Iterative, Callable]]:
+    """name -> (ibjax's attack, torchattacks' factory)."""
+    return {
+        "APGD-CE": (
+            iterative_apgd("ce", "linf", eps, steps),
+            partial(torchattacks.APGD, eps=eps, steps=steps, loss="ce"),
+        ),
+        "APGD-T": (
+            iterative_apgd("dlr_targeted", "linf", eps, steps),
+            partial(torchattacks.APGDT, eps=eps, steps=steps),
+        ),
+        "FAB-T": (
+            iterative_fab("linf", eps, steps, targets=9),
+            partial(torchattacks.FAB, eps=eps, steps=steps, multi_targeted=True),
+        ),
+        "Square": (
+            iterative_square("linf", eps, queries, rescale=True),
+            partial(torchattacks.Square, eps=eps, n_queries=queries),
+        ),
+    }
+
+
+def compare(workdir: Path, found: dict[str, Any], rounds: int, save: Callable) -> None:
+    """Fills `found` with what it does not have yet; `save` is called after every run."""
+    trained = ibjax.load(workdir)
+    split = evaluate._test_split(trained, found["n"])
+    x, y = np.float32(split.images / 255), split.labels
+    network = CNN(x.shape[-1], trained.model.widths, trained.model.num_classes)
+    twin.copy_weights(network, jax.device_get(trained.variables))
+    network.eval().requires_grad_(False)
+    x_torch, y_torch = torch.tensor(x).permute(0, 3, 1, 2).contiguous(), torch.tensor(y.astype(np.int64))
+    logits = np.asarray(trained.logits_fn(x)), network(x_torch).numpy()
+    right = [z.argmax(1) == y for z in logits]
+    found["clean"] = [100 * float(np.mean(kept)) for kept in right]
+    found["largest difference of logits"] = float(np.abs(logits[0] - logits[1]).max())
+    eps = geometry.fraction(found["eps"])
+    for round_ in range(rounds):
+        for name, (ours, theirs) in parts(eps, found["steps"], found["queries"]).items():
+            done = found["parts"].setdefault(name, [])
+            if len(done) > round_:
+                continue
+            key, attack, own = jax.random.key(round_), theirs(network, seed=round_), {name: ours}
+            run_ours = partial(autoattack, key, trained.logits_fn, x, y, "linf", eps, attacks=own)
+            result, seconds, busy = timed(run_ours)
+            x_adv, seconds_torch, busy_torch = timed(lambda attack=attack: attack(x_torch, y_torch).detach())
+            kept = result.robust, (network(x_adv).argmax(1) == y_torch).numpy() & right[1]
+            done.append({
+                "robust": ["".join(map(str, flags.astype(int))) for flags in kept],
+                "seconds": [round(seconds, 2), round(seconds_torch, 2)],
+                "processors busy elsewhere": [round(busy, 2), round(busy_torch, 2)],
+                "distance": [float(np.abs(result.x_adv - x).max()), float((x_adv - x_torch).abs().max())],
+                "warnings": result.warnings,
+            })  # fmt: skip
+            save()
+
+
+def timed(call: Callable) -> tuple[Any, float, float]:
+    """(result, seconds, processors that others kept busy meanwhile)."""
+    results = []
+    started = time.perf_counter()
+    _, busy = pgd_step.busy_elsewhere(lambda: results.append(call()))
+    return results[0], time.perf_counter() - started, busy
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The comparison as Markdown: accuracies of the first round, seconds of all rounds together."""
+    head = ("attack", "ibjax", "torchattacks", "flags", "ibjax, s", "torchattacks, s", "speed")
+    lines, survive = [head, ("---",) * len(head)], []
+    for name, rounds in found["parts"].items():
+        kept = [np.array(list(text)) == "1" for text in rounds[0]["robust"]]
+        survive.append(kept)
+        seconds = [sum(each["seconds"][side] for each in rounds) for side in (0, 1)]
+        robust = [f"{100 * flags.mean():.2f}" for flags in kept]
+        differing = int(np.sum(kept[0] != kept[1]))
+        lines.append(
+            (name, *robust, differing, *(f"{value:.1f}" for value in seconds), f"{seconds[1] / seconds[0]:.2f}")
+        )
+    worst = np.logical_and.reduce(survive)
+    lines.append(
+        ("worst case", *(f"{100 * flags.mean():.2f}" for flags in worst), int(np.sum(worst[0] != worst[1])), "", "", "")
+    )
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True, help="of a run of configs/small_cnn.py")
+    parser.add_argument("--n", type=int, default=256, help="test images, each class in proportion")
+    parser.add_argument("--eps", default="4/255")
+    parser.add_argument("--steps", type=int, default=100, help="of APGD and FAB")
+    parser.add_argument("--queries", type=int, default=5000, help="of Square")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="default: results/autoattack-BACKEND-DATE.json")
+    given = parser.parse_args()
+    about = pgd_step.environment()
+    about["versions"]["torchattacks"] = "3.5.1"
+    out = given.out or Path("results") / f"autoattack-{jax.default_backend()}-{about['date'][:10]}.json"
+
+    asked = {
+        "workdir": given.workdir.name,
+        "n": given.n,
+        "eps": given.eps,
+        "steps": given.steps,
+        "queries": given.queries,
+    }
+    found = json.loads(out.read_text()) if out.is_file() else {}
+    if any(found.get(name) != value for name, value in asked.items()):
+        found = {"benchmark": "autoattack", **about, **asked, "parts": {}}
+    compare(given.workdir, found, given.rounds, lambda: run.write_json(out, found))
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    text = (
+        f"{table(found)}\n\nrobust accuracy in percent of {given.n} images, l_inf, eps {given.eps}, clean "
+        f"{found['clean'][0]:.2f}; {given.steps} steps, {given.queries} queries; seconds with compilation, "
+        f"{given.rounds} round(s); {about['hardware']}; {versions}; {about['date'][:10]}\n"
+    )
+    out.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+"""Auto-PGD: Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
+attacks", ICML 2020; in l1: "Mind the box: l1-APGD for sparse adversarial attacks on image classifiers", ICML 2021.
+
+    u       = Π( x_t + η · direction(∇L(x_t)) )                               direction: sign(g), g/||g||_2
+    x_{t+1} = Π( x_t + a·(u − x_t) + (1 − a)·(x_t − x_{t−1}) )                a = 0.75, in the first step 1
+
+At a checkpoint, k steps after the last one, η is halved and the search goes on from the point of largest loss where
+
+    #{ steps since the last checkpoint with L(x_t) > L(x_{t−1}) } ≤ 0.75·k     or
+    η was not halved at the last checkpoint, and the largest loss has not risen since.
+
+| symbol       | code     | default |
+|--------------|----------|---------|
+| L            | loss     | "ce"    | "dlr", "margin"; "dlr_targeted" and "margin_targeted" attack 9 classes in turn
+| N_iter       | steps    | 100     | checkpoints after 22, 41, 57, 70, 80, 87, 93, 99 steps
+| η            |          | 2·eps   |
+| N_restarts   | restarts | 1       |
+
+In l1 there is no momentum. A step moves, by η in all, the pixels among the share `top` of largest gradient, and Π is
+the projection onto ball and box together. Each 0.04·N_iter steps, with s = ||x_best − x||_0: top = s / (1.5·D); if s
+fell below 0.95 of its last value, η = eps and the search goes on from x_best; else η is divided by 1.5, down to eps/10.
+With `larger_eps` the search starts at 3·eps and goes on at 2·eps, then eps, for 0.3, 0.3 and 0.4 of the steps.
+
+What the authors' code does beyond the paper, and this file with it: the loss before the first step does not count for
+the first checkpoint, 0 stands in its place; at the first checkpoint the second condition never holds; what is returned
+is the latest misclassified iterate, not the one of largest loss; after going back to x_best the momentum term is
+x_best − x_{t−1}.
+
+Guarantees (tests of the same names): x_adv lies in the eps-ball and in [0, 1]; an image that is wrong as it is comes
+back unchanged, as does one that withstands; each image's result is independent of the others in its batch.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from ibjax import losses
+from ibjax.attacks import Attack, geometry
+from ibjax.attacks.iterative import Iterative, as_attack
+from ibjax.errors import InputError, nearest
+
+LOSSES = {"ce": losses.cross_entropy, "dlr": losses.dlr, "margin": losses.margin}
+TARGETED_LOSSES = {"dlr_targeted": losses.dlr_targeted, "margin_targeted": losses.margin_targeted}
+FEWEST_CLASSES = {"dlr": 3, "dlr_targeted": 4}  # the third and the fourth largest logit are in their denominators
+_RHO, _MOMENTUM = 0.75, 0.75
+
+
+def apgd(
+    *,
+    loss: str = "ce",
+    norm: str = "linf",
+    eps: "str | float" = "8/255",
+    steps: int = 100,
+    restarts: int = 1,
+    targets: int = 9,
+    larger_eps: bool = False,
+    eot: int | None = None,
+) -> Attack:
+    """An attack `(key, logits_fn, x, y) -> x_adv`.
+
+    Args:
+      loss: "ce", "dlr", "margin"; or "dlr_targeted", "margin_targeted".
+      norm: "linf", "l2" or "l1".
+      eps: radius in [0, 1] pixel units, as "8/255" or a float.
+      steps: of each run.
+      restarts: runs from other starts, each on the images that are not broken yet.
+      targets: of a targeted loss, how many classes to attack, from the second largest clean logit down.
+      larger_eps: in l1, start at 3·eps.
+      eot: samples that a gradient is averaged over; `logits_fn` then takes `(x, keys)`, a key per image.
+
+    Returns:
+      The attack. `x` is (B, H, W, C) in [0, 1], `y` labels (B,), `key` one key or one per image.
+
+    Raises:
+      InputError: an unknown loss or norm, or an eps or a number that is none.
+    """
+    return as_attack(iterative_apgd(loss, norm, eps, steps, restarts, targets, larger_eps, eot))
+
+
+class State(NamedTuple):
+    """Of a run; images are (B, H, W, C), numbers (B,)."""
+
+    keys: Array
+    x: Array  # x_t
+    x_before: Array  # x_{t−1}
+    x_found: Array  # latest misclassified iterate
+    found: Array  # whether there is one
+    flat: Array  # whether the gradient at the first point was zero
+    x_best: Array  # of largest loss
+    gradient_best: Array
+    loss_best: Array
+    loss_checked: Array  # loss_best at the last checkpoint
+    loss_before: Array
+    rises: Array  # since the last checkpoint
+    halved: Array  # at the last checkpoint
+    step_size: Array
+    top: Array  # l1: share of the pixels that a step moves
+    nonzero: Array  # l1: ||x_best − x||_0 at the last checkpoint
+
+
+def iterative_apgd(
+    loss: str,
+    norm: str,
+    eps: "str | float",
+    steps: int = 100,
+    restarts: int = 1,
+    targets: int = 9,
+    larger_eps: bool = False,
+    eot: int | None = None,
+) -> Iterative:
+    """APGD in its parts; arguments as `apgd`."""
+    largest = geometry.one_radius(eps, norm)
+    if loss not in LOSSES and loss not in TARGETED_LOSSES:
+        raise InputError(f"apgd's loss '{loss}' is unknown; {nearest(loss, [*LOSSES, *TARGETED_LOSSES])}")
+    if larger_eps and norm != "l1":
+        raise InputError(f"larger_eps is the schedule of l1; the norm is {norm}")
+    for name, value in dict(steps=steps, restarts=restarts, targets=targets, eot=eot).items():
+        if value is not None and value < 1:
+            raise InputError(f"apgd's {name}={value} is not allowed; give at least 1")
+    stages = larger_eps_stages(largest, steps) if larger_eps else [(largest, steps)]
+    # one row per evaluation of the network: a stage of n steps has n + 1
+    radii = np.concatenate([np.full(n + 1, stage_eps) for stage_eps, n in stages]).astype(np.float32)
+    first = np.concatenate([np.arange(n + 1) == 0 for _, n in stages])
+    windows = np.concatenate([checkpoint_windows(n, norm) for _, n in stages])
+    gradient_of = _gradient(loss, eot)
+
+    def init(keys, restart, x, y):
+        x_start = jnp.clip(_start(keys, x, norm, radii[0]), 0.0, 1.0)
+        number, flag, image = jnp.zeros(x.shape[0]), jnp.zeros(x.shape[0], bool), jnp.zeros_like(x)
+        blank = dict.fromkeys(State._fields, number)  # most is set by the first evaluation
+        blank |= dict.fromkeys(("found", "flat", "halved"), flag) | dict.fromkeys(("x_best", "gradient_best"), image)
+        return State(**blank | dict(keys=keys, x=x_start, x_before=x_start, x_found=x, rises=number.astype(jnp.int32)))
+
+    def step(i, logits_fn, x, y, other, state):
+        radius, is_first, window = (jnp.asarray(table)[i] for table in (radii, first, windows))
+        if larger_eps:  # a stage begins at the best point of the last one
+            restart = jnp.where(i == 0, state.x, state.x_best)
+            state = state._replace(x=jnp.where(is_first, geometry.project(restart, x, norm, radius), state.x))
+        logits, loss_now, gradient = gradient_of(i, logits_fn, state.x, y, other, state.keys)
+        state = _note(state, is_first, ~losses.correct(logits, y), loss_now, gradient)
+        if norm == "l1":
+            state, gradient = _check_l1(state, x, gradient, radius, is_first, window, whole_image=not larger_eps)
+        else:
+            state, gradient = _check(state, gradient, radius, is_first, window)
+        return _move(state, x, gradient, norm, radius, is_first)
+
+    def x_adv(x, state):
+        return jnp.where(geometry.per_image(state.found, x), state.x_found, x)
+
+    targets = targets if loss in TARGETED_LOSSES else 0
+    return Iterative(
+        init, step, len(radii), x_adv, flat=lambda state: state.flat, restarts=restarts, targets=targets, eot=eot
+    )
+
+
+def larger_eps_stages(eps: float, steps: int) -> list[tuple[float, int]]:
+    """(eps, steps) of the three stages in l1: 3·eps, 2·eps, eps for 0.3, 0.3, 0.4 of the steps."""
+    early = math.ceil(0.3 * steps)
+    return [(3 * eps, early), (2 * eps, early), (eps, steps - 2 * early)]
+
+
+def checkpoint_windows(steps: int, norm: str) -> np.ndarray:
+    """k where a checkpoint follows the t-th step, t = 0 … steps, else 0: (steps + 1,) int32."""
+    if norm == "l1":
+        size, shrink, least = max(int(0.04 * steps), 1), 0, 1
+    else:
+        size, shrink, least = (max(int(part * steps), 1) for part in (0.22, 0.03, 0.06))
+    windows, t = np.zeros(steps + 1, np.int32), size
+    while t <= steps:
+        windows[t] = size
+        size = max(size - shrink, least)
+        t += size
+    return windows
+
+
+def _start(keys, x, norm, eps):
+    """A point of the ball's surface, before the box; in l1 the projection of Gaussian noise onto ball and box."""
+    if norm == "linf":
+        t = geometry.draw(lambda k, s, d: jax.random.uniform(k, s, d, -1.0, 1.0), keys, x)
+        return x + eps * t / (geometry.size(t, "linf") + 1e-12)
+    t = geometry.draw(jax.random.normal, keys, x)
+    if norm == "l2":
+        return x + eps * t / (geometry.l2_norm(t) + 1e-12)
+    return geometry.project(x + t, x, norm, eps)
+
+
+def _gradient(loss, eot):
+    """(i, logits_fn, x, y, other, keys) -> (logits, loss (B,), gradient), of a random network the gradient's mean."""
+    targeted = TARGETED_LOSSES.get(loss)
+
+    def at(logits_fn, x, y, other):
+        def total(x):
+            logits = logits_fn(x)
+            per_image = LOSSES[loss](logits, y) if targeted is None else targeted(logits, y, other)
+            return jnp.sum(per_image), (logits, per_image)  # a sum: gradients stay per image
+
+        gradient, (logits, per_image) = jax.grad(total, has_aux=True)(x)
+        return logits, per_image, gradient
+
+    def mean(i, logits_fn, x, y, other, keys):
+        if eot is None:
+            return at(logits_fn, x, y, other)
+        keys = geometry.fold(keys, i)
+
+        def sample(j, before):
+            logits, per_image, gradient = at(lambda x: logits_fn(x, geometry.fold(keys, j)), x, y, other)
+            return logits, per_image, before[2] + gradient / eot  # logits and loss are the last sample's
+
+        shapes = jax.eval_shape(sample, 0, (None, None, x))
+        return lax.fori_loop(0, eot, sample, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+
+    return mean
+
+
+def _note(state, is_first, wrong, loss_now, gradient):
+    """Takes the evaluation at x_t into account; the first one of a stage forgets what was before."""
+    better = is_first | (loss_now > state.loss_best)
+    pick = geometry.per_image(better, gradient)
+    latest = geometry.per_image(wrong, gradient)
+    loss_best = jnp.where(better, loss_now, state.loss_best)
+    return state._replace(
+        x_found=jnp.where(latest, state.x, state.x_found),
+        found=wrong | (state.found & ~is_first),
+        flat=jnp.where(is_first, jnp.all(gradient == 0, axis=tuple(range(1, gradient.ndim))), state.flat),
+        x_best=jnp.where(pick, state.x, state.x_best),
+        gradient_best=jnp.where(pick, gradient, state.gradient_best),
+        loss_best=loss_best,
+        loss_checked=jnp.where(is_first, loss_best, state.loss_checked),
+        loss_before=jnp.where(is_first, 0.0, loss_now),  # 0: the buffer's last, empty row in the authors' code
+        rises=jnp.where(is_first, 0, state.rises + (loss_now > state.loss_before).astype(jnp.int32)),
+        halved=is_first | state.halved,
+    )
+
+
+def _check(state, gradient, eps, is_first, window):
+    """l_inf and l2: at a checkpoint (window > 0), halves the step of the images that do not progress."""
+    few_rises = state.rises.astype(jnp.float32) <= _RHO * window.astype(jnp.float32)
+    stuck = few_rises | (~state.halved & (state.loss_checked >= state.loss_best))
+    at_checkpoint = window > 0
+    halve = at_checkpoint & stuck
+    step_size = jnp.where(is_first, 2 * eps, state.step_size * jnp.where(halve, 0.5, 1.0))
+    pick = geometry.per_image(halve, gradient)
+    state = state._replace(
+        x=jnp.where(pick, state.x_best, state.x),
+        loss_checked=jnp.where(at_checkpoint, state.loss_best, state.loss_checked),
+        rises=jnp.where(at_checkpoint, 0, state.rises),
+        halved=jnp.where(at_checkpoint, stuck, state.halved),
+        step_size=step_size,
+    )
+    return state, jnp.where(pick, state.gradient_best, gradient)
+
+
+def _check_l1(state, x, gradient, eps, is_first, window, whole_image):
+    """l1: at a checkpoint, adapts the share of pixels and the step to how sparse the best point is."""
+    pixels = math.prod(x.shape[1:])
+    nonzero = jnp.sum((state.x_best != x).reshape(x.shape[0], -1), 1).astype(jnp.float32)
+    sparser = nonzero < 0.95 * state.nonzero
+    step_size = jnp.where(sparser, eps, jnp.maximum(state.step_size / 1.5, eps / 10))
+    again = (window > 0) & sparser
+    top = nonzero / pixels / 1.5
+    first_nonzero, first_top = (pixels, 0.2) if whole_image else (nonzero, top)
+
+    def choose(first, checked, before):
+        return jnp.where(is_first, first, jnp.where(window > 0, checked, before))
+
+    pick = geometry.per_image(again, gradient)
+    state = state._replace(
+        x=jnp.where(pick, state.x_best, state.x),
+        step_size=choose(eps, step_size, state.step_size),
+        top=choose(first_top, top, state.top),
+        nonzero=choose(first_nonzero, nonzero, state.nonzero),
+    )
+    return state, jnp.where(pick, state.gradient_best, gradient)
+
+
+def _move(state, x, gradient, norm, eps, is_first):
+    """The step from x_t to x_{t+1}."""
+    eta = geometry.per_image(state.step_size, x)
+    if norm == "l1":
+        direction = _sparse_sign(gradient, state.top)
+        moved = geometry.project(state.x + eta * direction, x, norm, eps)
+    else:
+        a = jnp.where(is_first, 1.0, _MOMENTUM)
+        direction = jnp.sign(gradient) if norm == "linf" else gradient / (geometry.l2_norm(gradient) + 1e-12)
+        u = geometry.project(state.x + eta * direction, x, norm, eps)
+        moved = state.x + a * (u - state.x) + (1 - a) * (state.x - state.x_before)
+        moved = geometry.project(moved, x, norm, eps)
+    # x_before is the iterate that this step was to leave, also where a checkpoint has just gone back to x_best
+    return state._replace(x=moved, x_before=state.x)
+
+
+def _sparse_sign(gradient, top):
+    """The sign of the share `top` (B,) of largest gradient entries, its l1 norm 1."""
+    flat = jnp.abs(gradient).reshape(gradient.shape[0], -1)
+    pixels = flat.shape[1]
+    index = jnp.clip((1.0 - top) * pixels, 0, pixels - 1).astype(jnp.int32)
+    least = jnp.take_along_axis(jnp.sort(flat, axis=1), index[:, None], axis=1)[:, 0]
+    sign = jnp.where(jnp.abs(gradient) >= geometry.per_image(least, gradient), jnp.sign(gradient), 0.0)
+    return sign / (geometry.size(sign, "l1") + 1e-10)

@@ -1,0 +1,210 @@
+"""FAB: Croce & Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", ICML 2020.
+
+With df_k = z_k − z_y and the boundary's linearisation { x' : df_k + <∇df_k, x' − x_t> = 0 } of the class k of smallest
+|df_k| / ||∇df_k||_q (q dual to p):
+
+    d₁, d₀ = the shortest steps, in l_p, from x_t and from x onto that hyperplane inside [0, 1]
+    α      = min( ||d₁|| / (||d₁|| + ||d₀||), α_max )
+    x_{t+1} = clip( (1 − α)·(x_t + η·d₁) + α·(x + η·d₀), 0, 1 )
+    where x_{t+1} is misclassified: remembered if nearer to x than all before, then x_{t+1} ← x + β·(x_{t+1} − x)
+
+| symbol     | code     | default |
+|------------|----------|---------|
+| N_iter     | steps    | 100     |
+| N_restarts | restarts | 1       | all but the first start at random, eps/2 away
+| α_max      |          | 0.1     |
+| η          |          | 1.05    |
+| β          |          | 0.9     |
+| k          | targets  | 0       | 9: one run for each of the 9 largest other clean logits (FAB-T)
+
+FAB seeks the nearest adversarial image and knows no radius: what it finds counts only within eps.
+
+Guarantees (tests of the same names): x_adv lies in the eps-ball and in [0, 1]; the steps onto the hyperplane are those
+of a quadratic and of a linear programme's solver.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ibjax import losses
+from ibjax.attacks import Attack, geometry
+from ibjax.attacks.iterative import Iterative, as_attack
+from ibjax.errors import InputError
+
+_ALPHA_MAX, _ETA, _BETA = 0.1, 1.05, 0.9
+
+
+def fab(
+    *, norm: str = "linf", eps: "str | float" = "8/255", steps: int = 100, restarts: int = 1, targets: int = 0
+) -> Attack:
+    """An attack `(key, logits_fn, x, y) -> x_adv`.
+
+    Args:
+      norm: "linf", "l2" or "l1".
+      eps: radius in [0, 1] pixel units, as "8/255" or a float; farther images come back unchanged.
+      steps: of each run; a step costs two forward passes and the gradient of every class, or of one with `targets`.
+      restarts: runs; only the first one starts at x.
+      targets: 0 attacks all classes at once; n the n largest other clean logits in turn.
+
+    Returns:
+      The attack. `x` is (B, H, W, C) in [0, 1], `y` labels (B,), `key` one key or one per image.
+
+    Raises:
+      InputError: an unknown norm, or an eps or a number that is none.
+    """
+    return as_attack(iterative_fab(norm, eps, steps, restarts, targets))
+
+
+class State(NamedTuple):
+    """Of a run; images are (B, H, W, C), numbers (B,)."""
+
+    x: Array  # x_t
+    x_best: Array  # nearest misclassified image
+    nearest: Array  # its distance from x, infinite where there is none
+
+
+def iterative_fab(norm: str, eps: "str | float", steps: int = 100, restarts: int = 1, targets: int = 0) -> Iterative:
+    """FAB in its parts; arguments as `fab`."""
+    radius = geometry.one_radius(eps, norm)
+    if steps < 1 or restarts < 1 or targets < 0:
+        raise InputError(f"fab's steps={steps}, restarts={restarts}, targets={targets}: give 1, 1, 0 or more")
+    slopes = _slope_to if targets else _nearest_boundary
+
+    def init(keys, restart, x, y):
+        t = _direction(keys, x, norm)
+        x_start = jnp.where(geometry.per_image(restart > 0, x), jnp.clip(x + 0.5 * radius * t, 0.0, 1.0), x)
+        return State(x_start, x, jnp.full(x.shape[0], jnp.inf))
+
+    def step(i, logits_fn, x, y, other, state):
+        df, w = slopes(logits_fn, state.x, y, other, norm)
+        above = df + jnp.sum((w * (x - state.x)).reshape(x.shape[0], -1), 1)  # the same linear function, at x
+        points, normals, excess = (jnp.concatenate(pair) for pair in ((state.x, x), (w, w), (df, above)))
+        d1, d0 = jnp.split(step_onto_hyperplane(points, normals, excess, norm), 2)
+        a1, a0 = (jnp.maximum(geometry.size(d, norm), 1e-8) for d in (d1, d0))
+        alpha = jnp.minimum(a1 / (a1 + a0), _ALPHA_MAX)
+        moved = jnp.clip((state.x + _ETA * d1) * (1 - alpha) + (x + _ETA * d0) * alpha, 0.0, 1.0)
+        wrong = ~losses.correct(logits_fn(moved), y)
+        distance = geometry.distance(moved, x, norm)
+        nearer = wrong & (distance < state.nearest)
+        back = jnp.where(geometry.per_image(wrong, x), x + _BETA * (moved - x), moved)
+        x_best = jnp.where(geometry.per_image(nearer, x), moved, state.x_best)
+        return State(back, x_best, jnp.where(nearer, distance, state.nearest))
+
+    def x_adv(x, state):
+        return jnp.where(geometry.per_image(state.nearest <= radius, x), state.x_best, x)
+
+    return Iterative(init, step, steps, x_adv, restarts=restarts, targets=targets)
+
+
+def _direction(keys, x, norm):
+    if norm == "linf":
+        t = geometry.draw(lambda k, s, d: jax.random.uniform(k, s, d, -1.0, 1.0), keys, x)
+    else:
+        t = geometry.draw(jax.random.normal, keys, x)
+    return t / (geometry.size(t, norm) + 1e-12)
+
+
+# ---- the boundary, linearised --------------------------------------------------------------------------------
+
+
+def _slope_to(logits_fn, x, y, other, norm):
+    """(df (B,), its gradient) towards the class `other`."""
+
+    def total(x):
+        df = losses.margin_targeted(logits_fn(x), y, other)
+        return jnp.sum(df), df
+
+    w, df = jax.grad(total, has_aux=True)(x)
+    return df, w
+
+
+def _nearest_boundary(logits_fn, x, y, other, norm):
+    """(df (B,), its gradient) of the class whose linearised boundary is nearest."""
+    logits, pull_back = jax.vjp(logits_fn, x)
+    classes = logits.shape[-1]
+    is_true = jax.nn.one_hot(y, classes, dtype=bool)
+    # one pull-back per class, of all images at once: ∇(z_k − z_y)
+    towards = jnp.eye(classes, dtype=logits.dtype)[:, None, :] - is_true.astype(logits.dtype)[None]  # (K, B, K)
+    gradients = jax.vmap(lambda cotangent: pull_back(cotangent)[0])(towards)  # (K, B, H, W, C)
+    z_y = jnp.sum(jnp.where(is_true, logits, 0.0), axis=-1, keepdims=True)
+    df = logits - z_y  # (B, K)
+    dual = {"linf": "l1", "l2": "l2", "l1": "linf"}[norm]
+    lengths = jax.vmap(lambda g: geometry.size(g, dual).reshape(-1))(gradients)  # (K, B)
+    distance = jnp.where(is_true, jnp.inf, jnp.abs(df) / (lengths.T + 1e-12))
+    nearest = jnp.argmin(distance, axis=-1)
+    df = jnp.take_along_axis(df, nearest[:, None], axis=-1)[:, 0]
+    return df, jax.vmap(lambda k, g: g[k], (0, 1))(nearest, gradients)
+
+
+# ---- the shortest step onto a hyperplane inside the box ------------------------------------------------------
+
+
+def step_onto_hyperplane(x: Array, w: Array, above: Array, norm: str) -> Array:
+    """argmin ||d||_p subject to <w, d> = −above and x + d in [0, 1]; the box's farthest corner where none reaches it.
+
+    With w turned so that above ≥ 0, every pixel moves against sign(w_i), no farther than its wall at distance c_i:
+
+        l_inf: |d_i| = min(λ, c_i)        l2: |d_i| = min(λ·|w_i|, c_i)        l1: steepest pixels first, each up to c_i
+
+    with the smallest λ of Σ |w_i|·|d_i| = above.
+
+    Args:
+      x, w: images and the hyperplane's normals, (B, H, W, C).
+      above: <w, x> − b, (B,), for the hyperplane <w, ·> = b.
+      norm: "linf", "l2" or "l1".
+    """
+    excess = above.reshape((-1,) + (1,) * (x.ndim - 1))
+    w = jnp.where(excess < 0, -w, w)
+    scale = jnp.maximum(geometry.size(w, "linf"), 1e-30)  # so that squares of tiny gradients do not vanish
+    steepness, excess = jnp.abs(w) / scale, jnp.abs(excess) / scale
+    room = jnp.where(w > 0, x, 1.0 - x)
+    if norm == "l1":
+        length = _steepest_first(steepness, room, excess)
+    else:
+        rate = jnp.ones_like(w) if norm == "linf" else steepness
+        multiplier = _multiplier(steepness * rate, steepness * room, excess)
+        length = jnp.where(steepness > 0, jnp.minimum(multiplier * rate, room), 0.0)
+    return -jnp.sign(w) * length
+
+
+def _multiplier(slope, most, wanted):
+    """The smallest λ with Σ_i min(λ·slope_i, most_i) = wanted, (B, 1, 1, 1); infinite where there is none.
+
+    The sum is concave and piecewise linear in λ, so Newton's method from 0 climbs to the root without passing it, and
+    ends exactly on the root's own piece.
+    """
+    axes = tuple(range(1, slope.ndim))
+
+    def newton(low):
+        free = low * slope < most
+        full = jnp.sum(jnp.where(free, 0.0, most), axes, keepdims=True)
+        total_slope = jnp.sum(jnp.where(free, slope, 0.0), axes, keepdims=True)
+        return jnp.where(total_slope > 0, (wanted - full) / jnp.where(total_slope > 0, total_slope, 1.0), jnp.inf)
+
+    def go_on(carry):
+        low, high, count = carry
+        return jnp.any(high > low) & (count < 100)
+
+    def climb(carry):
+        _, low, count = carry
+        return low, jnp.maximum(newton(low), low), count + 1
+
+    zero = jnp.zeros_like(wanted)
+    multiplier = lax.while_loop(go_on, climb, (zero - 1.0, zero, 0))[1]
+    return jnp.where(jnp.sum(most, axes, keepdims=True) <= wanted, jnp.inf, multiplier)
+
+
+def _steepest_first(steepness, room, wanted):
+    """Fills each pixel's room in the order of falling steepness until Σ steepness·length = wanted."""
+    batch = steepness.shape[0]
+    flat = [value.reshape(batch, -1) for value in (steepness, room)]
+    order = jnp.argsort(-flat[0], axis=1)
+    steep, room = (jnp.take_along_axis(value, order, axis=1) for value in flat)
+    gain = steep * room
+    before = jnp.cumsum(gain, axis=1) - gain
+    missing = jnp.maximum(wanted.reshape(batch, 1) - before, 0.0)
+    length = jnp.where(steep > 0, jnp.minimum(missing / jnp.where(steep > 0, steep, 1.0), room), 0.0)
+    return jnp.take_along_axis(length, jnp.argsort(order, axis=1), axis=1).reshape(steepness.shape)

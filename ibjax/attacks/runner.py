@@ -1,0 +1,270 @@
+"""Runs the steps of an attack over many images on all devices, driven from the host.
+
+The work is a list of items, one for each image and each restart or target, targets in order. A batch takes the next
+items whose image is not broken yet, whichever target they are for, so that the devices stay full while few images are
+left; of an image that several items break, the first item's result is kept. Batches are padded to one of a few sizes.
+Where an attack knows that an image is done (Square), the batch is compacted to a smaller size on the way.
+
+Each item's randomness comes from the attack's name, the image's index and the item's number. So neither the batch size
+nor the number of devices nor an interruption between batches changes what is drawn.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.sharding import NamedSharding
+
+from ibjax import cluster, losses
+from ibjax.attacks import geometry
+from ibjax.attacks.iterative import Iterative
+
+TOLERANCE = 1e-6  # of ball and box, in float32
+_STEPS_PER_CALL = 50
+
+
+class Programs(NamedTuple):
+    """One attack at one batch size."""
+
+    init: Callable
+    steps: Callable
+    finish: Callable
+    done: Callable
+
+
+class Found(NamedTuple):
+    """Of a batch."""
+
+    x_adv: np.ndarray
+    broken: np.ndarray
+    flat: np.ndarray  # whether the gradient was zero at the start
+
+
+class Runner:
+    """A network, its images (N, H, W, C) float32 and labels (N,), and the devices; compiles each program once.
+
+    With `randomized`, `logits_fn` takes `(x, keys)`.
+    """
+
+    def __init__(
+        self,
+        key: Array,
+        logits_fn: Callable,
+        x: np.ndarray,
+        y: np.ndarray,
+        *,
+        norm: str,
+        eps: float,
+        batch_size: int,
+        randomized: bool = False,
+    ):
+        self.logits_fn, self.x, self.y, self.norm, self.eps, self.randomized = logits_fn, x, y, norm, eps, randomized
+        self.key, self.key_kind = np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)
+        mesh = cluster.mesh()
+        self.mesh, self.sharded = mesh, NamedSharding(mesh, cluster.BATCH)
+        self.replicated = NamedSharding(mesh, cluster.REPLICATED)
+        take = lambda tree, rows: jax.tree.map(lambda leaf: leaf[rows], tree)  # noqa: E731
+        self.take = jax.jit(take, out_shardings=self.sharded)
+        largest = _ceil(min(batch_size, _power_of_two(len(x))), mesh.size)
+        self.sizes = sorted({_ceil(max(largest // 4**i, 1), mesh.size) for i in range(6)})
+        self.programs: dict[tuple[str, int], Programs] = {}
+        self.constants: dict[int, tuple[Any, Array]] = {}  # id -> (what logits_fn closes over, its copy on all devices)
+        self.flat = 0  # items whose gradient was zero at the start, so far
+
+    def clean_logits(self) -> np.ndarray:
+        """(N, classes) float32."""
+        parts, size = [], self.sizes[-1]
+
+        def answer(key, image, x):
+            return self.logits_fn(x, *self._keys(key, "clean", image, 0 * image))
+
+        program = self._on_each_device(answer, "css", gathered=True)
+        for first in range(0, len(self.x), size):
+            chosen = np.minimum(np.arange(first, first + size, dtype=np.int32), len(self.x) - 1)
+            logits = program(self.key, *self._place(chosen, self.x[chosen]))
+            parts.append(np.asarray(logits)[: len(self.x) - first])
+        return np.concatenate(parts).astype(np.float32)
+
+    def run(
+        self,
+        name: str,
+        attack: Iterative,
+        todo: np.ndarray,
+        others: np.ndarray,
+        broken: np.ndarray,
+        x_adv: np.ndarray,
+        position: int = 0,
+    ) -> Iterator[int]:
+        """Attacks the images `todo`; after each batch updates `broken` and `x_adv` and yields the next position.
+
+        Args:
+          name: of the attack; its draws depend on it.
+          attack: in its parts.
+          todo: indices of the images.
+          others: (N, classes − 1) classes to target, in order.
+          broken, x_adv: (N,) bool and (N, H, W, C), changed in place.
+          position: how many items, of `passes(…)` times len(todo), are behind.
+        """
+        total = passes(attack, others) * len(todo)
+        while position < total:
+            ahead = np.arange(position, total)
+            alive = ahead[~broken[todo[ahead % len(todo)]]][: self.sizes[-1]]
+            position = alive[-1] + 1 if len(alive) == self.sizes[-1] else total
+            if len(alive):
+                image, number = todo[alive % len(todo)], alive // len(todo)
+                found = self._batch(name, attack, image, number, others[image, number // attack.restarts])
+                self.flat += int(found.flat.sum())
+                for row in np.nonzero(found.broken)[0]:
+                    if not broken[image[row]]:
+                        broken[image[row]], x_adv[image[row]] = True, found.x_adv[row]
+            yield int(position)
+
+    def _batch(self, name, attack, image, number, other):
+        """All steps for some items: images (n,), numbers of their passes (n,), classes to reach (n,)."""
+        count = len(image)
+        rows = self._padded(np.arange(count))
+        programs = self._programs(name, attack, len(rows))
+        fixed = self._place(*(a[rows].astype(np.int32) for a in (image, number, other, self.y[image])))
+        x = self._place(self.x[image[rows]])[0]
+        state = programs.init(self.key, x, *fixed)
+        result = Found(np.zeros((count, *self.x.shape[1:]), np.float32), *np.zeros((2, count), bool))
+        on_cpu = jax.default_backend() == "cpu"  # XLA runs the gradient in a rolled loop on fewer threads there
+        stride = 1 if on_cpu and attack.gradient else _STEPS_PER_CALL
+        i = 0
+        while i < attack.steps:
+            stop = min(i + stride, attack.steps)
+            state = programs.steps(np.int32(i), np.int32(stop), x, *fixed, state)
+            i = stop
+            if attack.done is None or i == attack.steps:
+                continue
+            going = np.nonzero(~np.asarray(programs.done(state)))[0]
+            going = going[going < len(np.unique(rows))]  # the rest is padding
+            if not len(going):
+                break
+            if self._size(len(going)) < len(rows):
+                self._harvest(programs, x, fixed, state, rows, result)
+                kept = self._padded(going)
+                state, x, fixed = jax.block_until_ready(self.take((state, x, fixed), kept))
+                rows, programs = rows[kept], self._programs(name, attack, len(kept))
+        self._harvest(programs, x, fixed, state, rows, result)
+        return result
+
+    def _harvest(self, programs, x, fixed, state, rows, result):
+        """Writes what a batch has found so far into `result`, at the rows that it holds."""
+        x_adv, broken, flat, distance = map(np.asarray, programs.finish(self.key, x, *fixed, state))
+        if not float(distance.max()) <= self.eps + TOLERANCE:
+            raise RuntimeError(
+                f"an adversarial image is {distance.max():.8g} away or outside [0, 1]; eps is {self.eps:g}"
+            )
+        result.x_adv[rows], result.broken[rows], result.flat[rows] = x_adv, broken, flat
+
+    def _programs(self, name, attack, size):
+        if (name, size) not in self.programs:
+            self.programs[name, size] = self._make(name, attack)
+        return self.programs[name, size]
+
+    def _make(self, name, attack):
+        def init(key, x, image, number, other, y):
+            keys = self._image_keys(key, name, image, number)
+            return attack.init(keys, number % attack.restarts, x, y)
+
+        def steps(start, stop, x, image, number, other, y, state):
+            def step(i, state):
+                return attack.step(i, self.logits_fn, x, y, other, state)
+
+            if attack.gradient and jax.default_backend() == "cpu":
+                return step(start, state)
+            return lax.fori_loop(start, stop, step, state)
+
+        def finish(key, x, image, number, other, y, state):
+            x_adv = attack.x_adv(x, state)
+            logits = self.logits_fn(x_adv, *self._keys(key, f"{name} found", image, number))
+            distance = geometry.distance(x_adv, x, self.norm)
+            in_box = jnp.all((x_adv >= 0) & (x_adv <= 1), axis=(1, 2, 3))
+            flat = jnp.zeros(len(x), bool) if attack.flat is None else attack.flat(state)
+            return x_adv, ~losses.correct(logits, y), flat, jnp.where(in_box, distance, jnp.inf)
+
+        return Programs(
+            self._on_each_device(init, "csssss"),
+            self._on_each_device(steps, "ccssssss", donate=True),
+            self._on_each_device(finish, "cssssss", gathered=True),
+            jax.jit(attack.done or (lambda state: None), out_shardings=self.replicated),
+        )
+
+    def _on_each_device(self, program, arguments, gathered=False, donate=False):
+        """A compiled program that runs on each device for its own images: no step of it waits for another device.
+
+        What the program closes over, the weights of logits_fn, becomes an argument: baked in, it would be compiled too.
+
+        Args:
+          program: a function of arrays and trees; it sees one device's share.
+          arguments: for each argument "s", split among the devices, or "c", common to all.
+          gathered: whether all processes need all of the result.
+          donate: whether the last argument's memory is taken for the result.
+        """
+        specs = tuple({"s": cluster.BATCH, "c": cluster.REPLICATED}[kind] for kind in arguments)
+        split = jax.shard_map(program, mesh=self.mesh, in_specs=specs, out_specs=cluster.BATCH, check_vma=False)
+        compiled: list[tuple] = []
+
+        def call(*arguments):
+            leaves = jax.tree.leaves(arguments)
+            if not compiled:
+                closed, shapes = jax.make_jaxpr(split, return_shape=True)(*arguments)
+                kept = range(1 + len(leaves) - len(jax.tree.leaves(arguments[-1])), 1 + len(leaves))
+                hoisted = jax.jit(
+                    lambda constants, *leaves: jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, constants))(*leaves),
+                    out_shardings=self.replicated if gathered else self.sharded,
+                    donate_argnums=tuple(kept) if donate else (),
+                )
+                compiled.append((hoisted, [self._everywhere(c) for c in closed.consts], jax.tree.structure(shapes)))
+            hoisted, constants, tree = compiled[0]
+            return jax.tree.unflatten(tree, hoisted(constants, *leaves))
+
+        return call
+
+    def _everywhere(self, constant):
+        """An array that logits_fn closes over, on all devices; moved once."""
+        if id(constant) not in self.constants:
+            self.constants[id(constant)] = constant, jax.device_put(constant, self.replicated)
+        return self.constants[id(constant)][1]
+
+    def _key(self, data):
+        return jax.random.wrap_key_data(data, impl=self.key_kind)
+
+    def _image_keys(self, key, name, image, number):
+        """A key for each item, from the attack's name, the image and the number of the pass."""
+        key = jax.random.fold_in(self._key(key), np.uint32(zlib.crc32(name.encode())))
+        fold = jax.vmap(jax.random.fold_in)
+        return fold(jax.vmap(jax.random.fold_in, (None, 0))(key, image), number)
+
+    def _keys(self, key, name, image, number):
+        """What logits_fn takes beside x."""
+        return [self._image_keys(key, name, image, number)] if self.randomized else []
+
+    def _size(self, count):
+        return next(size for size in self.sizes if size >= count)
+
+    def _padded(self, rows):
+        """Rows, the last one repeated up to the next batch size."""
+        return np.concatenate([rows, np.repeat(rows[-1:], self._size(len(rows)) - len(rows))])
+
+    def _place(self, *arrays):
+        return [jax.make_array_from_callback(a.shape, self.sharded, a.__getitem__) for a in arrays]
+
+
+def passes(attack: Iterative, others: np.ndarray) -> int:
+    """Runs of each image: all restarts towards the first target, then towards the next."""
+    return attack.restarts * min(max(attack.targets, 1), others.shape[1])
+
+
+def _ceil(count, divisor):
+    return -(-count // divisor) * divisor
+
+
+def _power_of_two(count):
+    return 1 << (count - 1).bit_length()

@@ -1,0 +1,254 @@
+"""Square Attack: Andriushchenko, Croce, Flammarion & Hein, "Square Attack: a query-efficient black-box adversarial
+attack via random search", ECCV 2020; in l1: Croce & Hein, "Mind the box", ICML 2021.
+
+    x_0 = vertical stripes of ±ε (l_inf), or a grid of bumps (l2, l1)
+    each query: a random square of side s is filled anew, the result projected onto ball and box; it replaces x_t where
+    the margin z_y − max_{k≠y} z_k is smaller, or is ≤ 0, which ends the search
+
+    s = max( round(√(p·H·W)), 1 )          l2, l1: at least 3, and odd
+
+| symbol | code    | default |
+|--------|---------|---------|
+| N      | queries | 5000    |
+| p      | p_init  | 0.8     | divided by 2, 4, 8 … 512 after 10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000 queries
+|        | rescale | False   | True: the schedule is for 10,000 queries, and shrunk to N (the paper's)
+
+l_inf: the square gets ±2ε, one sign per channel. l2 and l1: a bump η of the square's size, plus the perturbation that
+was there, takes up the mass of the square, of a second square, which is set to zero, and what the ball had left.
+
+One deviation from the authors' code: it draws one square for a whole batch of images, so that results depend on what
+else is in the batch; here each image draws from its own key. Both choose uniformly, and neither ever
+chooses the last possible row or column.
+
+Guarantees (tests of the same names): x_adv lies in the eps-ball and in [0, 1]; the margin never rises; each image's
+result is independent of the others in its batch.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ibjax import losses
+from ibjax.attacks import Attack, geometry
+from ibjax.attacks.iterative import Iterative, as_attack
+from ibjax.errors import InputError, check_range
+
+_HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+
+
+def square(
+    *,
+    norm: str = "linf",
+    eps: "str | float" = "8/255",
+    queries: int = 5000,
+    p_init: float = 0.8,
+    restarts: int = 1,
+    rescale: bool = False,
+) -> Attack:
+    """An attack `(key, logits_fn, x, y) -> x_adv` that uses no gradient.
+
+    Args:
+      norm: "linf", "l2" or "l1".
+      eps: radius in [0, 1] pixel units, as "8/255" or a float.
+      queries: proposals after the first point.
+      p_init: share of the pixels in the first squares.
+      restarts: runs, each on the images that are not broken yet.
+      rescale: shrink the schedule of squares, made for 10,000 queries, to `queries`.
+
+    Returns:
+      The attack. `x` is (B, H, W, C) in [0, 1], `y` labels (B,), `key` one key or one per image.
+
+    Raises:
+      InputError: an unknown norm, or an eps or a number that is none.
+    """
+    return as_attack(iterative_square(norm, eps, queries, p_init, restarts, rescale))
+
+
+class State(NamedTuple):
+    """Of a run; images are (B, H, W, C), numbers (B,)."""
+
+    keys: Array
+    x_best: Array
+    margin: Array  # at x_best; infinite before the first query
+
+
+def iterative_square(
+    norm: str,
+    eps: "str | float",
+    queries: int = 5000,
+    p_init: float = 0.8,
+    restarts: int = 1,
+    rescale: bool = False,
+) -> Iterative:
+    """Square in its parts; arguments as `square`. Its step 0 only evaluates the first point."""
+    radius = geometry.one_radius(eps, norm)
+    check_range("square's p_init", p_init, 0, 1)
+    if queries < 1 or restarts < 1:
+        raise InputError(f"square's queries={queries}, restarts={restarts}: give at least 1")
+    shares = p_init / 2 ** halvings(queries, rescale)
+
+    def init(keys, restart, x, y):
+        draw_keys = geometry.fold(keys, 0)
+        start = _stripes if norm == "linf" else _bumps
+        return State(keys, start(draw_keys, x, norm, radius), jnp.full(x.shape[0], jnp.inf))
+
+    def step(i, logits_fn, x, y, other, state):
+        keys = geometry.fold(state.keys, i)
+        sides = side_lengths(shares, x.shape[1:3], norm)
+        propose = _squares if norm == "linf" else _moved_mass
+        proposal = jnp.where(i == 0, state.x_best, propose(keys, x, state.x_best, norm, radius, sides, i - 1))
+        margin = -losses.margin(logits_fn(proposal), y)
+        accept = (state.margin > 0) & ((margin < state.margin) | (margin <= 0))
+        x_best = jnp.where(geometry.per_image(accept, x), proposal, state.x_best)
+        return State(state.keys, x_best, jnp.where(accept, margin, state.margin))
+
+    def done(state):
+        return state.margin <= 0
+
+    def x_adv(x, state):
+        return jnp.where(geometry.per_image(done(state), x), state.x_best, x)
+
+    return Iterative(init, step, queries + 1, x_adv, done, gradient=False, restarts=restarts)
+
+
+def halvings(queries: int, rescale: bool = False) -> np.ndarray:
+    """How often p has been halved at each query, (queries,)."""
+    count = np.arange(queries)
+    if rescale:
+        count = (count / queries * 10_000).astype(int)
+    return np.sum(count[:, None] > np.array(_HALVED_AFTER), axis=1)
+
+
+def side_lengths(shares: np.ndarray, image: tuple[int, int], norm: str) -> np.ndarray:
+    """Side of each query's square in an image of (H, W): (queries,) int."""
+    height, width = image
+    least = 1 if norm == "linf" else 3
+    sides = np.maximum(np.round(np.sqrt(shares * height * width)).astype(int), least)
+    if norm != "linf":
+        sides += sides % 2 == 0
+    limit = min(image)
+    return np.minimum(sides, limit if norm == "linf" or limit % 2 else limit - 1)
+
+
+# ---- l_inf ---------------------------------------------------------------------------------------------------
+
+
+def _signs(keys, shape):
+    return jax.vmap(lambda key: jax.random.rademacher(key, shape, jnp.float32))(keys)
+
+
+def _stripes(keys, x, norm, eps):
+    """x ± ε, one sign per image, column and channel."""
+    _, _, width, channels = x.shape
+    return jnp.clip(x + eps * _signs(keys, (1, width, channels)), 0.0, 1.0)
+
+
+def _corner(keys, x, side):
+    """floor(U·(H − s)), floor(U·(W − s)) for each image: (B, 2) int32."""
+    free = (jnp.asarray(x.shape[1:3]) - side).astype(jnp.float32)
+    return jax.vmap(lambda key: jnp.floor(jax.random.uniform(key, (2,)) * free).astype(jnp.int32))(keys)
+
+
+def _offsets(x, corner):
+    """Row and column of each pixel, counted from the square's corner: (B, H, 1, 1) and (B, 1, W, 1)."""
+    rows, columns = jnp.arange(x.shape[1]), jnp.arange(x.shape[2])
+    rows = rows[None] - corner[:, :1]
+    columns = columns[None] - corner[:, 1:]
+    return rows[:, :, None, None], columns[:, None, :, None]
+
+
+def _inside(x, corner, side):
+    """Whether a pixel lies in the square: (B, H, W, 1)."""
+    rows, columns = _offsets(x, corner)
+    return (rows >= 0) & (rows < side) & (columns >= 0) & (columns < side)
+
+
+def _squares(keys, x, x_best, norm, eps, sides, query):
+    """x_best ± 2ε in a random square, one sign per channel."""
+    side = jnp.asarray(sides)[jnp.maximum(query, 0)]
+    corner = _corner(geometry.fold(keys, 1), x, side)
+    delta = 2 * eps * _signs(geometry.fold(keys, 2), (1, 1, x.shape[-1]))
+    return geometry.project(x_best + jnp.where(_inside(x, corner, side), delta, 0.0), x, norm, eps)
+
+
+# ---- l2 and l1 -----------------------------------------------------------------------------------------------
+
+
+def bump(side: int) -> np.ndarray:
+    """η of the paper: two halves of opposite sign, each a pyramid of 1/k² on the k-th ring; (s, s), l2 norm 1."""
+
+    def pyramid(height, width):
+        middle, total = (height // 2, width // 2), np.zeros((height, width))
+        for ring in range(max(height // 2, width // 2) + 1):
+            rows = slice(max(middle[0] - ring, 0), middle[0] + ring + 1)
+            columns = slice(max(middle[1] - ring, 0), middle[1] + ring + 1)
+            total[rows, columns] += 1 / (ring + 1) ** 2
+        return total / np.sqrt(np.sum(total**2))
+
+    top = side // 2
+    halves = np.concatenate([pyramid(top, side), -pyramid(side - top, side)] if top else [-pyramid(1, 1)])
+    return (halves / np.sqrt(np.sum(halves**2))).astype(np.float32)
+
+
+def _scaled(delta, norm, x, eps):
+    """x + delta at the length ε, inside the box."""
+    if norm == "l1":
+        return geometry.project(x + delta, x, norm, eps)
+    return geometry.project(x + eps * delta / (geometry.l2_norm(delta) + 1e-12), x, norm, eps)
+
+
+def _bumps(keys, x, norm, eps):
+    """A grid of five by five bumps, each turned by chance, with a random sign per channel."""
+    _, height, width, channels = x.shape
+    side = max(height // 5, 1)
+    first = (height - 5 * side) // 2
+    shape = (height // side, width // side)
+    signs = _signs(geometry.fold(keys, 1), (*shape, channels))
+    turned = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, shape))(geometry.fold(keys, 2))
+    place = [np.arange(length) - max(first, 0) for length in (height, width)]
+    tile = [np.clip(p // side, 0, n - 1) for p, n in zip(place, shape, strict=True)]
+    covered = [(p >= 0) & (p < n * side) for p, n in zip(place, shape, strict=True)]
+    value = bump(side)[place[0][:, None] % side, place[1][None] % side]
+    other = bump(side).T[place[0][:, None] % side, place[1][None] % side]
+    at = np.ix_(*tile)
+    eta = jnp.where(turned[:, at[0], at[1]], other[None], value[None])[..., None] * signs[:, at[0], at[1]]
+    delta = eta * np.float32(covered[0][:, None] & covered[1][None])[None, :, :, None]
+    return _scaled(10 * eps * delta if norm == "l1" else delta, norm, x, eps)
+
+
+def _moved_mass(keys, x, x_best, norm, eps, sides, query):
+    """The mass of two random squares, and what the ball has left, in the first square as a bump."""
+    kinds = np.unique(sides)
+    table = np.zeros((len(kinds), kinds.max(), kinds.max()), np.float32)
+    for row, kind in zip(table, kinds, strict=True):
+        row[:kind, :kind] = bump(kind)
+    kind = jnp.asarray(np.searchsorted(kinds, sides))[jnp.maximum(query, 0)]
+    side, eta = jnp.asarray(kinds)[kind], jnp.asarray(table)[kind]
+
+    channels, delta = x.shape[-1], x_best - x
+    corner, second = (_corner(geometry.fold(keys, n), x, side) for n in (1, 2))
+    inside, inside_second = _inside(x, corner, side), _inside(x, second, side)
+    turned = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5))(geometry.fold(keys, 3))
+    rows, columns = (jnp.clip(offset, 0, len(eta) - 1) for offset in _offsets(x, corner))
+    rows, columns = jnp.broadcast_arrays(rows[..., 0], columns[..., 0])  # (B, H, W)
+    eta = jnp.where(turned[:, None, None], eta[columns, rows], eta[rows, columns])[..., None]
+    signs = _signs(geometry.fold(keys, 4), (1, 1, channels))
+
+    def length(value, axes):  # of the attack's own norm
+        if norm == "l2":
+            return jnp.sqrt(jnp.sum(value**2, axes, keepdims=True))
+        return jnp.sum(jnp.abs(value), axes, keepdims=True)
+
+    old = jnp.where(inside, delta, 0.0)
+    new = jnp.where(inside, eta * signs, 0.0) + old / (1e-12 + length(old, (1, 2)))
+    new = new / (1e-12 + length(new, (1, 2)))  # each channel has length 1
+    whole, windows = length(delta, (1, 2, 3)), length(jnp.where(inside | inside_second, delta, 0.0), (1, 2, 3))
+    if norm == "l2":
+        mass = jnp.sqrt(jnp.maximum(eps**2 - whole**2, 0.0) / channels + windows**2)
+    else:
+        mass = jnp.maximum(eps - whole, 0.0) + channels * windows
+    delta = jnp.where(inside, new * mass, jnp.where(inside_second, 0.0, delta))
+    return _scaled(delta, norm, x, eps)

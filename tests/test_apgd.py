@@ -1,0 +1,257 @@
+"""Auto-PGD: its schedule by hand, its rules as a loop over one image, DLR by hand, l1."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import optimize
+
+from ibjax import losses
+from ibjax.attacks import geometry
+from ibjax.attacks.apgd import apgd, checkpoint_windows, iterative_apgd, larger_eps_stages
+from ibjax.errors import InputError
+
+RNG = np.random.default_rng(0)
+X = jnp.float32(RNG.uniform(size=(12, 4, 4, 3)))
+WEIGHTS = jnp.float32(RNG.normal(size=(48, 5)) / 3)
+BIAS = jnp.float32(RNG.normal(size=(1, 5)))
+EPS = {"linf": 0.08, "l2": 0.5, "l1": 2.0}
+
+
+def curved(x):
+    hidden = jnp.tanh(x.reshape(x.shape[0], -1) @ WEIGHTS)
+    return hidden[:, ::-1] ** 2 * 2 + hidden + BIAS
+
+
+Y = jnp.argmax(curved(X), 1).astype(jnp.int32)
+
+
+def test_checkpoints_are_where_the_paper_has_them():
+    windows = checkpoint_windows(100, "linf")
+    assert list(np.nonzero(windows)[0]) == [22, 41, 57, 70, 80, 87, 93, 99]
+    assert list(windows[windows > 0]) == [22, 19, 16, 13, 10, 7, 6, 6]
+    assert list(np.nonzero(checkpoint_windows(100, "l1"))[0]) == list(range(4, 101, 4))
+    assert list(np.nonzero(checkpoint_windows(10, "linf"))[0]) == [2, 3, 4, 5, 6, 7, 8, 9, 10]
+
+
+def test_larger_eps_uses_all_steps():
+    assert larger_eps_stages(12.0, 100) == [(36.0, 30), (24.0, 30), (12.0, 40)]
+
+
+def test_dlr_equals_its_formula_and_ignores_shift_and_scale():
+    logits = np.float32([[3.0, 1.0, 0.5, -2.0, 2.5], [3.0, 1.0, 0.5, -2.0, 2.5]])
+    y, other = jnp.array([0, 3]), jnp.array([4, 1])
+    np.testing.assert_allclose(losses.dlr(logits, y), [-(3 - 2.5) / (3 - 1), -(-2 - 3) / (3 - 1)], rtol=1e-6)
+    denominator = 3 - (1 + 0.5) / 2
+    targeted = [-(3 - 2.5) / denominator, -(-2 - 1) / denominator]
+    np.testing.assert_allclose(losses.dlr_targeted(logits, y, other), targeted, rtol=1e-6)
+    np.testing.assert_allclose(losses.dlr(7 * logits - 4, y), losses.dlr(logits, y), rtol=1e-5)
+    np.testing.assert_allclose(losses.dlr_targeted(7 * logits - 4, y, other), targeted, rtol=1e-5)
+
+
+def by_the_book(x, y, x_start, loss, eps, norm, steps, until):
+    """APGD on one image with the whole buffer of losses, index −1 included."""
+
+    def evaluate(x_adv):
+        value, gradient, logits = loss(x_adv, y)
+        return float(value), np.asarray(gradient), int(np.argmax(logits)) != int(y[0])
+
+    def project(u):
+        if norm == "linf":
+            return np.clip(np.clip(u, x - eps, x + eps), 0, 1)
+        d = u - x
+        return np.clip(x + d * min(1, eps / max(np.sqrt((d**2).sum()), 1e-12)), 0, 1)
+
+    x_adv = x_before = x_best = x_start
+    value, gradient, wrong = evaluate(x_adv)
+    found = x_adv if wrong else None
+    best, g_best, checked, halved, eta, buffer = value, gradient, value, True, 2 * eps, np.zeros(steps, np.float32)
+    k, since = max(int(0.22 * steps), 1), 0
+    for i in range(until):
+        direction = np.sign(gradient) if norm == "linf" else gradient / (np.sqrt((gradient**2).sum()) + 1e-12)
+        a = 0.75 if i else 1.0
+        u = project(x_adv + eta * direction)
+        x_adv, x_before = project(x_adv + a * (u - x_adv) + (1 - a) * (x_adv - x_before)), x_adv
+        value, gradient, wrong = evaluate(x_adv)
+        found = x_adv if wrong else found
+        buffer[i] = value
+        if value > best:
+            best, x_best, g_best = value, x_adv, gradient
+        since += 1
+        if since == k:
+            rises = sum(buffer[i - j] > buffer[i - j - 1] for j in range(k))
+            reduce = rises <= 0.75 * k or (not halved and checked >= best)
+            halved, checked = reduce, best
+            if reduce:
+                eta, x_adv, gradient = eta / 2, x_best, g_best
+            k, since = max(k - max(int(0.03 * steps), 1), max(int(0.06 * steps), 1)), 0
+    return x if found is None else found, eta, best
+
+
+@pytest.mark.parametrize("norm, loss", [("linf", "ce"), ("linf", "dlr"), ("l2", "ce")])
+def test_it_is_the_algorithm_by_the_book(norm, loss):
+    """Step size, largest loss and misclassified image after checkpoints; at convergence rounding decides."""
+    steps, until, eps = 100, 60 if norm == "linf" else 25, EPS[norm]
+    attack = iterative_apgd(loss, norm, eps, steps)
+    first = attack.init(jax.random.split(jax.random.key(3), len(X)), 0, X, Y)
+    state = run_all(attack, first, until + 1)
+    result = np.asarray(attack.x_adv(X, state))
+    per_example = {"ce": losses.cross_entropy, "dlr": losses.dlr}[loss]
+
+    @jax.jit
+    def all_losses(x):
+        (_, (values, logits)), gradients = jax.value_and_grad(
+            lambda x: (jnp.sum(per_example(curved(x), Y)), (per_example(curved(x), Y), curved(x))), has_aux=True
+        )(x)
+        return values, gradients, logits
+
+    same = []
+    for n in range(len(X)):
+
+        def function(x, y, n=n):  # the other images stand by, so that both round alike
+            values, gradients, logits = all_losses(X.at[n].set(x[0]))
+            return values[n], gradients[n][None], logits[n]
+
+        at = slice(n, n + 1)
+        image, eta, best = by_the_book(
+            np.asarray(X[at]), Y[at], np.asarray(first.x[at]), function, eps, norm, steps, until
+        )
+        same.append(
+            float(state.step_size[n]) == pytest.approx(eta)
+            and float(state.loss_best[n]) == pytest.approx(best, rel=1e-4, abs=1e-5)
+            and np.allclose(result[at], image, atol=1e-3)
+        )
+    assert np.sum(same) >= 10
+    assert 0 < np.sum(state.found) < len(X)
+
+
+def run_all(attack, state, steps):
+    return jax.jit(lambda state: jax.lax.fori_loop(0, steps, lambda i, s: attack.step(i, curved, X, Y, Y, s), state))(
+        state
+    )
+
+
+def test_the_loss_before_the_first_step_does_not_count_at_the_first_checkpoint():
+    """Cross-entropy rises above the 0 that stands for it; DLR, which is below 0 for a right image, does not."""
+    rises = {}
+    for loss in ("ce", "dlr"):
+        attack = iterative_apgd(loss, "linf", 1e-6, 100)
+        state = attack.init(jax.random.split(jax.random.key(0), len(X)), 0, X, Y)
+        for i in range(2):  # the start, and the first step
+            state = attack.step(i, curved, X, Y, Y, state)
+        rises[loss] = state.rises
+    np.testing.assert_array_equal(rises["ce"], 1)
+    np.testing.assert_array_equal(rises["dlr"], 0)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("options", [dict(loss="dlr"), dict(loss="dlr_targeted", targets=2, restarts=2)])
+def test_guarantees(norm, options):
+    """x_adv lies in ball and box; wrong and unbroken images come back unchanged; no image sees another."""
+    y = jnp.where(jnp.arange(len(X)) < 3, (Y + 1) % 5, Y)
+    attack = jax.jit(apgd(norm=norm, eps=EPS[norm], steps=12, **options), static_argnums=1)
+    keys = jax.random.split(jax.random.key(1), len(X))
+    x_adv = attack(keys, curved, X, y)
+    assert float(geometry.distance(x_adv, X, norm).max()) <= EPS[norm] + 1e-6
+    assert float(x_adv.min()) >= 0 and float(x_adv.max()) <= 1
+    np.testing.assert_array_equal(x_adv[:3], X[:3])
+    broken = np.argmax(curved(x_adv), 1) != np.asarray(y)
+    np.testing.assert_array_equal(np.any(x_adv != X, axis=(1, 2, 3)), broken & (np.arange(len(X)) >= 3))
+    assert broken[3:].sum() > 0
+    turned = attack(keys[::-1], curved, X[::-1], y[::-1])[::-1]
+    np.testing.assert_allclose(turned, x_adv, atol=1e-5)
+
+
+def test_targets_beyond_the_classes_are_left_out():
+    few, all_of_them = (apgd(loss="dlr_targeted", eps=0.08, steps=5, targets=n) for n in (4, 9))
+    key = jax.random.key(0)
+    np.testing.assert_array_equal(few(key, curved, X, Y), all_of_them(key, curved, X, Y))
+
+
+def test_a_gradient_is_the_mean_over_samples_of_a_random_network():
+    """With noise on the logits' slope, 400 samples find the direction that one sample misses."""
+
+    def noisy(x, keys):
+        noise = jax.vmap(lambda key: jax.random.normal(key, (48, 5)))(keys) * 3
+        flat = x.reshape(x.shape[0], -1)
+        return jnp.einsum("bi,bij->bj", flat, WEIGHTS[None] + noise)
+
+    x = jnp.full((1, 4, 4, 3), 0.5)
+    other, y = jnp.array([1]), jnp.array([0])
+    agreement = []
+    for samples in (1, 400):
+        attack = iterative_apgd("margin_targeted", "linf", 0.1, 1, targets=1, eot=samples)
+        state = attack.step(0, noisy, x, y, other, attack.init(jax.random.split(jax.random.key(0), 1), 0, x, y))
+        wanted = np.asarray(WEIGHTS[:, 1] - WEIGHTS[:, 0]).reshape(4, 4, 3)
+        np.testing.assert_allclose(state.gradient_best[0], wanted, atol=1.0 if samples == 400 else 30)
+        agreement.append(np.mean(np.sign(state.gradient_best[0]) == np.sign(wanted)))
+    assert agreement[0] < 0.75 < 0.8 < agreement[1]
+
+
+# ---- l1 ------------------------------------------------------------------------------------------------------
+
+
+def test_the_l1_projection_is_the_nearest_point_of_ball_and_box():
+    """Against a quadratic programme's solver, on six pixels."""
+    for trial in range(12):
+        rng = np.random.default_rng(trial)
+        x, z = rng.uniform(size=6), rng.normal(size=6) * 2
+        eps = rng.uniform(0.1, 3)
+        found = np.asarray(
+            geometry.project(jnp.float32(z).reshape(1, 1, 6, 1), jnp.float32(x).reshape(1, 1, 6, 1), "l1", eps)
+        )
+        # u = x + p − q with p, q ≥ 0 and Σ(p + q) ≤ ε
+        objective = lambda pq, x=x, z=z: np.sum((x + pq[:6] - pq[6:] - z) ** 2)  # noqa: E731
+        box = [(0, max(1 - value, 0)) for value in x] + [(0, value) for value in x]
+        ball = dict(type="ineq", fun=lambda pq, eps=eps: eps - pq.sum())
+        solved = optimize.minimize(objective, np.zeros(12), bounds=box, constraints=ball, method="SLSQP", tol=1e-12)
+        np.testing.assert_allclose(found.reshape(-1), x + solved.x[:6] - solved.x[6:], atol=2e-4)
+        assert np.abs(found.reshape(-1) - x).sum() <= eps + 1e-6
+
+
+def test_l1_adapts_sparsity_and_step_as_the_paper_says():
+    """The share of pixels is that of the best point over 1.5, and a step that does not get sparser shrinks by 1.5."""
+    eps, steps = EPS["l1"], 100
+    attack = iterative_apgd("ce", "l1", eps, steps)
+    state = attack.init(jax.random.split(jax.random.key(0), len(X)), 0, X, Y)
+    step = jax.jit(lambda i, state: attack.step(i, curved, X, Y, Y, state))
+    for i in range(5):
+        before, state = state, step(i, state)
+        if i == 0:
+            np.testing.assert_allclose(state.top, 0.2)
+            np.testing.assert_allclose(state.step_size, eps)
+        if 0 < i < 4:
+            np.testing.assert_array_equal(state.top, before.top)
+    nonzero = np.sum(np.asarray(state.x_best != X).reshape(len(X), -1), 1)
+    np.testing.assert_allclose(state.top, nonzero / 48 / 1.5, rtol=1e-6)
+    sparser = nonzero < 0.95 * 48
+    np.testing.assert_allclose(state.step_size, np.where(sparser, eps, eps / 1.5), rtol=1e-6)
+    moved = np.sum(np.asarray(_one_sign(state)) != 0, axis=(1, 2, 3))
+    np.testing.assert_array_equal(moved, 48 - np.clip((1 - np.asarray(state.top)) * 48, 0, 47).astype(int))
+
+
+def _one_sign(state):
+    from ibjax.attacks.apgd import _sparse_sign
+
+    return _sparse_sign(jnp.float32(RNG.normal(size=X.shape)), state.top)
+
+
+def test_larger_eps_ends_in_the_ball_asked_for():
+    x_adv = apgd(norm="l1", eps=2.0, steps=30, larger_eps=True)(jax.random.key(0), curved, X, Y)
+    assert float(geometry.distance(x_adv, X, "l1").max()) <= 2 + 1e-6
+    assert np.any(x_adv != X)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(loss="dlrt"), "did you mean 'dlr'"),
+        (dict(norm="l3"), "norm 'l3'"),
+        (dict(eps=8), "8/255"),
+        (dict(steps=0), "steps=0"),
+        (dict(larger_eps=True), "schedule of l1"),
+    ],
+)
+def test_bad_arguments_are_named(options, words):
+    with pytest.raises(InputError, match=words):
+        apgd(**options)

@@ -1,0 +1,380 @@
+"""AutoAttack: closed-form margins, invariance to batches, devices and interruption, warnings, and what it refuses."""
+
+import functools
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from ibjax import cluster
+from ibjax.attacks import autoattack, geometry
+from ibjax.attacks.apgd import iterative_apgd
+from ibjax.attacks.fab import iterative_fab
+from ibjax.attacks.square import iterative_square
+from ibjax.errors import InputError, PreemptedError
+
+RNG = np.random.default_rng(0)
+N, CLASSES = 41, 5
+X = np.float32(RNG.uniform(0.25, 0.75, size=(N, 4, 4, 3)))
+WEIGHTS = RNG.normal(size=(48, CLASSES))
+Y = np.argmax(X.reshape(N, -1) @ WEIGHTS, 1)
+Y[:3] = (Y[:3] + 1) % CLASSES  # wrong as they are
+KEY = jax.random.key(0)
+
+
+def linear(x):
+    return x.reshape(x.shape[0], -1) @ jnp.float32(WEIGHTS)
+
+
+def curved(x):
+    """Every sub-attack breaks some images of this one at eps 0.02 only."""
+    z = linear(x)
+    return z + jnp.sin(3 * z[:, ::-1])
+
+
+def margins(norm):
+    """The distance of each image's nearest boundary, in float64; below 0 where it is wrong as it is.
+
+    (z_y − z_k) / ||w_y − w_k||_q, smallest over k; in l1 the steepest pixels go to their walls first.
+    """
+    x, rows = X.reshape(N, -1).astype(np.float64), np.arange(N)
+    gap = (x @ WEIGHTS)[rows, Y][:, None] - x @ WEIGHTS  # (N, K)
+    w = WEIGHTS[:, Y].T[:, None] - WEIGHTS.T[None]  # (N, K, D)
+    if norm == "l1":
+        steep, room = np.abs(w), np.where(w > 0, x[:, None], 1 - x[:, None])
+        order = np.argsort(-steep, axis=2)
+        steep, room = (np.take_along_axis(value, order, 2) for value in (steep, room))
+        before = np.cumsum(steep * room, 2) - steep * room
+        length = np.clip((gap[..., None] - before) / np.maximum(steep, 1e-12), 0, room).sum(2)
+        quotients = np.where(gap > 0, length, -1)
+    else:
+        quotients = gap / np.maximum(np.linalg.norm(w, {"linf": 1, "l2": 2}[norm], axis=2), 1e-12)
+    return np.min(np.where(np.arange(CLASSES) == Y[:, None], np.inf, quotients), axis=1)
+
+
+def short(norm="linf", eps=0.02, steps=10, queries=60):
+    """The attacks of "standard" with few steps, the first with so few that it leaves something to the next."""
+    return {
+        "apgd-ce": iterative_apgd("ce", norm, eps, steps // 10),
+        "apgd-t": iterative_apgd("dlr_targeted", norm, eps, steps),
+        "fab-t": iterative_fab(norm, eps, steps, targets=9),
+        "square": iterative_square(norm, eps, queries),
+    }
+
+
+def attack(network=curved, key=KEY, x=X, y=Y, norm="linf", eps=0.02, **options):
+    if "attacks" not in options:
+        options["attacks"] = short(norm, eps)
+    return autoattack.autoattack(key, network, x, y, norm, eps, **options)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """One attack on the curved network, in one batch over all devices."""
+    return attack(batch_size=64)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_on_a_linear_network_robust_means_that_the_margin_exceeds_eps(norm):
+    margin = margins(norm)
+    eps = float(np.median(margin[3:]))
+    near = np.abs(margin / eps - 1) < (0.03 if norm == "l1" else 1e-3)
+    result = attack(linear, norm=norm, eps=eps, attacks=["apgd-ce", "fab-t"], batch_size=64)
+    np.testing.assert_array_equal(result.robust[~near], (margin > eps)[~near])
+    assert 10 < result.robust.sum() < 31 and near.sum() <= 3
+    np.testing.assert_array_equal(result.clean, margin > 0)
+    assert result.warnings == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_standard_on_a_linear_network_is_its_margin(norm):
+    margin = margins(norm)
+    eps = float(np.median(margin[3:]))
+    near = np.abs(margin / eps - 1) < (0.03 if norm == "l1" else 1e-3)
+    result = attack(linear, norm=norm, eps=eps, attacks=None, batch_size=64)
+    np.testing.assert_array_equal(result.robust[~near], (margin > eps)[~near])
+    assert list(result.robust_after) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+
+
+def test_robust_accuracy_only_falls_and_bookkeeping_is_consistent(whole):
+    result = whole
+    counts = [result.clean.sum(), *(flags.sum() for flags in result.robust_after.values())]
+    assert list(result.robust_after) == list(result.seconds) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert np.all(np.diff(counts) <= 0) and counts[2] < counts[1] < counts[0]
+    for before, after in zip([result.clean, *result.robust_after.values()], result.robust_after.values(), strict=False):
+        assert not np.any(after & ~before)
+    np.testing.assert_array_equal(result.robust, result.robust_after["square"])
+    np.testing.assert_array_equal(np.argmax(curved(result.x_adv), 1) == Y, result.robust)
+    np.testing.assert_array_equal(np.any(result.x_adv != X, axis=(1, 2, 3)), result.clean & ~result.robust)
+    assert float(geometry.distance(jnp.asarray(result.x_adv), jnp.asarray(X), "linf").max()) <= 0.02 + 1e-6
+    assert result.x_adv.min() >= 0 and result.x_adv.max() <= 1
+
+
+@pytest.mark.parametrize("devices, batch_size", [(8, 8), (1, 1), (1, 256)])
+def test_neither_batch_size_nor_number_of_devices_changes_a_flag(monkeypatch, whole, devices, batch_size):
+    reference = whole
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+    monkeypatch.setattr(cluster, "mesh", lambda: mesh)
+    result = attack(batch_size=batch_size)
+    for name, flags in reference.robust_after.items():
+        assert np.sum(flags != result.robust_after[name]) == 0, name
+    np.testing.assert_allclose(result.x_adv, reference.x_adv, atol=1e-4)
+
+
+def test_another_key_draws_otherwise():
+    few = {"apgd-ce": iterative_apgd("ce", "linf", 0.02, 1)}
+    first, second = (attack(key=jax.random.key(seed), attacks=few).x_adv for seed in (0, 1))
+    assert np.any(first != second)
+
+
+# ---- interruption --------------------------------------------------------------------------------------------
+
+
+def test_interrupted_anywhere_and_run_again_it_ends_with_the_same_flags_and_images(monkeypatch, tmp_path):
+    monkeypatch.setattr(autoattack, "_SAVE_SECONDS", 0.0)
+    attacks = {name: short()[name] for name in ("apgd-t", "square")}
+    partly = lambda x: jnp.where(x[:, 0, 0, :1] > 0.5, curved(x), curved(jnp.round(x * 64) / 64))  # noqa: E731
+    run = functools.partial(attack, partly, batch_size=8, attacks=attacks)
+    whole, file = run(), tmp_path / "state.npz"
+    assert any("gradient is zero" in text for text in whole.warnings)
+    save, times = autoattack._Progress.save, []
+
+    def save_and_stop(self, at_once=True):
+        save(self, at_once)
+        times.append((len(self.after), self.position))
+        if len(times) % 3 == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(autoattack._Progress, "save", save_and_stop)
+    for _ in range(30):
+        try:
+            result = run(state=file)
+            break
+        except KeyboardInterrupt:
+            continue
+    assert len(times) > 9 and len(set(times)) == len(times)  # no work was done twice
+    assert result.warnings == whole.warnings
+    np.testing.assert_array_equal(result.x_adv, whole.x_adv)
+    for name, flags in whole.robust_after.items():
+        np.testing.assert_array_equal(result.robust_after[name], flags)
+    again = run(state=file)  # finished: only read
+    np.testing.assert_array_equal(again.x_adv, whole.x_adv)
+    assert len(times) == len(set(times))
+
+
+def test_a_preemption_notice_saves_and_stops(monkeypatch, tmp_path):
+    notices = iter([False, True])
+    monkeypatch.setattr(cluster, "preempted", lambda: next(notices, True))
+    with pytest.raises(PreemptedError):
+        attack(batch_size=8, state=tmp_path / "state.npz", progress="AutoAttack")
+    with np.load(tmp_path / "state.npz") as stored:
+        assert stored["position"] > 0
+
+
+def test_a_state_of_another_evaluation_is_refused(monkeypatch, tmp_path):
+    file, few = tmp_path / "state.npz", {"apgd-ce": iterative_apgd("ce", "linf", 0.02, 3)}
+    attack(attacks=few, state=file)
+    others = [
+        (dict(eps=0.03), "eps"),
+        (dict(key=jax.random.key(5)), "key"),
+        (dict(x=X[::-1].copy(), y=Y[::-1].copy()), "images, labels"),
+        (dict(network=linear), "network"),
+        (dict(attacks=short()), "attacks"),
+    ]
+    for other, word in others:
+        with pytest.raises(InputError, match=rf"another evaluation \(its .*{word}"):
+            attack(**{"attacks": few, "state": file, **other})
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(InputError, match="damaged"):
+        attack(attacks=few, state=file)
+
+
+SCRIPT = """
+    import sys, jax, numpy as np
+    jax.config.update("jax_num_cpu_devices", 2)
+    sys.path.insert(0, {tests!r})
+    import test_autoattack as t
+    from ibjax.attacks import autoattack
+    autoattack._SAVE_SECONDS = 0.0
+    result = t.attack(batch_size=8, attacks=t.short(steps=40, queries=500), state=sys.argv[1])
+    np.savez(sys.argv[2], x_adv=result.x_adv, **result.robust_after)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_random_points_and_run_again_it_ends_with_the_same_bits(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parent))))
+    root = str(Path(__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+
+    def start(name):
+        return subprocess.Popen(
+            [sys.executable, script, tmp_path / f"{name}.state", tmp_path / f"{name}.npz"], env=environment
+        )
+
+    assert start("whole").wait() == 0
+    kills, state = 0, tmp_path / "killed.state"
+    for _ in range(60):
+        process, changes, last = start("killed"), 0, None
+        wanted = RNG.integers(1, 4)
+        while process.poll() is None:
+            stamp = state.stat().st_mtime_ns if state.exists() else None
+            changes, last = changes + (stamp != last), stamp
+            if changes > wanted:
+                process.kill()
+                kills += 1
+                break
+            time.sleep(0.002)
+        if process.wait() == 0:
+            break
+    assert kills >= 3
+    with np.load(tmp_path / "whole.npz") as whole, np.load(tmp_path / "killed.npz") as killed:
+        for name in whole.files:
+            np.testing.assert_array_equal(whole[name], killed[name])
+
+
+# ---- warnings ------------------------------------------------------------------------------------------------
+
+
+def quantised(x):
+    """Right as it is, and without any gradient: Square sees through it."""
+    return curved(jnp.round(x * 64) / 64)
+
+
+def saturated(x):
+    return jax.nn.softmax(linear(x) * 300.0)
+
+
+def constant(x):
+    return jnp.zeros((len(x), CLASSES)) + 0 * linear(x)
+
+
+def test_an_honest_network_gets_no_warning(whole):
+    assert whole.warnings == []
+
+
+@pytest.mark.parametrize(
+    "network, words",
+    [
+        (quantised, ["gradient is zero at the start", "square lowers robust accuracy by"]),
+        (saturated, ["probabilities", "gradient is zero at the start"]),
+        (constant, ["same logits for every image"]),
+    ],
+)
+def test_networks_with_masked_gradients_get_warnings(network, words):
+    y = np.argmax(np.asarray(network(jnp.asarray(X))), 1)
+    first = {"apgd-ce": iterative_apgd("ce", "linf", 0.02, 3)}
+    warnings = attack(network, y=y, attacks=first | {"square": short()["square"]}).warnings
+    for word in words:
+        assert any(word in text for text in warnings), warnings
+
+
+def noise(x, count=[0]):  # noqa: B006
+    count[0] += 1
+    return jax.random.normal(jax.random.key(count[0]), (len(x), CLASSES))
+
+
+def test_a_random_network_is_refused_unless_allowed():
+    with pytest.raises(InputError, match="version='rand'"):
+        attack(lambda x: linear(x) + noise(x))
+    few = {"apgd-ce": iterative_apgd("ce", "linf", 0.02, 3)}
+    result = attack(lambda x: linear(x) + noise(x), attacks=few, allow_randomized=True)
+    assert any("randomised" in text for text in result.warnings)
+
+
+def test_rand_averages_gradients_over_samples():
+    """On a network with noise in its logits it finds about what it finds without the noise."""
+
+    def noisy(x, keys):
+        return curved(x) + 0.05 * jax.vmap(lambda key: jax.random.normal(key, (CLASSES,)))(keys)
+
+    result = attack(noisy, version="rand", attacks=["apgd-ce"])
+    plain = attack(attacks={"apgd-ce": short(steps=100)["apgd-ce"]})
+    assert np.mean(result.robust != plain.robust) < 0.2
+    with pytest.raises(InputError, match=r"logits_fn\(x, keys\)"):
+        attack(curved, version="rand", attacks=None)
+    with pytest.raises(InputError, match="no form for random networks"):
+        attack(noisy, version="rand", attacks=["square"])
+
+
+def test_dlr_gives_way_to_the_margin_where_classes_are_too_few():
+    plans = {classes: autoattack.sub_attacks("plus", "linf", 0.1, classes) for classes in (2, 3, 4)}
+    for classes, (plan, warnings) in plans.items():
+        assert list(plan) == ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
+        reasons = [text for text in warnings if "classes" in text]
+        assert len(reasons) == {2: 2, 3: 1, 4: 0}[classes], warnings
+    two = lambda x: linear(x - 0.5)[:, :2]  # noqa: E731
+    result = attack(two, y=np.asarray(jnp.argmax(two(jnp.asarray(X)), 1)), eps=0.01, attacks=["apgd-t"])
+    assert 0 < result.robust.sum() < N and "there are 2" in result.warnings[0]
+
+
+def test_versions_are_those_of_the_authors():
+    standard, _ = autoattack.sub_attacks("standard", "linf", 0.1, 10)
+    assert {name: (a.steps, a.restarts, a.targets) for name, a in standard.items()} == {
+        "apgd-ce": (101, 1, 0), "apgd-t": (101, 1, 9), "fab-t": (100, 1, 9), "square": (5001, 1, 0)}  # fmt: skip
+    in_l1, _ = autoattack.sub_attacks("standard", "l1", 12.0, 10)
+    assert in_l1["apgd-ce"].restarts == 5 and in_l1["apgd-t"].targets == 5 and in_l1["apgd-ce"].steps == 103
+    plus, _ = autoattack.sub_attacks("plus", "l2", 0.5, 10)
+    assert list(plus) == ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
+    assert [attack.restarts for attack in plus.values()] == [5, 5, 5, 1, 1, 1]
+    assert [attack.targets for attack in plus.values()] == [0, 0, 0, 0, 9, 9]
+    rand, _ = autoattack.sub_attacks("rand", "linf", 0.1, 10)
+    assert {name: a.eot for name, a in rand.items()} == {"apgd-ce": 20, "apgd-dlr": 20}
+
+
+# ---- input ---------------------------------------------------------------------------------------------------
+
+NAN_PIXEL = np.where(np.arange(48).reshape(4, 4, 3) == 7, np.float32(np.nan), X)
+
+
+def nan_for_the_last(x):
+    return jnp.where(x[:, 0, 0, :1] == X[N - 1, 0, 0, 0], jnp.nan, linear(x))
+
+
+def centred(x):
+    return linear(x) - linear(x).mean(0, keepdims=True)
+
+
+BAD = {
+    "images above 1": (dict(x=X * 255), "reach from"),
+    "images below 0": (dict(x=X - 0.5), "reach from"),
+    "a NaN pixel": (dict(x=NAN_PIXEL), "reach from nan"),
+    "bytes": (dict(x=np.uint8(X * 255)), "divide by 255"),
+    "channels first": (dict(x=np.zeros((N, 3, 32, 32), np.float32)), "channels first"),
+    "no images": (dict(x=X[:0], y=Y[:0]), "at least one image"),
+    "eps in grey levels": (dict(eps=8), "8/255"),
+    "eps of zero": (dict(eps=0.0), "above 0"),
+    "a label too large": (dict(y=np.full(N, CLASSES)), "5 classes"),
+    "a negative label": (dict(y=np.full(N, -1)), "labels reach from"),
+    "one-hot labels": (dict(y=np.eye(CLASSES)[Y]), "integers of shape"),
+    "labels as floats": (dict(y=np.float32(Y)), "integers of shape"),
+    "one logit per image": (dict(network=lambda x: linear(x)[:, 0]), "logits have shape"),
+    "a tuple": (dict(network=lambda x: (linear(x), {})), "return the logits alone"),
+    "NaN logits": (dict(network=lambda x: linear(x) * jnp.nan), "NaN or Inf"),
+    "NaN logits of one image": (dict(network=nan_for_the_last), "NaN or Inf for 1 images"),
+    "batch statistics": (dict(network=centred), "other images of its batch"),
+    "an unknown norm": (dict(norm="l0"), "norm 'l0'"),
+    "an unknown version": (dict(version="strong", attacks=None), "version 'strong'"),
+    "an unknown attack": (dict(attacks=["apgd"]), "did you mean 'apgd-"),
+    "an attack twice": (dict(attacks=["square", "square"]), "each once"),
+    "a number as key": (dict(key=0), "jax.random.key"),
+    "no batch": (dict(batch_size=0), "batch_size=0"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_bad_input_is_one_clear_line(case):
+    options, words = BAD[case]
+    with pytest.raises(InputError, match=words) as caught:
+        attack(**{"attacks": ["apgd-ce"], **options})
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,129 @@
+"""FAB: its projections against solvers, its distances against closed-form margins."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import optimize
+
+from ibjax.attacks import geometry
+from ibjax.attacks.fab import fab, iterative_fab, step_onto_hyperplane
+from ibjax.errors import InputError
+
+RNG = np.random.default_rng(0)
+NORMS = ("linf", "l2", "l1")
+
+
+def solved(x, w, above, norm):
+    """The length of the shortest step, by a linear programme (l_inf, l1) or by SLSQP (l2); inf where there is none."""
+    n = len(x)
+    bounds = [(-value, 1 - value) for value in x]
+    if norm == "l2":
+        plane = dict(type="eq", fun=lambda d: w @ d + above)
+        if np.sum(np.where(w * np.sign(above) > 0, x, 1 - x) * abs(w)) < abs(above):
+            return np.inf
+        found = optimize.minimize(lambda d: d @ d, -above * w / (w @ w), bounds=bounds, constraints=plane,
+                                  method="SLSQP", tol=1e-14, options=dict(maxiter=500))  # fmt: skip
+        assert found.success or found.status == 8  # the line search has reached its precision
+        return np.sqrt(found.fun)
+    if norm == "linf":  # variables d, t: minimise t with |d_i| <= t
+        bound = np.block([[np.eye(n), -np.ones((n, 1))], [-np.eye(n), -np.ones((n, 1))]])
+        found = optimize.linprog(np.r_[np.zeros(n), 1], bound, np.zeros(2 * n), np.r_[w, 0][None], [-above],
+                                 bounds=[*bounds, (0, None)])  # fmt: skip
+    else:  # d = p - q
+        found = optimize.linprog(np.ones(2 * n), None, None, np.r_[w, -w][None], [-above],
+                                 bounds=[(0, 1 - v) for v in x] + [(0, v) for v in x])  # fmt: skip
+    return found.fun if found.status == 0 else np.inf
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_steps_onto_the_hyperplane_are_those_of_a_solver(norm):
+    """Shortest, on the hyperplane, inside the box; the farthest corner where the hyperplane misses the box."""
+    cases = 60
+    x = RNG.uniform(size=(cases, 8))
+    x[::3, :3] = RNG.integers(0, 2, (len(x[::3]), 3))  # pixels at their walls
+    w = RNG.normal(size=(cases, 8)) * 10.0 ** RNG.integers(-12, 3, (cases, 1))
+    w[::4, 5:] = 0
+    above = np.sum(w * (x - RNG.uniform(size=x.shape)), 1) * RNG.choice([1, 4], cases)
+    image = lambda a: jnp.float32(a).reshape(cases, 2, 2, 2)  # noqa: E731
+    d = np.asarray(step_onto_hyperplane(image(x), image(w), jnp.float32(above), norm), np.float64).reshape(cases, 8)
+    assert np.all((x + d >= -1e-6) & (x + d <= 1 + 1e-6))
+    lengths = np.asarray(geometry.size(image(d), norm)).reshape(-1)
+    missed = 0
+    for i in range(cases):
+        length, scale = solved(x[i], w[i] / abs(w[i]).max(), above[i] / abs(w[i]).max(), norm), abs(w[i]).max()
+        if np.isinf(length):
+            corner = np.where(w[i] * np.sign(above[i]) > 0, -x[i], 1 - x[i]) * (w[i] != 0)
+            np.testing.assert_allclose(d[i], corner, atol=1e-6)
+            missed += 1
+            continue
+        assert abs(w[i] @ d[i] + above[i]) < 1e-5 * scale
+        assert lengths[i] == pytest.approx(length, abs=2e-5)
+    assert 3 < missed < cases - 10
+
+
+def test_a_flat_hyperplane_moves_nothing():
+    x = jnp.full((1, 2, 2, 1), 0.5)
+    for norm in NORMS:
+        np.testing.assert_array_equal(step_onto_hyperplane(x, 0 * x, jnp.ones(1), norm), 0)
+
+
+N, CLASSES = 10, 4
+WEIGHTS = jnp.float32(RNG.normal(size=(48, CLASSES)))
+X = jnp.float32(RNG.uniform(0.3, 0.7, size=(N, 4, 4, 3)))  # no wall within reach
+DUAL = {"linf": 1, "l2": 2, "l1": np.inf}
+
+
+def linear(x):
+    return x.reshape(x.shape[0], -1) @ WEIGHTS
+
+
+Y = jnp.argmax(linear(X), 1).astype(jnp.int32)
+
+
+def margins(norm):
+    """min_k (z_y − z_k) / ||w_y − w_k||_q of each image, in float64."""
+    w = np.asarray(WEIGHTS, np.float64)
+    z, y = np.asarray(X, np.float64).reshape(N, -1) @ w, np.asarray(Y)
+    lengths = np.linalg.norm(w[:, y][:, :, None] - w[:, None, :], DUAL[norm], axis=0)
+    return np.min(np.where(np.arange(CLASSES) == y[:, None], np.inf, (z[np.arange(N), y][:, None] - z)) /
+                  np.maximum(lengths, 1e-12), 1)  # fmt: skip
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("targets", [0, 9])
+def test_on_a_linear_network_it_finds_the_margin(norm, targets):
+    attack = iterative_fab(norm, 7.9 if norm == "l2" else 0.9, 20, targets=targets)
+    best = np.full(N, np.inf)
+    others = jnp.argsort(-linear(X), axis=1)
+    for rank in range(1, CLASSES if targets else 2):
+        state = attack.init(jax.random.split(jax.random.key(0), N), 0, X, Y)
+        run = jax.jit(lambda s, o: jax.lax.fori_loop(0, 20, lambda i, s: attack.step(i, linear, X, Y, o, s), s))
+        best = np.minimum(best, run(state, others[:, rank]).nearest)
+    # overstepping by 1.05 from 0.9 of the way ends at 1.005; l1 has many shortest steps and settles slower
+    assert np.all(best >= margins(norm) * 0.9999)
+    assert np.all(best <= margins(norm) * (1.07 if norm == "l1" else 1.006))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("options", [dict(targets=2, restarts=2), dict()])
+def test_guarantees(norm, options):
+    """x_adv lies in ball and box; what is farther than eps, or was wrong, comes back unchanged; as does its order."""
+    margin = margins(norm)
+    eps = float(np.sort(margin)[N // 2] * 1.1)
+    y = jnp.where(jnp.arange(N) < 2, (Y + 1) % CLASSES, Y)
+    attack = jax.jit(fab(norm=norm, eps=eps, steps=20, **options), static_argnums=1)
+    keys = jax.random.split(jax.random.key(0), N)
+    x_adv = attack(keys, linear, X, y)
+    assert float(geometry.distance(x_adv, X, norm).max()) <= eps + 1e-6
+    assert float(x_adv.min()) >= 0 and float(x_adv.max()) <= 1
+    changed = np.any(x_adv != X, axis=(1, 2, 3))
+    reachable = np.where(np.arange(N) < 2, np.inf, margin)
+    assert np.all(changed[reachable < eps * 0.93]) and not np.any(changed[reachable > eps])
+    np.testing.assert_allclose(attack(keys[::-1], linear, X[::-1], y[::-1])[::-1], x_adv, atol=1e-5)
+
+
+def test_bad_arguments_are_named():
+    for options, words in ((dict(norm="l3"), "norm 'l3'"), (dict(eps=8), "8/255"), (dict(steps=0), "steps=0")):
+        with pytest.raises(InputError, match=words):
+            fab(**options)
