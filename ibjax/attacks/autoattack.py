@@ -179,13 +179,13 @@ def autoattack(
     steps = {name: [attack.steps, attack.restarts, attack.targets] for name, attack in plan.items()}
     settings = dict(version=version, attacks=steps, norm=norm, eps=eps, images=digest(x), labels=digest(y))
     settings |= dict(key=runner.key.tolist(), key_kind=str(runner.key_kind))
-    progress_ = _Progress(Path(state) if state else None, settings, logits, x, logits.argmax(1) == y)
-    _run(runner, plan, logits, progress_, progress)
-    warnings += [*notes, *_gradient_warnings(plan, progress_.flat)]
-    after = dict(zip(plan, progress_.after, strict=True))
-    warnings += _final_checks(runner, progress_, after)
-    seconds = {name: round(value, 2) for name, value in zip(plan, progress_.seconds[:-1], strict=True)}
-    return Result(progress_.x_adv, progress_.robust, progress_.clean, after, seconds, list(dict.fromkeys(warnings)))
+    found = _Progress(Path(state) if state else None, settings, logits, x, logits.argmax(1) == y)
+    _run(runner, plan, logits, found, progress)
+    warnings += [*notes, *_gradient_warnings(plan, found.flat)]
+    after = dict(zip(plan, found.after, strict=True))
+    warnings += _final_checks(runner, found, after)
+    seconds = {name: round(value, 2) for name, value in zip(plan, found.seconds[:-1], strict=True)}
+    return Result(found.x_adv, found.robust, found.clean, after, seconds, list(dict.fromkeys(warnings)))
 
 
 def _check_network(logits_fn, x, y, random, allow_randomized):
