@@ -104,7 +104,7 @@ def page(results: Results) -> str:
     """The comparison in Markdown: mean ± standard deviation over seeds, the most robust first."""
     columns = ["clean", *results["attacks"]]
     methods = {name: list(runs.values()) for name, runs in results["methods"].items() if runs}
-    ranked = sorted(methods, key=lambda name: -_mean(methods[name], columns[-1]))
+    ranked = sorted(methods, key=lambda name: -min(_mean(methods[name], attack) for attack in results["attacks"]))
     head = ["objective", "seeds", *map(attack_label, columns), "ms per step", "parameters"]
     lines = [head, ["---"] * len(head)]
     for name in ranked:
@@ -118,7 +118,7 @@ def page(results: Results) -> str:
     return (
         f"# Every objective on the digits\n\n`{results['command']}`, commit {results['commit']}; "
         f"{results['hardware']}; {versions}\n\n{table}\n\n"
-        f"{_reading(results, methods, columns[-1])}\n" + (f"\nNot on the page:\n\n{failed}" if failed else "")
+        f"{_reading(results, methods)}\n" + (f"\nNot on the page:\n\n{failed}" if failed else "")
     )
 
 
@@ -131,7 +131,7 @@ def _cell(runs, column):
     return f"{_mean(runs, column):.1f}{spread}"
 
 
-def _reading(results, methods, column):
+def _reading(results, methods):
     """What the ranking shows and what it does not."""
     if not methods:
         return "No run has finished yet."
@@ -140,12 +140,13 @@ def _reading(results, methods, column):
     sampling = 196 * (0.25 / n) ** 0.5  # 95 %, of a proportion at one half, in percent
     text = (
         f"In percent of {n} test images at eps {results['eps']}, mean ± standard deviation over seeds, sorted by "
-        f"{attack_label(column)}; {results['epochs']} epochs each. The images alone leave each accuracy uncertain "
-        f"by up to ±{sampling:.1f} points. "
+        f"the attack that is the worst for each; {results['epochs']} epochs each. The images alone leave each accuracy "
+        f"uncertain by up to ±{sampling:.1f} points. "
     )
     if not several:
         return text + "With one seed each, this is no ranking."
-    typical = statistics.median(statistics.stdev(single[column] for single in runs) for runs in several)
+    spreads = [statistics.stdev(single[attack] for single in runs) for runs in several for attack in results["attacks"]]
+    typical = statistics.median(spreads)
     least = min(len(runs) for runs in several)
     gap = 2 * typical * (2 / least) ** 0.5
     return text + (

@@ -39,13 +39,21 @@ def results(**methods):
     return {**facts, "methods": runs, "failed": {"other": "seed 0: refused"}}
 
 
-def test_the_page_ranks_by_the_strongest_attack_and_says_what_that_means():
+def test_the_page_ranks_by_the_worst_attack_and_says_what_that_means():
     text = comparison.page(results(weak=[10.0, 20.0, 30.0], strong=[50.0, 50.0, 56.0]))
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows[2:]] == ["| strong", "| weak"]
     assert "20.0 ± 10.0" in rows[3] and "| 3 |" in rows[3] and "1,000" in rows[3]
     # the median of 10 and 3.46 is 6.73; 2·6.73·√(2/3) = 10.99
     assert "up to 11.0 points" in text and "±5.2 points" in text and "- other: seed 0: refused" in text
+
+
+def test_each_is_ranked_by_what_hurts_it_most():
+    content = results(a=[50.0], b=[40.0])
+    content["attacks"].append("cw-20")
+    content["methods"]["a"]["0"]["cw-20"], content["methods"]["b"]["0"]["cw-20"] = 30.0, 45.0
+    rows = [line for line in comparison.page(content).splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| b", "| a"]
 
 
 def test_one_seed_ranks_nothing():
