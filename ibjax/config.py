@@ -43,7 +43,8 @@ def base() -> ConfigDict:
     config.epochs = 200
     config.optimizer = dict(name="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4)
     config.schedule = dict(name="piecewise", boundaries=(100, 150), factor=0.1)
-    config.head_optimizer = dict(lr=placeholder(float))  # None: the method's own weights share `optimizer`'s rate
+    # of the method's own weights; lr=None: they share `optimizer`. name: another one than that, with its defaults
+    config.head_optimizer = dict(name="", lr=placeholder(float))
     config.ema_decay = placeholder(float)  # of averaged parameters, which are then what is evaluated
     config.perturb = None  # or dict(name="awp", gamma=…, warmup=…): the gradient is taken at perturbed weights
     # teacher: workdir of a trained run, or the recipe that makes one in workdir/teacher; made_by: a hint for messages
@@ -137,6 +138,12 @@ def check(config: ConfigDict) -> None:
     for section in _CALLS:
         if _given(config, section):
             _check_call(section, lookup(config, section))
+    if config.head_optimizer.name:
+        from ibjax import optim
+
+        optim.named("optimizer", config.head_optimizer.name)
+        if config.head_optimizer.lr is None:
+            raise InputError("head_optimizer.lr is missing; give the learning rate")
     for role in TEACHERS:
         which = str(config[role].checkpoint)
         if which not in ("best", "last") and not which.isdecimal():

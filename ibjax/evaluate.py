@@ -54,11 +54,20 @@ class Flags(NamedTuple):
 class Scorer:
     """One attack on one network, compiled once for all images and all eps.
 
-    `make_attack(eps=…, step_size=…)` gives the attack. The last batch is padded and the padding discarded; each image's
-    randomness comes from its index in the split.
+    `make_attack(eps=…, step_size=…)` gives the attack; where it is not `bounded`, only the box is checked. The last
+    batch is padded and the padding discarded; each image's randomness comes from its index in the split.
     """
 
-    def __init__(self, predict: Callable, make_attack: Callable[..., Attack], mesh: Any, batch_size: int, norm: str):
+    def __init__(
+        self,
+        predict: Callable,
+        make_attack: Callable[..., Attack],
+        mesh: Any,
+        batch_size: int,
+        norm: str,
+        bounded: bool = True,
+    ):
+        self.bounded = bounded
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         self.sharded = NamedSharding(mesh, cluster.BATCH)
 
@@ -125,7 +134,7 @@ class Scorer:
                 bar.set_postfix_str(f"robust {100 * np.mean(np.concatenate([p.robust for p in parts])):.1f} %")
         flags = Flags(*(np.concatenate(values) for values in zip(*parts, strict=True)))
         worst = float(flags.distance.max())
-        if not worst <= float(eps) + _TOLERANCE:
+        if not worst <= (float(eps) + _TOLERANCE if self.bounded else sys.float_info.max):
             raise RuntimeError(f"an adversarial image is {worst:.8g} away or outside [0, 1]; eps is {float(eps):.8g}")
         return flags, np.concatenate(kept)[:keep]
 
@@ -237,12 +246,12 @@ def evaluate(
     main = settings["eps"]
     for name in settings["attacks"]:
         attack = named(name)
-        ladder = settings["ladder"] if attack.make else ()
+        ladder = settings["ladder"] if attack.make and attack.bounded else ()
         execute = _executor(attack, predict, trained, split, settings, mesh)
         for eps in (main, *(eps for eps in ladder if eps != main)):
             step_size = eps if attack.full_step else _scaled_step(settings, eps) if attack.make else None
             own = {"attack": name, "attack_settings": attack.settings, "eps": eps, "step_size": step_size}
-            identity = {**common, **own, "main": eps == main}
+            identity = {**common, **own, "main": eps == main, "bounded": attack.bounded}
             file = folder / _file_name(name, eps, main, settings["n"])
             record = _existing(file, identity)
             if record is None:
@@ -268,7 +277,10 @@ def _executor(attack, predict, trained, split, settings, mesh):
             lambda x: predict(trained.variables, x)[0], split, seed, attack.settings,
             norm=norm, eps=eps, batch_size=batch_size, title=title, keep=keep, state=state,
         )  # fmt: skip
-    scorer = Scorer(predict, functools.partial(attack.make, norm=norm), mesh, batch_size, norm)
+    measured = norm if attack.bounded else "l2"
+    scorer = Scorer(
+        predict, functools.partial(attack.make, norm=norm), mesh, batch_size, measured, bounded=attack.bounded
+    )
 
     def execute(eps, step_size, title, keep, state):
         started = time.perf_counter()

@@ -27,6 +27,11 @@ _NAMES = {
     "fab": "FAB",
     "apgd": "APGD",
     "autoattack": "AutoAttack",
+    "noise": "noise",
+    "bim": "BIM",
+    "mim": "MIM",
+    "nifgsm": "NI-FGSM",
+    "spsa": "SPSA",
 }
 
 
@@ -70,8 +75,15 @@ def is_main(record: Record) -> bool:
     return record["eps"] == record.get("config", {}).get("evaluate", {}).get("eps")
 
 
+def is_bounded(record: Record) -> bool:
+    """Whether its attack stays within eps; one that looks for the smallest perturbation does not."""
+    return record.get("bounded", True)
+
+
 def attack_label(name: str) -> str:
     """As "margin PGD-20" for "cw-20"."""
+    if name.startswith("cw-l2-"):
+        return f"C&W l2-{name.removeprefix('cw-l2-')} (any size)"
     family, dash, steps = name.partition("-")
     return _NAMES.get(family, family) + dash + steps
 
@@ -151,7 +163,9 @@ def tables(records: Iterable[Record]) -> list[Table]:
             first = group[0]
             robust = {record["attack"]: record["robust_acc"] for record in group}
             selection = first["checkpoint"], first["selected_on"]
-            line = Line(row.label, *selection, first["n"], first["clean_acc"], robust, worst_case(group))
+            line = Line(
+                row.label, *selection, first["n"], first["clean_acc"], robust, worst_case([*filter(is_bounded, group)])
+            )
             table = found.setdefault((dataset, norm, eps), Table(dataset, norm, eps, [], []))
             table.lines.append(line)
             table.attacks[:] = sorted({*table.attacks, *robust}, key=strength)
@@ -234,7 +248,7 @@ class Check(NamedTuple):
 
 def checks(records: Sequence[Record], problems: Sequence[str] = ()) -> list[Check]:
     """What should make a reader trust or doubt a table; `problems` are those of the files that records came from."""
-    grouped = rows(records)
+    grouped = rows(filter(is_bounded, records))
     warned = Counter((record["title"], str(text)) for record in records for text in record.get("warnings", ()))
     warnings = [f"{title}: {text} ({count} records)" for (title, text), count in warned.items()]
     selected = sorted({(record["title"], record["selected_on"]) for record in records})

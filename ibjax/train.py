@@ -204,7 +204,8 @@ def _optimizer(settings, steps_per_epoch):
     learning_rate = schedule(lr)
     head = None
     if settings.head_optimizer.lr is not None:
-        head = optim.optimizer(lr=schedule(settings.head_optimizer.lr), **options)
+        own = {"name": settings.head_optimizer.name} if settings.head_optimizer.name else options
+        head = optim.optimizer(lr=schedule(settings.head_optimizer.lr), **own)
     return optim.with_head(optim.optimizer(lr=learning_rate, **options), head), learning_rate
 
 

@@ -63,7 +63,9 @@ def multiply_adds(module: nn.Module, x: Any, y: Any) -> int:
     match module:
         case nn.Conv():
             height_width = math.prod(y.shape[1:3])
-            return height_width * module.features * (math.prod(module.kernel_size) * x.shape[-1] + module.use_bias)
+            return (
+                height_width * module.features * (math.prod(tuple(module.kernel_size)) * x.shape[-1] + module.use_bias)
+            )  # pyright: ignore
         case nn.Dense():
             return module.features * (x.shape[-1] + module.use_bias)
         case layers.BatchNorm():

@@ -96,7 +96,7 @@ class Calibration(nn.Module):
             y, penalty = module(layers.resize(x, (s, s)), train)
             maps.append(layers.resize(jax.nn.sigmoid(y), size))  # the sigmoid comes first: interpolation is after it
             penalties.append(penalty)
-        return sum(maps) / len(maps), sum(penalties)
+        return jnp.mean(jnp.stack(maps), 0), jnp.sum(jnp.stack(penalties))
 
 
 class Extractor(nn.Module):

@@ -12,7 +12,7 @@ objective on the whole network, from which also the attack climbs.
 |--------|------------|----------|---------------------------------------------------------------------------------|
 | λ₁     | lam        | 20       |                                                                                 |
 | λ₂     | lam_tau    | 1e-4     |                                                                                 |
-| L_ori  | base       | "pgd_at" | or "trades" (β: `base_beta`, 6), "te", "te_trades"; AWP: config.perturb         |
+| L_ori  | base       | "pgd_at" | or "trades" (β: `base_beta`, 6), "te", "te_trades"; AWP by config.perturb       |
 | d      | distance   | "mse"    | mean over all elements of the square; "l2_per_image": mean_b ‖·‖₂, by colour    |
 |        |            |          | channel or feature map; "fro_batch": ‖·‖₂ of the whole batch                     |
 | sg     | info_stop  | True     | the clean f_i are a target, towards which the adversarial ones are calibrated   |
@@ -39,6 +39,7 @@ from ibjax.attacks.pgd import pgd
 from ibjax.errors import InputError, check_range, nearest
 from ibjax.information.svd import singular_values_and_polar
 from ibjax.objectives.pgd_at import pgd_at
+from ibjax.objectives.te import te
 from ibjax.objectives.trades import trades
 from ibjax.step import Net, Objective, Output
 
@@ -62,7 +63,12 @@ def fro_batch(a: Array, b: Array) -> Array:
 
 
 DISTANCES = {"mse": mean_square, "l2_per_image": l2_per_image, "fro_batch": fro_batch}
-BASES = ("pgd_at", "trades")
+BASES = {
+    "pgd_at": lambda beta: pgd_at(),
+    "trades": lambda beta: trades(beta=beta),
+    "te": lambda beta: te(),
+    "te_trades": lambda beta: te(base="trades", beta=beta),
+}
 
 
 def siriib(
@@ -80,7 +86,7 @@ def siriib(
             raise InputError(f"objective.{name}='{value}' is unknown; {nearest(value, allowed)}")
     check_range("objective.lam", lam, 0)
     check_range("objective.lam_tau", lam_tau, 0)
-    original = pgd_at() if base == "pgd_at" else trades(beta=base_beta)
+    original = BASES[base](base_beta)
     d = DISTANCES[distance]
 
     def loss(net, variables, batch, x_adv, key):
@@ -88,10 +94,13 @@ def siriib(
         x = batch["image"]
         passes = []
         value, (variables, metrics) = original.loss(_recorded(net, passes), variables, batch, x_adv, key_base)
-        adv, clean = (next((output[1] for u, output in passes if u is v), None) for v in (x_adv, x))
+        adv = next(output[1] for u, output in passes if u is x_adv)
         if "x_avg" not in adv:
             raise InputError("objective 'siriib' needs its network; set model=dict(name='siriib', backbone=…)")
-        if clean is None:
+        seen = [output[1] for u, output in passes if u is x]
+        if seen:
+            clean = seen[0]
+        else:
             (_, clean), updated = net.forward(variables, x, key_clean)
             variables = _with_added_statistics(variables, updated)
 

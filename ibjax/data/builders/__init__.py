@@ -51,7 +51,7 @@ def write(name: str, contents: Contents, data_dir: Path, metadata: dict[str, Any
     """
     import tensorflow_datasets as tfds
 
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # pyright: ignore[reportGeneralTypeIssues, reportCallIssue]
         """`contents` as TFDS sees it."""
 
         VERSION = tfds.core.Version(VERSION)

@@ -1,0 +1,193 @@
+"""Shared information against closed forms and float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ibjax import losses
+from ibjax.errors import InputError
+from ibjax.information import hsic
+from ibjax.models import cnn, stochastic
+from ibjax.objectives.pgd_at import pgd_at
+from ibjax.objectives.shared_information import beta_at, measure, shared_information
+from ibjax.optim import sgd
+from ibjax.step import init_state, linen_net, make_train_step, trainable
+
+CNN = dict(name="cnn", widths=((6,), (6,)), hidden=(), padding=1, batch_norm=True, pool="average")
+MODEL = stochastic.Model(4, backbone=CNN, latent=5)
+BATCH = {
+    "image": jax.random.uniform(jax.random.key(0), (12, 8, 8, 1)),
+    "label": jnp.arange(12) % 4,
+    "index": jnp.arange(12),
+    "epoch": jnp.float32(200),
+    "step": jnp.int32(0),
+}
+X_ADV = jnp.clip(BATCH["image"] + 0.1 * jax.random.normal(jax.random.key(1), (12, 8, 8, 1)), 0, 1)
+NET = linen_net(MODEL)
+KEY = jax.random.key(3)
+VARIABLES = {"batch_stats": {}, **MODEL.init(jax.random.key(0), BATCH["image"])}
+
+
+def passes(key=KEY):
+    """(output on x', output on x), in the order and with the keys of the batch-norm policy."""
+    key_adv, key_clean, _ = jax.random.split(key, 3)
+    adv, variables = NET.forward(VARIABLES, X_ADV, key_adv)
+    clean, variables = NET.forward(variables, BATCH["image"], key_clean)
+    return adv, clean, variables
+
+
+def value(**options):
+    objective = shared_information(**options)
+    variables = VARIABLES
+    if objective.head is not None:
+        features = NET.predict(VARIABLES, BATCH["image"])[1]
+        variables = {**VARIABLES, "head": objective.head.init(KEY, features, None, train=False)}
+    loss, (after, metrics) = objective.loss(NET, variables, BATCH, X_ADV, KEY)
+    return float(loss), after, metrics
+
+
+def test_beta_is_small_then_rises_exponentially_to_its_value():
+    at = [float(beta_at(jnp.float32(e), 4.0, 1e-3, 10, 90)) for e in (0, 9.9, 10, 55, 100, 150)]
+    np.testing.assert_allclose(at, [1e-3, 1e-3, 1e-3, np.sqrt(4.0 * 1e-3), 4.0, 4.0], rtol=1e-5)
+    assert float(beta_at(jnp.float32(50.0), 4.0, 1e-3, 10, 90)) == float(beta_at(jnp.float32(50.9), 4.0, 1e-3, 10, 90))
+    assert float(beta_at(jnp.float32(50.0), 0.0, 1e-3, 10, 90)) == 0
+
+
+def test_the_loss_is_its_formula():
+    """α CE(x') + (1−α) CE(x) + β D_SKL − λ HSIC, each in NumPy and float64 from the outputs of the two passes."""
+    adv, clean, after = passes()
+    y = np.asarray(BATCH["label"])
+
+    def cross_entropy(logits):
+        return -np.log(np.asarray(jax.nn.softmax(logits), np.float64)[np.arange(12), y]).mean()
+
+    gaussians = [(np.asarray(f["mu"], np.float64), np.asarray(f["sigma"], np.float64)) for _, f in (clean, adv)]
+    (m, s), (n, t) = gaussians
+    one_way = [
+        (np.log(b / a) + (a**2 + (p - q) ** 2) / (2 * b**2) - 0.5).sum(1) for p, a, q, b in ((m, s, n, t), (n, t, m, s))
+    ]
+    skl = 0.5 * (one_way[0] + one_way[1]).mean()
+    shared = independent_hsic(*(np.asarray(f["z"], np.float64) for _, f in (clean, adv)))
+    expected = 0.3 * cross_entropy(adv[0]) + 0.7 * cross_entropy(clean[0]) + 4.0 * skl - 2.0 * shared
+    got, got_after, metrics = value(alpha=0.3, beta=4.0, lam=2.0)
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+    np.testing.assert_allclose([metrics["skl"], metrics["shared"]], [skl, shared], rtol=1e-4)
+    jax.tree.map(np.testing.assert_array_equal, got_after["batch_stats"], after["batch_stats"])
+
+
+def independent_hsic(z, w, k=10):
+    """The biased estimator by explicit traces, widths from explicit neighbours."""
+
+    def gram(v):
+        distances = np.linalg.norm(v[:, None] - v[None], axis=-1)
+        width = np.mean([np.sort(np.delete(row, i))[:k].mean() for i, row in enumerate(distances)])
+        return np.exp(-(distances**2) / (2 * width**2))
+
+    n = len(z)
+    centre = np.eye(n) - np.ones((n, n)) / n
+    return np.trace(gram(z) @ centre @ gram(w) @ centre) / (n - 1) ** 2
+
+
+def test_only_the_cross_entropy_of_x_adv_is_left_without_the_other_terms():
+    adv, _, _ = passes()
+    np.testing.assert_allclose(
+        value(alpha=1.0, beta=0.0, lam=0.0)[0], jnp.mean(losses.cross_entropy(adv[0], BATCH["label"])), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("information", ["trace", "nhsic", "mine", "mige"])
+def test_every_measure_has_a_finite_gradient_and_more_of_it_is_rewarded(information):
+    objective = shared_information(information=information, lam=1.0)
+    variables = VARIABLES
+    if objective.head is not None:
+        features = NET.predict(VARIABLES, BATCH["image"])[1]
+        variables = {**VARIABLES, "head": objective.head.init(KEY, features, None, train=False)}
+
+    def loss(params):
+        return objective.loss(NET, {**variables, **params}, BATCH, X_ADV, KEY)[0]
+
+    gradient = jax.grad(loss)({"params": variables["params"]})
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient))
+    with_it, without = value(information=information, lam=1.0), value(information=information, lam=0.0)
+    np.testing.assert_allclose(without[0] - with_it[0], with_it[2]["shared"], rtol=1e-3, atol=1e-5)
+
+
+def test_equal_views_share_more_than_unrelated_ones():
+    z, w = (jax.random.normal(jax.random.key(i), (40, 5)) for i in (0, 1))
+    for information in ("hsic", "trace", "nhsic"):
+        assert float(measure(z, z, information, 10)) > 1.5 * float(measure(z, w, information, 10))
+    ratio = measure(z, w, "trace", 10) / measure(z, w, "hsic", 10)
+    np.testing.assert_allclose(ratio, 39**2, rtol=1e-5)
+
+
+def test_widths_come_from_the_data_and_carry_no_gradient():
+    z = jax.random.normal(jax.random.key(0), (20, 3))
+    np.testing.assert_allclose(measure(10 * z, 10 * z, "hsic", 5), measure(z, z, "hsic", 5), rtol=1e-4)
+    assert float(jnp.abs(jax.grad(lambda v: hsic.knn_width(v, 5))(z)).max()) == 0
+
+
+def test_the_mine_head_is_trained_with_the_network():
+    objective = shared_information(information="mine", lam=1.0)
+    optimizer = sgd(lr=lambda step: 0.1)
+    state = init_state(KEY, NET, MODEL, objective.head, optimizer, BATCH["image"], False)
+    step = make_train_step(lambda _: NET, objective, optimizer, lambda *_: X_ADV)
+    after, _ = step(state, {k: BATCH[k] for k in ("image", "label", "index")}, KEY)
+    for part in ("params", "head"):
+        moved = jax.tree.map(
+            lambda a, b: float(jnp.abs(a - b).max()),
+            trainable(after.variables)[part],
+            trainable(state.variables)[part],
+        )
+        assert max(jax.tree.leaves(moved)) > 0
+    assert float(after.variables["head"]["batch_stats"]["count"]) == 1
+
+
+def test_at_the_prediction_no_stochastic_layer_is_needed():
+    value(location="prediction", lam=0.1)
+    model = cnn.Model(4, **{key: option for key, option in CNN.items() if key != "name"})
+    plain, variables = linen_net(model), {"batch_stats": {}, **model.init(KEY, BATCH["image"])}
+    objective = shared_information(location="prediction", lam=0.1)
+    assert np.isfinite(objective.loss(plain, variables, BATCH, X_ADV, KEY)[0])
+    with pytest.raises(InputError, match="needs a stochastic layer"):
+        shared_information().loss(plain, variables, BATCH, X_ADV, KEY)
+
+
+def test_adversarial_representations_attack_the_second_half_only():
+    objective = shared_information(views="ara", ara_steps=3)
+    assert objective.attack_losses == () and objective.attack is not None
+    x_adv, variables = objective.attack(NET, VARIABLES, BATCH, KEY)
+    source, guide = BATCH["image"][6:], BATCH["image"][:6]
+    assert x_adv.shape == source.shape and float(jnp.abs(x_adv - source).max()) <= 10 / 255 + 1e-6
+
+    def apart(x):
+        return float(jnp.sum((NET.predict(variables, x)[1]["mu"] - NET.predict(variables, guide)[1]["mu"]) ** 2))
+
+    assert apart(x_adv) < apart(source)
+    loss, (_, metrics) = objective.loss(NET, VARIABLES, BATCH, x_adv, KEY)
+    assert np.isfinite(loss) and set(metrics) > {"skl", "shared", "clean_acc", "adv_acc"}
+
+
+def test_without_a_stochastic_layer_in_evaluation_the_attack_sees_the_mean():
+    """The network that PGD attacks is deterministic: two calls agree to the bit."""
+    first, second = (NET.predict(VARIABLES, X_ADV)[0] for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(
+        pgd_at().target(NET, VARIABLES, BATCH, KEY), shared_information().target(NET, VARIABLES, BATCH, KEY)
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(information="mi"),
+        dict(location="z"),
+        dict(views="both"),
+        dict(alpha=2.0),
+        dict(neighbours=0),
+        dict(information="mine", location="prediction"),
+    ],
+)
+def test_impossible_options_are_refused(options):
+    with pytest.raises(InputError):
+        shared_information(**options)
