@@ -20,6 +20,9 @@ from ibjax.step import init_state, linen_net, make_train_step, trainable, with_t
 CE, KL = dict(loss="ce", init="uniform"), dict(loss="kl", init="gaussian")
 CNN = dict(name="cnn", widths=((8,), (8,)), hidden=(), padding=1, batch_norm=True, pool="average")
 GAUSSIAN = dict(name="stochastic", backbone=CNN, latent=6)
+SINGULAR = dict(
+    name="siriib", backbone=dict(name="resnet", blocks=(1, 1), width=4), connections=2, scales=(8, 4), widths=(4,)
+)
 OWN = dict(loss="objective", init="gaussian")
 AWP = dict(perturb=dict(name="awp", gamma=0.01, warmup=0))
 # name -> (objective section, changes of the attack section; None: no attack, other changes)
@@ -63,6 +66,24 @@ OBJECTIVES = {
     "iad-2": (dict(name="iad", variant="II", begin=0), CE, {}),
     "vib": (dict(name="vib"), None, dict(model=GAUSSIAN | dict(sigma="shifted"), ema_decay=0.9)),
     "ceb": (dict(name="ceb"), CE, dict(model=GAUSSIAN | dict(sigma="unit", class_means=True))),
+    "shared_information": (dict(name="shared_information", warmup=0, ramp=1), CE, dict(model=GAUSSIAN)),
+    "shared_information-mine": (
+        dict(name="shared_information", information="mine", lam=0.01),
+        CE,
+        dict(model=GAUSSIAN, head_optimizer=dict(name="adam", lr=1e-4)),
+    ),
+    "shared_information-ara": (
+        dict(name="shared_information", views="ara", ara_steps=2, information="trace"),
+        None,
+        dict(model=GAUSSIAN),
+    ),
+    "siriib": (dict(name="siriib"), CE, dict(model=SINGULAR)),
+    "siriib-trades": (
+        dict(name="siriib", base="trades", info_stop=False, distance="l2_per_image"),
+        KL,
+        dict(model=SINGULAR),
+    ),
+    "siriib-te-awp": (dict(name="siriib", base="te"), OWN, AWP | dict(model=SINGULAR)),
     "mart": (dict(name="mart"), CE | dict(init="gaussian"), {}),
     "mart-awp": (dict(name="mart"), CE | dict(init="gaussian"), AWP),
     "mma": (dict(name="mma", steps=2, search_steps=3), None, {}),
@@ -120,7 +141,13 @@ class Stepper:
         return state, {name: float(value[0]) for name, value in metrics.items()}
 
 
-@pytest.fixture(params=list(OBJECTIVES), scope="module")
+# one row of each objective, and what changes the step itself; the other variants are left to -m slow
+QUICK = {section["name"]: name for name, (section, *_) in reversed(OBJECTIVES.items())}.values()
+QUICK = {*QUICK, "pgd_at-rice", "pgd_at-ema", "pgd_at-awp", "ibd-natural-labels"}
+ROWS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OBJECTIVES]
+
+
+@pytest.fixture(params=ROWS, scope="module")
 def stepper(request, digits_run):
     """A compiled step of each objective on eight devices, shared by the properties."""
     made = Stepper(experiment(request.param, digits_run / "teacher"))
@@ -129,7 +156,11 @@ def stepper(request, digits_run):
 
 
 def test_one_and_eight_devices_take_the_same_step(stepper, digits_run):
-    """Values and the updated state agree within 1e-5, batch-norm statistics included."""
+    """Values and the updated state agree within 1e-5, batch-norm statistics included.
+
+    Within 1e-4 for SiRIIB: derivatives of the polar factor enlarge the last bits by up to σ_max/σ_min.
+    """
+    tolerance = 1e-4 if stepper.name.startswith("siriib") else 1e-5
     results = []
     for other in (Stepper(experiment(stepper.name, digits_run / "teacher", devices=1)), stepper):
         state, metrics = other(train.initial_state(other.experiment), steps=2)
@@ -137,7 +168,7 @@ def test_one_and_eight_devices_take_the_same_step(stepper, digits_run):
     (one, one_metrics), (eight, eight_metrics) = results
     assert one.keys() == eight.keys()
     for path, leaf in one.items():
-        np.testing.assert_allclose(leaf, eight[path], rtol=1e-5, atol=1e-5, err_msg=path)
+        np.testing.assert_allclose(leaf, eight[path], rtol=tolerance, atol=tolerance, err_msg=path)
     for key, value in one_metrics.items():
         np.testing.assert_allclose(value, eight_metrics[key], rtol=1e-4, atol=1e-5, err_msg=key)
 
