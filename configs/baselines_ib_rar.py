@@ -19,7 +19,7 @@ step, for logging, which moves the running statistics; that is left out here. Co
 image.
 """
 
-from ibjax.config import base, dataset, parse_arg, smoke
+from ibjax.config import base, parse_arg, smoke
 
 ROWS = ("pgd", "mart", "wrn-pgd", "wrn-mart")
 
@@ -29,7 +29,7 @@ def get_config(arg=None):
     wide = row.startswith("wrn")
     config = base()
     config.title = row
-    config.data = dataset("cifar100" if wide else "cifar10")
+    config.data.dataset = "cifar100" if wide else "cifar10"
     config.model = dict(name="resnet", depth=18, dtype="bfloat16")
     if wide:
         config.model = dict(name="wide_resnet", depth=28, width=10, dtype="bfloat16")

@@ -19,7 +19,7 @@ The paper selects on the test set; here the default is 1,000 held-out training i
 passes per image; 200 epochs of SAT are 200·49,000·23·1.11 GFLOP = 0.25 EFLOP.
 """
 
-from ibjax.config import base, dataset, parse_arg, smoke
+from ibjax.config import base, parse_arg, smoke
 
 # method -> (objective, changes of the attack)
 METHODS = {
@@ -35,7 +35,7 @@ def get_config(arg=None):
     method, _, data = row.partition("-")
     config = base()
     config.title = row.replace("sat", "SAT").replace("trades", "TRADES")
-    config.data = dataset(data or "cifar10")
+    config.data.dataset = data or "cifar10"
     config.augment.padding = "edge"
     config.model = dict(name="preact_resnet", depth=18, dtype="bfloat16")
     config.objective, attack = METHODS[method]

@@ -26,14 +26,14 @@ Cost in forward passes per image and step: 24 sat, 26 mart, 38 mma, 24 te, 5 fas
 
 from functools import partial
 
-from ibjax.config import base, dataset, parse_arg, smoke
+from ibjax.config import base, parse_arg, smoke
 
 
 def get_config(arg=None):
     row, small = parse_arg(arg, ROWS)
     config = base()
     config.title = row
-    config.data = dataset("mnist" if row.endswith("mnist") else "cifar10")
+    config.data.dataset = "mnist" if row.endswith("mnist") else "cifar10"
     config.model = dict(name="preact_resnet", depth=18, dtype="bfloat16")
     config.validate.update(every=10, dense_from=95)
     RECIPES[row](config)

@@ -26,7 +26,7 @@ attack steps on CIFAR-10, twenty on CIFAR-100. Not stated, ours: Standard trains
 CIFAR-100), 38 with MMA; 120 epochs of MART on ResNet-18 are 120·49,000·26·1.11 GFLOP = 0.17 EFLOP.
 """
 
-from ibjax.config import base, dataset, parse_arg, smoke
+from ibjax.config import base, parse_arg, smoke
 
 CIFAR = ("standard", "trades", "mart")
 ROWS = (
@@ -64,7 +64,7 @@ def get_config(arg=None):
 
 
 def cifar(config, setting):
-    config.data = dataset("cifar100" if setting == "wrn100" else "cifar10")
+    config.data.dataset = "cifar100" if setting == "wrn100" else "cifar10"
     config.model = dict(name="resnet", depth=18, dtype="bfloat16")
     if setting:
         config.model = dict(name="wide_resnet", depth=34, width=10, dtype="bfloat16")
@@ -78,7 +78,7 @@ def cifar(config, setting):
 
 
 def mnist(config):
-    config.data = dataset("mnist")
+    config.data.dataset = "mnist"
     config.augment.update(pad=0, flip=False)
     config.model = dict(name="cnn")
     config.attack.update(eps="0.3", step_size="0.01", steps=40)

@@ -19,7 +19,7 @@ for TRADES, γ 0.01 for AWP on PGD training, TE on PGD training; `tiny` attacks 
 uniform start. Cost: 23 to 27 forward passes per image; 200 epochs of TE are 200·49,000·24·1.11 GFLOP = 0.26 EFLOP.
 """
 
-from ibjax.config import base, dataset, parse_arg, smoke
+from ibjax.config import base, parse_arg, smoke
 
 METHODS = ("pgd_at", "trades", "awp", "te")
 ROWS = (*METHODS, *(f"{method}-cifar100" for method in METHODS), "wrn", "tiny")
@@ -31,7 +31,7 @@ def get_config(arg=None):
     data = data or ("tiny_imagenet" if method == "tiny" else "cifar10")
     config = base()
     config.title = row
-    config.data = dataset(data)
+    config.data.dataset = data
     config.model = dict(name="resnet", depth=18, dtype="bfloat16")
     config.validate.update(every=10, dense_from=95)
     config.evaluate.attacks = ("pgd-20", "pgd-100", "cw-100")

@@ -424,13 +424,6 @@ def parse_arg(arg: str | None, rows: tuple[str, ...] = ()) -> tuple[str, bool]:
     return (chosen[0] if chosen else rows[0] if rows else ""), "smoke" in words
 
 
-def dataset(name: str) -> dict[str, Any]:
-    """The `data` section of a data set that recipes name, as "cifar10": where it lies unless a flag says otherwise."""
-    if name == "mnist":
-        return dict(name="npz", path="data/mnist.npz", val_size=1000, split_seed=0)
-    return dict(name="folder", path=f"data/{name}", val_size=1000, split_seed=0)
-
-
 def smoke(config: ConfigDict, shape: tuple[int, int, int], num_classes: int, model: Mapping[str, Any]) -> ConfigDict:
     """Shrinks a recipe to seconds on a CPU: synthetic images of the right shape, the network changed by `model`."""
     config.data = dict(name="synthetic", shape=shape, num_classes=num_classes, val_size=8, split_seed=0)
