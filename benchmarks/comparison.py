@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ibjax import config, errors, evaluate, main, metrics, objectives, run
+from ibjax import config, errors, main, metrics, objectives, run
 from ibjax.errors import DivergedError, InputError
 from ibjax.results import attack_label
 
@@ -36,6 +36,17 @@ Results = dict[str, Any]
 OPTIONS = {
     "te": lambda epochs: dict(start=max(1, round(0.45 * epochs)), end=max(2, round(0.75 * epochs))),
     "mma": lambda epochs: dict(max_eps="3/16", min_eps=0.02),  # 12/255 and 0.005 at eps 8/255
+}
+
+
+ATTACKS = ("pgd-20", "cw-20", "autoattack")  # from the weakest to the strongest
+# what a method puts in place of the digits' network, or around it
+NETWORKS = {
+    **dict.fromkeys(("vib", "shared_information"), lambda cnn: dict(name="stochastic", backbone=cnn, latent=32)),
+    "ceb": lambda cnn: dict(name="stochastic", backbone=cnn, latent=32, sigma="unit", class_means=True),
+    "siriib": lambda cnn: dict(
+        name="siriib", backbone=dict(name="resnet", blocks=(1, 1), width=32), scales=(8, 4), widths=(16,)
+    ),
 }
 
 
@@ -62,22 +73,15 @@ def recipe(name: str, epochs: int, options: dict[str, Any]) -> ConfigDict:
     made = digits.contrast.undefended.copy_and_resolve_references()
     made.title = name
     made.objective = dict(name=name, **options)
+    if name in NETWORKS:
+        made.model = NETWORKS[name](config.plain(made.model))
     losses = config.build("objectives", made.objective, "objective").attack_losses
     if losses:
         made.attack = digits.attack.copy_and_resolve_references()
         made.attack.update(loss=losses[0], init="uniform" if losses[0] == "ce" else "gaussian")
     made.epochs = epochs
-    made.evaluate.update(attacks=attacks(), ladder=())
+    made.evaluate.update(attacks=ATTACKS, ladder=())
     return made
-
-
-def attacks() -> tuple[str, ...]:
-    """The attacks of the page, from the weakest to the strongest that there is."""
-    try:
-        evaluate.attack_settings("autoattack")
-    except InputError:  # the package has none
-        return "pgd-20", "cw-20"
-    return "pgd-20", "cw-20", "autoattack"
 
 
 def measure(name: str, epochs: int, seed: int, workdir: Path) -> Results:
@@ -164,7 +168,7 @@ def compare(given: argparse.Namespace) -> None:
         "command": " ".join(["python", "benchmarks/comparison.py", *sys.argv[1:]]),
         "epochs": given.epochs,
         "eps": recipe("pgd_at", given.epochs, {}).evaluate.eps,
-        "attacks": list(attacks()),
+        "attacks": list(ATTACKS),
         "hardware": run.hardware(),
         "versions": run.versions(),
         "commit": run.commit(),

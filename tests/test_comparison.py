@@ -13,14 +13,15 @@ from ibjax import config, train
 
 def test_every_objective_is_found():
     folder = Path(__file__).parent.parent / "ibjax" / "objectives"
-    assert set(comparison.names()) == {file.stem for file in folder.glob("*.py")} - {"__init__"}
+    assert set(comparison.names()) == {file.stem for file in folder.glob("*.py")} - {"__init__", "ibd_matching"}
 
 
 @pytest.mark.parametrize("name", comparison.names())
 def test_every_objective_can_be_trained_with_its_settings(name, tmp_path):
     settings = comparison.settings(name, 20, 1, tmp_path)
     for part in (settings, *(recipe for _, recipe in config.recipes(settings))):
-        part.model.update(widths=((4,), (4,)))
+        if part.model.name == "cnn":
+            part.model.update(widths=((4,), (4,)))
     train.check(settings)
     assert (settings.epochs, settings.seed, settings.title) == (20, 1, name)
 
