@@ -13,6 +13,7 @@ Writes a JSON after every attack, from which the same command goes on, and the t
 """
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -37,6 +38,8 @@ from ibjax.attacks.autoattack import autoattack
 from ibjax.attacks.fab import iterative_fab
 from ibjax.attacks.iterative import Iterative
 from ibjax.attacks.square import iterative_square
+
+SIDES = ("ibjax", "torchattacks")
 
 
 class CNN(nn.Module):
@@ -99,24 +102,30 @@ def compare(workdir: Path, found: dict[str, Any], rounds: int, save: Callable) -
     found["clean"] = [100 * float(np.mean(kept)) for kept in right]
     found["largest difference of logits"] = float(np.abs(logits[0] - logits[1]).max())
     eps = geometry.fraction(found["eps"])
-    for round_ in range(rounds):
-        for name, (ours, theirs) in parts(eps, found["steps"], found["queries"]).items():
-            done = found["parts"].setdefault(name, [])
-            if len(done) > round_:
-                continue
-            key, attack, own = jax.random.key(round_), theirs(network, seed=round_), {name: ours}
+    for round_, (name, (ours, theirs)) in itertools.product(
+        range(rounds), parts(eps, found["steps"], found["queries"]).items()
+    ):
+        done = found["parts"].setdefault(name, [])
+        if len(done) <= round_:
+            done.append({})
+        if "ibjax" not in done[round_]:
+            key, own = jax.random.key(round_), {name: ours}
             run_ours = partial(autoattack, key, trained.logits_fn, x, y, "linf", eps, attacks=own)
-            result, seconds, busy = timed(run_ours)
-            x_adv, seconds_torch, busy_torch = timed(lambda attack=attack: attack(x_torch, y_torch).detach())
-            kept = result.robust, (network(x_adv).argmax(1) == y_torch).numpy() & right[1]
-            done.append({
-                "robust": ["".join(map(str, flags.astype(int))) for flags in kept],
-                "seconds": [round(seconds, 2), round(seconds_torch, 2)],
-                "processors busy elsewhere": [round(busy, 2), round(busy_torch, 2)],
-                "distance": [float(np.abs(result.x_adv - x).max()), float((x_adv - x_torch).abs().max())],
-                "warnings": result.warnings,
-            })  # fmt: skip
+            result, *times = timed(run_ours)
+            done[round_]["ibjax"] = measured(result.robust, result.x_adv - x, *times) | {"warnings": result.warnings}
             save()
+        if "torchattacks" not in done[round_]:
+            attack = theirs(network, seed=round_)
+            x_adv, *times = timed(lambda attack=attack: attack(x_torch, y_torch).detach())
+            kept = (network(x_adv).argmax(1) == y_torch).numpy() & right[1]
+            done[round_]["torchattacks"] = measured(kept, (x_adv - x_torch).numpy(), *times)
+            save()
+
+
+def measured(kept: np.ndarray, delta: np.ndarray, seconds: float, busy: float) -> dict[str, Any]:
+    """What one run found, as plain data; `robust` has a digit for each image."""
+    flags, distance = "".join(map(str, kept.astype(int))), float(np.abs(delta).max())
+    return dict(robust=flags, distance=distance, seconds=round(seconds, 2), busy_elsewhere=round(busy, 2))
 
 
 def timed(call: Callable) -> tuple[Any, float, float]:
@@ -132,9 +141,11 @@ def table(found: Mapping[str, Any]) -> str:
     head = ("attack", "ibjax", "torchattacks", "flags", "ibjax, s", "torchattacks, s", "speed")
     lines, survive = [head, ("---",) * len(head)], []
     for name, rounds in found["parts"].items():
-        kept = [np.array(list(text)) == "1" for text in rounds[0]["robust"]]
+        if any(side not in each for each in rounds for side in SIDES):
+            continue
+        kept = [np.array(list(rounds[0][side]["robust"])) == "1" for side in SIDES]
         survive.append(kept)
-        seconds = [sum(each["seconds"][side] for each in rounds) for side in (0, 1)]
+        seconds = [sum(each[side]["seconds"] for each in rounds) for side in SIDES]
         robust = [f"{100 * flags.mean():.2f}" for flags in kept]
         differing = int(np.sum(kept[0] != kept[1]))
         lines.append(
