@@ -71,7 +71,8 @@ class Runner:
         take = lambda tree, rows: jax.tree.map(lambda leaf: leaf[rows], tree)  # noqa: E731
         self.take = jax.jit(take, out_shardings=self.sharded)
         largest = _ceil(min(batch_size, _power_of_two(len(x))), mesh.size)
-        self.sizes = sorted({_ceil(max(largest >> i, 1), mesh.size) for i in range(8)})
+        shares = (part >> i for i in range(6) for part in (largest, largest * 3 // 4))
+        self.sizes = sorted({_ceil(max(share, 1), mesh.size) for share in shares})
         self.programs: dict[tuple[str, int], Programs] = {}
         self.constants: dict[int, tuple[Any, Array]] = {}  # id -> (what logits_fn closes over, its copy on all devices)
         self.flat = 0  # items whose gradient was zero at the start, so far
