@@ -6,10 +6,11 @@ Prints memory of each chip against its HBM, FLOPs and bytes of each chip and ste
 allows at most, and the collectives with the loop in which they stand. An attack must contain none: in evaluation mode
 images are independent. Needs the extra [tpu], whose compiler needs no TPU, and no data: only their shape counts.
 
-    FLOPs = FLOPs(dispatch) + (k − 1) · FLOPs(attack step), likewise the bytes
+    FLOPs = m · ( FLOPs(dispatch) + (k − 1) · FLOPs(attack step) ), likewise the bytes
 
-since the compiler counts a rolled loop's body once, whatever its length k. Both are what it reports for the optimised
-program of one chip; the bounds assume its peak in bfloat16 and its bandwidth, so they are never reached.
+of m microbatches, since the compiler counts a rolled loop's body once, whatever its length k. Both are what it reports
+for the optimised program of one chip; the bounds assume its peak in bfloat16 and its bandwidth, so they are never
+reached.
 """
 
 import json
@@ -171,8 +172,9 @@ def compile_step(settings: ConfigDict, mesh: Mesh, images: int) -> dict[str, Any
     flops, accessed = cost["flops"], cost["bytes accessed"]
     loops = _attack_steps(settings)
     if loops > 1:
-        batch = shaped(jax.ShapeDtypeStruct((settings.batch_size, *shape), jnp.float32), sharded)
-        label = shaped(jax.ShapeDtypeStruct((settings.batch_size,), jnp.int32), sharded)
+        part = settings.batch_size // settings.microbatches
+        batch = shaped(jax.ShapeDtypeStruct((part, *shape), jnp.float32), sharded)
+        label = shaped(jax.ShapeDtypeStruct((part,), jnp.int32), sharded)
         one = _attack_step(experiment).lower(state.variables, batch, label).compile().cost_analysis() or {}
         flops += (loops - 1) * one["flops"]
         accessed += (loops - 1) * one["bytes accessed"]
@@ -185,8 +187,8 @@ def compile_step(settings: ConfigDict, mesh: Mesh, images: int) -> dict[str, Any
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes,
-        "flops": flops,
-        "bytes": accessed,
+        "flops": settings.microbatches * flops,
+        "bytes": settings.microbatches * accessed,
         "collectives": collectives(compiled.as_text()),
         "compile_seconds": seconds,
     }
@@ -230,7 +232,7 @@ def table(found: dict[str, Any]) -> str:
             rate = found["batch_size"] * peak / found[name]
             lines += [f"{name:17} {found[name]:.3g} {unit} a step and chip: at most {rate:,.0f} images/s"]
         if share > 1:
-            lines += ["does not fit: lower batch_size, use more chips, or model.dtype='bfloat16'"]
+            lines += ["does not fit: raise microbatches, use more chips, or model.dtype='bfloat16'"]
     where = {0: "once a dispatch", 1: "each step"}
     lines += ["collectives       kind, count, MB of a chip, where" if found["collectives"] else "no collectives"]
     for item in found["collectives"]:
@@ -285,7 +287,7 @@ def command() -> None:
         shape = tuple(map(int, values["shape"].value))
         teachers = _teachers(settings, values["teacher"].value)
         mesh = slice_mesh(values["topology"].value)
-        cluster.check_divides(settings.batch_size, "batch_size", mesh.size)
+        cluster.check_divides(settings.batch_size, "batch_size", mesh.size, settings.microbatches)
         settings = prepare(settings, shape, values["classes"].value, teachers)
         found = compile_step(settings, mesh, values["images"].value)
         print(table(found))

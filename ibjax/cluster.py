@@ -111,10 +111,12 @@ def replicate(tree, mesh: Mesh):
     )
 
 
-def check_divides(batch_size: int, name: str, count: int) -> None:
-    """Raises InputError unless the batch divides among so many devices."""
+def check_divides(batch_size: int, name: str, devices: int, parts: int = 1) -> None:
+    """Raises InputError unless the batch divides among so many devices, in so many parts."""
+    count = devices * parts
     if batch_size % count:
+        split = f"{devices} devices" if parts == 1 else f"{devices} devices in {parts} parts"
         raise InputError(
-            f"{name}={batch_size} does not divide among {count} devices; "
+            f"{name}={batch_size} does not divide among {split}; "
             f"use {max(batch_size // count, 1) * count} or {(batch_size // count + 1) * count}"
         )

@@ -40,6 +40,8 @@ def base() -> ConfigDict:
     config.attack = dict(name="pgd", loss="ce", norm="linf", eps="8/255", step_size="2/255", steps=10, init="uniform")
     config.attack_bn = "eval"  # or "train": batch-norm's mode in the training attack
     config.batch_size = 128  # global, over all devices
+    # parts of a batch that are attacked and differentiated in turn, to save memory: see step.make_train_step
+    config.microbatches = 1
     config.epochs = 200
     config.optimizer = dict(name="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4)
     config.schedule = dict(name="piecewise", boundaries=(100, 150), factor=0.1)
@@ -84,6 +86,7 @@ _NUMBERS = {
     "data.split_seed": (int, 0, 2**32 - 1),
     "augment.pad": (int, 0, 64),
     "batch_size": (int, 1, math.inf),
+    "microbatches": (int, 1, math.inf),
     "epochs": (int, 1, math.inf),
     "optimizer.lr": (float, 1e-12, 1e3),
     "head_optimizer.lr": (float, 1e-12, 1e3),

@@ -188,6 +188,7 @@ def make_train_step(
     ema_decay: float | None = None,
     perturb: Perturb | None = None,
     steps_per_epoch: int = 1,
+    microbatches: int = 1,
 ) -> Callable[[TrainState, Batch, Array, Mapping[str, Variables] | None], tuple[TrainState, dict[str, Array]]]:
     """The step `(state, batch, key, frozen=None) -> (state, metrics)`, pure and not yet jitted.
 
@@ -203,19 +204,15 @@ def make_train_step(
       ema_decay: of the moving average of the parameters, if the state has one.
       perturb: moves the network's weights uphill for the gradient, and back after the optimiser's step.
       steps_per_epoch: for `batch["epoch"]`.
+      microbatches: parts of a batch that are attacked and differentiated one after the other, to save memory; the
+        optimiser takes one step with the mean gradient. Whatever couples the images of a batch then couples those of a
+        part: batch statistics (which the parts update in turn), HSIC and its widths, weight perturbations.
     """
 
-    def train_step(state, batch, key, frozen=None):
-        key = jax.random.fold_in(key, state.step)
-        augment_key, attack_key, loss_key = jax.random.split(key, 3)
-        net, variables = bind_net(frozen), state.variables
-        x = to_float(batch["image"])
-        whole, rest = jnp.divmod(state.step, steps_per_epoch)  # so that floor(epoch) is exact wherever division is not
-        progress = {"step": state.step, "epoch": whole.astype(jnp.float32) + rest.astype(jnp.float32) / steps_per_epoch}
-        batch = {**batch, "image": augment(augment_key, x) if augment else x, **progress}
+    def differentiate(net, variables, batch, attack_key, loss_key):
+        """((gradients, step of the perturbation), (variables, metrics)) of a batch, or of a part of one."""
         if objective.remember is not None:
             variables = objective.remember(net, variables, batch, loss_key)
-
         x_adv = None
         if objective.attack is not None:
             x_adv, variables = objective.attack(net, variables, batch, attack_key)
@@ -231,7 +228,7 @@ def make_train_step(
         def loss(params):
             return objective.loss(net, with_trainable(variables, params), batch, x_adv, loss_key)
 
-        params = raw = trainable(variables)
+        params, offset = trainable(variables), None
         if perturb is not None:
 
             def proxy(weights):
@@ -242,7 +239,27 @@ def make_train_step(
 
             offset = perturb(params["params"], jax.grad(proxy)(params["params"]), batch["epoch"])
             params = {**params, "params": jax.tree.map(jnp.add, params["params"], offset)}
-        gradients, (variables, metrics) = jax.grad(loss, has_aux=True)(params)
+        gradients, (updated, metrics) = jax.grad(loss, has_aux=True)(params)
+        return (gradients, offset), (with_trainable(updated, trainable(variables)), metrics)
+
+    def train_step(state, batch, key, frozen=None):
+        key = jax.random.fold_in(key, state.step)
+        augment_key, *keys = jax.random.split(key, 3)
+        net, variables = bind_net(frozen), state.variables
+        x = to_float(batch["image"])
+        batch = {**batch, "image": augment(augment_key, x) if augment else x}
+        whole, rest = jnp.divmod(state.step, steps_per_epoch)  # so that floor(epoch) is exact wherever division is not
+        progress = {"step": state.step, "epoch": whole.astype(jnp.float32) + rest.astype(jnp.float32) / steps_per_epoch}
+
+        def one(variables, part, keys):
+            return differentiate(net, variables, {**part, **progress}, *keys)
+
+        summed, (variables, metrics) = _over_parts(one, variables, batch, jnp.stack(keys), microbatches)
+        gradients, offset = summed
+
+        params = raw = trainable(variables)
+        if offset is not None:
+            params = {**params, "params": jax.tree.map(jnp.add, params["params"], offset)}
         updates, opt_state = optimizer.update(gradients, state.opt_state, params)
         # the optimiser's step is taken at the perturbed weights; w + v + Δ − v is w + Δ, and exactly so without v
         params = optax.apply_updates(raw, updates)
@@ -253,6 +270,32 @@ def make_train_step(
         return TrainState(state.step + 1, with_trainable(variables, params), opt_state, ema_params), metrics
 
     return train_step
+
+
+def _over_parts(differentiate, variables, batch, keys, count):
+    """(means of gradients and perturbations, (variables after all parts, means of metrics)), part after part.
+
+    A part takes every `count`-th example: so each device has as much of each as of all.
+    """
+    if count == 1:
+        return differentiate(variables, batch, keys)
+    parts = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, count, *a.shape[1:]), 1, 0), batch)
+
+    def part(variables, i_and_part):
+        i, part = i_and_part
+        summed, (variables, metrics) = differentiate(variables, part, jax.vmap(jax.random.fold_in, (0, None))(keys, i))
+        return variables, (summed, metrics)
+
+    def add(carry, i_and_part):
+        variables, total = carry
+        variables, new = part(variables, i_and_part)
+        return (variables, jax.tree.map(jnp.add, total, new)), None
+
+    first = (jnp.zeros((), jnp.int32), jax.tree.map(lambda a: a[0], parts))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(part, variables, first)[1])
+    (variables, total), _ = lax.scan(add, (variables, zeros), (jnp.arange(count), parts))
+    summed, metrics = jax.tree.map(lambda a: a / count, total)
+    return summed, (variables, metrics)
 
 
 def _attacked(objective, net, variables):

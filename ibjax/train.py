@@ -92,7 +92,7 @@ def build(
     """
     config.check(settings)
     mesh = cluster.mesh() if mesh is None else mesh
-    cluster.check_divides(settings.batch_size, "batch_size", mesh.size)
+    cluster.check_divides(settings.batch_size, "batch_size", mesh.size, settings.microbatches)
     data = run.load_data(settings)
     if settings.select_on == "val" and data.val is None:
         raise InputError("data.val_size=0 leaves nothing to select on; hold some out, or set select_on='test'")
@@ -120,6 +120,7 @@ def build(
         ema_decay=settings.ema_decay,
         perturb=_perturb(settings),
         steps_per_epoch=steps_per_epoch,
+        microbatches=settings.microbatches,
     )
     return Experiment(
         config=settings,
@@ -390,8 +391,8 @@ def _naming_the_batch(settings, mesh):
             raise
         size, count = settings.batch_size, mesh.size
         raise MemoryError(
-            f"batch_size={size} is {size // count} images on each of {count} devices; lower batch_size, use more "
-            f"devices, or model.dtype='bfloat16' ({' '.join(str(error).split())[:200]})"
+            f"batch_size={size} is {size // count} images on each of {count} devices; raise microbatches, lower "
+            f"batch_size, use more devices, or model.dtype='bfloat16' ({' '.join(str(error).split())[:200]})"
         ) from None
 
 

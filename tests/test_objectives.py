@@ -32,6 +32,7 @@ OBJECTIVES = {
     "pgd_at-rice": (dict(name="pgd_at", clean_forward=True), CE, dict(attack_bn="train")),
     "pgd_at-ema": (dict(name="pgd_at"), CE, dict(ema_decay=0.9)),
     "pgd_at-awp": (dict(name="pgd_at"), CE, AWP),
+    "pgd_at-parts": (dict(name="pgd_at"), CE, dict(microbatches=2)),
     "pgd_at-fast": (dict(name="pgd_at"), CE | dict(steps=1), dict(attack_bn="train")),
     "trades": (dict(name="trades"), KL, {}),
     "trades-official": (dict(name="trades", forwards=3), KL, {}),
@@ -143,7 +144,7 @@ class Stepper:
 
 # one row of each objective, and what changes the step itself; the other variants are left to -m slow
 QUICK = {section["name"]: name for name, (section, *_) in reversed(OBJECTIVES.items())}.values()
-QUICK = {*QUICK, "pgd_at-rice", "pgd_at-ema", "pgd_at-awp", "ibd-natural-labels"}
+QUICK = {*QUICK, "pgd_at-rice", "pgd_at-ema", "pgd_at-awp", "pgd_at-parts", "ibd-natural-labels"}
 ROWS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OBJECTIVES]
 
 

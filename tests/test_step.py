@@ -1,5 +1,6 @@
 """The step's wiring: what each part is given, and that nothing is dropped on the way."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -225,3 +226,47 @@ def test_both_teachers_answer_with_their_own_weights():
     for got, variables in ((net.teacher, TEACHER), (net.assistant, assistant)):
         np.testing.assert_array_equal(got(X_ADV)[0], MODEL.apply(variables, X_ADV)[0])
     assert NET.assistant is None and linen_net(MODEL).teacher is None
+
+
+# ---- microbatches ------------------------------------------------------------------------------------------
+
+
+def test_gradients_of_parts_are_those_of_the_whole_where_nothing_couples_images():
+    """Evaluation mode and no random start: then the mean over parts is the mean over the batch."""
+
+    def loss(net, variables, batch, x_adv, key):
+        logits, _ = net.predict(variables, x_adv)
+        value = jnp.mean(losses.cross_entropy(logits, batch["label"]))
+        return value, (variables, {"loss": value})
+
+    objective = Objective(lambda net, variables, batch, key: batch["label"], loss)
+    attack = pgd(eps="8/255", step_size="2/255", steps=2, init="none")
+    (whole, metrics), (parts, averaged) = (take(objective, attack, microbatches=count) for count in (1, 3))
+    chex.assert_trees_all_close(parts.variables["params"], whole.variables["params"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(averaged["loss"], metrics["loss"], rtol=1e-5)
+
+
+def test_parts_update_the_batch_statistics_in_turn():
+    """As so many steps over the parts would, without a step of the optimiser between them."""
+    variables = begin().variables
+    for i in range(3):
+        part = {name: value[i::3] for name, value in BATCH.items()}
+        _, variables = NET.forward(variables, part["image"], KEY)
+    state, _ = take(standard(), microbatches=3)
+    chex.assert_trees_all_close(state.variables["batch_stats"], variables["batch_stats"], rtol=1e-5, atol=1e-6)
+
+
+def test_the_step_with_parts_is_taken_at_the_mean_perturbation():
+    """Without a gradient only weight decay is left, which sees w + v."""
+
+    def loss(net, variables, batch, x_adv, key):
+        value = 0.0 * jnp.sum(variables["params"]["head"]["dense"]["kernel"])
+        return value, (variables, {"loss": value})
+
+    def perturb(params, gradients, epoch):
+        return jax.tree.map(jnp.ones_like, params)
+
+    objective = Objective(lambda *_: None, loss)
+    state, _ = take(objective, optimizer=sgd(lr=lambda step: 0.1, weight_decay=0.5), perturb=perturb, microbatches=2)
+    before, after = (s.variables["params"]["head"]["dense"]["kernel"] for s in (begin(objective), state))
+    np.testing.assert_allclose(after, before - 0.1 * 0.5 * (before + 1), rtol=1e-5, atol=1e-6)
