@@ -1,4 +1,4 @@
-"""The PyTorch twin of the benchmarks computes what ibjax computes; without that its time would say nothing."""
+"""The PyTorch twins of the benchmarks compute what ibjax computes; without that their time would say nothing."""
 
 import sys
 from pathlib import Path
@@ -11,19 +11,23 @@ import pytest
 torch = pytest.importorskip("torch", reason="the twin of the benchmarks is PyTorch (pip install 'ibjax[torch]')")
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import methods  # noqa: E402
 import twin  # noqa: E402
+import twin_methods  # noqa: E402
+import twin_step  # noqa: E402
 
 from ibjax import optim, step  # noqa: E402
+from ibjax.attacks import geometry  # noqa: E402
 from ibjax.attacks.pgd import pgd  # noqa: E402
-from ibjax.models import resnet  # noqa: E402
+from ibjax.models import resnet, stochastic  # noqa: E402
 from ibjax.objectives.pgd_at import pgd_at  # noqa: E402
 
 LR = 0.05
 
 
-def batch(size):
+def batch(size, side=32):
     rng = np.random.default_rng(0)
-    return rng.random((size, 32, 32, 3), np.float32), rng.integers(0, 10, size).astype(np.int32)
+    return rng.random((size, side, side, 3), np.float32), rng.integers(0, 10, size).astype(np.int32)
 
 
 def nchw(x):
@@ -36,6 +40,19 @@ def moved(variables):
     rng = np.random.default_rng(1)
     stats = [jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), jnp.float32) for leaf in leaves]
     return {**variables, "batch_stats": jax.tree.unflatten(structure, stats)}
+
+
+def copy(module):
+    """All weights and buffers as they are now."""
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def assert_moved_alike(before, module, variables, tolerance):
+    after = module.state_dict()
+    for name, value in twin.torch_entries(variables):
+        ours, theirs = value - before[name].numpy(), (after[name] - before[name]).numpy()
+        allowed = tolerance * np.linalg.norm(ours) + 1e-9  # some have no gradient but rounding
+        assert np.linalg.norm(ours - theirs) <= allowed, f"{name} moved differently"
 
 
 def test_the_same_weights_give_the_same_logits():
@@ -81,18 +98,106 @@ def test_one_step_from_the_same_weights_gives_the_same_loss_weights_and_running_
     image = nchw(x)
     if channels_last:
         torch_model, image = (part.to(memory_format=torch.channels_last) for part in (torch_model, image))
-    torch_step = twin.make_step(torch_model, twin.sgd(torch_model, LR), eps=eps, steps=4, init="none")
-    before, label = torch_model.state_dict(), torch.from_numpy(y.astype(np.int64))
-    before = {name: value.clone() for name, value in before.items()}
+    torch_step = twin_step.make_step(
+        twin_methods.pgd_at(), torch_model, twin.sgd(torch_model, lr=LR), eps=eps, steps=4, start=lambda x, eps: x
+    )
+    before, label = copy(torch_model), torch.from_numpy(y.astype(np.int64))
 
     jitted, arrays = jax.jit(train_step), {"image": jnp.asarray(x), "label": y}
     for _ in range(steps):  # the second has momentum
         torch_loss = torch_step(image, label)
         state, metrics = jitted(state, arrays, jax.random.key(1))
         np.testing.assert_allclose(torch_loss.item(), metrics["loss"], atol=1e-3)
+    assert_moved_alike(before, torch_model, state.variables, tolerance)
 
-    after = torch_model.state_dict()
-    for module, entry, value in twin.torch_entries(state.variables):
-        name = f"{module}.{entry}"
-        ours, theirs = value - before[name].numpy(), (after[name] - before[name]).numpy()
-        assert np.linalg.norm(ours - theirs) < tolerance * np.linalg.norm(ours), f"{name} moved differently"
+
+# ---- every objective -------------------------------------------------------------------------------------------
+
+# options that make every term count in the first step
+OPTIONS = {
+    "te": dict(start=1, end=2),
+    "iad": dict(begin=0, beta=1.0),
+    "ard": dict(alpha=0.6, temperature=2.0),
+    "shared_information": dict(beta_start=0.5, lam=10.0, neighbours=3),
+    "ib_rar": dict(alpha=0.05, beta=0.1),
+    "hbar": dict(lambda_x=0.05, lambda_y=0.1),
+    "mma": dict(search_steps=3),
+    "vib": dict(beta=0.1),
+    "ceb": dict(rho=1.0),
+    "infoat_r": dict(tau=0.5),
+}
+STEPS, SIDE = 2, 8
+SHAPE = dict(blocks=(1, 1), width=4)
+
+
+def offset(shape):
+    """The same start for both, not too near to x; NHWC."""
+    return 0.01 * np.cos(np.arange(np.prod(shape), dtype=np.float32)).reshape(shape)
+
+
+def pretend_noise(shape):
+    return np.cos(7 * np.arange(np.prod(shape), dtype=np.float32)).reshape(shape)
+
+
+@pytest.fixture
+def no_chance(monkeypatch):
+    """Attacks of ours start at a given point, the stochastic layer draws a given ξ."""
+    for name in ("uniform", "gaussian"):
+        monkeypatch.setitem(geometry.STARTS, name, lambda key, x, norm, eps: x + jnp.asarray(offset(x.shape)))
+    monkeypatch.setattr(stochastic.Model, "noise", lambda self, mu: jnp.asarray(pretend_noise(mu.shape)))
+
+
+def test_every_objective_but_siriib_has_a_twin():
+    assert set(twin_methods.TWINS) == set(methods.NAMES) - {"siriib"}
+
+
+@pytest.mark.parametrize("name", twin_methods.TWINS)
+def test_each_twins_step_has_the_loss_and_moves_the_weights_of_its_objective(name, no_chance):
+    options = OPTIONS.get(name, {})
+    given = methods.settings(name, dict(name="resnet", **SHAPE), STEPS, **options)
+    case = methods.build(given, dict(name="resnet", **SHAPE), unroll=False)
+    made = methods.program(case, images=16, shape=(SIDE, SIDE, 3))
+    state, frozen = jax.jit(made.init)()
+    frozen = {role: moved(variables) for role, variables in frozen.items()}
+    state = state._replace(variables=moved(state.variables))
+    method = twin_methods.TWINS[name](**options, **(dict(steps=STEPS) if name == "mma" else {}))
+    memory = method.memory(16, 10) if method.memory else None
+    if name == "mma":  # as visited before
+        memory = torch.linspace(0.0, 0.06, 16)
+        state.variables["memory"] = jnp.asarray(memory.numpy())
+
+    parts = twin_step_parts(name, case, state.variables, frozen)
+    student, head = parts["student"], parts["head"]
+    if hasattr(student, "noise"):
+        student.noise = lambda mu: torch.from_numpy(pretend_noise(mu.shape))
+    torch_step = twin_step.make_step(
+        method,
+        optimizer=twin.sgd(student, head, lr=0.01),
+        steps=STEPS,
+        start=lambda x, eps: x + nchw(offset((len(x), SIDE, SIDE, 3))),
+        memory=memory,
+        **parts,
+    )
+    x, y = batch(16, SIDE)
+    before = copy(student), head and copy(head)
+    loss = torch_step(nchw(x), torch.from_numpy(y.astype(np.int64)))
+    arrays = {"image": jnp.asarray(x), "label": y, "index": jnp.arange(16, dtype="int32")}
+    state, metrics = jax.jit(made.train_step)(state, arrays, jax.random.key(1), frozen)
+    np.testing.assert_allclose(loss.item(), metrics["loss"], rtol=1e-4, atol=1e-4)
+    assert_moved_alike(before[0], student, state.variables, 0.03)
+    if head is not None:
+        assert_moved_alike(before[1], head, state.variables["head"], 0.03)
+
+
+def twin_step_parts(name, case, variables, frozen):
+    """Student, teacher and head of a twin with ibjax's weights."""
+    student = twin.student(name, **SHAPE)
+    twin.copy_weights(student, variables)
+    teacher = head = None
+    if case.teachers:
+        teacher = twin.ResNet(**SHAPE)
+        twin.copy_weights(teacher, frozen["teacher"])
+    if case.objective.head is not None:
+        head = twin.Attention(student.block_widths, teacher.block_widths)
+        twin.copy_weights(head, variables["head"])
+    return dict(student=student, teacher=teacher, head=head)

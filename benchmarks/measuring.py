@@ -1,0 +1,221 @@
+"""What the benchmarks share: taking turns in one run, a machine's load and peak, processes of their own, files."""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory of the same GPU
+
+import jax
+import numpy as np
+
+from ibjax import run
+
+BUSY = 0.1  # processors: more than that elsewhere disturbs a round
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "v5 lite": 197, "v5e": 197, "v6 lite": 918, "v6e": 918}  # bf16
+
+Steps = Callable[[int], Any]  # runs so many steps and waits for them; returns the last loss
+
+
+def noise(batch_size: int, shape: tuple[int, int, int] = (32, 32, 3)) -> tuple[np.ndarray, np.ndarray]:
+    """Images (B, H, W, C) float32 in [0, 1] and labels (B,) int32."""
+    rng = np.random.default_rng(0)
+    return rng.random((batch_size, *shape), np.float32), rng.integers(0, 10, batch_size).astype(np.int32)
+
+
+# ---- time ----------------------------------------------------------------------------------------------------
+
+
+class Times(NamedTuple):
+    """Of each runner, one entry per round."""
+
+    seconds: dict[str, list[float]]  # per step
+    elsewhere: dict[str, list[float]]  # processors that other processes kept busy meanwhile, on average
+    disturbed: int  # rounds left out because others were busy
+
+    def record(self) -> dict[str, Any]:
+        """As the JSON files have it."""
+        return {
+            "seconds_per_step": self.seconds,
+            "processors_busy_elsewhere": self.elsewhere,
+            "disturbed_rounds_left_out": self.disturbed,
+        }
+
+
+def alternate(runners: dict[str, Steps], repeats: int, n: int, quiet: bool = False) -> Times:
+    """Times n steps of each runner in each round, one runner after the other in every round.
+
+    With `quiet` a round waits for other processes to rest, and is repeated (50 times at most in all) where they then
+    keep a tenth of a processor busy: on two cores one busy neighbour makes OpenMP, and so PyTorch, eight times slower.
+    """
+    times = Times({name: [] for name in runners}, {name: [] for name in runners}, 0)
+    for _ in range(repeats + 50):
+        if quiet:
+            while busy_elsewhere(lambda: time.sleep(2))[1] > BUSY:
+                time.sleep(5)
+        row = {name: busy_elsewhere(partial(steps, n)) for name, steps in runners.items()}
+        if quiet and max(elsewhere for _, elsewhere in row.values()) > BUSY:
+            times = times._replace(disturbed=times.disturbed + 1)
+            continue
+        for name, (seconds, elsewhere) in row.items():
+            times.seconds[name].append(seconds / n)
+            times.elsewhere[name].append(round(elsewhere, 2))
+        if len(times.seconds[name]) == repeats:
+            return times
+    raise RuntimeError(f"other processes were busy in {times.disturbed} rounds; measure when the machine is idle")
+
+
+def busy_elsewhere(call: Callable[[], Any]) -> tuple[float, float]:
+    """(seconds that a call takes, processors that other processes keep busy meanwhile)."""
+    started, others = time.perf_counter(), others_seconds()
+    call()
+    seconds = time.perf_counter() - started
+    rounding = 3 / os.sysconf("SC_CLK_TCK")  # the kernel counts in ticks of 10 ms, for them and for us
+    return seconds, max(others_seconds() - others - rounding, 0.0) / seconds
+
+
+def others_seconds() -> float:
+    """Processor seconds that all other processes have used so far; 0 where Linux's /proc/stat is not there."""
+    file = Path("/proc/stat")
+    if not file.is_file():
+        return 0.0
+    user, nice, system = map(int, file.read_text().split()[1:4])
+    mine = os.times()
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK") - mine.user - mine.system
+
+
+def warm_up(runners: dict[str, Steps], warnings: list[str]) -> dict[str, float]:
+    """Compiles every runner with two steps; drops a compiled twin that fails. Returns the seconds each took."""
+    took = {}
+    for name, steps in list(runners.items()):
+        started = time.perf_counter()
+        try:
+            steps(2)
+        except Exception as error:  # torch.compile raises errors of many kinds; eager PyTorch still stands
+            if "compiled" not in name:
+                raise
+            del runners[name]
+            warnings.append(f"{name} failed: {' '.join(str(error).split())[:300]}")
+            continue
+        took[name] = round(time.perf_counter() - started, 2)
+    return took
+
+
+def peak_tflops(dtype: str, given: float | None = None) -> float | None:
+    """Dense peak of one device: the given one, or in bfloat16 what is known of this kind of device; else None."""
+    if given or dtype != "bfloat16":
+        return given
+    kind = jax.devices()[0].device_kind
+    return next((value for name, value in PEAK_TFLOPS.items() if name in kind), None)
+
+
+# ---- processes -----------------------------------------------------------------------------------------------
+
+
+def in_new_process(script: str, work: dict[str, Any], environment: dict[str, str] | None = None) -> dict[str, Any]:
+    """What `python script --child=WORK` prints as its last line, a JSON record; {"error": …} where it fails.
+
+    For what only a fresh process shows: its start, its peak of memory, another number of devices.
+    """
+    command = [sys.executable, script, f"--child={json.dumps(work)}"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(environment or {})})
+    if done.returncode == 0:
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    lines = done.stderr.strip().splitlines() or [f"ended with {done.returncode}, without a word"]
+    return {"error": lines[-1][:300]}
+
+
+# ---- files ---------------------------------------------------------------------------------------------------
+
+
+def command_line(description: str, sizes: tuple[int, int], batches: str = "") -> argparse.ArgumentParser:
+    """A parser with what every script takes; `sizes` are the default batch sizes of a CPU and of an accelerator."""
+    cpu = jax.default_backend() == "cpu"
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=sizes[0 if cpu else 1], nargs=batches or None)
+    default = "float32" if cpu else "bfloat16"
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=default, help="of the network")
+    parser.add_argument("--out", type=Path, help="default: results/SCRIPT-BACKEND-DATE.json")
+    return parser
+
+
+def timed(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The parser with what scripts take that measure time."""
+    parser.add_argument("--repeats", type=int, default=5, help="rounds")
+    n = 1 if jax.default_backend() == "cpu" else 10
+    parser.add_argument("--steps", type=int, default=n, help="steps per contestant and round")
+    parser.add_argument("--quiet", action="store_true", help="wait for other processes to rest, repeat such rounds")
+    return parser
+
+
+class Page:
+    """A JSON file of records with the Markdown table beside it, both whole at any time."""
+
+    def __init__(self, benchmark: str, out: Path | None, table: Callable[[list[dict]], str], note: str = ""):
+        self.found, self.records, self.table, self.note = environment(), [], table, note
+        self.benchmark = benchmark
+        self.out = out or Path("results") / f"{benchmark}-{jax.default_backend()}-{self.found['date'][:10]}.json"
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Writes one more record, and its table to the terminal."""
+        self.records.append(record)
+        text = f"{self.table(self.records)}\n\n{self.note}{'; ' if self.note else ''}{provenance(self.found)}\n"
+        run.write_json(self.out, {"benchmark": self.benchmark, **self.found, "records": self.records, "table": text})
+        self.out.with_suffix(".md").write_text(text)
+        print(self.table([record]).splitlines()[-1], flush=True)
+
+    def finish(self) -> None:
+        """Shows the table, and ends the process with 1 where a record has an error."""
+        print(self.out.with_suffix(".md").read_text())
+        if any("error" in record for record in self.records):
+            sys.exit(1)
+
+
+def environment() -> dict[str, Any]:
+    """Date, hardware and versions, PyTorch's among them."""
+    found = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **run.environment()}
+    found["runtime"] = jax.devices()[0].client.platform_version.splitlines()[0]  # with CUDA's version on GPUs
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else []
+    found["processor"] = models[0] if models else platform.processor()
+    try:
+        import torch
+    except ImportError:
+        return found
+    found["versions"] = {**found["versions"], "torch": torch.__version__}
+    return found
+
+
+def provenance(found: dict[str, Any]) -> str:
+    """Hardware, versions and date on one line."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return f"{found['hardware']}; {versions}; {found['date'][:10]}"
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join('' if cell is None else str(cell) for cell in line)} |" for line in lines)
+
+
+def spread(times: Sequence[float], digits: str = ".4g", unit: float = 1.0) -> str:
+    """As "median (min – max)"."""
+    middle, low, high = (format(unit * f(times), digits) for f in (statistics.median, min, max))
+    return f"{middle} ({low} – {high})"
+
+
+def quotients(times: Sequence[float], base: Sequence[float]) -> dict[str, float]:
+    """Of the same rounds: {"min", "median", "max"}."""
+    ratios = [one / other for one, other in zip(times, base, strict=True)]
+    return {"min": min(ratios), "median": statistics.median(ratios), "max": max(ratios)}
