@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import measuring
 import numpy as np
 import optax
-import pgd_step
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -205,13 +205,12 @@ def table(records: list[dict]) -> str:
 
 def page(found: dict, records: list[dict]) -> str:
     """The table with its settings, hardware and versions, as Markdown."""
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     return (
         f"{found['data']}, {found['n']} test images, eps {found['eps']} (l2: 1.0), step {found['step_size']} (l2: 0.2)"
         f", {found['model']}; clean {found['clean_acc']:.2f} %; logits differ by {found['logits_apart']:.1e}\n\n"
         f"{table(records)}\n\n"
         f"Robust accuracy in percent; distance: mean of the broken images, ibjax / torchattacks; seconds per run.\n"
-        f"{found['hardware']}; {versions}; {found['date'][:10]}\n"
+        f"{measuring.provenance(found)}\n"
     )
 
 
@@ -240,7 +239,7 @@ def main() -> None:
     apart = float(np.abs(twin(nchw(x)).numpy() - np.asarray(logits_fn(x))).max())
     clean = 100 * float(np.mean(np.asarray(losses.correct(logits_fn(x), jnp.asarray(y)))))
 
-    found = pgd_step.environment()
+    found = measuring.environment()
     import torchattacks
 
     found["versions"] = {**found["versions"], "torchattacks": torchattacks.__version__}

@@ -6,8 +6,8 @@
 
 Each part attacks all correctly classified images by itself: APGD on cross-entropy, APGD on targeted DLR and FAB with
 100 steps and 9 targets, Square with torchattacks' schedule. In each round ibjax runs first, then PyTorch; the first
-round of ibjax includes tracing and compilation. `flags` counts the images on which the two disagree; both draw at
-random.
+round of ibjax includes tracing and compilation, and where there are more its times do not count. `flags` counts the
+images on which the two disagree; both draw at random.
 
 Writes a JSON after every attack, from which the same command goes on, and the table beside it as Markdown.
 """
@@ -15,6 +15,7 @@ Writes a JSON after every attack, from which the same command goes on, and the t
 import argparse
 import itertools
 import json
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -22,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import measuring
 import numpy as np
-import pgd_step
 import torch
 import torch.nn.functional as F
 import torchattacks
@@ -132,12 +133,12 @@ def timed(call: Callable) -> tuple[Any, float, float]:
     """(result, seconds, processors that others kept busy meanwhile)."""
     results = []
     started = time.perf_counter()
-    _, busy = pgd_step.busy_elsewhere(lambda: results.append(call()))
+    _, busy = measuring.busy_elsewhere(lambda: results.append(call()))
     return results[0], time.perf_counter() - started, busy
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """The comparison as Markdown: accuracies of the first round, seconds of all rounds together."""
+    """The comparison as Markdown: accuracies of the first round, seconds of those after it, or of the only one."""
     head = ("attack", "ibjax", "torchattacks", "flags", "ibjax, s", "torchattacks, s", "speed")
     lines, survive = [head, ("---",) * len(head)], []
     for name, rounds in found["parts"].items():
@@ -145,7 +146,7 @@ def table(found: Mapping[str, Any]) -> str:
             continue
         kept = [np.array(list(rounds[0][side]["robust"])) == "1" for side in SIDES]
         survive.append(kept)
-        seconds = [sum(each[side]["seconds"] for each in rounds) for side in SIDES]
+        seconds = [statistics.mean(each[side]["seconds"] for each in rounds[1:] or rounds) for side in SIDES]
         robust = [f"{100 * flags.mean():.2f}" for flags in kept]
         differing = int(np.sum(kept[0] != kept[1]))
         lines.append(
@@ -169,7 +170,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--out", type=Path, help="default: results/autoattack-BACKEND-DATE.json")
     given = parser.parse_args()
-    about = pgd_step.environment()
+    about = measuring.environment()
     about["versions"]["torchattacks"] = "3.5.1"
     out = given.out or Path("results") / f"autoattack-{jax.default_backend()}-{about['date'][:10]}.json"
 
@@ -184,11 +185,10 @@ def main() -> None:
     if any(found.get(name) != value for name, value in asked.items()):
         found = {"benchmark": "autoattack", **about, **asked, "parts": {}}
     compare(given.workdir, found, given.rounds, lambda: run.write_json(out, found))
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     text = (
         f"{table(found)}\n\nrobust accuracy in percent of {given.n} images, l_inf, eps {given.eps}, clean "
-        f"{found['clean'][0]:.2f}; {given.steps} steps, {given.queries} queries; seconds with compilation, "
-        f"{given.rounds} round(s); {about['hardware']}; {versions}; {about['date'][:10]}\n"
+        f"{found['clean'][0]:.2f}; {given.steps} steps, {given.queries} queries; {given.rounds} round(s); "
+        f"{measuring.provenance(about)}\n"
     )
     out.with_suffix(".md").write_text(text)
     print(text)

@@ -5,9 +5,10 @@
 
 | part       | what                                                                                                  |
 |------------|-------------------------------------------------------------------------------------------------------|
-| step       | PGD-10 ResNet-18 in bf16 against the PyTorch twin, batch 512 and 128 (benchmarks/pgd_step.py)         |
+| step       | PGD-10 and IBD-10 of ResNet-18 in bf16 against their PyTorch twins (benchmarks/train_step.py)         |
 | throughput | images/s and share of peak: PGD-10 PreActResNet-18 and WRN-28-10, TRADES-10, IBD-10 (ResNet-18)       |
 | training   | PGD-AT of PreActResNet-18 on --data, as many epochs as fit --minutes; FGSM, PGD-20, CW-20             |
+| autoattack | its parts, shortened, against torchattacks' on a small CNN trained on --data (benchmarks/autoattack.py) |
 | tests      | the quick tests with JAX on the accelerator                                                           |
 
 Every part is a process of its own with a share of the time; what it finds is written as it is found, and a part that
@@ -15,7 +16,6 @@ fails or runs out of time is recorded with its last lines and stops no other.
 """
 
 import argparse
-import contextlib
 import datetime
 import json
 import os
@@ -27,45 +27,42 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-SHARES = {"step": 5, "throughput": 4, "tests": 3}  # of the time that training leaves; unused time passes on
-PARTS = ("step", "throughput", "training", "tests")
+from parts import ROOT, started, update
+
+SHARES = {"step": 5, "throughput": 4, "autoattack": 3, "tests": 3}  # of what training leaves; unused time passes on
+PARTS = ("step", "throughput", "training", "autoattack", "tests")
+NEED_DATA = ("training", "autoattack")
 RESERVE_S = 75  # of the training part: reading, compiling, evaluating
-
-
-def update(out: Path, part: str, **values: Any) -> None:
-    """Adds values to one part of the JSON file, which is there whole at any time."""
-    content = json.loads(out.read_text()) if out.is_file() else {}
-    content[part] = {**content.get(part, {}), **values}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(out)
 
 
 # ---- the parts, each in a process of its own -----------------------------------------------------------------
 
 
 def step(given: argparse.Namespace) -> None:
-    """Against the PyTorch twin; `torch.compile` comes last because it may take longest."""
+    """Against the PyTorch twins; `torch.compile` comes last because it may take longest."""
     import jax
-    import pgd_step
+    import methods
+    import train_step
 
-    dtype, repeats, n = ("float32", 2, 1) if given.quick else ("bfloat16", 5, 10)
-    plan = [(512, False), (128, False), (512, True)] if jax.default_backend() != "cpu" else [(32, False)]
+    small = given.quick or jax.default_backend() == "cpu"
+    plan = [("pgd_at", 512, False), ("pgd_at", 128, False), ("ibd", 512, False), ("pgd_at", 512, True)]
+    if small:
+        plan = [("pgd_at", 8, False), ("ibd", 8, False)]
+    size = dict(network=methods.TINY, attack_steps=1) if given.quick else {}
+    timing = ("float32", 2, 1) if small else ("bfloat16", 5, 10)
     records = []
-    for batch_size, compiled_twin in [(2, False)] if given.quick else plan:
-        record = pgd_step.measure(batch_size, dtype, repeats, n, peak=given.peak_tflops, compiled_twin=compiled_twin)
-        records.append(record)
-        update(given.out, "step", records=records, table=pgd_step.table(records))
+    for name, batch_size, compiled in plan:
+        options = dict(peak=given.peak_tflops, compiled_twin=compiled, **size)
+        records.append(train_step.measure(name, batch_size, *timing, **options))
+        update(given.out, "step", records=records, table=train_step.table(records))
 
 
 def throughput(given: argparse.Namespace) -> None:
     """Images/s of whole train steps, the network's data on the device."""
     import jax
-    import pgd_step
+    import measuring
+    from methods import Case, ibjax_steps
 
     from ibjax.attacks.pgd import pgd
     from ibjax.models import preact_resnet, resnet, wide_resnet
@@ -87,12 +84,13 @@ def throughput(given: argparse.Namespace) -> None:
         "TRADES-10 ResNet-18": (basic, trades(), kl, None, 27 * 1.11),
     }
     batch_size, n = (8, 1) if given.quick else (512, 10)
-    rows, peak = {}, pgd_step.peak_tflops("bfloat16", given.peak_tflops)
+    rows, peak = {}, measuring.peak_tflops("bfloat16", given.peak_tflops)
     for name, (model, objective, attack, teacher, gflop) in plan.items():
         try:
-            steps = {name: pgd_step.ibjax_steps(model, objective, attack, batch_size, teacher)}
-            first = pgd_step.warm_up(steps, [])[name]
-            seconds = pgd_step.alternate(steps, 3, n).seconds[name]
+            teachers = {} if teacher is None else {"teacher": teacher}
+            steps = {name: ibjax_steps(Case(model, objective, attack, teachers), batch_size)}
+            first = measuring.warm_up(steps, [])[name]
+            seconds = measuring.alternate(steps, 3, n).seconds[name]
             rate = batch_size / sorted(seconds)[1]
             share = rate * gflop / (peak * 1e3) if peak else None
             memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
@@ -117,13 +115,9 @@ def training(given: argparse.Namespace) -> None:
 
     settings = config.base()
     settings.title = "PGD-AT PreActResNet-18, short"
-    if given.quick:
-        settings.data = dict(name="synthetic", shape=(32, 32, 3), num_classes=10, n_train=136, val_size=8, split_seed=0)
-        settings.model = dict(name="preact_resnet", blocks=(1, 1), width=4)
-    else:
-        name = "npz" if given.data.suffix == ".npz" else "folder"
-        settings.data = dict(name=name, path=str(given.data), val_size=1000, split_seed=0)
-        settings.model = dict(name="preact_resnet", depth=18, dtype="bfloat16")
+    settings.data = data_section(given)
+    small, full = dict(blocks=(1, 1), width=4), dict(depth=18, dtype="bfloat16")
+    settings.model = dict(name="preact_resnet", **(small if given.quick else full))
     settings.batch_size = 32 if given.quick else 512
     settings.optimizer.lr = 0.05 if given.quick else 0.3
     settings.schedule = dict(name="one_cycle")
@@ -133,10 +127,40 @@ def training(given: argparse.Namespace) -> None:
     settings.evaluate.update(attacks=("fgsm", "pgd-20", "cw-20"), batch_size=min(1000, settings.batch_size * 2))
     update(given.out, "training", epochs=settings.epochs, n_train=n, config=config.plain(settings))
 
-    started = time.perf_counter()
+    begun = time.perf_counter()
     train.train(train.build(settings), given.workdir)
-    update(given.out, "training", training_s=round(time.perf_counter() - started, 1))
+    update(given.out, "training", training_s=round(time.perf_counter() - begun, 1))
     evaluate(given.workdir, "last")
+
+
+def data_section(given: argparse.Namespace) -> dict:
+    """The configuration of the data to train on."""
+    if given.quick:
+        return dict(name="synthetic", shape=(32, 32, 3), num_classes=10, n_train=136, val_size=8, split_seed=0)
+    name = "npz" if given.data.suffix == ".npz" else "folder"
+    return dict(name=name, path=str(given.data), val_size=1000, split_seed=0)
+
+
+def autoattack(given: argparse.Namespace) -> None:
+    """Trains the network of configs/small_cnn.py and attacks it from both sides, again in a round without compilation."""
+    import autoattack as comparison
+
+    from ibjax import main, train
+
+    settings = main.load_config(str(ROOT / "configs" / "small_cnn.py") + (":smoke" if given.quick else ""))
+    settings.data = data_section(given)
+    settings.validate.every = settings.epochs
+    workdir = given.workdir.with_name("small_cnn")
+    train.train(train.build(settings), workdir)
+    size = dict(n=16, steps=2, queries=5) if given.quick else dict(n=1000, steps=20, queries=500)
+    found = dict(eps="4/255", parts={}, **size)
+
+    def save():
+        finished = {name: rounds for name, rounds in found["parts"].items() if all(len(each) == 2 for each in rounds)}
+        text = comparison.table({**found, "parts": finished}) if finished else ""
+        update(given.out, "autoattack", **found, table=text)
+
+    comparison.compare(workdir, found, 2, save)
 
 
 def affordable_images(given: argparse.Namespace) -> float:
@@ -144,16 +168,14 @@ def affordable_images(given: argparse.Namespace) -> float:
     rows = json.loads(given.out.read_text()).get("throughput", {}).get("rows", {})
     rate = rows.get("PGD-10 PreActResNet-18", {}).get("images_per_s")
     if rate is None:
-        import pgd_step
+        import measuring
+        import methods
 
-        from ibjax.attacks.pgd import pgd
-        from ibjax.models import preact_resnet
-        from ibjax.objectives.pgd_at import pgd_at
-
-        model = preact_resnet.Model(num_classes=10, depth=18, dtype="bfloat16")
-        steps = {"": pgd_step.ibjax_steps(model, pgd_at(), pgd(), 512)}
-        pgd_step.warm_up(steps, [])
-        rate = 512 / pgd_step.alternate(steps, 1, 3).seconds[""][0]
+        network = dict(name="preact_resnet", depth=18)
+        case = methods.build(methods.settings("pgd_at", network), network, dtype="bfloat16")
+        steps = {"": methods.ibjax_steps(case, 512)}
+        measuring.warm_up(steps, [])
+        rate = 512 / measuring.alternate(steps, 1, 3).seconds[""][0]
     return 0.85 * rate * max(60 * given.minutes - RESERVE_S, 15)
 
 
@@ -187,19 +209,15 @@ def run_part(name: str, given: argparse.Namespace, limit: float, workdir: Path) 
         options = ["-v", "--tb=short", "-o", "addopts=--strict-markers", "-p", "no:cacheprovider"]
         command = [sys.executable, "-m", "pytest", *options, "-m", "not slow", tests]
     print(f"{name}: at most {limit:.0f} s", flush=True)
-    started, log, status = time.perf_counter(), workdir.with_name(f"{name}.log"), "stopped from outside"
-    with log.open("w") as stream:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
+    begun, log, status = time.perf_counter(), workdir.with_name(f"{name}.log"), "stopped from outside"
     try:
-        code = process.wait(limit)
+        with started(command, log) as process:
+            code = process.wait(limit)
         status = "done" if code == 0 else f"failed, exit code {code}"
     except subprocess.TimeoutExpired:
         status = f"stopped after {limit:.0f} s"
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        update(given.out, name, status=status, seconds=round(time.perf_counter() - started, 1))
+        update(given.out, name, status=status, seconds=round(time.perf_counter() - begun, 1))
         text = log.read_text(errors="replace")
         if name == "tests":
             collect_tests(given.out, text)
@@ -224,7 +242,7 @@ def run_all(given: argparse.Namespace) -> None:
             limit = 60 * given.minutes
             if name != "training":
                 limit = left * SHARES[name] / sum(SHARES.get(part, 0) for part in later)
-            if name == "training" and not (given.data or given.quick):
+            if name in NEED_DATA and not (given.data or given.quick):
                 update(given.out, name, status="left out: no --data")
             elif limit < 5:
                 update(given.out, name, status="left out: no time")
@@ -251,17 +269,19 @@ def main() -> None:
         parser.error(f"--parts {', '.join(unknown)} is unknown; allowed: {', '.join(PARTS)}")
     if given.minutes is None:
         given.minutes = 1.0 if given.quick else 2.5 if given.data else 0.0
+    if given.quick:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads wait for each other on a busy machine
     given.out = given.out.resolve()
     given.data = given.data.resolve() if given.data else None
     if not given.part:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a `finally` stops the part that runs
         run_all(given)
         return
-    import pgd_step
+    import measuring
 
     if "environment" not in json.loads(given.out.read_text()):
-        update(given.out, "environment", **pgd_step.environment())
-    {"step": step, "throughput": throughput, "training": training}[given.part](given)
+        update(given.out, "environment", **measuring.environment())
+    {"step": step, "throughput": throughput, "training": training, "autoattack": autoattack}[given.part](given)
 
 
 if __name__ == "__main__":

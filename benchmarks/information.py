@@ -1,6 +1,6 @@
 """Times the information terms at the size of a CIFAR batch, beside the PGD-10 step of ResNet-18 that they add to.
 
-    python benchmarks/information.py [--batch=128] [--repeats=5] [--dtype=float32|bfloat16] [--quiet]
+    python benchmarks/information.py [--batch 128] [--repeats=5] [--dtype=float32|bfloat16] [--quiet]
 
     nHSIC   Σ_l nHSIC(X, T_l) − nHSIC(Y, T_l) over ResNet-18's ten taps, with its gradient to the taps
     mask    nHSIC of X and of Y with each of 512 pooled channels, no gradient
@@ -10,35 +10,31 @@ Taps and images come from a network with random weights, or for the SVD are nois
 and the table beside it as Markdown.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import pgd_step
+import measuring
+import methods
 
-from ibjax import run
-from ibjax.attacks.pgd import pgd
 from ibjax.information import hsic
 from ibjax.information.svd import singular_values_and_polar
-from ibjax.models import resnet
-from ibjax.objectives.pgd_at import pgd_at
 
 LAYERS = ("stem", *(f"block{i}" for i in range(1, 9)), "pre_logits")
 BASE = "PGD-10 step, ResNet-18"
 CALLS = 5  # of a term in one round: they are short
 
 
-def terms(batch_size: int, dtype: str) -> dict[str, Callable[[int], Any]]:
+def terms(network: methods.Section, batch_size: int, dtype: str) -> dict[str, Callable[[int], Any]]:
     """{name: runs so many evaluations of the term and waits for them}."""
-    model = resnet.Model(num_classes=10, depth=18, dtype=dtype)
-    x, y = (jnp.asarray(array) for array in pgd_step.noise(batch_size))
+    model = methods.network(network, dtype)
+    x, y = (jnp.asarray(array) for array in measuring.noise(batch_size))
     variables = jax.jit(model.init)(jax.random.key(0), x[:1])
     features = jax.jit(model.apply)(variables, x)[1]
-    taps = [features[name] for name in LAYERS]
+    taps = [features[name] for name in LAYERS if name in features]
 
     def operators(x, y):
         return jnp.stack([hsic.correlation_operator(hsic.scaled_gram(x)), hsic.label_operator(y, 10)])
@@ -56,8 +52,8 @@ def terms(batch_size: int, dtype: str) -> dict[str, Callable[[int], Any]]:
         return (*singular_values_and_polar(channels), channels)
 
     return {
-        "nHSIC, 10 layers, with gradient": runner(jax.value_and_grad(nhsic), taps, x, y),
-        "mask, 512 channels": runner(
+        f"nHSIC, {len(taps)} layers, with gradient": runner(jax.value_and_grad(nhsic), taps, x, y),
+        f"mask, {features['pre_logits'].shape[-1]} channels": runner(
             lambda z, x, y: hsic.nhsic_channels(operators(x, y), z), features["pre_logits"], x, y
         ),
         f"SVD, {3 * batch_size} of 32 × 32, with gradient": runner(jax.value_and_grad(svd), x, jnp.flip(x, axis=0)),
@@ -65,7 +61,7 @@ def terms(batch_size: int, dtype: str) -> dict[str, Callable[[int], Any]]:
 
 
 def runner(f: Callable, *arguments: Any) -> Callable[[int], Any]:
-    """`pgd_step.alternate`'s form of a function."""
+    """`measuring.alternate`'s form of a function."""
     compiled = jax.jit(f)
 
     def steps(n):
@@ -75,14 +71,16 @@ def runner(f: Callable, *arguments: Any) -> Callable[[int], Any]:
     return steps
 
 
-def measure(batch_size: int, dtype: str, repeats: int, quiet: bool) -> dict[str, Any]:
+def measure(
+    batch_size: int, dtype: str, repeats: int, quiet: bool, network: methods.Section, attack_steps: int
+) -> dict[str, Any]:
     """The record that the JSON holds."""
-    model = resnet.Model(num_classes=10, depth=18, dtype=dtype)
-    base = {BASE: pgd_step.ibjax_steps(model, pgd_at(), pgd(), batch_size)}
+    case = methods.build(methods.settings("pgd_at", network, attack_steps), network, dtype=dtype)
+    base = {BASE: methods.ibjax_steps(case, batch_size)}
     seconds, elsewhere = {}, {}
-    for runners, calls in ((base, 1), (terms(batch_size, dtype), CALLS)):
-        pgd_step.warm_up(runners, [])
-        times = pgd_step.alternate(runners, repeats, calls, quiet)
+    for runners, calls in ((base, 1), (terms(network, batch_size, dtype), CALLS)):
+        measuring.warm_up(runners, [])
+        times = measuring.alternate(runners, repeats, calls, quiet)
         seconds |= times.seconds
         elsewhere |= times.elsewhere
     return {
@@ -95,37 +93,30 @@ def measure(batch_size: int, dtype: str, repeats: int, quiet: bool) -> dict[str,
     }
 
 
-def table(record: dict[str, Any]) -> str:
-    """The record as Markdown."""
-    base = statistics.median(record["seconds"][BASE])
-    lines = ["| batch | dtype |  | ms, median (min – max) | of the step |", "|---|---|---|---|---|"]
-    for name, times in record["seconds"].items():
-        middle, low, high = (1e3 * f(times) for f in (statistics.median, min, max))
-        share = f"{100 * middle / 1e3 / base:.1f} %"
-        lines.append(
-            f"| {record['batch']} | {record['dtype']} | {name} | {middle:,.1f} ({low:,.1f} – {high:,.1f}) | {share} |"
-        )
-    return "\n".join(lines)
+def table(records: list[dict]) -> str:
+    """The records as Markdown."""
+    rows = []
+    for record in records:
+        about = (record["batch"], record["dtype"])
+        if "error" in record:
+            rows.append((*about, record["error"], "", ""))
+            continue
+        base = statistics.median(record["seconds"][BASE])
+        for name, times in record["seconds"].items():
+            share = f"{100 * statistics.median(times) / base:.1f} %"
+            rows.append((*about, name, measuring.spread(times, ",.1f", 1e3), share))
+    return measuring.markdown(("batch", "dtype", "", "ms, median (min – max)", "of the step"), rows)
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=5, help="rounds")
-    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=default, help="of the network")
-    parser.add_argument("--quiet", action="store_true", help="wait for other processes to rest")
-    parser.add_argument("--out", type=Path, help="default: results/information-BACKEND-DATE.json")
-    given = parser.parse_args()
-    found = pgd_step.environment()
-    out = given.out or Path("results") / f"information-{jax.default_backend()}-{found['date'][:10]}.json"
-    record = measure(given.batch, given.dtype, given.repeats, given.quiet)
-    run.write_json(out, {"benchmark": "information", **found, "records": [record]})
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    text = f"{table(record)}\n\n{found['hardware']}; {given.repeats} rounds; {versions}; {found['date'][:10]}\n"
-    out.with_suffix(".md").write_text(text)
-    print(text)
+    given = measuring.parse(measuring.command_line(__doc__, batches=((128,), (128,))))
+    size = dict(network=methods.TINY if given.quick else methods.RESNET18, attack_steps=1 if given.quick else 10)
+    page = measuring.Page("information", given.out, table, f"{given.repeats} rounds")
+    for batch_size in given.batch:
+        timing = (batch_size, given.dtype, given.repeats, given.quiet)
+        page.attempt(dict(batch=batch_size, dtype=given.dtype), partial(measure, *timing, **size))
+    page.finish()
 
 
 if __name__ == "__main__":

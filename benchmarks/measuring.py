@@ -126,7 +126,8 @@ def peak_tflops(dtype: str, given: float | None = None) -> float | None:
 def in_new_process(script: str, work: dict[str, Any], environment: dict[str, str] | None = None) -> dict[str, Any]:
     """What `python script --child=WORK` prints as its last line, a JSON record; {"error": …} where it fails.
 
-    For what only a fresh process shows: its start, its peak of memory, another number of devices.
+    For what only a fresh process shows: its start, its peak of memory, another number of devices. Not on a TPU, which
+    serves one process at a time.
     """
     command = [sys.executable, script, f"--child={json.dumps(work)}"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(environment or {})})
@@ -139,24 +140,31 @@ def in_new_process(script: str, work: dict[str, Any], environment: dict[str, str
 # ---- files ---------------------------------------------------------------------------------------------------
 
 
-def command_line(description: str, sizes: tuple[int, int], batches: str = "") -> argparse.ArgumentParser:
-    """A parser with what every script takes; `sizes` are the default batch sizes of a CPU and of an accelerator."""
+def command_line(
+    description: str, batches: tuple[Sequence[int], Sequence[int]], *, timed: bool = True
+) -> argparse.ArgumentParser:
+    """A parser with what every script takes; `batches` are the default ones of a CPU and of an accelerator."""
     cpu = jax.default_backend() == "cpu"
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=sizes[0 if cpu else 1], nargs=batches or None)
+    parser.add_argument("--batch", type=int, nargs="+", default=batches[0 if cpu else 1], help="one or more sizes")
     default = "float32" if cpu else "bfloat16"
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=default, help="of the network")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=default, help="of the networks")
+    if timed:
+        parser.add_argument("--repeats", type=int, default=5, help="rounds; every contestant runs once in each")
+        parser.add_argument("--steps", type=int, default=1 if cpu else 10, help="steps per contestant and round")
+        parser.add_argument("--quiet", action="store_true", help="wait for other processes to rest, repeat such rounds")
     parser.add_argument("--out", type=Path, help="default: results/SCRIPT-BACKEND-DATE.json")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and one round, to try the script")
     return parser
 
 
-def timed(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The parser with what scripts take that measure time."""
-    parser.add_argument("--repeats", type=int, default=5, help="rounds")
-    n = 1 if jax.default_backend() == "cpu" else 10
-    parser.add_argument("--steps", type=int, default=n, help="steps per contestant and round")
-    parser.add_argument("--quiet", action="store_true", help="wait for other processes to rest, repeat such rounds")
-    return parser
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line, with the sizes of --quick where it is given."""
+    given = parser.parse_args()
+    if given.quick:
+        given.batch, given.repeats, given.steps = [8], 1, 1
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads wait for each other on a busy machine
+    return given
 
 
 class Page:
@@ -171,13 +179,21 @@ class Page:
         """Writes one more record, and its table to the terminal."""
         self.records.append(record)
         text = f"{self.table(self.records)}\n\n{self.note}{'; ' if self.note else ''}{provenance(self.found)}\n"
-        run.write_json(self.out, {"benchmark": self.benchmark, **self.found, "records": self.records, "table": text})
+        run.write_json(self.out, {"benchmark": self.benchmark, **self.found, "records": self.records})
         self.out.with_suffix(".md").write_text(text)
-        print(self.table([record]).splitlines()[-1], flush=True)
+        print(*self.table([record]).splitlines()[2:], sep="\n", flush=True)
+
+    def attempt(self, about: dict[str, Any], call: Callable[[], dict[str, Any]]) -> None:
+        """Adds what `call` returns; where it fails, as for want of memory, `about` with the error."""
+        try:
+            record = call()
+        except Exception as error:  # whatever it is, the other records are still wanted
+            record = {**about, "error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+        self.add(record)
 
     def finish(self) -> None:
-        """Shows the table, and ends the process with 1 where a record has an error."""
-        print(self.out.with_suffix(".md").read_text())
+        """Says where the table is, and ends the process with 1 where a record has an error."""
+        print(self.out.with_suffix(".md"))
         if any("error" in record for record in self.records):
             sys.exit(1)
 

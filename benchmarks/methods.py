@@ -1,10 +1,12 @@
-"""One train step of every objective of the package at its paper's defaults, built for a benchmark: on noise, unaugmented.
+"""One train step of every objective of the package at its paper's defaults, for benchmarks: on noise, unaugmented.
 
 `NAMES` are the objectives, and "awp": PGD-AT with a weight perturbation. The network is a ResNet, in or below what a
 method puts around it (NETWORKS); the teacher, where a method has one, another such ResNet or a given network.
 """
 
+import argparse
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -58,7 +60,7 @@ class Case(NamedTuple):
     model: nn.Module
     objective: Objective
     attack: Attack | None
-    teachers: dict[str, nn.Module] = {}  # role -> network, with random weights
+    teachers: Mapping[str, nn.Module] = MappingProxyType({})  # role -> network, with random weights
     perturb: Perturb | None = None
 
 
@@ -92,6 +94,14 @@ def settings(name: str, network: Section, attack_steps: int = 10, **options: Any
     if name == "mma":
         made.objective.steps = attack_steps
     return made
+
+
+def chosen(parser: argparse.ArgumentParser, text: str) -> tuple[str, ...]:
+    """The names in a command line's "NAME[,NAME…]" or "all"."""
+    found = NAMES if text == "all" else tuple(text.split(","))
+    if unknown := set(found) - set(NAMES):
+        parser.error(f"--objective: {', '.join(sorted(unknown))} is unknown; allowed: all or {', '.join(NAMES)}")
+    return found
 
 
 def build(given: ConfigDict, teacher: Section, *, dtype: str = "float32", unroll: bool | None = None) -> Case:

@@ -116,8 +116,8 @@ def student(name: str, **shape: Any) -> "ResNet | Stochastic":
 class Attention(nn.Module):
     """IBD's feature term, a weighted distance of energy maps; d = 128, student's and teacher's blocks in order.
 
-        q_i = BN(W_i GAP(t_i)),  k_j = ReLU(BN(W_j GAP(s_j))),  k_ji = BN(W k_j)_i
-        a_bi = softmax_j( (⟨k_bji, q_bi⟩ + ⟨p_i, p_j⟩) / √d ),    Σ_i mean_b Σ_j a_bij mean_hw (e(s_j) − e(t_i))²
+    q_i = BN(W_i GAP(t_i)),  k_j = ReLU(BN(W_j GAP(s_j))),  k_ji = BN(W k_j)_i
+    a_bi = softmax_j( (⟨k_bji, q_bi⟩ + ⟨p_i, p_j⟩) / √d ),    Σ_i mean_b Σ_j a_bij mean_hw (e(s_j) − e(t_i))²
     """
 
     def __init__(self, student: list[int], teacher: list[int], d: int = 128):

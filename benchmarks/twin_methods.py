@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from twin_step import Batch, Nets, Twin, ascend, kept_statistics, mode
 
-
 # ---- divergences and dependence --------------------------------------------------------------------------------
 
 

@@ -1,8 +1,8 @@
 """One train step in plain PyTorch, of the objectives in `twin_methods.py`.
 
-    x_0     = start(x)
-    x_{t+1} = Π( x_t + step · sign ∇_x climb(f(x_t)) )      batch-norm in evaluation mode, gradients to x alone
-    w       = SGD( ∇_w L )                                  batch-norm in training mode; momentum 0.9, weight decay 5e-4
+x_0     = start(x)
+x_{t+1} = Π( x_t + step · sign ∇_x climb(f(x_t)) )      batch-norm in evaluation mode, gradients to x alone
+w       = SGD( ∇_w L )                                  batch-norm in training mode; momentum 0.9, weight decay 5e-4
 """
 
 import contextlib

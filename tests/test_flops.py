@@ -10,13 +10,16 @@ from ibjax.attacks.pgd import pgd
 from ibjax.models import cnn, resnet
 from ibjax.objectives.alp import alp
 from ibjax.objectives.ard import ard
+from ibjax.objectives.hbar import hbar
 from ibjax.objectives.iad import iad
+from ibjax.objectives.ib_rar import ib_rar
 from ibjax.objectives.ibd import ibd
 from ibjax.objectives.infoat_r import infoat_r
 from ibjax.objectives.label_smoothing import label_smoothing
 from ibjax.objectives.mart import mart
 from ibjax.objectives.mma import mma
 from ibjax.objectives.rslad import rslad
+from ibjax.objectives.shared_information import shared_information
 from ibjax.objectives.te import te
 from ibjax.objectives.trades import trades
 from ibjax.perturb import awp
@@ -91,10 +94,15 @@ def test_a_trades_step_costs_no_more_than_its_count():
     (te(base="trades"), dict(name="te", base="trades"), 2 * 3 + 1 + 6),
     (label_smoothing(), dict(name="label_smoothing"), 2 * 3 + 3),
     (infoat_r(), dict(name="infoat_r"), 2 * 3 + 1 + 6),
+    (ib_rar(layers="pre_logits"), dict(name="ib_rar"), 2 * 3 + 3),
+    (hbar(layers="pre_logits"), dict(name="hbar"), 2 * 3 + 1 + 6),
+    (shared_information(location="prediction"), dict(name="shared_information"), 2 * 3 + 6),
 ])  # fmt: skip
 def test_a_baselines_step_costs_no_more_than_its_count(made, section, passes):
     assert expected(**section) == passes
-    attack = None if not made.attack_losses else pgd(loss=made.attack_loss or "ce", steps=3, unroll=True)
+    attack = (
+        None if not made.attack_losses else pgd(loss=made.attack_loss or made.attack_losses[0], steps=3, unroll=True)
+    )
     ratio, *_ = cost(made, attack)
     assert 0.9 * passes < ratio <= BAR * passes
 

@@ -23,6 +23,7 @@ from ibjax.models import resnet, stochastic  # noqa: E402
 from ibjax.objectives.pgd_at import pgd_at  # noqa: E402
 
 LR = 0.05
+torch.set_num_threads(1)  # threads of several test processes would wait for each other
 
 
 def batch(size, side=32):

@@ -23,12 +23,16 @@
 | ARD-k            | 2k + 4 + t        (2k + 6 + t with α < 1) |
 | IAD-k            | 2k + 6 + 2t       (II: 2k + 6 + t + a)    |
 | VIB, CEB         | 3                 (+ 2k: adversarial)     |
+| IB-RAR           | 2k + 3            (3: base="standard"; + 3: "trades", "mart"; + 1: TRADES in form="original") |
+| HBaR             | 2k + 6            (3: base="standard"; + 1: "trades")                                      |
+| shared information | 2k + 6          (with views="pgd")      |
 
 MMA shows the network x once more than its update does, to know which images are right. A weight perturbation takes the
 update's forward and backward passes a second time. k attack steps; t and a are one forward pass of the teacher and of
-the assistant in units of the student's. FLOPs are XLA's own count, which leaves out padding. A rolled loop's body is
-counted once, so the attack is unrolled here. `--shape` puts noise in place of the configuration's data. The command
-compiles for the CPU, whatever else is there.
+the assistant in units of the student's. Gram matrices are not counted: at a batch of 128 those of IB-RAR are about a
+hundredth of a ResNet-18 step. FLOPs are XLA's own count, which leaves out padding. A rolled loop's body is counted
+once, so the attack is unrolled here. `--shape` puts noise in place of the configuration's data. The command compiles
+for the CPU, whatever else is there.
 """
 
 import sys
@@ -131,6 +135,15 @@ def expected_forwards(settings: ConfigDict, teacher: float = 0.0, assistant: flo
             update, rest = 6, teacher + (teacher if objective.get("variant", "I") == "I" else assistant)
         case "vib" | "ceb":
             update = 3
+        case "ib_rar":
+            base = objective.get("base", "pgd_at")
+            update = 3 if base in ("standard", "pgd_at") else 6
+            rest = base == "trades" and objective.get("form") == "original"
+        case "hbar":
+            base = objective.get("base", "trades")
+            update, rest = 3 if base == "standard" else 6, base == "trades"
+        case "shared_information" if objective.get("views", "pgd") == "pgd":
+            update = 6
         case _:
             return None
     return ascent + rest + update * (2 if settings.perturb else 1)

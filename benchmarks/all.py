@@ -1,0 +1,176 @@
+"""All benchmarks that fit this machine, one after the other, into one dated JSON file with its tables beside it.
+
+    python benchmarks/all.py [--quick] [--quiet] [--parts=pgd,flops,…] [--workdir=runs/small_cnn] [--out=FILE]
+
+| part        | script               | what                                                                            |
+|-------------|----------------------|---------------------------------------------------------------------------------|
+| pgd         | train_step.py        | the PGD-10 step against PyTorch, at two batch sizes                             |
+| objectives  | train_step.py        | the step of every objective against PyTorch                                     |
+| information | information.py       | nHSIC, mask and SVD terms beside the step that they add to                      |
+| scaling     | scaling.py           | cost against batch, image, layers of HSIC, devices                              |
+| startup     | startup.py           | compile time and time to the first step, cold and cached                        |
+| flops       | compiled.py          | compiled FLOPs over their count, every objective; always compiled for a CPU     |
+| memory      | compiled.py          | memory of every objective, in 1, 2 and 4 microbatches                           |
+| attacks     | attacks_vs_torch.py  | robust accuracy and time against torchattacks                                   |
+| autoattack  | autoattack.py        | AutoAttack's parts against torchattacks', on the network of --workdir           |
+
+Sizes are those of the backend, CPU or accelerator. Every part is a process of its own; one that fails is named and
+stops no other, one that needs what is not here is left out with a word. The same command goes on where it was stopped:
+parts that are done stay. On a quiet machine with 2 cores all takes hours; --quick tries everything at tiny sizes.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from parts import ROOT, started, update
+
+HERE = Path(__file__).resolve().parent
+
+
+class Part(NamedTuple):
+    """A script with its options."""
+
+    script: str
+    cpu: str = ""  # options on a CPU
+    accelerator: str = ""
+    quick: str = "--quick"
+    timed: bool = True  # takes --quiet
+    needs: tuple[str, ...] = ()  # modules, or "workdir"
+    backend: str = ""  # where it runs, if not on the default
+
+
+TORCHATTACKS = ("torch", "torchattacks")
+PARTS = {
+    "pgd": Part("train_step.py", "--batch 32 128", "--batch 128 512"),
+    "objectives": Part("train_step.py", "--objective=all --batch 32 --repeats=3", "--objective=all --repeats=3"),
+    "information": Part("information.py"),
+    "scaling": Part("scaling.py"),
+    "startup": Part("startup.py", timed=False),
+    "flops": Part("compiled.py", "--what=flops", "--what=flops", timed=False, backend="cpu"),
+    "memory": Part("compiled.py", "--what=memory", "--what=memory", timed=False),
+    "attacks": Part("attacks_vs_torch.py", quick="--n=16 --train-steps=20 --repeats=1 --only=PGD", timed=False,
+                    needs=TORCHATTACKS),
+    "autoattack": Part("autoattack.py", "--rounds=2", "--n=1024 --rounds=2", "--n=16 --steps=2 --queries=5",
+                       timed=False, needs=(*TORCHATTACKS, "workdir")),
+}  # fmt: skip
+# what --quick adds to the options of the backend
+QUICK_OBJECTIVES = {"memory": "--objective=pgd_at,ibd --microbatches 1 2"}
+
+
+def missing(part: Part, workdir: Path | None) -> str:
+    """Why a part cannot run here, or ""."""
+    for need in part.needs:
+        if need == "workdir":
+            if workdir is None:
+                return "needs --workdir, of a run of configs/small_cnn.py"
+        elif importlib.util.find_spec(need) is None:
+            return f"needs {need}, which is not installed"
+    return ""
+
+
+def command(name: str, given: argparse.Namespace, backend: str, out: Path) -> list[str]:
+    """The command line of a part."""
+    part = PARTS[name]
+    options = (part.cpu if backend == "cpu" else part.accelerator).split()
+    if given.quick:
+        options += [*part.quick.split(), *QUICK_OBJECTIVES.get(name, "").split()]
+    options += ["--quiet"] * (given.quiet and part.timed and not given.quick)
+    options += [f"--workdir={given.workdir}"] if "workdir" in part.needs else []
+    return [sys.executable, str(HERE / part.script), *options, f"--out={out}"]
+
+
+def run_part(name: str, given: argparse.Namespace, backend: str) -> str:
+    """Runs one part, records it and returns how it ended."""
+    folder = given.out.with_suffix(".parts")  # what is half done, and the logs
+    folder.mkdir(parents=True, exist_ok=True)
+    log, found = folder / f"{name}.log", folder / f"{name}.json"
+    line = command(name, given, backend, found)
+    environment = {"JAX_PLATFORMS": PARTS[name].backend} if PARTS[name].backend else {}
+    begun = time.perf_counter()
+    with started(line, log, environment) as process:
+        code = process.wait()
+    status = "done" if code == 0 else f"failed, exit code {code}"
+    record = json.loads(found.read_text()) if found.is_file() else {}
+    table = found.with_suffix(".md")
+    record |= {"table": table.read_text()} if table.is_file() else {}
+    tail = {} if code == 0 else {"tail": log.read_text(errors="replace")[-2000:]}
+    seconds = round(time.perf_counter() - begun, 1)
+    update(given.out, name, status=status, command=line[1:], seconds=seconds, **tail, **record)
+    return status
+
+
+def page(content: dict) -> str:
+    """The results in Markdown: where they come from, a section for each part, and what is not there."""
+    lines = [f"# Benchmarks, {content['run']['backend']}, {content['run']['date'][:10]}", ""]
+    absent = []
+    for name, part in content.items():
+        if name == "run":
+            continue
+        if "table" in part:
+            script = " ".join(part["command"]).partition(" --out=")[0].replace(f"{HERE}/", "benchmarks/")
+            lines += [f"## {name}", "", f"`python {script}`", "", part["table"], ""]
+        if part["status"] != "done":
+            absent.append(f"- {name}: {part['status']}")
+    return "\n".join(lines + (["## Not done", "", *absent, ""] if absent else []))
+
+
+def default_backend() -> str:
+    """JAX's, asked in a process of its own: an accelerator must be free for the parts."""
+    code = "import jax; print(jax.default_backend())"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS), help=",".join(PARTS))
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the scripts")
+    parser.add_argument("--quiet", action="store_true", help="wait for other processes to rest while timing")
+    parser.add_argument("--workdir", type=Path, help="a trained run of configs/small_cnn.py, for autoattack")
+    parser.add_argument("--out", type=Path, help="default: results/benchmarks-BACKEND-DATE.json")
+    given = parser.parse_args()
+    if unknown := set(given.parts) - set(PARTS):
+        parser.error(f"--parts: {', '.join(sorted(unknown))} is unknown; allowed: {', '.join(PARTS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part that runs is ended too
+    backend = default_backend()
+    kind = "quick-" if given.quick else ""
+    default = ROOT / "results" / f"benchmarks-{kind}{backend}-{datetime.date.today()}.json"
+    given.out = (given.out or default).resolve()
+    given.workdir = given.workdir.resolve() if given.workdir else None
+    if given.quick:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads wait for each other on a busy machine
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    known = json.loads(given.out.read_text()) if given.out.is_file() else {}
+    if known and known["run"]["quick"] != given.quick:
+        parser.error(
+            f"--out={given.out} holds a run with{'' if known['run']['quick'] else 'out'} --quick; give another"
+        )
+    update(given.out, "run", **({"date": date, "backend": backend, "quick": given.quick} if not known else {}))
+
+    failed = False
+    for name in given.parts:
+        if known.get(name, {}).get("status") == "done":
+            print(f"{name}: was done before", flush=True)
+            continue
+        if reason := missing(PARTS[name], given.workdir):
+            update(given.out, name, status=f"left out: {reason}")
+        else:
+            failed |= run_part(name, given, backend) != "done"
+        content = json.loads(given.out.read_text())
+        given.out.with_suffix(".md").write_text(page(content))
+        print(f"{name}: {content[name]['status']}", flush=True)
+    print(given.out.with_suffix(".md"))
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
