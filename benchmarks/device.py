@@ -142,7 +142,7 @@ def data_section(given: argparse.Namespace) -> dict:
 
 
 def autoattack(given: argparse.Namespace) -> None:
-    """Trains the network of configs/small_cnn.py and attacks it from both sides, again in a round without compilation."""
+    """Trains the network of configs/small_cnn.py and attacks it from both sides, twice: the first time compiles."""
     import autoattack as comparison
 
     from ibjax import main, train

@@ -1,0 +1,146 @@
+"""The benchmarks: every objective has its step, what their pages say, and one command runs them all."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(FOLDER))
+import all as everything
+import comparison
+import compiled
+import measuring
+import methods
+import scaling
+
+
+def test_every_objective_of_the_package_has_a_step():
+    assert set(methods.NAMES) == {*comparison.names(), "awp"}
+
+
+@pytest.mark.parametrize("name", methods.NAMES)
+def test_each_step_can_be_traced(name):
+    """With its attack, its teacher and its network, in float32 and, in two parts, in bfloat16."""
+    given = methods.settings(name, methods.TINY, attack_steps=1)
+    for dtype, parts in (("float32", 1), ("bfloat16", 2)):
+        made = methods.program(methods.build(given, methods.TINY, dtype=dtype, unroll=False), 8, microbatches=parts)
+        shapes = made.shapes(8, (32, 32, 3))
+        state, metrics = jax.eval_shape(made.train_step, *shapes)
+        assert metrics["loss"].shape == ()
+        assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, shapes[0])
+
+
+def test_a_batch_over_several_devices_has_the_loss_of_one():
+    case = methods.build(methods.settings("pgd_at", methods.TINY, 1), methods.TINY, unroll=False)
+    losses = [methods.ibjax_steps(case, 8, (8, 8, 3), devices=n)(2) for n in (1, 4)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_contestants_take_turns_and_quotients_are_of_the_same_round():
+    order = []
+    runners = {name: lambda n, name=name: order.append((name, n)) for name in "ab"}
+    times = measuring.alternate(runners, 3, 2)
+    assert order == [("a", 2), ("b", 2)] * 3
+    assert [len(seconds) for seconds in times.seconds.values()] == [3, 3]
+    assert measuring.quotients([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == {"min": 1.0, "median": 2.0, "max": 3.0}
+
+
+def test_a_row_that_fails_is_named_and_stops_no_other(tmp_path):
+    page = measuring.Page("compiled", tmp_path / "page.json", compiled.memory_table)
+    about = dict(objective="ibd", batch=8, dtype="float32", microbatches=1)
+
+    def fails():
+        raise MemoryError("no\nroom")
+
+    page.attempt(about, fails)
+    page.attempt(about, lambda: about | dict(temporary_bytes=3 << 20, argument_bytes=1 << 20))
+    records = json.loads((tmp_path / "page.json").read_text())["records"]
+    assert [record.get("error") for record in records] == ["MemoryError: no room", None]
+    rows = (tmp_path / "page.md").read_text().splitlines()
+    assert rows[2] == "| ibd | 8 | float32 | 1 | MemoryError: no room |  |  |"
+    assert rows[3] == "| ibd | 8 | float32 | 1 | 3 | 1 |  |"
+    with pytest.raises(SystemExit):
+        page.finish()
+
+
+def test_a_child_that_fails_says_why(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("""import sys; assert '8' in sys.argv[1]; print('noise'); print('{"at": 8}')""")
+    assert measuring.in_new_process(str(script), {"n": 8}) == {"at": 8}
+    assert "AssertionError" in measuring.in_new_process(str(script), {"n": 9})["error"]
+
+
+def test_hsics_layers_are_those_of_the_network():
+    points = scaling.points("layers", 4, quick=False)
+    assert list(points) == [0, 1, 2, 5, 10]
+    model = methods.network(methods.RESNET18)
+    output, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+    assert set(points[10]["layers"]) <= set(output[1])
+
+
+# ---- the command that runs them all ----------------------------------------------------------------------------
+
+SCRIPT = """import json, pathlib, sys
+name, out = sys.argv[1], pathlib.Path(sys.argv[-1].removeprefix("--out="))
+with (out.parent / "ran").open("a") as log:
+    log.write(name + " ")
+assert name != "bad", "this part fails"
+out.write_text(json.dumps({"records": [1]}))
+out.with_suffix(".md").write_text("| table |")
+"""
+
+
+@pytest.fixture
+def three_parts(monkeypatch, tmp_path):
+    """A part that fails, one that works, and one that needs what is not here; the first two note that they ran."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    parts = {name: everything.Part(str(script), cpu=name, quick="") for name in ("bad", "good")}
+    absent = everything.Part(str(script), needs=("no_such_module",))
+    monkeypatch.setattr(everything, "PARTS", {**parts, "absent": absent})
+    monkeypatch.setattr(everything, "default_backend", lambda: "cpu")
+    return tmp_path / "out.json"
+
+
+def run_all(monkeypatch, out, parts="bad,good,absent", *options):
+    monkeypatch.setattr(sys, "argv", ["all.py", f"--out={out}", f"--parts={parts}", *options])
+    with pytest.raises(SystemExit) as ended:
+        everything.main()
+    return ended.value.code
+
+
+def test_a_part_that_fails_is_named_and_stops_no_other_and_what_is_done_stays(three_parts, monkeypatch):
+    assert run_all(monkeypatch, three_parts) == 1
+    found = json.loads(three_parts.read_text())
+    assert found["bad"]["status"] == "failed, exit code 1" and "this part fails" in found["bad"]["tail"]
+    assert found["good"]["status"] == "done" and found["good"]["records"] == [1]
+    assert found["absent"]["status"] == "left out: needs no_such_module, which is not installed"
+    page = three_parts.with_suffix(".md").read_text()
+    assert "| table |" in page and "- bad: failed" in page and "- absent: left out" in page
+
+    run_all(monkeypatch, three_parts)
+    assert (three_parts.with_suffix(".parts") / "ran").read_text() == "bad good bad "
+
+
+def test_an_unknown_part_and_mixed_sizes_are_refused(three_parts, monkeypatch, capsys):
+    assert run_all(monkeypatch, three_parts, "god") == 2
+    assert "god is unknown; allowed: bad, good" in capsys.readouterr().err
+    run_all(monkeypatch, three_parts, "good")
+    assert run_all(monkeypatch, three_parts, "good", "--quick") == 2
+    assert "holds a run without --quick" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_everything_runs_at_tiny_sizes(tmp_path):
+    command = [sys.executable, str(FOLDER / "all.py"), "--quick", f"--out={tmp_path / 'all.json'}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    found = json.loads((tmp_path / "all.json").read_text())
+    ended = {name: part["status"] for name, part in found.items() if name != "run"}
+    assert list(ended) == list(everything.PARTS)
+    assert done.returncode == 0 and all(status.startswith(("done", "left out")) for status in ended.values()), ended
+    assert found["flops"]["versions"]["jax"] and "quotient" in (tmp_path / "all.md").read_text()
