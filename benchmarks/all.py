@@ -42,7 +42,7 @@ class Part(NamedTuple):
     script: str
     cpu: str = ""  # options on a CPU
     accelerator: str = ""
-    quick: str = "--quick"
+    quick: str = "--quick"  # added by --quick
     timed: bool = True  # takes --quiet
     needs: tuple[str, ...] = ()  # modules, or "workdir"
     backend: str = ""  # where it runs, if not on the default
@@ -51,19 +51,20 @@ class Part(NamedTuple):
 TORCHATTACKS = ("torch", "torchattacks")
 PARTS = {
     "pgd": Part("train_step.py", "--batch 32 128", "--batch 128 512"),
-    "objectives": Part("train_step.py", "--objective=all --batch 32 --repeats=3", "--objective=all --repeats=3"),
+    "objectives": Part("train_step.py", "--objective=all --batch 32 --repeats=3", "--objective=all --repeats=3",
+                       "--quick --objective=trades,ibd,shared_information"),
     "information": Part("information.py"),
     "scaling": Part("scaling.py"),
     "startup": Part("startup.py", timed=False),
-    "flops": Part("compiled.py", "--what=flops", "--what=flops", timed=False, backend="cpu"),
-    "memory": Part("compiled.py", "--what=memory", "--what=memory", timed=False),
+    "flops": Part("compiled.py", "--what=flops", "--what=flops", "--quick --objective=mart,ibd", timed=False,
+                  backend="cpu"),
+    "memory": Part("compiled.py", "--what=memory", "--what=memory", "--quick --objective=ibd --microbatches 1 2",
+                   timed=False),
     "attacks": Part("attacks_vs_torch.py", quick="--n=16 --train-steps=20 --repeats=1 --only=PGD", timed=False,
                     needs=TORCHATTACKS),
     "autoattack": Part("autoattack.py", "--rounds=2", "--n=1024 --rounds=2", "--n=16 --steps=2 --queries=5",
                        timed=False, needs=(*TORCHATTACKS, "workdir")),
 }  # fmt: skip
-# what --quick adds to the options of the backend
-QUICK_OBJECTIVES = {"memory": "--objective=pgd_at,ibd --microbatches 1 2"}
 
 
 def missing(part: Part, workdir: Path | None) -> str:
@@ -82,7 +83,7 @@ def command(name: str, given: argparse.Namespace, backend: str, out: Path) -> li
     part = PARTS[name]
     options = (part.cpu if backend == "cpu" else part.accelerator).split()
     if given.quick:
-        options += [*part.quick.split(), *QUICK_OBJECTIVES.get(name, "").split()]
+        options += part.quick.split()
     options += ["--quiet"] * (given.quiet and part.timed and not given.quick)
     options += [f"--workdir={given.workdir}"] if "workdir" in part.needs else []
     return [sys.executable, str(HERE / part.script), *options, f"--out={out}"]
@@ -104,7 +105,7 @@ def run_part(name: str, given: argparse.Namespace, backend: str) -> str:
     record |= {"table": table.read_text()} if table.is_file() else {}
     tail = {} if code == 0 else {"tail": log.read_text(errors="replace")[-2000:]}
     seconds = round(time.perf_counter() - begun, 1)
-    update(given.out, name, status=status, command=line[1:], seconds=seconds, **tail, **record)
+    update(given.out, name, **{**record, "status": status, "command": line[1:], "seconds": seconds, **tail})
     return status
 
 

@@ -8,7 +8,7 @@
 | step       | PGD-10 and IBD-10 of ResNet-18 in bf16 against their PyTorch twins (benchmarks/train_step.py)         |
 | throughput | images/s and share of peak: PGD-10 PreActResNet-18 and WRN-28-10, TRADES-10, IBD-10 (ResNet-18)       |
 | training   | PGD-AT of PreActResNet-18 on --data, as many epochs as fit --minutes; FGSM, PGD-20, CW-20             |
-| autoattack | its parts, shortened, against torchattacks' on a small CNN trained on --data (benchmarks/autoattack.py) |
+| autoattack | a shortened AutoAttack against torchattacks', on a small CNN trained on --data                        |
 | tests      | the quick tests with JAX on the accelerator                                                           |
 
 Every part is a process of its own with a share of the time; what it finds is written as it is found, and a part that
@@ -17,6 +17,7 @@ fails or runs out of time is recorded with its last lines and stops no other.
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -244,6 +245,8 @@ def run_all(given: argparse.Namespace) -> None:
                 limit = left * SHARES[name] / sum(SHARES.get(part, 0) for part in later)
             if name in NEED_DATA and not (given.data or given.quick):
                 update(given.out, name, status="left out: no --data")
+            elif name == "autoattack" and importlib.util.find_spec("torchattacks") is None:
+                update(given.out, name, status="left out: torchattacks is not installed")
             elif limit < 5:
                 update(given.out, name, status="left out: no time")
             else:

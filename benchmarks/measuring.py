@@ -178,7 +178,9 @@ class Page:
     def add(self, record: dict[str, Any]) -> None:
         """Writes one more record, and its table to the terminal."""
         self.records.append(record)
-        text = f"{self.table(self.records)}\n\n{self.note}{'; ' if self.note else ''}{provenance(self.found)}\n"
+        warnings = dict.fromkeys(warning for found in self.records for warning in found.get("warnings", ()))
+        about = "; ".join(part for part in (self.note, provenance(self.found)) if part)
+        text = f"{self.table(self.records)}\n\n{about}\n" + "".join(f"\n- {warning}" for warning in warnings) + "\n"
         run.write_json(self.out, {"benchmark": self.benchmark, **self.found, "records": self.records})
         self.out.with_suffix(".md").write_text(text)
         print(*self.table([record]).splitlines()[2:], sep="\n", flush=True)

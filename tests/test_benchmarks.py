@@ -11,12 +11,12 @@ import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
-import all as everything
-import comparison
-import compiled
-import measuring
-import methods
-import scaling
+import all as everything  # noqa: E402
+import comparison  # noqa: E402
+import compiled  # noqa: E402
+import measuring  # noqa: E402
+import methods  # noqa: E402
+import scaling  # noqa: E402
 
 
 def test_every_objective_of_the_package_has_a_step():
@@ -90,7 +90,7 @@ name, out = sys.argv[1], pathlib.Path(sys.argv[-1].removeprefix("--out="))
 with (out.parent / "ran").open("a") as log:
     log.write(name + " ")
 assert name != "bad", "this part fails"
-out.write_text(json.dumps({"records": [1]}))
+out.write_text(json.dumps({"records": [1], "command": sys.argv}))
 out.with_suffix(".md").write_text("| table |")
 """
 

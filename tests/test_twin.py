@@ -152,7 +152,12 @@ def test_every_objective_but_siriib_has_a_twin():
     assert set(twin_methods.TWINS) == set(methods.NAMES) - {"siriib"}
 
 
-@pytest.mark.parametrize("name", twin_methods.TWINS)
+QUICK = ("trades", "mma", "awp", "ibd", "ib_rar", "shared_information")  # the others are like one of these
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in twin_methods.TWINS]
+)
 def test_each_twins_step_has_the_loss_and_moves_the_weights_of_its_objective(name, no_chance):
     options = OPTIONS.get(name, {})
     given = methods.settings(name, dict(name="resnet", **SHAPE), STEPS, **options)
