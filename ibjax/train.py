@@ -102,6 +102,12 @@ def build(
     model = run.build_model(settings.model, data.num_classes, "model")
     objective = config.build("objectives", settings.objective, "objective")
     _check_attack(settings, objective)
+    for role in config.TEACHERS:
+        if role not in objective.teachers and (settings[role].workdir or settings[role].recipe):
+            raise InputError(
+                f"objective '{settings.objective.name}' asks no {role} and would ignore it; set {role}.workdir='' and "
+                f"{role}.recipe=None"
+            )
     taught = {
         role: _teacher(settings, role, data, (folders or {}).get(role), abstract, mesh) for role in objective.teachers
     }
@@ -151,10 +157,11 @@ def _check_attack(settings, objective):
         raise InputError(f"objective '{name}' {why} and would ignore the attack; set attack=None")
     if loss not in losses:
         raise InputError(f"attack.loss='{loss}' does not go with objective '{name}'; allowed: {', '.join(losses)}")
-    section = settings.objective
-    own_prediction = "trades" in (name, section.get("base")) or section.get("attack_target") == "student"
-    if own_prediction and settings.attack.get("init") == "none":
-        raise InputError("attack.init='none' gives the KL to one's own prediction no gradient; use 'gaussian'")
+    if objective.flat_at_x and settings.attack.get("init") == "none":
+        raise InputError(
+            f"attack.init='none' starts where the loss that objective '{name}' has the attack climb has no gradient; "
+            f"use 'gaussian'"
+        )
 
 
 def _teacher(settings, role, data, folder, abstract, mesh):

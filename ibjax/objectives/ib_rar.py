@@ -143,8 +143,9 @@ def ib_rar(
         metrics |= {"loss": value, "nhsic_x": with_x, "nhsic_y": with_y}
         return value, (variables, metrics)
 
-    attack_losses = () if base == "standard" else ("ce", "margin")
-    return Objective(target, loss, attack_losses=("kl",) if base == "trades" and form == "original" else attack_losses)
+    if base == "trades" and form == "original":
+        return Objective(target, loss, attack_losses=("kl",), flat_at_x=True)
+    return Objective(target, loss, attack_losses=() if base == "standard" else ("ce", "margin"))
 
 
 def base_loss(base: str, form: str, logits: list[Array], batch: Batch, weight: float) -> tuple[Array, dict[str, Array]]:
