@@ -89,7 +89,7 @@ def from_torch(
     model = run.build_model(settings.model, classes, "model")
     architectures.check(str(file), arch, model, state)
     if photographs:
-        split, facts = Split(*_crops(photographs, n)), {"label": "not at hand", "digests": {}}
+        split, facts = Split(*_crops(photographs, n)), {"label": "photographs", "digests": {"test": None}}
         facts |= {"input_shape": [photographs, photographs, 3], "num_classes": classes}
         images = f"{n} crops of scikit-learn's two photographs"
     else:
@@ -247,7 +247,7 @@ def to_torch(workdir: Path, to: Path, checkpoint: str | int = "best", *, n: int 
 
     Raises InputError, CheckpointError or DataError; then nothing is written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     torch_file.modules()
     _refuse_existing(to)
@@ -259,7 +259,8 @@ def to_torch(workdir: Path, to: Path, checkpoint: str | int = "best", *, n: int 
             f"the network of {workdir} ({kind}, images {shape}) has no definition in PyTorch; "
             f"those of RGB images that have: {', '.join(ARCHITECTURES)}"
         )
-    if trained.facts["digests"]:
+    with_data = trained.facts["digests"]["test"] is not None
+    if with_data:
         split, _ = _test_images(trained.config, trained.facts["num_classes"], n)
     else:
         split = Split(*_crops(trained.facts["input_shape"][0], n))
@@ -269,12 +270,12 @@ def to_torch(workdir: Path, to: Path, checkpoint: str | int = "best", *, n: int 
     delta = _gate(logits, _torch_logits(twin, split.images), f"{len(logits)} test images", f"exported as {name}")
     with _whole_folder(to) as folder:
         tensors = {key: value.contiguous() for key, value in twin.state_dict().items() if value.is_floating_point()}
-        save_file(tensors, folder / "model.safetensors")
+        (folder / "model.safetensors").write_bytes(save(tensors))
         (folder / "model.py").write_text(_definition(known, trained))
         run.write_json(folder / "model_info.json", model_info(trained, str(checkpoint)))
         (folder / "check.py").write_text((_DEFINITIONS / "check.py").read_text())
-        labelled = {} if not trained.facts["digests"] else {"y_test": split.labels}
-        np.savez_compressed(folder / "check.npz", x_test=split.images, logits=logits, **labelled)
+        labels = split.labels if with_data else logits.argmax(1)  # photographs: what the network says itself
+        np.savez_compressed(folder / "check.npz", x_test=split.images, y_test=labels, logits=logits)
     return delta
 
 
@@ -285,7 +286,7 @@ def _definition(known, trained):
     """The text of model.py: the network's definition, and `load` with the options of this one."""
     make = importlib.import_module(f"ibjax.torch_models.{known.torch}").Model
     options = {key: config.plain(getattr(trained.model, key)) for key in inspect.signature(make).parameters}
-    arguments = ", ".join(f"{key}={value!r}" for key, value in options.items() if value is not None)
+    arguments = "".join(f"\n        {key}={value!r}," for key, value in options.items() if value is not None)
     source = (_DEFINITIONS / f"{known.torch}.py").read_text().replace("from torch import nn\n", _IMPORTS, 1)
     return f"{source}{_LOAD.format(arguments=arguments)}"
 
@@ -295,7 +296,8 @@ _LOAD = '''
 
 def load(folder):
     """The network with the weights of model.safetensors in `folder`, in evaluation mode."""
-    network = Model({arguments})
+    network = Model({arguments}
+    )
     network.load_state_dict(load_file(f"{{folder}}/model.safetensors"))
     return network.eval()
 '''
