@@ -16,6 +16,7 @@ Depth, width and classes are read off a file's shapes. A convolution's weight (o
 (height, width, in, out), a linear layer's (out, in) our (in, out); batch-norm's weight is our scale.
 """
 
+import functools
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -117,8 +118,9 @@ def architecture_of(model: nn.Module) -> str | None:
     return None
 
 
-def build(known: Architecture, options: Mapping[str, Any]) -> nn.Module:
+def build(name: str, options: Mapping[str, Any]) -> nn.Module:
     """Our model of these `sizes`."""
+    known = ARCHITECTURES[name]
     section = {"name": known.model, **options, **known.fixed}
     return run.build_model(section, section.pop("num_classes"), "model")
 
@@ -126,8 +128,10 @@ def build(known: Architecture, options: Mapping[str, Any]) -> nn.Module:
 # ---- names -------------------------------------------------------------------------------------------------
 
 
-def key_map(known: Architecture, model: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
+@functools.lru_cache(maxsize=32)
+def key_map(name: str, model: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
     """{path of our leaf: (its name in PyTorch, its shape of ours)} of all parameters and batch statistics."""
+    known = ARCHITECTURES[name]
     names = {**known.names, **_numbered(known, model)}
     found = {}
     for path, leaf in flatten(run.abstract_variables(model, (32, 32, 3), cluster.mesh())).items():
@@ -167,15 +171,16 @@ def _vgg_names(groups, hidden):
     return {**names, "head": f"classifier.{3 * hidden}"}
 
 
-def sizes(known: Architecture, state: State) -> dict[str, Any]:
+def sizes(name: str, state: State) -> dict[str, Any]:
     """Our options that names and shapes tell, `num_classes` among them; of another network's file, whatever fits."""
+    known = ARCHITECTURES[name]
     if known.model == "vgg":
         return _vgg_sizes(state)
-    shapes = {name: value.shape for name, value in state.items()}
+    shapes = {key: value.shape for key, value in state.items()}
     stem, head = (shapes.get(f"{known.names[layer]}.weight", ()) for layer in ("stem", "head"))
     found: dict[str, Any] = {"num_classes": head[0] if head else 10}
     pattern = re.escape(known.block).replace(r"\{stage\}", r"(\d+)").replace(r"\{stage1\}", r"(\d+)")
-    matches = [re.match(pattern.replace(r"\{index\}", r"(\d+)") + r"\.(\w+)", name) for name in state]
+    matches = [re.match(pattern.replace(r"\{index\}", r"(\d+)") + r"\.(\w+)", key) for key in state]
     blocks = {(int(match[1]), int(match[2])) for match in matches if match}
     stages = sorted({stage for stage, _ in blocks})
     counts = tuple(sum(stage == other for other, _ in blocks) for stage in stages)
@@ -209,7 +214,7 @@ def _vgg_sizes(state):
 
 def check(where: str, name: str, model: nn.Module, state: State) -> None:
     """Raises CheckpointError unless the state is exactly the network's: every name, every shape, sound values."""
-    expected = {theirs: _shape(ours) for theirs, ours in key_map(ARCHITECTURES[name], model).values()}
+    expected = {theirs: _shape(ours) for theirs, ours in key_map(name, model).values()}
     missing = [key for key in expected if key not in state]
     extra = [key for key in state if key not in expected]
     if missing or extra:
@@ -227,16 +232,16 @@ def check(where: str, name: str, model: nn.Module, state: State) -> None:
 
 def closest(state: State) -> str:
     """Says which architecture's names a file's are nearest to."""
-    shares = {name: _agreement(known, state) for name, known in ARCHITECTURES.items()}
+    shares = {name: _agreement(name, state) for name in ARCHITECTURES}
     best = max(shares.values())
     names = [name for name, share in shares.items() if share == best]
     return f"closest: --arch={' or '.join(names)} ({100 * best:.0f} % of its names agree)"
 
 
-def _agreement(known, state):
-    model = build(known, sizes(known, state))
-    expected = {theirs for theirs, _ in key_map(known, model).values()}
-    present = {key for key in state if not re.fullmatch(known.unused, key)}
+def _agreement(name, state):
+    model = build(name, sizes(name, state))
+    expected = {theirs for theirs, _ in key_map(name, model).values()}
+    present = {key for key in state if not re.fullmatch(ARCHITECTURES[name].unused, key)}
     return len(expected & present) / len(expected | present)
 
 
@@ -244,10 +249,10 @@ def _some(keys):
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
-def to_ours(known: Architecture, model: nn.Module, state: State) -> dict[str, Any]:
+def to_ours(name: str, model: nn.Module, state: State) -> dict[str, Any]:
     """Our variables {"params", "batch_stats"} with a checked state's values."""
     variables: dict[str, Any] = {"params": {}, "batch_stats": {}}
-    for path, (theirs, _) in key_map(known, model).items():
+    for path, (theirs, _) in key_map(name, model).items():
         *above, last = path.split("/")
         node = variables
         for part in above:
@@ -257,12 +262,12 @@ def to_ours(known: Architecture, model: nn.Module, state: State) -> dict[str, An
     return variables
 
 
-def to_theirs(known: Architecture, model: nn.Module, variables: Any) -> dict[str, np.ndarray]:
+def to_theirs(name: str, model: nn.Module, variables: Any) -> dict[str, np.ndarray]:
     """The inverse of `to_ours`."""
     leaves = {path: np.asarray(leaf) for path, leaf in flatten(variables).items()}
     return {
         theirs: np.ascontiguousarray(leaves[path].transpose(3, 2, 0, 1) if leaves[path].ndim == 4 else leaves[path].T)
-        for path, (theirs, _) in key_map(known, model).items()
+        for path, (theirs, _) in key_map(name, model).items()
     }
 
 

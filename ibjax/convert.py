@@ -83,7 +83,7 @@ def from_torch(
         raise InputError(f"--arch={arch} is unknown; {nearest(arch, ARCHITECTURES)}; {architectures.closest(state)}")
     known = ARCHITECTURES[arch]
     state = {key: value for key, value in state.items() if not re.fullmatch(known.unused, key)}
-    options = architectures.sizes(known, state)
+    options = architectures.sizes(arch, state)
     classes = options["num_classes"]
     settings = _configuration(file, known, options, normalization, overrides or [])
     model = run.build_model(settings.model, classes, "model")
@@ -96,7 +96,7 @@ def from_torch(
         split, facts = _test_images(settings, classes, n)
         images = f"{len(split.labels)} test images of {facts['label']}"
 
-    variables = architectures.to_ours(known, model, state)
+    variables = architectures.to_ours(arch, model, state)
     twin = _twin(known, model, state, normalization)
     logits, theirs = _logits(model, variables, split.images), _torch_logits(twin, split.images)
     delta = _gate(logits, theirs, images, f"in the file mean and std are {normalization or 'not kept'}")
@@ -265,7 +265,7 @@ def to_torch(workdir: Path, to: Path, checkpoint: str | int = "best", *, n: int 
     else:
         split = Split(*_crops(trained.facts["input_shape"][0], n))
     known = ARCHITECTURES[name]
-    twin = _twin(known, trained.model, architectures.to_theirs(known, trained.model, trained.variables))
+    twin = _twin(known, trained.model, architectures.to_theirs(name, trained.model, trained.variables))
     logits = _logits(trained.model, trained.variables, split.images)
     delta = _gate(logits, _torch_logits(twin, split.images), f"{len(logits)} test images", f"exported as {name}")
     with _whole_folder(to) as folder:

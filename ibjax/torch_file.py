@@ -14,7 +14,7 @@ import numpy as np
 from ibjax.errors import CheckpointError, InputError
 
 # where checkpoints keep the weights among other things, and what wrappers put before every name
-_KEYS = ("state_dict", "model_state_dict", "net", "model", "network", "module", "weights")
+_KEYS = ("state_dict", "model_state_dict", "net", "model", "network", "module", "weights", "last")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "1.")
 _MEANS, _STDS = ("mean", "mu", "new_mean"), ("std", "sigma", "new_std")
 

@@ -50,7 +50,7 @@ def ours(name, twin):
     """The twin's weights and running statistics as our variables."""
     arch, model = PAIRS[name]
     architectures.check("the twin", arch, model, twins.state(twin))  # nothing missing, nothing left over
-    variables = architectures.to_ours(architectures.ARCHITECTURES[arch], model, twins.state(twin))
+    variables = architectures.to_ours(arch, model, twins.state(twin))
     return jax.tree.map(jax.numpy.asarray, variables)
 
 
