@@ -78,6 +78,8 @@ def from_torch(
     """
     torch = torch_file.modules()
     _refuse_existing(workdir)
+    if photographs and clean_acc is not None:
+        raise InputError("--clean_acc needs the data set's test images; --photographs have no labels")
     state, normalization = torch_file.read(file)
     if arch not in ARCHITECTURES:
         raise InputError(f"--arch={arch} is unknown; {nearest(arch, ARCHITECTURES)}; {architectures.closest(state)}")
@@ -87,6 +89,8 @@ def from_torch(
     classes = options["num_classes"]
     settings = _configuration(file, known, options, normalization, overrides or [])
     model = run.build_model(settings.model, classes, "model")
+    if architectures.architecture_of(model) != arch:
+        raise InputError(f"--config.model.{{{', '.join(known.fixed)}}} make it another network than --arch={arch}")
     architectures.check(str(file), arch, model, state)
     if photographs:
         split, facts = Split(*_crops(photographs, n)), {"label": "photographs", "digests": {"test": None}}
@@ -111,8 +115,6 @@ def from_torch(
     }
     if not photographs:
         imported["clean_acc"] = _clean_accuracy(logits, split.labels, clean_acc)
-    elif clean_acc is not None:
-        raise InputError("--clean_acc needs the data set's test images; --photographs have no labels")
     with _whole_folder(workdir) as folder:
         run.write_config(folder, settings, {**facts, "imported": imported})
         with checkpoints.manager(folder) as orbax:
@@ -201,8 +203,6 @@ def _twin(known, model, state, normalization=None):
     weights = {key: torch.from_numpy(np.array(value)) for key, value in state.items()}
     buffers = {key: value for key, value in twin.state_dict().items() if key in ("mean", "std")}
     twin.load_state_dict({**weights, **buffers})
-    for module in twin.modules():
-        assert getattr(module, "eps", 1e-5) == 1e-5  # of our batch-norm
     return twin.eval()
 
 

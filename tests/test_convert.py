@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ibjax import architectures, config, convert, report, run, torch_file, train
+from ibjax import architectures, cluster, config, convert, report, run, torch_file, train
 from ibjax import checkpoint as checkpoints
 from ibjax.errors import CheckpointError, InputError
 from ibjax.evaluate import evaluate
@@ -218,11 +218,11 @@ def test_a_folder_that_holds_something_is_refused_and_one_that_is_made_is_whole(
 def test_networks_without_a_definition_in_pytorch_are_refused(section, shape, said, tmp_path):
     settings = config.base()
     settings.model, settings.data = section, dict(name="digits", val_size=0, split_seed=0)
-    variables = run.build_model(section, 10, "model").init(jax.random.key(0), np.zeros((1, *shape), np.float32))
+    shapes = run.abstract_variables(run.build_model(section, 10, "model"), shape, cluster.mesh())
     run.write_config(tmp_path / "run", settings, {"input_shape": list(shape), "num_classes": 10})
     with checkpoints.manager(tmp_path / "run") as orbax:
-        state = TrainState(jnp.int32(0), {"batch_stats": {}, **variables}, (), None)
-        checkpoints.save(orbax, state, {"selection": 0.0})
+        variables = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)
+        checkpoints.save(orbax, TrainState(jnp.int32(0), variables, (), None), {"selection": 0.0})
     with pytest.raises(InputError, match=said + r".* has no definition in PyTorch"):
         convert.to_torch(tmp_path / "run", tmp_path / "exported")
 
@@ -363,6 +363,11 @@ def test_another_normalisation_is_refused(data, tmp_path):
     shift = ["--config.model.mean=(5.0, -5.0, 5.0)", "--config.model.std=(0.01, 0.01, 0.01)"]
     options = dict(photographs=None, n=40, clean_acc=75.0)
     refused(tmp_path, state, r"published 75\.00 %.*normalisation", overrides=[*data, *shift], **options)
+
+
+def test_options_that_make_another_architecture_are_refused(tmp_path):
+    refused(tmp_path, twin().state_dict(), "another network than --arch", overrides=["--config.model.variant=deepmind"])
+    refused(tmp_path, twin().state_dict(), "another network than --arch", overrides=["--config.model.name=resnet"])
 
 
 def test_another_number_of_classes_is_refused(data, tmp_path):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ibjax import architectures
-from ibjax.models import preact_resnet, resnet, vgg, wide_resnet
+from ibjax.models import layers, preact_resnet, resnet, vgg, wide_resnet
 
 torch = pytest.importorskip("torch", reason="the oracle is PyTorch")
 import torch_twins as twins  # noqa: E402
@@ -57,6 +57,8 @@ def ours(name, twin):
 @pytest.mark.parametrize("name", PAIRS)
 def test_same_weights_give_the_same_logits_features_and_running_statistics(name):
     twin, model, variables, images = pair(name)
+    norms = [module for module in twin.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    assert {norm.eps for norm in norms} == {layers.BatchNorm.epsilon}  # too small to be seen in the logits
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, shapes)
 

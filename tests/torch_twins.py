@@ -26,9 +26,18 @@ def randomize(twin):
                 module.bias.normal_(0, 0.3)
                 module.running_mean.normal_(0, 0.3)
                 module.running_var.uniform_(0.5, 2.0)
-            elif isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias.normal_(0, 0.3)
+            elif isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)  # PyTorch's own start lets the image fade on its way
+                if module.bias is not None:
+                    module.bias.normal_(0, 0.3)
+        head(twin).weight.mul_(0.1)  # logits of the size that trained networks have
     return twin.eval()
+
+
+def head(twin):
+    """The last linear layer."""
+    *_, last = (module for module in twin.modules() if isinstance(module, nn.Linear))
+    return last
 
 
 def state(twin):
@@ -62,8 +71,7 @@ def logits_and_taps(twin, images):
 
     for module, names, act in _recorded(twin):
         handles.append(module.register_forward_hook(record(*names, act=act)))
-    *_, head = (module for module in twin.modules() if isinstance(module, nn.Linear))
-    handles.append(head.register_forward_pre_hook(record_input("pre_logits")))
+    handles.append(head(twin).register_forward_pre_hook(record_input("pre_logits")))
     blocks = [module for module in twin.modules() if type(module).__name__ == "Block"]
     if blocks:
         handles.append(blocks[0].register_forward_pre_hook(record_input("stem")))
