@@ -8,9 +8,9 @@ import compares on its test images, or where it is not at hand, with --photograp
 The run that an import makes is evaluated and taught from like any other; how its network was trained nobody knows:
 the configuration's other sections are defaults that say nothing of it.
 
-Guarantees (tests of the same names): nothing in a file is ever unpickled; every tensor is used exactly once, and every
-weight of ours is filled; max |Δlogit| is at most 1e-4 on real images, or nothing is written; import, export and import
-again end in the same bits; a folder that holds something is refused, and one that is made is whole.
+Guarantees (tests of the same names): nothing in a file is ever unpickled; every tensor is used exactly once and every
+weight is filled; the gate, 1e-4 on the logits of real images, sees every single weight; import, export and import again
+end in the same bits; a folder that holds something is refused and one that is made is whole.
 
 PyTorch's file says nothing of how pixels are normalised unless its network keeps mean and std. Where it does not, the
 architecture's usual values hold, else --config.model.mean and std; --clean_acc, the published accuracy, shows whether
@@ -23,7 +23,6 @@ import hashlib
 import importlib
 import inspect
 import json
-import logging
 import math
 import os
 import re
@@ -46,7 +45,6 @@ from ibjax.step import TrainState, linen_net, to_float
 
 TOLERANCE = 1e-4  # of logits
 _BATCH = 64  # images at a time
-log = logging.getLogger(__name__)
 
 
 # ---- import ------------------------------------------------------------------------------------------------
@@ -84,24 +82,21 @@ def from_torch(
     if arch not in ARCHITECTURES:
         raise InputError(f"--arch={arch} is unknown; {nearest(arch, ARCHITECTURES)}; {architectures.closest(state)}")
     known = ARCHITECTURES[arch]
-    state = {key: value for key, value in state.items() if not re.fullmatch(known.unused, key)}
-    options = architectures.sizes(arch, state)
-    classes = options["num_classes"]
-    settings = _configuration(file, known, options, normalization, overrides or [])
+    used = {key: value for key, value in state.items() if not re.fullmatch(known.unused, key)}
+    options = architectures.sizes(arch, used)
+    classes = options.pop("num_classes")
+    usual = {**known.defaults, **known.normalized.get(classes, {})}
+    if normalization:
+        usual |= dict(zip(("mean", "std"), normalization, strict=True))
+    settings = _configuration(file, {**usual, **options, "name": known.model, **known.fixed}, classes, overrides or [])
     model = run.build_model(settings.model, classes, "model")
     if architectures.architecture_of(model) != arch:
-        raise InputError(f"--config.model.{{{', '.join(known.fixed)}}} make it another network than --arch={arch}")
-    architectures.check(str(file), arch, model, state)
-    if photographs:
-        split, facts = Split(*_crops(photographs, n)), {"label": "photographs", "digests": {"test": None}}
-        facts |= {"input_shape": [photographs, photographs, 3], "num_classes": classes}
-        images = f"{n} crops of scikit-learn's two photographs"
-    else:
-        split, facts = _test_images(settings, classes, n)
-        images = f"{len(split.labels)} test images of {facts['label']}"
+        raise InputError(f"--config.model… makes it another network than --arch={arch}: {known.model}, {known.fixed}")
+    architectures.check(str(file), arch, model, used)
 
-    variables = architectures.to_ours(arch, model, state)
-    twin = _twin(known, model, state, normalization)
+    split, facts, images = _images(settings, classes, n, photographs)
+    variables = architectures.to_ours(arch, model, used)
+    twin = _twin(known, model, used, normalization)
     logits, theirs = _logits(model, variables, split.images), _torch_logits(twin, split.images)
     delta = _gate(logits, theirs, images, f"in the file mean and std are {normalization or 'not kept'}")
     imported = {
@@ -109,6 +104,7 @@ def from_torch(
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         "arch": arch,
         "normalization_kept_in_file": normalization is not None,
+        "left_out": len(state) - len(used),
         "images": images,
         "max_delta_logit": delta,
         "torch": torch.__version__,
@@ -123,25 +119,25 @@ def from_torch(
     return imported
 
 
-def _configuration(file, known, options, normalization, overrides):
+def _configuration(file, section, classes, overrides):
     """The defaults, with the network's section, the data set that goes with its classes, and what the caller says."""
     from ibjax import main  # which trains and evaluates, and needs a moment to load
 
     settings = config.base()
     settings.title = file.stem
-    classes = options.pop("num_classes")
-    settings.data.dataset = {100: "cifar100"}.get(classes, "cifar10")
-    usual = known.normalized.get(classes, {})
-    settings.model = {"name": known.model, **known.defaults, **usual, **options, **known.fixed}
-    if normalization:
-        settings.model.update(mean=normalization[0], std=normalization[1])
+    settings.data.dataset = "cifar100" if classes == 100 else "cifar10"
+    settings.model = section
     main.override(settings, overrides)
     config.check(settings)
     return settings
 
 
-def _test_images(settings, classes, n):
-    """(`n` test images, each class in proportion, what config.json says of the data)."""
+def _images(settings, classes, n, side):
+    """(`n` images, what config.json says of the data, what they are): test images, or with a side, photographs."""
+    if side:
+        facts = {"label": "photographs", "input_shape": [side, side, 3], "num_classes": classes}
+        words = f"{n} crops of scikit-learn's two photographs"
+        return Split(_crops(side, n), np.zeros(n, np.int32)), {**facts, "digests": {"test": None}}, words
     data = run.load_data(settings)
     if data.num_classes != classes:
         raise InputError(
@@ -150,18 +146,14 @@ def _test_images(settings, classes, n):
         )
     if data.test.images.shape[-1] != 3:
         raise InputError(f"the network takes RGB images, those of {data.label} are {data.test.images.shape[1:]}")
-    return _subset(data.test, n), run.facts(data)
-
-
-def _subset(split, n):
-    if n >= len(split.labels):
-        return split
-    chosen = stratified(split.labels, n, seed=0)
-    return Split(split.images[chosen], split.labels[chosen])
+    n = min(n, len(data.test.labels))
+    chosen = stratified(data.test.labels, n, seed=0)
+    split = Split(data.test.images[chosen], data.test.labels[chosen])
+    return split, run.facts(data), f"{n} test images of {data.label}"
 
 
 def _crops(side, n):
-    """(n crops (n, side, side, 3) uint8 of the photographs that scikit-learn ships, labels that mean nothing)."""
+    """Random crops (n, side, side, 3) uint8 of the photographs that scikit-learn ships, the same in every call."""
     from sklearn.datasets import load_sample_images
 
     photographs: Any = load_sample_images()
@@ -172,7 +164,7 @@ def _crops(side, n):
     for i in range(n):
         top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
         crops.append(photographs.images[i % 2][top : top + side, left : left + side])
-    return np.stack(crops), np.zeros(n, np.int32)
+    return np.stack(crops)
 
 
 def _clean_accuracy(logits, labels, published):
@@ -208,18 +200,17 @@ def _twin(known, model, state, normalization=None):
 
 def _torch_logits(twin, images):
     torch = torch_file.modules()
-    x = np.array(to_float(jnp.asarray(images)))
+    x = torch.from_numpy(np.array(to_float(jnp.asarray(images)))).permute(0, 3, 1, 2)
     with torch.no_grad():
-        batches = [twin(torch.from_numpy(x[i : i + _BATCH]).permute(0, 3, 1, 2)) for i in range(0, len(x), _BATCH)]
-    return torch.cat(batches).numpy()
+        return torch.cat([twin(part) for part in x.split(_BATCH)]).numpy()
 
 
 def _logits(model: nn.Module, variables: Any, images: np.ndarray) -> np.ndarray:
     """Ours, in float32 throughout, whatever the network was trained in."""
     predict = jax.jit(linen_net(model.clone(dtype="float32")).predict)
+    x = np.asarray(to_float(jnp.asarray(images)))
     with jax.default_matmul_precision("highest"):  # accelerators round inputs of convolutions otherwise
-        parts = [predict(variables, to_float(images[i : i + _BATCH]))[0] for i in range(0, len(images), _BATCH)]
-    return np.concatenate([np.asarray(part) for part in parts])
+        return np.concatenate([predict(variables, x[i : i + _BATCH])[0] for i in range(0, len(x), _BATCH)])
 
 
 def _gate(ours, theirs, images, hint):
@@ -259,22 +250,19 @@ def to_torch(workdir: Path, to: Path, checkpoint: str | int = "best", *, n: int 
             f"the network of {workdir} ({kind}, images {shape}) has no definition in PyTorch; "
             f"those of RGB images that have: {', '.join(ARCHITECTURES)}"
         )
-    with_data = trained.facts["digests"]["test"] is not None
-    if with_data:
-        split, _ = _test_images(trained.config, trained.facts["num_classes"], n)
-    else:
-        split = Split(*_crops(trained.facts["input_shape"][0], n))
+    side = trained.facts["input_shape"][0] if trained.facts["digests"]["test"] is None else None
+    split, _, images = _images(trained.config, trained.facts["num_classes"], n, side)
     known = ARCHITECTURES[name]
     twin = _twin(known, trained.model, architectures.to_theirs(name, trained.model, trained.variables))
     logits = _logits(trained.model, trained.variables, split.images)
-    delta = _gate(logits, _torch_logits(twin, split.images), f"{len(logits)} test images", f"exported as {name}")
+    delta = _gate(logits, _torch_logits(twin, split.images), images, f"exported as {name}")
     with _whole_folder(to) as folder:
         tensors = {key: value.contiguous() for key, value in twin.state_dict().items() if value.is_floating_point()}
         (folder / "model.safetensors").write_bytes(save(tensors))
         (folder / "model.py").write_text(_definition(known, trained))
         run.write_json(folder / "model_info.json", model_info(trained, str(checkpoint)))
         (folder / "check.py").write_text((_DEFINITIONS / "check.py").read_text())
-        labels = split.labels if with_data else logits.argmax(1)  # photographs: what the network says itself
+        labels = logits.argmax(1) if side else split.labels  # of photographs what the network says itself
         np.savez_compressed(folder / "check.npz", x_test=split.images, y_test=labels, logits=logits)
     return delta
 
@@ -285,7 +273,7 @@ _DEFINITIONS = Path(__file__).parent / "torch_models"
 def _definition(known, trained):
     """The text of model.py: the network's definition, and `load` with the options of this one."""
     make = importlib.import_module(f"ibjax.torch_models.{known.torch}").Model
-    options = {key: config.plain(getattr(trained.model, key)) for key in inspect.signature(make).parameters}
+    options = {key: getattr(trained.model, key) for key in inspect.signature(make).parameters}
     arguments = "".join(f"\n        {key}={value!r}," for key, value in options.items() if value is not None)
     source = (_DEFINITIONS / f"{known.torch}.py").read_text().replace("from torch import nn\n", _IMPORTS, 1)
     return f"{source}{_LOAD.format(arguments=arguments)}"
@@ -371,7 +359,7 @@ def main() -> None:
     parser.add_argument("--clean_acc", type=float, help="its published clean accuracy in percent, to be checked")
     parser.add_argument("--photographs", type=int, metavar="SIDE", help="compare on photographs, not on a data set")
     parser.add_argument("--to", type=Path, help="the folder to export to")
-    parser.add_argument("--checkpoint", default="best", help="to export: best, last or a step")
+    parser.add_argument("--checkpoint", help="to export: best (the default), last or a step")
     parser.add_argument("--n", type=int, default=256, help="images that are compared")
     given, overrides = parser.parse_known_args()
 
@@ -382,9 +370,14 @@ def main() -> None:
         if (given.torch is None) == (given.to is None):
             raise InputError("give --torch FILE --arch NAME for an import, or --to FOLDER for an export")
         errors.check_range("--n", given.n, 1)
+        of_imports = (given.arch, given.clean_acc, given.photographs, overrides or None)
+        if any(option is not None for option in (of_imports if given.to else (given.checkpoint,))):
+            raise InputError(
+                "--arch, --clean_acc, --photographs and --config.KEY=VALUE go with --torch, --checkpoint with --to"
+            )
         cluster.keep_compiled()
         if given.to is not None:
-            delta = to_torch(given.workdir, given.to, given.checkpoint, n=given.n)
+            delta = to_torch(given.workdir, given.to, given.checkpoint or "best", n=given.n)
             print(f"{given.to}: max |Δlogit| {delta:.1e}; python {given.to / 'check.py'} checks it in PyTorch")
             return
         if given.arch is None:

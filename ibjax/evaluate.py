@@ -332,7 +332,7 @@ def _test_split(trained, n):
 
 def _common(trained, checkpoint, settings, split, validation, warnings):
     selected_on = {"best": trained.config.select_on, "last": "last"}.get(checkpoint, "step")
-    imported = {name: trained.facts[name] for name in ("imported",) if name in trained.facts}
+    imported = {"imported": trained.facts["imported"]} if "imported" in trained.facts else {}
     return {
         **imported,
         "title": trained.config.title or trained.workdir.resolve().name,

@@ -36,7 +36,7 @@ def twin(name="wrn_trades"):
 @pytest.fixture(scope="module")
 def images():
     """96 crops of real photographs."""
-    return convert._crops(32, 96)[0]
+    return convert._crops(32, 96)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,7 @@ def test_import_export_and_import_again_end_in_the_same_bits(name, data, tmp_pat
     assert set(exported) == set(given)
     assert all(torch.equal(exported[key], value) for key, value in given.items())
 
+    (tmp_path / "b").mkdir()
     convert.from_torch(tmp_path / "exported" / "model.safetensors", arch, tmp_path / "b", overrides=data)
     first, second = (run.load(tmp_path / folder) for folder in "ab")
     assert checkpoints.tree_digest(first.variables) == checkpoints.tree_digest(second.variables)
@@ -363,6 +364,32 @@ def test_another_normalisation_is_refused(data, tmp_path):
     shift = ["--config.model.mean=(5.0, -5.0, 5.0)", "--config.model.std=(0.01, 0.01, 0.01)"]
     options = dict(photographs=None, n=40, clean_acc=75.0)
     refused(tmp_path, state, r"published 75\.00 %.*normalisation", overrides=[*data, *shift], **options)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--torch=a.pt", "--arch is missing; allowed: dm_preact_resnet"),
+        ("", "give --torch FILE --arch NAME for an import, or --to FOLDER"),
+        ("--to=x --torch=a.pt --arch=vgg", "give --torch FILE --arch NAME for an import, or --to FOLDER"),
+        ("--to=x --arch=vgg", "--arch, --clean_acc, --photographs and --config.KEY=VALUE go with --torch"),
+        ("--to=x --config.seed=1", "--arch, --clean_acc, --photographs and --config.KEY=VALUE go with --torch"),
+        ("--torch=a.pt --arch=vgg --checkpoint=last", "--checkpoint with --to"),
+        ("--torch=a.pt --arch=vgg --n=0", "--n=0 is not allowed"),
+        ("--torch=a.pt --arch=vgg --nn=0", "'--nn=0' is no flag"),
+        ("--torch=a.pt --arch=vgg", "--torch=a.pt is no file"),
+        ("--to=x", "absent holds no run"),
+    ],
+)
+def test_a_command_line_that_means_nothing_ends_in_one_line(flags, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["convert", "--workdir=absent", *flags.split()])
+    with pytest.raises(SystemExit) as ended:
+        convert.main()
+    text = capsys.readouterr().err
+    assert ended.value.code == 2 and said in text and text.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_options_that_make_another_architecture_are_refused(tmp_path):
