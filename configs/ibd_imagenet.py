@@ -21,7 +21,7 @@ What differs from Fast-AT: one image size throughout, that of the files in data.
 to 288 pixels in three phases and batches of 512, 224 and 128; and the data are held in memory: 1.28 million images of
 128×128 are 63 GB as uint8. The teacher was trained at 224 pixels. `,smoke` shrinks any row.
 
-Teacher: python -m ibjax.convert --torch FILE --arch … --workdir=runs/teacher-resnet50 (RobustBench's Salman2020Do_R50).
+Teacher: RobustBench's Salman2020Do_R50, imported; the command is in configs/teachers.py.
 
 Cost at 224 pixels: 8 forward passes of the student (Fast-AT 5) and 2 of the teacher per image, 15·1.28e6·10·8.2 GFLOP =
 1.6 EFLOP; a third of it at 128 pixels.
@@ -53,7 +53,8 @@ def get_config(arg=None):
             config.attack.loss = "ce"
     if method != "fast_at":
         config.teacher.workdir = "runs/teacher-resnet50"
-        config.teacher.made_by = "python -m ibjax.convert --torch FILE --arch … --workdir=runs/teacher-resnet50"
+        made_by = "python -m ibjax.convert --torch FILE --arch imagenet_resnet --workdir={}"
+        config.teacher.made_by = made_by.format(config.teacher.workdir)
     config.batch_size = 512
     config.epochs = 15
     config.optimizer = dict(name="sgd", lr=0.4, momentum=0.9, weight_decay=1e-4, decay_norm_and_bias=False)

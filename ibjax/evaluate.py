@@ -314,6 +314,8 @@ def _in_float32(model):
 
 def _test_split(trained, n):
     """The test images that the run was made with, or `n` of them, each class in proportion."""
+    if trained.facts["digests"]["test"] is None:
+        raise InputError(f"{trained.workdir} was imported with photographs; import it again with its data set")
     data = run.load_data(trained.config)
     if run.facts(data)["digests"]["test"] != trained.facts["digests"]["test"]:
         raise InputError(
@@ -330,7 +332,9 @@ def _test_split(trained, n):
 
 def _common(trained, checkpoint, settings, split, validation, warnings):
     selected_on = {"best": trained.config.select_on, "last": "last"}.get(checkpoint, "step")
+    imported = {"imported": trained.facts["imported"]} if "imported" in trained.facts else {}
     return {
+        **imported,
         "title": trained.config.title or trained.workdir.resolve().name,
         "dataset": trained.facts["label"],
         "norm": settings["norm"],
@@ -341,7 +345,7 @@ def _common(trained, checkpoint, settings, split, validation, warnings):
         "checkpoint": checkpoint,
         "step": trained.step,
         "weights": checkpoints.tree_digest(trained.variables),
-        "selected_on": selected_on,
+        "selected_on": "unknown" if imported else selected_on,
         "validation": validation,
         "config": config.plain(trained.config),
         "versions": run.versions(),

@@ -101,7 +101,9 @@ def _read_run(folder):
 
 
 def _state(config, facts, logged, problems):
-    """Steps per epoch, None where it cannot be known; a run that has not reached its last epoch is a problem."""
+    """Steps per epoch, None where there are none; a run that has not reached its last epoch is a problem."""
+    if "imported" in facts:
+        return None
     try:
         per_epoch = int(facts["n_train"]) // int(config["batch_size"])
         total = int(config["epochs"]) * per_epoch

@@ -193,6 +193,8 @@ def _configs(runs):
     parts = []
     for run in runs:
         trained = f"Trained on {run.env['hardware']}. " if run.env.get("hardware") else ""
+        if "imported" in run.facts:
+            trained = f"{_source(run)}; how it was trained is not known, and stands nowhere below. "
         text = json.dumps(run.config, indent=1, ensure_ascii=False)
         parts.append(
             f"<details><summary>{escape(run.title)}</summary><p class=note>{escape(trained)}Folder: "
@@ -201,12 +203,21 @@ def _configs(runs):
     return f"<section><h2>Configurations</h2>{''.join(parts)}</section>"
 
 
+def _source(run):
+    """Where an imported network comes from."""
+    source = dict(run.facts["imported"])
+    return f"Imported by ibjax.convert from {source.get('file')}, sha256 {source.get('sha256')}"
+
+
 def _commands(runs, out):
     """Commands that make the numbers again, for runs that no other run of the page contains."""
     folders = [run.folder.resolve() for run in runs]
     top = [run for run in runs if not any(folder in run.folder.resolve().parents for folder in folders)]
     lines = []
     for run in top:
+        if "imported" in run.facts:
+            lines += [f"# {' '.join(f'{run.title}: {_source(run)}'.split())}", ""]
+            continue
         taught = (run.config.get("teacher") or {}).get("workdir")
         comment = f"{run.title}: train again{f', from the teacher in {taught}' if taught else ''}; again.py is"
         lines += [
