@@ -23,7 +23,7 @@ one is TRADES with our settings. Its larger teachers come from RobustBench:
     python -m ibjax.convert --torch FILE --arch dm_wide_resnet --clean_acc 85.65 --workdir runs/teacher-wrn34_20
     python -m ibjax.convert --torch FILE --arch dm_wide_resnet --clean_acc 88.54 --workdir runs/teacher-wrn70_16
     python -m ibjax.convert --torch FILE --arch imagenet_resnet --clean_acc 64.02 --workdir runs/teacher-resnet50 \
-        --config.data.name=folder --config.data.path=data/imagenet --config.data.val_size=10000
+        --config.data.name=stream --config.data.dataset=imagenet2012 --config.data.val_size=10000
 
 docs/teachers.md says more. We recognise them by their accuracies; the paper names only the last.
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import smoke_config
 from jax.sharding import AxisType
 
-from ibjax import checkpoint, cluster, config, losses, train
+from ibjax import checkpoint, cluster, config, feed, losses, train
 from ibjax.attacks.pgd import pgd
 from ibjax.models import cnn
 from ibjax.objectives.ibd import ibd
@@ -128,7 +128,7 @@ class Stepper:
 
     def __init__(self, made):
         self.experiment = made
-        self.dispatch = train.make_dispatch(made, 1)
+        self.dispatch = feed.make_dispatch(made, 1)
         split = made.data.train
         key = jax.random.key(1)
         host = (split.images, split.labels)
