@@ -49,11 +49,12 @@ def load(*, dataset: str = "imagenet2012", data_dir: str = "", size: int = 224, 
         raise DataError(f"{stored.folder} has images of one size, which fit in one array; read it as data.name='tfds'")
     if not {"train", "validation"} <= set(stored.counts):
         raise DataError(f"{stored.folder} has splits {', '.join(stored.counts)}; needed: train and validation")
-    splits = []
-    for name in ("train", "validation"):
+
+    def split(name):
         pictures = Pictures(stored, name, size, threads)
-        splits.append(Split(pictures, pictures.labels()))
-    return Arrays(*splits, stored.num_classes, None, f"{stored.label}, {size} pixels")
+        return Split(pictures, pictures.labels())
+
+    return Arrays(split("train"), split("validation"), stored.num_classes, label=f"{stored.label}, {size} pixels")
 
 
 class Pictures:
