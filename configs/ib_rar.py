@@ -159,7 +159,7 @@ def get_config(arg=None):
             config.objective.update(alpha=float(beta) / 10, beta=float(beta))
     elif how == "hbar":
         clean(config)
-        layers = (*LAYERS[:4], "fc1", "fc2")
+        layers = ",".join((*LAYERS[:4], "fc1", "fc2"))
         config.objective = dict(name="hbar", base="standard", lambda_x=0.006, lambda_y=0.05, layers=layers)
     else:
         clean(config)

@@ -13,7 +13,7 @@
 |----------|---------------|------------|
 | α        | alpha         | 0.008      | the paper: β/10
 | β        | beta          | 0.08       | the paper: 1 for VGG16, 5e-4 for ResNet-18
-| S        | layers        | "all"      | "robust": stage5, fc1, fc2 of VGG16; or names of taps
+| S        | layers        | "all"      | "robust": stage5, fc1, fc2 of VGG16; or taps' names, as "stage5,fc1"
 | σ, ε     | sigma, ridge  | 5, 1e-5    | σ in units of √dimension
 |          | estimator     | "nhsic"    | or "hsic", the biased one, orders of magnitude smaller
 |          | y_kernel      | "linear"   | or "gaussian": in the authors' code for all but PGD-AT and the robust layers
@@ -55,6 +55,7 @@ from ibjax.attacks import Attack, geometry
 from ibjax.attacks.pgd import pgd
 from ibjax.errors import InputError, check_range, nearest
 from ibjax.information import hsic
+from ibjax.objectives.mart import boosted_cross_entropy, floored_kl
 from ibjax.objectives.standard import accuracy
 from ibjax.step import Batch, Net, Objective, Variables
 
@@ -154,33 +155,22 @@ def base_loss(base: str, form: str, logits: list[Array], batch: Batch, weight: f
         return jnp.mean(losses.cross_entropy(clean, y)), {"clean_acc": accuracy(clean, batch)}
     if base == "pgd_at":
         return jnp.mean(losses.cross_entropy(adv, y)), {"adv_acc": accuracy(adv, batch)}
-    robust = losses.kl_logits(clean, adv)
     if base == "trades":
         natural = losses.cross_entropy(adv if form == "code" else clean, y)
+        robust = losses.kl_logits(clean, adv)
     else:
         natural = boosted_cross_entropy(adv, y)
-        robust = robust * (1.0000001 - _probability(clean, y))
+        robust = floored_kl(clean, adv) * (1.0 - jnp.exp(-losses.cross_entropy(clean, y)) + 1e-7)
     natural, robust = jnp.mean(natural), jnp.mean(robust)
     accuracies = {"clean_acc": accuracy(clean, batch), "adv_acc": accuracy(adv, batch)}
     return natural + weight * robust, {"natural": natural, "robust": robust, **accuracies}
-
-
-def boosted_cross_entropy(logits: Array, labels: Array) -> Array:
-    """MART's BCE, −log p_y − log(1.0001 − max_{k≠y} p_k), shape (B,): Wang et al., ICLR 2020."""
-    p = jax.nn.softmax(logits.astype(jnp.float32))
-    other = jnp.max(jnp.where(jax.nn.one_hot(labels, p.shape[-1], dtype=bool), 0.0, p), axis=-1)
-    return -jnp.log(_probability(logits, labels) + 1e-12) - jnp.log(1.0001 - other + 1e-12)
-
-
-def _probability(logits, labels):
-    return jnp.take_along_axis(jax.nn.softmax(logits.astype(jnp.float32)), labels[:, None], axis=-1)[:, 0]
 
 
 # ---- the information terms -----------------------------------------------------------------------------------
 
 
 def layers_of(features: dict[str, Array], layers: "str | tuple[str, ...]" = "all") -> list[Array]:
-    """The taps T_l: "all", "robust" (VGG16's), or by name.
+    """The taps T_l: "all", "robust" (VGG16's), or by their names, a tuple or separated by commas.
 
     All are the paper's: stem, blocks and the pooled vector of a residual network; of a plain one the groups of
     convolutions after their pooling, and the hidden linear layers or, without any, the pooled vector.
@@ -194,7 +184,7 @@ def layers_of(features: dict[str, Array], layers: "str | tuple[str, ...]" = "all
         blocks = numbered("block")
         names = ["stem", *blocks, "pre_logits"] if blocks else numbered("stage") + (numbered("fc") or ["pre_logits"])
     else:
-        names = ROBUST_LAYERS if layers == "robust" else (layers,) if isinstance(layers, str) else layers
+        names = ROBUST_LAYERS if layers == "robust" else layers.split(",") if isinstance(layers, str) else layers
     for name in names:
         if name not in features:
             raise InputError(f"objective.layers: the model has no layer '{name}'; {nearest(name, features)}")
