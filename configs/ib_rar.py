@@ -94,7 +94,9 @@ ResNet-18 (they are swapped where the paper prints them; WRN-28-10 has none ther
 
     python -m ibjax.analysis.mask --workdir=runs/ib_rar/vgg16-pgd-paper --tap=stage5 --out=runs/ib_rar/vgg16-pgd-masked
 
-(`pre_logits` for ResNet-18 and WRN-28-10). Robust layers are found by `python -m ibjax.analysis.layers`, see there.
+(`pre_logits` for ResNet-18 and WRN-28-10). The paper's Algorithm 1 has the mask in training as well, on each batch:
+`vgg16-pgd-algorithm_1`, with the same command afterwards. Robust layers are found by `python -m
+ibjax.analysis.layers`, see there.
 
 Not stated, ours: Tables 3 and 4 use the robust layers of VGG16, all of ResNet-18, and Table 3 has the mask, as its
 last line is that of Table 4; what HBaR is trained with (its authors' λ and layers, IB-RAR's optimiser); the values of
@@ -138,6 +140,7 @@ ROWS = (
     *(f"svhn-{b}{v}" for b in ("mart", "pgd") for v in ("-base", "")),
     *(f"beta-{n}-{beta}" for n, betas in BETAS.items() for beta in betas),
     "vgg16-pgd-adv_input",
+    "vgg16-pgd-algorithm_1",
 )
 
 
@@ -201,13 +204,15 @@ def mask(name):
 def adversarial(config, name, how, variant):
     method = {"pgd": "pgd_at"}.get(how, how)
     config.objective = dict(name="ib_rar", base=method)
-    if variant == "paper":
+    if variant in ("paper", "algorithm_1"):
         threat(config, "8/255", "2/255")
         config.evaluate.ladder = ()
         alpha, beta = PUBLISHED.get(name, (0.008, 0.08))
         config.objective.update(form="original", alpha=alpha, beta=beta)
         if how == "trades":
             config.attack.update(loss="kl", init="gaussian")
+        if variant == "algorithm_1":
+            config.objective.update(mask_tap=NETWORKS[name][3], mask_rule="paper", mask_every=1)
         return
     if how == "mart":
         config.schedule = dict(name="constant")

@@ -24,6 +24,8 @@ RUN = [
     ("baselines_shared", "mnist-mart"),
     ("baselines_siriib", "awp"),
     ("baselines_original", "te_trades"),
+    ("ib_rar", "vgg16-pgd"),
+    ("shared_information", "resnet18"),
 ]
 OTHER = [(name, row) for name, row in ALL if (name, row) not in RUN and name != "digits"]
 

@@ -4,9 +4,9 @@
 
 Trains a network for each tap with the terms of this tap alone, and one without any, in DIR/TAP and DIR/none; attacks
 the last checkpoint of each with the recipe's first PGD (or PGD-10). Robust are the taps that gain at least `gain`
-points over none: the paper asks for an "obviously higher" accuracy; of its own robust layers the least leaves 3.27 %, of
-the others the most 0.05 %. Prints the table and the flag for the recipe, and writes DIR/layers.json. Run again, it
-continues where it stopped.
+points over none: the paper asks for an "obviously higher" accuracy; its own robust layers keep 3.27 % or more, the
+others 0.05 % or less. Prints the table and the flag for the recipe, and writes DIR/layers.json. Run again, it continues
+where it stopped.
 """
 
 import argparse
