@@ -117,8 +117,9 @@ def evaluate(
     settings |= {name: value for name, value in given.items() if value is not None}
     check_settings(settings)
     source = None if surrogate is None else _surrogate(surrogate, trained, settings)
-    victim = _victim(trained, settings)
-    check_network((source or trained).model, trained.facts["input_shape"], {**settings, "samples": None})
+    shown = settings if source is None else {**settings, "attacks": ()}
+    check_network(trained.model, trained.facts["input_shape"], shown)
+    victim = _victim(trained, settings["samples"])
     split = _test_split(trained, settings["n"])
     logits = jax.jit(victim)
     keys = draw_keys(trained.config.seed, len(split.labels))
@@ -136,10 +137,12 @@ def evaluate(
         attack = named(name, trained.config.objective)
         ladder = settings["ladder"] if attack.make and attack.bounded and source is None else ()
         execute = _executor(attack, victim, source, trained, split, settings, mesh)
-        label, made_on = (name, {}) if source is None else _transferred(name, source)
+        label, made = name, attack.settings
+        if source is not None:
+            label, made = f"{name} from {source.says['title']}", {**made, "surrogate": source.says}
         for eps in (main, *(eps for eps in ladder if eps != main)):
             step_size = attack.step_size(eps, _scaled_step(settings, eps)) if attack.make else None
-            own = {"attack": label, "attack_settings": {**attack.settings, **made_on}, "eps": eps}
+            own = {"attack": label, "attack_settings": made, "eps": eps}
             own |= {"step_size": step_size, "samples": settings["samples"]}
             identity = {**common, **own, "main": eps == main, "bounded": attack.bounded}
             file = folder / _file_name(name, eps, settings, source)
@@ -165,7 +168,6 @@ def evaluate(
 class Surrogate(NamedTuple):
     """A network that is attacked in place of another."""
 
-    model: nn.Module
     predict: Callable  # (variables, x) -> (logits, features)
     variables: Any
     says: dict[str, Any]  # what records say of it
@@ -182,18 +184,17 @@ def _surrogate(workdir, trained, settings):
     for name in settings["attacks"]:
         if named(name).make is None:
             raise InputError(f"attack '{name}' is not transferred; give others with --surrogate, as fgsm,pgd-100")
+    check_network(loaded.model, loaded.facts["input_shape"], {**settings, "samples": None})
     title = loaded.config.title or loaded.workdir.resolve().name
     says = dict(title=title, step=loaded.step, weights=checkpoints.tree_digest(loaded.variables))
-    model = _in_float32(loaded.model)
-    return Surrogate(model, linen_net(model).predict, loaded.variables, says)
+    return Surrogate(linen_net(_in_float32(loaded.model)).predict, loaded.variables, says)
 
 
-def _victim(trained, settings):
-    """`predict(variables, x, keys)` of the run in float32, its draws as the settings have it."""
+def _victim(trained, samples):
+    """`predict(variables, x, keys)` of the run in float32, on its mean or on drawn samples."""
     model = _in_float32(trained.model)
-    check_network(model, trained.facts["input_shape"], {**settings, "attacks": ()})
-    if settings["samples"]:
-        return sampling(model, settings["samples"])
+    if samples:
+        return sampling(model, samples)
     predict = linen_net(model).predict
     return lambda variables, x, keys: predict(variables, x)
 
@@ -240,11 +241,6 @@ def _executor(attack: Named, victim, source, trained, split, settings, mesh):
         return flags, x_adv, {"seconds": round(time.perf_counter() - started, 2), "warnings": []}
 
     return execute
-
-
-def _transferred(name, source):
-    """What the record of a transfer attack says: its name and more settings."""
-    return f"{name} from {source.says['title']}", {"surrogate": source.says}
 
 
 # ---- the files -----------------------------------------------------------------------------------------------

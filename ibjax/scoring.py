@@ -28,7 +28,9 @@ from ibjax.step import Variables, to_float
 
 TOLERANCE = 1e-6  # of ball and box, in float32
 _EVALUATION = 0x65766C  # folded into the seed: keys of evaluation are not those of training
-_DRAWS = 0x647261  # folded into an image's key: what a random network draws is not what the attack draws
+# folded into an image's key: a random network's draws are not those of the attack, and not the same when it is attacked
+# as when it is judged, or an attack that keeps the best of its images would keep the luckiest draws
+_ATTACKED, _JUDGED = 0x617474, 0x6A7564
 
 
 class Flags(NamedTuple):
@@ -74,17 +76,16 @@ class Scorer:
 
         def score(variables, images, labels, guide, index, seed, eps, step_size):
             x = to_float(images)
-            key = jax.random.fold_in(jax.random.key(seed), _EVALUATION)
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-            draws = geometry.fold(keys, _DRAWS)
+            keys = _image_keys(seed, index)
+            while_attacked, when_judged = (geometry.fold(keys, data) for data in (_ATTACKED, _JUDGED))
 
             def shown(x):
-                output = (attacked or predict)(variables, x, draws)
+                output = (attacked or predict)(variables, x, while_attacked)
                 return output if features else output[0]
 
             target = (labels, to_float(guide)) if guided else labels
             x_adv = make_attack(eps=eps, step_size=step_size)(keys, shown, x, target)
-            clean, logits = (predict(variables, images, draws)[0] for images in (x, x_adv))
+            clean, logits = (predict(variables, seen, when_judged)[0] for seen in (x, x_adv))
             correct = losses.correct(clean, labels)
             in_box = jnp.all((x_adv >= 0) & (x_adv <= 1), axis=(1, 2, 3))
             distance = jnp.where(in_box, geometry.distance(x_adv, x, norm), jnp.inf)
@@ -218,6 +219,10 @@ def sampling(model: nn.Module, samples: int) -> Callable:
 
 
 def draw_keys(seed: int, n: int) -> jax.Array:
-    """The keys (n,) from which `Scorer` has a network draw, by the images' index in the split."""
+    """The keys (n,) from which a network draws where `Scorer` judges it, by the images' index in the split."""
+    return geometry.fold(_image_keys(seed, jnp.arange(n)), _JUDGED)
+
+
+def _image_keys(seed, index):
     key = jax.random.fold_in(jax.random.key(seed), _EVALUATION)
-    return geometry.fold(jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n)), _DRAWS)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, index)

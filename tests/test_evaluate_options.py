@@ -11,13 +11,13 @@ import pytest
 from conftest import smoke_config
 from jax.sharding import AxisType
 
-from ibjax import evaluate, main, report_page, results, scoring
+from ibjax import evaluate, main, report_page, results, run, scoring
 from ibjax.attacks import autoattack, geometry
 from ibjax.attacks.named import in_groups, named
 from ibjax.attacks.pgd import pgd
 from ibjax.attacks.representation import ara, guides
 from ibjax.data import Split
-from ibjax.errors import InputError
+from ibjax.errors import CheckpointError, InputError
 from ibjax.models import cnn, siriib, stochastic
 from ibjax.objectives import ib_rar
 from ibjax.step import linen_net
@@ -97,6 +97,29 @@ def test_draws_depend_on_neither_batch_size_nor_number_of_devices(batch_size, de
     flags, x_adv = score(predict, variables, "pgd-2", batch_size, devices)
     np.testing.assert_allclose(x_adv, x_reference, atol=1e-6)
     np.testing.assert_allclose(flags.loss, reference.loss, rtol=1e-4)
+
+
+def test_an_attack_does_not_know_the_draws_by_which_it_is_judged():
+    """One that answers with x where it sees a mistake and with 0 where it sees none: coins, of which it sees others."""
+
+    def predict(variables, x, keys):
+        heads = jax.vmap(lambda key: jax.random.bernoulli(key))(keys)
+        return jnp.where(heads[:, None], jax.nn.one_hot(zeros, 3), jax.nn.one_hot((zeros + 1) % 3, 3)), {}
+
+    zeros = jnp.zeros(96, int)
+
+    def make(eps, step_size):
+        def attack(keys, logits_fn, x, y):
+            wrong = jnp.argmax(logits_fn(x), 1) != y
+            return jnp.where(geometry.per_image(wrong, x), x, 0.0)
+
+        return attack
+
+    split = Split(np.full((96, 1, 1, 1), 5, np.uint8), np.zeros(96, np.int32))
+    scorer = scoring.Scorer(predict, make, mesh(8), 96, "linf")
+    flags, x_adv = scorer({}, split, 0, eps=0.1, step_size=0.1, keep=96)
+    seen_right = x_adv[:, 0, 0, 0] == 0
+    assert 0.3 < np.mean(flags.clean[seen_right]) < 0.7 and 0.3 < np.mean(flags.clean[~seen_right]) < 0.7
 
 
 # ---- adaptive attacks ----------------------------------------------------------------------------------------
@@ -239,6 +262,17 @@ def test_a_surrogate_that_is_the_run_itself_is_the_white_box(digits):
     assert "network of undefended" in report_page._describe(other)
     with pytest.raises(InputError, match="is not transferred"):
         evaluate.evaluate(digits, attacks=("autoattack",), surrogate=digits)
+
+
+def test_a_run_that_is_older_than_an_option_of_evaluation_can_be_evaluated(digits):
+    content = json.loads((digits / "config.json").read_text())
+    del content["config"]["evaluate"]["samples"]
+    (digits / "config.json").write_text(json.dumps(content))
+    assert run.load(digits).config.evaluate.samples is None
+    content["config"]["evaluate"] = "all"
+    (digits / "config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="damaged"):
+        run.load(digits)
 
 
 def test_records_of_drawn_predictions_say_so(tmp_path, monkeypatch):
