@@ -168,6 +168,10 @@ def read_config(workdir: Path) -> tuple[ConfigDict, dict[str, Any]]:
     try:
         content = json.loads(file.read_text())
         saved, facts = ConfigDict(content["config"]), content["data"]
+        evaluated = saved.get("evaluate", {})
+        for key, default in config.base().evaluate.items():  # there may be more of them than when the run was made
+            if key not in evaluated:
+                evaluated[key] = default
         config.check(saved)
         if type(facts["num_classes"]) is not int or not all(type(size) is int for size in facts["input_shape"]):
             raise ValueError("its data section is not that of a run")

@@ -10,7 +10,7 @@ import pytest
 from conftest import smoke_config
 from jax.sharding import AxisType
 
-from ibjax import cluster, evaluate, main, results
+from ibjax import cluster, evaluate, main, results, scoring
 from ibjax.attacks import autoattack, checks, geometry
 from ibjax.attacks.named import named
 from ibjax.attacks.pgd import pgd
@@ -28,21 +28,21 @@ SPLIT = Split(IMAGES, LABELS.astype(np.int32))
 EPS, STEP = 0.02, 0.005
 
 
-def predict(variables, x):
+def predict(variables, x, keys=None):
     return x.reshape(x.shape[0], -1) @ variables, {}
 
 
 def score(batch_size=8, devices=8, name="pgd-5", split=SPLIT, eps=EPS, seed=3, **options):
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
     attack = functools.partial(named(name).make, norm="linf", unroll=False)
-    scorer = evaluate.Scorer(predict, attack, mesh, batch_size, "linf")
+    scorer = scoring.Scorer(predict, attack, mesh, batch_size, "linf")
     return scorer(WEIGHTS, split, seed, eps=eps, step_size=STEP, **options)
 
 
 def test_flags_are_those_of_a_loop_over_single_images():
     """Without padding, batching or sharding: clean, robust, loss and distance of every image."""
     flags, x_adv = score(keep=N)
-    key = jax.random.fold_in(jax.random.key(3), evaluate._EVALUATION)
+    key = jax.random.fold_in(jax.random.key(3), scoring._EVALUATION)
     attack = pgd(eps=EPS, step_size=STEP, steps=5, unroll=False)
     for i in range(N):
         x, y = jnp.float32(IMAGES[i : i + 1]) / 255, jnp.asarray(SPLIT.labels[i : i + 1])
@@ -94,17 +94,18 @@ def test_every_x_adv_lies_in_the_ball_and_the_box_or_nothing_is_reported():
 
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     dark = Split(np.full_like(IMAGES, 2), SPLIT.labels)
-    honest = evaluate.Scorer(predict, cheat(0.0), mesh, 8, "linf")
+    honest = scoring.Scorer(predict, cheat(0.0), mesh, 8, "linf")
     honest(WEIGHTS, dark, 0, eps=0.1, step_size=0.1)
     for attack, split in ((cheat(3e-6), dark), (cheat(0.0), Split(np.full_like(IMAGES, 255), SPLIT.labels))):
         with pytest.raises(RuntimeError, match="outside"):
-            evaluate.Scorer(predict, attack, mesh, 8, "linf")(WEIGHTS, split, 0, eps=0.1, step_size=0.1)
+            scoring.Scorer(predict, attack, mesh, 8, "linf")(WEIGHTS, split, 0, eps=0.1, step_size=0.1)
 
 
 def test_names_stand_for_their_attacks():
     assert named("cw-30").settings == dict(loss="margin", init="uniform", steps=30, restarts=1)
-    assert named("pgd-7").settings["loss"] == "ce" and not named("pgd-7").full_step
-    assert named("fgsm").settings == dict(loss="ce", init="none", steps=1, restarts=1) and named("fgsm").full_step
+    assert named("pgd-7").settings["loss"] == "ce" and named("pgd-7").step_size(0.5, "2/255") == "2/255"
+    assert named("fgsm").settings == dict(loss="ce", init="none", steps=1, restarts=1)
+    assert named("fgsm").step_size("8/255", "2/255") == "8/255"
     assert named("autoattack").settings == dict(version="standard", attacks=None)
     assert named("fab-t").settings == dict(version="standard", attacks=["fab-t"])
     for name in ("pgd", "pgd-0", "pgd-x", "pgd-²", "cw-", "autoatack"):
