@@ -23,6 +23,7 @@ RUN = [
     ("baselines_ibd", "infoat_r"),
     ("baselines_shared", "mnist-mart"),
     ("baselines_siriib", "awp"),
+    ("siriib", "pgd_at"),
     ("baselines_original", "te_trades"),
 ]
 OTHER = [(name, row) for name, row in ALL if (name, row) not in RUN and name != "digits"]
