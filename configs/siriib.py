@@ -48,8 +48,8 @@ After `python -m ibjax.main`, on its workdir:
 What the text leaves open is an option: `--config.model.fourier=amp_phase` or `reim`, `--config.model.fuse=concat`,
 `--config.model.penalty=full`, `--config.objective.distance=l2_per_image` or `fro_batch`.
 
-Not stated, ours: 200 epochs, β 6 for TRADES, γ 0.01 for AWP on PGD training, TE on PGD training; `tiny` attacks with one
-step of 1.25·eps from a uniform start. The values of λ₁ in Table 2 but 1 and 20 are those of Figure 4, and 30.
+Not stated, ours: 200 epochs, β 6 for TRADES, γ 0.01 for AWP on PGD training, TE on PGD training; `tiny` attacks with
+one step of 1.25·eps from a uniform start. The text names 1 and 20 of Table 2's λ₁; the others are Figure 4's, and 30.
 
 Cost: 1.3 times configs/baselines_siriib.py in operations, 1.47 GFLOP for a forward pass of ResNet-18-SR: 200 epochs of
 PGD-AT are 200·49,000·23·1.47 GFLOP = 0.33 EFLOP, of `wrn` 2.5, `wrn-l` 3.0 and `wrn-xl` 3.4, beside the singular value
@@ -110,5 +110,5 @@ def get_config(arg=None):
     if small:
         shape, classes = {"cifar10": ((32, 32, 3), 10), "cifar100": ((32, 32, 3), 100)}.get(data, ((64, 64, 3), 200))
         backbone = dict(depth=10, width=1 if kind == "wrn" else 4, dtype="float32")
-        smoke(config, shape, classes, dict(backbone=backbone, widths=(4,) * len(config.model.get("widths", (0, 0, 0)))))
+        smoke(config, shape, classes, dict(backbone=backbone, scales=(16, 8), widths=(4, 4)))
     return config
