@@ -127,7 +127,7 @@ def settings(name: str, seed: int, given: argparse.Namespace) -> ConfigDict:
             for section in (part.attack, part.validate.attack, part.evaluate):
                 if section is not None:
                     section.update(changes["lengths"])
-        part.data.fraction = given.fraction
+        part.data.update(fraction=given.fraction)
         part.validate.every = given.epochs  # so that `best` is the last epoch: equal epochs for all
         part.evaluate.update(attacks=("pgd-20",), n=given.n)
         if part.model.name == "siriib" and "scales" in changes:

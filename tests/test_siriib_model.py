@@ -64,6 +64,19 @@ def test_more_connections_than_the_backbone_has_features_are_refused():
         sizes(siriib.Model(10, RESNET, fourier="amplitud"))
 
 
+def test_the_classifier_can_see_the_calibrated_image_in_place_of_the_image():
+    model = siriib.Model(10, dict(name="resnet", blocks=(1,), width=2), connections=0, scales=(8,))
+    variables = jax.jit(model.init)(jax.random.key(1), X)
+    inside = {kind: tree["backbone"] for kind, tree in variables.items()}
+    classifier = jax.jit(resnet.Model(10, blocks=(1,), width=2).apply)
+    plain, features = jax.jit(model.apply)(variables, X)
+    calibrated, _ = jax.jit(model.clone(classify="calibrated").apply)(variables, X)
+    np.testing.assert_allclose(plain, classifier(inside, X)[0], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(calibrated, classifier(inside, features["x_avg"])[0], rtol=1e-4, atol=1e-6)
+    with pytest.raises(InputError, match="did you mean 'calibrated'"):
+        jax.eval_shape(model.clone(classify="calibrate").init, jax.random.key(1), X)
+
+
 @pytest.fixture(scope="module")
 def tiny():
     """(model, variables, apply) with two scales and two connections."""
