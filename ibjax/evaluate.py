@@ -33,7 +33,7 @@ from ibjax import checkpoint as checkpoints
 from ibjax import cluster, config, errors, losses, report, results, run
 from ibjax.attacks import Attack, autoattack, checks, geometry
 from ibjax.attacks.named import check, named
-from ibjax.data import Split, stratified
+from ibjax.data import Split
 from ibjax.errors import InputError, PreemptedError
 from ibjax.step import Variables, linen_net, to_float
 
@@ -230,8 +230,8 @@ def evaluate(
     settings |= {} if attacks is None else {"attacks": tuple(attacks)}
     settings |= {} if n is None else {"n": n}
     check_settings(settings)
-    split = _test_split(trained, settings["n"])
-    model = _in_float32(trained.model)
+    split = run.test_split(trained, settings["n"])
+    model = run.in_float32(trained.model)
     predict = linen_net(model).predict
     logits = jax.jit(predict)
     x = np.asarray(to_float(jnp.asarray(split.images[:256])))
@@ -302,30 +302,6 @@ def _scaled_step(settings, eps):
         return settings["step_size"]
     main, step = geometry.fraction(settings["eps"]), geometry.fraction(settings["step_size"])
     return float(step * geometry.fraction(eps) / main)
-
-
-def _in_float32(model):
-    """The network, and the one inside it if there is one, computing in float32."""
-    changes = {"dtype": "float32"} if hasattr(model, "dtype") else {}
-    if hasattr(model, "backbone"):
-        changes["backbone"] = {**model.backbone, "dtype": "float32"}
-    return model.clone(**changes)
-
-
-def _test_split(trained, n):
-    """The test images that the run was made with, or `n` of them, each class in proportion."""
-    data = run.load_data(trained.config)
-    if run.facts(data)["digests"]["test"] != trained.facts["digests"]["test"]:
-        raise InputError(
-            f"the test set of {trained.facts['label']} is not the one that {trained.workdir} was made with; "
-            f"restore it, or train again"
-        )
-    if n is None or n == len(data.test.labels):
-        return data.test
-    if n > len(data.test.labels):
-        raise InputError(f"n={n} is not allowed; the test set has {len(data.test.labels)} images")
-    chosen = stratified(data.test.labels, n, seed=0)
-    return Split(data.test.images[chosen], data.test.labels[chosen])
 
 
 def _common(trained, checkpoint, settings, split, validation, warnings):
