@@ -230,7 +230,7 @@ def study(given: argparse.Namespace) -> None:
     kind, _, path = given.data.partition(":")
     if kind not in DATA or (kind != "digits") != bool(path):
         raise InputError(f"--data={given.data} is not allowed; give digits, mnist:FILE.npz or cifar10:FOLDER")
-    first = settings("PGD-AT", 0, given)
+    first = settings(next(iter(RUNS)), 0, given)
     results: dict[str, Any] = {
         **comparison.origin("effects.py"),
         "data": first.data.get("label", kind),

@@ -64,7 +64,7 @@ def test_more_connections_than_the_backbone_has_features_are_refused():
         sizes(siriib.Model(10, RESNET, fourier="amplitud"))
 
 
-def test_the_classifier_can_see_the_calibrated_image_in_place_of_the_image():
+def test_without_connections_the_classifier_sees_the_image_or_the_calibrated_image():
     model = siriib.Model(10, dict(name="resnet", blocks=(1,), width=2), connections=0, scales=(8,))
     variables = jax.jit(model.init)(jax.random.key(1), X)
     inside = {kind: tree["backbone"] for kind, tree in variables.items()}
@@ -104,14 +104,6 @@ def test_the_calibration_works_alone(tiny):
     np.testing.assert_allclose(x_avg, features["x_avg"], atol=1e-6)
     assert x_avg.min() > 0 and x_avg.max() < 1
     assert penalty == pytest.approx(0, abs=1e-10)  # orthogonal as it starts
-
-
-def test_without_connections_the_classifier_does_not_see_the_calibration():
-    model = siriib.Model(10, TINY, connections=0, scales=(16, 8))
-    variables = jax.jit(model.init)(jax.random.key(1), X)
-    slope = jax.jit(jax.grad(lambda p: model.apply({**variables, "params": p}, X)[0].sum()))(variables["params"])
-    assert all((leaf == 0).all() for leaf in jax.tree.leaves(slope["calibration"]))
-    assert set(slope) == {"backbone", "calibration"}
 
 
 def test_the_orthogonal_layer_keeps_the_norm_of_an_image_and_not_the_image():
