@@ -21,6 +21,7 @@ are written after every run; the same command continues where it was stopped.
 """
 
 import argparse
+import json
 import logging
 import math
 import statistics
@@ -137,13 +138,20 @@ def settings(name: str, seed: int, given: argparse.Namespace) -> ConfigDict:
 
 
 def measure(name: str, seed: int, given: argparse.Namespace) -> Results:
-    """Trains, attacks and measures one network."""
+    """Trains, attacks and measures one network, or reads what was measured with the same settings and code."""
     made, folder = settings(name, seed, given), given.workdir / name / str(seed)
+    identity = {"config": config.plain(made), "commit": run.commit(), "versions": run.versions()}
+    identity, file = json.loads(json.dumps(identity)), folder / "effects.json"
+    if file.is_file():
+        known = json.loads(file.read_text())
+        if {key: known[key] for key in identity} == identity:
+            return known["found"]
     found = comparison.measure(made, folder)
     objective = RUNS[name].terms_of
     if objective:
         built = config.build("objectives", dict(name=objective), "objective")
         found |= terms(run.load(folder, "last"), built, tuple(TERMS[objective]), given.n)
+    run.write_json(file, {**identity, "found": found})
     return found
 
 

@@ -68,9 +68,21 @@ def test_the_information_loss_sums_over_connections():
     b = {"info1": jnp.zeros((2, 4, 4, 3)), "info2": jnp.full((2, 2, 2, 5), 3.0), "stem": jnp.zeros(7)}
     assert float(method.info_loss(a, b)) == 1 + 9
     assert float(method.info_loss({}, {})) == 0
-    stopped = jax.grad(lambda clean: method.info_loss(a, {**b, "info1": clean}))(b["info1"])
-    free = jax.grad(lambda clean: method.info_loss(a, {**b, "info1": clean}, stop=False))(b["info1"])
+    stopped = jax.grad(lambda clean: method.info_loss(a, {**b, "info1": clean}, stop=True))(b["info1"])
+    free = jax.grad(lambda clean: method.info_loss(a, {**b, "info1": clean}))(b["info1"])
     assert not stopped.any() and free.any()
+
+
+def test_without_a_gradient_to_the_clean_features_descent_enlarges_their_difference():
+    """f = w h with h(x') < h(x): the reason why the clean features are not a mere target."""
+    h_adv, h = jnp.full((1, 2, 2, 1), 0.9), jnp.ones((1, 2, 2, 1))
+
+    def loss(w, stop):
+        return method.info_loss({"info1": w * h_adv}, {"info1": w * h}, stop=stop)
+
+    before = loss(1.0, False)
+    after = [loss(1.0 - jax.grad(loss)(1.0, stop), False) for stop in (False, True)]
+    assert after[0] < before < after[1]
 
 
 @pytest.mark.parametrize("base", ["pgd_at", "trades"])
