@@ -37,6 +37,8 @@ The paper's numbers:
 
 After `python -m ibjax.main`, on its workdir:
 
+- Table 4: `python -m ibjax.evaluate --workdir=runs/siriib/pgd_at --attacks=pgd-20,siriib-svd-20,siriib-info-20,
+  siriib-ce-svd-20,siriib-ce-info-20,siriib-20`: 52.53, 82.64, 83.11, 52.56, 52.51 and 52.61.
 - Table 7: `python -m ibjax.main --mode=eval` with the same `--config` and `--workdir` and `--config.evaluate.norm=l2
   --config.evaluate.eps=0.5 --config.evaluate.step_size=0.1 "--config.evaluate.attacks=('pgd-20','pgd-100','cw-100')"`.
 - Table 8: `python -m ibjax.analysis.calibration --workdir=runs/siriib/isolated`. Its attacks do not know of the SR

@@ -151,7 +151,7 @@ def _read_metrics(file, problems):
 
 
 def _read_records(folder, problems):
-    """The records of all checkpoints, each (checkpoint, step, attack, eps, n) once."""
+    """The records of all checkpoints, each (checkpoint, step, attack, eps, n, samples) once."""
     found: dict[tuple, Record] = {}
     for file in sorted(folder.glob("eval/*/*.json")):  # "pgd-20.json" before "pgd-20@0.1.json"
         record = _read_json(file, problems)
@@ -164,6 +164,7 @@ def _read_records(folder, problems):
             problems.append(f"{_short(file)} is damaged ({missing}{error}); delete it and evaluate again")
             continue
         key = (file.parent.name, record.get("step"), record["attack"], fraction(record["eps"]), record["n"])
+        key += (record.get("samples"),)
         # the main eps of one evaluation may be on the ladder of an earlier one: the same numbers, kept once
         found.setdefault(key, {**record, "main": "@" not in file.stem})
     return list(found.values())

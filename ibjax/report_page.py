@@ -166,13 +166,22 @@ def _describe(record):
     made, label = record.get("attack_settings"), attack_label(record["attack"])
     if not made:
         return label
+    if record.get("samples"):
+        label += f", on the mean of {record['samples']} drawn predictions"
     if "version" in made:
         parts = ", ".join(made["attacks"] or record.get("robust_after", {}))
         return f"{label}: AutoAttack {made['version']}, {parts}"
-    loss = {"ce": "cross-entropy", "margin": "margin loss"}.get(made["loss"], made["loss"])
-    start = "no random start" if made["init"] == "none" else f"{made['init']} random start"
-    steps = "1 step" if made["steps"] == 1 else f"{made['steps']} steps"
-    return f"{label}: {steps} of {record['step_size']} on the {loss}, {start}, {made['restarts']} restart(s)"
+    if made.keys() >= {"loss", "init", "steps", "restarts"}:
+        loss = {"ce": "cross-entropy", "margin": "margin loss"}.get(made["loss"], made["loss"])
+        start = "no random start" if made["init"] == "none" else f"{made['init']} random start"
+        steps = "1 step" if made["steps"] == 1 else f"{made['steps']} steps"
+        text = f"{steps} of {record['step_size']} on the {loss}, {start}, {made['restarts']} restart(s)"
+    else:
+        settings = {name: value for name, value in made.items() if name != "surrogate"}
+        text = ", ".join(f"{name} {value}" for name, value in settings.items())
+    if source := made.get("surrogate"):
+        text += f"; on the network of {source['title']}, step {source['step']}, weights {source['weights'][:8]}"
+    return f"{label}: {text}"
 
 
 def _checks(checks):

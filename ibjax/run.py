@@ -12,7 +12,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,11 +96,17 @@ def test_split(trained: Run, n: int | None = None) -> Split:
 
 
 def in_float32(model: nn.Module) -> nn.Module:
-    """The network, and the one inside it if there is one, computing in float32: as it is attacked and scored."""
+    """The network, and the ones inside it if there are any, computing in float32: as it is attacked and scored."""
     changes: dict[str, Any] = {"dtype": "float32"} if hasattr(model, "dtype") else {}
     if hasattr(model, "backbone"):
-        changes["backbone"] = {**model.backbone, "dtype": "float32"}
+        changes["backbone"] = _section_in_float32(model.backbone)
     return model.clone(**changes)
+
+
+def _section_in_float32(section):
+    inner = {name: _section_in_float32(part) for name, part in section.items() if isinstance(part, Mapping)}
+    takes = "dtype" in config.signature(config.factory("models", section["name"]))[0]
+    return {**section, **inner, **({"dtype": "float32"} if takes else {})}
 
 
 def facts(data: Arrays) -> dict[str, Any]:

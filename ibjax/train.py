@@ -27,8 +27,8 @@ from ibjax import checkpoint as checkpoints
 from ibjax import cluster, config, optim, perturb, run
 from ibjax.data import Arrays, augment
 from ibjax.errors import CheckpointError, DivergedError, InputError, PreemptedError
-from ibjax.evaluate import Scorer
 from ibjax.metrics import MetricsLog, Window
+from ibjax.scoring import Scorer
 from ibjax.step import Net, Objective, TrainState, Variables, init_state, linen_net, make_train_step
 
 log = logging.getLogger(__name__)
@@ -420,7 +420,7 @@ def _validator(experiment):
     eps, step_size = options.pop("eps"), options.pop("step_size")
     attack = functools.partial(config.factory("attacks", section.name), **options)
     predict, size = experiment.bind_net(None).predict, experiment.config.validate.batch_size
-    scorer = Scorer(predict, attack, experiment.mesh, size, section.norm)
+    scorer = Scorer(lambda variables, x, keys: predict(variables, x), attack, experiment.mesh, size, section.norm)
     return scorer, {"eps": eps, "step_size": eps if step_size is None else step_size}
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ibjax import evaluate, main, run
+from ibjax import evaluate, main, run, scoring
 from ibjax.analysis import calibration, corruptions
 from ibjax.attacks.pgd import pgd
 from ibjax.config import base, smoke
@@ -54,7 +54,7 @@ def test_each_row_is_what_it_says(workdir, parts):
     test = run.test_split(trained)
     x, y = to_float(jnp.asarray(test.images)), test.labels
     keys = jax.vmap(jax.random.fold_in, (None, 0))(
-        jax.random.fold_in(jax.random.key(trained.config.seed), evaluate._EVALUATION), jnp.arange(len(y))
+        jax.random.fold_in(jax.random.key(trained.config.seed), scoring._EVALUATION), jnp.arange(len(y))
     )
     attack = pgd(eps="8/255", step_size="2/255", steps=2)
 

@@ -25,6 +25,8 @@ RUN = [
     ("baselines_siriib", "awp"),
     ("siriib", "pgd_at"),
     ("baselines_original", "te_trades"),
+    ("ib_rar", "vgg16-pgd"),
+    ("shared_information", "resnet18"),
 ]
 OTHER = [(name, row) for name, row in ALL if (name, row) not in RUN and name != "digits"]
 

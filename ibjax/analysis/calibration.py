@@ -27,9 +27,10 @@ from ibjax import cluster, config, errors, run
 from ibjax.attacks.named import named
 from ibjax.data import Split
 from ibjax.errors import InputError
-from ibjax.evaluate import Flags, Scorer, auto_attack, check_settings
+from ibjax.evaluate import check_network, check_settings
 from ibjax.models import siriib
 from ibjax.results import attack_label
+from ibjax.scoring import Flags, Scorer, auto_attack
 from ibjax.step import linen_net, to_float
 
 ROWS = ("image", "calibrated", "through")
@@ -56,6 +57,7 @@ def evaluate(
     settings |= {} if attacks is None else {"attacks": tuple(attacks)}
     settings |= {} if n is None else {"n": n}
     check_settings(settings)
+    check_network(trained.model, trained.facts["input_shape"], settings)
     model = run.in_float32(trained.model)
     plain, through = (linen_net(network).predict for network in (model, calibrated(model)))
     split = run.test_split(trained, settings["n"])
@@ -93,14 +95,24 @@ def attack(
     name: str, predict: Callable, trained: run.Run, split: Split, settings: dict[str, Any]
 ) -> tuple[Flags, np.ndarray]:
     """(flags, adversarial images) of the whole split under one attack of `attacks/named.py` on one of the networks."""
-    chosen, total, seed = named(name), len(split.labels), trained.config.seed
+    chosen, total, seed = named(name, trained.config.objective), len(split.labels), trained.config.seed
     norm, eps, batch_size = settings["norm"], settings["eps"], settings["batch_size"]
     if chosen.make is None:
         options = dict(norm=norm, eps=eps, batch_size=batch_size, title=name, keep=total)
-        return auto_attack(lambda x: predict(trained.variables, x)[0], split, seed, chosen.settings, **options)[:2]
-    make = functools.partial(chosen.make, norm=norm)
-    scorer = Scorer(predict, make, cluster.mesh(), batch_size, norm if chosen.bounded else "l2", chosen.bounded)
-    step_size = eps if chosen.full_step else settings["step_size"]
+        return auto_attack(lambda x, keys: predict(trained.variables, x)[0], split, seed, chosen.settings, **options)[
+            :2
+        ]
+    scorer = Scorer(
+        lambda variables, x, keys: predict(variables, x),
+        functools.partial(chosen.make, norm=norm),
+        cluster.mesh(),
+        batch_size,
+        norm if chosen.bounded else "l2",
+        bounded=chosen.bounded,
+        features=chosen.features is not None,
+        guided=chosen.guided,
+    )
+    step_size = chosen.step_size(eps, settings["step_size"])
     return scorer(trained.variables, split, seed, eps=eps, step_size=step_size, progress=name, keep=total)
 
 
