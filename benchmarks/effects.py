@@ -6,14 +6,16 @@
 | method             | base                            | claim, on test images                                  |
 |--------------------|---------------------------------|--------------------------------------------------------|
 | IB-RAR             | PGD-AT                          | nHSIC(X, T) is lower, nHSIC(Y, T) higher               |
+| its X term, β = 0  | PGD-AT                          | nHSIC(X, T) is lower                                   |
 | shared information | itself with β = 0               | the symmetrised KL of p(z|x) and p(z|x') is lower      |
 | SiRIIB             | PGD-AT of its network           | L_svd is lower                                         |
 | IBD                | PGD-AT; TRADES                  | PGD-20 accuracy is higher                              |
 
 A term is what the method's own loss reports for a network after its last epoch, in evaluation mode, on test images and
-their PGD-20 images: a mean over full batches of the training's size, which nHSIC depends on. IB-RAR stands here twice,
-with the weights of the authors' code and with the paper's for VGG16. Networks, optimiser and attacks are those of
-`comparison.py`, weights of the terms the papers' own. `--data` is digits, mnist:FILE.npz or cifar10:FOLDER.
+their PGD-20 images: a mean over full batches of the training's size, which nHSIC depends on. IB-RAR stands here with
+the weights of the authors' code, with the paper's for VGG16 (β = 1), and with the latter's X term alone. Networks,
+optimiser and attacks are those of `comparison.py`, the other weights the papers' own. `--data` is digits,
+mnist:FILE.npz or cifar10:FOLDER.
 
 Runs of one seed share their first weights and the order of their images, hence differences are taken by seed. A claim
 appears where its mean difference over seeds has the claimed sign and a one-sided t-test at 5 %. OUT.json and OUT.md
@@ -60,6 +62,7 @@ RUNS = {
     "TRADES": Training("trades"),
     "IB-RAR": Training("ib_rar", terms_of="ib_rar"),
     "IB-RAR, β = 1": Training("ib_rar", (("alpha", 0.1), ("beta", 1.0)), terms_of="ib_rar"),
+    "IB-RAR, X term alone": Training("ib_rar", (("alpha", 0.1), ("beta", 0.0)), terms_of="ib_rar"),
     "shared information, β = 0": Training("shared_information", (("beta", 0.0),), terms_of="shared_information"),
     "shared information": Training("shared_information", terms_of="shared_information"),
     "PGD-AT, SiRIIB's network": Training("pgd_at", network="siriib", terms_of="siriib"),
@@ -73,6 +76,7 @@ TERMS = {
     "siriib": {"svd": "L_svd", "info": "L_info"},
 }
 LABELS = {name: label for terms in TERMS.values() for name, label in terms.items()} | {"pgd-20": "PGD-20 accuracy"}
+DECIMALS = {"nhsic_x": 2, "nhsic_y": 2, "skl": 3, "svd": 4, "info": 4}  # of accuracies 1
 
 
 class Effect(NamedTuple):
@@ -85,7 +89,7 @@ class Effect(NamedTuple):
 
 
 EFFECTS = (
-    *(Effect(method, "PGD-AT", "nhsic_x", -1) for method in ("IB-RAR", "IB-RAR, β = 1")),
+    *(Effect(method, "PGD-AT", "nhsic_x", -1) for method in ("IB-RAR", "IB-RAR, β = 1", "IB-RAR, X term alone")),
     *(Effect(method, "PGD-AT", "nhsic_y", +1) for method in ("IB-RAR", "IB-RAR, β = 1")),
     Effect("shared information", "shared information, β = 0", "skl", -1),
     Effect("SiRIIB", "PGD-AT, SiRIIB's network", "svd", -1),
@@ -191,7 +195,7 @@ def page(results: Results) -> str:
     head = ["run", "seeds", *(LABELS.get(column, attack_label(column)) for column in columns), "ms per step"]
     lines = [head, ["---"] * len(head)]
     for name, seeds in runs.items():
-        measured = [cell(seeds, column, digits(column)) if column in seeds[0] else "" for column in columns]
+        measured = [cell(seeds, column, DECIMALS.get(column, 1)) if column in seeds[0] else "" for column in columns]
         step = statistics.median(single["step_ms"] for single in seeds)
         lines.append([name, str(len(seeds)), *measured, f"{step:.1f}"])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -205,15 +209,10 @@ def page(results: Results) -> str:
     )
 
 
-def digits(column: str) -> int:
-    """Decimals of a column: accuracies have one, terms four."""
-    return 1 if column in ("clean", "pgd-20") else 4
-
-
 def sentence(effect: Effect, runs: dict[str, dict[str, Results]]) -> str:
     """Whether a claim appears, and by how much."""
     method, base = runs[effect.method], runs[effect.base]
-    seeds, decimals = sorted(method.keys() & base.keys()), digits(effect.column)
+    seeds, decimals = sorted(method.keys() & base.keys()), DECIMALS.get(effect.column, 1)
     direction = "higher" if effect.sign > 0 else "lower"
     what = f"**{effect.method}** against {effect.base}: {direction} {LABELS[effect.column]}"
     if len(seeds) < 2:
@@ -221,8 +220,11 @@ def sentence(effect: Effect, runs: dict[str, dict[str, Results]]) -> str:
     differences = [method[seed][effect.column] - base[seed][effect.column] for seed in seeds]
     mean, spread = statistics.mean(differences), statistics.stdev(differences)
     p = p_value([effect.sign * value for value in differences])
-    verdict = "appears" if p < LEVEL else "does not appear; the opposite does" if p > 1 - LEVEL else "does not appear"
-    return f"{what}: {verdict} ({mean:+.{decimals}f} ± {spread:.{decimals}f}, {len(seeds)} seeds, p = {p:.2g})."
+    right = sum(effect.sign * value > 0 for value in differences)
+    verdict = "appears" if p < LEVEL else "does not appear, the opposite does" if p > 1 - LEVEL else "does not appear"
+    return (
+        f"{what}: {verdict} ({mean:+.{decimals}f} ± {spread:.{decimals}f}, {right} of {len(seeds)} seeds, p = {p:.2g})."
+    )
 
 
 def p_value(differences: list[float]) -> float:

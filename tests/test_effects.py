@@ -55,9 +55,9 @@ def test_the_verdict_is_a_paired_one_sided_t_test():
     assert effects.p_value(np.subtract(base, lower).tolist()) == pytest.approx(p) and p < 0.05
     effect = effects.Effect("m", "b", "svd", -1)
     text = effects.sentence(effect, {"m": seeds("svd", lower), "b": seeds("svd", base)})
-    assert "lower L_svd: appears (-1.1000 ± 0.3606, 3 seeds, p = 0.017)" in text
+    assert "lower L_svd: appears (-1.1000 ± 0.3606, 3 of 3 seeds, p = 0.017)" in text
     text = effects.sentence(effect._replace(sign=1), {"m": seeds("svd", lower), "b": seeds("svd", base)})
-    assert "higher L_svd: does not appear; the opposite does" in text
+    assert "higher L_svd: does not appear, the opposite does (-1.1000 ± 0.3606, 0 of 3 seeds" in text
     text = effects.sentence(effect, {"m": seeds("svd", [4.0, 8.5, 8.2]), "b": seeds("svd", base)})
     assert "does not appear (" in text
     assert "not decided; seeds: 1" in effects.sentence(effect, {"m": seeds("svd", [4.0]), "b": seeds("svd", base)})
