@@ -204,8 +204,8 @@ def page(results: Results) -> str:
     return (
         f"# What the terms do, on {results['data']}\n\n{comparison.origin_line(results)}\n\n{table}\n\n"
         f"Mean ± standard deviation over seeds after {results['epochs']} epochs; eps {results['eps']}; accuracies in "
-        f"percent of {results['n']} test images. Differences are of runs of the same seed. Milliseconds are a run's median, "
-        f"beside whatever else the machine did: `cost.py` measures them.\n\n{sentences}"
+        f"percent of {results['n']} test images. Differences are of runs of the same seed. Milliseconds are a run's "
+        f"median, beside whatever else the machine did: `cost.py` measures them.\n\n{sentences}"
         + (f"\nNot in the table:\n\n{failed}" if failed else "")
     )
 
