@@ -23,7 +23,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,6 @@ from ibjax import checkpoint as checkpoints
 from ibjax import cluster, config, errors, report, results, run
 from ibjax.attacks import checks, geometry
 from ibjax.attacks.named import Named, check, named
-from ibjax.data import Split, stratified
 from ibjax.errors import InputError
 from ibjax.scoring import Scorer, auto_attack, draw_keys, sampling
 from ibjax.step import linen_net, to_float
@@ -120,7 +119,7 @@ def evaluate(
     shown = settings if source is None else {**settings, "attacks": ()}
     check_network(trained.model, trained.facts["input_shape"], shown)
     victim = _victim(trained, settings["samples"])
-    split = _test_split(trained, settings["n"])
+    split = run.test_split(trained, settings["n"])
     logits = jax.jit(victim)
     keys = draw_keys(trained.config.seed, len(split.labels))
     x = np.asarray(to_float(jnp.asarray(split.images[:256])))
@@ -187,30 +186,16 @@ def _surrogate(workdir, trained, settings):
     check_network(loaded.model, loaded.facts["input_shape"], {**settings, "samples": None})
     title = loaded.config.title or loaded.workdir.resolve().name
     says = dict(title=title, step=loaded.step, weights=checkpoints.tree_digest(loaded.variables))
-    return Surrogate(linen_net(_in_float32(loaded.model)).predict, loaded.variables, says)
+    return Surrogate(linen_net(run.in_float32(loaded.model)).predict, loaded.variables, says)
 
 
 def _victim(trained, samples):
     """`predict(variables, x, keys)` of the run in float32, on its mean or on drawn samples."""
-    model = _in_float32(trained.model)
+    model = run.in_float32(trained.model)
     if samples:
         return sampling(model, samples)
     predict = linen_net(model).predict
     return lambda variables, x, keys: predict(variables, x)
-
-
-def _in_float32(model):
-    """The network, and the ones inside it if there are any, computing in float32."""
-    changes = {"dtype": "float32"} if hasattr(model, "dtype") else {}
-    if hasattr(model, "backbone"):
-        changes["backbone"] = _section_in_float32(model.backbone)
-    return model.clone(**changes)
-
-
-def _section_in_float32(section):
-    inner = {name: _section_in_float32(part) for name, part in section.items() if isinstance(part, Mapping)}
-    takes = "dtype" in config.signature(config.factory("models", section["name"]))[0]
-    return {**section, **inner, **({"dtype": "float32"} if takes else {})}
 
 
 def _executor(attack: Named, victim, source, trained, split, settings, mesh):
@@ -264,24 +249,6 @@ def _scaled_step(settings, eps):
         return settings["step_size"]
     main, step = geometry.fraction(settings["eps"]), geometry.fraction(settings["step_size"])
     return float(step * geometry.fraction(eps) / main)
-
-
-def _test_split(trained, n):
-    """The test images that the run was made with, or `n` of them, each class in proportion."""
-    if trained.facts["digests"]["test"] is None:
-        raise InputError(f"{trained.workdir} was imported with photographs; import it again with its data set")
-    data = run.load_data(trained.config)
-    if run.facts(data)["digests"]["test"] != trained.facts["digests"]["test"]:
-        raise InputError(
-            f"the test set of {trained.facts['label']} is not the one that {trained.workdir} was made with; "
-            f"restore it, or train again"
-        )
-    if n is None or n == len(data.test.labels):
-        return data.test
-    if n > len(data.test.labels):
-        raise InputError(f"n={n} is not allowed; the test set has {len(data.test.labels)} images")
-    chosen = stratified(data.test.labels, n, seed=0)
-    return Split(data.test.images[chosen], data.test.labels[chosen])
 
 
 def _common(trained, checkpoint, settings, split, validation, warnings):

@@ -171,7 +171,7 @@ def auto_attack(
     `network` is (x, keys) -> logits; only version "rand" has keys for it. `state` is a file that keeps the progress;
     with it, the same call goes on where it was ended.
     """
-    x = np.asarray(to_float(jnp.asarray(split.images)))
+    x = np.asarray(to_float(jnp.asarray(split.images[:])))
     key = jax.random.fold_in(jax.random.key(seed), _EVALUATION)
     keys = draw_keys(seed, len(x))
     logits_fn = network if options["version"] == "rand" else lambda x: network(x, None)

@@ -23,6 +23,7 @@ RUN = [
     ("baselines_ibd", "infoat_r"),
     ("baselines_shared", "mnist-mart"),
     ("baselines_siriib", "awp"),
+    ("siriib", "pgd_at"),
     ("baselines_original", "te_trades"),
     ("ib_rar", "vgg16-pgd"),
     ("shared_information", "resnet18"),

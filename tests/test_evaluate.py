@@ -10,7 +10,7 @@ import pytest
 from conftest import smoke_config
 from jax.sharding import AxisType
 
-from ibjax import cluster, evaluate, main, results, scoring
+from ibjax import cluster, evaluate, main, results, run, scoring
 from ibjax.attacks import autoattack, checks, geometry
 from ibjax.attacks.named import named
 from ibjax.attacks.pgd import pgd
@@ -197,8 +197,8 @@ def test_a_part_of_the_test_set_has_every_class_and_its_own_file(trained):
     part = evaluate.evaluate(trained, n=6)[0]
     assert part["n"] == 6 and (trained / "eval/best/fgsm.n6.json").is_file()
     assert (trained / "eval/best/fgsm.json").read_text() == whole
-    loaded = evaluate.run.load(trained)
-    assert sorted(evaluate._test_split(loaded, 6).labels) == [0, 0, 1, 1, 2, 2]
+    loaded = run.load(trained)
+    assert sorted(run.test_split(loaded, 6).labels) == [0, 0, 1, 1, 2, 2]
 
 
 def test_other_test_images_than_the_run_was_made_with_are_refused(trained):
@@ -226,8 +226,8 @@ def test_flags_of_a_record_are_its_accuracy(trained):
 def test_a_network_inside_a_network_is_evaluated_in_float32_too():
     backbone = dict(name="resnet", depth=10, width=4, dtype="bfloat16")
     outer = stochastic.Model(10, backbone=backbone)
-    assert evaluate._in_float32(outer).backbone == {**backbone, "dtype": "float32"}
-    assert evaluate._in_float32(resnet.Model(10, dtype="bfloat16")).dtype == "float32"
+    assert run.in_float32(outer).backbone == {**backbone, "dtype": "float32"}
+    assert run.in_float32(resnet.Model(10, dtype="bfloat16")).dtype == "float32"
 
 
 def test_autoattack_goes_on_where_it_was_ended_and_states_robust_accuracy_after_each_attack(trained, monkeypatch):
