@@ -7,6 +7,7 @@
 | pgd         | train_step.py        | the PGD-10 step against PyTorch, at two batch sizes                             |
 | objectives  | train_step.py        | the step of every objective against PyTorch                                     |
 | information | information.py       | nHSIC, mask and SVD terms beside the step that they add to                      |
+| cost        | cost.py              | what each of the four methods adds to PGD-AT                                    |
 | scaling     | scaling.py           | cost against batch, image, layers of HSIC, devices                              |
 | startup     | startup.py           | compile time and time to the first step, cold and cached                        |
 | flops       | compiled.py          | compiled FLOPs over their count, every objective; always compiled for a CPU     |
@@ -54,6 +55,7 @@ PARTS = {
     "objectives": Part("train_step.py", "--objective=all --batch 32 --repeats=3", "--objective=all --repeats=3",
                        "--quick --objective=trades,ibd,shared_information"),
     "information": Part("information.py"),
+    "cost": Part("cost.py"),
     "scaling": Part("scaling.py"),
     "startup": Part("startup.py", timed=False),
     "flops": Part("compiled.py", "--what=flops", "--what=flops", "--quick --objective=mart,ibd", timed=False,

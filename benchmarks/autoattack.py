@@ -32,7 +32,7 @@ import twin
 from torch import Tensor, nn
 
 import ibjax
-from ibjax import evaluate, run
+from ibjax import run
 from ibjax.attacks import geometry
 from ibjax.attacks.apgd import iterative_apgd
 from ibjax.attacks.autoattack import autoattack
@@ -92,7 +92,7 @@ def parts(eps: float, steps: int, queries: int) -> dict[str, tuple[Iterative, Ca
 def compare(workdir: Path, found: dict[str, Any], rounds: int, save: Callable) -> None:
     """Fills `found` with what it does not have yet; `save` is called after every run."""
     trained = ibjax.load(workdir)
-    split = evaluate._test_split(trained, found["n"])
+    split = run.test_split(trained, found["n"])
     x, y = np.float32(split.images / 255), split.labels
     network = CNN(x.shape[-1], trained.model.widths, trained.model.num_classes)
     twin.copy_weights(network, jax.device_get(trained.variables))

@@ -32,8 +32,9 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
 Results = dict[str, Any]
 
-# objective -> epochs -> options that its paper ties to 200 epochs, or to eps 8/255
+# objective -> epochs -> options that its paper ties to its number of epochs, or to eps 8/255
 OPTIONS = {
+    "shared_information": lambda epochs: dict(warmup=round(epochs / 12), ramp=max(1, round(0.75 * epochs))),
     "te": lambda epochs: dict(start=max(1, round(0.45 * epochs)), end=max(2, round(0.75 * epochs))),
     "mma": lambda epochs: dict(max_eps="3/16", min_eps=0.02),  # 12/255 and 0.005 at eps 8/255
 }
@@ -56,9 +57,12 @@ def names() -> list[str]:
     return [name for name in found if hasattr(importlib.import_module(f"ibjax.objectives.{name}"), name)]
 
 
-def settings(name: str, epochs: int, seed: int, workdir: Path) -> ConfigDict:
-    """The quickstart's recipe with another objective and the attack that it asks for."""
-    made = recipe(name, epochs, OPTIONS.get(name, lambda epochs: {})(epochs))
+def settings(name: str, epochs: int, seed: int, workdir: Path, network: str = "", **options: Any) -> ConfigDict:
+    """The quickstart's recipe with another objective, its `options`, and the attack that it asks for.
+
+    `network` names the objective whose network it trains; "": its own.
+    """
+    made = recipe(name, epochs, OPTIONS.get(name, lambda epochs: {})(epochs) | options, network)
     made.seed = seed
     teachers = {"teacher": "trades", "assistant": "standard"}
     for role in config.build("objectives", made.objective, "objective").teachers:
@@ -67,14 +71,14 @@ def settings(name: str, epochs: int, seed: int, workdir: Path) -> ConfigDict:
     return made
 
 
-def recipe(name: str, epochs: int, options: dict[str, Any]) -> ConfigDict:
+def recipe(name: str, epochs: int, options: dict[str, Any], network: str = "") -> ConfigDict:
     """One network on the digits; seed 0."""
     digits = main.load_config(f"{ROOT / 'configs' / 'digits.py'}")
     made = digits.contrast.undefended.copy_and_resolve_references()
     made.title = name
     made.objective = dict(name=name, **options)
-    if name in NETWORKS:
-        made.model = NETWORKS[name](config.plain(made.model))
+    if (network or name) in NETWORKS:
+        made.model = NETWORKS[network or name](config.plain(made.model))
     losses = config.build("objectives", made.objective, "objective").attack_losses
     if losses:
         made.attack = digits.attack.copy_and_resolve_references()
@@ -84,10 +88,9 @@ def recipe(name: str, epochs: int, options: dict[str, Any]) -> ConfigDict:
     return made
 
 
-def measure(name: str, epochs: int, seed: int, workdir: Path) -> Results:
+def measure(made: ConfigDict, folder: Path) -> Results:
     """Trains, or continues, and attacks one network; accuracies in percent."""
-    folder, made = workdir / name / str(seed), settings(name, epochs, seed, workdir)
-    records = [record for record in main.execute(made, folder) if record["title"] == name]
+    records = [record for record in main.execute(made, folder) if record["title"] == made.title]
     rows = [row for row in metrics.read(folder / "metrics.jsonl") if row["kind"] == "train"]
     steady = [row["images_per_s"] for row in rows if not row["compiles"]] or [row["images_per_s"] for row in rows]
     weights = jax.tree.leaves(run.load(folder).variables["params"])
@@ -108,31 +111,46 @@ def page(results: Results) -> str:
     """The comparison in Markdown: mean ± standard deviation over seeds, the most robust first."""
     columns = ["clean", *results["attacks"]]
     methods = {name: list(runs.values()) for name, runs in results["methods"].items() if runs}
-    ranked = sorted(methods, key=lambda name: -min(_mean(methods[name], attack) for attack in results["attacks"]))
+    ranked = sorted(methods, key=lambda name: -min(mean(methods[name], attack) for attack in results["attacks"]))
     head = ["objective", "seeds", *map(attack_label, columns), "ms per step", "parameters"]
     lines = [head, ["---"] * len(head)]
     for name in ranked:
         runs = methods[name]
-        cells = [_cell(runs, column) for column in columns]
+        cells = [cell(runs, column) for column in columns]
         step = statistics.median(single["step_ms"] for single in runs)
         lines.append([name, str(len(runs)), *cells, f"{step:.1f}", f"{runs[0]['parameters']:,}"])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     failed = "".join(f"- {name}: {reason}\n" for name, reason in sorted(results["failed"].items()))
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    return (
-        f"# Every objective on the digits\n\n`{results['command']}`, commit {results['commit']}; "
-        f"{results['hardware']}; {versions}\n\n{table}\n\n"
-        f"{_reading(results, methods)}\n" + (f"\nNot on the page:\n\n{failed}" if failed else "")
+    return f"# Every objective on the digits\n\n{origin_line(results)}\n\n{table}\n\n{_reading(results, methods)}\n" + (
+        f"\nNot on the page:\n\n{failed}" if failed else ""
     )
 
 
-def _mean(runs, column):
+def origin(script: str) -> Results:
+    """What every page says of where its numbers come from."""
+    return {
+        "command": " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
+        "hardware": run.hardware(),
+        "versions": run.versions(),
+        "commit": run.commit(),
+    }
+
+
+def origin_line(results: Results) -> str:
+    """`origin` for the page."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return f"`{results['command']}`, commit {results['commit']}; {results['hardware']}; {versions}"
+
+
+def mean(runs: list[Results], column: str) -> float:
+    """Of a column over seeds."""
     return statistics.mean(single[column] for single in runs)
 
 
-def _cell(runs, column):
-    spread = f" ± {statistics.stdev(single[column] for single in runs):.1f}" if len(runs) > 1 else ""
-    return f"{_mean(runs, column):.1f}{spread}"
+def cell(runs: list[Results], column: str, digits: int = 1) -> str:
+    """Mean ± standard deviation over seeds."""
+    spread = f" ± {statistics.stdev(single[column] for single in runs):.{digits}f}" if len(runs) > 1 else ""
+    return f"{mean(runs, column):.{digits}f}{spread}"
 
 
 def _reading(results, methods):
@@ -165,13 +183,10 @@ def compare(given: argparse.Namespace) -> None:
     if unknown := set(chosen) - set(names()):
         raise InputError(f"--only={','.join(sorted(unknown))} is unknown; {errors.nearest('', names())}")
     results = {
-        "command": " ".join(["python", "benchmarks/comparison.py", *sys.argv[1:]]),
+        **origin("comparison.py"),
         "epochs": given.epochs,
         "eps": recipe("pgd_at", given.epochs, {}).evaluate.eps,
         "attacks": list(ATTACKS),
-        "hardware": run.hardware(),
-        "versions": run.versions(),
-        "commit": run.commit(),
         "methods": {name: {} for name in chosen},
         "failed": {},
     }
@@ -180,7 +195,8 @@ def compare(given: argparse.Namespace) -> None:
             if name in results["failed"]:
                 continue
             try:
-                results["methods"][name][str(seed)] = measure(name, given.epochs, seed, given.workdir)
+                made = settings(name, given.epochs, seed, given.workdir)
+                results["methods"][name][str(seed)] = measure(made, given.workdir / name / str(seed))
             except (InputError, DivergedError) as error:
                 results["failed"][name] = f"seed {seed}: {error}"
                 log.warning("%s: %s", name, error)

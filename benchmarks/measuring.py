@@ -233,6 +233,11 @@ def spread(times: Sequence[float], digits: str = ".4g", unit: float = 1.0) -> st
     return f"{middle} ({low} – {high})"
 
 
+def ratio(times: Sequence[float], base: Sequence[float]) -> str:
+    """The quotients of the same rounds as "min – median – max"."""
+    return "{min:.2f} – {median:.2f} – {max:.2f}".format(**quotients(times, base))
+
+
 def quotients(times: Sequence[float], base: Sequence[float]) -> dict[str, float]:
     """Of the same rounds: {"min", "median", "max"}."""
     ratios = [one / other for one, other in zip(times, base, strict=True)]

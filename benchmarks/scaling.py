@@ -99,7 +99,7 @@ def table(records: list[dict]) -> str:
         seconds = record["seconds_per_step"]
         base = next(iter(seconds.values()))
         for at, times in seconds.items():
-            ratio = "{min:.2f} – {median:.2f} – {max:.2f}".format(**measuring.quotients(times, base))
+            ratio = measuring.ratio(times, base)
             images = record["batch"][at]
             per_image = f"{1e3 * sorted(times)[len(times) // 2] / images:.3g}"
             rows.append((record["axis"], at, images, measuring.spread(times), per_image, ratio))

@@ -4,7 +4,8 @@
 
 Arguments: a method, `standard` (PGD training, as the paper calls it; default), `trades`, `mart` or `mma`, on ResNet-18
 and CIFAR-10; `mnist-METHOD` (four-layer CNN), `wrn-METHOD` and `wrn100-METHOD` (WRN-34-10 on CIFAR-10 and CIFAR-100,
-without MMA). `,smoke` shrinks any.
+without MMA); `trades_beta-VALUE` and `mart_beta-VALUE`, the curves of Figure 3 between natural and robust accuracy
+(β from 0.1 to 30; its other values are ours). `,smoke` shrinks any.
 
 | last epoch, natural / PGD-20 / PGD-40 / AA | MNIST                         | ResNet-18                     |
 |--------------------------------------------|-------------------------------|-------------------------------|
@@ -29,17 +30,20 @@ CIFAR-100), 38 with MMA; 120 epochs of MART on ResNet-18 are 120·49,000·26·1.
 from ibjax.config import base, parse_arg, smoke
 
 CIFAR = ("standard", "trades", "mart")
+BETAS = ("0.1", "0.3", "1.0", "2.0", "4.0", "10.0", "20.0", "30.0")  # TRADES has 6, MART 5
 ROWS = (
     *CIFAR,
     "mma",
     *(f"mnist-{m}" for m in (*CIFAR, "mma")),
     *(f"{d}-{m}" for d in ("wrn", "wrn100") for m in CIFAR),
+    *(f"{m}_beta-{beta}" for m in ("trades", "mart") for beta in BETAS),
 )
 
 
 def get_config(arg=None):
     row, small = parse_arg(arg, ROWS)
-    setting, _, method = row.rpartition("-")
+    chosen, _, beta = row.partition("_beta-")
+    setting, _, method = chosen.rpartition("-")
     config = base()
     config.title = row
     mnist(config) if setting == "mnist" else cifar(config, setting)
@@ -54,6 +58,8 @@ def get_config(arg=None):
             mart(config, setting)
         case "mma":
             mma(config, setting)
+    if beta:
+        config.objective.beta = float(beta)
     if small and setting == "mnist":
         smoke(config, (28, 28, 1), 10, dict(widths=((2,), (4,)), hidden=(8,)))
     elif small and setting:

@@ -58,7 +58,8 @@ MATCHING = (
     "matching-adaptive-res",
 )
 # row's name -> (the teacher's workdir, what makes it)
-TRAINED, IMPORTED = "python -m ibjax.main --config=configs/", "python -m ibjax.convert --torch FILE --arch … --workdir="
+TRAINED = "python -m ibjax.main --config=configs/"
+IMPORTED = "python -m ibjax.convert --torch FILE --arch dm_wide_resnet --workdir="
 TEACHERS = {
     "wrn34_10": ("runs/trades_wrn", TRAINED + "trades_wrn.py --workdir=runs/trades_wrn"),
     "resnet18": (

@@ -17,14 +17,16 @@ FAST-IBD has no published code or settings. Ours: the attack of Fast-AT (Wong, R
 15 epochs, rate 0 -> 0.4 -> 0.04 -> 0.004 -> 0.0004 (its peak after 3 epochs is our choice), weight decay 1e-4 on all
 but batch-norm and biases. RSLAD with the sum over classes: the mean over 1,000 would train next to nothing.
 
-What differs from Fast-AT: one image size throughout, that of the files in data.path, where Fast-AT grows crops from 128
-to 288 pixels in three phases and batches of 512, 224 and 128; and the data are held in memory: 1.28 million images of
-128×128 are 63 GB as uint8. The teacher was trained at 224 pixels. `,smoke` shrinks any row.
+What differs from Fast-AT: one image size throughout, `data.size`, where Fast-AT grows crops from 128 to 288 pixels in
+three phases and batches of 512, 224 and 128. `,smoke` shrinks any row.
 
-Teacher: python -m ibjax.convert --torch FILE --arch … --workdir=runs/teacher-resnet50 (RobustBench's Salman2020Do_R50).
+Data: `tfds build imagenet2012 --file_format=array_record` (docs/data.md), decoded and cropped while training; evaluate
+with `--config.evaluate.n=5000`, as RobustBench does. Where one 16 GB device is all there is: `--config.microbatches=4`.
+
+Teacher: RobustBench's Salman2020Do_R50, imported; the command is in configs/teachers.py.
 
 Cost at 224 pixels: 8 forward passes of the student (Fast-AT 5) and 2 of the teacher per image, 15·1.28e6·10·8.2 GFLOP =
-1.6 EFLOP; a third of it at 128 pixels.
+1.6 EFLOP.
 """
 
 from ibjax.config import base, parse_arg, smoke
@@ -39,8 +41,8 @@ def get_config(arg=None):
     eps, step_size = f"{levels}/255", f"{1.25 * int(levels):g}/255"
     config = base()
     config.title = f"{method} eps {eps}"
-    config.data = dict(name="folder", path="data/imagenet", val_size=10_000, split_seed=0)
-    config.augment.pad = 0
+    config.data = dict(name="stream", dataset="imagenet2012", size=224, val_size=10_000, split_seed=0)
+    config.augment.update(pad=0, flip=False)  # the crops are random as they are read
     config.model = dict(name="resnet", depth=50, stem="imagenet", mean=MEAN, std=STD, dtype="bfloat16")
     config.attack = dict(name="fgsm", loss="kl", norm="linf", eps=eps, step_size=step_size, init="uniform")
     match method:
@@ -53,7 +55,8 @@ def get_config(arg=None):
             config.attack.loss = "ce"
     if method != "fast_at":
         config.teacher.workdir = "runs/teacher-resnet50"
-        config.teacher.made_by = "python -m ibjax.convert --torch FILE --arch … --workdir=runs/teacher-resnet50"
+        made_by = "python -m ibjax.convert --torch FILE --arch imagenet_resnet --workdir={}"
+        config.teacher.made_by = made_by.format(config.teacher.workdir)
     config.batch_size = 512
     config.epochs = 15
     config.optimizer = dict(name="sgd", lr=0.4, momentum=0.9, weight_decay=1e-4, decay_norm_and_bias=False)

@@ -1,4 +1,4 @@
-"""The teachers of the IBD recipes other than its TRADES WRN-34-10 (configs/trades_wrn.py), Kuang et al., NeurIPS 2023.
+r"""The teachers of the IBD recipes other than its TRADES WRN-34-10 (configs/trades_wrn.py), Kuang et al., NeurIPS 2023.
 
     python -m ibjax.main --config=configs/teachers.py:ROW --workdir=runs/ROW
 
@@ -20,9 +20,12 @@ one is TRADES with our settings. Its larger teachers come from RobustBench:
 | Rebuffi2021Fixing_70_16_cutmix_ddpm | WRN-70-16 ("WRN-76-10") | Table 8 | 88.54 | 64.25      |
 | Salman2020Do_R50                    | ResNet-50, ImageNet     | Table 2 | 64.02 | 34.96      |
 
-    python -m ibjax.convert --torch FILE --arch … --workdir runs/teacher-wrn34_20      (-wrn70_16, -resnet50)
+    python -m ibjax.convert --torch FILE --arch dm_wide_resnet --clean_acc 85.65 --workdir runs/teacher-wrn34_20
+    python -m ibjax.convert --torch FILE --arch dm_wide_resnet --clean_acc 88.54 --workdir runs/teacher-wrn70_16
+    python -m ibjax.convert --torch FILE --arch imagenet_resnet --clean_acc 64.02 --workdir runs/teacher-resnet50 \
+        --config.data.name=stream --config.data.dataset=imagenet2012 --config.data.val_size=10000
 
-We recognise them by their accuracies; the paper names only the last.
+docs/teachers.md says more. We recognise them by their accuracies; the paper names only the last.
 
 Cost of 200 epochs, 200·49,000·(27, with AWP 33)·1.11 GFLOP: 0.29 and 0.36 EFLOP for ResNet-18; twice that for
 ResNet-34; twelve times for WRN-34-10; the undefended network 0.03.

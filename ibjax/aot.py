@@ -38,7 +38,7 @@ from absl import flags  # noqa: E402
 from jax.sharding import AxisType, Mesh, NamedSharding  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
-from ibjax import cluster, config, errors, main, run, train  # noqa: E402
+from ibjax import cluster, config, errors, feed, main, run, train  # noqa: E402
 from ibjax.errors import InputError, nearest  # noqa: E402
 
 log = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ def compile_step(settings: ConfigDict, mesh: Mesh, images: int) -> dict[str, Any
     data = shaped((jax.ShapeDtypeStruct((images, *shape), jnp.uint8), jax.ShapeDtypeStruct((images,), jnp.int32)))
     steps = settings.steps_per_dispatch or settings.log_every
     began = time.perf_counter()
-    dispatch = train.make_dispatch(experiment, max(steps, 2))
+    dispatch = feed.make_dispatch(experiment, max(steps, 2))
     n = shaped(jax.ShapeDtypeStruct((), jnp.int32))
     compiled = dispatch.lower(state, *data, key, frozen, n).compile()
     seconds = time.perf_counter() - began
@@ -268,7 +268,7 @@ def command() -> None:
     )
     flags.DEFINE_list("shape", ["32", "32", "3"], "of the images: H,W,C", flag_values=values)
     flags.DEFINE_integer("classes", 10, "of the data", flag_values=values)
-    flags.DEFINE_integer("images", 50_000, "of training, on every chip", flag_values=values)
+    flags.DEFINE_integer("images", 50_000, "of training, on every chip; streamed data: a batch", flag_values=values)
     flags.DEFINE_string("json", None, "file for the numbers", flag_values=values)
 
     def body():
@@ -288,8 +288,9 @@ def command() -> None:
         teachers = _teachers(settings, values["teacher"].value)
         mesh = slice_mesh(values["topology"].value)
         cluster.check_divides(settings.batch_size, "batch_size", mesh.size, settings.microbatches)
+        images = settings.batch_size if settings.data.name == "stream" else values["images"].value
         settings = prepare(settings, shape, values["classes"].value, teachers)
-        found = compile_step(settings, mesh, values["images"].value)
+        found = compile_step(settings, mesh, images)
         print(table(found))
         if values["json"].value:
             numbers = {**found, "collectives": [item._asdict() for item in found["collectives"]]}

@@ -69,6 +69,7 @@ def base() -> ConfigDict:
         step_size="2/255",
         ladder=(),  # more values of eps for the curve; steps scale with eps
         n=placeholder(int),  # number of test images, each class in proportion; None: all
+        samples=placeholder(int),  # of a stochastic network: judge the mean of so many; None: z = μ, deterministic
         batch_size=500,
     )
     config.log_every = 50  # steps between rows of metrics.jsonl
@@ -95,6 +96,7 @@ _NUMBERS = {
     "validate.dense_from": (int, 0, math.inf),
     "validate.batch_size": (int, 1, math.inf),
     "evaluate.n": (int, 1, math.inf),
+    "evaluate.samples": (int, 1, math.inf),
     "evaluate.batch_size": (int, 1, math.inf),
     "log_every": (int, 1, math.inf),
     "checkpoint_every": (int, 1, math.inf),

@@ -1,13 +1,18 @@
 """Evaluation: restore, attack the test set, write one result record per attack.
 
     python -m ibjax.evaluate --workdir=DIR [--checkpoint=best|last|STEP] [--attacks=autoattack,pgd-20] [--n=1000]
+    python -m ibjax.evaluate --workdir=DIR --surrogate=DIR2 --attacks=fgsm,pgd-100         transfer from another run
+    python -m ibjax.evaluate --workdir=DIR --samples=12 --attacks=pgd-20,autoattack-rand   of a stochastic network
 
 An attack's name is one of `attacks/named.py`: `fgsm`, `pgd-STEPS` (cross-entropy), `cw-STEPS` (PGD on the margin loss),
-`autoattack` and its parts. An image counts as robust when it is classified correctly both as it is and under attack.
-AutoAttack runs at the main eps only, and goes on where it was ended.
+`autoattack` and its parts, adaptive attacks. An image counts as robust when it is classified correctly both as it is
+and under attack. AutoAttack runs at the main eps only, and goes on where it was ended.
 
-Guarantees (tests of the same names): batch size and number of devices change no flag; a record that is there is not
-computed again; every x_adv lies in the eps-ball and in [0, 1] to 1e-6, checked per example in float32.
+Stochastic networks are judged on the mean of their latent variable, without `samples`; with it, on the mean of so many
+drawn softmaxes, which every attack climbs too (`scoring.sampling`). Transfer attacks are those of a surrogate's `best`
+checkpoint, at the main eps. Records and reports say either.
+
+Guarantee (test of the same name): a record that is there is not computed again.
 """
 
 import argparse
@@ -16,171 +21,24 @@ import datetime
 import functools
 import hashlib
 import json
-import logging
-import sys
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from tqdm import tqdm
 
 from ibjax import checkpoint as checkpoints
-from ibjax import cluster, config, errors, losses, report, results, run
-from ibjax.attacks import Attack, autoattack, checks, geometry
-from ibjax.attacks.named import check, named
-from ibjax.data import Split, stratified
-from ibjax.errors import InputError, PreemptedError
-from ibjax.step import Variables, linen_net, to_float
-
-log = logging.getLogger(__name__)
-_TOLERANCE = 1e-6  # of ball and box, in float32
-_EVALUATION = 0x65766C  # folded into the seed: keys of evaluation are not those of training
-
-
-class Flags(NamedTuple):
-    """Per image of the split, in its order."""
-
-    clean: np.ndarray  # (N,) bool: classified correctly as it is
-    robust: np.ndarray  # (N,) bool: and under the attack
-    loss: np.ndarray  # (N,) float32: cross-entropy under the attack
-    distance: np.ndarray  # (N,) float32: size of the perturbation, in the attack's norm
-
-
-class Scorer:
-    """One attack on one network, compiled once for all images and all eps.
-
-    `make_attack(eps=…, step_size=…)` gives the attack; where it is not `bounded`, only the box is checked. The last
-    batch is padded and the padding discarded; each image's randomness comes from its index in the split.
-    """
-
-    def __init__(
-        self,
-        predict: Callable,
-        make_attack: Callable[..., Attack],
-        mesh: Any,
-        batch_size: int,
-        norm: str,
-        bounded: bool = True,
-    ):
-        self.bounded = bounded
-        self.batch_size = -(-batch_size // mesh.size) * mesh.size
-        self.sharded = NamedSharding(mesh, cluster.BATCH)
-
-        def score(variables, images, labels, index, seed, eps, step_size):
-            def logits_fn(x):
-                return predict(variables, x)[0]
-
-            x = to_float(images)
-            key = jax.random.fold_in(jax.random.key(seed), _EVALUATION)
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-            x_adv = make_attack(eps=eps, step_size=step_size)(keys, logits_fn, x, labels)
-            clean, logits = logits_fn(x), logits_fn(x_adv)
-            correct = losses.correct(clean, labels)
-            in_box = jnp.all((x_adv >= 0) & (x_adv <= 1), axis=(1, 2, 3))
-            distance = jnp.where(in_box, geometry.distance(x_adv, x, norm), jnp.inf)
-            robust = correct & losses.correct(logits, labels)
-            return Flags(correct, robust, losses.cross_entropy(logits, labels), distance), x_adv
-
-        replicated = NamedSharding(mesh, cluster.REPLICATED)
-        self.score = jax.jit(score, out_shardings=replicated)
-
-    def trace(self, variables: Any, split: Split) -> None:
-        """Traces the program without compiling or running it; raises what is wrong with it."""
-        images, labels = (jax.ShapeDtypeStruct((self.batch_size, *a.shape[1:]), a.dtype) for a in split)
-        scalars = (np.uint32(0), np.float32(0), np.float32(0))
-        jax.eval_shape(self.score, variables, images, labels, labels, *scalars)
-
-    def __call__(
-        self,
-        variables: Variables,
-        split: Split,
-        seed: int,
-        *,
-        eps: Any,
-        step_size: Any,
-        progress: str | None = None,
-        keep: int = 0,
-    ) -> tuple[Flags, np.ndarray]:
-        """(flags of the whole split, the first `keep` adversarial images (keep, H, W, C)).
-
-        With `progress`, its name, a bar is shown and a preemption notice ends the evaluation. Raises RuntimeError
-        when an adversarial image leaves the ball or the box.
-        """
-        eps, step_size = (np.float32(geometry.fraction(value)) for value in (eps, step_size))
-        total, size = len(split.labels), self.batch_size
-        parts, kept = [], [np.zeros((0, *split.images.shape[1:]), np.float32)]
-        bar = tqdm(
-            total=total, desc=progress, unit="image", leave=False, disable=not (progress and sys.stderr.isatty())
-        )
-        with bar:
-            for first in range(0, total, size):
-                index = np.arange(first, first + size, dtype=np.int32)
-                chosen = np.minimum(index, total - 1)  # the padding repeats the last image
-                arrays = (split.images[chosen], split.labels[chosen], index)
-                images, labels, index = (self._shard(array) for array in arrays)
-                flags, x_adv = self.score(variables, images, labels, index, np.uint32(seed), eps, step_size)
-                count = min(size, total - first)
-                parts.append(jax.tree.map(lambda value, n=count: np.asarray(value)[:n], flags))
-                if first < keep:
-                    kept.append(np.asarray(x_adv)[:count])
-                if progress and cluster.preempted():  # in validation the train loop notices, and saves
-                    raise PreemptedError(f"stopped during {progress}; finished records are kept")
-                bar.update(count)
-                bar.set_postfix_str(f"robust {100 * np.mean(np.concatenate([p.robust for p in parts])):.1f} %")
-        flags = Flags(*(np.concatenate(values) for values in zip(*parts, strict=True)))
-        worst = float(flags.distance.max())
-        if not worst <= (float(eps) + _TOLERANCE if self.bounded else sys.float_info.max):
-            raise RuntimeError(f"an adversarial image is {worst:.8g} away or outside [0, 1]; eps is {float(eps):.8g}")
-        return flags, np.concatenate(kept)[:keep]
-
-    def _shard(self, array):
-        return jax.make_array_from_callback(array.shape, self.sharded, array.__getitem__)
-
-
-# ---- AutoAttack ------------------------------------------------------------------------------------------
-
-
-def auto_attack(
-    logits_fn: Callable,
-    split: Split,
-    seed: int,
-    options: dict[str, Any],
-    *,
-    norm: str,
-    eps: Any,
-    batch_size: int,
-    title: str | None = None,
-    keep: int = 0,
-    state: Path | None = None,
-) -> tuple[Flags, np.ndarray, dict[str, Any]]:
-    """(flags of the whole split, the first `keep` adversarial images, what the record says of each attack).
-
-    `state` is a file that keeps the progress; with it, the same call goes on where it was ended.
-    """
-    x = np.asarray(to_float(jnp.asarray(split.images)))
-    # "rand" asks for samples of the network; these have one
-    network = (lambda x, keys: logits_fn(x)) if options["version"] == "rand" else logits_fn
-    key = jax.random.fold_in(jax.random.key(seed), _EVALUATION)
-    result = autoattack.autoattack(
-        key, network, x, split.labels, norm, eps, batch_size=batch_size, state=state, progress=title, **options
-    )
-    scores = jax.jit(lambda x_adv, x, y: (losses.cross_entropy(logits_fn(x_adv), y), geometry.distance(x_adv, x, norm)))
-    parts = [slice(first, first + batch_size) for first in range(0, len(x), batch_size)]
-    values = [scores(result.x_adv[part], x[part], split.labels[part]) for part in parts]
-    flags = Flags(result.clean, result.robust, *(np.concatenate(column) for column in zip(*values, strict=True)))
-    more = {
-        "robust_after": {name: round(100 * float(np.mean(kept)), 4) for name, kept in result.robust_after.items()},
-        "seconds_of": result.seconds,
-        "seconds": round(sum(result.seconds.values()), 2),
-        "warnings": result.warnings,
-    }
-    return flags, result.x_adv[:keep], more
-
+from ibjax import cluster, config, errors, report, results, run
+from ibjax.attacks import checks, geometry
+from ibjax.attacks.named import Named, check, named
+from ibjax.errors import InputError
+from ibjax.scoring import Scorer, auto_attack, draw_keys, sampling
+from ibjax.step import linen_net, to_float
 
 # ---- records ---------------------------------------------------------------------------------------------
 
@@ -198,9 +56,33 @@ def check_settings(settings: Any) -> None:
         check(name, settings["norm"], settings["eps"], settings["step_size"])
     for eps in settings["ladder"]:
         geometry.radius(eps, settings["norm"], "evaluate.ladder eps")
-    n = settings["n"]
-    if n is not None and (type(n) is not int or n < 1):
-        raise InputError(f"evaluate.n={n!r} is not allowed; give a whole number of at least 1, or None for all")
+    for name in ("n", "samples"):
+        value = settings[name]
+        if value is not None and (type(value) is not int or value < 1):
+            raise InputError(f"evaluate.{name}={value!r} is not allowed; give a whole number of at least 1, or None")
+    for name in settings["attacks"] if settings["samples"] else ():
+        attack = named(name)
+        if attack.make is None and attack.settings["version"] != "rand":
+            raise InputError(f"attack '{name}' expects a deterministic network; with samples give 'autoattack-rand'")
+        if attack.features is not None:
+            raise InputError(f"attack '{name}' is on features of a deterministic network; give it without samples")
+
+
+def check_network(model: nn.Module, input_shape: Sequence[int], settings: Any) -> None:
+    """Raises InputError where a network does not sample but should, or lacks features that an attack needs."""
+    if settings["samples"] and not hasattr(model, "sample_at_test"):
+        raise InputError(
+            f"evaluate.samples={settings['samples']}: this network draws nothing; give a model=dict(name='stochastic', "
+            f"…), or None"
+        )
+    if all(named(name).features is None for name in settings["attacks"]):
+        return
+    x = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+    features = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x)[0][1], x)
+    for name in settings["attacks"]:
+        for feature in named(name).features or ():
+            if feature not in features:
+                raise InputError(f"attack '{name}' needs the feature '{feature}', which this network does not have")
 
 
 def evaluate(
@@ -210,6 +92,8 @@ def evaluate(
     settings: Any = None,
     attacks: Sequence[str] | None = None,
     n: int | None = None,
+    samples: int | None = None,
+    surrogate: Path | None = None,
     keep: int = 10,
 ) -> list[dict[str, Any]]:
     """Attacks a trained run's test set and writes `eval/<checkpoint>/<attack>.json`; returns the records.
@@ -220,22 +104,26 @@ def evaluate(
       workdir: of the run.
       checkpoint: "best", "last" or a step.
       settings: an `evaluate` section; None takes the run's own.
-      attacks, n: in place of the section's.
+      attacks, n, samples: in place of the section's.
+      surrogate: workdir of a run whose network is attacked instead; what breaks it is then shown to this one.
       keep: how many adversarial images of each attack at the main eps to keep for the report.
 
     A record whose identity (weights, images, attack, eps, seed) is on disk is read, not computed again.
     """
     trained = run.load(workdir, checkpoint)
     settings = config.plain(trained.config.evaluate if settings is None else settings)
-    settings |= {} if attacks is None else {"attacks": tuple(attacks)}
-    settings |= {} if n is None else {"n": n}
+    given = dict(attacks=None if attacks is None else tuple(attacks), n=n, samples=samples)
+    settings |= {name: value for name, value in given.items() if value is not None}
     check_settings(settings)
-    split = _test_split(trained, settings["n"])
-    model = _in_float32(trained.model)
-    predict = linen_net(model).predict
-    logits = jax.jit(predict)
+    source = None if surrogate is None else _surrogate(surrogate, trained, settings)
+    shown = settings if source is None else {**settings, "attacks": ()}
+    check_network(trained.model, trained.facts["input_shape"], shown)
+    victim = _victim(trained, settings["samples"])
+    split = run.test_split(trained, settings["n"])
+    logits = jax.jit(victim)
+    keys = draw_keys(trained.config.seed, len(split.labels))
     x = np.asarray(to_float(jnp.asarray(split.images[:256])))
-    warnings = checks.network(lambda x: logits(trained.variables, x)[0], x, split.labels)
+    warnings = checks.network(lambda x: logits(trained.variables, x, keys[: len(x)])[0], x, split.labels)
     with checkpoints.manager(workdir, read_only=True) as orbax:
         validation = checkpoints.metrics(orbax, trained.step)
 
@@ -245,17 +133,21 @@ def evaluate(
     mesh, records = cluster.mesh(), []
     main = settings["eps"]
     for name in settings["attacks"]:
-        attack = named(name)
-        ladder = settings["ladder"] if attack.make and attack.bounded else ()
-        execute = _executor(attack, predict, trained, split, settings, mesh)
+        attack = named(name, trained.config.objective)
+        ladder = settings["ladder"] if attack.make and attack.bounded and source is None else ()
+        execute = _executor(attack, victim, source, trained, split, settings, mesh)
+        label, made = name, attack.settings
+        if source is not None:
+            label, made = f"{name} from {source.says['title']}", {**made, "surrogate": source.says}
         for eps in (main, *(eps for eps in ladder if eps != main)):
-            step_size = eps if attack.full_step else _scaled_step(settings, eps) if attack.make else None
-            own = {"attack": name, "attack_settings": attack.settings, "eps": eps, "step_size": step_size}
+            step_size = attack.step_size(eps, _scaled_step(settings, eps)) if attack.make else None
+            own = {"attack": label, "attack_settings": made, "eps": eps}
+            own |= {"step_size": step_size, "samples": settings["samples"]}
             identity = {**common, **own, "main": eps == main, "bounded": attack.bounded}
-            file = folder / _file_name(name, eps, main, settings["n"])
+            file = folder / _file_name(name, eps, settings, source)
             record = _existing(file, identity)
             if record is None:
-                wanted = keep if eps == main else 0
+                wanted = keep if eps == main and source is None and not settings["samples"] else 0
                 state = file.with_name(f".{file.stem}-{_state_digest(identity)}.npz")
                 flags, x_adv, more = execute(eps, step_size, f"{name} {eps}", wanted, state)
                 doubts = list(dict.fromkeys([*warnings, *more["warnings"]]))
@@ -269,31 +161,86 @@ def evaluate(
     return records
 
 
-def _executor(attack, predict, trained, split, settings, mesh):
+# ---- the networks --------------------------------------------------------------------------------------------
+
+
+class Surrogate(NamedTuple):
+    """A network that is attacked in place of another."""
+
+    predict: Callable  # (variables, x) -> (logits, features)
+    variables: Any
+    says: dict[str, Any]  # what records say of it
+
+
+def _surrogate(workdir, trained, settings):
+    loaded = run.load(workdir)
+    for name in ("input_shape", "num_classes"):
+        if loaded.facts[name] != trained.facts[name]:
+            raise InputError(
+                f"--surrogate={workdir} has {name} {loaded.facts[name]}, the attacked run {trained.facts[name]}; give "
+                f"a run on the same data set"
+            )
+    for name in settings["attacks"]:
+        if named(name).make is None:
+            raise InputError(f"attack '{name}' is not transferred; give others with --surrogate, as fgsm,pgd-100")
+    check_network(loaded.model, loaded.facts["input_shape"], {**settings, "samples": None})
+    title = loaded.config.title or loaded.workdir.resolve().name
+    says = dict(title=title, step=loaded.step, weights=checkpoints.tree_digest(loaded.variables))
+    return Surrogate(linen_net(run.in_float32(loaded.model)).predict, loaded.variables, says)
+
+
+def _victim(trained, samples):
+    """`predict(variables, x, keys)` of the run in float32, on its mean or on drawn samples."""
+    model = run.in_float32(trained.model)
+    if samples:
+        return sampling(model, samples)
+    predict = linen_net(model).predict
+    return lambda variables, x, keys: predict(variables, x)
+
+
+def _executor(attack: Named, victim, source, trained, split, settings, mesh):
     """(eps, step_size, title, keep, state) -> (flags, the first `keep` x_adv, what the record says beside them)."""
     norm, batch_size, seed = settings["norm"], settings["batch_size"], trained.config.seed
     if attack.make is None:
         return lambda eps, step_size, title, keep, state: auto_attack(
-            lambda x: predict(trained.variables, x)[0], split, seed, attack.settings,
+            lambda x, keys: victim(trained.variables, x, keys)[0], split, seed, attack.settings,
             norm=norm, eps=eps, batch_size=batch_size, title=title, keep=keep, state=state,
         )  # fmt: skip
-    measured = norm if attack.bounded else "l2"
+    unit = math.lcm(attack.group, mesh.size)
     scorer = Scorer(
-        predict, functools.partial(attack.make, norm=norm), mesh, batch_size, measured, bounded=attack.bounded
+        lambda variables, x, keys: victim(variables[0], x, keys),
+        functools.partial(attack.make, norm=norm),
+        mesh,
+        -(-batch_size // unit) * unit,
+        norm if attack.bounded else "l2",
+        bounded=attack.bounded,
+        features=attack.features is not None,
+        guided=attack.guided,
+        attacked=None if source is None else lambda variables, x, keys: source.predict(variables[1], x),
     )
+    variables = (trained.variables, None if source is None else source.variables)
 
     def execute(eps, step_size, title, keep, state):
         started = time.perf_counter()
-        flags, x_adv = scorer(trained.variables, split, seed, eps=eps, step_size=step_size, progress=title, keep=keep)
+        flags, x_adv = scorer(variables, split, seed, eps=eps, step_size=step_size, progress=title, keep=keep)
         return flags, x_adv, {"seconds": round(time.perf_counter() - started, 2), "warnings": []}
 
     return execute
 
 
-def _file_name(attack, eps, main, n):
-    """ "pgd-20.json"; "pgd-20@4_255.json" on the ladder; "pgd-20.n1000.json" on part of the test set."""
-    ladder = "" if eps == main else f"@{str(eps).replace('/', '_')}"
-    return f"{attack}{ladder}{'' if n is None else f'.n{n}'}.json"
+# ---- the files -----------------------------------------------------------------------------------------------
+
+
+def _file_name(attack, eps, settings, source=None):
+    """As "pgd-20.json"; "pgd-20@4_255.json" on the ladder; "pgd-20.n1000.json" on part of the test set.
+
+    Predictions that were drawn: "pgd-20.sampled12.json"; a transfer: "pgd-20~3fa1c2e4.json", the surrogate's digest.
+    """
+    surrogate = "" if source is None else f"~{source.says['weights'][:8]}"
+    ladder = "" if eps == settings["eps"] else f"@{str(eps).replace('/', '_')}"
+    samples = f".sampled{settings['samples']}" if settings["samples"] else ""
+    part = "" if settings["n"] is None else f".n{settings['n']}"
+    return f"{attack}{surrogate}{ladder}{samples}{part}.json"
 
 
 def _scaled_step(settings, eps):
@@ -304,33 +251,11 @@ def _scaled_step(settings, eps):
     return float(step * geometry.fraction(eps) / main)
 
 
-def _in_float32(model):
-    """The network, and the one inside it if there is one, computing in float32."""
-    changes = {"dtype": "float32"} if hasattr(model, "dtype") else {}
-    if hasattr(model, "backbone"):
-        changes["backbone"] = {**model.backbone, "dtype": "float32"}
-    return model.clone(**changes)
-
-
-def _test_split(trained, n):
-    """The test images that the run was made with, or `n` of them, each class in proportion."""
-    data = run.load_data(trained.config)
-    if run.facts(data)["digests"]["test"] != trained.facts["digests"]["test"]:
-        raise InputError(
-            f"the test set of {trained.facts['label']} is not the one that {trained.workdir} was made with; "
-            f"restore it, or train again"
-        )
-    if n is None or n == len(data.test.labels):
-        return data.test
-    if n > len(data.test.labels):
-        raise InputError(f"n={n} is not allowed; the test set has {len(data.test.labels)} images")
-    chosen = stratified(data.test.labels, n, seed=0)
-    return Split(data.test.images[chosen], data.test.labels[chosen])
-
-
 def _common(trained, checkpoint, settings, split, validation, warnings):
     selected_on = {"best": trained.config.select_on, "last": "last"}.get(checkpoint, "step")
+    imported = {"imported": trained.facts["imported"]} if "imported" in trained.facts else {}
     return {
+        **imported,
         "title": trained.config.title or trained.workdir.resolve().name,
         "dataset": trained.facts["label"],
         "norm": settings["norm"],
@@ -341,7 +266,7 @@ def _common(trained, checkpoint, settings, split, validation, warnings):
         "checkpoint": checkpoint,
         "step": trained.step,
         "weights": checkpoints.tree_digest(trained.variables),
-        "selected_on": selected_on,
+        "selected_on": "unknown" if imported else selected_on,
         "validation": validation,
         "config": config.plain(trained.config),
         "versions": run.versions(),
@@ -351,7 +276,7 @@ def _common(trained, checkpoint, settings, split, validation, warnings):
     }
 
 
-_IDENTITY = ("weights", "images", "dtype", "attack", "attack_settings", "eps", "step_size", "norm", "seed")
+_IDENTITY = ("weights", "images", "dtype", "attack", "attack_settings", "eps", "step_size", "norm", "seed", "samples")
 
 
 def _state_digest(identity):
@@ -405,12 +330,15 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="best", help="best, last or a step")
     parser.add_argument("--attacks", help="names, separated by commas; default: those of the run's configuration")
     parser.add_argument("--n", type=int, help="number of test images; default: all")
+    parser.add_argument("--samples", type=int, help="judge the mean of so many drawn predictions; default: no draw")
+    parser.add_argument("--surrogate", type=Path, help="workdir of the run whose network is attacked instead")
     given = parser.parse_args()
 
     def command():
         cluster.initialize()
         attacks = None if given.attacks is None else given.attacks.split(",")
-        records = evaluate(given.workdir, given.checkpoint, attacks=attacks, n=given.n)
+        options = dict(n=given.n, samples=given.samples, surrogate=given.surrogate)
+        records = evaluate(given.workdir, given.checkpoint, attacks=attacks, **options)
         if jax.process_index() == 0:
             print(report.table(records))
 

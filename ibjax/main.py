@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, config_flags
 
 from ibjax import cluster, config, errors, report, run, train
 from ibjax.errors import InputError, nearest
-from ibjax.evaluate import check_settings, evaluate
+from ibjax.evaluate import check_network, check_settings, evaluate
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +168,9 @@ def execute(settings: ConfigDict, workdir: Path, mode: str = "train") -> list[di
     todo = jobs(settings, workdir)
     for job in todo if mode == "train" else ():  # all before the first: a typo in the last must not cost the others
         train.check(job.settings, job.teachers)
+        data = run.load_data(job.settings)
+        model = run.build_model(job.settings.model, data.num_classes, "model")
+        check_network(model, data.test.images.shape[1:], settings.evaluate)
     if mode == "eval" and not run.has_checkpoint(workdir):
         raise InputError(f"{workdir} holds no trained run; train it with --mode=train, or give another --workdir")
     with contextlib.ExitStack() as locks:

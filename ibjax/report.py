@@ -101,7 +101,9 @@ def _read_run(folder):
 
 
 def _state(config, facts, logged, problems):
-    """Steps per epoch, None where it cannot be known; a run that has not reached its last epoch is a problem."""
+    """Steps per epoch, None where there are none; a run that has not reached its last epoch is a problem."""
+    if "imported" in facts:
+        return None
     try:
         per_epoch = int(facts["n_train"]) // int(config["batch_size"])
         total = int(config["epochs"]) * per_epoch
@@ -151,7 +153,7 @@ def _read_metrics(file, problems):
 
 
 def _read_records(folder, problems):
-    """The records of all checkpoints, each (checkpoint, step, attack, eps, n) once."""
+    """The records of all checkpoints, each (checkpoint, step, attack, eps, n, samples) once."""
     found: dict[tuple, Record] = {}
     for file in sorted(folder.glob("eval/*/*.json")):  # "pgd-20.json" before "pgd-20@0.1.json"
         record = _read_json(file, problems)
@@ -164,6 +166,7 @@ def _read_records(folder, problems):
             problems.append(f"{_short(file)} is damaged ({missing}{error}); delete it and evaluate again")
             continue
         key = (file.parent.name, record.get("step"), record["attack"], fraction(record["eps"]), record["n"])
+        key += (record.get("samples"),)
         # the main eps of one evaluation may be on the ladder of an earlier one: the same numbers, kept once
         found.setdefault(key, {**record, "main": "@" not in file.stem})
     return list(found.values())

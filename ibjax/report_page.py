@@ -166,13 +166,22 @@ def _describe(record):
     made, label = record.get("attack_settings"), attack_label(record["attack"])
     if not made:
         return label
+    if record.get("samples"):
+        label += f", on the mean of {record['samples']} drawn predictions"
     if "version" in made:
         parts = ", ".join(made["attacks"] or record.get("robust_after", {}))
         return f"{label}: AutoAttack {made['version']}, {parts}"
-    loss = {"ce": "cross-entropy", "margin": "margin loss"}.get(made["loss"], made["loss"])
-    start = "no random start" if made["init"] == "none" else f"{made['init']} random start"
-    steps = "1 step" if made["steps"] == 1 else f"{made['steps']} steps"
-    return f"{label}: {steps} of {record['step_size']} on the {loss}, {start}, {made['restarts']} restart(s)"
+    if made.keys() >= {"loss", "init", "steps", "restarts"}:
+        loss = {"ce": "cross-entropy", "margin": "margin loss"}.get(made["loss"], made["loss"])
+        start = "no random start" if made["init"] == "none" else f"{made['init']} random start"
+        steps = "1 step" if made["steps"] == 1 else f"{made['steps']} steps"
+        text = f"{steps} of {record['step_size']} on the {loss}, {start}, {made['restarts']} restart(s)"
+    else:
+        settings = {name: value for name, value in made.items() if name != "surrogate"}
+        text = ", ".join(f"{name} {value}" for name, value in settings.items())
+    if source := made.get("surrogate"):
+        text += f"; on the network of {source['title']}, step {source['step']}, weights {source['weights'][:8]}"
+    return f"{label}: {text}"
 
 
 def _checks(checks):
@@ -193,6 +202,8 @@ def _configs(runs):
     parts = []
     for run in runs:
         trained = f"Trained on {run.env['hardware']}. " if run.env.get("hardware") else ""
+        if "imported" in run.facts:
+            trained = f"{_source(run)}; how it was trained is not known, and stands nowhere below. "
         text = json.dumps(run.config, indent=1, ensure_ascii=False)
         parts.append(
             f"<details><summary>{escape(run.title)}</summary><p class=note>{escape(trained)}Folder: "
@@ -201,12 +212,21 @@ def _configs(runs):
     return f"<section><h2>Configurations</h2>{''.join(parts)}</section>"
 
 
+def _source(run):
+    """Where an imported network comes from."""
+    source = dict(run.facts["imported"])
+    return f"Imported by ibjax.convert from {source.get('file')}, sha256 {source.get('sha256')}"
+
+
 def _commands(runs, out):
     """Commands that make the numbers again, for runs that no other run of the page contains."""
     folders = [run.folder.resolve() for run in runs]
     top = [run for run in runs if not any(folder in run.folder.resolve().parents for folder in folders)]
     lines = []
     for run in top:
+        if "imported" in run.facts:
+            lines += [f"# {' '.join(f'{run.title}: {_source(run)}'.split())}", ""]
+            continue
         taught = (run.config.get("teacher") or {}).get("workdir")
         comment = f"{run.title}: train again{f', from the teacher in {taught}' if taught else ''}; again.py is"
         lines += [

@@ -32,6 +32,9 @@ _NAMES = {
     "mim": "MIM",
     "nifgsm": "NI-FGSM",
     "spsa": "SPSA",
+    "ara": "ARA",
+    "ib_rar": "adaptive PGD (IB-RAR)",
+    "siriib": "adaptive PGD (SiRIIB)",
 }
 
 
@@ -80,20 +83,34 @@ def is_bounded(record: Record) -> bool:
     return record.get("bounded", True)
 
 
+def is_transfer(attack: str) -> bool:
+    """Whether its images were made on another network, as those of "pgd-100 from teacher"."""
+    return " from " in attack
+
+
 def attack_label(name: str) -> str:
-    """As "margin PGD-20" for "cw-20"."""
-    if name.startswith("cw-l2-"):
-        return f"C&W l2-{name.removeprefix('cw-l2-')} (any size)"
+    """As "margin PGD-20" for "cw-20", "PGD-100, transfer from teacher" for "pgd-100 from teacher"."""
+    name, _, source = name.partition(" from ")
     family, dash, steps = name.partition("-")
-    return _NAMES.get(family, family) + dash + steps
+    label = _NAMES.get(family, family) + dash + steps
+    if name.startswith("cw-l2-"):
+        label = f"C&W l2-{name.removeprefix('cw-l2-')} (any size)"
+    return f"{label}, transfer from {source}" if source else label
 
 
 def strength(attack: str) -> tuple:
-    """Sorts one-step attacks before iterative ones, and fewer steps before more."""
-    family, _, steps = attack.partition("-")
+    """Sorts one-step attacks before iterative ones, fewer steps before more, and transfer attacks after all others."""
+    name, _, source = attack.partition(" from ")
+    family, _, steps = name.partition("-")
     known = list(_NAMES)
     rank = known.index(family) if family in known else len(known)
-    return rank, family, int(steps) if steps.isdigit() else 0, steps
+    return bool(source), rank, family, int(steps) if steps.isdigit() else 0, steps, source
+
+
+def network_label(record: Record) -> str:
+    """The run's title; where its predictions were drawn, with "(sampled, 12)": that is another classifier."""
+    samples = record.get("samples")
+    return f"{record['title']} (sampled, {samples})" if samples else record["title"]
 
 
 # ---- rows and tables ---------------------------------------------------------------------------------------
@@ -136,13 +153,14 @@ def rows(records: Iterable[Record]) -> list[Row]:
     groups: dict[str, list[Record]] = {}
     for record in records:
         network = [record.get("config", {}).get(section) for section in ("objective", "model", "attack")]
-        key = [record["title"], *(record.get(part) for part in _PARTS), network]
+        key = [network_label(record), *(record.get(part) for part in _PARTS), network]
         groups.setdefault(json.dumps(key, sort_keys=True), []).append(record)
     firsts, labels = [group[0] for group in groups.values()], []
     for first in firsts:
-        others = [other for other in firsts if other["title"] == first["title"]]
+        title = network_label(first)
+        others = [other for other in firsts if network_label(other) == title]
         differing = [part for part in _PARTS if len({str(other.get(part)) for other in others}) > 1]
-        label = ", ".join([first["title"], *(f"{part} {first.get(part)}" for part in differing)])
+        label = ", ".join([title, *(f"{part} {first.get(part)}" for part in differing)])
         taken = labels.count(label)
         labels.append(f"{label} #{taken + 1}" if taken else label)
     by_attack_and_eps = (
@@ -308,7 +326,7 @@ def _iterative(grouped):
         one_step = {str(record["eps"]): record["robust_acc"] for record in row.records if record["attack"] == "fgsm"}
         for record in row.records:
             eps, strong, name = str(record["eps"]), record["robust_acc"], attack_label(record["attack"])
-            if record["attack"].startswith("pgd-") and eps in one_step:
+            if record["attack"].startswith("pgd-") and not is_transfer(record["attack"]) and eps in one_step:
                 text = f"{row.label}, eps {eps}: {name} leaves {strong:.2f}, FGSM {one_step[eps]:.2f}"
                 cases.append((one_step[eps] + TOLERANCE - strong, text))
     return cases

@@ -12,7 +12,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from ibjax import checkpoint as checkpoints
 from ibjax import cluster, config
-from ibjax.data import Arrays, load_splits
+from ibjax.data import Arrays, Split, load_splits, stratified, subset
 from ibjax.errors import CheckpointError, InputError
 from ibjax.step import Variables, linen_net
 
@@ -77,6 +77,37 @@ def _load_data(section_text):
     split["fraction"] = section.pop("fraction", 1.0)
     options = config.arguments("data", section, "data")
     return load_splits(config.factory("data", section["name"]), **split, **options)
+
+
+def test_split(trained: Run, n: int | None = None) -> Split:
+    """The test images that a run was made with, or `n` of them, each class in proportion."""
+    if trained.facts["digests"]["test"] is None:
+        raise InputError(f"{trained.workdir} was imported with photographs; import it again with its data set")
+    data = load_data(trained.config)
+    if facts(data)["digests"]["test"] != trained.facts["digests"]["test"]:
+        raise InputError(
+            f"the test set of {trained.facts['label']} is not the one that {trained.workdir} was made with; "
+            f"restore it, or train again"
+        )
+    if n is None or n == len(data.test.labels):
+        return data.test
+    if n > len(data.test.labels):
+        raise InputError(f"n={n} is not allowed; the test set has {len(data.test.labels)} images")
+    return subset(data.test, stratified(data.test.labels, n, seed=0))
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """The network, and the ones inside it if there are any, computing in float32: as it is attacked and scored."""
+    changes: dict[str, Any] = {"dtype": "float32"} if hasattr(model, "dtype") else {}
+    if hasattr(model, "backbone"):
+        changes["backbone"] = _section_in_float32(model.backbone)
+    return model.clone(**changes)
+
+
+def _section_in_float32(section):
+    inner = {name: _section_in_float32(part) for name, part in section.items() if isinstance(part, Mapping)}
+    takes = "dtype" in config.signature(config.factory("models", section["name"]))[0]
+    return {**section, **inner, **({"dtype": "float32"} if takes else {})}
 
 
 def facts(data: Arrays) -> dict[str, Any]:
@@ -168,6 +199,10 @@ def read_config(workdir: Path) -> tuple[ConfigDict, dict[str, Any]]:
     try:
         content = json.loads(file.read_text())
         saved, facts = ConfigDict(content["config"]), content["data"]
+        evaluated = saved.get("evaluate", {})
+        for key, default in config.base().evaluate.items():  # there may be more of them than when the run was made
+            if key not in evaluated:
+                evaluated[key] = default
         config.check(saved)
         if type(facts["num_classes"]) is not int or not all(type(size) is int for size in facts["input_shape"]):
             raise ValueError("its data section is not that of a run")

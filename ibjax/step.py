@@ -67,6 +67,7 @@ class Objective(NamedTuple):
     head: module of the method's own trainable weights, called as head(features, teacher_features, train=…).
     teachers: which of `net.teacher` and `net.assistant` must be there, by name.
     attack_losses: the values of `attack.loss` that climb away from `target`; () where `attack` must be None.
+    flat_at_x: the attack's loss has no gradient at x, as the KL to one's own prediction; its start must be random.
     attack_loss: ((logits, features), target) -> (B,), where `attack_losses` is ("objective",).
     attack: (net, variables, batch, key) -> (x_adv, variables), an inner maximisation of the method's own.
     memory: (training images, classes) -> variables["memory"] before the first step.
@@ -80,6 +81,7 @@ class Objective(NamedTuple):
     head: nn.Module | None = None
     teachers: tuple[str, ...] = ()
     attack_losses: tuple[str, ...] = ("ce", "margin")
+    flat_at_x: bool = False
     attack_loss: Callable[[Output, Any], Array] | None = None
     attack: Callable[[Net, Variables, Batch, Array], tuple[Any, Variables]] | None = None
     memory: Callable[[int, int], Any] | None = None

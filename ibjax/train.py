@@ -1,7 +1,6 @@
-"""Training: everything built from a configuration, one compiled dispatch, the loop around it.
+"""Training: everything built from a configuration, and the loop around its compiled steps (ibjax.feed).
 
-Guarantees (tests of the same names): the data order is a function of (seed, epoch, step); a killed run continues to
-the bit; nothing is transferred from the host inside an epoch; the step compiles once.
+Guarantees (tests of the same names): a killed run continues to the bit; the step compiles once.
 """
 
 import contextlib
@@ -18,17 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ibjax import checkpoint as checkpoints
-from ibjax import cluster, config, optim, perturb, run
+from ibjax import cluster, config, feed, optim, perturb, run
 from ibjax.data import Arrays, augment
 from ibjax.errors import CheckpointError, DivergedError, InputError, PreemptedError
-from ibjax.evaluate import Scorer
 from ibjax.metrics import MetricsLog, Window
+from ibjax.scoring import Scorer
 from ibjax.step import Net, Objective, TrainState, Variables, init_state, linen_net, make_train_step
 
 log = logging.getLogger(__name__)
@@ -61,11 +59,10 @@ def check(settings: ConfigDict, folders: Mapping[str, Path] | None = None) -> No
     experiment = build(settings, folders, abstract=True)
     frozen = experiment.frozen
     x = jax.ShapeDtypeStruct((1, *experiment.data.train.images.shape[1:]), jnp.float32)
-    images, labels = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in experiment.data.train)
-    n, key = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.eval_shape(lambda: jax.random.key(0))
     try:
         state = jax.eval_shape(initializer(experiment), key, x, frozen)
-        jax.eval_shape(make_dispatch(experiment, capacity=1), state, images, labels, key, frozen, n)
+        feed.trace(experiment, state, key)
         scorer, _ = _validator(experiment)
         scorer.trace(checkpoints.split(state)[0], _selection_split(experiment))
     except InputError:
@@ -102,6 +99,12 @@ def build(
     model = run.build_model(settings.model, data.num_classes, "model")
     objective = config.build("objectives", settings.objective, "objective")
     _check_attack(settings, objective)
+    for role in config.TEACHERS:
+        if role not in objective.teachers and (settings[role].workdir or settings[role].recipe):
+            raise InputError(
+                f"objective '{settings.objective.name}' asks no {role} and would ignore it; set {role}.workdir='' and "
+                f"{role}.recipe=None"
+            )
     taught = {
         role: _teacher(settings, role, data, (folders or {}).get(role), abstract, mesh) for role in objective.teachers
     }
@@ -151,10 +154,11 @@ def _check_attack(settings, objective):
         raise InputError(f"objective '{name}' {why} and would ignore the attack; set attack=None")
     if loss not in losses:
         raise InputError(f"attack.loss='{loss}' does not go with objective '{name}'; allowed: {', '.join(losses)}")
-    section = settings.objective
-    own_prediction = "trades" in (name, section.get("base")) or section.get("attack_target") == "student"
-    if own_prediction and settings.attack.get("init") == "none":
-        raise InputError("attack.init='none' gives the KL to one's own prediction no gradient; use 'gaussian'")
+    if objective.flat_at_x and settings.attack.get("init") == "none":
+        raise InputError(
+            f"attack.init='none' starts where the loss that objective '{name}' has the attack climb has no gradient; "
+            f"use 'gaussian'"
+        )
 
 
 def _teacher(settings, role, data, folder, abstract, mesh):
@@ -235,47 +239,7 @@ def _perturb(settings):
     return perturb.named(settings.perturb.name)(**options)
 
 
-# ---- the compiled part -------------------------------------------------------------------------------------
-
-
-def make_dispatch(experiment: Experiment, capacity: int) -> Callable:
-    """The jitted `(state, images, labels, key, frozen, n) -> (state, metrics)`: n <= capacity steps.
-
-    `metrics` are arrays (capacity,), of which the first n count. The loop's length is an argument, so that one program
-    serves every n; on CPU the capacity is 1 and there is no loop, whose body XLA would run on fewer threads.
-    The order of an epoch is a permutation drawn from (key, epoch); a last incomplete batch is left out.
-    """
-    batch_size, per_epoch = experiment.config.batch_size, experiment.steps_per_epoch
-    sharded = NamedSharding(experiment.mesh, cluster.BATCH)
-
-    def dispatch(state, images, labels, key, frozen, n):
-        order_key, step_key = jax.random.split(key)
-        epoch = state.step // per_epoch  # the loop never dispatches across the end of an epoch
-        order = jax.random.permutation(jax.random.fold_in(order_key, epoch), len(labels))
-
-        def one(state):
-            index = lax.dynamic_slice(order, (state.step % per_epoch * batch_size,), (batch_size,))
-            index = lax.with_sharding_constraint(index, sharded)
-            batch = {"image": images[index], "label": labels[index], "index": index}
-            batch = jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, sharded), batch)
-            state, metrics = experiment.train_step(state, batch, step_key, frozen)
-            return state, {**metrics, "lr": experiment.learning_rate(state.step - 1)}
-
-        if capacity == 1:
-            state, metrics = one(state)
-            return state, jax.tree.map(lambda value: value[None], metrics)
-
-        def body(i, carry):
-            state, rows = carry
-            state, metrics = one(state)
-            return state, jax.tree.map(lambda row, value: row.at[i].set(value), rows, metrics)
-
-        shapes = jax.eval_shape(one, state)[1]
-        rows = jax.tree.map(lambda s: jnp.zeros((capacity, *s.shape), s.dtype), shapes)
-        return lax.fori_loop(0, n, body, (state, rows))
-
-    replicated = NamedSharding(experiment.mesh, cluster.REPLICATED)
-    return jax.jit(dispatch, donate_argnums=0, out_shardings=replicated)
+# ---- the first state ---------------------------------------------------------------------------------------
 
 
 def initial_state(experiment: Experiment) -> TrainState:
@@ -337,19 +301,15 @@ def train(experiment: Experiment, workdir: Path) -> None:
 
 def _loop(experiment, orbax, state, step, total, write):
     settings, per_epoch, mesh = experiment.config, experiment.steps_per_epoch, experiment.mesh
-    capacity = min(settings.steps_per_dispatch or _default_capacity(settings), per_epoch)
-    dispatch, validator = make_dispatch(experiment, capacity), _validator(experiment)
-    train_data = experiment.data.train
-    arguments = [cluster.replicate(array, mesh) for array in (train_data.images, train_data.labels)]
-    arguments += [_key(settings.seed, 1, mesh), experiment.frozen]
-    lengths = {n: cluster.replicate(np.int32(n), mesh) for n in range(1, capacity + 1)}
+    capacity, dispatch = feed.feed(experiment, _key(settings.seed, 1, mesh), step)
+    validator = _validator(experiment)
     window, first, began = Window(step), step, time.perf_counter()
 
     with _progress(settings, total, step) as bar:
         while step < total:
             stop = min(step + capacity, _next_multiple(step, settings.log_every), _next_multiple(step, per_epoch))
-            with jax.transfer_guard("disallow"), _naming_the_batch(settings, mesh):
-                state, metrics = dispatch(state, *arguments, lengths[stop - step])
+            with _naming_the_batch(settings, mesh):
+                state, metrics = dispatch(state, stop - step)
             window.add(stop - step, metrics)
             bar.update(stop - step)
             step = stop
@@ -396,10 +356,6 @@ def _naming_the_batch(settings, mesh):
         ) from None
 
 
-def _default_capacity(settings):
-    return 1 if jax.default_backend() == "cpu" else settings.log_every
-
-
 def _next_multiple(step, interval):
     return (step // interval + 1) * interval
 
@@ -421,7 +377,7 @@ def _validator(experiment):
     eps, step_size = options.pop("eps"), options.pop("step_size")
     attack = functools.partial(config.factory("attacks", section.name), **options)
     predict, size = experiment.bind_net(None).predict, experiment.config.validate.batch_size
-    scorer = Scorer(predict, attack, experiment.mesh, size, section.norm)
+    scorer = Scorer(lambda variables, x, keys: predict(variables, x), attack, experiment.mesh, size, section.norm)
     return scorer, {"eps": eps, "step_size": eps if step_size is None else step_size}
 
 

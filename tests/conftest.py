@@ -1,10 +1,12 @@
 """Eight fake CPU devices, strict promotion, warnings as errors: for every test from day one."""
 
 import atexit
+import fcntl
 import logging
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -34,12 +36,21 @@ def own_logging():
 
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory):
-    """The workdir of a finished `configs/digits.py:smoke`, with its teacher and contrast below it."""
+    """The workdir of a finished `configs/digits.py:smoke`, with its teacher and contrast below it.
+
+    The first worker makes it; each has its own copy.
+    """
     from ibjax import main
 
-    workdir = tmp_path_factory.mktemp("runs") / "digits"
-    main.execute(smoke_config("digits"), workdir, "train")
-    return workdir
+    own = tmp_path_factory.mktemp("runs")
+    made = tmp_path_factory.getbasetemp().parent / "digits" if "PYTEST_XDIST_WORKER" in os.environ else own / "digits"
+    with made.with_name("digits.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = made.with_name("digits.done")
+        if not done.is_file():
+            main.execute(smoke_config("digits"), made, "train")
+            done.touch()
+    return made if made.parent == own else Path(shutil.copytree(made, own / "digits"))
 
 
 def smoke_config(name, arg="smoke"):
@@ -54,7 +65,6 @@ def config_rows(name):
 
 def _recipe(name):
     import importlib.util
-    from pathlib import Path
 
     file = Path(__file__).parent.parent / "configs" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"configs_{name}", file)

@@ -45,16 +45,26 @@ def test_a_connection_convolves_at_full_resolution_before_it_pools():
 
 @pytest.mark.parametrize(
     "name",
-    ["wrn_trades", "wrn_deepmind", "preact_rice", "preact_raw", "resnet_basic", "resnet_bottleneck", "resnet_imagenet"],
+    [
+        "wrn_trades",
+        "wrn_deepmind",
+        "preact_rice",
+        "preact_raw",
+        "preact_deepmind",
+        "resnet_basic",
+        "resnet_bottleneck",
+        "resnet_imagenet",
+    ],
 )
 def test_counts_are_ptflops_own(name):
     """Not for files with nn.ReLU modules, which ptflops counts twice."""
     ptflops = pytest.importorskip("ptflops", reason="the oracle is ptflops")
+    import torch_twins
     from test_twins import PAIRS
 
-    make, options, model = PAIRS[name]
+    arch, model = PAIRS[name]
     operations, parameters = ptflops.get_model_complexity_info(
-        make(**options), (3, 32, 32), as_strings=False, print_per_layer_stat=False, backend="pytorch"
+        torch_twins.make(arch, model), (3, 32, 32), as_strings=False, print_per_layer_stat=False, backend="pytorch"
     )
     found = complexity.complexity(model, (32, 32, 3))
     assert (found.parameters.total(), found.operations.total()) == (parameters, operations)

@@ -10,7 +10,7 @@ import pytest
 from conftest import smoke_config
 from jax.sharding import AxisType
 
-from ibjax import cluster, evaluate, main, results
+from ibjax import cluster, evaluate, main, results, run, scoring
 from ibjax.attacks import autoattack, checks, geometry
 from ibjax.attacks.named import named
 from ibjax.attacks.pgd import pgd
@@ -28,21 +28,21 @@ SPLIT = Split(IMAGES, LABELS.astype(np.int32))
 EPS, STEP = 0.02, 0.005
 
 
-def predict(variables, x):
+def predict(variables, x, keys=None):
     return x.reshape(x.shape[0], -1) @ variables, {}
 
 
 def score(batch_size=8, devices=8, name="pgd-5", split=SPLIT, eps=EPS, seed=3, **options):
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
     attack = functools.partial(named(name).make, norm="linf", unroll=False)
-    scorer = evaluate.Scorer(predict, attack, mesh, batch_size, "linf")
+    scorer = scoring.Scorer(predict, attack, mesh, batch_size, "linf")
     return scorer(WEIGHTS, split, seed, eps=eps, step_size=STEP, **options)
 
 
 def test_flags_are_those_of_a_loop_over_single_images():
     """Without padding, batching or sharding: clean, robust, loss and distance of every image."""
     flags, x_adv = score(keep=N)
-    key = jax.random.fold_in(jax.random.key(3), evaluate._EVALUATION)
+    key = jax.random.fold_in(jax.random.key(3), scoring._EVALUATION)
     attack = pgd(eps=EPS, step_size=STEP, steps=5, unroll=False)
     for i in range(N):
         x, y = jnp.float32(IMAGES[i : i + 1]) / 255, jnp.asarray(SPLIT.labels[i : i + 1])
@@ -94,17 +94,18 @@ def test_every_x_adv_lies_in_the_ball_and_the_box_or_nothing_is_reported():
 
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     dark = Split(np.full_like(IMAGES, 2), SPLIT.labels)
-    honest = evaluate.Scorer(predict, cheat(0.0), mesh, 8, "linf")
+    honest = scoring.Scorer(predict, cheat(0.0), mesh, 8, "linf")
     honest(WEIGHTS, dark, 0, eps=0.1, step_size=0.1)
     for attack, split in ((cheat(3e-6), dark), (cheat(0.0), Split(np.full_like(IMAGES, 255), SPLIT.labels))):
         with pytest.raises(RuntimeError, match="outside"):
-            evaluate.Scorer(predict, attack, mesh, 8, "linf")(WEIGHTS, split, 0, eps=0.1, step_size=0.1)
+            scoring.Scorer(predict, attack, mesh, 8, "linf")(WEIGHTS, split, 0, eps=0.1, step_size=0.1)
 
 
 def test_names_stand_for_their_attacks():
     assert named("cw-30").settings == dict(loss="margin", init="uniform", steps=30, restarts=1)
-    assert named("pgd-7").settings["loss"] == "ce" and not named("pgd-7").full_step
-    assert named("fgsm").settings == dict(loss="ce", init="none", steps=1, restarts=1) and named("fgsm").full_step
+    assert named("pgd-7").settings["loss"] == "ce" and named("pgd-7").step_size(0.5, "2/255") == "2/255"
+    assert named("fgsm").settings == dict(loss="ce", init="none", steps=1, restarts=1)
+    assert named("fgsm").step_size("8/255", "2/255") == "8/255"
     assert named("autoattack").settings == dict(version="standard", attacks=None)
     assert named("fab-t").settings == dict(version="standard", attacks=["fab-t"])
     for name in ("pgd", "pgd-0", "pgd-x", "pgd-²", "cw-", "autoatack"):
@@ -196,8 +197,8 @@ def test_a_part_of_the_test_set_has_every_class_and_its_own_file(trained):
     part = evaluate.evaluate(trained, n=6)[0]
     assert part["n"] == 6 and (trained / "eval/best/fgsm.n6.json").is_file()
     assert (trained / "eval/best/fgsm.json").read_text() == whole
-    loaded = evaluate.run.load(trained)
-    assert sorted(evaluate._test_split(loaded, 6).labels) == [0, 0, 1, 1, 2, 2]
+    loaded = run.load(trained)
+    assert sorted(run.test_split(loaded, 6).labels) == [0, 0, 1, 1, 2, 2]
 
 
 def test_other_test_images_than_the_run_was_made_with_are_refused(trained):
@@ -225,8 +226,8 @@ def test_flags_of_a_record_are_its_accuracy(trained):
 def test_a_network_inside_a_network_is_evaluated_in_float32_too():
     backbone = dict(name="resnet", depth=10, width=4, dtype="bfloat16")
     outer = stochastic.Model(10, backbone=backbone)
-    assert evaluate._in_float32(outer).backbone == {**backbone, "dtype": "float32"}
-    assert evaluate._in_float32(resnet.Model(10, dtype="bfloat16")).dtype == "float32"
+    assert run.in_float32(outer).backbone == {**backbone, "dtype": "float32"}
+    assert run.in_float32(resnet.Model(10, dtype="bfloat16")).dtype == "float32"
 
 
 def test_autoattack_goes_on_where_it_was_ended_and_states_robust_accuracy_after_each_attack(trained, monkeypatch):

@@ -206,7 +206,7 @@ def test_the_papers_layers_are_chosen_by_name():
     assert names(vgg) == [*(f"stage{i}" for i in range(1, 6)), "fc1", "fc2"]
     assert names(vgg, "robust") == ["stage5", "fc1", "fc2"]
     assert names(["conv1", "stage1", "pre_logits"]) == ["stage1", "pre_logits"]
-    assert names(vgg, ("fc2", "conv1")) == ["fc2", "conv1"]
+    assert names(vgg, ("fc2", "conv1")) == names(vgg, "fc2,conv1") == ["fc2", "conv1"]
     with pytest.raises(InputError, match="no layer 'stage5'"):
         names(resnet, "robust")
 
@@ -227,6 +227,19 @@ def test_the_batch_mask_removes_the_channels_of_both_rules():
     np.testing.assert_array_equal(off(jnp.asarray(z, jnp.float32)), z.astype(np.float32))
     with pytest.raises(InputError, match="less than half"):
         edit(jnp.ones((B, 4)))
+
+
+def test_the_papers_rule_masks_the_share_that_tells_least_of_the_label():
+    """All channels can be chosen, the last one too."""
+    z = RNG.random((B, 40)) + np.linspace(0, 2, 40) * (Y == 0)[:, None]
+    z[:, -1] = RNG.random(B)
+    with_y = [np.trace(operator(np.eye(CLASSES)[Y]) @ operator(z[:, c])) for c in range(40)]
+    edit = batch_mask(BATCH["image"], BATCH["label"], CLASSES, jnp.bool_(True), None)
+    kept = np.asarray(edit(jnp.asarray(z, jnp.float32))).any(0)
+    assert set(np.flatnonzero(~kept)) == set(np.argsort(with_y)[:2])
+    every = ib_rar(mask_tap="stage1", mask_rule="paper", mask_every=1, layers=("fc1",))
+    plain = evaluate(ib_rar(layers=("fc1",)))[0]
+    assert evaluate(every)[0] == pytest.approx(plain)  # 5 % of 12 channels are none
 
 
 def test_the_mask_comes_every_tenth_step_but_not_at_the_first():
@@ -295,6 +308,7 @@ def test_attack_losses_follow_the_base():
         dict(sigma=0.0),
         dict(alpha=-1.0),
         dict(mask_channels=0),
+        dict(mask_rule="random"),
     ],
 )
 def test_wrong_options_are_refused(options):

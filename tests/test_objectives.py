@@ -7,7 +7,7 @@ import pytest
 from conftest import smoke_config
 from jax.sharding import AxisType
 
-from ibjax import checkpoint, cluster, losses, train
+from ibjax import checkpoint, cluster, config, feed, losses, train
 from ibjax.attacks.pgd import pgd
 from ibjax.models import cnn
 from ibjax.objectives.ibd import ibd
@@ -102,18 +102,19 @@ def mesh(devices):
     return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
 
 
-def experiment(name, teacher, devices=8):
-    """A small experiment on 8 × 8 images, with the teacher of the smoke run."""
+def experiment(name, teacher, devices=8, **more):
+    """A small experiment on 8 × 8 images, with the teacher of the smoke run; `more` are other changes."""
     objective, attack, changes = OBJECTIVES[name]
     settings = smoke_config("digits")
     settings.data.n_train = 64
     settings.objective = objective
     settings.batch_size = 16
     settings.teacher.recipe = None
-    settings.teacher.workdir = settings.assistant.workdir = str(teacher)
+    for role in config.build("objectives", objective, "objective").teachers:
+        settings[role].workdir = str(teacher)
     settings.model.update(widths=((8,), (8,)))
     settings.optimizer.lr = 0.05
-    for key, value in changes.items():
+    for key, value in {**changes, **more}.items():
         settings[key] = value
     if attack is None:
         settings.attack = None
@@ -127,7 +128,7 @@ class Stepper:
 
     def __init__(self, made):
         self.experiment = made
-        self.dispatch = train.make_dispatch(made, 1)
+        self.dispatch = feed.make_dispatch(made, 1)
         split = made.data.train
         key = jax.random.key(1)
         host = (split.images, split.labels)

@@ -1,6 +1,7 @@
 """TFDS by name: read without TensorFlow, our own data sets and stock ones, damaged ones named."""
 
 import io
+import itertools
 import json
 import struct
 import subprocess
@@ -8,12 +9,13 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import smoke_config
 from PIL import Image
 
-from ibjax import config, run
+from ibjax import checkpoint, cluster, config, main, run, train
 from ibjax.data import Split, builders, check, load_splits, part, stream, synthetic, tfds, tfrecord
 from ibjax.data.builders import Contents
-from ibjax.errors import DataError, InputError
+from ibjax.errors import DataError, InputError, PreemptedError
 
 RNG = np.random.default_rng(0)
 CLASSES = tuple("abcdefghij")
@@ -247,7 +249,7 @@ def test_a_damaged_description_is_named(file, tmp_path):
 
 def test_other_data_sets_are_refused(tmp_path):
     make_stock(tmp_path, "sizes", {"train": examples(10), "test": examples(10)}, shape=(None, None, 3))
-    with pytest.raises(DataError, match=r"different sizes.*ibjax\.data\.stream"):
+    with pytest.raises(DataError, match=r"different sizes.*stream"):
         tfds.load(dataset="sizes", data_dir=str(tmp_path))
 
 
@@ -316,15 +318,22 @@ def take(iterator, n):
     return [batch for batch, _ in zip(iterator, range(n), strict=False)]
 
 
-def test_stream_a_batch_is_a_function_of_seed_and_step(pictures):
+@pytest.fixture
+def streamed(pictures, tmp_path, monkeypatch):
+    """The splits, with a cache of their own."""
     pytest.importorskip("grain")
-    options = dict(batch_size=6, train=True, size=16, threads=2)
-    batches = take(stream.batches(pictures, "train", seed=1, **options), 14)
-    resumed = take(stream.batches(pictures, "train", seed=1, step=5, **options), 9)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return stream.load(data_dir=str(tmp_path), size=16, threads=2)
+
+
+def test_stream_a_batch_is_a_function_of_seed_and_step(streamed):
+    options = dict(batch_size=6)
+    batches = take(stream.batches(streamed.train, seed=1, **options), 14)
+    resumed = take(stream.batches(streamed.train, seed=1, step=5, **options), 9)
     for a, b in zip(batches[5:], resumed, strict=True):
         for key in ("image", "label", "index"):
             np.testing.assert_array_equal(a[key], b[key])
-    other = take(stream.batches(pictures, "train", seed=2, **options), 1)[0]
+    other = take(stream.batches(streamed.train, seed=2, **options), 1)[0]
     assert not np.array_equal(other["index"], batches[0]["index"])
     for batch in batches:
         assert batch["image"].shape == (6, 16, 16, 3) and batch["image"].dtype == np.uint8
@@ -332,22 +341,70 @@ def test_stream_a_batch_is_a_function_of_seed_and_step(pictures):
         np.testing.assert_allclose(colours, 20 * batch["label"] + 30, atol=3)
 
 
-def test_stream_an_epoch_shows_every_image_once(pictures):
-    pytest.importorskip("grain")
-    epochs = take(stream.batches(pictures, "train", batch_size=6, train=True, size=8, threads=2), 12)
+def test_stream_an_epoch_shows_every_image_once(streamed):
+    epochs = take(stream.batches(streamed.train, batch_size=6), 12)
     first, second = (np.concatenate([b["index"] for b in epochs[i : i + 6]]) for i in (0, 6))  # 36 of 40
     for epoch in (first, second):
         assert len(np.unique(epoch)) == 36
     assert not np.array_equal(first, second)
 
 
-def test_stream_evaluation_is_in_order_and_whole(pictures):
-    pytest.importorskip("grain")
-    batches = list(stream.batches(pictures, "validation", batch_size=4, train=False, size=24, threads=2))
-    assert [len(b["label"]) for b in batches] == [4, 4, 2]
-    np.testing.assert_array_equal(np.concatenate([b["index"] for b in batches]), np.arange(10))
-    labels = np.concatenate([b["label"] for b in batches])
-    assert sorted(labels) == list(range(10))
+def test_stream_processes_that_read_parts_of_a_batch_read_together_what_one_would(streamed):
+    whole = take(stream.batches(streamed.train, batch_size=6, step=3), 5)
+    for rows in (np.arange(3), np.array([1, 4])):
+        parts = take(stream.batches(streamed.train, batch_size=6, step=3, rows=rows), 5)
+        for batch, some in zip(whole, parts, strict=True):
+            for key in ("image", "label", "index"):
+                np.testing.assert_array_equal(some[key], batch[key][rows])
+
+
+def test_stream_test_images_are_in_order_and_read_where_they_are_indexed(streamed):
+    images, labels = streamed.test
+    assert images.shape == (10, 16, 16, 3) and len(images) == 10
+    which = np.array([3, 0, 9, 3])
+    for index in (slice(2, 7), which, slice(4, 4)):
+        np.testing.assert_allclose(images[index].reshape(-1, 768).mean(1), 20 * labels[index] + 30, atol=3)
+    np.testing.assert_array_equal(images.subset(which)[1:3], images[which][1:3])
+
+
+def test_stream_splits_are_taken_without_reading_and_told_apart(streamed, tmp_path):
+    data = load_splits(stream.load, val_size=10, fraction=0.4, data_dir=str(tmp_path), size=16)
+    assert len(data.train.labels) == 12 and sorted(data.val.labels) == list(range(10))
+    for split in (data.train, data.val):
+        np.testing.assert_allclose(split.images[:4].reshape(4, -1).mean(1), 20 * split.labels[:4] + 30, atol=3)
+    digests = [run.facts(data)["digests"][name] for name in ("train", "val")]
+    digests += [run.facts(streamed)["digests"]["train"]]
+    assert len(set(digests)) == 3
+
+
+def test_stream_labels_are_read_once(streamed, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream.Pictures, "_read_labels", lambda self: pytest.fail("they were kept"))
+    np.testing.assert_array_equal(stream.load(data_dir=str(tmp_path), size=16).train.labels, streamed.train.labels)
+    kept = next((tmp_path / "cache").rglob("*.npy"))
+    kept.write_bytes(kept.read_bytes()[:50])
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    np.testing.assert_array_equal(stream.load(data_dir=str(tmp_path), size=16).train.labels, streamed.train.labels)
+
+
+def test_stream_training_goes_on_to_the_bit_and_is_evaluated(streamed, tmp_path, monkeypatch):
+    settings = smoke_config("baselines_ibd", "sat,smoke")
+    settings.data = dict(name="stream", data_dir=str(tmp_path), size=16, val_size=8, split_seed=0, threads=2)
+    settings.augment.update(pad=0, flip=False)
+    main.execute(settings, tmp_path / "whole")
+    stop = itertools.count()
+    monkeypatch.setattr(cluster, "preempted", lambda: next(stop) == 2)  # in the first epoch
+    with pytest.raises(PreemptedError):
+        train.train(train.build(settings), tmp_path / "again")
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    records = main.execute(settings, tmp_path / "again")
+    digests = [checkpoint.tree_digest(run.load(tmp_path / name, "last").variables) for name in ("whole", "again")]
+    assert digests[0] == digests[1]
+    assert records[0]["n"] == 10 and records[0]["dataset"] == "imagenet2012, 16 pixels"
+    settings.steps_per_dispatch = 5
+    with pytest.raises(InputError, match="1 step at a time"):
+        train.train(train.build(settings), tmp_path / "other")
 
 
 def test_stream_crops_lie_in_the_image():
@@ -360,18 +417,19 @@ def test_stream_crops_lie_in_the_image():
 
 def test_stream_names_damage_and_what_cannot_be_read_at_random(pictures):
     pytest.importorskip("grain")
+    images = stream.Pictures(pictures, "train", 16, 2)
     with pytest.raises(InputError, match="batch_size=41 of 40"):
-        stream.batches(pictures, "train", batch_size=41, train=True)
+        stream.batches(Split(images, images.rows), batch_size=41)
     shard = next(pictures.folder.glob("*train*"))
     content = shard.read_bytes()
     shard.write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match=shard.name):
-        list(stream.batches(pictures, "train", batch_size=4, train=False, threads=2))
+        images[:]
     shard.write_bytes(content)
     to_tfrecord(pictures.folder)
     again = tfds.find("imagenet2012", str(pictures.folder.parent.parent))
     with pytest.raises(DataError, match=r"tfds convert_format"):
-        stream.batches(again, "train", batch_size=4, train=True)
+        stream.Pictures(again, "train", 16, 2)
 
 
 def test_counts_of_the_description_are_those_of_the_files(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import smoke_config
 
-from ibjax import checkpoint, cluster, metrics, run, train
+from ibjax import checkpoint, cluster, feed, metrics, run, train
 from ibjax.errors import DivergedError, InputError, PreemptedError
 
 
@@ -102,7 +102,7 @@ def test_several_steps_per_dispatch_take_the_same_steps(tmp_path, whole):
             if key in a:
                 np.testing.assert_allclose(a[key], b[key], rtol=1e-3)
     made = train.build(settings(steps_per_dispatch=3))
-    dispatch, state = train.make_dispatch(made, 3), train.initial_state(made)
+    dispatch, state = feed.make_dispatch(made, 3), train.initial_state(made)
     arrays = [cluster.replicate(a, made.mesh) for a in (made.data.train.images, made.data.train.labels)]
     for n in (1, 3, 2):
         state, _ = dispatch(state, *arrays, jax.random.key(0), None, np.int32(n))
@@ -119,7 +119,7 @@ def test_the_order_is_a_permutation_of_each_epoch_and_a_function_of_seed_and_epo
         def spy(state, batch, key, teacher):
             return state._replace(step=state.step + 1), {"index": batch["index"]}
 
-        dispatch = train.make_dispatch(made._replace(train_step=spy), 1)
+        dispatch = feed.make_dispatch(made._replace(train_step=spy), 1)
         state = train.initial_state(made)._replace(step=jax.numpy.int32(skip))
         arrays = [cluster.replicate(a, made.mesh) for a in (made.data.train.images, made.data.train.labels)]
         for _ in range(10 - skip):
@@ -311,7 +311,7 @@ def test_running_out_of_memory_names_the_batch_of_a_device(tmp_path, monkeypatch
     def dispatch(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
 
-    monkeypatch.setattr(train, "make_dispatch", lambda *_: dispatch)
+    monkeypatch.setattr(feed, "make_dispatch", lambda *_: dispatch)
     with pytest.raises(MemoryError, match="batch_size=8 is 1 images on each of 8 devices"):
         train.train(train.build(settings()), tmp_path)
 

@@ -4,69 +4,79 @@ import jax
 import numpy as np
 import pytest
 
-from ibjax.models import preact_resnet, resnet, vgg, wide_resnet
+from ibjax import architectures
+from ibjax.models import layers, preact_resnet, resnet, vgg, wide_resnet
 
 torch = pytest.importorskip("torch", reason="the oracle is PyTorch")
 import torch_twins as twins  # noqa: E402
 
-DM = dict(variant="deepmind", activation="silu", mean=twins.DMWideResNet.MEAN, std=twins.DMWideResNet.STD)
+NORM = architectures.CIFAR10
+DM = dict(activation="silu", **NORM)
+# name -> (architecture, our model)
 PAIRS = {
-    "wrn_trades": (twins.WideResNet, {}, wide_resnet.Model(10, 10, 1)),
-    "wrn_trades_wider": (twins.WideResNet, dict(depth=16, width=2), wide_resnet.Model(10, 16, 2)),
-    "wrn_deepmind": (twins.DMWideResNet, {}, wide_resnet.Model(10, 10, 1, **DM)),
-    "wrn_ib_rar": (twins.IBRARWideResNet, {}, wide_resnet.Model(10, 10, 1, variant="ib_rar")),
-    "preact_rice": (twins.PreActResNet, {}, preact_resnet.Model(10, width=4, blocks=(1, 1))),
+    "wrn_trades": ("wide_resnet", wide_resnet.Model(10, 10, 1)),
+    "wrn_trades_wider": ("wide_resnet", wide_resnet.Model(10, 16, 2, **NORM)),
+    "wrn_deepmind": ("dm_wide_resnet", wide_resnet.Model(10, 10, 1, variant="deepmind", **DM)),
+    "wrn_ib_rar": ("ib_rar_wide_resnet", wide_resnet.Model(10, 10, 1, variant="ib_rar")),
+    "preact_rice": ("preact_resnet", preact_resnet.Model(10, width=4, blocks=(1, 1))),
     "preact_raw": (
-        twins.PreActResNet,
-        dict(raw=True, final_norm=False),
+        "preact_resnet_raw",
         preact_resnet.Model(10, width=4, blocks=(1, 1), projection="raw", final_norm=False),
     ),
-    "resnet_basic": (twins.ResNet, {}, resnet.Model(10, width=4, blocks=(1, 1))),
-    "resnet_bottleneck": (twins.ResNet, dict(bottleneck=True), resnet.Model(10, depth=50, width=4, blocks=(1, 1))),
-    "resnet_imagenet": (
-        twins.ResNet,
-        dict(bottleneck=True, imagenet=True, blocks=(2, 1)),
-        resnet.Model(10, depth=50, width=4, blocks=(2, 1), stem="imagenet"),
+    "preact_deepmind": (
+        "dm_preact_resnet",
+        preact_resnet.Model(10, width=4, blocks=(1, 2), projection="deepmind", **DM),
     ),
-    "vgg11": (twins.VGG, dict(groups=(1, 1, 2, 2, 2)), vgg.Model(10, depth=11, width=2, hidden=(8, 8))),
+    "resnet_basic": ("resnet", resnet.Model(10, width=4, blocks=(1, 1))),
+    "resnet_bottleneck": ("resnet", resnet.Model(10, depth=50, width=4, blocks=(1, 1))),
+    "resnet_imagenet": (
+        "imagenet_resnet",
+        resnet.Model(10, depth=50, width=4, blocks=(2, 1), stem="imagenet", **architectures.IMAGENET),
+    ),
+    "vgg11": ("vgg", vgg.Model(10, depth=11, width=2, hidden=(8, 8))),
 }
 
 
 def pair(name, groups=1):
     """(twin with random weights, our model, our variables, images of both)."""
-    make, options, model = PAIRS[name]
+    arch, model = PAIRS[name]
     torch.manual_seed(0)
-    twin = twins.randomize(make(**options))
+    twin = twins.make(arch, model)
     images = np.random.default_rng(0).uniform(size=(4, 32, 32, 3)).astype(np.float32)
-    variables = jax.tree.map(jax.numpy.asarray, twins.variables(twin))
-    return twin, model.clone(bn_groups=groups), variables, images
+    return twin, model.clone(bn_groups=groups), ours(name, twin), images
 
 
-def theirs(twin, images):
-    with torch.no_grad():
-        return twin(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
+def ours(name, twin):
+    """The twin's weights and running statistics as our variables."""
+    arch, model = PAIRS[name]
+    architectures.check("the twin", arch, model, twins.state(twin))  # nothing missing, nothing left over
+    variables = architectures.to_ours(arch, model, twins.state(twin))
+    return jax.tree.map(jax.numpy.asarray, variables)
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_same_weights_give_the_same_logits_features_and_running_statistics(name):
     twin, model, variables, images = pair(name)
+    norms = [module for module in twin.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    assert {norm.eps for norm in norms} == {layers.BatchNorm.epsilon}  # too small to be seen in the logits
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-    assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, shapes)  # nothing missing, nothing left over
+    assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, shapes)
 
-    expected = theirs(twin, images)
+    expected, taps = twins.logits_and_taps(twin, images)
     logits, features = jax.jit(model.apply)(variables, images)
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=1e-4)
-    assert set(twin.taps) <= set(features)
-    for tap, value in twin.taps.items():
-        np.testing.assert_allclose(features[tap], twins.nhwc(value), atol=1e-4, rtol=1e-4, err_msg=tap)
+    assert set(taps) == set(features)
+    for tap, value in taps.items():
+        np.testing.assert_allclose(features[tap], value, atol=1e-4, rtol=1e-4, err_msg=tap)
 
-    expected = theirs(twin.train(), images)
+    expected = twins.logits(twin.train(), images)
     train = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))
     (logits, _), updated = train(variables, images)
     np.testing.assert_allclose(logits, expected, atol=2e-4, rtol=1e-3)
-    statistics = twins.variables(twin)["batch_stats"]
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), updated["batch_stats"], statistics
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5),
+        updated["batch_stats"],
+        ours(name, twin)["batch_stats"],
     )
 
 
@@ -78,8 +88,8 @@ def test_batch_norm_groups_are_the_replicas_of_unsynchronised_training(name):
     halves, statistics = [], []
     for half in (images[:2], images[2:]):
         replica, *_ = pair(name)
-        halves.append(theirs(replica.train(), half))
-        statistics.append(twins.variables(replica)["batch_stats"])
+        halves.append(twins.logits(replica.train(), half))
+        statistics.append(ours(name, replica)["batch_stats"])
     np.testing.assert_allclose(logits, np.concatenate(halves), atol=2e-4, rtol=1e-3)
     average = jax.tree.map(lambda a, b: (a + b) / 2, *statistics)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), updated["batch_stats"], average)
@@ -90,12 +100,14 @@ def test_the_twins_have_the_published_parameter_names():
     published = {
         "wrn_trades": "conv1.weight block1.layer.0.bn1.weight block2.layer.0.convShortcut.weight bn1.bias fc.bias",
         "wrn_deepmind": "init_conv.weight layer.0.block.0.batchnorm_0.weight layer.1.block.0.shortcut.weight "
-        "layer.2.block.0.conv_1.weight batchnorm.running_var logits.bias",
+        "layer.2.block.0.conv_1.weight batchnorm.running_var logits.bias mean std",
         "preact_rice": "conv1.weight layer1.0.conv1.weight layer2.0.shortcut.0.weight bn.weight linear.bias",
+        "preact_deepmind": "conv_2d.weight layer_0.0.conv_2d_1.weight layer_1.0.shortcut.weight "
+        "layer_1.1.batchnorm_1.bias batchnorm.weight logits.weight",
         "resnet_basic": "bn1.running_mean layer2.0.shortcut.0.weight layer2.0.shortcut.1.bias linear.weight",
         "resnet_imagenet": "layer1.0.downsample.0.weight layer2.0.downsample.1.running_var layer1.1.conv3.weight "
         "fc.weight",
+        "vgg11": "features.0.weight features.1.running_mean features.4.weight classifier.1.weight classifier.6.bias",
     }
     for name, keys in published.items():
-        make, options, _ = PAIRS[name]
-        assert set(keys.split()) <= set(make(**options).state_dict())
+        assert set(keys.split()) <= set(twins.make(*PAIRS[name]).state_dict())

@@ -2,10 +2,13 @@
 
     python -m ibjax.analysis.corruptions --workdir=DIR --data_dir=DIR [--checkpoint=best] [--n=1000]
     python -m ibjax.analysis.corruptions --workdir=DIR --generate
+    python -m ibjax.analysis.corruptions --workdir=DIR --calibrated …
 
 The first reads the published images (made ready by `python -m ibjax.data.prepare --dataset=cifar10_c`), the twelve
-corruptions of SiRIIB's Table 9. The second makes eleven of them from the run's own test images. Writes
-`corruptions/<checkpoint>.json` in the workdir; the aggregate is the mean over severities, then over corruptions.
+corruptions of SiRIIB's Table 9. The second makes eleven of them from the run's own test images. With
+`--calibrated` the classifier sees x_avg of them, of a run whose calibration is trained beside it (the table's second
+row). Writes `corruptions/<checkpoint>.json`, or `<checkpoint>.calibrated.json`, in the workdir; the aggregate is the
+mean over severities, then over corruptions.
 """
 
 import argparse
@@ -21,6 +24,7 @@ from tqdm import tqdm
 
 from ibjax import checkpoint as checkpoints
 from ibjax import cluster, errors, run
+from ibjax.analysis import calibration
 from ibjax.data import Split, corruptions, stratified, tfds
 from ibjax.errors import DataError, InputError
 from ibjax.step import linen_net, to_float
@@ -93,6 +97,7 @@ def evaluate(
     *,
     data_dir: str = "",
     generate: bool = False,
+    calibrated: bool = False,
     n: int | None = None,
     batch_size: int = 500,
 ) -> dict[str, Any]:
@@ -103,18 +108,17 @@ def evaluate(
     if tuple(trained.facts["input_shape"]) != (corruptions.SIZE, corruptions.SIZE, 3):
         raise InputError(f"{workdir} takes images {trained.facts['input_shape']}; the corruptions are of 32×32 RGB")
     if generate:
-        data = run.load_data(trained.config)
-        if run.facts(data)["digests"]["test"] != trained.facts["digests"]["test"]:
-            raise InputError(f"the test set of {trained.facts['label']} is not the one that {workdir} was made with")
-        source = generated(data.test, trained.facts["label"], n=n)
+        source = generated(run.test_split(trained), trained.facts["label"], n=n)
     else:
         source = stored(trained.facts["num_classes"], data_dir)
-    predict = jax.jit(linen_net(trained.model.clone(dtype="float32")).predict)
+    model = calibration.calibrated(trained.model) if calibrated else trained.model
+    predict = jax.jit(linen_net(run.in_float32(model)).predict)
     table = accuracies(lambda x: predict(trained.variables, x)[0], source, n, batch_size)
     record = {
         "title": trained.config.title or workdir.resolve().name,
         "trained_on": trained.facts["label"],
         "dataset": source.label,
+        "calibrated": calibrated,
         "n": n,  # of each corruption and severity; null: all
         "checkpoint": checkpoint,
         "step": trained.step,
@@ -128,13 +132,15 @@ def evaluate(
         "hardware": run.hardware(),
     }
     if jax.process_index() == 0:
-        run.write_json(workdir / "corruptions" / f"{checkpoint}.json", record)
+        name = f"{checkpoint}.calibrated" if calibrated else checkpoint
+        run.write_json(workdir / "corruptions" / f"{name}.json", record)
     return record
 
 
 def lines(record: dict[str, Any]) -> Iterable[str]:
     """The record as a Markdown table."""
-    yield f"{record['title']} on {record['dataset']}, accuracy in percent, n = {record['n'] or 'all'}"
+    seen = ", calibrated" if record["calibrated"] else ""
+    yield f"{record['title']} on {record['dataset']}{seen}, accuracy in percent, n = {record['n'] or 'all'}"
     yield "| corruption | 1 | 2 | 3 | 4 | 5 | mean |"
     yield "|---|---|---|---|---|---|---|"
     for name, row in record["acc"].items():
@@ -151,12 +157,13 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="best", help="best, last or a step")
     parser.add_argument("--data_dir", default="", help="TFDS's folder of data sets, with cifar10_c or cifar100_c")
     parser.add_argument("--generate", action="store_true", help="corrupt the run's own test images instead")
+    parser.add_argument("--calibrated", action="store_true", help="the classifier sees x_avg")
     parser.add_argument("--n", type=int, help="images of each corruption and severity; default: all")
     given = parser.parse_args()
 
     def command():
         cluster.initialize()
-        options = dict(data_dir=given.data_dir, generate=given.generate, n=given.n)
+        options = dict(data_dir=given.data_dir, generate=given.generate, calibrated=given.calibrated, n=given.n)
         record = evaluate(given.workdir, given.checkpoint, **options)
         if jax.process_index() == 0:
             print("\n".join(lines(record)))

@@ -4,6 +4,7 @@
     npz         one file in Keras's layout: x_train, y_train, x_test, y_test
     folder      class folders: train/<class>/*.png|jpg, test/<class>/*
     tfds        a data set of TensorFlow Datasets by name, without TensorFlow; `ibjax.data.prepare` makes the usual ones
+    stream      a data set too large for memory, as ImageNet, read from TFDS's files while training
     synthetic   random images of a given shape, for smoke tests
 
 `load_splits` is the door: it loads, checks, holds out the validation split, and takes a fraction of the rest.
@@ -17,9 +18,12 @@ from ibjax.errors import DataError
 
 
 class Split(NamedTuple):
-    """images (N, H, W, C) uint8, or float32 in [0, 1]; labels (N,) int32."""
+    """images (N, H, W, C) uint8, or float32 in [0, 1]; labels (N,) int32.
 
-    images: np.ndarray
+    Images of `stream` are no array, but can be indexed like one.
+    """
+
+    images: Any
     labels: np.ndarray
 
 
@@ -67,12 +71,24 @@ def part(split: Split, fraction: float, seed: int) -> Split:
     """A stratified fraction of a split, in its order; 1.0 is the split itself."""
     if fraction == 1.0:
         return split
-    kept = stratified(split.labels, max(1, round(fraction * len(split.labels))), seed)
-    return Split(split.images[kept], split.labels[kept])
+    return subset(split, stratified(split.labels, max(1, round(fraction * len(split.labels))), seed))
+
+
+def streamed(split: Split) -> bool:
+    """Whether a split's images are read where they are needed: `ibjax.data.stream`."""
+    return hasattr(split.images, "subset")
+
+
+def subset(split: Split, kept: np.ndarray) -> Split:
+    """Some of a split's images; of a streamed one, nothing is read."""
+    images = split.images.subset(kept) if streamed(split) else split.images[kept]
+    return Split(images, split.labels[kept])
 
 
 def check(split: Split, name: str, num_classes: int) -> Split:
     """The split as (N, H, W, C) uint8 or float32 in [0, 1] and int32 labels, or DataError; (N, H, W) gets a channel."""
+    if streamed(split):  # a decoder of images makes them
+        return split
     images, labels = np.asarray(split.images), np.asarray(split.labels)
     if images.ndim == 3:
         images = images[..., None]
@@ -120,7 +136,7 @@ def hold_out(split: Split, size: int, seed: int) -> tuple[Split, Split | None]:
         raise DataError(f"data.val_size={size} of {len(split.labels)} training images; allowed: 0 to all but one")
     held = stratified(split.labels, size, seed)
     rest = np.setdiff1d(np.arange(len(split.labels)), held)
-    return Split(split.images[rest], split.labels[rest]), Split(split.images[held], split.labels[held])
+    return subset(split, rest), subset(split, held)
 
 
 def stratified(labels: np.ndarray, size: int, seed: int) -> np.ndarray:

@@ -1,81 +1,74 @@
-"""Data sets too large for memory, as ImageNet: read lazily, decoded, cropped and resized by Grain's worker threads.
+"""Data sets too large for memory, as ImageNet: read lazily, decoded, cropped and resized by worker threads.
 
-    stored = tfds.find("imagenet2012", data_dir)          # a stock copy, made with --file_format=array_record
-    for batch in stream.batches(stored, "train", batch_size=256, train=True, seed=0, step=1000): …
+    data=dict(name="stream", dataset="imagenet2012", size=224)    # a stock copy, made with --file_format=array_record
 
-Needs the extra `imagenet`. It is a reader on its own: `ibjax.train` holds its data in device memory and does not take
-it.
+Training images are random resized crops with flips, test and validation images centre crops; so `augment` has nothing
+left to do. Labels are read once and kept in ~/.cache/ibjax. Needs the extra `imagenet` (Grain).
 
 Guarantees (tests of the same names): a batch is a function of seed and step, so that reading can begin at any step with
-the same batches; an epoch shows every image once, but for a last incomplete batch.
+the same batches; an epoch shows every image once, but for a last incomplete batch; processes that read parts of a batch
+read together what one would.
 """
 
+import concurrent.futures
+import functools
+import hashlib
 import io
 import math
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
-from ibjax.data import tfds
-from ibjax.errors import DataError, InputError
+from ibjax.data import Arrays, Split, tfds
+from ibjax.errors import DataError, InputError, check_range
 
 _RESIZED = 256 / 224  # the shorter side of a test image, over the side of the crop that is shown
+_FOREVER = 2**62
 
 
-def batches(
-    stored: tfds.Stored,
-    split: str,
-    *,
-    batch_size: int,
-    train: bool,
-    size: int = 224,
-    seed: int = 0,
-    step: int = 0,
-    threads: int = 16,
-) -> Iterator[dict[str, np.ndarray]]:
-    """{"image": (B, size, size, 3) uint8, "label": (B,) int32, "index": (B,) int64 in the split}, from `step` on.
+def load(*, dataset: str = "imagenet2012", data_dir: str = "", size: int = 224, threads: int = 16) -> Arrays:
+    """The splits `train` and `validation`, which is the test set (ImageNet's own test images have no labels).
 
     Args:
-      stored: from `tfds.find`.
-      split: as "train" or "validation".
-      batch_size: images in a batch.
-      train: random resized crops, flips and a new order in each epoch, without end and without incomplete batches; else
-        centre crops, in order, once, and the last batch may be smaller.
-      size: side of the images that are returned.
-      seed: of order and crops.
-      step: number of the first batch, counted over all epochs.
-      threads: that read and decode.
+      dataset: name, with a folder of that name in `data_dir`.
+      data_dir: TFDS's folder; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+      size: side of the images that the network sees.
+      threads: that read and decode, in each process.
 
-    Raises DataError when the files cannot be read at random or are damaged, InputError on impossible arguments.
+    Raises DataError when it is not there, damaged, not readable at random, or small enough for data.name='tfds'.
     """
-    try:
-        import grain
-    except ModuleNotFoundError:
-        raise InputError("ibjax.data.stream needs Grain: pip install 'ibjax[imagenet]'") from None
-    count = stored.counts.get(split, 0)
-    if not 0 < batch_size <= count:
-        raise InputError(f"batch_size={batch_size} of {count} images of split '{split}'; give 1 to their number")
-    source = _Encoded(stored, split)
-    indices = grain.MapDataset.source(range(count)).seed(seed)
-    if train:
-        data = indices.shuffle().random_map(lambda index, rng: source.image(index, size, rng))
-        data = data.batch(batch_size, drop_remainder=True).repeat()
-    else:
-        data = indices.map(lambda index: source.image(index, size, None)).batch(batch_size)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    return iter(data[step:].to_iter_dataset(options))
+    check_range("data.size", size, 1)
+    check_range("data.threads", threads, 1)
+    stored = tfds.find(dataset, data_dir)
+    if stored.shape is not None:
+        raise DataError(f"{stored.folder} has images of one size, which fit in one array; read it as data.name='tfds'")
+    if not {"train", "validation"} <= set(stored.counts):
+        raise DataError(f"{stored.folder} has splits {', '.join(stored.counts)}; needed: train and validation")
+
+    def split(name):
+        pictures = Pictures(stored, name, size, threads)
+        return Split(pictures, pictures.labels())
+
+    return Arrays(split("train"), split("validation"), stored.num_classes, label=f"{stored.label}, {size} pixels")
 
 
-class _Encoded:
-    """The records of a split with their images as they are stored."""
+class Pictures:
+    """The images of a split as an array (N, size, size, 3) uint8 of centre crops, read where it is indexed."""
 
-    def __init__(self, stored: tfds.Stored, split: str):
+    dtype, ndim = np.dtype(np.uint8), 4
+
+    def __init__(self, stored: tfds.Stored, split: str, size: int, threads: int, rows: np.ndarray | None = None):
         import tensorflow_datasets
 
-        self.stored, self.split, self.keys = stored, split, stored.keys
-        decoders: Any = {self.keys[0]: tensorflow_datasets.decode.SkipDecoding()}
+        self.stored, self.split, self.size, self.threads = stored, split, size, threads
+        self.rows = np.arange(stored.counts[split]) if rows is None else rows
+        self.shape = (len(self.rows), size, size, 3)
+        decoders: Any = {stored.keys[0]: tensorflow_datasets.decode.SkipDecoding()}
         try:
             self.source = stored.builder.as_data_source(split=split, decoders=decoders)
         except NotImplementedError:
@@ -85,20 +78,120 @@ class _Encoded:
                 f"tfds convert_format --dataset_version_dir={stored.folder} --out_file_format=array_record"
             ) from None
 
-    def image(self, index: int, size: int, rng: np.random.Generator | None) -> dict[str, Any]:
-        """One example; a random crop with `rng`, else the centre."""
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def subset(self, kept: np.ndarray) -> "Pictures":
+        """Some of the images; nothing is read."""
+        return Pictures(self.stored, self.split, self.size, self.threads, self.rows[kept])
+
+    def __getitem__(self, which: slice | np.ndarray) -> np.ndarray:
+        with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
+            images = list(pool.map(lambda row: self._image(row, None), self.rows[which]))
+        return np.stack(images) if images else np.zeros((0, *self.shape[1:]), np.uint8)
+
+    def crop(self, i: int, rng: np.random.Generator) -> np.ndarray:
+        """A random resized crop of image i, flipped with probability ½."""
+        return self._image(self.rows[i], rng)
+
+    def _image(self, row, rng):
         try:
-            record = self.source[index]
-            with Image.open(io.BytesIO(record[self.keys[0]])) as encoded:
+            record = self.source[int(row)]
+            with Image.open(io.BytesIO(record[self.stored.keys[0]])) as encoded:
                 image = encoded.convert("RGB")
         except Exception as error:
             raise tfds.damaged(self.stored, self.split, error) from None
         width, height = image.size
         box = _centre(width, height) if rng is None else _random_box(width, height, rng)
-        pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=3.0))
-        if rng is not None and rng.random() < 0.5:
-            pixels = pixels[:, ::-1]
-        return {"image": pixels, "label": np.int32(record[self.keys[1]]), "index": np.int64(index)}
+        shape = (self.size, self.size)
+        pixels = np.asarray(image.resize(shape, Image.Resampling.BILINEAR, box=box, reducing_gap=3.0))
+        return pixels[:, ::-1] if rng is not None and rng.random() < 0.5 else pixels
+
+    def digest(self) -> str:
+        """Of the files' names and sizes and of which images are taken, not of their 100 GB."""
+        total = hashlib.blake2b(self._files().encode(), digest_size=16)
+        total.update(f"{self.size}".encode() + self.rows.astype(np.int64).tobytes())
+        return total.hexdigest()
+
+    def _files(self):
+        paths = [Path(str(name)) for name in self.stored.builder.info.splits[self.split].filepaths]
+        try:
+            return ";".join(f"{path.name}:{path.stat().st_size}" for path in paths)
+        except OSError as error:
+            raise tfds.damaged(self.stored, self.split, error) from None
+
+    def labels(self) -> np.ndarray:
+        """(N,) int32; read from the records once, for which these have to be read whole."""
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ibjax" / "labels"
+        name = hashlib.blake2b(f"{self.stored.folder};{self._files()}".encode(), digest_size=16).hexdigest()
+        file = root / f"{name}.npy"
+        try:
+            found = np.load(file, allow_pickle=False)
+            if found.shape == self.rows.shape and found.dtype == np.int32:
+                return found
+        except (OSError, ValueError):
+            pass  # not there yet, or cut off
+        found = self._read_labels()
+        try:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            temporary = file.with_name(f"{name}.{os.getpid()}.npy")
+            np.save(temporary, found)
+            temporary.replace(file)
+        except OSError:
+            pass  # read again next time
+        return found
+
+    def _read_labels(self):
+        def label(row):
+            try:
+                return self.source[int(row)][self.stored.keys[1]]
+            except Exception as error:
+                raise tfds.damaged(self.stored, self.split, error) from None
+
+        with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
+            found = tqdm(pool.map(label, self.rows), f"labels of {self.split}", len(self.rows), disable=None)
+            return np.fromiter(found, np.int32, len(self.rows))
+
+
+def batches(
+    split: Split, *, batch_size: int, seed: int = 0, step: int = 0, rows: np.ndarray | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """{"image": (R, size, size, 3) uint8, "label" and "index" in the split (R,) int32}, from `step` on, without end.
+
+    Args:
+      split: of `load`, or a part of one.
+      batch_size: images in a batch; an epoch's last incomplete batch is left out.
+      seed: of order and crops, which are new in each epoch.
+      step: number of the first batch, counted over all epochs.
+      rows: which of the batch's places to read, (R,); None: all.
+
+    Raises DataError when the files are damaged, InputError on an impossible batch size.
+    """
+    try:
+        import grain
+    except ModuleNotFoundError:
+        raise InputError("data.name='stream' needs Grain: pip install 'ibjax[imagenet]'") from None
+    pictures, labels = split
+    assert isinstance(pictures, Pictures)
+    if not 0 < batch_size <= len(pictures):
+        raise InputError(f"batch_size={batch_size} of {len(pictures)} images; give 1 to their number")
+    places = np.arange(batch_size) if rows is None else rows
+    per_epoch = len(pictures) // batch_size
+
+    @functools.lru_cache(maxsize=2)
+    def order(epoch):
+        return np.random.default_rng((seed, epoch)).permutation(len(pictures))
+
+    def example(n):
+        at, place = divmod(n, len(places))
+        epoch, batch = divmod(at, per_epoch)
+        i = order(epoch)[batch * batch_size + places[place]]
+        image = pictures.crop(i, np.random.default_rng((seed, epoch, i)))
+        return {"image": image, "label": labels[i], "index": np.int32(i)}
+
+    data = grain.MapDataset.range(step * len(places), _FOREVER).map(example).batch(len(places))
+    options = grain.ReadOptions(num_threads=pictures.threads, prefetch_buffer_size=2 * pictures.threads)
+    return iter(data.to_iter_dataset(options))
 
 
 def _centre(width, height):

@@ -54,8 +54,8 @@ def load(*, dataset: str, data_dir: str = "", label: str = "") -> Arrays:
         raise DataError(f"{stored.folder} has splits {', '.join(stored.counts)}; needed: train, and test or validation")
     if stored.shape is None:
         raise DataError(
-            f"{stored.folder} has images of different sizes, which do not fit in one array; "
-            f"ibjax.data.stream reads them, and class folders of images resized to one size can be trained on"
+            f"{stored.folder} has images of different sizes, which do not fit in one array; read them as "
+            f"data=dict(name='stream', dataset='{dataset}', size=…)"
         )
     splits = {name: read(stored, name) for name in ("train", "validation", "test") if name in stored.counts}
     test = splits.get("test", splits.get("validation"))

@@ -1,13 +1,16 @@
 """Pre-activation ResNet: He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016, in its CIFAR form.
 
-A 3×3 stem without batch-norm, basic blocks BN-ReLU-conv-BN-ReLU-conv, average pooling. Published files differ in two
+A 3×3 stem without batch-norm, basic blocks BN-ReLU-conv-BN-ReLU-conv, average pooling. Published files differ in these
 places, and weights trained with one give other logits with another:
 
-                                            projection="activated"              projection="raw"
-    the projection shortcut sees            ReLU(BN(x)): Rice et al.            x: RobustBench's PreActBlock
+| projection | the projection shortcut is | strided 3×3 convolutions pad | in                                  |
+|------------|----------------------------|------------------------------|-------------------------------------|
+| activated  | 1×1 of ReLU(BN(x))         | (1, 1)                       | Rice et al.                         |
+| raw        | 1×1 of x                   | (1, 1)                       | pytorch-cifar, RobustBench          |
+| deepmind   | 3×3 of x                   | (0, 1), TensorFlow's SAME    | Rebuffi et al. (with `activation=   |
+|            |                            |                              | "silu"`, mean and std)              |
 
-                                            final_norm=True                     final_norm=False
-    before the pooling stand                BN and ReLU: Rice et al.            nothing: kuangliu/pytorch-cifar
+`final_norm`: BN and ReLU before the pooling, as Rice and Rebuffi et al. have; pytorch-cifar has nothing there.
 
 Taps: `stem`; `blockN`, the sum that leaves block N; `blockN_relu`, the same after the BN-ReLU that follows it
 (what the next block's convolutions see); `stageN`, `stageN_relu` the last block of a stage; `pre_logits`. Without the
@@ -23,6 +26,7 @@ from jax import Array
 from ibjax.errors import InputError, nearest
 from ibjax.models import layers
 
+PROJECTIONS = ("activated", "raw", "deepmind")
 DEPTHS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
 
@@ -43,13 +47,15 @@ class Block(nn.Module):
             return layers.Activation(self.activation)(x)
 
         def conv(stride, name, kernel=3):
-            return layers.Conv(self.width, kernel, stride, dtype=self.dtype, name=name)
+            same = (0, 1) if self.projection == "deepmind" and stride == 2 else None
+            return layers.Conv(self.width, kernel, stride, same, dtype=self.dtype, name=name)
 
         seen = see(activated(x, "bn1"))
         y = conv(self.stride, "conv1")(seen)
         y = conv(1, "conv2")(activated(y, "bn2"))
         if self.stride != 1 or x.shape[-1] != self.width:
-            x = conv(self.stride, "shortcut", kernel=1)(seen if self.projection == "activated" else x)
+            kernel = 3 if self.projection == "deepmind" else 1
+            x = conv(self.stride, "shortcut", kernel)(seen if self.projection == "activated" else x)
         return x + y
 
 
@@ -76,9 +82,9 @@ class Model(nn.Module):
     def __call__(
         self, x: Array, train: bool = False, edits: layers.Edits | layers.Taps | None = None
     ) -> tuple[Array, dict[str, Array]]:
-        if self.projection not in ("activated", "raw"):
+        if self.projection not in PROJECTIONS:
             raise InputError(
-                f"model.projection '{self.projection}' is unknown; {nearest(self.projection, ('activated', 'raw'))}"
+                f"model.projection '{self.projection}' is unknown; {nearest(self.projection, PROJECTIONS)}"
             )
         counts = block_counts("preact_resnet", self.depth, self.blocks, DEPTHS)
         dtype, tap = layers.compute_dtype(self.dtype), layers.Taps(edits)

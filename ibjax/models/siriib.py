@@ -10,6 +10,7 @@
 | {s}         | scales           | 32, 24, 16, 8       | for 32×32 images; 64, 48, 24, 16 for 64×64                   |
 | # of p_i    | connections      | 3                   | the first so many of stem, stage 1, 2, 3, 4; 0: SR stands    |
 |             |                  |                     | beside a plain classifier, to be trained by itself           |
+|             | classify         | "image"             | what the classifier sees, x; "calibrated": x_avg in its place|
 | c           | widths           | (16, 32, 64)        | 3×3 convolutions – BN – ReLU                                 |
 |             | basic_blocks     | False               | or WRN blocks of these widths and a final BN-ReLU: SR-L is   |
 |             |                  |                     | widths=(160, 160), SR-XL widths=(160, 160, 160, 160)         |
@@ -41,6 +42,7 @@ from ibjax.models import layers, wide_resnet
 SCALES = {32: (32, 24, 16, 8), 64: (64, 48, 24, 16)}
 FOURIER = {"amplitude": fourier.amplitude, "amp_phase": fourier.amplitude_and_phase, "reim": fourier.parts}
 CHOICES = {"fourier": tuple(FOURIER), "fuse": ("add", "concat"), "penalty": ("off_diagonal", "full")}
+INPUTS = ("image", "calibrated")
 TAPS = ("stem", "stage1", "stage2", "stage3", "stage4")
 
 
@@ -134,6 +136,7 @@ class Model(nn.Module):
     num_classes: int | None
     backbone: config.ModelSection
     connections: int = 3
+    classify: str = "image"
     scales: tuple[int, ...] | None = None
     widths: tuple[int, ...] = (16, 32, 64)
     basic_blocks: bool = False
@@ -150,6 +153,8 @@ class Model(nn.Module):
                 f"model.connections={self.connections}, model.widths={self.widths}: give 0 to {len(TAPS)} connections, "
                 "and the width of one convolution or more"
             )
+        if self.classify not in INPUTS:
+            raise InputError(f"model.classify '{self.classify}' is unknown; {nearest(self.classify, INPUTS)}")
         dtype = layers.compute_dtype(self.backbone.get("dtype", "float32"))
         bn_groups = self.backbone.get("bn_groups", 1)
         tap = layers.Taps(edits)
@@ -177,7 +182,8 @@ class Model(nn.Module):
         connected = {name: connection(i, tap.edits.get(name)) for i, name in enumerate(TAPS[: self.connections], 1)}
         tap.edits = {**tap.edits, **connected}
         options = dict(num_classes=self.num_classes, name="backbone")
-        logits, features = config.build("models", self.backbone, "model.backbone", **options)(x, train, edits=tap)
+        classifier = config.build("models", self.backbone, "model.backbone", **options)
+        logits, features = classifier(x if self.classify == "image" else x_avg, train, edits=tap)
         for name in connected:
             if name not in features:
                 raise InputError(f"model.connections={self.connections}: the backbone has no '{name}'; give fewer")

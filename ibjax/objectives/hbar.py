@@ -74,4 +74,4 @@ def hbar(
         return value, (variables, metrics)
 
     attack_losses = {"standard": (), "trades": ("kl",)}.get(base, ("ce", "margin"))
-    return Objective(target, loss, attack_losses=attack_losses)
+    return Objective(target, loss, attack_losses=attack_losses, flat_at_x=base == "trades")

@@ -13,7 +13,7 @@
 |----------|---------------|------------|
 | α        | alpha         | 0.008      | the paper: β/10
 | β        | beta          | 0.08       | the paper: 1 for VGG16, 5e-4 for ResNet-18
-| S        | layers        | "all"      | "robust": stage5, fc1, fc2 of VGG16; or names of taps
+| S        | layers        | "all"      | "robust": stage5, fc1, fc2 of VGG16; or taps' names, as "stage5,fc1"
 | σ, ε     | sigma, ridge  | 5, 1e-5    | σ in units of √dimension
 |          | estimator     | "nhsic"    | or "hsic", the biased one, orders of magnitude smaller
 |          | y_kernel      | "linear"   | or "gaussian": in the authors' code for all but PGD-AT and the robust layers
@@ -21,8 +21,9 @@
 | base     | base, form    | "pgd_at", "code" |
 |          | robust_weight | None       | of KL; None: the base's own in the table above
 | FC       | mask_tap      | None       | whose channels: "stage5" of VGG, "pre_logits" of ResNet, "stage2" of WRN
-|          | mask_channels | 10         | masked by each of the two rules; the code has 20 for ResNet-18
-|          | mask_every    | 10         | steps
+|          | mask_rule     | "code"     | or "paper", see below
+|          | mask_channels | 10         | masked by each of the code's two rules; it has 20 for ResNet-18
+|          | mask_every    | 10         | steps; 1 with the paper's rule
 |          | until_epoch   | None       | the terms count before this epoch only: 1 for SVHN with MART
 
 The paper's text swaps α and β where it gives their values; its figure and its rule α = β/10 tell.
@@ -32,9 +33,9 @@ The authors' attack has eps 0.03 and step 0.0069 where the paper says 8/255 and 
 
 Channel mask (FC): every `mask_every` steps, except at the first, a training pass has channels of one tap zeroed: of
 all but the last channel those with the lowest nHSIC(Y, f_c) and those with the highest nHSIC(X, f_c), X its input,
-both kernels Gaussian, without gradient. It is never there in attacks and at test. The paper describes another one,
-permanent, of the 5 % with the lowest nHSIC(Y, f_c): `channel_information` averaged over clean batches, then
-`permanent_mask`.
+both kernels Gaussian, without gradient. It is never there in attacks and at test. The paper describes another one, of
+the 5 % with the lowest nHSIC(Y, f_c), both in every training step (its Algorithm 1: mask_rule="paper", mask_every=1)
+and after training: `ibjax.analysis.mask`, which makes it permanent, in attacks and at test too.
 
 Batch-norm: one training-mode pass for "standard" and "pgd_at"; x, then x', for "trades" and "mart".
 
@@ -55,6 +56,7 @@ from ibjax.attacks import Attack, geometry
 from ibjax.attacks.pgd import pgd
 from ibjax.errors import InputError, check_range, nearest
 from ibjax.information import hsic
+from ibjax.objectives.mart import boosted_cross_entropy, floored_kl
 from ibjax.objectives.standard import accuracy
 from ibjax.step import Batch, Net, Objective, Variables
 
@@ -64,6 +66,7 @@ CHOICES = {
     "estimator": ("nhsic", "hsic"),
     "y_kernel": hsic.KERNELS,
     "x_input": ("clean", "adv"),
+    "mask_rule": ("code", "paper"),
 }
 ROBUST_LAYERS = ("stage5", "fc1", "fc2")
 ORIGINAL_WEIGHTS = {"trades": 6.0, "mart": 5.0}
@@ -83,12 +86,13 @@ def ib_rar(
     y_kernel: str = "linear",
     x_input: str = "clean",
     mask_tap: str | None = None,
+    mask_rule: str = "code",
     mask_channels: int = 10,
     mask_every: int = 10,
     until_epoch: float | None = None,
 ) -> Objective:
     """IB-RAR; its attack is PGD on cross-entropy, for the original TRADES dict(loss="kl", init="gaussian")."""
-    given = dict(base=base, form=form, estimator=estimator, y_kernel=y_kernel, x_input=x_input)
+    given = dict(base=base, form=form, estimator=estimator, y_kernel=y_kernel, x_input=x_input, mask_rule=mask_rule)
     for name, value in given.items():
         if value not in CHOICES[name]:
             raise InputError(f"objective.{name}='{value}' is unknown; {nearest(value, CHOICES[name])}")
@@ -118,7 +122,7 @@ def ib_rar(
             if mask_tap is None:
                 return net.forward(variables, x, key)
             active = (batch["step"] % mask_every == 0) & (batch["step"] > 0)
-            edit = batch_mask(x, y, classes, active, mask_channels, sigma, ridge)
+            edit = batch_mask(x, y, classes, active, mask_channels if mask_rule == "code" else None, sigma, ridge)
             return net.forward(variables, x, key, edits={mask_tap: edit})
 
         inputs = {"standard": (x,), "pgd_at": (x_adv,)}.get(base, (x, x_adv))
@@ -143,8 +147,9 @@ def ib_rar(
         metrics |= {"loss": value, "nhsic_x": with_x, "nhsic_y": with_y}
         return value, (variables, metrics)
 
-    attack_losses = () if base == "standard" else ("ce", "margin")
-    return Objective(target, loss, attack_losses=("kl",) if base == "trades" and form == "original" else attack_losses)
+    if base == "trades" and form == "original":
+        return Objective(target, loss, attack_losses=("kl",), flat_at_x=True)
+    return Objective(target, loss, attack_losses=() if base == "standard" else ("ce", "margin"))
 
 
 def base_loss(base: str, form: str, logits: list[Array], batch: Batch, weight: float) -> tuple[Array, dict[str, Array]]:
@@ -154,33 +159,22 @@ def base_loss(base: str, form: str, logits: list[Array], batch: Batch, weight: f
         return jnp.mean(losses.cross_entropy(clean, y)), {"clean_acc": accuracy(clean, batch)}
     if base == "pgd_at":
         return jnp.mean(losses.cross_entropy(adv, y)), {"adv_acc": accuracy(adv, batch)}
-    robust = losses.kl_logits(clean, adv)
     if base == "trades":
         natural = losses.cross_entropy(adv if form == "code" else clean, y)
+        robust = losses.kl_logits(clean, adv)
     else:
         natural = boosted_cross_entropy(adv, y)
-        robust = robust * (1.0000001 - _probability(clean, y))
+        robust = floored_kl(clean, adv) * (1.0 - jnp.exp(-losses.cross_entropy(clean, y)) + 1e-7)
     natural, robust = jnp.mean(natural), jnp.mean(robust)
     accuracies = {"clean_acc": accuracy(clean, batch), "adv_acc": accuracy(adv, batch)}
     return natural + weight * robust, {"natural": natural, "robust": robust, **accuracies}
-
-
-def boosted_cross_entropy(logits: Array, labels: Array) -> Array:
-    """MART's BCE, −log p_y − log(1.0001 − max_{k≠y} p_k), shape (B,): Wang et al., ICLR 2020."""
-    p = jax.nn.softmax(logits.astype(jnp.float32))
-    other = jnp.max(jnp.where(jax.nn.one_hot(labels, p.shape[-1], dtype=bool), 0.0, p), axis=-1)
-    return -jnp.log(_probability(logits, labels) + 1e-12) - jnp.log(1.0001 - other + 1e-12)
-
-
-def _probability(logits, labels):
-    return jnp.take_along_axis(jax.nn.softmax(logits.astype(jnp.float32)), labels[:, None], axis=-1)[:, 0]
 
 
 # ---- the information terms -----------------------------------------------------------------------------------
 
 
 def layers_of(features: dict[str, Array], layers: "str | tuple[str, ...]" = "all") -> list[Array]:
-    """The taps T_l: "all", "robust" (VGG16's), or by name.
+    """The taps T_l: "all", "robust" (VGG16's), or by their names, a tuple or separated by commas.
 
     All are the paper's: stem, blocks and the pooled vector of a residual network; of a plain one the groups of
     convolutions after their pooling, and the hidden linear layers or, without any, the pooled vector.
@@ -194,7 +188,7 @@ def layers_of(features: dict[str, Array], layers: "str | tuple[str, ...]" = "all
         blocks = numbered("block")
         names = ["stem", *blocks, "pre_logits"] if blocks else numbered("stage") + (numbered("fc") or ["pre_logits"])
     else:
-        names = ROBUST_LAYERS if layers == "robust" else (layers,) if isinstance(layers, str) else layers
+        names = ROBUST_LAYERS if layers == "robust" else layers.split(",") if isinstance(layers, str) else layers
     for name in names:
         if name not in features:
             raise InputError(f"objective.layers: the model has no layer '{name}'; {nearest(name, features)}")
@@ -234,19 +228,25 @@ def batch_mask(
     labels: Array,
     classes: int,
     active: Array,
-    channels: int,
+    channels: int | None,
     sigma: float = hsic.SIGMA,
     ridge: float = hsic.RIDGE,
 ) -> Callable[[Array], Array]:
-    """An edit of a feature (B, …, C): where `active`, channels by the authors' rules are zero for the whole batch."""
+    """An edit of a feature (B, …, C): where `active`, channels are zero for the whole batch.
+
+    Those of the code's two rules, so many of each; with `channels` None those of the paper's rule.
+    """
 
     def keep(z):
-        with_x, with_y = _channel_information(x, labels, classes, z, sigma, ridge)[:, :-1]
+        information = _channel_information(x, labels, classes, z, sigma, ridge)
+        if channels is None:
+            return permanent_mask(information[1]).astype(z.dtype)
+        with_x, with_y = information[:, :-1]
         worst = jnp.concatenate([jnp.argsort(with_y)[:channels], jnp.argsort(-with_x)[:channels]])
         return jnp.ones(z.shape[-1], z.dtype).at[worst].set(0)
 
     def edit(z):
-        if z.shape[-1] <= 2 * channels:
+        if channels is not None and z.shape[-1] <= 2 * channels:
             raise InputError(
                 f"objective.mask_channels={channels} would mask most of {z.shape[-1]} channels; allowed: less than half"
             )

@@ -143,5 +143,6 @@ def ibd(
         head,
         teachers,
         attack_losses=("kl", "ce") if adversarial else (),
+        flat_at_x=attack_target == "student",
         proxy=lambda *arguments: soft_label(*arguments)[0],
     )

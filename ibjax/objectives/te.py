@@ -97,6 +97,7 @@ def te(
         target,
         loss,
         attack_losses=("objective",),
+        flat_at_x=base == "trades",
         attack_loss=attack_loss,
         memory=lambda images, classes: jnp.zeros((images, classes), jnp.float32),
         remember=remember,

@@ -48,4 +48,4 @@ def trades(*, beta: float = 6.0, forwards: int = 2) -> Objective:
         metrics |= {"clean_acc": accuracy(clean, batch), "adv_acc": accuracy(adv, batch)}
         return value, (variables, metrics)
 
-    return Objective(target, loss, attack_losses=("kl",))
+    return Objective(target, loss, attack_losses=("kl",), flat_at_x=True)

@@ -1,0 +1,286 @@
+"""Does each term do what its paper says? Every method beside its base, at equal epochs, seeds and networks; unattended.
+
+    python benchmarks/effects.py --workdir=runs/effects-digits [--data=digits] [--epochs=20] [--seeds=3] [--out=PATH]
+    python benchmarks/effects.py --workdir=runs/effects-mnist --data=mnist:FILE.npz --fraction=0.1 --n=1000
+
+| method             | base                            | claim, on test images                                  |
+|--------------------|---------------------------------|--------------------------------------------------------|
+| IB-RAR             | PGD-AT                          | nHSIC(X, T) is lower, nHSIC(Y, T) higher               |
+| its X term, β = 0  | PGD-AT                          | nHSIC(X, T) is lower                                   |
+| shared information | itself with β = 0               | the symmetrised KL of p(z|x) and p(z|x') is lower      |
+| SiRIIB             | PGD-AT of its network           | L_svd is lower                                         |
+| IBD                | PGD-AT; TRADES                  | PGD-20 accuracy is higher                              |
+
+A term is what the method's own loss reports for a network after its last epoch, in evaluation mode, on test images and
+their PGD-20 images: a mean over full batches of the training's size, which nHSIC depends on. IB-RAR stands here with
+the weights of the authors' code, with the paper's for VGG16 (β = 1), and with the latter's X term alone. Networks,
+optimiser and attacks are those of `comparison.py`, the other weights the papers' own. `--data` is digits,
+mnist:FILE.npz or cifar10:FOLDER.
+
+Runs of one seed share their first weights and the order of their images, hence differences are taken by seed. A claim
+appears where its mean difference over seeds has the claimed sign and a one-sided t-test at 5 %. OUT.json and OUT.md
+are written after every run; the same command continues where it was stopped.
+"""
+
+import argparse
+import json
+import logging
+import math
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import comparison
+import jax
+import jax.numpy as jnp
+import numpy as np
+from comparison import ROOT, Results, cell
+from ml_collections import ConfigDict
+from scipy import stats
+
+from ibjax import config, errors, run
+from ibjax.attacks.pgd import pgd
+from ibjax.errors import DivergedError, InputError
+from ibjax.results import attack_label
+from ibjax.step import Objective, linen_net, to_float
+
+log = logging.getLogger(__name__)
+LEVEL = 0.05  # of the test
+
+
+class Training(NamedTuple):
+    """A column's worth of runs: an objective with options, on the network of `network` ("": its own)."""
+
+    objective: str
+    options: tuple[tuple[str, float], ...] = ()
+    network: str = ""
+    terms_of: str = ""  # the objective whose loss measures it; "": only attacks do
+
+
+RUNS = {
+    "PGD-AT": Training("pgd_at", terms_of="ib_rar"),
+    "TRADES": Training("trades"),
+    "IB-RAR": Training("ib_rar", terms_of="ib_rar"),
+    "IB-RAR, β = 1": Training("ib_rar", (("alpha", 0.1), ("beta", 1.0)), terms_of="ib_rar"),
+    "IB-RAR, X term alone": Training("ib_rar", (("alpha", 0.1), ("beta", 0.0)), terms_of="ib_rar"),
+    "shared information, β = 0": Training("shared_information", (("beta", 0.0),), terms_of="shared_information"),
+    "shared information": Training("shared_information", terms_of="shared_information"),
+    "PGD-AT, SiRIIB's network": Training("pgd_at", network="siriib", terms_of="siriib"),
+    "SiRIIB": Training("siriib", terms_of="siriib"),
+    "IBD": Training("ibd"),
+}
+# objective -> {metric of its loss: how the page calls it}
+TERMS = {
+    "ib_rar": {"nhsic_x": "nHSIC(X, T)", "nhsic_y": "nHSIC(Y, T)"},
+    "shared_information": {"skl": "symmetrised KL"},
+    "siriib": {"svd": "L_svd", "info": "L_info"},
+}
+LABELS = {name: label for terms in TERMS.values() for name, label in terms.items()} | {"pgd-20": "PGD-20 accuracy"}
+DECIMALS = {"nhsic_x": 2, "nhsic_y": 2, "skl": 3, "svd": 4, "info": 4}  # of accuracies 1
+
+
+class Effect(NamedTuple):
+    """A claim: `column` of `method` minus that of `base` has `sign`."""
+
+    method: str
+    base: str
+    column: str
+    sign: int
+
+
+EFFECTS = (
+    *(Effect(method, "PGD-AT", "nhsic_x", -1) for method in ("IB-RAR", "IB-RAR, β = 1", "IB-RAR, X term alone")),
+    *(Effect(method, "PGD-AT", "nhsic_y", +1) for method in ("IB-RAR", "IB-RAR, β = 1")),
+    Effect("shared information", "shared information, β = 0", "skl", -1),
+    Effect("SiRIIB", "PGD-AT, SiRIIB's network", "svd", -1),
+    *(Effect("IBD", base, "pgd-20", +1) for base in ("PGD-AT", "TRADES")),
+)
+
+# --data -> what it changes in the digits' recipe; `path` is given on the command line
+DATA = {
+    "digits": dict(),
+    "mnist": dict(
+        data=dict(name="npz", label="MNIST", val_size=1000, split_seed=0),
+        augment=dict(pad=2),
+        lengths=dict(eps="0.2", step_size="0.05"),
+        scales=(28, 20, 14, 8),
+    ),
+    "cifar10": dict(
+        data=dict(name="folder", label="CIFAR-10 (JPEG)", val_size=1000, split_seed=0),
+        augment=dict(pad=4, flip=True),
+        lengths=dict(eps="8/255", step_size="2/255"),
+        scales=(32, 24, 16, 8),
+    ),
+}
+
+
+# ---- one run -----------------------------------------------------------------------------------------------
+
+
+def settings(name: str, seed: int, given: argparse.Namespace) -> ConfigDict:
+    """The configuration of one run, and of its teacher: `comparison`'s with other data."""
+    training = RUNS[name]
+    made = comparison.settings(
+        training.objective, given.epochs, seed, given.workdir, training.network, **dict(training.options)
+    )
+    kind, _, path = given.data.partition(":")
+    changes = DATA[kind]
+    for part in (made, *(recipe for _, recipe in config.recipes(made))):
+        if "data" in changes:
+            part.data = dict(**changes["data"], path=path)
+            part.augment.update(changes["augment"])
+            for section in (part.attack, part.validate.attack, part.evaluate):
+                if section is not None:
+                    section.update(changes["lengths"])
+        part.data.update(fraction=given.fraction)
+        part.validate.every = given.epochs  # so that `best` is the last epoch: equal epochs for all
+        part.evaluate.update(attacks=("pgd-20",), n=given.n)
+        if part.model.name == "siriib" and "scales" in changes:
+            part.model.scales = changes["scales"]
+    made.title = name
+    return made
+
+
+def measure(name: str, seed: int, given: argparse.Namespace) -> Results:
+    """Trains, attacks and measures one network, or reads what was measured with the same settings and code."""
+    made, folder = settings(name, seed, given), given.workdir / name / str(seed)
+    identity = {"config": config.plain(made), "commit": run.commit(), "versions": run.versions()}
+    identity, file = json.loads(json.dumps(identity)), folder / "effects.json"
+    if file.is_file():
+        known = json.loads(file.read_text())
+        if {key: known[key] for key in identity} == identity:
+            return known["found"]
+    found = comparison.measure(made, folder)
+    objective = RUNS[name].terms_of
+    if objective:
+        built = config.build("objectives", dict(name=objective), "objective")
+        found |= terms(run.load(folder, "last"), built, tuple(TERMS[objective]), given.n)
+    run.write_json(file, {**identity, "found": found})
+    return found
+
+
+def terms(trained: run.Run, objective: Objective, names: tuple[str, ...], n: int | None) -> dict[str, float]:
+    """Metrics of an objective's loss on `n` test images, in evaluation mode: means over full batches."""
+    net, settings = linen_net(trained.model), trained.config
+    still = net._replace(forward=lambda variables, x, key, edits=None: (net.predict(variables, x, edits), variables))
+    lengths = {key: settings.evaluate[key] for key in ("eps", "step_size")}
+    attack = pgd(loss="ce", norm="linf", steps=20, init="uniform", **lengths)
+
+    @jax.jit
+    def metrics(variables, images, labels, key):
+        x = to_float(images)
+        x_adv = attack(key, lambda x: net.predict(variables, x)[0], x, labels)
+        index, step, epoch = jnp.arange(len(labels)), jnp.int32(0), jnp.float32(0)
+        batch = {"image": x, "label": labels, "index": index, "step": step, "epoch": epoch}
+        return objective.loss(still, variables, batch, x_adv, key)[1][1]
+
+    test = run.load_data(settings).test
+    order = np.random.default_rng(0).permutation(len(test.labels))[:n]
+    batches = [order[i : i + settings.batch_size] for i in range(0, len(order), settings.batch_size)]
+    rows = [
+        metrics(trained.variables, test.images[chosen], test.labels[chosen], jax.random.key(i))
+        for i, chosen in enumerate(batches)
+        if len(chosen) == settings.batch_size
+    ]
+    return {name: statistics.mean(float(row[name]) for row in rows) for name in names}
+
+
+# ---- the page ----------------------------------------------------------------------------------------------
+
+
+def page(results: Results) -> str:
+    """The table, then one sentence for each claim."""
+    columns = ["clean", *LABELS]
+    runs = {name: list(seeds.values()) for name, seeds in results["runs"].items() if seeds}
+    head = ["run", "seeds", *(LABELS.get(column, attack_label(column)) for column in columns), "ms per step"]
+    lines = [head, ["---"] * len(head)]
+    for name, seeds in runs.items():
+        measured = [cell(seeds, column, DECIMALS.get(column, 1)) if column in seeds[0] else "" for column in columns]
+        step = statistics.median(single["step_ms"] for single in seeds)
+        lines.append([name, str(len(seeds)), *measured, f"{step:.1f}"])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    sentences = "".join(f"- {sentence(effect, results['runs'])}\n" for effect in EFFECTS)
+    failed = "".join(f"- {name}: {reason}\n" for name, reason in results["failed"].items())
+    return (
+        f"# What the terms do, on {results['data']}\n\n{comparison.origin_line(results)}\n\n{table}\n\n"
+        f"Mean ± standard deviation over seeds after {results['epochs']} epochs; eps {results['eps']}; accuracies in "
+        f"percent of {results['n']} test images. Differences are of runs of the same seed. Milliseconds are a run's "
+        f"median, beside whatever else the machine did: `cost.py` measures them.\n\n{sentences}"
+        + (f"\nNot in the table:\n\n{failed}" if failed else "")
+    )
+
+
+def sentence(effect: Effect, runs: dict[str, dict[str, Results]]) -> str:
+    """Whether a claim appears, and by how much."""
+    method, base = runs[effect.method], runs[effect.base]
+    seeds, decimals = sorted(method.keys() & base.keys()), DECIMALS.get(effect.column, 1)
+    direction = "higher" if effect.sign > 0 else "lower"
+    what = f"**{effect.method}** against {effect.base}: {direction} {LABELS[effect.column]}"
+    if len(seeds) < 2:
+        return f"{what}: not decided; seeds: {len(seeds)}."
+    differences = [method[seed][effect.column] - base[seed][effect.column] for seed in seeds]
+    mean, spread = statistics.mean(differences), statistics.stdev(differences)
+    p = p_value([effect.sign * value for value in differences])
+    right = sum(effect.sign * value > 0 for value in differences)
+    verdict = "appears" if p < LEVEL else "does not appear, the opposite does" if p > 1 - LEVEL else "does not appear"
+    return (
+        f"{what}: {verdict} ({mean:+.{decimals}f} ± {spread:.{decimals}f}, {right} of {len(seeds)} seeds, p = {p:.2g})."
+    )
+
+
+def p_value(differences: list[float]) -> float:
+    """Of a one-sided t-test that the mean is above 0."""
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    if error == 0:
+        return float(statistics.mean(differences) <= 0)
+    return float(stats.t.sf(statistics.mean(differences) / error, len(differences) - 1))
+
+
+def study(given: argparse.Namespace) -> None:
+    """All runs, one seed of each before the next seed; the page is up to date after each."""
+    kind, _, path = given.data.partition(":")
+    if kind not in DATA or (kind != "digits") != bool(path):
+        raise InputError(f"--data={given.data} is not allowed; give digits, mnist:FILE.npz or cifar10:FOLDER")
+    first = settings(next(iter(RUNS)), 0, given)
+    results: dict[str, Any] = {
+        **comparison.origin("effects.py"),
+        "data": first.data.get("label", kind),
+        "fraction": given.fraction,
+        "epochs": given.epochs,
+        "eps": first.evaluate.eps,
+        "n": None,
+        "runs": {name: {} for name in RUNS},
+        "failed": {},
+    }
+    out = given.out or ROOT / "results" / f"effects-{kind}"
+    for seed in range(given.seeds):
+        for name in RUNS:
+            try:
+                results["runs"][name][str(seed)] = found = measure(name, seed, given)
+                results["n"] = found["n"]
+            except (InputError, DivergedError) as error:
+                results["failed"][f"{name}, seed {seed}"] = str(error)
+                log.warning("%s, seed %d: %s", name, seed, error)
+            run.write_json(out.with_suffix(".json"), results)
+            out.with_suffix(".md").write_text(page(results))
+    print(page(results))
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", type=Path, required=True, help="folder of all runs")
+    parser.add_argument("--data", default="digits", help="digits, mnist:FILE.npz or cifar10:FOLDER")
+    parser.add_argument("--out", type=Path, help="without suffix; default: results/effects-DATA")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, …")
+    parser.add_argument("--fraction", type=float, default=1.0, help="of the training images")
+    parser.add_argument("--n", type=int, help="test images; default: all")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    errors.exit_with(lambda: study(arguments))

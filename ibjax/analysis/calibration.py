@@ -1,0 +1,166 @@
+"""How much of an attack the singular regularisation takes out of an image: Table 8 of SiRIIB.
+
+    python -m ibjax.analysis.calibration --workdir=DIR [--checkpoint=best] [--attacks=pgd-20,cw-100] [--n=1000]
+
+| row        | the classifier sees  | the attack sees |                                                     |
+|------------|----------------------|-----------------|-----------------------------------------------------|
+| image      | x'                   | the classifier  | the plain network                                   |
+| calibrated | x_avg of the same x' | the classifier  | grey-box: what is removed, and no robustness        |
+| through    | x_avg of x'          | both together   | white-box: the robustness of the two                |
+
+For runs of `model=dict(name="siriib", connections=0, …)`, which trains the two apart. The paper has the first two rows.
+An image counts where it is classified correctly as it is and under attack, through the same path. Writes
+`calibration/<checkpoint>.json` in the workdir.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ibjax import checkpoint as checkpoints
+from ibjax import cluster, config, errors, run
+from ibjax.attacks.named import named
+from ibjax.data import Split
+from ibjax.errors import InputError
+from ibjax.evaluate import check_network, check_settings
+from ibjax.models import siriib
+from ibjax.results import attack_label
+from ibjax.scoring import Flags, Scorer, auto_attack
+from ibjax.step import linen_net, to_float
+
+ROWS = ("image", "calibrated", "through")
+
+
+def calibrated(model: Any) -> siriib.Model:
+    """The same network with x_avg shown to the classifier; InputError unless the two are trained apart."""
+    if not isinstance(model, siriib.Model) or model.connections:
+        raise InputError(
+            "only a network with model.name='siriib', model.connections=0 is trained apart from its classifier"
+        )
+    return model.clone(classify="calibrated")
+
+
+def evaluate(
+    workdir: Path, checkpoint: str = "best", *, attacks: Sequence[str] | None = None, n: int | None = None
+) -> dict[str, Any]:
+    """Attacks a run as the three rows say; writes and returns the record, accuracies in percent.
+
+    attacks, n: in place of those of the run's `evaluate` section, of which norm, eps and step size are.
+    """
+    trained = run.load(workdir, checkpoint)
+    settings = config.plain(trained.config.evaluate)
+    settings |= {} if attacks is None else {"attacks": tuple(attacks)}
+    settings |= {} if n is None else {"n": n}
+    check_settings(settings)
+    check_network(trained.model, trained.facts["input_shape"], settings)
+    model = run.in_float32(trained.model)
+    plain, through = (linen_net(network).predict for network in (model, calibrated(model)))
+    split = run.test_split(trained, settings["n"])
+
+    accuracy: dict[str, dict[str, float]] = {row: {} for row in ROWS}
+    as_they_are = correct(through, trained.variables, split, settings["batch_size"])
+    accuracy["calibrated"]["clean"] = accuracy["through"]["clean"] = percent(as_they_are)
+    for name in settings["attacks"]:
+        flags, x_adv = attack(name, plain, trained, split, settings)
+        purified = correct(through, trained.variables, Split(x_adv, split.labels), settings["batch_size"])
+        white, _ = attack(name, through, trained, split, settings)
+        accuracy["image"] |= {"clean": percent(flags.clean), name: percent(flags.robust)}
+        accuracy["calibrated"][name] = percent(as_they_are & purified)
+        accuracy["through"][name] = percent(white.robust)
+    record = {
+        "title": trained.config.title or workdir.resolve().name,
+        "dataset": trained.facts["label"],
+        "n": len(split.labels),
+        **{key: settings[key] for key in ("norm", "eps", "step_size")},
+        "checkpoint": checkpoint,
+        "step": trained.step,
+        "weights": checkpoints.tree_digest(trained.variables),
+        "acc": accuracy,
+        "seed": trained.config.seed,
+        "versions": run.versions(),
+        "commit": run.commit(),
+        "hardware": run.hardware(),
+    }
+    if jax.process_index() == 0:
+        run.write_json(workdir / "calibration" / f"{checkpoint}.json", record)
+    return record
+
+
+def attack(
+    name: str, predict: Callable, trained: run.Run, split: Split, settings: dict[str, Any]
+) -> tuple[Flags, np.ndarray]:
+    """(flags, adversarial images) of the whole split under one attack of `attacks/named.py` on one of the networks."""
+    chosen, total, seed = named(name, trained.config.objective), len(split.labels), trained.config.seed
+    norm, eps, batch_size = settings["norm"], settings["eps"], settings["batch_size"]
+    if chosen.make is None:
+        options = dict(norm=norm, eps=eps, batch_size=batch_size, title=name, keep=total)
+        return auto_attack(lambda x, keys: predict(trained.variables, x)[0], split, seed, chosen.settings, **options)[
+            :2
+        ]
+    scorer = Scorer(
+        lambda variables, x, keys: predict(variables, x),
+        functools.partial(chosen.make, norm=norm),
+        cluster.mesh(),
+        batch_size,
+        norm if chosen.bounded else "l2",
+        bounded=chosen.bounded,
+        features=chosen.features is not None,
+        guided=chosen.guided,
+    )
+    step_size = chosen.step_size(eps, settings["step_size"])
+    return scorer(trained.variables, split, seed, eps=eps, step_size=step_size, progress=name, keep=total)
+
+
+def correct(predict: Callable, variables: Any, split: Split, batch_size: int) -> np.ndarray:
+    """Which images (N, H, W, C) are classified as labelled, (N,) bool."""
+    classify = jax.jit(lambda variables, images: predict(variables, to_float(images))[0].argmax(1))
+    parts = [split.images[first : first + batch_size] for first in range(0, len(split.labels), batch_size)]
+    return np.concatenate([np.asarray(classify(variables, part)) for part in parts]) == split.labels
+
+
+def percent(flags: np.ndarray) -> float:
+    """The share of true flags."""
+    return round(100 * float(np.mean(flags)), 4)
+
+
+def lines(record: dict[str, Any]) -> Iterable[str]:
+    """The record as a Markdown table."""
+    columns = list(record["acc"]["through"])
+    yield f"{record['title']} on {record['dataset']}, n = {record['n']}, {record['norm']} eps {record['eps']}, percent"
+    yield f"| | {' | '.join(map(attack_label, columns))} |"
+    yield "|---" * (len(columns) + 1) + "|"
+    for row, values in record["acc"].items():
+        yield f"| {row} | {' | '.join(f'{values[column]:.2f}' for column in columns)} |"
+
+
+def main() -> None:
+    """The command line of this module."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ibjax.analysis.calibration",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--checkpoint", default="best", help="best, last or a step")
+    parser.add_argument("--attacks", help="names, separated by commas; default: those of the run's configuration")
+    parser.add_argument("--n", type=int, help="number of test images; default: all")
+    given = parser.parse_args()
+
+    def command():
+        cluster.initialize()
+        attacks = None if given.attacks is None else given.attacks.split(",")
+        record = evaluate(given.workdir, given.checkpoint, attacks=attacks, n=given.n)
+        if jax.process_index() == 0:
+            print("\n".join(lines(record)))
+
+    errors.exit_with(command)
+
+
+if __name__ == "__main__":
+    main()

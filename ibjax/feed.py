@@ -1,0 +1,150 @@
+"""How training images reach the step: they lie in device memory, or are streamed to it, one batch ahead.
+
+Guarantees (tests of the same names): the data order is a function of (seed, epoch, step); nothing is transferred from
+the host inside an epoch, where the data lie in device memory; the step compiles once.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import NamedSharding
+
+from ibjax import cluster
+from ibjax.data import stream, streamed
+from ibjax.errors import InputError
+from ibjax.step import TrainState
+
+if TYPE_CHECKING:
+    from ibjax.train import Experiment
+
+
+class Feed(NamedTuple):
+    """Of one run."""
+
+    capacity: int  # steps of one dispatch, at most
+    dispatch: Callable[[TrainState, int], tuple[TrainState, dict[str, Array]]]  # (state, steps) -> (state, metrics)
+
+
+def feed(experiment: "Experiment", key: Array, step: int) -> Feed:
+    """The compiled steps from `step` on, with their data; `key` is the run's key of training."""
+    return (_streaming if streamed(experiment.data.train) else _resident)(experiment, key, step)
+
+
+def trace(experiment: "Experiment", state: Any, key: Any) -> None:
+    """Traces one step on shapes; raises whatever is wrong with it."""
+    images, labels = experiment.data.train
+    n = jax.ShapeDtypeStruct((), jnp.int32)
+    if streamed(experiment.data.train):
+        size = experiment.config.batch_size
+        batch = {"image": jax.ShapeDtypeStruct((size, *images.shape[1:]), images.dtype)}
+        batch |= dict.fromkeys(("label", "index"), jax.ShapeDtypeStruct((size,), jnp.int32))
+        jax.eval_shape(_batch_dispatch(experiment), state, batch, key, experiment.frozen)
+        return
+    shapes = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (images, labels))
+    jax.eval_shape(make_dispatch(experiment, capacity=1), state, *shapes, key, experiment.frozen, n)
+
+
+# ---- in device memory --------------------------------------------------------------------------------------
+
+
+def _resident(experiment, key, step):
+    settings, mesh = experiment.config, experiment.mesh
+    default = 1 if jax.default_backend() == "cpu" else settings.log_every
+    capacity = min(settings.steps_per_dispatch or default, experiment.steps_per_epoch)
+    dispatch = make_dispatch(experiment, capacity)
+    data = [cluster.replicate(array, mesh) for array in experiment.data.train]
+    lengths = {n: cluster.replicate(np.int32(n), mesh) for n in range(1, capacity + 1)}
+
+    def run(state, steps):
+        with jax.transfer_guard("disallow"):
+            return dispatch(state, *data, key, experiment.frozen, lengths[steps])
+
+    return Feed(capacity, run)
+
+
+def make_dispatch(experiment: "Experiment", capacity: int) -> Callable:
+    """The jitted `(state, images, labels, key, frozen, n) -> (state, metrics)`: n <= capacity steps.
+
+    `metrics` are arrays (capacity,), of which the first n count. The loop's length is an argument, so that one program
+    serves every n; on CPU the capacity is 1 and there is no loop, whose body XLA would run on fewer threads.
+    The order of an epoch is a permutation drawn from (key, epoch); a last incomplete batch is left out.
+    """
+    batch_size, per_epoch = experiment.config.batch_size, experiment.steps_per_epoch
+    sharded = NamedSharding(experiment.mesh, cluster.BATCH)
+
+    def dispatch(state, images, labels, key, frozen, n):
+        order_key, step_key = jax.random.split(key)
+        epoch = state.step // per_epoch  # the loop never dispatches across the end of an epoch
+        order = jax.random.permutation(jax.random.fold_in(order_key, epoch), len(labels))
+
+        def one(state):
+            index = lax.dynamic_slice(order, (state.step % per_epoch * batch_size,), (batch_size,))
+            index = lax.with_sharding_constraint(index, sharded)
+            batch = {"image": images[index], "label": labels[index], "index": index}
+            batch = jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, sharded), batch)
+            state, metrics = experiment.train_step(state, batch, step_key, frozen)
+            return state, {**metrics, "lr": experiment.learning_rate(state.step - 1)}
+
+        if capacity == 1:
+            state, metrics = one(state)
+            return state, jax.tree.map(lambda value: value[None], metrics)
+
+        def body(i, carry):
+            state, rows = carry
+            state, metrics = one(state)
+            return state, jax.tree.map(lambda row, value: row.at[i].set(value), rows, metrics)
+
+        shapes = jax.eval_shape(one, state)[1]
+        rows = jax.tree.map(lambda s: jnp.zeros((capacity, *s.shape), s.dtype), shapes)
+        return lax.fori_loop(0, n, body, (state, rows))
+
+    replicated = NamedSharding(experiment.mesh, cluster.REPLICATED)
+    return jax.jit(dispatch, donate_argnums=0, out_shardings=replicated)
+
+
+# ---- streamed ----------------------------------------------------------------------------------------------
+
+
+def _streaming(experiment, key, step):
+    settings, mesh = experiment.config, experiment.mesh
+    if (settings.steps_per_dispatch or 1) != 1:
+        raise InputError(f"steps_per_dispatch={settings.steps_per_dispatch}: streamed data take 1 step at a time")
+    dispatch = _batch_dispatch(experiment)
+    sharding, size = NamedSharding(mesh, cluster.BATCH), settings.batch_size
+    held = sharding.addressable_devices_indices_map((size,)).values()  # the places of a batch on this process's devices
+    rows = np.unique(np.concatenate([np.arange(size)[index] for index in held]))
+    source = stream.batches(experiment.data.train, batch_size=size, seed=settings.seed, step=step, rows=rows)
+
+    def placed(batch):
+        return {
+            name: jax.make_array_from_process_local_data(sharding, value, (size, *value.shape[1:]))
+            for name, value in batch.items()
+        }
+
+    ahead = [placed(next(source))]
+
+    def run(state, steps):
+        batch = ahead.pop()
+        with jax.transfer_guard("disallow"):
+            result = dispatch(state, batch, key, experiment.frozen)
+        ahead.append(placed(next(source)))  # while the devices compute
+        return result
+
+    return Feed(1, run)
+
+
+def _batch_dispatch(experiment):
+    """The jitted `(state, batch, key, frozen) -> (state, metrics)`: one step on a given batch."""
+
+    def dispatch(state, batch, key, frozen):
+        _, step_key = jax.random.split(key)
+        state, metrics = experiment.train_step(state, batch, step_key, frozen)
+        metrics = {**metrics, "lr": experiment.learning_rate(state.step - 1)}
+        return state, jax.tree.map(lambda value: value[None], metrics)
+
+    replicated = NamedSharding(experiment.mesh, cluster.REPLICATED)
+    return jax.jit(dispatch, donate_argnums=0, out_shardings=replicated)

@@ -1,0 +1,228 @@
+"""Scoring: one attack on one network over a split, with a flag for each image.
+
+An image counts as robust when it is classified correctly both as it is and under attack. A network is called as
+`predict(variables, x, keys)`, with a key per image for what it draws; most draw nothing.
+
+Guarantees (tests of the same names): batch size and number of devices change no flag; every x_adv lies in the eps-ball
+and in [0, 1] to 1e-6, checked per example in float32.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from tqdm import tqdm
+
+from ibjax import cluster, losses
+from ibjax.attacks import Attack, autoattack, eot, geometry
+from ibjax.attacks.representation import guides
+from ibjax.data import Split
+from ibjax.errors import PreemptedError
+from ibjax.step import Variables, to_float
+
+TOLERANCE = 1e-6  # of ball and box, in float32
+_EVALUATION = 0x65766C  # folded into the seed: keys of evaluation are not those of training
+# folded into an image's key: a random network's draws are not those of the attack, and not the same when it is attacked
+# as when it is judged, or an attack that keeps the best of its images would keep the luckiest draws
+_ATTACKED, _JUDGED = 0x617474, 0x6A7564
+
+
+class Flags(NamedTuple):
+    """Per image of the split, in its order."""
+
+    clean: np.ndarray  # (N,) bool: classified correctly as it is
+    robust: np.ndarray  # (N,) bool: and under the attack
+    loss: np.ndarray  # (N,) float32: cross-entropy under the attack
+    distance: np.ndarray  # (N,) float32: size of the perturbation, in the attack's norm
+
+
+class Scorer:
+    """One attack on one network, compiled once for all images and all eps.
+
+    The last batch is padded and the padding discarded; each image's randomness comes from its index in the split.
+
+    Args:
+      predict: the network, (variables, x, keys) -> (logits, features).
+      make_attack: (eps=, step_size=) -> attack.
+      mesh, batch_size, norm: of the evaluation.
+      bounded: whether the attack keeps to eps; where not, only the box is checked.
+      features: whether it is shown (logits, features), not the logits alone.
+      guided: whether its target is (labels, for each image another one, of another class).
+      attacked: a surrogate, which is attacked in place of `predict`; called as it is.
+    """
+
+    def __init__(
+        self,
+        predict: Callable,
+        make_attack: Callable[..., Attack],
+        mesh: Any,
+        batch_size: int,
+        norm: str,
+        *,
+        bounded: bool = True,
+        features: bool = False,
+        guided: bool = False,
+        attacked: Callable | None = None,
+    ):
+        self.bounded, self.guided = bounded, guided
+        self.batch_size = -(-batch_size // mesh.size) * mesh.size
+        self.sharded = NamedSharding(mesh, cluster.BATCH)
+
+        def score(variables, images, labels, guide, index, seed, eps, step_size):
+            x = to_float(images)
+            keys = _image_keys(seed, index)
+            while_attacked, when_judged = (geometry.fold(keys, data) for data in (_ATTACKED, _JUDGED))
+
+            def shown(x):
+                output = (attacked or predict)(variables, x, while_attacked)
+                return output if features else output[0]
+
+            target = (labels, to_float(guide)) if guided else labels
+            x_adv = make_attack(eps=eps, step_size=step_size)(keys, shown, x, target)
+            clean, logits = (predict(variables, seen, when_judged)[0] for seen in (x, x_adv))
+            correct = losses.correct(clean, labels)
+            in_box = jnp.all((x_adv >= 0) & (x_adv <= 1), axis=(1, 2, 3))
+            distance = jnp.where(in_box, geometry.distance(x_adv, x, norm), jnp.inf)
+            robust = correct & losses.correct(logits, labels)
+            return Flags(correct, robust, losses.cross_entropy(logits, labels), distance), x_adv
+
+        replicated = NamedSharding(mesh, cluster.REPLICATED)
+        self.score = jax.jit(score, out_shardings=replicated)
+
+    def trace(self, variables: Any, split: Split) -> None:
+        """Traces the program without compiling or running it; raises what is wrong with it."""
+        images, labels = (jax.ShapeDtypeStruct((self.batch_size, *a.shape[1:]), a.dtype) for a in split)
+        scalars = (np.uint32(0), np.float32(0), np.float32(0))
+        jax.eval_shape(self.score, variables, images, labels, images if self.guided else None, labels, *scalars)
+
+    def __call__(
+        self,
+        variables: Variables,
+        split: Split,
+        seed: int,
+        *,
+        eps: Any,
+        step_size: Any,
+        progress: str | None = None,
+        keep: int = 0,
+    ) -> tuple[Flags, np.ndarray]:
+        """(flags of the whole split, the first `keep` adversarial images (keep, H, W, C)).
+
+        With `progress`, its name, a bar is shown and a preemption notice ends the evaluation. Raises RuntimeError
+        when an adversarial image leaves the ball or the box.
+        """
+        eps, step_size = (np.float32(geometry.fraction(value)) for value in (eps, step_size))
+        total, size = len(split.labels), self.batch_size
+        parts, kept = [], [np.zeros((0, *split.images.shape[1:]), np.float32)]
+        guide = guides(split.labels) if self.guided else np.zeros(total, int)
+        bar = tqdm(
+            total=total, desc=progress, unit="image", leave=False, disable=not (progress and sys.stderr.isatty())
+        )
+        with bar:
+            for first in range(0, total, size):
+                index = np.arange(first, first + size, dtype=np.int32)
+                chosen = np.minimum(index, total - 1)  # the padding repeats the last image
+                guiding = split.images[guide[chosen]] if self.guided else None
+                arrays = (split.images[chosen], split.labels[chosen], guiding, index)
+                arrays = (None if array is None else self._shard(array) for array in arrays)
+                flags, x_adv = self.score(variables, *arrays, np.uint32(seed), eps, step_size)
+                count = min(size, total - first)
+                parts.append(jax.tree.map(lambda value, n=count: np.asarray(value)[:n], flags))
+                if first < keep:
+                    kept.append(np.asarray(x_adv)[:count])
+                if progress and cluster.preempted():  # in validation the train loop notices, and saves
+                    raise PreemptedError(f"stopped during {progress}; finished records are kept")
+                bar.update(count)
+                bar.set_postfix_str(f"robust {100 * np.mean(np.concatenate([p.robust for p in parts])):.1f} %")
+        flags = Flags(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+        worst = float(flags.distance.max())
+        if not worst <= (float(eps) + TOLERANCE if self.bounded else sys.float_info.max):
+            raise RuntimeError(f"an adversarial image is {worst:.8g} away or outside [0, 1]; eps is {float(eps):.8g}")
+        return flags, np.concatenate(kept)[:keep]
+
+    def _shard(self, array):
+        return jax.make_array_from_callback(array.shape, self.sharded, array.__getitem__)
+
+
+# ---- AutoAttack ------------------------------------------------------------------------------------------
+
+
+def auto_attack(
+    network: Callable,
+    split: Split,
+    seed: int,
+    options: dict[str, Any],
+    *,
+    norm: str,
+    eps: Any,
+    batch_size: int,
+    title: str | None = None,
+    keep: int = 0,
+    state: Path | None = None,
+) -> tuple[Flags, np.ndarray, dict[str, Any]]:
+    """(flags of the whole split, the first `keep` adversarial images, what the record says of each attack).
+
+    `network` is (x, keys) -> logits; only version "rand" has keys for it. `state` is a file that keeps the progress;
+    with it, the same call goes on where it was ended.
+    """
+    x = np.asarray(to_float(jnp.asarray(split.images[:])))
+    key = jax.random.fold_in(jax.random.key(seed), _EVALUATION)
+    keys = draw_keys(seed, len(x))
+    logits_fn = network if options["version"] == "rand" else lambda x: network(x, None)
+    result = autoattack.autoattack(
+        key, logits_fn, x, split.labels, norm, eps, batch_size=batch_size, state=state, progress=title, **options
+    )
+
+    @jax.jit
+    def score(x_adv, keys, x, y):
+        return losses.cross_entropy(network(x_adv, keys), y), geometry.distance(x_adv, x, norm)
+
+    parts = [slice(first, first + batch_size) for first in range(0, len(x), batch_size)]
+    values = [score(result.x_adv[part], keys[part], x[part], split.labels[part]) for part in parts]
+    flags = Flags(result.clean, result.robust, *(np.concatenate(column) for column in zip(*values, strict=True)))
+    more = {
+        "robust_after": {name: round(100 * float(np.mean(kept)), 4) for name, kept in result.robust_after.items()},
+        "seconds_of": result.seconds,
+        "seconds": round(sum(result.seconds.values()), 2),
+        "warnings": result.warnings,
+    }
+    return flags, result.x_adv[:keep], more
+
+
+# ---- predictions that are drawn ------------------------------------------------------------------------------
+
+
+def sampling(model: nn.Module, samples: int) -> Callable:
+    """`predict(variables, x, keys)` of a stochastic network: the logarithm of the mean of `samples` softmaxes.
+
+        log p̄(x) = log 1/k Σ_s softmax(f(x, ξ_s))               ξ_s from an image's key and its pixels
+
+    Every new point has fresh draws (see attacks/eot.py), so an attack that climbs a loss of log p̄ climbs a mean over
+    k samples at each of its steps: expectation over transformation on the very prediction that is judged.
+    """
+    drawing = model.clone(sample_at_test=True)
+
+    def predict(variables, x, keys):
+        def once(key, x):
+            return drawing.apply(variables, x, train=False, rngs={"sample": key})[0]
+
+        _, logits = eot.sampled(keys, once, samples)(x)  # (k, B, classes)
+        return jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0) - jnp.log(float(samples)), {}
+
+    return predict
+
+
+def draw_keys(seed: int, n: int) -> jax.Array:
+    """The keys (n,) from which a network draws where `Scorer` judges it, by the images' index in the split."""
+    return geometry.fold(_image_keys(seed, jnp.arange(n)), _JUDGED)
+
+
+def _image_keys(seed, index):
+    key = jax.random.fold_in(jax.random.key(seed), _EVALUATION)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, index)

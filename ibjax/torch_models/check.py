@@ -1,0 +1,45 @@
+"""Clean accuracy of the network in this folder, in plain PyTorch: python check.py [--data=FILE.npz]
+
+Needs torch, safetensors and numpy. Without --data, on the images of check.npz, which holds what ibjax's network
+answers to them; with it, on the x_test (N, H, W, C) and y_test of a file in Keras's layout. Exits with 1 where the
+logits are not ibjax's to 1e-4.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import model
+import numpy as np
+import torch
+
+FOLDER = Path(__file__).parent
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=FOLDER / "check.npz")
+    with np.load(parser.parse_args().data, allow_pickle=False) as archive:
+        images, labels, expected = archive["x_test"], archive["y_test"].reshape(-1), archive.get("logits")
+    logits = predict(model.load(FOLDER), images)
+    print(f"clean accuracy {accuracy(logits, labels):.2f} % of {len(labels)} images")
+    if expected is not None:
+        delta = np.abs(logits - expected).max()
+        print(f"ibjax: {accuracy(expected, labels):.2f} %, max |Δlogit| {delta:.1e}")
+        sys.exit(0 if delta <= 1e-4 else 1)
+
+
+def predict(network, images):
+    """(N, H, W, C) uint8, or float in [0, 1] -> logits (N, classes)."""
+    scale = 255 if images.dtype == np.uint8 else 1
+    with torch.no_grad():
+        batches = [torch.from_numpy(images[i : i + 64]).permute(0, 3, 1, 2) / scale for i in range(0, len(images), 64)]
+        return torch.cat([network(batch.float()) for batch in batches]).numpy()
+
+
+def accuracy(logits, labels):
+    return 100 * (logits.argmax(1) == labels).mean()
+
+
+if __name__ == "__main__":
+    main()

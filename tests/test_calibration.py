@@ -1,0 +1,112 @@
+"""Calibrated images before a plain classifier: each row of the table by hand, and its command."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ibjax import evaluate, main, run, scoring
+from ibjax.analysis import calibration, corruptions
+from ibjax.attacks.pgd import pgd
+from ibjax.config import base, smoke
+from ibjax.errors import InputError
+from ibjax.models import resnet, siriib
+from ibjax.step import to_float
+
+BACKBONE = dict(name="resnet", blocks=(1,), width=2)
+SIZES = dict(backbone=BACKBONE, scales=(8, 4), widths=(2,))
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run on synthetic images of CIFAR's shape whose calibration stands beside the classifier."""
+    settings = base()
+    settings.model = dict(name="siriib", connections=0, **SIZES)
+    settings.objective = dict(name="siriib", lam=1.0)
+    smoke(settings, (32, 32, 3), 10, {})
+    settings.epochs = 1
+    settings.evaluate.attacks = ("pgd-2",)
+    folder = tmp_path_factory.mktemp("runs") / "isolated"
+    main.execute(settings, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parts(workdir):
+    """(run, x_avg of images, logits of the classifier), from the two modules themselves."""
+    trained = run.load(workdir)
+
+    def of(name):
+        return {kind: tree[name] for kind, tree in trained.variables.items()}
+
+    calibrate, classifier = siriib.Calibration(scales=(8, 4)), resnet.Model(10, blocks=(1,), width=2)
+    return (
+        trained,
+        jax.jit(lambda x: calibrate.apply(of("calibration"), x)[0]),
+        jax.jit(lambda x: classifier.apply(of("backbone"), x)[0]),
+    )
+
+
+def test_each_row_is_what_it_says(workdir, parts):
+    trained, x_avg, logits = parts
+    test = run.test_split(trained)
+    x, y = to_float(jnp.asarray(test.images)), test.labels
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(
+        jax.random.fold_in(jax.random.key(trained.config.seed), scoring._EVALUATION), jnp.arange(len(y))
+    )
+    attack = pgd(eps="8/255", step_size="2/255", steps=2)
+
+    def right(network, images):
+        return np.asarray(network(images)).argmax(1) == y
+
+    def through(images):
+        return logits(x_avg(images))
+
+    x_adv = attack(keys, logits, x, y)
+    found = {
+        "image": (right(logits, x), right(logits, x_adv)),
+        "calibrated": (right(through, x), right(through, x_adv)),
+        "through": (right(through, x), right(through, attack(keys, through, x, y))),
+    }
+    record = calibration.evaluate(workdir)
+    assert record["acc"] == {
+        row: {"clean": calibration.percent(clean), "pgd-2": calibration.percent(clean & adv)}
+        for row, (clean, adv) in found.items()
+    }
+    (known,) = evaluate.evaluate(workdir)
+    assert record["acc"]["image"] == {"clean": known["clean_acc"], "pgd-2": known["robust_acc"]}
+
+
+@pytest.mark.parametrize("attack", ["fgsm", pytest.param("apgd-ce", marks=pytest.mark.slow)])
+def test_it_is_evaluated_from_the_command_line(attack, workdir, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["calibration", f"--workdir={workdir}", f"--attacks={attack}", "--n=10"])
+    monkeypatch.setattr(calibration.cluster, "initialize", lambda: None)  # it must come before all of JAX
+    with pytest.raises(SystemExit) as caught:
+        calibration.main()
+    assert caught.value.code == 0
+    record = json.loads((workdir / "calibration" / "best.json").read_text())
+    assert record["n"] == 10 and list(record["acc"]) == list(calibration.ROWS)
+    for row in ("image", "through"):
+        assert record["acc"][row][attack] <= record["acc"][row]["clean"]
+    assert f"| {record['acc']['through'][attack]:.2f} |" in capsys.readouterr().out
+
+
+def test_corrupted_images_can_be_calibrated(workdir, parts, monkeypatch):
+    monkeypatch.setattr(corruptions.corruptions, "TWELVE", ("fog", "frost"))
+    trained, x_avg, logits = parts
+    record = corruptions.evaluate(workdir, generate=True, calibrated=True, n=10)
+    source = corruptions.generated(run.test_split(trained), "synthetic", n=10)
+    for severity, value in zip(corruptions.corruptions.SEVERITIES, record["acc"]["fog"], strict=True):
+        split = source.split("fog", severity)
+        predicted = logits(x_avg(to_float(jnp.asarray(split.images)))).argmax(1)
+        assert value == calibration.percent(np.asarray(predicted) == split.labels)
+    assert record == json.loads((workdir / "corruptions" / "best.calibrated.json").read_text())
+    assert not (workdir / "corruptions" / "best.json").exists()
+
+
+def test_only_a_calibration_that_stands_apart_is_taken():
+    for model in (siriib.Model(10, **SIZES), resnet.Model(10)):
+        with pytest.raises(InputError, match="connections=0"):
+            calibration.calibrated(model)

@@ -1,0 +1,86 @@
+"""What may be put around any objective: weight perturbation, averaged weights, teachers; and what may not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import smoke_config
+from test_objectives import OBJECTIVES, ROWS, Stepper, experiment
+
+from ibjax import config, train
+from ibjax.attacks.pgd import loss_function
+from ibjax.errors import InputError
+
+BOTH = dict(perturb=dict(name="awp", gamma=0.01, warmup=0), ema_decay=0.9)
+# without the rows that differ in the step only
+ATTACKED = [row for row in ROWS if "pgd_at-" not in str(row) and OBJECTIVES[getattr(row, "values", (row,))[0]][1]]
+
+
+def step_of(name, digits_run, **changes):
+    """The compiled step of a row of the table of objectives, with changes, on one device."""
+    return Stepper(experiment(name, digits_run / "teacher", devices=1, **changes))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_objective_takes_perturbed_and_averaged_weights(name, digits_run):
+    """Both together, with the teachers that it has; nothing is compiled."""
+    made = step_of(name, digits_run, **BOTH)
+    state = jax.eval_shape(lambda: train.initial_state(made.experiment))
+    after, _ = jax.eval_shape(made.dispatch, state, *made.arguments)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert jax.tree.structure(after.ema_params) == jax.tree.structure(after.variables["params"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if "awp" not in name])
+def test_perturbed_and_averaged_weights_change_what_is_learned_and_nothing_else(name, digits_run):
+    plain, both = (step_of(name, digits_run, **changes) for changes in (dict(ema_decay=None), BOTH))
+    (old, _), (new, metrics) = (made(train.initial_state(made.experiment), steps=2) for made in (plain, both))
+    assert np.isfinite(metrics["loss"])
+    perturbed, average = distance(new.variables["params"], old.variables["params"]), new.ema_params
+    assert 0 < perturbed < 1 and 0 < distance(average, new.variables["params"]) < 1
+    # the images that the second step sees, and what it remembers of them, come from weights without perturbation
+    if "memory" in old.variables:
+        assert distance(new.variables["memory"], old.variables["memory"]) < 0.1
+
+
+def distance(a, b):
+    squares = jax.tree.map(lambda x, y: jnp.sum(jnp.square(x - y)), a, b)
+    return float(jnp.sqrt(sum(jax.tree.leaves(squares))))
+
+
+@pytest.mark.parametrize("name", ATTACKED)
+def test_an_objective_knows_whether_its_attack_starts_without_a_gradient(name, digits_run):
+    """Then init='none' is refused. At the first step; where the loss gains terms later, these may have one."""
+    made = experiment(name, digits_run / "teacher", devices=1)
+    frozen, variables = jax.device_get((made.frozen, train.initial_state(made).variables))
+    objective, net = made.objective, made.bind_net(frozen)
+    rng = np.random.default_rng(0)  # a network whose predictions differ
+    variables["params"] = jax.tree.map(
+        lambda w: w + np.float32(0.3) * rng.random(w.shape, np.float32), variables["params"]
+    )
+    x = jnp.asarray(made.data.train.images[:16] / np.float32(255))
+    batch = {"image": x, "label": jnp.asarray(made.data.train.labels[:16]), "index": jnp.arange(16)}
+    batch |= {"step": jnp.int32(0), "epoch": jnp.float32(0)}
+    target = objective.target(net, variables, batch, jax.random.key(0))
+    kind = made.config.attack.loss
+    loss = loss_function(objective.attack_loss if kind == "objective" else kind)
+
+    def climbed(x):
+        output = net.predict(variables, x)
+        return jnp.sum(loss(output if objective.attack_loss is not None else output[0], target))
+
+    at, beside = (jnp.linalg.norm(jax.grad(climbed)(u).ravel()) for u in (x, jnp.where(x < 0.5, x + 0.1, x - 0.1)))
+    assert beside > 0 and (at < 1e-3 * beside) == objective.flat_at_x
+
+
+@pytest.mark.parametrize("objective", ["pgd_at", "trades", "hbar", "mart"])
+@pytest.mark.parametrize("role", config.TEACHERS)
+def test_a_teacher_that_nobody_asks_is_refused(objective, role, digits_run):
+    settings = smoke_config("digits")
+    settings.teacher.recipe = None
+    settings.objective = dict(name=objective)
+    settings.attack.loss = "kl" if objective in ("trades", "hbar") else "ce"
+    settings[role].workdir = str(digits_run / "teacher")
+    with pytest.raises(InputError, match=rf"'{objective}' asks no {role} and would ignore it"):
+        train.build(settings)

@@ -1,0 +1,429 @@
+"""PyTorch networks become runs and runs PyTorch networks, with equal logits and equal bits, or nothing is written."""
+
+import json
+import os
+import pickle
+import runpy
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ibjax import architectures, cluster, config, convert, report, run, torch_file, train
+from ibjax import checkpoint as checkpoints
+from ibjax.errors import CheckpointError, InputError
+from ibjax.evaluate import evaluate
+from ibjax.models import wide_resnet
+from ibjax.step import TrainState
+
+torch = pytest.importorskip("torch", reason="conversion needs PyTorch (pip install 'ibjax[torch]')")
+pytest.importorskip("safetensors", reason="conversion needs safetensors (pip install 'ibjax[torch]')")
+import torch_twins as twins  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from test_twins import DM, PAIRS  # noqa: E402
+
+WRN_SECTION = dict(name="wide_resnet", depth=10, width=1)
+
+
+def twin(name="wrn_trades"):
+    torch.manual_seed(0)
+    return twins.make(*PAIRS[name])
+
+
+@pytest.fixture(scope="module")
+def images():
+    """96 crops of real photographs."""
+    return convert._crops(32, 96)
+
+
+@pytest.fixture(scope="module")
+def data(images, tmp_path_factory):
+    """--config flags of a data set of real images; `wrn_trades` classifies three quarters of its 40 test images."""
+    file = tmp_path_factory.mktemp("data") / "crops.npz"
+    answers = twins.logits(twin(), images[:40].astype(np.float32) / 255).argmax(1)
+    answers[::4] = (answers[::4] + 1) % 10
+    labels = np.arange(56) % 10
+    np.savez(file, x_train=images[40:], y_train=labels, x_test=images[:40], y_test=answers)
+    return ["--config.data.name=npz", f"--config.data.path={file}", "--config.data.val_size=16"]
+
+
+def saved(network, file):
+    torch.save(network.state_dict(), file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def imported(data, tmp_path_factory):
+    """(the file of `wrn_trades`, the workdir that was made of it)."""
+    folder = tmp_path_factory.mktemp("imported")
+    file = saved(twin(), folder / "wrn.pt")
+    convert.from_torch(file, "wide_resnet", folder / "run", overrides=[*data, "--config.model.dtype=bfloat16"])
+    return file, folder / "run"
+
+
+# ---- there and back ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_import_export_and_import_again_end_in_the_same_bits(name, data, tmp_path):
+    arch, model = PAIRS[name]
+    network = twin(name)
+    found = convert.from_torch(saved(network, tmp_path / "a.pt"), arch, tmp_path / "a", overrides=data)
+    assert 0 < found["max_delta_logit"] <= 1e-4
+    assert convert.to_torch(tmp_path / "a", tmp_path / "exported") <= 1e-4
+    exported = load_file(tmp_path / "exported" / "model.safetensors")
+    given = {key: value for key, value in network.state_dict().items() if value.is_floating_point()}
+    assert set(exported) == set(given)
+    assert all(torch.equal(exported[key], value) for key, value in given.items())
+
+    (tmp_path / "b").mkdir()
+    convert.from_torch(tmp_path / "exported" / "model.safetensors", arch, tmp_path / "b", overrides=data)
+    first, second = (run.load(tmp_path / folder) for folder in "ab")
+    assert checkpoints.tree_digest(first.variables) == checkpoints.tree_digest(second.variables)
+    assert first.model == second.model == model
+
+
+def test_a_full_size_wide_resnet_converts(tmp_path):
+    """WRN-28-10, random weights and batch statistics, on real images."""
+    torch.manual_seed(0)
+    network = twins.make("wide_resnet", wide_resnet.Model(10, 28, 10))
+    found = convert.from_torch(saved(network, tmp_path / "a.pt"), "wide_resnet", tmp_path / "a", photographs=32, n=8)
+    print(f"max |Δlogit| {found['max_delta_logit']:.1e}")
+    assert found["max_delta_logit"] <= 1e-4
+    section = json.loads((tmp_path / "a" / "config.json").read_text())["config"]["model"]
+    assert (section["depth"], section["width"]) == (28, 10)
+
+
+def test_the_exported_check_runs_in_plain_torch(imported, data, tmp_path, monkeypatch, capsys):
+    """A process of its own, which knows nothing of ibjax, finds the accuracy that ibjax finds; other weights fail."""
+    _, workdir = imported
+    folder = tmp_path / "exported"
+    convert.to_torch(workdir, folder)
+    clean = evaluate(workdir, attacks=["fgsm"])[0]["clean_acc"]
+    assert clean == 75.0
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+    def check():
+        command = [sys.executable, str(folder / "check.py")]
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+
+    done = check()
+    assert done.returncode == 0, done.stderr
+    assert "clean accuracy 75.00 % of 40 images\nibjax: 75.00 %, max |Δlogit|" in done.stdout
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "fc.bias": tensors["fc.bias"] + 1e-3}, folder / "model.safetensors")
+    assert check().returncode == 1
+
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(sys, "argv", ["check.py", f"--data={data[1].partition('=')[2]}"])
+    runpy.run_path(str(folder / "check.py"), run_name="__main__")
+    del sys.modules["model"]
+    assert capsys.readouterr().out == "clean accuracy 75.00 % of 40 images\n"
+
+
+def test_the_definition_that_is_exported_is_short(imported, tmp_path):
+    convert.to_torch(imported[1], tmp_path / "exported")
+    text = (tmp_path / "exported" / "model.py").read_text()
+    assert len(text.splitlines()) < 100
+    assert {line.split()[1].split(".")[0] for line in text.splitlines() if line.startswith(("import", "from"))} == {
+        "torch",
+        "safetensors",
+    }
+
+
+def test_model_info_has_robustbenchs_keys_and_the_records_accuracies(imported):
+    _, workdir = imported
+    record = evaluate(workdir, attacks=["fgsm"])[0] | {"attack": "autoattack", "robust_acc": 12.345}
+    file = workdir / "eval/best/autoattack.json"
+    run.write_json(file, record)
+    info = convert.model_info(run.load(workdir), "best")
+    keys = "link name authors additional_data number_forward_passes dataset venue architecture eps clean_acc reported"
+    assert [*info] == [*keys.split(), "autoattack_acc"]
+    assert (info["architecture"], info["eps"], info["clean_acc"]) == ("WideResNet-10-1", "8/255", "75.00")
+    assert info["autoattack_acc"] == info["reported"] == "12.35"
+    for other in ({"weights": "another network's"}, {"n": 20}, {"main": False}):
+        run.write_json(file, record | other)
+        assert convert.model_info(run.load(workdir), "best")["autoattack_acc"] is None
+    file.unlink()
+
+
+# ---- what an import makes is a run -------------------------------------------------------------------------
+
+
+def test_the_command_line_makes_a_run_that_is_evaluated_and_taught_from(imported, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+    file, workdir = imported[0], tmp_path / "run"
+    command = ["convert", "--torch", str(file), "--arch=wide_resnet", f"--workdir={workdir}", "--clean_acc=76", *data]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        convert.main()
+    assert ended.value.code == 0
+    assert "on 40 test images of crops, clean accuracy 75.00 %" in capsys.readouterr().out
+
+    record = evaluate(workdir, attacks=["fgsm"], n=20)[0]
+    assert record["selected_on"] == "unknown" and record["imported"]["arch"] == "wide_resnet"
+    report.write([workdir], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "Imported by ibjax.convert from wrn.pt" in text and "not finished" not in text and "train again" not in text
+
+    student = config.base()
+    student.model = dict(name="preact_resnet", blocks=(1, 1), width=4)
+    student.objective = dict(name="ibd")
+    student.attack.update(loss="kl", init="gaussian")
+    student.batch_size = 8
+    student.data = dict(name="npz", path=data[1].partition("=")[2], val_size=16, split_seed=0)
+    student.teacher.workdir = str(workdir)
+    train.check(student)
+
+
+def test_without_a_data_set_photographs_are_compared_and_the_run_can_teach(imported, tmp_path):
+    convert.from_torch(imported[0], "wide_resnet", tmp_path / "run", photographs=32, n=16)
+    loaded = run.load(tmp_path / "run")
+    assert "scikit-learn" in loaded.facts["imported"]["images"] and loaded.facts["input_shape"] == [32, 32, 3]
+    with pytest.raises(InputError, match="imported with photographs"):
+        evaluate(tmp_path / "run")
+    convert.to_torch(tmp_path / "run", tmp_path / "exported", n=16)
+    with pytest.raises(InputError, match="--clean_acc needs"):
+        convert.from_torch(imported[0], "wide_resnet", tmp_path / "b", photographs=32, clean_acc=80.0)
+
+
+def test_a_folder_that_holds_something_is_refused_and_one_that_is_made_is_whole(imported, data, tmp_path, monkeypatch):
+    file, workdir = imported
+    with pytest.raises(InputError, match="not an empty folder"):
+        convert.from_torch(file, "wide_resnet", workdir, overrides=data)
+    with pytest.raises(InputError, match="not an empty folder"):
+        convert.to_torch(workdir, workdir)
+
+    def fails(*_):
+        raise CheckpointError("disk full")
+
+    monkeypatch.setattr(checkpoints, "save", fails)
+    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "absent"):
+        with pytest.raises(CheckpointError, match="disk full"):
+            convert.from_torch(file, "wide_resnet", tmp_path / folder, overrides=data)
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
+@pytest.mark.parametrize(
+    "section, shape, said",
+    [
+        (dict(name="cnn", widths=((4,),), hidden=()), (32, 32, 3), r"cnn, images \(32, 32, 3\)"),
+        (dict(name="stochastic", backbone=WRN_SECTION, latent=4), (32, 32, 3), "stochastic"),
+        (WRN_SECTION, (8, 8, 1), r"wide_resnet, images \(8, 8, 1\)"),
+    ],
+)
+def test_networks_without_a_definition_in_pytorch_are_refused(section, shape, said, tmp_path):
+    settings = config.base()
+    settings.model, settings.data = section, dict(name="digits", val_size=0, split_seed=0)
+    shapes = run.abstract_variables(run.build_model(section, 10, "model"), shape, cluster.mesh())
+    run.write_config(tmp_path / "run", settings, {"input_shape": list(shape), "num_classes": 10})
+    with checkpoints.manager(tmp_path / "run") as orbax:
+        variables = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)
+        checkpoints.save(orbax, TrainState(jnp.int32(0), variables, (), None), {"selection": 0.0})
+    with pytest.raises(InputError, match=said + r".* has no definition in PyTorch"):
+        convert.to_torch(tmp_path / "run", tmp_path / "exported")
+
+
+# ---- files -------------------------------------------------------------------------------------------------
+
+
+def _robustness(state):
+    """The robustness library: a normaliser, the network, and both again for its attacker."""
+    norm = {"normalizer.new_mean": torch.full((3, 1, 1), 0.5), "normalizer.new_std": torch.full((3, 1, 1), 0.25)}
+    model = {f"model.{key}": value for key, value in state.items()}
+    attacker = {f"attacker.{key}": value for key, value in model.items()}
+    attacker |= {key.replace("normalizer", "attacker.normalize"): value for key, value in norm.items()}
+    return {"model": {f"module.{key}": value for key, value in (norm | model | attacker).items()}, "epoch": 3}
+
+
+WRAPPERS = {
+    "alone": lambda state: state,
+    "parallel": lambda state: {f"module.{key}": value for key, value in state.items()},
+    "nested": lambda state: {"state_dict": state, "optimizer": {"state": {}}, "epoch": 76},
+    "pytorch-cifar": lambda state: {"net": {f"module.{key}": value for key, value in state.items()}, "acc": 91.2},
+    "averaged": lambda state: {"unaveraged_model_state_dict": {}, "model_state_dict": state, "lr": torch.tensor(0.1)},
+    "sequential": lambda state: {
+        "0.mu": torch.full((1, 3, 1, 1), 0.5),
+        "0.sigma": torch.full((1, 3, 1, 1), 0.25),
+        **{f"1.{key}": value for key, value in state.items()},
+    },
+    "robustness": _robustness,
+    "trades": lambda state: state | {f"sub_{key}": value for key, value in state.items() if key.startswith("block1")},
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_what_checkpoints_wrap_a_network_in_is_taken_off(wrapper, tmp_path):
+    network = twin()
+    torch.save(WRAPPERS[wrapper](network.state_dict()), tmp_path / "a.t7")
+    state, normalization = torch_file.read(tmp_path / "a.t7")
+    kept = {key: value for key, value in state.items() if not key.startswith("sub_block1")}
+    expected = twins.state(network)
+    assert set(kept) == set(expected) and all(np.array_equal(kept[key], expected[key]) for key in kept)
+    normalizes = wrapper in ("sequential", "robustness")
+    assert normalization == (((0.5,) * 3, (0.25,) * 3) if normalizes else None)
+
+
+class Bomb:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (self.file,)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_nothing_in_a_file_is_ever_unpickled(legacy, tmp_path):
+    file, proof = tmp_path / "a.pt", tmp_path / "executed"
+    content = {"state_dict": twin().state_dict(), "args": Bomb(proof)}
+    torch.save(content, file, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(CheckpointError, match=r"holds more than tensors \(\w+\.mkdir\).* refused"):
+        convert.from_torch(file, "wide_resnet", tmp_path / "run", photographs=32)
+    file.write_bytes(pickle.dumps(content["args"]))
+    with pytest.raises(CheckpointError):
+        torch_file.read(file)
+    assert not proof.exists() and not (tmp_path / "run").exists()
+    torch.load(saved_again(content, file), weights_only=False)
+    assert proof.exists()  # the bomb is one
+
+
+def saved_again(content, file):
+    torch.save(content, file)
+    return file
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_damaged_file_is_one_line(suffix, tmp_path):
+    file = tmp_path / f"a{suffix}"
+    if suffix == ".pt":
+        saved(twin(), file)
+    else:
+        save_file({key: value for key, value in twin().state_dict().items() if value.ndim}, file)
+    whole = file.read_bytes()
+    for content in (whole[:-100], whole[: len(whole) // 2], whole[:7], b"", b"not weights"):
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"is damaged, or no .*download it again") as error:
+            torch_file.read(file)
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="is no file"):
+        torch_file.read(tmp_path / "absent.pt")
+    torch.save({"loss": [1.0]}, tmp_path / "b.pt")
+    with pytest.raises(CheckpointError, match=r"holds no state dict; it has loss"):
+        torch_file.read(tmp_path / "b.pt")
+
+
+# ---- what does not fit is refused, and nothing written -----------------------------------------------------
+
+
+def refused(tmp_path, state, match, arch="wide_resnet", **options):
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(InputError, match=match) as error:
+        convert.from_torch(tmp_path / "a.pt", arch, tmp_path / "run", **{"photographs": 32, "n": 8, **options})
+    assert not (tmp_path / "run").exists() and "\n" not in str(error.value)
+
+
+def test_another_architecture_is_refused_with_the_closest_and_the_first_differing_keys(tmp_path):
+    state = twin("wrn_deepmind").state_dict()
+    refused(
+        tmp_path,
+        state,
+        r"is no wide_resnet: it lacks \S+ .*and \d+ more; it has init_conv\.weight, layer\.0\.block\.0\.batchnorm_0"
+        r".*; closest: --arch=dm_wide_resnet \(100 % of its names agree\)",
+    )
+    refused(tmp_path, state, r"--arch=dm_wrn is unknown; allowed: .*; did you mean 'dm_wide_resnet'\?", arch="dm_wrn")
+    refused(tmp_path, state, r"is no vgg: .*closest: --arch=dm_wide_resnet", arch="vgg")
+    raw = twin("preact_rice").state_dict()
+    refused(tmp_path, raw, r"closest: --arch=preact_resnet or preact_resnet_raw", arch="resnet")
+
+
+def test_every_tensor_is_used_exactly_once_and_every_weight_is_filled(tmp_path):
+    state = twin().state_dict()
+    missing = {key: value for key, value in state.items() if key != "block2.layer.0.bn2.running_var"}
+    refused(tmp_path, missing, r"it lacks block2\.layer\.0\.bn2\.running_var; closest: --arch=wide_resnet \(9\d %")
+    refused(tmp_path, state | {"fc2.weight": torch.zeros(3, 3)}, r"it has fc2\.weight; closest: --arch=wide_resnet")
+    wide = state | {"block3.layer.0.conv2.weight": torch.zeros(64, 32, 3, 3)}
+    refused(
+        tmp_path, wide, r"block3\.layer\.0\.conv2\.weight is \(64, 32, 3, 3\), in wide_resnet of these sizes \(64, 64"
+    )
+    for key, value in (("fc.bias", torch.full((10,), torch.nan)), ("bn1.running_var", -torch.ones(64))):
+        refused(tmp_path, state | {key: value}, rf"{key} holds NaN, Inf or a negative variance")
+
+
+def test_another_normalisation_is_refused(data, tmp_path):
+    """Where the file keeps mean and std, by the logits; where it does not, by the published accuracy."""
+    state, wrong = twin("wrn_deepmind").state_dict(), "--config.model.mean=(0.5, 0.4822, 0.4465)"
+    match = r"logits of PyTorch's network and ours differ by up to .* nothing is written"
+    refused(tmp_path, state, match, arch="dm_wide_resnet", overrides=[wrong])
+    state = twin().state_dict()
+    shift = ["--config.model.mean=(5.0, -5.0, 5.0)", "--config.model.std=(0.01, 0.01, 0.01)"]
+    options = dict(photographs=None, n=40, clean_acc=75.0)
+    refused(tmp_path, state, r"published 75\.00 %.*normalisation", overrides=[*data, *shift], **options)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--torch=a.pt", "--arch is missing; allowed: dm_preact_resnet"),
+        ("", "give --torch FILE --arch NAME for an import, or --to FOLDER"),
+        ("--to=x --torch=a.pt --arch=vgg", "give --torch FILE --arch NAME for an import, or --to FOLDER"),
+        ("--to=x --arch=vgg", "--arch, --clean_acc, --photographs and --config.KEY=VALUE go with --torch"),
+        ("--to=x --config.seed=1", "--arch, --clean_acc, --photographs and --config.KEY=VALUE go with --torch"),
+        ("--torch=a.pt --arch=vgg --checkpoint=last", "--checkpoint with --to"),
+        ("--torch=a.pt --arch=vgg --n=0", "--n=0 is not allowed"),
+        ("--torch=a.pt --arch=vgg --nn=0", "'--nn=0' is no flag"),
+        ("--torch=a.pt --arch=vgg", "--torch=a.pt is no file"),
+        ("--to=x", "absent holds no run"),
+    ],
+)
+def test_a_command_line_that_means_nothing_ends_in_one_line(flags, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["convert", "--workdir=absent", *flags.split()])
+    with pytest.raises(SystemExit) as ended:
+        convert.main()
+    text = capsys.readouterr().err
+    assert ended.value.code == 2 and said in text and text.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_that_make_another_architecture_are_refused(tmp_path):
+    refused(tmp_path, twin().state_dict(), "another network than --arch", overrides=["--config.model.variant=deepmind"])
+    refused(tmp_path, twin().state_dict(), "another network than --arch", overrides=["--config.model.name=resnet"])
+
+
+def test_another_number_of_classes_is_refused(data, tmp_path):
+    torch.manual_seed(0)
+    network = twins.make("wide_resnet", wide_resnet.Model(7, 10, 1))
+    refused(tmp_path, network.state_dict(), r"has 7 classes, crops has 10", photographs=None, overrides=data)
+
+
+def test_the_gate_sees_every_single_weight(images):
+    """Any leaf, changed by a little, moves the logits beyond the tolerance."""
+    x = images[:8].astype(np.float32) / 255
+    for name in ("wrn_deepmind", "resnet_bottleneck"):
+        arch, model = PAIRS[name]
+        network = twin(name)
+        variables = architectures.to_ours(arch, model, twins.state(network))
+        leaves, structure = jax.tree.flatten(variables)
+        expected, apply = twins.logits(network, x), jax.jit(model.apply)
+        for i, leaf in enumerate(leaves):
+            changed = jax.tree.unflatten(structure, [*leaves[:i], jnp.asarray(leaf) * 1.2 + 0.1, *leaves[i + 1 :]])
+            with pytest.raises(CheckpointError, match="nothing is written"):
+                convert._gate(np.asarray(apply(changed, x)[0]), expected, "8 images", "")
+    with pytest.raises(CheckpointError, match="nothing is written"):
+        convert._gate(np.full((1, 2), np.nan), np.zeros((1, 2)), "1 image", "")
+
+
+def test_the_usual_normalisation_holds_where_a_file_keeps_none(tmp_path):
+    torch.manual_seed(0)
+    state = twins.make("dm_wide_resnet", wide_resnet.Model(10, 10, 1, variant="deepmind", **DM)).state_dict()
+    torch.save({key: value for key, value in state.items() if key not in ("mean", "std")}, tmp_path / "a.pt")
+    convert.from_torch(tmp_path / "a.pt", "dm_wide_resnet", tmp_path / "run", photographs=32, n=8)
+    model = run.load(tmp_path / "run").model
+    assert (model.mean, model.std, model.activation) == (DM["mean"], DM["std"], "silu")

@@ -1,0 +1,115 @@
+"""IB-RAR's permanent mask as a network, and the two commands: the mask of a run, the choice of robust layers."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import smoke_config
+
+import ibjax
+from ibjax import evaluate, main, run
+from ibjax.analysis import layers, mask
+from ibjax.errors import InputError
+from ibjax.models import masked
+from ibjax.objectives import ib_rar
+from ibjax.step import linen_net
+
+X = jax.random.uniform(jax.random.key(0), (4, 32, 32, 3))
+NETWORKS = [  # a pooled map; one that a shortcut and a convolution see; one before a batch-norm; a vector
+    (dict(name="vgg", depth=11, width=2, hidden=(6,)), "stage5"),
+    (dict(name="resnet", depth=10, width=4), "stage1"),
+    (dict(name="wide_resnet", depth=10, width=1), "stage2"),
+    (dict(name="resnet", depth=10, width=4), "pre_logits"),
+    (dict(name="stochastic", backbone=dict(name="resnet", depth=10, width=4), latent=6), "stage4"),
+]
+
+
+@pytest.mark.parametrize("section, tap", NETWORKS)
+def test_a_masked_network_is_the_network_with_zeros_at_its_tap(section, tap):
+    """In evaluation and, with its batch statistics, in training."""
+    inner = run.build_model(section, 5, "model")
+    variables = inner.init(jax.random.key(1), X)
+    outer = masked.Model(5, section, tap, (1, 3))
+    nested = {kind: {"backbone": tree} for kind, tree in variables.items()}
+    width = inner.apply(variables, X)[1][tap].shape[-1]
+    edits = {tap: ib_rar.masked(jnp.ones(width).at[jnp.array([1, 3])].set(0))}
+    expected = inner.apply(variables, X, edits=edits)
+    logits, features = outer.apply(nested, X)
+    np.testing.assert_array_equal(logits, expected[0])
+    assert not np.any(features[tap][..., [1, 3]]) and np.any(features[tap][..., [0, 2]])
+    assert np.abs(logits - inner.apply(variables, X)[0]).max() > 1e-4
+    key = jax.random.key(2)
+    one = linen_net(outer).forward(nested, X, key)
+    if section["name"] != "stochastic":  # a nested module draws from another key
+        other = linen_net(inner).forward(variables, X, key, edits)
+        np.testing.assert_array_equal(one[0][0], other[0][0])
+        jax.tree.map(np.testing.assert_array_equal, one[1]["batch_stats"]["backbone"], other[1]["batch_stats"])
+
+
+def test_a_mask_of_what_is_not_there_is_refused():
+    section = dict(name="resnet", depth=10, width=4)
+    for tap, channels, words in (("stage9", (1,), "'stage9' is no feature"), ("stage1", (4,), "has 4 channels")):
+        with pytest.raises(InputError, match=words):
+            masked.Model(5, section, tap, channels).init(jax.random.key(0), X)
+
+
+@pytest.fixture
+def undefended(digits_run, tmp_path):
+    return shutil.copytree(digits_run / "undefended", tmp_path / "run", ignore=shutil.ignore_patterns(".lock"))
+
+
+def test_the_command_masks_the_channels_that_tell_least_of_the_label(undefended, tmp_path):
+    trained = ibjax.load(undefended)
+    values = mask.information(trained, "stage2")
+    chosen = mask.mask(undefended, tmp_path / "masked", "stage2", share=0.5)
+    assert set(chosen) == set(np.argsort(values)[: len(values) // 2].tolist())
+    assert np.ptp(values) > 0
+
+    result = ibjax.load(tmp_path / "masked")
+    x = jax.random.uniform(jax.random.key(0), (3, 8, 8, 1))
+    edit = {"stage2": ib_rar.masked(jnp.ones(len(values)).at[jnp.asarray(chosen)].set(0))}
+    expected = trained.model.apply(trained.variables, x, edits=edit)[0]
+    np.testing.assert_allclose(result.logits_fn(x), expected, rtol=1e-5, atol=1e-6)
+
+    record = evaluate.evaluate(tmp_path / "masked", attacks=("fgsm",))[0]
+    assert record["title"] == "undefended, masked" and record["config"]["model"]["channels"] == chosen
+    assert mask.mask(undefended, tmp_path / "masked", "stage2", share=0.5) == chosen  # it is there already
+    with pytest.raises(InputError, match="holds a run with model"):
+        mask.mask(undefended, tmp_path / "masked", "stage2", share=0.25)
+    with pytest.raises(InputError, match="less than one"):
+        mask.mask(undefended, tmp_path / "other", "stage2", share=0.01)
+    with pytest.raises(InputError, match="--tap=stage7 is no feature"):
+        mask.mask(undefended, tmp_path / "other", "stage7")
+    assert not (tmp_path / "other").exists()
+
+
+def recipe():
+    settings = smoke_config("digits").contrast.undefended
+    settings.objective = dict(name="ib_rar", base="standard")
+    settings.epochs, settings.model.widths = 1, ((4,),)
+    return settings
+
+
+def test_the_choice_of_layers_trains_each_alone_and_goes_on_where_it_was(tmp_path):
+    found = layers.choose(recipe(), tmp_path, gain=-100.0)
+    assert list(found["accuracy"]) == ["none", "stage1", "pre_logits"]
+    assert found["layers"] == ["stage1", "pre_logits"] and found["attack"] == "pgd-2"
+    saved = {name: run.read_config(tmp_path / name)[0].objective for name in found["accuracy"]}
+    assert (saved["none"].alpha, saved["none"].beta) == (0.0, 0.0)
+    assert saved["stage1"].layers == "stage1" and saved["stage1"].beta == 0.08
+    assert json.loads((tmp_path / "layers.json").read_text()) == found
+
+    logs = {name: (tmp_path / name / "metrics.jsonl").stat().st_mtime_ns for name in saved}
+    assert layers.choose(recipe(), tmp_path, gain=1000.0)["layers"] == []
+    assert logs == {name: (tmp_path / name / "metrics.jsonl").stat().st_mtime_ns for name in saved}
+    flag = layers.table(found).splitlines()[-1]
+    assert flag == "--config.objective.layers=stage1,pre_logits"
+    assert main.override(recipe(), [flag]).objective.layers == "stage1,pre_logits"
+
+
+def test_a_recipe_without_layers_to_choose_is_refused(tmp_path):
+    with pytest.raises(InputError, match="'standard' has no layers"):
+        layers.choose(smoke_config("digits").contrast.undefended, tmp_path)
