@@ -143,7 +143,7 @@ def data_section(given: argparse.Namespace) -> dict:
 
 
 def autoattack(given: argparse.Namespace) -> None:
-    """Trains the network of configs/small_cnn.py and attacks it from both sides, twice: the first time compiles."""
+    """Trains the network of configs/small_cnn.py and attacks it from both sides, twice: the first round compiles."""
     import autoattack as comparison
 
     from ibjax import main, train
@@ -206,7 +206,7 @@ def run_part(name: str, given: argparse.Namespace, limit: float, workdir: Path) 
     paths = [f"--out={given.out}", f"--workdir={workdir}"] + ([f"--data={given.data}"] if given.data else [])
     command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], f"--part={name}", *paths]
     if name == "tests":
-        tests = "tests/test_twin.py" if given.quick else "tests"
+        tests = "tests/test_losses.py" if given.quick else "tests"
         options = ["-v", "--tb=short", "-o", "addopts=--strict-markers", "-p", "no:cacheprovider"]
         command = [sys.executable, "-m", "pytest", *options, "-m", "not slow", tests]
     print(f"{name}: at most {limit:.0f} s", flush=True)

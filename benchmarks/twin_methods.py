@@ -70,14 +70,17 @@ def blocks(features: dict[str, Tensor]) -> list[Tensor]:
 
 
 def standard() -> Twin:
+    """CE(x)."""
     return Twin(lambda nets, batch, _: F.cross_entropy(nets.logits(batch.x), batch.y), start=None)
 
 
 def pgd_at() -> Twin:
+    """CE(x')."""
     return Twin(lambda nets, batch, x_adv: F.cross_entropy(nets.logits(x_adv), batch.y))
 
 
 def awp(gamma: float = 0.01) -> Twin:
+    """CE(x') at perturbed weights."""
     return pgd_at()._replace(gamma=gamma)
 
 
@@ -153,7 +156,7 @@ def te(weight: float = 300.0, momentum: float = 0.9, start: int = 90, end: int =
         return batch.y, ensemble(nets, batch), ramp(batch)
 
     return Twin(
-        lambda nets, batch, x_adv: per_image(nets.logits(x_adv), *target(nets, batch)).mean(),
+        lambda nets, batch, x_adv: per_image(nets.logits(x_adv), *batch.target).mean(),
         target,
         lambda nets, x, given: per_image(nets.logits(x), *given),
         remember=remember,
@@ -238,7 +241,9 @@ def taught(nets: Nets, batch: Batch) -> Tensor:
 def ard(alpha: float = 1.0, temperature: float = 30.0) -> Twin:
     def loss(nets, batch, x_adv):
         teacher = nets.teacher(batch.x)[0] / temperature
-        adv, clean = nets.logits(x_adv), nets.logits(batch.x)
+        adv = nets.logits(x_adv)
+        with torch.set_grad_enabled(alpha < 1):  # else for its statistics alone
+            clean = nets.logits(batch.x)
         robust = kl(teacher, adv / temperature).mean() / adv.shape[1]
         return alpha * temperature**2 * robust + (1 - alpha) * F.cross_entropy(clean, batch.y)
 
@@ -247,7 +252,7 @@ def ard(alpha: float = 1.0, temperature: float = 30.0) -> Twin:
 
 def rslad(alpha: float = 5 / 6) -> Twin:
     def loss(nets, batch, x_adv):
-        p = taught(nets, batch)
+        p = batch.target
         adv, clean = nets.logits(x_adv), nets.logits(batch.x)
         robust, natural = (((p + 1e-5).log() - z.log_softmax(1)).mul(p).mean() for z in (adv, clean))
         return alpha * robust + (1 - alpha) * natural
@@ -269,7 +274,7 @@ def iad(beta: float = 0.1, begin: int = 60) -> Twin:
 
 def ibd(alpha: float = 0.9, beta: float = 0.8) -> Twin:
     def loss(nets, batch, x_adv):
-        y_t = taught(nets, batch)
+        y_t = batch.target
         clean, (adv, features) = nets.logits(batch.x), nets.outputs(x_adv)
         feature = nets.head(blocks(features), blocks(nets.teacher(x_adv)[1]))
         return (1 - alpha) * kl_to(y_t, clean).mean() + alpha * kl_to(y_t, adv).mean() + beta * feature

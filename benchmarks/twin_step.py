@@ -26,12 +26,13 @@ class Nets(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images (B, C, H, W), labels and indices (B,), the epoch (0: the first)."""
+    """Images (B, C, H, W), labels and indices (B,), the epoch (0: the first), what the attack climbed away from."""
 
     x: Tensor
     y: Tensor
     index: Tensor
     epoch: float = 0.0
+    target: Any = None
 
 
 def _labels(nets, batch):
@@ -158,13 +159,14 @@ def make_step(
     first = start or STARTS.get(twin.start)
 
     def attack(batch):
+        """(x_adv, the batch with the attack's target)."""
         if twin.attack is not None:
-            return twin.attack(nets, batch, first)
+            return twin.attack(nets, batch, first), batch
         if twin.start is None:
-            return None
+            return None, batch
         with torch.no_grad():
-            target = twin.target(nets, batch)
-        return ascend(nets, batch.x, target, twin.climb, first(batch.x, eps), eps, step_size, steps)
+            batch = batch._replace(target=twin.target(nets, batch))
+        return ascend(nets, batch.x, batch.target, twin.climb, first(batch.x, eps), eps, step_size, steps), batch
 
     def step(x, y):
         batch = Batch(x, y, torch.arange(len(x), device=device), epoch)
@@ -172,7 +174,7 @@ def make_step(
         if twin.remember is not None:
             with torch.no_grad():
                 twin.remember(nets, batch)
-        x_adv = attack(batch)
+        x_adv, batch = attack(batch)
         student.train().requires_grad_(True)
         optimizer.zero_grad(set_to_none=True)
         offset = None
