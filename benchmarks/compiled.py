@@ -12,6 +12,7 @@ ResNet-18 on 32×32 images, teachers too; the attack has ten steps. Every row of
 one that does not fit leaves the others. Writes a JSON and the table beside it as Markdown.
 """
 
+import itertools
 import json
 from functools import partial
 from typing import Any
@@ -90,12 +91,11 @@ def memory_table(records: list[dict]) -> str:
     heads = ("objective", "batch", "dtype", "microbatches", "temporary, MiB", "arguments, MiB", "peak in use, MiB")
     rows = []
     for record in records:
-        values = (record.get(kind) for kind in kinds)
-        cells = (
-            [record["error"], "", ""] if "error" in record else ["" if v is None else f"{v / MIB:,.0f}" for v in values]
-        )
+        cells = [f"{record[kind] / MIB:,.0f}" if record.get(kind) is not None else "" for kind in kinds]
+        if "error" in record:
+            cells[0] = record["error"]
         rows.append((*(record[key] for key in ("objective", "batch", "dtype", "microbatches")), *cells))
-    return measuring.markdown(heads, rows)  # fmt: skip
+    return measuring.markdown(heads, rows)
 
 
 def main() -> None:
@@ -115,19 +115,16 @@ def main() -> None:
     if given.what == "flops":
         for name in names:
             teachers = [network] + ([methods.WRN34] if name == "ibd" and not given.quick else [])
-            for teacher, batch_size in ((t, b) for t in teachers for b in given.batch or (8,)):
+            for teacher, batch_size in itertools.product(teachers, given.batch or (8,)):
                 work = (name, network, teacher, attack_steps, batch_size)
                 page.attempt(dict(objective=name, batch=batch_size), partial(count, *work))
     else:
         default = (128,) if jax.default_backend() == "cpu" else (512,)
-        for name, batch_size in ((n, b) for n in names for b in given.batch or default):
-            for microbatches in given.microbatches:
-                about = dict(batch_size=batch_size, dtype=given.dtype, microbatches=microbatches)
-                found = measuring.in_new_process(
-                    __file__, dict(name=name, network=network, attack_steps=attack_steps, **about)
-                )
-                about = dict(objective=name, batch=batch_size, dtype=given.dtype, microbatches=microbatches)
-                page.add({**about, **found})
+        for name, batch_size, parts in itertools.product(names, given.batch or default, given.microbatches):
+            work = dict(name=name, batch_size=batch_size, dtype=given.dtype, microbatches=parts)
+            found = measuring.in_new_process(__file__, {**work, "network": network, "attack_steps": attack_steps})
+            about = dict(objective=name, batch=batch_size, dtype=given.dtype, microbatches=parts)
+            page.add({**about, **found})
     page.finish()
 
 

@@ -85,7 +85,7 @@ def measure(axis: str, batch_size: int, repeats: int, n: int, quiet: bool, quick
         measuring.warm_up(runners, [])
         times = measuring.alternate(runners, repeats, n, quiet).record()
     images = {str(at): options["batch_size"] for at, options in given.items()}
-    return {"axis": axis, "batch": images, "repeats": repeats, "steps_per_repeat": n, **size, **times}  # fmt: skip
+    return {"axis": axis, "batch": images, "repeats": repeats, "steps_per_repeat": n, **size, **times}
 
 
 def table(records: list[dict]) -> str:

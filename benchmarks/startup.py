@@ -61,7 +61,7 @@ def table(records: list[dict]) -> str:
     for record in records:
         cells = [record["error"], "", "", "", ""] if "error" in record else [f"{record[part]:.1f}" for part in PARTS]
         rows.append((*(record[key] for key in ("objective", "batch", "dtype", "cache")), *cells))
-    return measuring.markdown(heads, rows)  # fmt: skip
+    return measuring.markdown(heads, rows)
 
 
 def main() -> None:

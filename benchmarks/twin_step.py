@@ -138,6 +138,7 @@ def make_step(
       optimizer: over the parameters of student and head.
       eps, step_size, steps: of the attack in l_inf.
       start: (x, eps) -> the attack's first point; None: the method's own, at random.
+      epoch: at which the step is taken.
       memory: the method's, `twin.memory(images, classes)` at first; the batch is the first of the images.
       bfloat16: autocast, with float32 weights and loss.
       compile: `torch.compile` the networks.
