@@ -3,9 +3,10 @@
     python benchmarks/comparison.py --workdir=runs/comparison [--out=PATH] [--epochs=20] [--seeds=3]
 
 Trains the convolutional network of configs/digits.py with each objective that the package has (`--only=mart,te` for
-some), attacks the best checkpoint on validation with PGD-20, margin PGD-20 and, where the package has it, AutoAttack,
-and writes OUT.json and OUT.md after every run. The same command continues where it was stopped. An objective that
-refuses these settings, or diverges, is named on the page with its reason and stops no other.
+some), attacks the best checkpoint on validation with PGD-20, margin PGD-20 and AutoAttack, and writes OUT.json and
+OUT.md after every run; at the end it times the steps of all objectives in turn, for which the machine should rest. The
+same command continues where it was stopped. An objective that refuses these settings, or diverges, is named on the page
+with its reason and stops no other.
 
 Every method has its own paper's defaults, but for what is tied to a length of training or an eps (OPTIONS). Teachers,
 where a method has them, are a TRADES network and an undefended one of the same architecture, trained first.
@@ -21,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import measuring
 import numpy as np
 from ml_collections import ConfigDict
 
-from ibjax import config, errors, main, metrics, objectives, run
+from ibjax import config, errors, feed, main, objectives, run, train
 from ibjax.errors import DivergedError, InputError
 from ibjax.results import attack_label
 
@@ -91,17 +93,36 @@ def recipe(name: str, epochs: int, options: dict[str, Any], network: str = "") -
 def measure(made: ConfigDict, folder: Path) -> Results:
     """Trains, or continues, and attacks one network; accuracies in percent."""
     records = [record for record in main.execute(made, folder) if record["title"] == made.title]
-    rows = [row for row in metrics.read(folder / "metrics.jsonl") if row["kind"] == "train"]
-    steady = [row["images_per_s"] for row in rows if not row["compiles"]] or [row["images_per_s"] for row in rows]
     weights = jax.tree.leaves(run.load(folder).variables["params"])
     return {
         "clean": records[0]["clean_acc"],
         **{record["attack"]: record["robust_acc"] for record in records},
-        "step_ms": round(1000 * made.batch_size / statistics.median(steady), 2),
         "parameters": int(sum(np.size(leaf) for leaf in weights)),
         "n": records[0]["n"],
         "warnings": records[0]["warnings"],
     }
+
+
+def step_times(recipes: dict[str, ConfigDict], workdir: Path, repeats: int = 5, n: int = 19) -> dict[str, list[float]]:
+    """Seconds per step of every objective, a list of rounds that go through all of them in turn."""
+    runners = {}
+    for name, made in recipes.items():
+        experiment = train.build(made, {role: workdir / role for role in config.TEACHERS})
+        runners[name] = _steps(experiment)
+    measuring.warm_up(runners, [])
+    return measuring.alternate(runners, repeats, n).seconds
+
+
+def _steps(experiment):
+    state, dispatch = train.initial_state(experiment), feed.feed(experiment, jax.random.key(0), 0).dispatch
+
+    def steps(n):
+        nonlocal state
+        for _ in range(n):
+            state, _ = dispatch(state, 1)
+        jax.block_until_ready(state)
+
+    return steps
 
 
 # ---- the page ----------------------------------------------------------------------------------------------
@@ -117,8 +138,9 @@ def page(results: Results) -> str:
     for name in ranked:
         runs = methods[name]
         cells = [cell(runs, column) for column in columns]
-        step = statistics.median(single["step_ms"] for single in runs)
-        lines.append([name, str(len(runs)), *cells, f"{step:.1f}", f"{runs[0]['parameters']:,}"])
+        times = results["seconds_per_step"].get(name)
+        step = f"{1000 * statistics.median(times):.1f}" if times else "not yet"
+        lines.append([name, str(len(runs)), *cells, step, f"{runs[0]['parameters']:,}"])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     failed = "".join(f"- {name}: {reason}\n" for name, reason in sorted(results["failed"].items()))
     return f"# Every objective on the digits\n\n{origin_line(results)}\n\n{table}\n\n{_reading(results, methods)}\n" + (
@@ -188,6 +210,7 @@ def compare(given: argparse.Namespace) -> None:
         "eps": recipe("pgd_at", given.epochs, {}).evaluate.eps,
         "attacks": list(ATTACKS),
         "methods": {name: {} for name in chosen},
+        "seconds_per_step": {},
         "failed": {},
     }
     for seed in range(given.seeds):
@@ -202,6 +225,12 @@ def compare(given: argparse.Namespace) -> None:
                 log.warning("%s: %s", name, error)
             run.write_json(given.out.with_suffix(".json"), results)
             given.out.with_suffix(".md").write_text(page(results))
+    finished = {
+        name: settings(name, given.epochs, 0, given.workdir) for name, runs in results["methods"].items() if runs
+    }
+    results["seconds_per_step"] = step_times(finished, given.workdir)
+    run.write_json(given.out.with_suffix(".json"), results)
+    given.out.with_suffix(".md").write_text(page(results))
     print(page(results))
 
 

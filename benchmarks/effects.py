@@ -192,20 +192,18 @@ def page(results: Results) -> str:
     """The table, then one sentence for each claim."""
     columns = ["clean", *LABELS]
     runs = {name: list(seeds.values()) for name, seeds in results["runs"].items() if seeds}
-    head = ["run", "seeds", *(LABELS.get(column, attack_label(column)) for column in columns), "ms per step"]
+    head = ["run", "seeds", *(LABELS.get(column, attack_label(column)) for column in columns)]
     lines = [head, ["---"] * len(head)]
     for name, seeds in runs.items():
         measured = [cell(seeds, column, DECIMALS.get(column, 1)) if column in seeds[0] else "" for column in columns]
-        step = statistics.median(single["step_ms"] for single in seeds)
-        lines.append([name, str(len(seeds)), *measured, f"{step:.1f}"])
+        lines.append([name, str(len(seeds)), *measured])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     sentences = "".join(f"- {sentence(effect, results['runs'])}\n" for effect in EFFECTS)
     failed = "".join(f"- {name}: {reason}\n" for name, reason in results["failed"].items())
     return (
         f"# What the terms do, on {results['data']}\n\n{comparison.origin_line(results)}\n\n{table}\n\n"
         f"Mean ± standard deviation over seeds after {results['epochs']} epochs; eps {results['eps']}; accuracies in "
-        f"percent of {results['n']} test images. Differences are of runs of the same seed. Milliseconds are a run's "
-        f"median, beside whatever else the machine did: `cost.py` measures them.\n\n{sentences}"
+        f"percent of {results['n']} test images. Differences are of runs of the same seed.\n\n{sentences}"
         + (f"\nNot in the table:\n\n{failed}" if failed else "")
     )
 

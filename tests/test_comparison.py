@@ -28,16 +28,18 @@ def test_every_objective_can_be_trained_with_its_settings(name, tmp_path):
 
 def results(**methods):
     runs = {
-        name: {
-            str(seed): dict(clean=90.0, **{"pgd-20": acc}, step_ms=2.0, parameters=1000, n=360)
-            for seed, acc in enumerate(accs)
-        }
+        name: {str(seed): dict(clean=90.0, **{"pgd-20": acc}, parameters=1000, n=360) for seed, acc in enumerate(accs)}
         for name, accs in methods.items()
     }
     facts = dict(
         command="c", commit="abc", hardware="h", versions={"jax": "1"}, epochs=20, eps="2/16", attacks=["pgd-20"]
     )
-    return {**facts, "methods": runs, "failed": {"other": "seed 0: refused"}}
+    return {
+        **facts,
+        "methods": runs,
+        "seconds_per_step": {"weak": [0.001, 0.003, 0.002]},
+        "failed": {"other": "seed 0: refused"},
+    }
 
 
 def test_the_page_ranks_by_the_worst_attack_and_says_what_that_means():
@@ -45,6 +47,7 @@ def test_the_page_ranks_by_the_worst_attack_and_says_what_that_means():
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows[2:]] == ["| strong", "| weak"]
     assert "20.0 ± 10.0" in rows[3] and "| 3 |" in rows[3] and "1,000" in rows[3]
+    assert "| 2.0 |" in rows[3] and "| not yet |" in rows[2]
     # the median of 10 and 3.46 is 6.73; 2·6.73·√(2/3) = 10.99
     assert "up to 11.0 points" in text and "±5.2 points" in text and "- other: seed 0: refused" in text
 
