@@ -14,17 +14,12 @@ from ibjax import config, main, metrics, train
 ROOT = Path(__file__).parent.parent
 RECIPES = {file.stem: config_rows(file.stem) for file in sorted((ROOT / "configs").glob("*.py"))}
 ALL = [(name, row) for name, rows in RECIPES.items() for row in rows]
-# the digits are the `digits_run`; these differ in network, teacher, optimiser and method
+# one for each kind of network; the digits are the `digits_run`, and `.ci/run` runs ibd_resnet18
 RUN = [
-    ("ibd_resnet18", "paper"),
-    ("ibd_wrn", "ibd"),
     ("trades_wrn", "ibd"),
     ("variational", "vib-mnist"),
-    ("baselines_ibd", "infoat_r"),
     ("baselines_shared", "mnist-mart"),
-    ("baselines_siriib", "awp"),
     ("siriib", "pgd_at"),
-    ("baselines_original", "te_trades"),
     ("ib_rar", "vgg16-pgd"),
     ("shared_information", "resnet18"),
 ]
