@@ -317,3 +317,18 @@ def test_dropout_stands_where_each_variant_has_it(built):
 def test_an_impossible_depth_or_variant_is_refused(model):
     with pytest.raises(InputError, match="allowed"):
         model.init(jax.random.key(0), jnp.zeros(CIFAR))
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 3), (1, 7, 9, 2)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pooling_has_the_gradient_of_xlas_pooling_also_where_values_are_equal(shape, dtype):
+    x = jnp.maximum(jax.random.normal(jax.random.key(0), shape), 0).astype(dtype)  # as after a ReLU: many zeros
+    weight = jax.random.normal(jax.random.key(1), shape).astype(dtype)[:, : shape[1] // 2, : shape[2] // 2]
+
+    def value(pool, x):
+        return jnp.sum(weight * pool(x).astype(dtype))
+
+    ours = jax.grad(lambda x: value(lambda x: layers.MaxPool(2, 2).apply({}, x), x))(x)
+    xlas = jax.grad(lambda x: value(lambda x: nn.max_pool(x, (2, 2), (2, 2)), x))(x)
+    assert int(jnp.sum(x == 0)) > 10
+    np.testing.assert_array_equal(np.float32(ours), np.float32(xlas))
