@@ -60,7 +60,7 @@ def keep_compiled() -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ibjax"
+    root = cache_folder()
     folder = root / hashlib.sha256(_instruction_set().encode()).hexdigest()[:16]
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -70,6 +70,11 @@ def keep_compiled() -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $XDG_CACHE_HOME/ibjax, or ~/.cache/ibjax."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ibjax"
 
 
 def _instruction_set():

@@ -206,18 +206,8 @@ def _executor(attack: Named, victim, source, trained, split, settings, mesh):
             lambda x, keys: victim(trained.variables, x, keys)[0], split, seed, attack.settings,
             norm=norm, eps=eps, batch_size=batch_size, title=title, keep=keep, state=state,
         )  # fmt: skip
-    unit = math.lcm(attack.group, mesh.size)
-    scorer = Scorer(
-        lambda variables, x, keys: victim(variables[0], x, keys),
-        functools.partial(attack.make, norm=norm),
-        mesh,
-        -(-batch_size // unit) * unit,
-        norm if attack.bounded else "l2",
-        bounded=attack.bounded,
-        features=attack.features is not None,
-        guided=attack.guided,
-        attacked=None if source is None else lambda variables, x, keys: source.predict(variables[1], x),
-    )
+    surrogate = None if source is None else lambda variables, x, keys: source.predict(variables[1], x)
+    scorer = make_scorer(attack, lambda variables, x, keys: victim(variables[0], x, keys), settings, mesh, surrogate)
     variables = (trained.variables, None if source is None else source.variables)
 
     def execute(eps, step_size, title, keep, state):
@@ -226,6 +216,26 @@ def _executor(attack: Named, victim, source, trained, split, settings, mesh):
         return flags, x_adv, {"seconds": round(time.perf_counter() - started, 2), "warnings": []}
 
     return execute
+
+
+def make_scorer(attack: Named, predict: Callable, settings: Any, mesh: Any, attacked: Callable | None = None) -> Scorer:
+    """The scorer of a named attack (not of AutoAttack) under the norm and batch size of an `evaluate` section.
+
+    predict, attacked: as of `Scorer`.
+    """
+    assert attack.make is not None
+    unit = math.lcm(attack.group, mesh.size)
+    return Scorer(
+        predict,
+        functools.partial(attack.make, norm=settings["norm"]),
+        mesh,
+        -(-settings["batch_size"] // unit) * unit,
+        settings["norm"] if attack.bounded else "l2",
+        bounded=attack.bounded,
+        features=attack.features is not None,
+        guided=attack.guided,
+        attacked=attacked,
+    )
 
 
 # ---- the files -----------------------------------------------------------------------------------------------

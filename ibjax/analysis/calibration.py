@@ -14,7 +14,6 @@ An image counts where it is classified correctly as it is and under attack, thro
 """
 
 import argparse
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,10 @@ from ibjax import cluster, config, errors, run
 from ibjax.attacks.named import named
 from ibjax.data import Split
 from ibjax.errors import InputError
-from ibjax.evaluate import check_network, check_settings
+from ibjax.evaluate import check_network, check_settings, make_scorer
 from ibjax.models import siriib
 from ibjax.results import attack_label
-from ibjax.scoring import Flags, Scorer, auto_attack
+from ibjax.scoring import Flags, auto_attack
 from ibjax.step import linen_net, to_float
 
 ROWS = ("image", "calibrated", "through")
@@ -102,16 +101,7 @@ def attack(
         return auto_attack(lambda x, keys: predict(trained.variables, x)[0], split, seed, chosen.settings, **options)[
             :2
         ]
-    scorer = Scorer(
-        lambda variables, x, keys: predict(variables, x),
-        functools.partial(chosen.make, norm=norm),
-        cluster.mesh(),
-        batch_size,
-        norm if chosen.bounded else "l2",
-        bounded=chosen.bounded,
-        features=chosen.features is not None,
-        guided=chosen.guided,
-    )
+    scorer = make_scorer(chosen, lambda variables, x, keys: predict(variables, x), settings, cluster.mesh())
     step_size = chosen.step_size(eps, settings["step_size"])
     return scorer(trained.variables, split, seed, eps=eps, step_size=step_size, progress=name, keep=total)
 

@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ibjax import cluster
 from ibjax.data import Arrays, Split, tfds
 from ibjax.errors import DataError, InputError, check_range
 
@@ -122,7 +123,7 @@ class Pictures:
 
     def labels(self) -> np.ndarray:
         """(N,) int32; read from the records once, for which these have to be read whole."""
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ibjax" / "labels"
+        root = cluster.cache_folder() / "labels"
         name = hashlib.blake2b(f"{self.stored.folder};{self._files()}".encode(), digest_size=16).hexdigest()
         file = root / f"{name}.npy"
         try:
