@@ -17,6 +17,7 @@ FOLDER = Path(__file__).parent
 
 
 def main():
+    """The command line; exits with 1 where the logits are not ibjax's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=FOLDER / "check.npz")
     with np.load(parser.parse_args().data, allow_pickle=False) as archive:
@@ -38,6 +39,7 @@ def predict(network, images):
 
 
 def accuracy(logits, labels):
+    """In percent, of logits (N, classes) and labels (N,)."""
     return 100 * (logits.argmax(1) == labels).mean()
 
 
