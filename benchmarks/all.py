@@ -12,8 +12,9 @@
 | startup     | startup.py           | compile time and time to the first step, cold and cached                        |
 | flops       | compiled.py          | compiled FLOPs over their count, every objective; always compiled for a CPU     |
 | memory      | compiled.py          | memory of every objective, in 1, 2 and 4 microbatches                           |
-| attacks     | attacks_vs_torch.py  | robust accuracy and time against torchattacks                                   |
+| attacks     | attacks_vs_torch.py  | robust accuracy and time against torchattacks, on the network of --workdir      |
 | autoattack  | autoattack.py        | AutoAttack's parts against torchattacks', on the network of --workdir           |
+| invariance  | invariance.py        | AutoAttack's flags against batch size, devices, interruptions; of --workdir     |
 
 Sizes are those of the backend, CPU or accelerator. Every part is a process of its own; one that fails is named and
 stops no other, one that needs what is not here is left out with a word. The same command goes on where it was stopped:
@@ -62,10 +63,11 @@ PARTS = {
                   backend="cpu"),
     "memory": Part("compiled.py", "--what=memory", "--what=memory", "--quick --objective=ibd --microbatches 1 2",
                    timed=False),
-    "attacks": Part("attacks_vs_torch.py", quick="--n=16 --train-steps=20 --repeats=1 --only=PGD", timed=False,
-                    needs=TORCHATTACKS),
+    "attacks": Part("attacks_vs_torch.py", quick="--n=16 --repeats=1 --only=pgd", timed=False,
+                    needs=(*TORCHATTACKS, "workdir")),
     "autoattack": Part("autoattack.py", "--rounds=2", "--n=1024 --rounds=2", "--n=16 --steps=2 --queries=5",
                        timed=False, needs=(*TORCHATTACKS, "workdir")),
+    "invariance": Part("invariance.py", "", "--n=1024", "--n=4", timed=False, needs=("workdir",)),
 }  # fmt: skip
 
 
@@ -138,7 +140,7 @@ def main() -> None:
     parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS), help=",".join(PARTS))
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the scripts")
     parser.add_argument("--quiet", action="store_true", help="wait for other processes to rest while timing")
-    parser.add_argument("--workdir", type=Path, help="a trained run of configs/small_cnn.py, for autoattack")
+    parser.add_argument("--workdir", type=Path, help="of a run of configs/small_cnn.py, for the parts on attacks")
     parser.add_argument("--out", type=Path, help="default: results/benchmarks-BACKEND-DATE.json")
     given = parser.parse_args()
     if unknown := set(given.parts) - set(PARTS):

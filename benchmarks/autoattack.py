@@ -27,13 +27,11 @@ import jax
 import measuring
 import numpy as np
 import torch
-import torch.nn.functional as F
 import torchattacks
 import twin
-from torch import Tensor, nn
 
 import ibjax
-from ibjax import run
+from ibjax import cluster, run
 from ibjax.attacks import geometry
 from ibjax.attacks.apgd import iterative_apgd
 from ibjax.attacks.autoattack import autoattack
@@ -42,30 +40,6 @@ from ibjax.attacks.iterative import Iterative
 from ibjax.attacks.square import iterative_square
 
 SIDES = ("ibjax", "torchattacks")
-
-
-class CNN(nn.Module):
-    """The twin of `ibjax.models.cnn` with batch-norm, padding 1 and average pooling: (B, C, H, W) -> logits."""
-
-    def __init__(self, channels: int, widths: tuple[tuple[int, ...], ...], num_classes: int):
-        super().__init__()
-        self.stages, count = [], 0
-        for stage in widths:
-            for width in stage:
-                count += 1
-                self.add_module(f"conv{count}", nn.Conv2d(channels, width, 3, 1, 1, bias=False))
-                self.add_module(f"bn{count}", nn.BatchNorm2d(width))
-                channels = width
-            self.stages.append(range(count - len(stage) + 1, count + 1))
-        self.head = nn.Linear(channels, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits of images in [0, 1]."""
-        for stage in self.stages:
-            for i in stage:
-                x = F.relu(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)))
-            x = F.max_pool2d(x, 2)
-        return self.head(x.mean((2, 3)))
 
 
 def parts(eps: float, steps: int, queries: int) -> dict[str, tuple[Iterative, Callable]]:
@@ -95,10 +69,8 @@ def compare(workdir: Path, found: dict[str, Any], rounds: int, save: Callable) -
     trained = ibjax.load(workdir)
     split = run.test_split(trained, found["n"])
     x, y = np.float32(split.images / 255), split.labels
-    network = CNN(x.shape[-1], trained.model.widths, trained.model.num_classes)
-    twin.copy_weights(network, jax.device_get(trained.variables))
-    network.eval().requires_grad_(False)
-    x_torch, y_torch = torch.tensor(x).permute(0, 3, 1, 2).contiguous(), torch.tensor(y.astype(np.int64))
+    network = twin.cnn_like(trained.model, trained.variables)
+    x_torch, y_torch = twin.nchw(x), torch.tensor(y.astype(np.int64))
     logits = np.asarray(trained.logits_fn(x)), network(x_torch).numpy()
     right = [z.argmax(1) == y for z in logits]
     found["clean"] = [100 * float(np.mean(kept)) for kept in right]
@@ -185,6 +157,7 @@ def main() -> None:
     found = json.loads(out.read_text()) if out.is_file() else {}
     if any(found.get(name) != value for name, value in asked.items()):
         found = {"benchmark": "autoattack", **about, **asked, "parts": {}}
+    cluster.keep_memory()  # as `python -m ibjax.evaluate` does; PyTorch profits too
     with tempfile.TemporaryDirectory() as folder:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,7 +1,7 @@
 """The networks of the benchmarks in plain PyTorch, with ibjax's names: what ibjax's speed is held against.
 
 ResNet (11,173,962 parameters at depth 18 and 10 classes), the stochastic layer of VIB, CEB and shared information
-around it, and IBD's attention. `twin_step.py` has the objectives.
+around it, IBD's attention, and the small network on which attacks are compared. `twin_step.py` has the objectives.
 
 Guarantees (tests of the same names): the same weights give the same logits; one step from the same weights gives the
 same loss, weights and running statistics.
@@ -12,10 +12,13 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ibjax.models import cnn
 
 Features = dict[str, Tensor]
 
@@ -71,6 +74,30 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits of images in [0, 1]."""
         return self.outputs(x)[0]
+
+
+class CNN(nn.Module):
+    """The twin of `ibjax.models.cnn` with batch-norm, padding 1 and average pooling: (B, C, H, W) -> logits."""
+
+    def __init__(self, channels: int, widths: tuple[tuple[int, ...], ...], num_classes: int):
+        super().__init__()
+        self.stages, count = [], 0
+        for stage in widths:
+            for width in stage:
+                count += 1
+                self.add_module(f"conv{count}", nn.Conv2d(channels, width, 3, 1, 1, bias=False))
+                self.add_module(f"bn{count}", nn.BatchNorm2d(width))
+                channels = width
+            self.stages.append(range(count - len(stage) + 1, count + 1))
+        self.head = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of images in [0, 1]."""
+        for stage in self.stages:
+            for i in stage:
+                x = F.relu(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)))
+            x = F.max_pool2d(x, 2)
+        return self.head(x.mean((2, 3)))
 
 
 class Stochastic(nn.Module):
@@ -155,6 +182,22 @@ class Attention(nn.Module):
             e_t = F.normalize(z.float().square().mean(1).flatten(1), dim=1)
             total = total + (weights[:, i] * (resized[size] - e_t[:, None]).square().mean(2)).sum(1).mean()
         return total
+
+
+def cnn_like(model: cnn.Model, variables: Mapping[str, Any]) -> CNN:
+    """The twin of a network of `ibjax.models.cnn`, with its weights, in evaluation mode and not to be trained."""
+    wanted = dict(batch_norm=True, padding=1, pool="average", hidden=())
+    if any(getattr(model, name) != value for name, value in wanted.items()):
+        raise KeyError(f"the twin has {wanted}; given {model}")
+    channels = variables["params"]["conv1"]["conv"]["kernel"].shape[2]
+    network = CNN(channels, model.widths, model.num_classes)
+    copy_weights(network, jax.device_get(variables))
+    return network.eval().requires_grad_(False)
+
+
+def nchw(x: np.ndarray) -> Tensor:
+    """(B, H, W, C) -> a tensor (B, C, H, W)."""
+    return torch.tensor(np.moveaxis(x, -1, 1)).contiguous()
 
 
 def copy_weights(twin: nn.Module, variables: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the oracle is PyTorch (pip install 'ibjax[torch]')")
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-import attacks_vs_torch  # noqa: E402
+import twin as twins  # noqa: E402
 
 from ibjax.attacks.cw import cw  # noqa: E402
 from ibjax.attacks.mim import mim  # noqa: E402
@@ -32,14 +32,15 @@ X[:, 0, 0] = 0.0
 @pytest.fixture(scope="module")
 def networks():
     """(logits_fn, its twin, labels): an untrained network whose head is not zero, and what it predicts."""
-    model = cnn.Model(num_classes=5, widths=WIDTHS, hidden=(16, 12), padding=1)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), X)["params"]
-    params = jax.tree.map(lambda s: np.float32(RNG.normal(size=s.shape) / np.sqrt(np.prod(s.shape[:-1]))), shapes)
-    z = np.asarray(jax.jit(lambda x: model.apply({"params": params}, x)[0])(X))
-    params["head"]["dense"]["bias"] -= z.mean(axis=0)  # otherwise all images are of one class
+    model = cnn.Model(num_classes=5, widths=WIDTHS, hidden=(), padding=1, batch_norm=True, pool="average")
+    variables = jax.device_get(model.init(jax.random.key(0), X))
+    head = variables["params"]["head"]["dense"]
+    head["kernel"] = np.float32(RNG.normal(size=head["kernel"].shape))
+    z = np.asarray(jax.jit(lambda x: model.apply(variables, x)[0])(X))
+    head["bias"] = head["bias"] - z.mean(axis=0)  # otherwise all images are of one class
     scale = np.float32(1 / np.std(z - z.mean(axis=0)))
-    cnn_twin = attacks_vs_torch.CNN(params, WIDTHS, padding=1)
-    logits_fn = jax.jit(lambda x: scale * model.apply({"params": params}, x)[0])
+    cnn_twin = twins.cnn_like(model, variables)
+    logits_fn = jax.jit(lambda x: scale * model.apply(variables, x)[0])
     labels = np.asarray(logits_fn(X)).argmax(axis=1).astype(np.int32)
     assert len(np.unique(labels)) > 2
     return logits_fn, lambda x: float(scale) * cnn_twin(x), labels
@@ -66,7 +67,7 @@ def projected(x_adv, x):
 
 def test_the_twin_has_the_same_logits(networks):
     logits_fn, twin, _ = networks
-    np.testing.assert_allclose(twin(attacks_vs_torch.nchw(X)).numpy(), logits_fn(X), atol=1e-4)
+    np.testing.assert_allclose(twin(twins.nchw(X)).numpy(), logits_fn(X), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["bim", "mim", "nifgsm"])
@@ -74,7 +75,7 @@ def test_signed_attacks_end_at_pytorchs_images(networks, name):
     """A pixel whose g is 0 up to rounding may step the other way, and a ReLU then close: nearly all agree."""
     logits_fn, twin, y = networks
     decay, steps = (0.0 if name == "bim" else 0.9), 5
-    x, labels = attacks_vs_torch.nchw(X), torch.tensor(y.astype(np.int64))
+    x, labels = twins.nchw(X), torch.tensor(y.astype(np.int64))
     x_adv, g = x.clone(), torch.zeros_like(x)
     for _ in range(steps):
         ahead = decay * STEP * g if name == "nifgsm" else 0.0
@@ -97,7 +98,7 @@ def test_signed_attacks_end_at_pytorchs_images(networks, name):
 )
 def test_cw_ends_at_pytorchs_images(networks, compat, c, kappa, steps, lr):
     logits_fn, twin, y = networks
-    x, labels = attacks_vs_torch.nchw(X), torch.tensor(y.astype(np.int64))
+    x, labels = twins.nchw(X), torch.tensor(y.astype(np.int64))
     limit, is_true = (1.0 if compat else 1 - 1e-6), torch.nn.functional.one_hot(labels, 5).bool()
     w = torch.atanh((2 * x - 1).clamp(-limit, limit)).requires_grad_()
     adam, best, smallest = torch.optim.Adam([w], lr=lr), x.clone(), torch.full((len(x),), torch.inf)

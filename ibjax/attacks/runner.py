@@ -26,6 +26,7 @@ from ibjax.attacks.iterative import Iterative
 
 TOLERANCE = 1e-6  # of ball and box, in float32
 _STEPS_PER_CALL = 50
+_COMPILING = 500  # a batch shrinks when that saves the time of so many steps: the smaller program must be compiled
 
 
 class Programs(NamedTuple):
@@ -71,7 +72,7 @@ class Runner:
         take = lambda tree, rows: jax.tree.map(lambda leaf: leaf[rows], tree)  # noqa: E731
         self.take = jax.jit(take, out_shardings=self.sharded)
         largest = _ceil(min(batch_size, _power_of_two(len(x))), mesh.size)
-        shares = (part >> i for i in range(6) for part in (largest, largest * 3 // 4))
+        shares = ((largest * eighths // 8) >> i for i in range(6) for eighths in (8, 7, 6, 5))
         self.sizes = sorted({_ceil(max(share, 1), mesh.size) for share in shares})
         self.programs: dict[tuple[str, int], Programs] = {}
         self.constants: dict[int, tuple[Any, Array]] = {}  # id -> (what logits_fn closes over, its copy on all devices)
@@ -147,7 +148,8 @@ class Runner:
             going = going[going < len(np.unique(rows))]  # the rest is padding
             if not len(going):
                 break
-            if self._size(len(going)) < len(rows):
+            size = self._size(len(going))
+            if (attack.steps - i) * (len(rows) - size) > _COMPILING * len(rows):
                 self._harvest(programs, x, fixed, state, rows, result)
                 kept = self._padded(going)
                 state, x, fixed = jax.block_until_ready(self.take((state, x, fixed), kept))
