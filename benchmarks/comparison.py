@@ -8,8 +8,9 @@ OUT.md after every run; at the end it times the steps of all objectives in turn,
 same command continues where it was stopped. An objective that refuses these settings, or diverges, is named on the page
 with its reason and stops no other.
 
-Every method has its own paper's defaults, but for what is tied to a length of training or an eps (OPTIONS). Teachers,
-where a method has them, are a TRADES network and an undefended one of the same architecture, trained first.
+Every method has its own paper's defaults, but for what is tied to a length of training, a learning rate or an eps
+(OPTIONS). Teachers, where a method has them, are a TRADES network and an undefended one of the same architecture,
+trained first.
 """
 
 import argparse
@@ -34,10 +35,13 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
 Results = dict[str, Any]
 
-# objective -> epochs -> options that its paper ties to its number of epochs, or to eps 8/255
+# objective -> epochs -> options that its paper ties to its number of epochs, its learning rate, or eps 8/255
 OPTIONS = {
     "shared_information": lambda epochs: dict(warmup=round(epochs / 12), ramp=max(1, round(0.75 * epochs))),
     "te": lambda epochs: dict(start=max(1, round(0.45 * epochs)), end=max(2, round(0.75 * epochs))),
+    # the authors' mean over classes too divides the loss, and so the learning rate of equal runs, by ten
+    "ard": lambda epochs: dict(reduction="sum"),
+    "rslad": lambda epochs: dict(reduction="sum"),
     "mma": lambda epochs: dict(max_eps="3/16", min_eps=0.02),  # 12/255 and 0.005 at eps 8/255
 }
 
