@@ -15,6 +15,7 @@ trained first.
 
 import argparse
 import importlib
+import inspect
 import logging
 import pkgutil
 import statistics
@@ -58,9 +59,14 @@ NETWORKS = {
 
 
 def names() -> list[str]:
-    """The objectives of the package: modules with a factory of their own name."""
+    """The objectives of the package: modules with a factory of their own name, which needs no other objective."""
     found = [module.name for module in pkgutil.iter_modules(objectives.__path__)]
-    return [name for name in found if hasattr(importlib.import_module(f"ibjax.objectives.{name}"), name)]
+    factories = {name: getattr(importlib.import_module(f"ibjax.objectives.{name}"), name, None) for name in found}
+    return [name for name, call in factories.items() if call and not _needs(call)]
+
+
+def _needs(call):
+    return [p for p in inspect.signature(call).parameters.values() if p.default is inspect.Parameter.empty]
 
 
 def settings(name: str, epochs: int, seed: int, workdir: Path, network: str = "", **options: Any) -> ConfigDict:

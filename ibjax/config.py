@@ -12,7 +12,7 @@ import pkgutil
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -20,7 +20,9 @@ from ml_collections.config_dict import placeholder
 from ibjax.errors import InputError, nearest
 
 TEACHERS = ("teacher", "assistant")
-ModelSection = Mapping[str, Any]  # the type of an option that is a model's section itself
+# the types of options that are sections themselves: of a model, or an objective
+ModelSection = Annotated[Mapping[str, Any], "models"]
+ObjectiveSection = Annotated[Mapping[str, Any], "objectives"]
 # kind of module -> the factory's name in it; None: the module's own name
 _FACTORIES = {"models": "Model", "data": "load", "objectives": None, "attacks": None}
 
@@ -307,24 +309,31 @@ def call_arguments(call: Callable, name: str, options: dict, where: str, context
         if options.get(key) is None and parameter.default is inspect.Parameter.empty:
             raise InputError(f"{where}.{key} is missing; '{name}' needs it")
     for key, value in options.items():
-        if hints.get(key) == ModelSection:
-            _check_nested(value, f"{where}.{key}")
+        if hints.get(key) in _NESTED:
+            _check_nested(value, f"{where}.{key}", *_NESTED[hints[key]])
         elif not _fits(value, hints.get(key)):
             raise InputError(f"{where}.{key}={value!r} has the wrong type; '{name}' takes {_readable(hints[key])}")
     return options
 
 
-def _check_nested(section, where):
+# the type of an option -> (where its factories are, what the caller supplies, an example)
+_NESTED = {
+    ModelSection: ("models", ("num_classes",), "a model; give its section, as dict(name='resnet', depth=18)"),
+    ObjectiveSection: ("objectives", (), "an objective; give its section, as dict(name='trades', beta=6.0)"),
+}
+
+
+def _check_nested(section, where, kind, context, example):
     if not isinstance(section, Mapping) or "name" not in section:
-        raise InputError(f"{where}={section!r} is no model; give its section, as dict(name='resnet', depth=18)")
-    arguments("models", section, where, ("num_classes",))
+        raise InputError(f"{where}={section!r} is not {example}")
+    arguments(kind, section, where, context)
 
 
 def signature(call: Callable, context: Iterable[str] = ()) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
     """(parameters that a section may set, their type hints)."""
     hidden = {"parent", "name", *context}  # what Linen or the caller supplies
     parameters = {key: p for key, p in inspect.signature(call).parameters.items() if key not in hidden}
-    return parameters, typing.get_type_hints(call.__init__ if inspect.isclass(call) else call)
+    return parameters, typing.get_type_hints(call.__init__ if inspect.isclass(call) else call, include_extras=True)
 
 
 def complete(config: ConfigDict) -> ConfigDict:
@@ -344,8 +353,9 @@ def complete(config: ConfigDict) -> ConfigDict:
 def _complete(section, call, context):
     parameters, hints = signature(call, context)
     for key, parameter in parameters.items():
-        if hints.get(key) == ModelSection and "name" in section.get(key, {}):
-            _complete(section[key], factory("models", section[key]["name"]), ("num_classes",))
+        if hints.get(key) in _NESTED and "name" in section.get(key, {}):
+            kind, supplied, _ = _NESTED[hints[key]]
+            _complete(section[key], factory(kind, section[key]["name"]), supplied)
         elif key not in section and parameter.default is not inspect.Parameter.empty:
             section[key] = _default(parameter.default, hints.get(key))
 

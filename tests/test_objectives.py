@@ -74,7 +74,7 @@ OBJECTIVES = {
         dict(model=GAUSSIAN, head_optimizer=dict(name="adam", lr=1e-4)),
     ),
     "shared_information-ara": (
-        dict(name="shared_information", views="ara", ara_steps=2, information="trace"),
+        dict(name="ara", steps=2, base=dict(name="shared_information", information="trace")),
         None,
         dict(model=GAUSSIAN),
     ),

@@ -153,21 +153,6 @@ def test_at_the_prediction_no_stochastic_layer_is_needed():
         shared_information().loss(plain, variables, BATCH, X_ADV, KEY)
 
 
-def test_adversarial_representations_attack_the_second_half_only():
-    objective = shared_information(views="ara", ara_steps=3)
-    assert objective.attack_losses == () and objective.attack is not None
-    x_adv, variables = objective.attack(NET, VARIABLES, BATCH, KEY)
-    source, guide = BATCH["image"][6:], BATCH["image"][:6]
-    assert x_adv.shape == source.shape and float(jnp.abs(x_adv - source).max()) <= 10 / 255 + 1e-6
-
-    def apart(x):
-        return float(jnp.sum((NET.predict(variables, x)[1]["mu"] - NET.predict(variables, guide)[1]["mu"]) ** 2))
-
-    assert apart(x_adv) < apart(source)
-    loss, (_, metrics) = objective.loss(NET, VARIABLES, BATCH, x_adv, KEY)
-    assert np.isfinite(loss) and set(metrics) > {"skl", "shared", "clean_acc", "adv_acc"}
-
-
 def test_without_a_stochastic_layer_in_evaluation_the_attack_sees_the_mean():
     """The network that PGD attacks is deterministic: two calls agree to the bit."""
     first, second = (NET.predict(VARIABLES, X_ADV)[0] for _ in range(2))
@@ -182,7 +167,6 @@ def test_without_a_stochastic_layer_in_evaluation_the_attack_sees_the_mean():
     [
         dict(information="mi"),
         dict(location="z"),
-        dict(views="both"),
         dict(alpha=2.0),
         dict(neighbours=0),
         dict(information="mine", location="prediction"),

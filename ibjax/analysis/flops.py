@@ -25,7 +25,7 @@
 | VIB, CEB         | 3                 (+ 2k: adversarial)     |
 | IB-RAR           | 2k + 3            (3: base="standard"; + 3: "trades", "mart"; + 1: TRADES in form="original") |
 | HBaR             | 2k + 6            (3: base="standard"; + 1: "trades")                                      |
-| shared information | 2k + 6          (with views="pgd")      |
+| shared information | 2k + 6                                |
 
 MMA shows the network x once more than its update does, to know which images are right. A weight perturbation takes the
 update's forward and backward passes a second time. k attack steps; t and a are one forward pass of the teacher and of
@@ -142,7 +142,7 @@ def expected_forwards(settings: ConfigDict, teacher: float = 0.0, assistant: flo
         case "hbar":
             base = objective.get("base", "trades")
             update, rest = 3 if base == "standard" else 6, base == "trades"
-        case "shared_information" if objective.get("views", "pgd") == "pgd":
+        case "shared_information":
             update = 6
         case _:
             return None

@@ -15,15 +15,12 @@ Recognition 134, 2023 (MERL TR2022-141).
 | k      | neighbours  | 10                                                                                  |
 | I      | information | "hsic", biased; "trace", without its (B − 1)⁻²; "nhsic"; "mine"; "mige"             |
 |        | location    | "latent": p(z|x) of a stochastic layer; "prediction": p(y|x), which needs none      |
-| x'     | views       | "pgd", the configured attack on CE; "ara": adversarial representations, see below   |
-| σ, step| ara_eps, ara_steps | "10/255", 20                                                                 |
 
 Use with model=dict(name="stochastic", …): each view draws one z for the CE terms and I; attack and test see z = μ. The
 paper's AutoAttack accuracy, above its PGD accuracy, suggests that its tests drew z too, which no attack that expects a
 deterministic network can judge.
 
-Representations: with views="ara" the first half of a batch guides the second, whose images alone have an adversarial
-view; the loss is that of the second half. Set `attack=None`.
+x' is PGD on CE(f(x'), y), or with `ara` around this objective a representation attack.
 
 Batch-norm: training-mode passes over x', then x.
 
@@ -38,7 +35,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from ibjax import losses
-from ibjax.attacks.representation import ara
 from ibjax.errors import InputError, check_range, nearest
 from ibjax.information import divergence, hsic, mige
 from ibjax.information.mine import Mine
@@ -48,7 +44,6 @@ from ibjax.step import Objective
 CHOICES = {
     "information": ("hsic", "trace", "nhsic", "mine", "mige"),
     "location": ("latent", "prediction"),
-    "views": ("pgd", "ara"),
 }
 HSIC = {"hsic": hsic.hsic, "trace": hsic.hsic_trace}
 
@@ -64,12 +59,9 @@ def shared_information(
     neighbours: int = 10,
     information: str = "hsic",
     location: str = "latent",
-    views: str = "pgd",
-    ara_eps: str = "10/255",
-    ara_steps: int = 20,
 ) -> Objective:
-    """Shared information; its attack is PGD on cross-entropy, or None with views="ara"."""
-    given = dict(information=information, location=location, views=views)
+    """Shared information; its attack is PGD on cross-entropy."""
+    given = dict(information=information, location=location)
     for name, value in given.items():
         if value not in CHOICES[name]:
             raise InputError(f"objective.{name}='{value}' is unknown; {nearest(value, CHOICES[name])}")
@@ -82,25 +74,13 @@ def shared_information(
     check_range("objective.neighbours", neighbours, 1)
     if information == "mine" and location == "prediction":
         raise InputError("objective.information='mine' goes with location='latent'; its network is sized for z")
-    represent = ara(eps=ara_eps, steps=ara_steps)
     mine = Mine(tap="z") if information == "mine" and lam else None
 
     def target(net, variables, batch, key):
         return batch["label"]
 
-    def attack(net, variables, batch, key):
-        guide, source = jnp.split(batch["image"], 2)
-
-        def representation(x):
-            _, features = net.predict(variables, x)
-            return features.get("mu", features["pre_logits"])
-
-        return represent(key, representation, source, guide), variables
-
     def loss(net, variables, batch, x_adv, key):
         x, y = batch["image"], batch["label"]
-        if views == "ara":
-            x, y = (jnp.split(value, 2)[1] for value in (x, y))
         key_adv, key_clean, key_pairs = jax.random.split(key, 3)
         adv, variables = net.forward(variables, x_adv, key_adv)
         clean, variables = net.forward(variables, x, key_clean)
@@ -125,12 +105,9 @@ def shared_information(
                 shared = measure(view(clean, location), view(adv, location), information, neighbours)
             value = value - lam * shared
             metrics["shared"] = shared
-        labelled = {**batch, "label": y}
-        metrics |= {"loss": value, "clean_acc": accuracy(clean[0], labelled), "adv_acc": accuracy(adv[0], labelled)}
+        metrics |= {"loss": value, "clean_acc": accuracy(clean[0], batch), "adv_acc": accuracy(adv[0], batch)}
         return value, (variables, metrics)
 
-    if views == "ara":
-        return Objective(target, loss, mine, attack_losses=(), attack=attack)
     return Objective(target, loss, mine)
 
 
