@@ -180,9 +180,6 @@ def _surrogate(workdir, trained, settings):
                 f"--surrogate={workdir} has {name} {loaded.facts[name]}, the attacked run {trained.facts[name]}; give "
                 f"a run on the same data set"
             )
-    for name in settings["attacks"]:
-        if named(name).make is None:
-            raise InputError(f"attack '{name}' is not transferred; give others with --surrogate, as fgsm,pgd-100")
     check_network(loaded.model, loaded.facts["input_shape"], {**settings, "samples": None})
     title = loaded.config.title or loaded.workdir.resolve().name
     says = dict(title=title, step=loaded.step, weights=checkpoints.tree_digest(loaded.variables))
@@ -201,10 +198,12 @@ def _victim(trained, samples):
 def _executor(attack: Named, victim, source, trained, split, settings, mesh):
     """(eps, step_size, title, keep, state) -> (flags, the first `keep` x_adv, what the record says beside them)."""
     norm, batch_size, seed = settings["norm"], settings["batch_size"], trained.config.seed
+    attacked = None if source is None else lambda x, keys: source.predict(source.variables, x)[0]
     if attack.make is None:
         return lambda eps, step_size, title, keep, state: auto_attack(
             lambda x, keys: victim(trained.variables, x, keys)[0], split, seed, attack.settings,
             norm=norm, eps=eps, batch_size=batch_size, title=title, keep=keep, state=state,
+            attacked=attacked,
         )  # fmt: skip
     surrogate = None if source is None else lambda variables, x, keys: source.predict(variables[1], x)
     scorer = make_scorer(attack, lambda variables, x, keys: victim(variables[0], x, keys), settings, mesh, surrogate)

@@ -23,7 +23,7 @@ from ibjax import cluster, losses
 from ibjax.attacks import Attack, autoattack, eot, geometry
 from ibjax.attacks.representation import guides
 from ibjax.data import Split
-from ibjax.errors import PreemptedError
+from ibjax.errors import InputError, PreemptedError
 from ibjax.step import Variables, to_float
 
 TOLERANCE = 1e-6  # of ball and box, in float32
@@ -89,6 +89,7 @@ class Scorer:
             correct = losses.correct(clean, labels)
             in_box = jnp.all((x_adv >= 0) & (x_adv <= 1), axis=(1, 2, 3))
             distance = jnp.where(in_box, geometry.distance(x_adv, x, norm), jnp.inf)
+            distance = jnp.where(jnp.all(jnp.isfinite(x_adv), axis=(1, 2, 3)), distance, jnp.nan)
             robust = correct & losses.correct(logits, labels)
             return Flags(correct, robust, losses.cross_entropy(logits, labels), distance), x_adv
 
@@ -141,6 +142,10 @@ class Scorer:
                 bar.update(count)
                 bar.set_postfix_str(f"robust {100 * np.mean(np.concatenate([p.robust for p in parts])):.1f} %")
         flags = Flags(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+        if unusable := int(np.isnan(flags.distance).sum()):
+            raise InputError(
+                f"the network's gradient is NaN or infinite on {unusable} images, so that this attack cannot judge it"
+            )
         worst = float(flags.distance.max())
         if not worst <= (float(eps) + TOLERANCE if self.bounded else sys.float_info.max):
             raise RuntimeError(f"an adversarial image is {worst:.8g} away or outside [0, 1]; eps is {float(eps):.8g}")
@@ -165,29 +170,39 @@ def auto_attack(
     title: str | None = None,
     keep: int = 0,
     state: Path | None = None,
+    attacked: Callable | None = None,
 ) -> tuple[Flags, np.ndarray, dict[str, Any]]:
     """(flags of the whole split, the first `keep` adversarial images, what the record says of each attack).
 
     `network` is (x, keys) -> logits; only version "rand" has keys for it. `state` is a file that keeps the progress;
-    with it, the same call goes on where it was ended.
+    with it, the same call goes on where it was ended. `attacked` is a surrogate, (x, keys) -> logits: AutoAttack runs
+    on it, and `network` is shown what it finds; images that withstand on the surrogate, or are wrong there, stay as
+    they are.
     """
+    climbed = attacked or network
     x = np.asarray(to_float(jnp.asarray(split.images[:])))
     key = jax.random.fold_in(jax.random.key(seed), _EVALUATION)
     keys = draw_keys(seed, len(x))
-    logits_fn = network if options["version"] == "rand" else lambda x: network(x, None)
+    logits_fn = climbed if options["version"] == "rand" else lambda x: climbed(x, None)
     result = autoattack.autoattack(
         key, logits_fn, x, split.labels, norm, eps, batch_size=batch_size, state=state, progress=title, **options
     )
 
     @jax.jit
     def score(x_adv, keys, x, y):
-        return losses.cross_entropy(network(x_adv, keys), y), geometry.distance(x_adv, x, norm)
+        clean, logits = network(x, keys), network(x_adv, keys)
+        right = losses.correct(clean, y)
+        distance = geometry.distance(x_adv, x, norm)
+        return Flags(right, right & losses.correct(logits, y), losses.cross_entropy(logits, y), distance)
 
     parts = [slice(first, first + batch_size) for first in range(0, len(x), batch_size)]
     values = [score(result.x_adv[part], keys[part], x[part], split.labels[part]) for part in parts]
-    flags = Flags(result.clean, result.robust, *(np.concatenate(column) for column in zip(*values, strict=True)))
+    flags = Flags(*(np.concatenate(column) for column in zip(*values, strict=True)))
+    after = {name: round(100 * float(np.mean(kept)), 4) for name, kept in result.robust_after.items()}
+    if attacked is None:  # what was judged while attacking: rounding may decide otherwise in another batch
+        flags = flags._replace(clean=result.clean, robust=result.robust)
     more = {
-        "robust_after": {name: round(100 * float(np.mean(kept)), 4) for name, kept in result.robust_after.items()},
+        **({"robust_after": after} if attacked is None else {}),
         "seconds_of": result.seconds,
         "seconds": round(sum(result.seconds.values()), 2),
         "warnings": result.warnings,

@@ -242,6 +242,12 @@ def test_larger_eps_ends_in_the_ball_asked_for():
     assert np.any(x_adv != X)
 
 
+@pytest.mark.parametrize("loss, classes", [("dlr", 2), ("dlr_targeted", 3)])
+def test_too_few_classes_are_named_with_what_to_do(loss, classes):
+    with pytest.raises(InputError, match=f"there are {classes}; give loss='{loss.replace('dlr', 'margin')}'"):
+        apgd(loss=loss)(jax.random.key(0), lambda x: curved(x)[:, :classes], X, 0 * Y)
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
@@ -250,6 +256,7 @@ def test_larger_eps_ends_in_the_ball_asked_for():
         (dict(eps=8), "8/255"),
         (dict(steps=0), "steps=0"),
         (dict(larger_eps=True), "schedule of l1"),
+        (dict(larger_eps=True, norm="l1", eps=2.0, steps=1), "at least 2"),
     ],
 )
 def test_bad_arguments_are_named(options, words):

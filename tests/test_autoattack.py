@@ -18,6 +18,7 @@ from ibjax import cluster
 from ibjax.attacks import autoattack, geometry
 from ibjax.attacks.apgd import iterative_apgd
 from ibjax.attacks.fab import iterative_fab
+from ibjax.attacks.runner import Runner
 from ibjax.attacks.square import iterative_square
 from ibjax.errors import InputError, PreemptedError
 
@@ -27,6 +28,7 @@ X = np.float32(RNG.uniform(0.25, 0.75, size=(N, 4, 4, 3)))
 WEIGHTS = RNG.normal(size=(48, CLASSES))
 Y = np.argmax(X.reshape(N, -1) @ WEIGHTS, 1)
 Y[:3] = (Y[:3] + 1) % CLASSES  # wrong as they are
+HIDDEN = np.float32(RNG.normal(size=(48, 64)))
 KEY = jax.random.key(0)
 
 
@@ -184,15 +186,21 @@ def test_a_state_of_another_evaluation_is_refused(monkeypatch, tmp_path):
     file, few = tmp_path / "state.npz", {"apgd-ce": iterative_apgd("ce", "linf", 0.02, 3)}
     attack(attacks=few, state=file)
     others = [
-        (dict(eps=0.03), "eps"),
+        (dict(eps=0.03, attacks={"apgd-ce": iterative_apgd("ce", "linf", 0.03, 3)}), "eps"),
         (dict(key=jax.random.key(5)), "key"),
         (dict(x=X[::-1].copy(), y=Y[::-1].copy()), "images, labels"),
         (dict(network=linear), "network"),
         (dict(attacks=short()), "attacks"),
+        (dict(attacks={"apgd-ce": iterative_apgd("margin", "linf", 0.02, 3)}), "attacks"),
+        (dict(attacks={"apgd-ce": iterative_square("linf", 0.02, 3)}), "attacks"),
     ]
     for other, word in others:
         with pytest.raises(InputError, match=rf"another evaluation \(its .*{word}"):
             attack(**{"attacks": few, "state": file, **other})
+    with pytest.raises(InputError, match=r"another evaluation \(its attacks"):  # in another order
+        two = {"square": iterative_square("linf", 0.02, 3), **few}
+        attack(attacks=two, state=tmp_path / "two.npz")
+        attack(attacks=dict(reversed(two.items())), state=tmp_path / "two.npz")
     file.write_bytes(file.read_bytes()[:500])
     with pytest.raises(InputError, match="damaged"):
         attack(attacks=few, state=file)
@@ -259,16 +267,31 @@ def constant(x):
     return jnp.zeros((len(x), CLASSES)) + 0 * linear(x)
 
 
-def test_an_honest_network_gets_no_warning(whole):
+def relu(x):
+    hidden = jax.nn.relu((x.reshape(len(x), -1) - 0.5) @ HIDDEN)
+    return hidden @ HIDDEN.T[:, :CLASSES]
+
+
+def without_gradient(x):
+    """Finite logits, and a gradient of 0 · ∞."""
+    return linear(x) + 0 * jnp.sqrt(jnp.sum(jnp.maximum(x - 2, 0)))
+
+
+@pytest.mark.parametrize("network", [linear, relu])
+def test_an_honest_network_gets_no_warning(network, whole):
+    y = np.argmax(np.asarray(network(jnp.asarray(X))), 1)
+    first = {"apgd-ce": iterative_apgd("ce", "linf", 0.02, 20)}
+    assert attack(network, y=y, attacks=first | {"square": short()["square"]}).warnings == []
     assert whole.warnings == []
 
 
 @pytest.mark.parametrize(
     "network, words",
     [
-        (quantised, ["gradient is zero at the start", "square lowers robust accuracy by"]),
-        (saturated, ["probabilities", "gradient is zero at the start"]),
+        (quantised, ["gradient is zero or not finite at the start", "square lowers robust accuracy by"]),
+        (saturated, ["probabilities", "gradient is zero or not finite at the start"]),
         (constant, ["same logits for every image"]),
+        (without_gradient, ["gradient is zero or not finite at the start", "square lowers robust accuracy by"]),
     ],
 )
 def test_networks_with_masked_gradients_get_warnings(network, words):
@@ -316,6 +339,16 @@ def test_dlr_gives_way_to_the_margin_where_classes_are_too_few():
     two = lambda x: linear(x - 0.5)[:, :2]  # noqa: E731
     result = attack(two, y=np.asarray(jnp.argmax(two(jnp.asarray(X)), 1)), eps=0.01, attacks=["apgd-t"])
     assert 0 < result.robust.sum() < N and "there are 2" in result.warnings[0]
+
+
+def test_what_a_jitted_network_closes_over_is_not_compiled_in():
+    found = []
+    for network in (linear, jax.jit(linear)):
+        runner = Runner(KEY, network, X, Y, norm="linf", eps=0.02, batch_size=64)
+        logits = runner.clean_logits()
+        found.append((logits, [constant.shape for constant, _ in runner.constants.values()]))
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1] != []
 
 
 def test_versions_are_those_of_the_authors():
@@ -369,6 +402,10 @@ BAD = {
     "an attack twice": (dict(attacks=["square", "square"]), "each once"),
     "a number as key": (dict(key=0), "jax.random.key"),
     "no batch": (dict(batch_size=0), "batch_size=0"),
+    "no attacks": (dict(attacks={}), "at least one"),
+    "an attack of another norm": (dict(norm="l2", eps=0.5, attacks=short()), "made for linf"),
+    "an attack of another eps": (dict(eps=0.01, attacks=short()), r"made for linf and eps=0\.02"),
+    "an attack with samples": (dict(attacks={"a": iterative_apgd("ce", "linf", 0.02, 3, eot=2)}), "eot=2"),
 }
 
 

@@ -101,6 +101,18 @@ def test_every_x_adv_lies_in_the_ball_and_the_box_or_nothing_is_reported():
             scoring.Scorer(predict, attack, mesh, 8, "linf")(WEIGHTS, split, 0, eps=0.1, step_size=0.1)
 
 
+def test_a_gradient_that_is_no_number_stops_the_evaluation():
+    """Instead of counting the images on which the attack fails as broken, or as robust."""
+
+    def zero_by_infinity(variables, x, keys):
+        return predict(variables, x, keys)[0] + 0 * jnp.sqrt(jnp.sum(jnp.maximum(x - 2, 0))), {}
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    scorer = scoring.Scorer(zero_by_infinity, lambda eps, step_size: pgd(eps=eps, step_size=step_size), mesh, 8, "linf")
+    with pytest.raises(InputError, match=f"gradient is NaN or infinite on {len(SPLIT.labels)} images"):
+        scorer(WEIGHTS, SPLIT, 0, eps=0.1, step_size=0.1)
+
+
 def test_names_stand_for_their_attacks():
     assert named("cw-30").settings == dict(loss="margin", init="uniform", steps=30, restarts=1)
     assert named("pgd-7").settings["loss"] == "ce" and named("pgd-7").step_size(0.5, "2/255") == "2/255"

@@ -260,8 +260,17 @@ def test_a_surrogate_that_is_the_run_itself_is_the_white_box(digits):
     grid = results.cells(results.tables([*white, *transferred, other])[0])
     assert "PGD-2" in grid[0] and "PGD-2, transfer from undefended" in grid[0] and len(grid) == 2
     assert "network of undefended" in report_page._describe(other)
-    with pytest.raises(InputError, match="is not transferred"):
-        evaluate.evaluate(digits, attacks=("autoattack",), surrogate=digits)
+
+
+def test_parts_of_autoattack_transfer_too(digits):
+    """From the run itself: what withstands there comes back as it is, so the flags are those of the white box."""
+    white, transferred = (
+        evaluate.evaluate(digits, attacks=("apgd-ce",), surrogate=source)[0] for source in (None, digits)
+    )
+    assert transferred["robust_acc"] == white["robust_acc"]
+    assert "robust_after" in white and "robust_after" not in transferred
+    other = evaluate.evaluate(digits, attacks=("apgd-ce",), surrogate=digits / "undefended")[0]
+    assert other["robust_acc"] >= white["robust_acc"] and other["clean_acc"] == white["clean_acc"]
 
 
 def test_a_run_that_is_older_than_an_option_of_evaluation_can_be_evaluated(digits):

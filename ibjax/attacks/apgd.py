@@ -89,7 +89,7 @@ class State(NamedTuple):
     x_before: Array  # x_{t−1}
     x_found: Array  # latest misclassified iterate
     found: Array  # whether there is one
-    flat: Array  # whether the gradient at the first point was zero
+    flat: Array  # whether the gradient at the first point was zero or not finite
     x_best: Array  # of largest loss
     gradient_best: Array
     loss_best: Array
@@ -121,6 +121,8 @@ def iterative_apgd(
     for name, value in dict(steps=steps, restarts=restarts, targets=targets, eot=eot).items():
         if value is not None and value < 1:
             raise InputError(f"apgd's {name}={value} is not allowed; give at least 1")
+    if larger_eps and steps < 2:
+        raise InputError(f"apgd's steps={steps} is not allowed with larger_eps; give at least 2")
     stages = larger_eps_stages(largest, steps) if larger_eps else [(largest, steps)]
     # one row per evaluation of the network: a stage of n steps has n + 1
     radii = np.concatenate([np.full(n + 1, stage_eps) for stage_eps, n in stages]).astype(np.float32)
@@ -141,7 +143,9 @@ def iterative_apgd(
             restart = jnp.where(i == 0, state.x, state.x_best)
             state = state._replace(x=jnp.where(is_first, geometry.project(restart, x, norm, radius), state.x))
         logits, loss_now, gradient = gradient_of(i, logits_fn, state.x, y, other, state.keys)
-        state = _note(state, is_first, ~losses.correct(logits, y), loss_now, gradient)
+        unusable = jnp.all((gradient == 0) | ~jnp.isfinite(gradient), axis=(1, 2, 3))
+        gradient = geometry.finite(gradient)
+        state = _note(state, is_first, ~losses.correct(logits, y), loss_now, gradient, unusable)
         if norm == "l1":
             state, gradient = _check_l1(state, x, gradient, radius, is_first, window, whole_image=not larger_eps)
         else:
@@ -153,8 +157,9 @@ def iterative_apgd(
 
     targets = targets if loss in TARGETED_LOSSES else 0
     return Iterative(
-        init, step, len(radii), x_adv, flat=lambda state: state.flat, restarts=restarts, targets=targets, eot=eot
-    )
+        "apgd", norm, largest, init, step, len(radii), x_adv, flat=lambda state: state.flat, restarts=restarts,
+        targets=targets, eot=eot, settings=dict(loss=loss, larger_eps=larger_eps),
+    )  # fmt: skip
 
 
 def larger_eps_stages(eps: float, steps: int) -> list[tuple[float, int]]:
@@ -195,6 +200,12 @@ def _gradient(loss, eot):
     def at(logits_fn, x, y, other):
         def total(x):
             logits = logits_fn(x)
+            if logits.shape[-1] < FEWEST_CLASSES.get(loss, 0):
+                instead = loss.replace("dlr", "margin")
+                raise InputError(
+                    f"apgd's loss '{loss}' needs {FEWEST_CLASSES[loss]} classes, there are {logits.shape[-1]}; give "
+                    f"loss='{instead}'"
+                )
             per_image = LOSSES[loss](logits, y) if targeted is None else targeted(logits, y, other)
             return jnp.sum(per_image), (logits, per_image)  # a sum: gradients stay per image
 
@@ -216,7 +227,7 @@ def _gradient(loss, eot):
     return mean
 
 
-def _note(state, is_first, wrong, loss_now, gradient):
+def _note(state, is_first, wrong, loss_now, gradient, unusable):
     """Takes the evaluation at x_t into account; the first one of a stage forgets what was before."""
     better = is_first | (loss_now > state.loss_best)
     pick = geometry.per_image(better, gradient)
@@ -225,7 +236,7 @@ def _note(state, is_first, wrong, loss_now, gradient):
     return state._replace(
         x_found=jnp.where(latest, state.x, state.x_found),
         found=wrong | (state.found & ~is_first),
-        flat=jnp.where(is_first, jnp.all(gradient == 0, axis=tuple(range(1, gradient.ndim))), state.flat),
+        flat=jnp.where(is_first, unusable, state.flat),
         x_best=jnp.where(pick, state.x, state.x_best),
         gradient_best=jnp.where(pick, gradient, state.gradient_best),
         loss_best=loss_best,

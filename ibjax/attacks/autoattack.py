@@ -174,10 +174,11 @@ def autoattack(
         raise InputError(f"the network returns NaN or Inf for {int(np.sum(~np.isfinite(logits).all(1)))} images")
     if isinstance(attacks, Mapping):
         plan, notes = dict(attacks), []
+        _check_plan(plan, norm, eps, random)
     else:
         plan, notes = sub_attacks(version, norm, eps, logits.shape[1], attacks)
-    steps = {name: [attack.steps, attack.restarts, attack.targets] for name, attack in plan.items()}
-    settings = dict(version=version, attacks=steps, norm=norm, eps=eps, images=digest(x), labels=digest(y))
+    identities = [[name, attack.identity()] for name, attack in plan.items()]
+    settings = dict(version=version, attacks=identities, norm=norm, eps=eps, images=digest(x), labels=digest(y))
     settings |= dict(key=runner.key.tolist(), key_kind=str(runner.key_kind))
     found = _Progress(Path(state) if state else None, settings, logits, x, logits.argmax(1) == y)
     _run(runner, plan, logits, found, progress)
@@ -203,6 +204,22 @@ def _check_network(logits_fn, x, y, random, allow_randomized):
             "version='rand' with logits_fn(x, keys), or allow_randomized=True"
         )
     return warnings
+
+
+def _check_plan(plan, norm, eps, random):
+    """Raises InputError where attacks with settings of their own are not of this evaluation."""
+    if not plan:
+        raise InputError("attacks={} is not allowed; give at least one, or None for those of the version")
+    for name, attack in plan.items():
+        if (attack.norm, attack.eps) != (norm, eps):
+            raise InputError(
+                f"attack '{name}' is made for {attack.norm} and eps={attack.eps:g}, the evaluation for {norm} and "
+                f"eps={eps:g}; make them equal"
+            )
+        if (attack.eot is not None) != random:
+            raise InputError(
+                f"attack '{name}' has eot={attack.eot}; with version 'rand', and only there, give each attack an eot"
+            )
 
 
 def _run(runner, plan, logits, state, bar_name):
@@ -236,7 +253,7 @@ def _run(runner, plan, logits, state, bar_name):
 
 def _gradient_warnings(plan, flat):
     return [
-        f"{name}: the gradient is zero at the start of {count} runs: it may be masked"
+        f"{name}: the gradient is zero or not finite at the start of {count} runs: it may be masked"
         for name, count in zip(plan, flat, strict=False)
         if count
     ]
@@ -319,7 +336,7 @@ class _Progress:
                 found = {name: stored[name] for name in stored.files}
             settings = json.loads(str(found["settings"]))
             wrong = [name for name, value in self.settings.items() if settings.get(name) != value]
-            same = found["probe"].shape == self.probe.shape and np.allclose(found["probe"], self.probe, 1e-2, 1e-2)
+            same = found["probe"].shape == self.probe.shape and np.allclose(found["probe"], self.probe, 1e-3, 1e-3)
             if not wrong and not (same and np.array_equal(found["clean"], self.clean)):
                 wrong = ["network"]
             if not wrong:

@@ -80,6 +80,7 @@ def iterative_fab(norm: str, eps: "str | float", steps: int = 100, restarts: int
 
     def step(i, logits_fn, x, y, other, state):
         df, w = slopes(logits_fn, state.x, y, other, norm)
+        w = geometry.finite(w)
         above = df + jnp.sum((w * (x - state.x)).reshape(x.shape[0], -1), 1)  # the same linear function, at x
         points, normals, excess = (jnp.concatenate(pair) for pair in ((state.x, x), (w, w), (df, above)))
         d1, d0 = jnp.split(step_onto_hyperplane(points, normals, excess, norm), 2)
@@ -96,7 +97,7 @@ def iterative_fab(norm: str, eps: "str | float", steps: int = 100, restarts: int
     def x_adv(x, state):
         return jnp.where(geometry.per_image(state.nearest <= radius, x), state.x_best, x)
 
-    return Iterative(init, step, steps, x_adv, restarts=restarts, targets=targets)
+    return Iterative("fab", norm, radius, init, step, steps, x_adv, restarts=restarts, targets=targets)
 
 
 def _direction(keys, x, norm):

@@ -72,6 +72,11 @@ def per_image(value: "float | Array", x: Array) -> "float | Array":
     return value
 
 
+def finite(gradient: Array) -> Array:
+    """The gradient, 0 where it is NaN or infinite: there it says nothing."""
+    return jnp.where(jnp.isfinite(gradient), gradient, 0.0)
+
+
 def l2_norm(x: Array) -> Array:
     """Euclidean norm of each image, kept broadcastable: (B, 1, 1, 1)."""
     return jnp.sqrt(jnp.sum(x * x, axis=tuple(range(1, x.ndim)), keepdims=True))

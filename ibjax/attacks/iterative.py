@@ -5,7 +5,8 @@ the host over many images, as AutoAttack does. Every leaf of a state holds one e
 another, so a state may be split, padded and compacted between any two steps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -24,16 +25,25 @@ class Iterative(NamedTuple):
     With `eot`, `logits_fn` takes `(x, keys)`, a key per image, and answers with another sample for each.
     """
 
+    kind: str  # "apgd", "fab" or "square"
+    norm: str
+    eps: float
     init: Callable[[Array, Array, Array, Array], State]  # (keys (B,), restart, x, y) -> state, without the network
     step: Callable[..., State]  # (i, logits_fn, x, y, other, state) -> state, for i = 0 … steps − 1
     steps: int  # evaluations of the network in one run, each with its gradient if the attack has one
     x_adv: Callable[[Array, State], Array]  # (x, state) -> what was found, x itself where nothing was
     done: Callable[[State], Array] | None = None  # (B,) bool: further steps change nothing; None: never
-    flat: Callable[[State], Array] | None = None  # (B,) bool: the gradient was zero at the start
+    flat: Callable[[State], Array] | None = None  # (B,) bool: the gradient was zero or not finite at the start
     gradient: bool = True  # whether a step has a backward pass
     restarts: int = 1
     targets: int = 0  # classes to attack, from the second largest clean logit down; 0: untargeted
     eot: int | None = None
+    settings: Mapping[str, Any] = MappingProxyType({})  # what else its results depend on
+
+    def identity(self) -> dict[str, Any]:
+        """All that says which attack it is, as plain data."""
+        counts = dict(steps=self.steps, restarts=self.restarts, targets=self.targets, eot=self.eot)
+        return dict(kind=self.kind, norm=self.norm, eps=self.eps, **counts, **self.settings)
 
 
 def other_classes(logits: Array) -> Array:

@@ -57,6 +57,7 @@ def momentum_ascent(
     lookahead: bool,
 ) -> Attack:
     """MIM, or with `lookahead` NI-FGSM: the gradient is taken at x_t + μ · step_size · g_t."""
+    geometry.check_norm(norm, ("linf", "l2"))
     value, eps = loss_function(loss), geometry.radius(eps, norm)
     step_size = geometry.radius(step_size, norm, "step_size")
     geometry.check_start(init)

@@ -25,6 +25,7 @@ def noise(*, kind: str = "uniform", norm: str = "linf", eps: "str | float | Arra
     Raises:
       InputError: an eps that is no radius on [0, 1] images, an unknown kind or norm.
     """
+    geometry.check_norm(norm, ("linf", "l2"))
     eps = geometry.radius(eps, norm)
     if kind not in KINDS:
         raise InputError(f"noise kind '{kind}' is unknown; {nearest(kind, KINDS)}")

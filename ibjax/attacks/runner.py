@@ -9,6 +9,7 @@ Each item's randomness comes from the attack's name, the image's index and the i
 nor the number of devices nor an interruption between batches changes what is drawn.
 """
 
+import inspect
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -43,7 +44,7 @@ class Found(NamedTuple):
 
     x_adv: np.ndarray
     broken: np.ndarray
-    flat: np.ndarray  # whether the gradient was zero at the start
+    flat: np.ndarray  # whether the gradient was zero or not finite at the start
 
 
 class Runner:
@@ -64,6 +65,8 @@ class Runner:
         batch_size: int,
         randomized: bool = False,
     ):
+        if isinstance(logits_fn, jax.stages.Wrapped):  # what a jitted function closes over is a constant to compile
+            logits_fn = inspect.unwrap(logits_fn, stop=lambda f: not isinstance(f, jax.stages.Wrapped))
         self.logits_fn, self.x, self.y, self.norm, self.eps, self.randomized = logits_fn, x, y, norm, eps, randomized
         self.key, self.key_kind = np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)
         mesh = cluster.mesh()
@@ -76,7 +79,7 @@ class Runner:
         self.sizes = sorted({_ceil(max(share, 1), mesh.size) for share in shares})
         self.programs: dict[tuple[str, int], Programs] = {}
         self.constants: dict[int, tuple[Any, Array]] = {}  # id -> (what logits_fn closes over, its copy on all devices)
-        self.flat = 0  # items whose gradient was zero at the start, so far
+        self.flat = 0  # items whose gradient was zero or not finite at the start, so far
 
     def clean_logits(self) -> np.ndarray:
         """(N, classes) float32."""

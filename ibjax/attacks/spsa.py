@@ -52,6 +52,7 @@ def spsa(
     Raises:
       InputError: an eps that is no radius on [0, 1] images, an unknown loss or norm, numbers out of range.
     """
+    geometry.check_norm(norm, ("linf", "l2"))
     value, eps, optimizer = loss_function(loss), geometry.radius(eps, norm), optax.adam(lr)
     for name, number, low in (("delta", delta, 1e-6), ("samples", samples, 1), ("lr", lr, 0), ("steps", steps, 1)):
         check_range(name, number, low)

@@ -111,7 +111,10 @@ def iterative_square(
     def x_adv(x, state):
         return jnp.where(geometry.per_image(done(state), x), state.x_best, x)
 
-    return Iterative(init, step, queries + 1, x_adv, done, gradient=False, restarts=restarts)
+    return Iterative(
+        "square", norm, radius, init, step, queries + 1, x_adv, done, gradient=False, restarts=restarts,
+        settings=dict(p_init=p_init, rescale=rescale),
+    )  # fmt: skip
 
 
 def halvings(queries: int, rescale: bool = False) -> np.ndarray:
@@ -245,7 +248,7 @@ def _moved_mass(keys, x, x_best, norm, eps, sides, query):
     old = jnp.where(inside, delta, 0.0)
     new = jnp.where(inside, eta * signs, 0.0) + old / (1e-12 + length(old, (1, 2)))
     new = new / (1e-12 + length(new, (1, 2)))  # each channel has length 1
-    whole, windows = length(delta, (1, 2, 3)), length(jnp.where(inside | inside_second, delta, 0.0), (1, 2, 3))
+    whole, windows = length(delta, (1, 2, 3)), length(jnp.where(inside | inside_second, delta, 0.0), (1, 2))
     if norm == "l2":
         mass = jnp.sqrt(jnp.maximum(eps**2 - whole**2, 0.0) / channels + windows**2)
     else:
