@@ -13,8 +13,9 @@
 
 A term is what the method's own loss reports for a network after its last epoch, in evaluation mode, on test images and
 their PGD-20 images: a mean over full batches of the training's size, which nHSIC depends on. IB-RAR stands here with
-the weights of the authors' code, with the paper's for VGG16 (β = 1), and with the latter's X term alone. Networks,
-optimiser and attacks are those of `comparison.py`, the other weights the papers' own. `--data` is digits,
+the weights of the authors' code, with the paper's for VGG16 (β = 1), and with the latter's X term alone. Networks
+(half as wide on MNIST and CIFAR-10), optimiser and attacks are those of `comparison.py`, the other weights the papers'
+own. `--data` is digits,
 mnist:FILE.npz or cifar10:FOLDER.
 
 Runs of one seed share their first weights and the order of their images, hence differences are taken by seed. A claim
@@ -135,6 +136,9 @@ def settings(name: str, seed: int, given: argparse.Namespace) -> ConfigDict:
         part.data.update(fraction=given.fraction)
         part.validate.every = given.epochs  # so that `best` is the last epoch: equal epochs for all
         part.evaluate.update(attacks=("pgd-20",), n=given.n)
+        if "scales" in changes:  # half the digits' width, on images with twelve or sixteen times their pixels
+            network = part.model.get("backbone", part.model)
+            network.update(dict(width=16) if network.name == "resnet" else dict(widths=((16, 16), (32, 32))))
         if part.model.name == "siriib" and "scales" in changes:
             part.model.scales = changes["scales"]
     made.title = name
