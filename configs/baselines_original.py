@@ -11,6 +11,8 @@
 | te, te_trades                  | Dong et al. 2022: ResNet-18                                                         |
 | fast_at, fast_at_mnist         | Wong et al. 2020: PreActResNet-18, 15 epochs; CNN, 10 epochs at eps 0.3             |
 | label_smoothing                | Pang et al. 2021: PreActResNet-18, δ 0.1                                            |
+| hbar, hbar_natural             | Wang et al. 2021: ResNet-18, PGD training 83 epochs; without attacks 300            |
+| hbar_mnist, hbar_natural_mnist | the same on the CNN, 100 epochs                                                     |
 | alp                            | Kannan et al. 2018, who have no CIFAR-10: the defaults of ibjax.config              |
 
 `,smoke` shrinks any. The paper of each selects on its test set; here the default is 1,000 held-out training images.
@@ -20,8 +22,8 @@ stops where robust accuracy falls by 20 points from the best epoch's on validati
 epoch before on one minibatch. Its ImageNet variant (three resolutions) is not here: its attack is
 `attack=dict(name="pgd", steps=1, init="uniform_unclipped", clip_input=True, …)`, its rates are schedule `linear`.
 
-Cost in forward passes per image and step: 24 sat, 26 mart, 38 mma, 24 te, 5 fast_at. Fast-AT is
-15·49,000·5·1.11 GFLOP = 4.1 PFLOP; MART on ResNet-18 120·49,000·26·1.11 GFLOP = 0.17 EFLOP.
+Cost in forward passes per image and step: 24 sat, 26 mart, 38 mma, 24 te, 5 fast_at, 26 hbar, 3 hbar_natural. Fast-AT
+is 15·49,000·5·1.11 GFLOP = 4.1 PFLOP; MART on ResNet-18 120·49,000·26·1.11 GFLOP = 0.17 EFLOP.
 """
 
 from functools import partial
@@ -157,6 +159,36 @@ def label_smoothing(config):
     config.schedule.boundaries = (100, 105)
 
 
+def hbar(config, lambdas=(0.0005, 0.005), epochs=83):
+    config.model = dict(name="resnet", depth=18, dtype="bfloat16")
+    lambda_x, lambda_y = lambdas
+    config.objective = dict(name="hbar", base="pgd_at", lambda_x=lambda_x, lambda_y=lambda_y)
+    config.optimizer = dict(name="adam", lr=0.01)
+    config.epochs = epochs
+    config.schedule = dict(name="cosine", final=4e-8, stepping="next_step")
+    config.validate.dense_from = None
+
+
+def hbar_natural(config):
+    hbar(config, (0.006, 0.05), epochs=300)
+    config.objective.base = "standard"
+    config.attack = None
+
+
+def hbar_mnist(config, lambdas=(0.003, 0.001)):
+    hbar(config, lambdas, epochs=100)
+    mnist(config)
+    config.batch_size = 256
+    config.optimizer.lr = 1e-4
+    config.schedule = dict(name="piecewise", boundaries=(65, 90), factor=0.5, stepping="next_step")
+
+
+def hbar_natural_mnist(config):
+    hbar_mnist(config, (1.0, 50.0))
+    config.objective.base = "standard"
+    config.attack = None
+
+
 def alp(config):
     config.objective = dict(name="alp", pairing=0.5)
 
@@ -165,6 +197,7 @@ RECIPES = {
     **{f.__name__: f for f in (sat, awp, trades_awp, mart, mart_wrn)},
     **{f"mma{name}": partial(mma, max_eps=eps) for name, eps in (("", "12/255"), ("_20", "20/255"), ("_32", "32/255"))},
     **{f.__name__: f for f in (mma_mnist, te, fast_at, fast_at_mnist, label_smoothing, alp)},
+    **{f.__name__: f for f in (hbar, hbar_natural, hbar_mnist, hbar_natural_mnist)},
     "te_trades": partial(te, base="trades"),
 }
 ROWS = tuple(RECIPES)

@@ -80,17 +80,21 @@ The paper's numbers, means of three runs, last epoch (`python -m ibjax.evaluate 
 
 Table 6, adaptive attacks on VGG16 and CIFAR-10, PGD-AD-10 / PGD-AD-100 / PGD-100: plain (IB-RAR) 15.38 / 35.86 /
 22.64, AT 45.06 / 42.26 / 44.71, AT (IB-RAR) 45.97 / 45.03 / 45.60. Its first line cannot be: 35.86 is Table 4's
-PGD-10, and more steps do not help the defender. `python -m ibjax.evaluate --workdir=DIR
---attacks=ib_rar-10,ib_rar-100,pgd-100` on the runs of vgg16-l-fc, vgg16-pgd-base and vgg16-pgd.
+PGD-10, and more steps do not help the defender. `python -m ibjax.evaluate --workdir=DIR --checkpoint=last
+--attacks=ib_rar-10,ib_rar-100,pgd-scaled-100` on the runs of vgg16-l-fc, vgg16-pgd-base and vgg16-pgd.
+
+The columns: rows are evaluated with FGSM, `pgd-scaled-10` (the code's PGD, in steps of 2.3·eps/10) and NI-FGSM-10 in
+steps of 2/255; CW and FAB by `--attacks=cw-l2-200,fab`; all of the last checkpoint by `--checkpoint=last`.
 
 All of these rows have the settings of the published code, from which the printed numbers presumably come, and which
-are not the paper's text: α 0.008, β 0.08; eps 0.03 and step 0.0069 = 2.3·eps/10 where the paper says 8/255 and 2/255
-(the ladder has 8/255 too); the code's TRADES and MART, on CE-PGD with half of the KL, MART at a constant rate; SGD
-without momentum and a weight decay of 1e-2, without adversarial training momentum 0.9 and no decay; labels' kernels
+are not the paper's text: α 0.008, β 0.08; eps 0.03 and PGD's step 0.0069 = 2.3·eps/10 where the paper says 8/255 and
+2/255 (the ladder has 8/255 too); the code's TRADES and MART, on CE-PGD with half of the KL, MART at a constant rate;
+SGD without momentum and a weight decay of 1e-2, without adversarial training momentum 0.9 and no decay; labels' kernels
 Gaussian but for PGD and for the rows with FC; the channel mask on every tenth batch of training, never in a test.
 `ROW-paper` (each row of Tables 1 and 2 without `-base`) has the text's: α and β 0.1 and 1 for VGG16, 5e-5 and 5e-4 for
 ResNet-18 (they are swapped where the paper prints them; WRN-28-10 has none there and keeps the code's), 8/255 and
-2/255, the original TRADES and MART. Its mask comes after training, permanent, in attacks and at test:
+2/255, the original TRADES and MART; `ROW-paper-base` is its baseline, without the terms. The mask of `ROW-paper` comes
+after training, permanent, in attacks and at test:
 
     python -m ibjax.analysis.mask --workdir=runs/ib_rar/vgg16-pgd-paper --tap=stage5 --out=runs/ib_rar/vgg16-pgd-masked
 
@@ -122,6 +126,7 @@ NETWORKS = {
     "svhn_resnet18": ("svhn_cropped", (32, 32, 3), 10, "pre_logits", 20),
 }
 BASES = ("pgd", "trades", "mart")
+FORMS = ("-base", "", "-paper", "-paper-base")
 PUBLISHED = {"vgg16": (0.1, 1.0), "tiny": (0.1, 1.0), "resnet18": (5e-5, 5e-4)}  # α and β of the paper's text
 ABLATIONS = ("ce", "l", "x", "y", "ce-fc", "l-fc")
 LAYERS = (*(f"stage{i}" for i in range(1, 6)), "fc1", "fc2")
@@ -130,7 +135,7 @@ BETAS = {
     "resnet18": ("0.5", "0.05", "0.005", "0.0005", "0.00005", "0.0"),
 }
 ROWS = (
-    *(f"{n}-{b}{v}" for n in ("vgg16", "tiny", "resnet18", "wrn") for b in BASES for v in ("-base", "", "-paper")),
+    *(f"{n}-{b}{v}" for n in ("vgg16", "tiny", "resnet18", "wrn") for b in BASES for v in FORMS),
     *(f"layer-{layer}" for layer in (*LAYERS, "all")),
     *(f"{n}-{ablation}" for n in ("vgg16", "resnet18") for ablation in ABLATIONS),
     "vgg16-hbar",
@@ -181,18 +186,20 @@ def network(config, name):
         config.model = dict(name="wide_resnet", depth=28, width=10, variant="ib_rar", dropout=0.3, dtype="bfloat16")
     elif "resnet18" in name:
         config.model = dict(name="resnet", depth=18, dtype="bfloat16")
-    threat(config, "0.03", "0.0069")  # the step is 2.3·eps/steps
+    threat(config, "0.03", "0.0069")  # 2.3·eps/steps, PGD's step; evaluation has its own, "pgd-scaled"
     config.batch_size = 100
     config.epochs = 60
     config.optimizer.update(lr=0.01, momentum=0.0, weight_decay=1e-2)
     config.schedule.update(boundaries=(20, 40), factor=0.2)
     config.validate.every = 10
-    config.evaluate.update(attacks=("fgsm", "pgd-10", "nifgsm-10"), ladder=("8/255",))
+    attacks = ("fgsm", "pgd-scaled-10", "nifgsm-10")
+    config.evaluate.update(attacks=attacks, step_size="2/255", ladder=("8/255",))  # the step is NI-FGSM's
 
 
 def threat(config, eps, step_size):
-    for attack in (config.attack, config.validate.attack, config.evaluate):
+    for attack in (config.attack, config.validate.attack):
         attack.update(eps=eps, step_size=step_size)
+    config.evaluate.eps = eps
 
 
 def mask(name):
@@ -204,13 +211,18 @@ def mask(name):
 def adversarial(config, name, how, variant):
     method = {"pgd": "pgd_at"}.get(how, how)
     config.objective = dict(name="ib_rar", base=method)
-    if variant in ("paper", "algorithm_1"):
+    if variant in ("paper", "paper-base", "algorithm_1"):
         threat(config, "8/255", "2/255")
-        config.evaluate.ladder = ()
+        config.evaluate.update(attacks=("fgsm", "pgd-10", "nifgsm-10"), ladder=())
         alpha, beta = PUBLISHED.get(name, (0.008, 0.08))
         config.objective.update(form="original", alpha=alpha, beta=beta)
+        if variant == "paper-base":
+            config.objective.update(alpha=0.0, beta=0.0)
         if how == "trades":
             config.attack.update(loss="kl", init="gaussian")
+        if how == "mart":
+            config.attack.init = "gaussian"
+            config.objective.robust_weight = 6.0 if name == "wrn" else 5.0
         if variant == "algorithm_1":
             config.objective.update(mask_tap=NETWORKS[name][3], mask_rule="paper", mask_every=1)
         return

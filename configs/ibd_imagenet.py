@@ -17,6 +17,10 @@ FAST-IBD has no published code or settings. Ours: the attack of Fast-AT (Wong, R
 15 epochs, rate 0 -> 0.4 -> 0.04 -> 0.004 -> 0.0004 (its peak after 3 epochs is our choice), weight decay 1e-4 on all
 but batch-norm and biases. RSLAD with the sum over classes: the mean over 1,000 would train next to nothing.
 
+`fast_at` attacks as its authors do on ImageNet: in batch-norm's training mode, from a start that may leave the image
+box, of which the network sees what lies inside. The taught rows attack in evaluation mode from a clipped start, as IBD
+and RSLAD do.
+
 What differs from Fast-AT: one image size throughout, `data.size`, where Fast-AT grows crops from 128 to 288 pixels in
 three phases and batches of 512, 224 and 128. `,smoke` shrinks any row.
 
@@ -52,7 +56,8 @@ def get_config(arg=None):
             config.objective = dict(name="rslad", reduction="sum")
         case "fast_at":
             config.objective = dict(name="pgd_at")
-            config.attack.loss = "ce"
+            config.attack.update(name="pgd", steps=1, loss="ce", init="uniform_unclipped", clip_input=True)
+            config.attack_bn = "train"
     if method != "fast_at":
         config.teacher.workdir = "runs/teacher-resnet50"
         made_by = "python -m ibjax.convert --torch FILE --arch imagenet_resnet --workdir={}"

@@ -12,6 +12,7 @@ code where they differ (α 0.8, features of the teacher on the clean image, 150 
 | CIFAR-100       | best | 58.10 | 36.37 | 33.59   | 31.16  | 29.21      |
 |                 | last | 58.32 | 36.17 | 33.40   | 30.87  | 28.74      |
 
+AutoAttack and the last checkpoint: `python -m ibjax.evaluate --workdir=DIR [--checkpoint=last] --attacks=autoattack`.
 The paper selects on the test set; here the default is 1,000 held-out training images. Cost: 26 forward passes of the
 student and 2 of the teacher per image; 200 epochs are 200·49,000·(26·1.11 + 2·13.3) GFLOP = 0.54 EFLOP.
 """

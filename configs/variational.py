@@ -14,7 +14,8 @@
 `ceb-rho1` and `ceb-rho5` are for tuning CEB; the others have ρ 3.
 
 IBD does not say how it trains CEB: here PGD adversarial training with CEB's loss, PreActResNet-18 whose 512 pooled
-features are μ, ρ 3. IB-RAR compares "under the same conditions": VGG16-BN, its optimiser, a 2×256 layer after FC2.
+features are μ, ρ 3. IB-RAR compares "under the same conditions": VGG16-BN, its optimiser and attacks (eps 0.03; see
+ib_rar.py), a 2×256 layer after FC2.
 Evaluation is on z = μ everywhere; the published VIB averages 12 samples. `,smoke` shrinks any row.
 
 Cost: CEB 23 forward passes per image, 200·49,000·23·1.11 GFLOP = 0.25 EFLOP; VIB 3 passes, minutes on any accelerator.
@@ -64,6 +65,10 @@ def vib_vgg16(config):
     config.epochs = 60
     config.optimizer = dict(name="sgd", lr=0.01, momentum=0.9, weight_decay=0.0)
     config.schedule = dict(name="piecewise", boundaries=(20, 40), factor=0.2)
+    config.validate.attack.update(eps="0.03", step_size="0.0069")
+    config.validate.every = 10
+    attacks = ("fgsm", "pgd-scaled-10", "nifgsm-10")
+    config.evaluate.update(attacks=attacks, eps="0.03", step_size="2/255", ladder=("8/255",))
 
 
 def vib_mnist(config):

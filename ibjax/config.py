@@ -69,7 +69,8 @@ def base() -> ConfigDict:
         norm="linf",
         eps="8/255",
         step_size="2/255",
-        ladder=(),  # more values of eps for the curve; steps scale with eps
+        ladder=(),  # more values of eps for the curve
+        fixed_step=False,  # True: the ladder's steps are step_size too; False: they scale with eps
         n=placeholder(int),  # number of test images, each class in proportion; None: all
         samples=placeholder(int),  # of a stochastic network: judge the mean of so many; None: z = μ, deterministic
         batch_size=500,
@@ -109,6 +110,7 @@ _CHOICES = {
     "select_on": ("val", "test"),
     "augment.flip": (False, True),
     "validate.stop_on_overfitting": (False, True),
+    "evaluate.fixed_step": (False, True),
 }
 _CLOSED = ("augment", "validate", "evaluate", *TEACHERS, "head_optimizer")  # sections with keys of their own
 _SPLITTING = ("val_size", "split_seed", "fraction")  # of the data section, for load_splits, not for the source

@@ -253,8 +253,8 @@ def _file_name(attack, eps, settings, source=None):
 
 
 def _scaled_step(settings, eps):
-    """The step for another eps: in the same proportion, so that every eps is within reach of the steps."""
-    if eps == settings["eps"]:
+    """The step for another eps: in the same proportion, so that every eps is within reach, unless it is fixed."""
+    if eps == settings["eps"] or settings["fixed_step"]:
         return settings["step_size"]
     main, step = geometry.fraction(settings["eps"]), geometry.fraction(settings["step_size"])
     return float(step * geometry.fraction(eps) / main)
@@ -268,6 +268,7 @@ def _common(trained, checkpoint, settings, split, validation, warnings):
         "title": trained.config.title or trained.workdir.resolve().name,
         "dataset": trained.facts["label"],
         "norm": settings["norm"],
+        "fixed_step": settings["fixed_step"],
         "n": len(split.labels),
         "images": checkpoints.tree_digest(split),
         "dtype": "float32",

@@ -133,7 +133,7 @@ def _provenance(records):
     versions = [" ".join(f"{k} {v}" for k, v in dict(record.get("versions") or {}).items()) for record in records]
     facts = {
         "Attacks": "<br>".join(dict.fromkeys(escape(_describe(record)) for record in ordered))
-        + "<br>On the ladder, step sizes scale with eps",
+        + f"<br>On the ladder, step sizes {_on_ladder(records)}",
         "Images": f"n = {distinct(sizes)} of the test set; their sampling leaves each accuracy uncertain by up to "
         f"±{interval:.1f} points (95 %)",
         "Seeds": f"{distinct(record.get('seed') for record in records)}; each line is one training run",
@@ -151,6 +151,11 @@ def _provenance(records):
     }
     items = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in facts.items())
     return f'<section><h2>How these numbers were made</h2><dl class="facts">{items}</dl></section>'
+
+
+def _on_ladder(records):
+    kinds = {bool(record.get("fixed_step")) for record in records if not results.is_main(record)} or {False}
+    return ", or ".join({False: "scale with eps", True: "stay as they are"}[kind] for kind in sorted(kinds))
 
 
 def _selected(split):

@@ -10,6 +10,8 @@ import pytest
 from conftest import config_rows, smoke_config
 
 from ibjax import config, main, metrics, train
+from ibjax.attacks.named import named
+from ibjax.evaluate import check_settings
 
 ROOT = Path(__file__).parent.parent
 RECIPES = {file.stem: config_rows(file.stem) for file in sorted((ROOT / "configs").glob("*.py"))}
@@ -83,6 +85,31 @@ def test_the_short_form_keeps_the_method(name, row):
 def test_no_two_rows_of_a_recipe_are_the_same(name):
     texts = [repr({**config.plain(smoke_config(name, row)), "title": ""}) for row in RECIPES[name]]
     assert len(set(texts)) == len(texts)
+
+
+def test_the_commands_of_the_page_name_what_there_is():
+    text = (ROOT / "configs" / "README.md").read_text()
+    lists = re.findall(r"--attacks=([^\s`]+)", text)
+    flags = re.findall(r"--config\.evaluate\.[^\s`\"]+", text)
+    rows = re.findall(r"`(?:configs/)?(\w+)\.py:([\w.-]+)`", text)
+    assert lists and flags and rows
+    for names in lists:
+        assert all(named(name) for name in names.split(","))
+    for flag in flags:
+        check_settings(main.override(smoke_config("ibd_resnet18", "paper"), [flag]).evaluate)
+    for name, row in rows:
+        assert row in RECIPES[name] or row.isupper() or row == "METHOD-original", row
+
+
+def test_what_is_compared_with_itself_in_ib_rars_text_is_the_same_but_for_the_terms():
+    """Rows `-base` and `-paper-base`; the original TRADES and MART are those of their own objectives."""
+    for row in (row for row in RECIPES["ib_rar"] if row.endswith("-paper")):
+        with_terms, without = (config.plain(smoke_config("ib_rar", name)) for name in (row, f"{row}-base"))
+        assert without["objective"] == {**with_terms["objective"], "alpha": 0.0, "beta": 0.0}
+        assert {**without, "objective": 0, "title": 0} == {**with_terms, "objective": 0, "title": 0}
+        method = row.split("-")[1]
+        assert with_terms["attack"]["init"] == {"pgd": "uniform"}.get(method, "gaussian")
+    assert smoke_config("ib_rar", "wrn-mart-paper").objective.robust_weight == 6.0
 
 
 def test_a_sweep_names_every_row_that_matches():

@@ -118,17 +118,21 @@ def test_names_stand_for_their_attacks():
     assert named("pgd-7").settings["loss"] == "ce" and named("pgd-7").step_size(0.5, "2/255") == "2/255"
     assert named("fgsm").settings == dict(loss="ce", init="none", steps=1, restarts=1)
     assert named("fgsm").step_size("8/255", "2/255") == "8/255"
+    assert named("pgd-scaled-10").settings == named("pgd-10").settings
+    for steps, length in ((10, 0.0069), (100, 0.00069)):  # IB-RAR's, at its eps
+        assert named(f"pgd-scaled-{steps}").step_size("0.03", "2/255") == pytest.approx(length)
     assert named("autoattack").settings == dict(version="standard", attacks=None)
     assert named("fab-t").settings == dict(version="standard", attacks=["fab-t"])
-    for name in ("pgd", "pgd-0", "pgd-x", "pgd-²", "cw-", "autoatack"):
+    for name in ("pgd", "pgd-0", "pgd-x", "pgd-²", "pgd-scaled", "cw-", "autoatack"):
         with pytest.raises(InputError, match="unknown"):
             named(name)
 
 
-def test_the_ladder_scales_its_steps():
-    settings = dict(eps="8/255", step_size="2/255")
+def test_the_ladder_scales_its_steps_unless_they_are_fixed():
+    settings = dict(eps="8/255", step_size="2/255", fixed_step=False)
     assert evaluate._scaled_step(settings, "8/255") == "2/255"
     np.testing.assert_allclose(evaluate._scaled_step(settings, "16/255"), 4 / 255)
+    assert evaluate._scaled_step({**settings, "fixed_step": True}, "16/255") == "2/255"
 
 
 # ---- the gate ----------------------------------------------------------------------------------------------

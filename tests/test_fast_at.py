@@ -116,6 +116,13 @@ def test_the_recipe_stops_on_catastrophic_overfitting():
     assert settings.validate.stop_on_overfitting and settings.validate.every == 1 and settings.attack_bn == "train"
 
 
+def test_on_imagenet_the_network_sees_the_box_of_an_unclipped_start_in_training_mode():
+    settings = smoke_config("ibd_imagenet", "fast_at-4")
+    attack = settings.attack
+    assert attack.steps == 1 and attack.init == "uniform_unclipped" and attack.clip_input
+    assert (attack.eps, attack.step_size, settings.attack_bn) == ("4/255", "5/255", "train")
+
+
 def test_a_start_without_gradient_is_refused_on_either_base_of_its_own_prediction():
     settings = smoke_config("baselines_original", "te_trades,smoke")
     settings.attack.init = "none"

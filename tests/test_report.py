@@ -244,6 +244,15 @@ def test_runs_below_a_folder_are_found_once_and_in_order(tmp_path):
     assert [run.title for run in report.read([tmp_path])] == ["student", "teacher", "undefended"]
 
 
+def test_the_page_says_whether_the_ladders_steps_scale(tmp_path):
+    for name, changes, words in (
+        ("old", {}, "step sizes scale with eps<"),
+        ("scaled", {"fixed_step": False}, "step sizes scale with eps<"),
+        ("fixed", {"fixed_step": True}, "step sizes stay as they are<"),
+    ):
+        assert words in page_of(write_run(tmp_path / name, healthy(**changes)))
+
+
 def test_two_runs_of_one_title_are_named_by_their_folders(tmp_path):
     for seed in "01":
         write_run(tmp_path / seed, healthy())

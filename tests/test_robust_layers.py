@@ -10,7 +10,7 @@ import pytest
 from conftest import smoke_config
 
 import ibjax
-from ibjax import evaluate, main, run
+from ibjax import evaluate, main, metrics, run
 from ibjax.analysis import layers, mask
 from ibjax.errors import InputError
 from ibjax.models import masked
@@ -101,13 +101,33 @@ def test_the_choice_of_layers_trains_each_alone_and_goes_on_where_it_was(tmp_pat
     assert (saved["none"].alpha, saved["none"].beta) == (0.0, 0.0)
     assert saved["stage1"].layers == "stage1" and saved["stage1"].beta == 0.08
     assert json.loads((tmp_path / "layers.json").read_text()) == found
+    assert "validation images" in layers.table(found).splitlines()[0]
+
+    # the last checkpoint was validated too, by an attack of its own: the clean accuracies are of the same images
+    rows = [row for row in metrics.read(tmp_path / "stage1" / "metrics.jsonl") if row["kind"] == "val"]
+    assert found["selected_on"] == "val" and found["n"] == recipe().data.val_size
+    assert found["accuracy"]["stage1"]["clean"] == pytest.approx(rows[-1]["clean_acc"], abs=1e-3)
 
     logs = {name: (tmp_path / name / "metrics.jsonl").stat().st_mtime_ns for name in saved}
     assert layers.choose(recipe(), tmp_path, gain=1000.0)["layers"] == []
     assert logs == {name: (tmp_path / name / "metrics.jsonl").stat().st_mtime_ns for name in saved}
+    with pytest.raises(InputError, match="select_on"):  # runs that chose by other images are not these
+        layers.choose(on_test(recipe()), tmp_path)
     flag = layers.table(found).splitlines()[-1]
     assert flag == "--config.objective.layers=stage1,pre_logits"
     assert main.override(recipe(), [flag]).objective.layers == "stage1,pre_logits"
+
+
+@pytest.mark.slow
+def test_the_test_set_chooses_layers_only_where_that_is_asked(tmp_path):
+    found = layers.choose(on_test(recipe()), tmp_path)
+    assert found["selected_on"] == "test" and "test images" in layers.table(found).splitlines()[0]
+    assert found["n"] == len(run.load_data(recipe()).test.labels)
+
+
+def on_test(settings):
+    settings.select_on = "test"
+    return settings
 
 
 def test_a_recipe_without_layers_to_choose_is_refused(tmp_path):

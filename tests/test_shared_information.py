@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import smoke_config
 
-from ibjax import losses
+from ibjax import losses, train
 from ibjax.errors import InputError
 from ibjax.information import hsic
 from ibjax.models import cnn, stochastic
@@ -175,3 +176,14 @@ def test_without_a_stochastic_layer_in_evaluation_the_attack_sees_the_mean():
 def test_impossible_options_are_refused(options):
     with pytest.raises(InputError):
         shared_information(**options)
+
+
+def test_the_statistics_network_of_mine_has_adam_of_its_own():
+    """λ, which scales its gradient, leaves its steps alone: the first is 1e-4 in each coordinate."""
+    settings = smoke_config("shared_information", "mine")
+    optimizer, _ = train._optimizer(settings, 10)
+    params = {"params": {"w": jnp.ones(3)}, "head": {"w": jnp.ones(3)}}
+    gradient = {"params": {"w": jnp.ones(3)}, "head": {"w": jnp.array([0.01, -0.5, 3.0])}}
+    update, _ = optimizer.update(gradient, optimizer.init(params), params)
+    np.testing.assert_allclose(update["head"]["w"], [-1e-4, 1e-4, -1e-4], rtol=1e-4)
+    np.testing.assert_allclose(update["params"]["w"], -0.1 * (1 + 5e-4), rtol=1e-5)

@@ -111,6 +111,16 @@ def test_without_its_terms_it_is_the_base_but_for_the_added_parts_statistics():
         assert not all(same) if name in method.ADDED else all(same), name
 
 
+@pytest.mark.parametrize("base", list(method.BASES))
+def test_a_weight_perturbation_climbs_the_loss_of_the_base(base):
+    batch = {**BATCH, "epoch": jnp.float32(120)}  # where TE's term counts
+    variables = {**VARIABLES, "memory": jax.random.uniform(KEY, (6, 4))}
+    original, whole = method.BASES[base](6.0), method.siriib(base=base, lam=20.0)
+    plain = original.loss(NET, variables, batch, X_ADV, jax.random.split(KEY)[0])[0]
+    np.testing.assert_allclose(whole.proxy(NET, variables, batch, X_ADV, KEY), plain, rtol=1e-6)
+    assert abs(float(whole.loss(NET, variables, batch, X_ADV, KEY)[0] - plain)) > 0.1  # what it leaves out
+
+
 def test_beside_a_plain_classifier_the_two_are_trained_apart():
     """connections=0: the classifier's gradient is PGD-AT's, and the calibration has none of the cross-entropy's."""
     alone = siriib.Model(4, backbone=BACKBONE, connections=0, scales=(8, 4))

@@ -3,10 +3,11 @@
     python -m ibjax.analysis.layers --config=configs/ib_rar.py:vgg16-l --workdir=DIR [--gain=1] [--config.epochs=20 …]
 
 Trains a network for each tap with the terms of this tap alone, and one without any, in DIR/TAP and DIR/none; attacks
-the last checkpoint of each with the recipe's first PGD (or PGD-10). Robust are the taps that gain at least `gain`
-points over none: the paper asks for an "obviously higher" accuracy; its own robust layers keep 3.27 % or more, the
-others 0.05 % or less. Prints the table and the flag for the recipe, and writes DIR/layers.json. Run again, it continues
-where it stopped.
+the last checkpoint of each with the recipe's first PGD (or PGD-10): on the validation images, or on the test set with
+--config.select_on=test, whose accuracies the paper prints. Robust are the taps that gain at least `gain` points over
+none: the paper asks for an "obviously higher" accuracy; its own robust layers keep 3.27 % or more, the others 0.05 % or
+less. Prints the table and the flag for the recipe, and writes DIR/layers.json; both say which images chose. Run again,
+it trains on where it stopped.
 """
 
 import argparse
@@ -19,9 +20,10 @@ from ml_collections import ConfigDict
 
 from ibjax import cluster, config, errors, run, train
 from ibjax import main as command_line
+from ibjax.analysis.calibration import attack, percent
 from ibjax.errors import InputError
-from ibjax.evaluate import evaluate
 from ibjax.objectives.ib_rar import layers_of
+from ibjax.step import linen_net
 
 
 def candidates(settings: ConfigDict) -> dict[str, ConfigDict]:
@@ -46,23 +48,31 @@ def candidates(settings: ConfigDict) -> dict[str, ConfigDict]:
 
 
 def choose(settings: ConfigDict, workdir: Path, gain: float = 1.0) -> dict[str, Any]:
-    """{"attack", "gain", "accuracy": {tap: {"clean", "robust", "gain"}}, "layers": the robust ones}; also on disk."""
+    """{"attack", "selected_on", "n", "gain", "accuracy": {tap: {"clean", "robust", "gain"}}, "layers"}; also on disk.
+
+    "layers" are the robust ones, by the `n` images of the split `selected_on`, "val" or "test".
+    """
     config.complete(settings)
     pgd = next((name for name in settings.evaluate.attacks if name.startswith("pgd-")), "pgd-10")
     recipes = candidates(settings)
     for recipe in recipes.values():
         train.check(recipe)
+    data = run.load_data(settings)
+    split = data.val if settings.select_on == "val" else data.test
+    assert split is not None  # train.check saw to it
     accuracy: dict[str, dict[str, float]] = {}
     for name, recipe in recipes.items():
-        recipe.evaluate.update(attacks=(pgd,), ladder=())
         with run.lock(workdir / name):
             train.train(train.build(recipe), workdir / name)
-            record = evaluate(workdir / name, "last", settings=recipe.evaluate)[0]
-        accuracy[name] = dict(clean=record["clean_acc"], robust=record["robust_acc"])
+            trained = run.load(workdir / name, "last")
+        predict = linen_net(run.in_float32(trained.model)).predict
+        flags, _ = attack(pgd, predict, trained, split, config.plain(recipe.evaluate))
+        accuracy[name] = dict(clean=percent(flags.clean), robust=percent(flags.robust))
     for row in accuracy.values():
         row["gain"] = round(row["robust"] - accuracy["none"]["robust"], 4)
     robust = [name for name, row in accuracy.items() if name != "none" and row["gain"] >= gain]
-    found = dict(attack=pgd, gain=gain, accuracy=accuracy, layers=robust)
+    where = dict(selected_on=settings.select_on, n=len(split.labels))
+    found = dict(attack=pgd, **where, gain=gain, accuracy=accuracy, layers=robust)
     if jax.process_index() == 0:
         run.write_json(workdir / "layers.json", found)
     return found
@@ -70,7 +80,9 @@ def choose(settings: ConfigDict, workdir: Path, gain: float = 1.0) -> dict[str, 
 
 def table(found: dict[str, Any]) -> str:
     """What was found as a Markdown table, and the flag that uses it."""
-    lines = [f"| terms of | clean | {found['attack']} | gain | robust |", "|---|---|---|---|---|"]
+    images = {"val": "validation", "test": "test"}[found["selected_on"]]
+    lines = [f"percent of {found['n']} {images} images, last checkpoint", ""]
+    lines += [f"| terms of | clean | {found['attack']} | gain | robust |", "|---|---|---|---|---|"]
     for name, row in found["accuracy"].items():
         mark = "yes" if name in found["layers"] else ""
         lines.append(f"| {name} | {row['clean']:.2f} | {row['robust']:.2f} | {row['gain']:+.2f} | {mark} |")

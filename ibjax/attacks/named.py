@@ -3,6 +3,7 @@
 | name                         | attack                                                                              |
 |------------------------------|-------------------------------------------------------------------------------------|
 | pgd-STEPS, cw-STEPS          | PGD on cross-entropy, on the margin                                                 |
+| pgd-scaled-STEPS             | PGD in steps of 2.3·eps/STEPS, as IB-RAR's authors evaluate                         |
 | bim-, mim-, nifgsm-, spsa-   | with STEPS behind, as `cw-l2-STEPS`; see the files of these names                   |
 | fgsm, noise, noise-sign      |                                                                                     |
 | autoattack, -plus, -rand     | and its parts, as `apgd-ce`, `fab-t`, `square`                                      |
@@ -107,6 +108,7 @@ def _siriib(steps, *terms):
 # family -> (steps -> Named), for names as "pgd-20"
 FAMILIES: dict[str, Callable[..., Named]] = {
     "pgd": lambda steps: _own(pgd, loss="ce", init="uniform", steps=steps, restarts=1),
+    "pgd-scaled": lambda steps: FAMILIES["pgd"](steps)._replace(step=2.3 / steps),
     "cw": lambda steps: _own(pgd, loss="margin", init="uniform", steps=steps, restarts=1),
     "cw-l2": lambda steps: _unbounded(cw, c=1.0, kappa=0.0, lr=0.01, steps=steps),
     "bim": lambda steps: _own(pgd, loss="ce", init="none", steps=steps, restarts=1),

@@ -3,7 +3,8 @@ Recognition 134, 2023 (MERL TR2022-141).
 
     L     = α CE(f(x'), y) + (1−α) CE(f(x), y) + β(e) D_SKL − λ I(z; z')
     D_SKL = mean_b ½ [ KL(p(z|x) || p(z|x')) + KL(p(z|x') || p(z|x)) ],   p(z|x) = N(μ, σ²), a sum over its K dimensions
-    I     = HSIC of z and z', Gaussian kernels, the width of each its mean distance to the k nearest neighbours
+    I     = HSIC of z and z', Gaussian kernels, the width of each its mean distance to the k nearest neighbours (not
+            so for information="nhsic", whose widths are 5·√K, as of the HSIC bottleneck)
     β(e)  = β₀ (β/β₀)^clip((⌊e⌋ − warmup)/ramp, 0, 1)           superfluous information is squeezed out slowly
 
 | symbol | code        | default                                                                             |
@@ -12,7 +13,7 @@ Recognition 134, 2023 (MERL TR2022-141).
 | β, β₀  | beta, beta_start | 4 (MNIST, CIFAR-10; 6 for CIFAR-100), 1e-3                                     |
 |        | warmup, ramp | 10, 90 epochs                                                                      |
 | λ      | lam         | 1e-3 (0.01 with "mine" and "mige")                                                  |
-| k      | neighbours  | 10                                                                                  |
+| k      | neighbours  | 10, of "hsic" and "trace"                                                            |
 | I      | information | "hsic", biased; "trace", without its (B − 1)⁻²; "nhsic"; "mine"; "mige"             |
 |        | location    | "latent": p(z|x) of a stochastic layer; "prediction": p(y|x), which needs none      |
 
@@ -27,7 +28,7 @@ Batch-norm: training-mode passes over x', then x.
 Read from an incomplete text: gradients flow through both views; the divergence is summed over dimensions; the kernel
 is exp(−d²/(2σ²)) (the minus sign is missing in the paper), its width without gradient, of z and z' separately. The
 biased HSIC is of order 0.05 here, so that λ = 1e-3 makes it nearly vanish; what the paper's ablation shows of this
-term suggests another scale, hence "trace" and "nhsic".
+term suggests another scale, hence "trace", and "nhsic", which is another measure with other kernels.
 """
 
 import jax

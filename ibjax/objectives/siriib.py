@@ -20,6 +20,8 @@ objective on the whole network, from which also the attack climbs.
 With model.connections=0 the singular regularisation stands beside a plain classifier (isolated training, Tables 8 and
 9): L_info is empty and no gradient of L_svd reaches the classifier. The paper has λ₁ = 1 there.
 
+A weight perturbation (AWP) climbs L_ori alone.
+
 Batch-norm: as L_ori has it. Where that makes no training-mode pass over x, one follows whose statistics count for the
 added parts alone.
 
@@ -115,7 +117,10 @@ def siriib(
         value = value + lam * (svd + info) + lam_tau * penalty
         return value, (variables, {**metrics, "loss": value})
 
-    return original._replace(loss=loss)
+    def proxy(net, variables, batch, x_adv, key):
+        return original.loss(net, variables, batch, x_adv, jax.random.split(key)[0])[0]
+
+    return original._replace(loss=loss, proxy=proxy)
 
 
 def _recorded(net: Net, passes: list[tuple[Array, Output]]) -> Net:
