@@ -112,35 +112,68 @@ def binarisation(
             raise InputError(f"{name}={value!r} is not allowed; give a whole number of at least 1")
     mesh, total = cluster.mesh(), len(images)
     size = -(-min(batch_size, total) // mesh.size) * mesh.size
-    sharded = NamedSharding(mesh, cluster.BATCH)
-    programs = _programs(features, attacks, norm, radius, seed, NamedSharding(mesh, cluster.REPLICATED))
+    sharded, replicated = (NamedSharding(mesh, spec) for spec in (cluster.BATCH, cluster.REPLICATED))
+    gathered = jax.jit(lambda value: value, out_shardings=replicated)
+    phi = jax.jit(partial(_flat, features), out_shardings=replicated)
+    score = jax.jit(lambda *at: _logits(features, *at)[:, 1], out_shardings=replicated)
+    attacked = {
+        name: jax.jit(partial(_broken, attack, features, norm, radius), out_shardings=replicated)
+        for name, attack in attacks.items()
+    }
 
     def place(array):
         return jax.make_array_from_callback(array.shape, sharded, array.__getitem__)
 
     def batch(first):
         index = np.arange(first, first + size, dtype=np.int32)
-        x, count = images[np.minimum(index, total - 1)], min(size, total - first)  # the padding repeats the last image
-        given = (variables, place(x), place(index))
-        x_b, anchor = map(np.asarray, programs.boundary(*given))
-        # one by one: many programs in flight that all gather would wait for each other on fake devices
-        inside = [np.asarray(programs.inner(*given, np.int32(i))) for i in range(inner)]
-        w, separated = _readouts(anchor, np.stack([np.asarray(programs.clean(*given)), *inside], 1), count)
-        given = (*given, place(w), place(anchor))
-        at_x, at_boundary = (np.asarray(programs.score(*given, place(point))) for point in (to_float(x), x_b))
-        used = separated & (at_x < 0) & (at_boundary > 0)
+        count = min(size, total - first)
+        x = place(np.asarray(to_float(images[np.minimum(index, total - 1)])))  # the padding repeats the last image
+        keys = _keys(np.uint32(seed), place(index))
+        inside = partial(_draw, in_ball, norm, keys, x, ETA * radius, _INNER)
+        sphere = partial(_draw, on_sphere, norm, keys, x, radius)
+
+        x_b = sphere(_BOUNDARY, 0)
+        anchor = np.asarray(phi(variables, x_b))
+        # one by one: of many programs in flight that gather, each would wait for all others on CPUs
+        around = [np.asarray(phi(variables, inside(number))) for number in range(inner)]
+        w, separated = _readouts(anchor, np.stack([np.asarray(phi(variables, x)), *around], 1), count)
+        at = partial(score, variables, *map(place, (w, anchor)))
+        used = separated & (np.asarray(at(x)) < 0) & (np.asarray(at(x_b)) > 0)
         random = np.zeros(size, bool)
-        for i in range(inner):
-            random |= np.asarray(programs.random(*given, np.int32(i))) > 0
+        for number in range(inner):
+            random |= np.asarray(at(sphere(_RANDOM, number))) > 0
         broken = {}
-        for name, program in programs.attacks.items():
+        for name, program in attacked.items():
             if progress and cluster.preempted():
                 raise PreemptedError(f"stopped during {progress}")
-            broken[name] = used & np.asarray(program(*given))
-        return jax.tree.map(lambda value: value[:count], Found(used, broken, used & random, x_b))
+            broken[name] = used & np.asarray(program(variables, *map(place, (w, anchor)), keys, x))
+        found = Found(used, broken, used & random, np.asarray(gathered(x_b)))
+        return jax.tree.map(lambda value: value[:count], found)
 
     starts = tqdm(range(0, total, size), desc=progress, unit="batch", disable=not (progress and sys.stderr.isatty()))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *map(batch, starts))
+
+
+# ---- the network behind a readout ------------------------------------------------------------------------------
+
+
+def _flat(features, variables, x):
+    return features(variables, x).reshape(len(x), -1)
+
+
+def _logits(features, variables, w, anchor, x):
+    """f(x): row by row, each with its own readout, so x is a whole batch in its order."""
+    score = jnp.sum(w * (_flat(features, variables, x) - anchor), axis=1) + SLACK
+    return jnp.stack([jnp.zeros_like(score), score], axis=1)
+
+
+def _broken(attack, features, norm, radius, variables, w, anchor, keys, x):
+    """(B,) bool: what the attack returns lies within the radius and the box, and is of class 1."""
+    shown, label = partial(_logits, features, variables, w, anchor), jnp.zeros(len(x), jnp.int32)
+    x_adv = attack(geometry.fold(keys, _ATTACK), shown, x, label)
+    in_box = jnp.all((x_adv >= 0) & (x_adv <= 1), axis=(1, 2, 3))  # NaN fails
+    within = geometry.distance(x_adv, x, norm) <= radius + TOLERANCE
+    return in_box & within & ~losses.correct(shown(x_adv), label)
 
 
 # ---- the readouts --------------------------------------------------------------------------------------------
@@ -184,60 +217,19 @@ def _readouts(anchor, inside, count):
     return w, np.array([one is not None for one in found])
 
 
-# ---- what is computed on the devices ---------------------------------------------------------------------------
+# ---- points around an image ------------------------------------------------------------------------------------
 
 
-class _Programs(NamedTuple):
-    """All begin with (variables, images, index)."""
-
-    clean: Callable  # -> φ(x)
-    inner: Callable  # (…, number) -> φ of a point inside
-    boundary: Callable  # -> x_b, φ(x_b)
-    score: Callable  # (…, w, anchor, points) -> f_1 (B,)
-    random: Callable  # (…, w, anchor, number) -> f_1 of another point of the sphere
-    attacks: dict[str, Callable]  # (…, w, anchor) -> (B,) bool
+@jax.jit
+def _keys(seed, index):
+    """A key for each image, from its index."""
+    key = jax.random.fold_in(jax.random.key(seed), _BINARISATION)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
 
 
-def _programs(features, attacks, norm, radius, seed, sharding):
-    jit = partial(jax.jit, out_shardings=sharding)
-
-    def phi(variables, x):
-        return features(variables, x).reshape(len(x), -1)
-
-    def logits(variables, w, anchor, x):
-        score = jnp.sum(w * (phi(variables, x) - anchor), axis=1) + SLACK
-        return jnp.stack([jnp.zeros_like(score), score], axis=1)
-
-    def keys(index, purpose, number=0):
-        key = jax.random.fold_in(jax.random.key(seed), _BINARISATION)
-        one_each = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-        return geometry.fold(geometry.fold(one_each, purpose), number)
-
-    def inside(variables, images, index, number):
-        return phi(variables, in_ball(keys(index, _INNER, number), to_float(images), norm, ETA * radius))
-
-    def boundary(variables, images, index):
-        x_b = on_sphere(keys(index, _BOUNDARY), to_float(images), norm, radius)
-        return x_b, phi(variables, x_b)
-
-    def score(variables, images, index, w, anchor, points):
-        return logits(variables, w, anchor, points)[:, 1]
-
-    def random(variables, images, index, w, anchor, number):
-        point = on_sphere(keys(index, _RANDOM, number), to_float(images), norm, radius)
-        return score(variables, images, index, w, anchor, point)
-
-    def broken(attack, variables, images, index, w, anchor):
-        x, shown = to_float(images), partial(logits, variables, w, anchor)
-        label = jnp.zeros(len(x), jnp.int32)
-        x_adv = attack(keys(index, _ATTACK), shown, x, label)
-        in_box = jnp.all((x_adv >= 0) & (x_adv <= 1), axis=(1, 2, 3))  # NaN fails
-        within = geometry.distance(x_adv, x, norm) <= radius + TOLERANCE
-        return in_box & within & ~losses.correct(shown(x_adv), label)
-
-    attacked = {name: jit(partial(broken, attack)) for name, attack in attacks.items()}
-    clean = jit(lambda variables, images, index: phi(variables, to_float(images)))
-    return _Programs(clean, jit(inside), jit(boundary), jit(score), jit(random), attacked)
+@partial(jax.jit, static_argnums=(0, 1))
+def _draw(sampler, norm, keys, x, radius, purpose, number):
+    return sampler(geometry.fold(geometry.fold(keys, purpose), number), x, norm, radius)
 
 
 _DIRECTIONS = {
