@@ -90,7 +90,7 @@ def test_images_that_cannot_be_separated_are_left_out():
 
 
 def test_attacks_of_two_classes_pass_on_a_linear_network():
-    names = ("cw-5", "mim-5", "spsa-15", "apgd-t", "fab-t")
+    names = ("cw-5", "spsa-15", "apgd-t")
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam
         found = run(linear, [*names, "noise"])
     assert {name for name in names if not found.broken[name].all()} == set()
@@ -102,7 +102,7 @@ def test_attacks_of_two_classes_pass_on_a_linear_network():
 
 @pytest.mark.slow
 def test_the_others_pass_on_a_linear_network():
-    names = ("fgsm", "bim-5", "nifgsm-5", "apgd-ce", "apgd-dlr", "fab", "autoattack")
+    names = ("fgsm", "bim-5", "mim-5", "nifgsm-5", "fab-t", "apgd-ce", "apgd-dlr", "fab", "autoattack")
     found = run(linear, [*names, "noise-sign"])
     assert {name for name in names if not found.broken[name].all()} == set() and not found.broken["noise-sign"].any()
     attack, _ = analysis.attack_of("cw-l2-200", norm="l2", eps=0.8, step_size=0.1)
@@ -134,7 +134,7 @@ def test_the_readout_has_the_largest_margin():
 
 @pytest.mark.parametrize("norm, eps", [("linf", 0.1), ("l2", 0.8), ("l1", 5.0)])
 def test_points_lie_on_the_sphere_and_in_the_ball(norm, eps):
-    x = jnp.asarray(RNG.choice([0.0, 0.5, 1.0], (256, 6, 6, 1)), jnp.float32)
+    x = jnp.asarray(RNG.choice([0.0, 0.5, 1.0], (64, 6, 6, 1)), jnp.float32)
     keys = jax.random.split(jax.random.key(0), len(x))
     for points in (analysis.on_sphere(keys, x, norm, eps), analysis.in_ball(keys, x, norm, eps)):
         assert points.min() >= 0 and points.max() <= 1 and geometry.distance(points, x, norm).max() <= eps + 1e-6
