@@ -1,0 +1,422 @@
+"""Is an attack strong enough for a network? The binarisation test of Zimmermann, Brendel, Tramèr & Carlini, "Increasing
+Confidence in Adversarial Robustness Evaluations", NeurIPS 2022.
+
+    python -m ibjax.analysis.binarisation --workdir=DIR [--checkpoint=best] [--attacks=pgd-20,apgd-ce] [--n=64]
+
+For each image x, the last layer gives way to a readout that has an adversarial image within ε by construction:
+
+    x_i  = x, and points drawn in the ball of radius η·ε around it, i = 0 … inner
+    x_b  = a point drawn on the sphere of radius ε; all of them lie in [0, 1]
+    w    = argmin ||w||  subject to  <w, φ(x_b) − φ(x_i)> ≥ 1 for all i            φ: the features before the last layer
+    f(u) = ( 0, <w, φ(u) − φ(x_b)> + τ )                                           class 1 at x_b, class 0 at all x_i
+
+An attack on f with label 0 should find x_b or another image of class 1. Where it does for fewer than 95 % of the images
+it is too weak for this network, or gradients are masked: its robust accuracy says nothing. A passed test is necessary,
+not sufficient. Beside it stands how often `inner` random draws from the sphere do as well; where they reach 95 % too,
+the test is too easy to say anything.
+
+| symbol        | code  | default |
+|---------------|-------|---------|
+| η             | ETA   | 0.95    |
+| points inside | inner | 999     | beside x itself, for one point on the sphere
+| τ             | SLACK | 0.01    | of the margin between the two classes
+
+Images whose features no readout separates are left out and counted. With two classes AutoAttack's DLR gives way to the
+margin, and its targeted attacks have one target. What is found counts only within ε, in the evaluation's norm.
+
+Deviations: the authors fit a logistic regression without penalty, which tends to the readout of largest margin; with
+one point on the sphere that one has a closed problem (`readout`). Their class boundary can come within 0.1 % of the
+margin of φ(x_b), here it is 1 %, for the rounding of float32.
+
+Guarantees (tests of the same names): the boundary point is adversarial for its own readout; batch size changes no flag.
+Writes `binarisation/<checkpoint>.json` in the workdir.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import NamedSharding
+from scipy.optimize import nnls
+from tqdm import tqdm
+
+from ibjax import checkpoint as checkpoints
+from ibjax import cluster, config, errors, losses, run
+from ibjax.analysis.calibration import percent
+from ibjax.attacks import Attack, geometry
+from ibjax.attacks.autoattack import sub_attacks
+from ibjax.attacks.iterative import as_attack
+from ibjax.attacks.named import named
+from ibjax.errors import InputError, PreemptedError
+from ibjax.evaluate import check_settings
+from ibjax.scoring import TOLERANCE
+from ibjax.step import linen_net, to_float
+
+ETA, SLACK, CRITERION = 0.95, 0.01, 95.0
+_SEPARATED = 1e-4  # of the features' length: a margin well above the rounding of float32
+_BINARISATION = 0x62696E  # folded into the seed, then an image's index, then what is drawn
+_INNER, _BOUNDARY, _RANDOM, _ATTACK = range(4)
+
+
+class Found(NamedTuple):
+    """Per image, in their order; false where a readout could not be made."""
+
+    used: np.ndarray  # (N,) bool: the features of the points inside and on the sphere can be separated
+    broken: dict[str, np.ndarray]  # attack -> (N,) bool: it found an adversarial image within eps
+    random: np.ndarray  # (N,) bool: so did one of `inner` random draws
+    boundary: np.ndarray  # (N, H, W, C) float32: x_b, which is one
+
+
+def binarisation(
+    features: Callable,
+    variables: Any,
+    images: Any,
+    attacks: Mapping[str, Attack],
+    *,
+    norm: str,
+    eps: "str | float",
+    inner: int = 999,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: str | None = None,
+) -> Found:
+    """Which images each attack breaks behind readouts that are known to be breakable.
+
+    Args:
+      features: φ in evaluation mode, (variables, x (B, H, W, C) in [0, 1]) -> (B, …).
+      variables: what `features` takes.
+      images: (N, H, W, C), uint8 or float32 in [0, 1]; their labels play no part.
+      attacks: {name: (keys, logits_fn, x, y) -> x_adv}; `logits_fn` is called on whole batches in the order of x, since
+        each row has its own readout.
+      norm, eps: of the ball.
+      inner: points drawn inside the ball for each image, and random draws.
+      seed: of all draws, with the image's index.
+      batch_size: images at once, on all devices together.
+      progress: show a bar with this name, and stop at a preemption notice with PreemptedError.
+
+    Raises InputError on an eps or a count that is none, and on features that are not finite.
+    """
+    radius = geometry.one_radius(eps, norm)
+    if not radius > 0:
+        raise InputError(f"eps={eps} is not allowed; give a radius above 0, as '8/255'")
+    for name, value in dict(inner=inner, batch_size=batch_size).items():
+        if type(value) is not int or value < 1:
+            raise InputError(f"{name}={value!r} is not allowed; give a whole number of at least 1")
+    mesh, total = cluster.mesh(), len(images)
+    size = -(-min(batch_size, total) // mesh.size) * mesh.size
+    sharded, replicated = (NamedSharding(mesh, spec) for spec in (cluster.BATCH, cluster.REPLICATED))
+    gathered = jax.jit(lambda value: value, out_shardings=replicated)
+    phi = jax.jit(partial(_flat, features), out_shardings=replicated)
+    score = jax.jit(lambda *at: _logits(features, *at)[:, 1], out_shardings=replicated)
+    attacked = {
+        name: jax.jit(partial(_broken, attack, features, norm, radius), out_shardings=replicated)
+        for name, attack in attacks.items()
+    }
+
+    def place(array):
+        return jax.make_array_from_callback(array.shape, sharded, array.__getitem__)
+
+    def batch(first):
+        index = np.arange(first, first + size, dtype=np.int32)
+        count = min(size, total - first)
+        x = place(np.asarray(to_float(images[np.minimum(index, total - 1)])))  # the padding repeats the last image
+        keys = _keys(np.uint32(seed), place(index))
+        inside = partial(_draw, in_ball, norm, keys, x, ETA * radius, _INNER)
+        sphere = partial(_draw, on_sphere, norm, keys, x, radius)
+
+        x_b = sphere(_BOUNDARY, 0)
+        anchor = np.asarray(phi(variables, x_b))
+        # one by one: of many programs in flight that gather, each would wait for all others on CPUs
+        around = [np.asarray(phi(variables, inside(number))) for number in range(inner)]
+        w, separated = _readouts(anchor, np.stack([np.asarray(phi(variables, x)), *around], 1), count)
+        at = partial(score, variables, *map(place, (w, anchor)))
+        used = separated & (np.asarray(at(x)) < 0) & (np.asarray(at(x_b)) > 0)
+        random = np.zeros(size, bool)
+        for number in range(inner):
+            random |= np.asarray(at(sphere(_RANDOM, number))) > 0
+        broken = {}
+        for name, program in attacked.items():
+            if progress and cluster.preempted():
+                raise PreemptedError(f"stopped during {progress}")
+            broken[name] = used & np.asarray(program(variables, *map(place, (w, anchor)), keys, x))
+        found = Found(used, broken, used & random, np.asarray(gathered(x_b)))
+        return jax.tree.map(lambda value: value[:count], found)
+
+    starts = tqdm(range(0, total, size), desc=progress, unit="batch", disable=not (progress and sys.stderr.isatty()))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *map(batch, starts))
+
+
+# ---- the network behind a readout ------------------------------------------------------------------------------
+
+
+def _flat(features, variables, x):
+    return features(variables, x).reshape(len(x), -1)
+
+
+def _logits(features, variables, w, anchor, x):
+    """f(x): row by row, each with its own readout, so x is a whole batch in its order."""
+    score = jnp.sum(w * (_flat(features, variables, x) - anchor), axis=1) + SLACK
+    return jnp.stack([jnp.zeros_like(score), score], axis=1)
+
+
+def _broken(attack, features, norm, radius, variables, w, anchor, keys, x):
+    """(B,) bool: what the attack returns lies within the radius and the box, and is of class 1."""
+    shown, label = partial(_logits, features, variables, w, anchor), jnp.zeros(len(x), jnp.int32)
+    x_adv = attack(geometry.fold(keys, _ATTACK), shown, x, label)
+    in_box = jnp.all((x_adv >= 0) & (x_adv <= 1), axis=(1, 2, 3))  # NaN fails
+    within = geometry.distance(x_adv, x, norm) <= radius + TOLERANCE
+    return in_box & within & ~losses.correct(shown(x_adv), label)
+
+
+# ---- the readouts --------------------------------------------------------------------------------------------
+
+
+def readout(anchor: np.ndarray, inside: np.ndarray) -> np.ndarray | None:
+    """w (D,), the shortest with <w, anchor − φ> ≥ 1 for each row φ of `inside` (inner, D); None where there is none.
+
+    The least distance problem of Lawson & Hanson, "Solving Least Squares Problems", 1974, ch. 23; d_i = anchor − φ_i:
+
+        r = (Σ u_i d_i, Σ u_i − 1),   u = argmin_{u ≥ 0} ||r||²          w = −r_{1…D} / r_{D+1}
+
+    1 / ||w|| is the distance from the anchor to the convex hull of `inside`; 0 where it lies in it, and then r = 0. A
+    distance that rounding could have made is taken for 0.
+    """
+    d = (anchor - inside.astype(np.float64)).T  # (D, inner)
+    scale = float(np.linalg.norm(d, axis=0).max())
+    if scale <= _SEPARATED * np.linalg.norm(anchor):
+        return None
+    system, wanted = np.vstack([d / scale, np.ones(d.shape[1])]), np.zeros(len(d) + 1)
+    wanted[-1] = 1
+    try:
+        u, _ = nnls(system, wanted, maxiter=10 * d.shape[1])
+    except RuntimeError:  # no convergence
+        return None
+    r = system @ u - wanted
+    if r[-1] > -1e-12:
+        return None
+    w = -r[:-1] / r[-1] / scale
+    separated = (w @ d).min() > 0.99 and _SEPARATED * np.linalg.norm(anchor) * np.linalg.norm(w) < 1
+    return w if separated else None
+
+
+def _readouts(anchor, inside, count):
+    """(w (B, D) float32, separated (B,) bool) of the first `count` rows; zeros in all others."""
+    if not (np.all(np.isfinite(inside)) and np.all(np.isfinite(anchor))):
+        raise InputError("the network's features are NaN or infinite within eps; mend the network first")
+    found = [readout(anchor[row], inside[row]) for row in range(count)]
+    found += [None] * (len(anchor) - count)
+    w = np.stack([np.zeros(anchor.shape[1]) if one is None else one for one in found]).astype(np.float32)
+    return w, np.array([one is not None for one in found])
+
+
+# ---- points around an image ------------------------------------------------------------------------------------
+
+
+@jax.jit
+def _keys(seed, index):
+    """A key for each image, from its index."""
+    key = jax.random.fold_in(jax.random.key(seed), _BINARISATION)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _draw(sampler, norm, keys, x, radius, purpose, number):
+    return sampler(geometry.fold(geometry.fold(keys, purpose), number), x, norm, radius)
+
+
+_DIRECTIONS = {
+    "linf": lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -1.0, 1.0),
+    "l2": jax.random.normal,
+    "l1": jax.random.laplace,
+}  # over their norm: as the uniform distribution on the ball sees the sphere from its centre
+
+
+def in_ball(keys: Array, x: Array, norm: str, radius: float) -> Array:
+    """A point for each image (B, H, W, C), uniform in the ball of `radius` around it, clipped to [0, 1]."""
+    dimensions = x[0].size
+    share = jax.vmap(lambda key: jax.random.uniform(key, (), x.dtype))(geometry.fold(keys, 1)) ** (1 / dimensions)
+    return jnp.clip(x + geometry.per_image(radius * share, x) * _direction(keys, x, norm), 0.0, 1.0)
+
+
+def on_sphere(keys: Array, x: Array, norm: str, radius: float) -> Array:
+    """A point for each image, in [0, 1] and at distance `radius`: where a random ray, clipped to the box, reaches it.
+
+    The distance grows along the ray, so bisection finds the place; where the box ends the ray before, its end.
+    """
+    direction = _direction(keys, x, norm)
+
+    def at(length):
+        return jnp.clip(x + length * direction, 0.0, 1.0)
+
+    def halve(_, bracket):
+        low, high = bracket
+        middle = (low + high) / 2
+        within = geometry.size(at(middle) - x, norm) <= radius
+        return jnp.where(within, middle, low), jnp.where(within, high, middle)
+
+    zero = jnp.zeros_like(x, shape=(len(x),) + (1,) * (x.ndim - 1))
+    low, _ = lax.fori_loop(0, 40, halve, (zero, zero + 16 * radius))
+    return at(low)
+
+
+def _direction(keys, x, norm):
+    direction = geometry.draw(_DIRECTIONS[norm], geometry.fold(keys, 0), x)
+    return direction / jnp.maximum(geometry.size(direction, norm), 1e-12)
+
+
+# ---- of a run ------------------------------------------------------------------------------------------------
+
+
+def attack_of(name: str, *, norm: str, eps: "str | float", step_size: "str | float") -> tuple[Attack, list[str]]:
+    """(attack, warnings) of a name of `attacks/named.py`, for two classes; InputError unless logits suffice it."""
+    chosen = named(name)
+    if chosen.features is not None:
+        raise InputError(f"attack '{name}' climbs features or losses of the whole network; give one on logits alone")
+    if chosen.make is not None:
+        return chosen.make(norm=norm, eps=eps, step_size=chosen.step_size(eps, step_size)), []
+    if chosen.settings["version"] == "rand":
+        raise InputError(f"attack '{name}' is for random networks, the test for deterministic ones; give 'autoattack'")
+    plan, warnings = sub_attacks(chosen.settings["version"], norm, eps, 2, chosen.settings["attacks"])
+    return _in_turn([as_attack(part) for part in plan.values()]), warnings
+
+
+def _in_turn(attacks):
+    """Of each image the first attack's result that breaks it; each returns x where it finds nothing."""
+
+    def attack(keys: Array, logits_fn: Callable, x: Array, y: Array) -> Array:
+        x_adv = x
+        for number, part in enumerate(attacks):
+            robust = losses.correct(logits_fn(x_adv), y)
+            x_adv = jnp.where(geometry.per_image(robust, x), part(geometry.fold(keys, number), logits_fn, x, y), x_adv)
+        return x_adv
+
+    return attack
+
+
+def features_of(model: nn.Module, input_shape: Sequence[int]) -> Callable:
+    """φ of a network in float32: what its last layer sees, `mu` of a stochastic one, else `pre_logits`."""
+    predict = linen_net(run.in_float32(model)).predict
+    x = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+    taps = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x)[0][1], x)
+    tap = next((name for name in ("mu", "pre_logits") if name in taps), None)
+    if tap is None:
+        raise InputError("this network has no feature 'pre_logits' or 'mu' to put a readout on; the test needs one")
+    return lambda variables, x: predict(variables, x)[1][tap]
+
+
+def evaluate(
+    workdir: Path,
+    checkpoint: str = "best",
+    *,
+    attacks: Sequence[str] | None = None,
+    n: int = 64,
+    inner: int = 999,
+) -> dict[str, Any]:
+    """Tests attacks on a run; writes and returns the record, rates in percent of the images used.
+
+    attacks: in place of those of the run's `evaluate` section, of which norm, eps and step size are.
+    n, inner: test images, and points inside the ball of each.
+    """
+    trained = run.load(workdir, checkpoint)
+    settings = config.plain(trained.config.evaluate) | {"n": n, "samples": None}
+    settings |= {} if attacks is None else {"attacks": tuple(attacks)}
+    check_settings(settings)
+    lengths = {key: settings[key] for key in ("norm", "eps", "step_size")}
+    prepared = {name: attack_of(name, **lengths) for name in settings["attacks"]}
+    features = features_of(trained.model, trained.facts["input_shape"])
+    split = run.test_split(trained, n)
+    found = binarisation(
+        features, trained.variables, split.images, {name: attack for name, (attack, _) in prepared.items()},
+        norm=settings["norm"], eps=settings["eps"], inner=inner, seed=trained.config.seed,
+        batch_size=settings["batch_size"], progress="binarisation",
+    )  # fmt: skip
+    if not found.used.any():
+        raise InputError(
+            f"no readout separates a point at distance eps from {inner} inside, on any of {n} images: the test can say "
+            f"nothing; give fewer with --inner, and look whether the features change within eps at all"
+        )
+    random = percent(found.random[found.used])
+    success = {name: percent(found.broken[name][found.used]) for name in prepared}
+    record = {
+        "title": trained.config.title or workdir.resolve().name,
+        "dataset": trained.facts["label"],
+        "n": n,
+        "used": int(found.used.sum()),
+        **lengths,
+        "inner": inner,
+        "eta": ETA,
+        "slack": SLACK,
+        "checkpoint": checkpoint,
+        "step": trained.step,
+        "weights": checkpoints.tree_digest(trained.variables),
+        "random_asr": random,
+        "asr": success,
+        "verdict": {name: verdict(value, random) for name, value in success.items()},
+        "attack_settings": {name: named(name).settings for name in prepared},
+        "warnings": [text for _, warnings in prepared.values() for text in warnings],
+        "seed": trained.config.seed,
+        "versions": run.versions(),
+        "commit": run.commit(),
+        "hardware": run.hardware(),
+    }
+    if jax.process_index() == 0:
+        run.write_json(workdir / "binarisation" / f"{checkpoint}.json", record)
+    return record
+
+
+def verdict(success: float, random: float) -> str:
+    """Of an attack's rate and that of random draws, in percent."""
+    if success < CRITERION:
+        return "fails"
+    return "passes" if random < CRITERION else "too easy"
+
+
+def lines(record: dict[str, Any]) -> Iterable[str]:
+    """The record as a Markdown table."""
+    yield (
+        f"{record['title']} on {record['dataset']}: binarisation test, {record['norm']} eps {record['eps']}, "
+        f"{record['inner']} points inside, {record['used']} of {record['n']} images used, percent"
+    )
+    yield "| attack | success | random draws | test |"
+    yield "|---|---|---|---|"
+    for name, value in record["asr"].items():
+        row = f"{value:.2f} | {record['random_asr']:.2f} | {record['verdict'][name]}"
+        yield f"| {name} | {row} |"
+    yield from record["warnings"]
+
+
+def main() -> None:
+    """The command line of this module."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ibjax.analysis.binarisation",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--checkpoint", default="best", help="best, last or a step")
+    parser.add_argument("--attacks", help="names, separated by commas; default: those of the run's configuration")
+    parser.add_argument("--n", type=int, default=64, help="number of test images")
+    parser.add_argument("--inner", type=int, default=999, help="points inside the ball, of each image")
+    given = parser.parse_args()
+
+    def command():
+        cluster.initialize()
+        attacks = None if given.attacks is None else given.attacks.split(",")
+        record = evaluate(given.workdir, given.checkpoint, attacks=attacks, n=given.n, inner=given.inner)
+        if jax.process_index() == 0:
+            print("\n".join(lines(record)))
+
+    errors.exit_with(command)
+
+
+if __name__ == "__main__":
+    main()
