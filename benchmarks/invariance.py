@@ -77,9 +77,12 @@ def difference(found: dict, first: dict) -> dict[str, Any]:
 
 def table(records: list[dict]) -> str:
     """The records as Markdown."""
-    keys = ("run", "robust_acc", "flags", "images", "killed", "seconds")
     heads = ("run", "robust, %", "flags that differ", "images differ by", "times killed", "s")
-    return measuring.markdown(heads, [[record[key] for key in keys] for record in records])
+    rows = [
+        (r["run"], f"{r['robust_acc']:.2f}", r["flags"], f"{r['images']:.2g}", r["killed"], r["seconds"])
+        for r in records
+    ]
+    return measuring.markdown(heads, rows)
 
 
 def main() -> None:
