@@ -122,7 +122,7 @@ def test_a_nested_section_is_checked_and_completed_like_any_other():
         (dict(name="wide_resnet", dept=10), "model.backbone.dept is unknown to 'wide_resnet'; .* did you mean 'depth'"),
         (dict(name="wideresnet"), "'wideresnet' is unknown; .* did you mean 'wide_resnet'"),
         (dict(name="wide_resnet", depth="10"), "model.backbone.depth='10' has the wrong type"),
-        (dict(depth=10), "model.backbone=.* is no model"),
+        (dict(depth=10), "model.backbone=.* is not a model"),
     ],
 )
 def test_mistakes_in_a_nested_section_are_named(backbone, message):
