@@ -5,8 +5,8 @@
     python benchmarks/attacks_vs_torch.py --workdir=runs/small_cnn [--n=256] [--eps=4/255 --step-size=1/255]
 
 The weights of a trained network go into a PyTorch twin, whose logits are compared first. Random attacks but SPSA run
-`--repeats` times and give the mean; `flags` counts the images on which the two disagree in the first run. C&W's radius is free, so
-its accuracy says little by itself; the distances of the broken images stand beside it.
+`--repeats` times and give the mean; `flags` counts the images on which the two disagree in the first run. C&W's radius
+is free, so its accuracy says little by itself; the distances of the broken images stand beside it.
 
 Writes a JSON, and the table beside it as Markdown.
 """
