@@ -139,8 +139,8 @@ def settings(name: str, seed: int, given: argparse.Namespace) -> ConfigDict:
         if "scales" in changes:  # half the digits' width, on images with twelve or sixteen times their pixels
             network = part.model.get("backbone", part.model)
             network.update(dict(width=16) if network.name == "resnet" else dict(widths=((16, 16), (32, 32))))
-        if part.model.name == "siriib" and "scales" in changes:
-            part.model.scales = changes["scales"]
+            if part.model.name == "siriib":
+                part.model.scales = changes["scales"]
     made.title = name
     return made
 

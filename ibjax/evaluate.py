@@ -265,23 +265,16 @@ def _common(trained, checkpoint, settings, split, validation, warnings):
     imported = {"imported": trained.facts["imported"]} if "imported" in trained.facts else {}
     return {
         **imported,
-        "title": trained.config.title or trained.workdir.resolve().name,
+        **run.provenance(trained, checkpoint),
         "dataset": trained.facts["label"],
         "norm": settings["norm"],
         "fixed_step": settings["fixed_step"],
         "n": len(split.labels),
         "images": checkpoints.tree_digest(split),
         "dtype": "float32",
-        "seed": trained.config.seed,
-        "checkpoint": checkpoint,
-        "step": trained.step,
-        "weights": checkpoints.tree_digest(trained.variables),
         "selected_on": "unknown" if imported else selected_on,
         "validation": validation,
         "config": config.plain(trained.config),
-        "versions": run.versions(),
-        "commit": run.commit(),
-        "hardware": run.hardware(),
         "warnings": warnings,
     }
 

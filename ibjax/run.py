@@ -232,6 +232,20 @@ def write_json(file: Path, content: Any) -> None:
 # ---- where numbers come from -------------------------------------------------------------------------------
 
 
+def provenance(trained: Run, checkpoint: str) -> dict[str, Any]:
+    """What every record says of the run that it is of, and of where it was made."""
+    return {
+        "title": trained.config.title or trained.workdir.resolve().name,
+        "checkpoint": checkpoint,
+        "step": trained.step,
+        "weights": checkpoints.tree_digest(trained.variables),
+        "seed": trained.config.seed,
+        "versions": versions(),
+        "commit": commit(),
+        "hardware": hardware(),
+    }
+
+
 def versions() -> dict[str, str]:
     """Of everything that can change a number; a source tree that is not installed says so."""
     found = {"python": platform.python_version()}

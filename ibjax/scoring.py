@@ -190,19 +190,23 @@ def auto_attack(
 
     @jax.jit
     def score(x_adv, keys, x, y):
-        clean, logits = network(x, keys), network(x_adv, keys)
-        right = losses.correct(clean, y)
-        distance = geometry.distance(x_adv, x, norm)
-        return Flags(right, right & losses.correct(logits, y), losses.cross_entropy(logits, y), distance)
+        logits = network(x_adv, keys)
+        return losses.correct(logits, y), losses.cross_entropy(logits, y), geometry.distance(x_adv, x, norm)
 
-    parts = [slice(first, first + batch_size) for first in range(0, len(x), batch_size)]
-    values = [score(result.x_adv[part], keys[part], x[part], split.labels[part]) for part in parts]
-    flags = Flags(*(np.concatenate(column) for column in zip(*values, strict=True)))
-    after = {name: round(100 * float(np.mean(kept)), 4) for name, kept in result.robust_after.items()}
+    def judge(shown):
+        parts = [slice(first, first + batch_size) for first in range(0, len(x), batch_size)]
+        values = [score(shown[part], keys[part], x[part], split.labels[part]) for part in parts]
+        return [np.concatenate(column) for column in zip(*values, strict=True)]
+
+    withstood, loss, distance = judge(result.x_adv)
     if attacked is None:  # what was judged while attacking: rounding may decide otherwise in another batch
-        flags = flags._replace(clean=result.clean, robust=result.robust)
-    more = {
-        **({"robust_after": after} if attacked is None else {}),
+        flags = Flags(result.clean, result.robust, loss, distance)
+        after = {name: round(100 * float(np.mean(kept)), 4) for name, kept in result.robust_after.items()}
+        more = {"robust_after": after}
+    else:
+        clean = judge(x)[0]
+        flags, more = Flags(clean, clean & withstood, loss, distance), {}
+    more |= {
         "seconds_of": result.seconds,
         "seconds": round(sum(result.seconds.values()), 2),
         "warnings": result.warnings,

@@ -48,7 +48,6 @@ from jax.sharding import NamedSharding
 from scipy.optimize import nnls
 from tqdm import tqdm
 
-from ibjax import checkpoint as checkpoints
 from ibjax import cluster, config, errors, losses, run
 from ibjax.analysis.calibration import percent
 from ibjax.attacks import Attack, geometry
@@ -346,7 +345,7 @@ def evaluate(
     random = percent(found.random[found.used])
     success = {name: percent(found.broken[name][found.used]) for name in prepared}
     record = {
-        "title": trained.config.title or workdir.resolve().name,
+        **run.provenance(trained, checkpoint),
         "dataset": trained.facts["label"],
         "n": n,
         "used": int(found.used.sum()),
@@ -354,18 +353,11 @@ def evaluate(
         "inner": inner,
         "eta": ETA,
         "slack": SLACK,
-        "checkpoint": checkpoint,
-        "step": trained.step,
-        "weights": checkpoints.tree_digest(trained.variables),
         "random_asr": random,
         "asr": success,
         "verdict": {name: verdict(value, random) for name, value in success.items()},
         "attack_settings": {name: named(name).settings for name in prepared},
         "warnings": [text for _, warnings in prepared.values() for text in warnings],
-        "seed": trained.config.seed,
-        "versions": run.versions(),
-        "commit": run.commit(),
-        "hardware": run.hardware(),
     }
     if jax.process_index() == 0:
         run.write_json(workdir / "binarisation" / f"{checkpoint}.json", record)

@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from ibjax import checkpoint as checkpoints
 from ibjax import cluster, config, errors, run
 from ibjax.attacks.named import named
 from ibjax.data import Split
@@ -72,18 +71,11 @@ def evaluate(
         accuracy["calibrated"][name] = percent(as_they_are & purified)
         accuracy["through"][name] = percent(white.robust)
     record = {
-        "title": trained.config.title or workdir.resolve().name,
+        **run.provenance(trained, checkpoint),
         "dataset": trained.facts["label"],
         "n": len(split.labels),
         **{key: settings[key] for key in ("norm", "eps", "step_size")},
-        "checkpoint": checkpoint,
-        "step": trained.step,
-        "weights": checkpoints.tree_digest(trained.variables),
         "acc": accuracy,
-        "seed": trained.config.seed,
-        "versions": run.versions(),
-        "commit": run.commit(),
-        "hardware": run.hardware(),
     }
     if jax.process_index() == 0:
         run.write_json(workdir / "calibration" / f"{checkpoint}.json", record)

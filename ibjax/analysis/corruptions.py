@@ -22,7 +22,6 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ibjax import checkpoint as checkpoints
 from ibjax import cluster, errors, run
 from ibjax.analysis import calibration
 from ibjax.data import Split, corruptions, stratified, tfds
@@ -115,21 +114,14 @@ def evaluate(
     predict = jax.jit(linen_net(run.in_float32(model)).predict)
     table = accuracies(lambda x: predict(trained.variables, x)[0], source, n, batch_size)
     record = {
-        "title": trained.config.title or workdir.resolve().name,
+        **run.provenance(trained, checkpoint),
         "trained_on": trained.facts["label"],
         "dataset": source.label,
         "calibrated": calibrated,
         "n": n,  # of each corruption and severity; null: all
-        "checkpoint": checkpoint,
-        "step": trained.step,
-        "weights": checkpoints.tree_digest(trained.variables),
         "mean_acc": round(float(np.mean([np.mean(row) for row in table.values()])), 4),
         "acc": table,
         "missing": [name for name in corruptions.TWELVE if name not in table],
-        "seed": trained.config.seed,
-        "versions": run.versions(),
-        "commit": run.commit(),
-        "hardware": run.hardware(),
     }
     if jax.process_index() == 0:
         name = f"{checkpoint}.calibrated" if calibrated else checkpoint

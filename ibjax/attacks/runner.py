@@ -65,8 +65,8 @@ class Runner:
         batch_size: int,
         randomized: bool = False,
     ):
-        if isinstance(logits_fn, jax.stages.Wrapped):  # what a jitted function closes over is a constant to compile
-            logits_fn = inspect.unwrap(logits_fn, stop=lambda f: not isinstance(f, jax.stages.Wrapped))
+        # what a jitted function closes over would be a constant to compile
+        logits_fn = inspect.unwrap(logits_fn, stop=lambda f: not isinstance(f, jax.stages.Wrapped))
         self.logits_fn, self.x, self.y, self.norm, self.eps, self.randomized = logits_fn, x, y, norm, eps, randomized
         self.key, self.key_kind = np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)
         mesh = cluster.mesh()
