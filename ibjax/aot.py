@@ -38,7 +38,7 @@ from absl import flags  # noqa: E402
 from jax.sharding import AxisType, Mesh, NamedSharding  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
-from ibjax import cluster, config, errors, feed, main, run, train  # noqa: E402
+from ibjax import cluster, config, cores, errors, feed, main, run, train  # noqa: E402
 from ibjax.errors import InputError, nearest  # noqa: E402
 
 log = logging.getLogger(__name__)
@@ -145,6 +145,7 @@ def prepare(settings: ConfigDict, shape: tuple[int, ...], classes: int, teachers
     return settings
 
 
+@cores.whole()
 def compile_step(settings: ConfigDict, mesh: Mesh, images: int) -> dict[str, Any]:
     """Compiles what a configuration (see `prepare`) runs on the devices of `mesh`; nothing is run.
 

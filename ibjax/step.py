@@ -21,6 +21,7 @@ import optax
 from jax import Array, lax
 
 from ibjax.attacks import Attack, StatefulAttack
+from ibjax.cores import in_parts
 
 Variables = dict[str, Any]
 # "image" (B, H, W, C) float32 in [0, 1], "label" and "index" (B,) int32; "step" int32 and "epoch" float32, both of
@@ -108,23 +109,24 @@ def linen_net(
     `teachers` and `frozen` have the modules and the variables of "teacher" and "assistant", where they are there.
     """
 
-    def edited(edits):  # models of one's own need not know of edits
-        return {} if edits is None else {"edits": edits}
-
     def predict(variables, x, edits=None):
-        return model.apply(_network(variables), x, train=False, **edited(edits))
+        if edits is not None:  # may be of the whole batch
+            return model.apply(_network(variables), x, train=False, edits=edits)
+        return in_parts(lambda x: model.apply(_network(variables), x, train=False))(x)
 
     def forward(variables, x, key, edits=None):
         rngs = dict(zip(("dropout", "sample"), jax.random.split(key), strict=True))
         network = _network(variables)
-        output, updated = model.apply(network, x, train=True, mutable=["batch_stats"], rngs=rngs, **edited(edits))
+        edited = {} if edits is None else {"edits": edits}  # models of one's own need not know of edits
+        output, updated = model.apply(network, x, train=True, mutable=["batch_stats"], rngs=rngs, **edited)
         return output, {**variables, **updated}
 
     def teach(role):
         if not frozen or role not in frozen:
             return None
         module, variables = (teachers or {})[role], frozen[role]
-        return lambda x: jax.tree.map(lax.stop_gradient, module.apply(variables, x, train=False))
+        answer = in_parts(lambda x: module.apply(variables, x, train=False))
+        return lambda x: jax.tree.map(lax.stop_gradient, answer(x))
 
     return Net(predict, forward, teach("teacher"), teach("assistant"))
 

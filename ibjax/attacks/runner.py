@@ -24,6 +24,7 @@ from jax.sharding import NamedSharding
 from ibjax import cluster, losses
 from ibjax.attacks import geometry
 from ibjax.attacks.iterative import Iterative
+from ibjax.cores import in_parts
 
 TOLERANCE = 1e-6  # of ball and box, in float32
 _STEPS_PER_CALL = 50
@@ -67,7 +68,8 @@ class Runner:
     ):
         # what a jitted function closes over would be a constant to compile
         logits_fn = inspect.unwrap(logits_fn, stop=lambda f: not isinstance(f, jax.stages.Wrapped))
-        self.logits_fn, self.x, self.y, self.norm, self.eps, self.randomized = logits_fn, x, y, norm, eps, randomized
+        self.logits_fn = in_parts(logits_fn)
+        self.x, self.y, self.norm, self.eps, self.randomized = x, y, norm, eps, randomized
         self.key, self.key_kind = np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)
         mesh = cluster.mesh()
         self.mesh, self.sharded = mesh, NamedSharding(mesh, cluster.BATCH)

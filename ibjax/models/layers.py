@@ -11,8 +11,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
+from ibjax.cores import in_parts
 from ibjax.errors import InputError, nearest
 
 # U(−1/√fan_in, 1/√fan_in): PyTorch's default for convolutions and linear layers (kaiming_uniform with a=√5)
@@ -89,8 +90,13 @@ class Conv(nn.Module):
             kernel_init=self.kernel_init,
             bias_init=uniform_bias(fan_in) if self.bias_init is None else self.bias_init,
             dtype=self.dtype,
+            conv_general_dilated=_convolve,
             name="conv",
         )(x)
+
+
+def _convolve(x, kernel, *args, **kwargs):
+    return in_parts(lambda x: lax.conv_general_dilated(x, kernel, *args, **kwargs))(x)
 
 
 class Dense(nn.Module):
