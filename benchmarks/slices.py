@@ -1,0 +1,118 @@
+"""What the large recipes need of a TPU slice that is not here: `ibjax.aot` on every WideResNet and ImageNet row.
+
+    pip install -e '.[tpu]'
+    python benchmarks/slices.py [--topology=v5e:2x2] [--rows='ibd_*'] [--out=FILE]
+
+Each row is compiled as it stands, at its own batch size and bfloat16. Memory is that of a chip; images/s is what its
+FLOPs allow and what its bytes allow, never reached. `all-reduce` and the like count the communication of one step;
+"in loops" would be communication inside an attack, of which there must be none.
+
+One process per row, minutes each on two cores; the same command goes on where it was stopped. Writes a JSON and the
+table beside it.
+"""
+
+import argparse
+import datetime
+import fnmatch
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from parts import ROOT, update
+
+IMAGENET_TEACHER = "configs/ibd_imagenet.py:fast_at-2"  # a ResNet-50 too; the real one is imported
+
+
+def rows() -> dict[str, list[str]]:
+    """FILE:ROW -> further options, of every row on a WideResNet or on ImageNet."""
+    from ibjax import main
+
+    found = {}
+    for file in sorted((ROOT / "configs").glob("*.py")):
+        for row in runpy.run_path(str(file)).get("ROWS", ()):
+            settings = main.load_config(f"{file}:{row}")
+            imagenet = settings.data.get("dataset") == "imagenet2012"
+            if not imagenet and "wide_resnet" not in str(settings.model) and "wrn" not in row:
+                continue
+            options = ["--shape=224,224,3", "--classes=1000"] if imagenet else []
+            if imagenet and settings.teacher.made_by:
+                options.append(f"--teacher={IMAGENET_TEACHER}")
+            if settings.data.get("dataset") == "cifar100":
+                options.append("--classes=100")
+            found[f"{file.stem}:{row}"] = options
+    return found
+
+
+def compile_row(name: str, options: list[str], topology: str) -> dict[str, Any]:
+    """The numbers of one row, or {"error": …}."""
+    file, _, row = name.partition(":")
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "found.json"
+        command = [sys.executable, "-m", "ibjax.aot", f"--config=configs/{file}.py:{row}", f"--topology={topology}"]
+        process = subprocess.run(
+            [*command, *options, f"--json={found}"], cwd=ROOT, capture_output=True, text=True, env=os.environ
+        )
+        if process.returncode:
+            last = [line for line in process.stderr.splitlines() if line.strip()][-1:]
+            return {"error": last[0][:200] if last else f"exit code {process.returncode}"}
+        return json.loads(found.read_text())
+
+
+def table(content: dict[str, Any]) -> str:
+    """All rows so far, in Markdown."""
+    from ibjax.aot import CHIPS, GIB
+
+    heads = ("recipe", "batch", "GiB of a chip", "TFLOP of a step and chip", "images/s, FLOPs", "images/s, bytes",
+             "all-reduces of a step", "in loops")  # fmt: skip
+    lines = [heads, ["---"] * len(heads)]
+    for name, found in content.items():
+        if name == "run":
+            continue
+        if "error" in found:
+            lines.append((name, found["error"], *[""] * 6))
+            continue
+        chip = CHIPS[found["kind"]]
+        full = " (does not fit)" if found["memory"] > chip.hbm else ""
+        inside = sum(item["count"] for item in found["collectives"] if item["depth"] > 1)
+        each = sum(item["count"] for item in found["collectives"] if item["depth"] == 1)
+        peaks = (chip.flops / found["flops"], chip.bandwidth / found["bytes"])
+        bounds = (f"{found['batch_size'] * peak:,.0f}" for peak in peaks)
+        size = (found["batch_size"], f"{found['memory'] / GIB:.2f}{full}", f"{found['flops'] / 1e12:.2f}")
+        lines.append((name, *size, *bounds, each, inside))
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--topology", default="v5e:2x2", help="KIND:SHAPE; every batch must divide among its chips")
+    parser.add_argument("--rows", default="*", help="a pattern of FILE:ROW")
+    parser.add_argument("--out", type=Path, help="default: results/slices-TOPOLOGY.json")
+    given = parser.parse_args()
+    out = given.out or ROOT / "results" / f"slices-{given.topology.replace(':', '-')}.json"
+    chosen = {name: options for name, options in rows().items() if fnmatch.fnmatch(name, given.rows)}
+    if not chosen:
+        parser.error(f"--rows={given.rows} matches none of {', '.join(rows())}")
+    known = json.loads(out.read_text()) if out.is_file() else {}
+    if known.get("run", {}).get("topology", given.topology) != given.topology:
+        parser.error(f"--out={out} is of {known['run']['topology']}; give another")
+    update(out, "run", topology=given.topology, date=datetime.date.today().isoformat())
+    for name, options in chosen.items():
+        if name in known and "error" not in known[name]:
+            continue
+        found = compile_row(name, options, given.topology)
+        content = json.loads(out.read_text())
+        content.pop(name, None)
+        out.write_text(json.dumps({**content, name: found}, indent=1) + "\n")
+        out.with_suffix(".md").write_text(f"{table(json.loads(out.read_text()))}\n\n{given.topology}\n")
+        print(name, found.get("error", f"{found.get('compile_seconds', 0):.0f} s"), flush=True)
+    print(out.with_suffix(".md"))
+
+
+if __name__ == "__main__":
+    main()
