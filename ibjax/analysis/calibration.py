@@ -14,7 +14,7 @@ An image counts where it is classified correctly as it is and under attack, thro
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,12 @@ import jax
 import numpy as np
 
 from ibjax import cluster, config, errors, run
-from ibjax.attacks.named import named
-from ibjax.data import Split
+from ibjax.analysis.attacked import attack, predictions
 from ibjax.errors import InputError
-from ibjax.evaluate import check_network, check_settings, make_scorer
+from ibjax.evaluate import check_network, check_settings
 from ibjax.models import siriib
 from ibjax.results import attack_label
-from ibjax.scoring import Flags, auto_attack
-from ibjax.step import linen_net, to_float
+from ibjax.step import linen_net
 
 ROWS = ("image", "calibrated", "through")
 
@@ -61,11 +59,12 @@ def evaluate(
     split = run.test_split(trained, settings["n"])
 
     accuracy: dict[str, dict[str, float]] = {row: {} for row in ROWS}
-    as_they_are = correct(through, trained.variables, split, settings["batch_size"])
+    batch_size = settings["batch_size"]
+    as_they_are = predictions(through, trained.variables, split.images, batch_size) == split.labels
     accuracy["calibrated"]["clean"] = accuracy["through"]["clean"] = percent(as_they_are)
     for name in settings["attacks"]:
         flags, x_adv = attack(name, plain, trained, split, settings)
-        purified = correct(through, trained.variables, Split(x_adv, split.labels), settings["batch_size"])
+        purified = predictions(through, trained.variables, x_adv, batch_size) == split.labels
         white, _ = attack(name, through, trained, split, settings)
         accuracy["image"] |= {"clean": percent(flags.clean), name: percent(flags.robust)}
         accuracy["calibrated"][name] = percent(as_they_are & purified)
@@ -80,29 +79,6 @@ def evaluate(
     if jax.process_index() == 0:
         run.write_json(workdir / "calibration" / f"{checkpoint}.json", record)
     return record
-
-
-def attack(
-    name: str, predict: Callable, trained: run.Run, split: Split, settings: dict[str, Any]
-) -> tuple[Flags, np.ndarray]:
-    """(flags, adversarial images) of the whole split under one attack of `attacks/named.py` on one of the networks."""
-    chosen, total, seed = named(name, trained.config.objective), len(split.labels), trained.config.seed
-    norm, eps, batch_size = settings["norm"], settings["eps"], settings["batch_size"]
-    if chosen.make is None:
-        options = dict(norm=norm, eps=eps, batch_size=batch_size, title=name, keep=total)
-        return auto_attack(lambda x, keys: predict(trained.variables, x)[0], split, seed, chosen.settings, **options)[
-            :2
-        ]
-    scorer = make_scorer(chosen, lambda variables, x, keys: predict(variables, x), settings, cluster.mesh())
-    step_size = chosen.step_size(eps, settings["step_size"])
-    return scorer(trained.variables, split, seed, eps=eps, step_size=step_size, progress=name, keep=total)
-
-
-def correct(predict: Callable, variables: Any, split: Split, batch_size: int) -> np.ndarray:
-    """Which images (N, H, W, C) are classified as labelled, (N,) bool."""
-    classify = jax.jit(lambda variables, images: predict(variables, to_float(images))[0].argmax(1))
-    parts = [split.images[first : first + batch_size] for first in range(0, len(split.labels), batch_size)]
-    return np.concatenate([np.asarray(classify(variables, part)) for part in parts]) == split.labels
 
 
 def percent(flags: np.ndarray) -> float:

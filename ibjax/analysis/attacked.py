@@ -1,0 +1,37 @@
+"""A run's images under one of the named attacks, and what a network takes images for: for the analyses of these."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from ibjax import cluster, run
+from ibjax.attacks.named import named
+from ibjax.data import Split
+from ibjax.evaluate import make_scorer
+from ibjax.scoring import Flags, auto_attack
+from ibjax.step import to_float
+
+
+def attack(
+    name: str, predict: Callable, trained: run.Run, split: Split, settings: dict[str, Any]
+) -> tuple[Flags, np.ndarray]:
+    """(flags, adversarial images) of the whole split under one attack of `attacks/named.py` on one of the networks."""
+    chosen, total, seed = named(name, trained.config.objective), len(split.labels), trained.config.seed
+    norm, eps, batch_size = settings["norm"], settings["eps"], settings["batch_size"]
+    if chosen.make is None:
+        options = dict(norm=norm, eps=eps, batch_size=batch_size, title=name, keep=total)
+        return auto_attack(lambda x, keys: predict(trained.variables, x)[0], split, seed, chosen.settings, **options)[
+            :2
+        ]
+    scorer = make_scorer(chosen, lambda variables, x, keys: predict(variables, x), settings, cluster.mesh())
+    step_size = chosen.step_size(eps, settings["step_size"])
+    return scorer(trained.variables, split, seed, eps=eps, step_size=step_size, progress=name, keep=total)
+
+
+def predictions(predict: Callable, variables: Any, images: np.ndarray, batch_size: int) -> np.ndarray:
+    """The classes (N,) that images (N, H, W, C) are taken for."""
+    classify = jax.jit(lambda variables, images: predict(variables, to_float(images))[0].argmax(1))
+    parts = [images[first : first + batch_size] for first in range(0, len(images), batch_size)]
+    return np.concatenate([np.asarray(classify(variables, part)) for part in parts])

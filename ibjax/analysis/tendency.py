@@ -1,0 +1,121 @@
+"""Which class an attack turns each class into: Table 5 of IB-RAR.
+
+    python -m ibjax.analysis.tendency --workdir=DIR [--checkpoint=best] [--attack=pgd-10] [--n=1000] [--top=4]
+                                      [--names=plane,car,bird,cat,deer,dog,frog,horse,ship,truck]
+
+    count[y, c] = #{ x' of true class y : argmax f(x') = c }
+
+Per class the wrong classes that most of its attacked images are taken for. A pair that stands first in both of its rows
+is a tendency both ways, as the paper finds between cars and trucks. It counts every image, whether or not the network
+knew it before the attack. The authors' code ranks the true class among the others, the table in the paper does not;
+here it has a column of its own. Writes `tendency/<checkpoint>.<attack>.json` in the workdir, with all counts.
+"""
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ibjax import cluster, config, errors, run
+from ibjax.analysis import attacked
+from ibjax.errors import InputError
+from ibjax.evaluate import check_network, check_settings
+from ibjax.results import attack_label
+from ibjax.step import linen_net
+
+
+def counts(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
+    """(classes, classes) of images (N,): how many of the class of the row are taken for that of the column."""
+    table = np.zeros((num_classes, num_classes), np.int64)
+    np.add.at(table, (labels, predictions), 1)
+    return table
+
+
+def ranked(table: np.ndarray, top: int) -> list[list[int]]:
+    """For each class the `top` wrong ones that it is taken for most often, and ever; of equals the first."""
+    rows = []
+    for true, row in enumerate(table):
+        order = [int(c) for c in np.argsort(-row, kind="stable") if c != true and row[c] > 0]
+        rows.append(order[:top])
+    return rows
+
+
+def evaluate(
+    workdir: Path, checkpoint: str = "best", *, attack: str = "pgd-10", n: int | None = None
+) -> dict[str, Any]:
+    """Attacks a run's test images, or `n` of them; writes and returns the record.
+
+    attack: a name of `attacks/named.py`; norm, eps and step size are those of the run's `evaluate` section.
+    """
+    trained = run.load(workdir, checkpoint)
+    settings = config.plain(trained.config.evaluate) | {"attacks": (attack,)}
+    settings |= {} if n is None else {"n": n}
+    check_settings(settings)
+    check_network(trained.model, trained.facts["input_shape"], settings)
+    predict = linen_net(run.in_float32(trained.model)).predict
+    split = run.test_split(trained, settings["n"])
+    _, x_adv = attacked.attack(attack, predict, trained, split, settings)
+    classes = attacked.predictions(predict, trained.variables, x_adv, settings["batch_size"])
+    record = {
+        **run.provenance(trained, checkpoint),
+        "dataset": trained.facts["label"],
+        "n": len(split.labels),
+        "attack": attack,
+        **{key: settings[key] for key in ("norm", "eps", "step_size")},
+        "counts": counts(split.labels, classes, trained.facts["num_classes"]).tolist(),
+    }
+    if jax.process_index() == 0:
+        run.write_json(workdir / "tendency" / f"{checkpoint}.{attack}.json", record)
+    return record
+
+
+def lines(record: dict[str, Any], top: int = 4, names: list[str] | None = None) -> Iterable[str]:
+    """The record as a Markdown table."""
+    table = np.array(record["counts"])
+    names = names or [str(c) for c in range(len(table))]
+    if len(names) != len(table):
+        raise InputError(f"--names has {len(names)} names; the data has {len(table)} classes")
+    order = ranked(table, top)
+    about = f"{attack_label(record['attack'])}, {record['norm']} eps {record['eps']}"
+    yield f"{record['title']} on {record['dataset']}, n = {record['n']}, {about}"
+    yield f"| true class | kept | taken for |{' |' * (top - 1)}"
+    yield "|---" * (top + 2) + "|"
+    for true, others in enumerate(order):
+        cells = [f"{names[c]} {table[true, c]}" for c in others] + [""] * (top - len(others))
+        yield f"| {names[true]} | {table[true, true]} | {' | '.join(cells)} |"
+    pairs = [(a, o[0]) for a, o in enumerate(order) if o and order[o[0]][:1] == [a] and a < o[0]]
+    yield "both ways: " + (", ".join(f"{names[a]} – {names[b]}" for a, b in pairs) or "none")
+
+
+def main() -> None:
+    """The command line of this module."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ibjax.analysis.tendency",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--checkpoint", default="best", help="best, last or a step")
+    parser.add_argument("--attack", default="pgd-10", help="a name, as of an evaluation")
+    parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")
+    parser.add_argument("--top", type=int, default=4, help="wrong classes in a row")
+    parser.add_argument("--names", help="of the classes, in order, separated by commas; default: their numbers")
+    given = parser.parse_args()
+
+    def command():
+        if given.top < 1:
+            raise InputError(f"--top={given.top} is not allowed; give a whole number of at least 1")
+        cluster.initialize()
+        record = evaluate(given.workdir, given.checkpoint, attack=given.attack, n=given.n)
+        if jax.process_index() == 0:
+            print("\n".join(lines(record, given.top, given.names.split(",") if given.names else None)))
+
+    errors.exit_with(command)
+
+
+if __name__ == "__main__":
+    main()

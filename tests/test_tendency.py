@@ -1,0 +1,58 @@
+"""Which class an attack makes of each: the counts by hand, and the command."""
+
+import json
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ibjax import cluster, evaluate, run
+from ibjax.analysis import tendency
+from ibjax.errors import InputError
+from ibjax.step import to_float
+
+
+def test_counts_and_order():
+    labels, predictions = np.array([0, 0, 0, 0, 1, 1, 2, 2]), np.array([1, 2, 1, 0, 0, 0, 2, 2])
+    table = tendency.counts(labels, predictions, 3)
+    np.testing.assert_array_equal(table, [[1, 2, 1], [2, 0, 0], [0, 0, 2]])
+    assert tendency.ranked(table, 2) == [[1, 2], [0], []]  # never the true class, nor one it is never taken for
+    assert tendency.ranked(table, 1) == [[1], [0], []]
+    assert tendency.ranked(np.ones((3, 3), int), 4) == [[1, 2], [0, 2], [0, 1]]
+
+
+def test_the_record_counts_the_images_of_the_evaluation(digits_run, capsys, monkeypatch):
+    """Those that the evaluation calls robust are on the diagonal, and beside them only what was wrong before."""
+    argv = ["tendency", f"--workdir={digits_run}", "--attack=pgd-2", "--names=a,b,c,d,e,f,g,h,i,j"]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(cluster, "initialize", lambda: None)
+    with pytest.raises(SystemExit, match="0"):
+        tendency.main()
+    shown = capsys.readouterr().out.splitlines()
+    record = json.loads((digits_run / "tendency/best.pgd-2.json").read_text())
+    table = np.array(record["counts"])
+    trained = run.load(digits_run)
+    split = run.test_split(trained)
+    np.testing.assert_array_equal(table.sum(1), np.bincount(split.labels, minlength=10))
+    right = np.asarray(trained.logits_fn(to_float(jnp.asarray(split.images)))).argmax(1) == split.labels
+    judged = evaluate.evaluate(digits_run, attacks=("pgd-2",))[0]["robust_acc"] * 0.16  # images
+    assert table.trace() >= judged - 0.01 >= table.trace() - (~right).sum() - 0.02
+    row = next(line for line in shown if line.startswith("| a |"))
+    first = tendency.ranked(table, 4)[0]
+    assert row.split(" | ")[1] == str(table[0, 0])
+    if first:
+        assert row.split(" | ")[2].strip(" |") == f"{'abcdefghij'[first[0]]} {table[0, first[0]]}"
+
+
+def test_names_are_as_many_as_classes():
+    record = dict(title="t", dataset="d", n=1, attack="pgd-2", norm="linf", eps="8/255", counts=[[1, 0], [0, 0]])
+    with pytest.raises(InputError, match="3 names; the data has 2 classes"):
+        list(tendency.lines(record, names=["a", "b", "c"]))
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_tendency_both_ways_is_named(both):
+    table = [[0, 5, 1], [5, 0, 1], [3, 1, 0]] if both else [[0, 5, 1], [1, 0, 5], [5, 1, 0]]
+    record = dict(title="t", dataset="d", n=1, attack="pgd-2", norm="linf", eps="8/255", counts=table)
+    assert list(tendency.lines(record))[-1] == ("both ways: 0 – 1" if both else "both ways: none")
