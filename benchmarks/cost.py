@@ -1,10 +1,12 @@
-"""Times what each of the four methods adds to a step of PGD-AT, all alternating in one run.
+"""Times what the four methods, TRADES and MART add to a step of PGD-AT, and to testing, all alternating in one run.
 
     python benchmarks/cost.py [--batch 32] [--width=64] [--repeats=5] [--dtype=float32|bfloat16] [--quiet]
 
 A method's step over that of PGD-AT on the same network, and over that of PGD-AT on the plain ResNet-18 of `--width`:
 quotients of the same round, as min – median – max. The attack is PGD-10, IBD's teacher another such ResNet-18, images
-are noise. Writes a JSON with every single time, and the table beside it as Markdown.
+are noise. Testing is one prediction of a batch. Memory: `compiled.py`; parameters: `ibjax.analysis.complexity`.
+
+Writes a JSON with every single time, and the table beside it as Markdown.
 """
 
 from functools import partial
@@ -19,6 +21,8 @@ PLAIN = "PGD-AT"
 # row -> (objective, whose network, the row of PGD-AT on it)
 ROWS = {
     PLAIN: ("pgd_at", "pgd_at", ""),
+    "TRADES": ("trades", "pgd_at", PLAIN),
+    "MART": ("mart", "pgd_at", PLAIN),
     "IB-RAR": ("ib_rar", "ib_rar", PLAIN),
     "IBD": ("ibd", "ibd", PLAIN),
     "PGD-AT, stochastic layer": ("pgd_at", "shared_information", ""),
@@ -26,17 +30,29 @@ ROWS = {
     "PGD-AT, SiRIIB's network": ("pgd_at", "siriib", ""),
     "SiRIIB": ("siriib", "siriib", "PGD-AT, SiRIIB's network"),
 }
+TESTING = "testing"
+# row -> whose network; the first is the plain one
+TESTS = {
+    TESTING: "pgd_at",
+    "testing, stochastic layer": "shared_information",
+    "testing, SiRIIB's network": "siriib",
+}
 
 
 def contestants(batch_size: int, network: Section, attack_steps: int, dtype: str) -> dict[str, Steps]:
-    """{row: its steps}."""
+    """{row: its steps, or predictions}."""
 
     def steps(objective: str, owner: str) -> Steps:
         given = methods.settings(objective, network, attack_steps)
         given.model = methods.settings(owner, network).model
         return methods.ibjax_steps(methods.build(given, network, dtype=dtype), batch_size)
 
-    return {row: steps(objective, owner) for row, (objective, owner, _) in ROWS.items()}
+    def predictions(owner: str) -> Steps:
+        case = methods.build(methods.settings(owner, network), network, dtype=dtype)
+        return methods.ibjax_predictions(case, batch_size)
+
+    trained = {row: steps(objective, owner) for row, (objective, owner, _) in ROWS.items()}
+    return trained | {row: predictions(owner) for row, owner in TESTS.items()}
 
 
 def measure(
@@ -58,16 +74,23 @@ def measure(
 
 def table(records: list[dict[str, Any]]) -> str:
     """The records as Markdown."""
-    heads = ("batch", "dtype", "", "s/step, median (min – max)", "over PGD-AT of its network", "of the plain network")
+    heads = (
+        "batch",
+        "dtype",
+        "",
+        "s/step, median (min – max)",
+        "over PGD-AT on its network",
+        "over the same on the plain one",
+    )
     rows = []
     for record in records:
         about, seconds = (record["batch"], record["dtype"]), record.get("seconds_per_step", {})
         if "error" in record:
             rows.append((*about, record["error"], "", "", ""))
         for name, times in seconds.items():
-            base = ROWS[name][2]
+            base, first = ("", TESTING) if name in TESTS else (ROWS[name][2], PLAIN)
             own = measuring.ratio(times, seconds[base]) if base else ""
-            plain = measuring.ratio(times, seconds[PLAIN]) if name != PLAIN else ""
+            plain = measuring.ratio(times, seconds[first]) if name != first else ""
             rows.append((*about, name, measuring.spread(times), own, plain))
     return measuring.markdown(heads, rows)
 

@@ -6,6 +6,7 @@ method puts around it (NETWORKS); the teacher, where a method has one, another s
 
 import argparse
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -173,3 +174,16 @@ def ibjax_steps(
         return float(metrics["loss"])
 
     return steps
+
+
+def ibjax_predictions(case: Case, batch_size: int, shape: tuple[int, int, int] = (32, 32, 3)) -> Steps:
+    """Jitted predictions of one batch of noise, on the first device."""
+    variables = jax.jit(partial(case.model.init, train=False))(jax.random.key(0), jnp.zeros((1, *shape)))
+    x, _ = noise(batch_size, shape)
+    predict, x = jax.jit(lambda variables, x: step.linen_net(case.model).predict(variables, x)[0]), jnp.asarray(x)
+
+    def predictions(n):
+        logits = [predict(variables, x) for _ in range(n)]
+        return float(jax.block_until_ready(logits)[-1].mean())
+
+    return predictions
