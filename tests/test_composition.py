@@ -35,10 +35,12 @@ def test_every_objective_takes_perturbed_and_averaged_weights(name, digits_run):
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if "awp" not in name])
 def test_perturbed_and_averaged_weights_change_what_is_learned_and_nothing_else(name, digits_run):
     plain, both = (step_of(name, digits_run, **changes) for changes in (dict(ema_decay=None), BOTH))
+    first = jax.device_get(train.initial_state(both.experiment).variables["params"])
     (old, _), (new, metrics) = (made(train.initial_state(made.experiment), steps=2) for made in (plain, both))
     assert np.isfinite(metrics["loss"])
-    perturbed, average = distance(new.variables["params"], old.variables["params"]), new.ema_params
-    assert 0 < perturbed < 1 and 0 < distance(average, new.variables["params"]) < 1
+    learned, average = new.variables["params"], new.ema_params
+    assert 0 < distance(learned, old.variables["params"]) < distance(learned, first)
+    assert distance(average, learned) > 0 and 0 < distance(average, first) < distance(learned, first)
     # the images that the second step sees, and what it remembers of them, come from weights without perturbation
     if "memory" in old.variables:
         assert distance(new.variables["memory"], old.variables["memory"]) < 0.1
@@ -57,7 +59,7 @@ def test_an_objective_knows_whether_its_attack_starts_without_a_gradient(name, d
     objective, net = made.objective, made.bind_net(frozen)
     rng = np.random.default_rng(0)  # a network whose predictions differ
     variables["params"] = jax.tree.map(
-        lambda w: w + np.float32(0.3) * rng.random(w.shape, np.float32), variables["params"]
+        lambda w: w + np.float32(0.1) * rng.standard_normal(w.shape, np.float32), variables["params"]
     )
     x = jnp.asarray(made.data.train.images[:16] / np.float32(255))
     batch = {"image": x, "label": jnp.asarray(made.data.train.labels[:16]), "index": jnp.arange(16)}
@@ -71,7 +73,7 @@ def test_an_objective_knows_whether_its_attack_starts_without_a_gradient(name, d
         return jnp.sum(loss(output if objective.attack_loss is not None else output[0], target))
 
     at, beside = (jnp.linalg.norm(jax.grad(climbed)(u).ravel()) for u in (x, jnp.where(x < 0.5, x + 0.1, x - 0.1)))
-    assert beside > 0 and (at < 1e-3 * beside) == objective.flat_at_x
+    assert beside > 0 and (at < 1e-2 * beside) == objective.flat_at_x
 
 
 @pytest.mark.parametrize("objective", ["pgd_at", "trades", "hbar", "mart"])
