@@ -4,7 +4,7 @@
     python benchmarks/slices.py [--topology=v5e:2x2] [--rows='ibd_*'] [--out=FILE]
 
 Each row is compiled as it stands, at its own batch size and bfloat16. Memory is that of a chip; images/s is what its
-FLOPs allow and what its bytes allow, never reached. `all-reduce` and the like count the communication of one step;
+FLOPs allow and what its bytes allow, never reached. "Collectives" counts the communication of one step;
 "in loops" would be communication inside an attack, of which there must be none.
 
 One process per row, minutes each on two cores; the same command goes on where it was stopped. Writes a JSON and the
@@ -15,7 +15,6 @@ import argparse
 import datetime
 import fnmatch
 import json
-import os
 import runpy
 import subprocess
 import sys
@@ -23,19 +22,21 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import measuring
 from parts import ROOT, update
+
+from ibjax import main as program
+from ibjax.aot import CHIPS, GIB
 
 IMAGENET_TEACHER = "configs/ibd_imagenet.py:fast_at-2"  # a ResNet-50 too; the real one is imported
 
 
 def rows() -> dict[str, list[str]]:
     """FILE:ROW -> further options, of every row on a WideResNet or on ImageNet."""
-    from ibjax import main
-
     found = {}
     for file in sorted((ROOT / "configs").glob("*.py")):
         for row in runpy.run_path(str(file)).get("ROWS", ()):
-            settings = main.load_config(f"{file}:{row}")
+            settings = program.load_config(f"{file}:{row}")
             imagenet = settings.data.get("dataset") == "imagenet2012"
             if not imagenet and "wide_resnet" not in str(settings.model) and "wrn" not in row:
                 continue
@@ -54,9 +55,8 @@ def compile_row(name: str, options: list[str], topology: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"
         command = [sys.executable, "-m", "ibjax.aot", f"--config=configs/{file}.py:{row}", f"--topology={topology}"]
-        process = subprocess.run(
-            [*command, *options, f"--json={found}"], cwd=ROOT, capture_output=True, text=True, env=os.environ
-        )
+        command += [*options, f"--json={found}"]
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if process.returncode:
             last = [line for line in process.stderr.splitlines() if line.strip()][-1:]
             return {"error": last[0][:200] if last else f"exit code {process.returncode}"}
@@ -65,15 +65,13 @@ def compile_row(name: str, options: list[str], topology: str) -> dict[str, Any]:
 
 def table(content: dict[str, Any]) -> str:
     """All rows so far, in Markdown."""
-    from ibjax.aot import CHIPS, GIB
-
     heads = ("recipe", "batch", "GiB of a chip", "TFLOP of a step and chip", "images/s, FLOPs", "images/s, bytes",
-             "all-reduces of a step", "in loops")  # fmt: skip
-    lines = [heads, ["---"] * len(heads)]
+             "collectives of a step", "in loops")  # fmt: skip
+    lines = []
     for name, found in content.items():
         if name == "run":
             continue
-        if "error" in found:
+        if found["error"]:
             lines.append((name, found["error"], *[""] * 6))
             continue
         chip = CHIPS[found["kind"]]
@@ -84,7 +82,7 @@ def table(content: dict[str, Any]) -> str:
         bounds = (f"{found['batch_size'] * peak:,.0f}" for peak in peaks)
         size = (found["batch_size"], f"{found['memory'] / GIB:.2f}{full}", f"{found['flops'] / 1e12:.2f}")
         lines.append((name, *size, *bounds, each, inside))
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return measuring.markdown(heads, lines)
 
 
 def main() -> None:
@@ -103,14 +101,12 @@ def main() -> None:
         parser.error(f"--out={out} is of {known['run']['topology']}; give another")
     update(out, "run", topology=given.topology, date=datetime.date.today().isoformat())
     for name, options in chosen.items():
-        if name in known and "error" not in known[name]:
+        if name in known and not known[name]["error"]:
             continue
-        found = compile_row(name, options, given.topology)
-        content = json.loads(out.read_text())
-        content.pop(name, None)
-        out.write_text(json.dumps({**content, name: found}, indent=1) + "\n")
+        found = {"error": "", **compile_row(name, options, given.topology)}
+        update(out, name, **found)
         out.with_suffix(".md").write_text(f"{table(json.loads(out.read_text()))}\n\n{given.topology}\n")
-        print(name, found.get("error", f"{found.get('compile_seconds', 0):.0f} s"), flush=True)
+        print(name, found["error"] or f"{found['compile_seconds']:.0f} s", flush=True)
     print(out.with_suffix(".md"))
 
 

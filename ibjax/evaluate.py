@@ -15,7 +15,6 @@ checkpoint, at the main eps. Records and reports say either.
 Guarantee (test of the same name): a record that is there is not computed again.
 """
 
-import argparse
 import base64
 import datetime
 import functools
@@ -328,9 +327,7 @@ def _save_examples(file, split, x_adv, trained):
 
 def main() -> None:
     """The command line of this module."""
-    parser = argparse.ArgumentParser(prog="python -m ibjax.evaluate", allow_abbrev=False, description=__doc__)
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--checkpoint", default="best", help="best, last or a step")
+    parser = run.command_line("ibjax.evaluate", __doc__)
     parser.add_argument("--attacks", help="names, separated by commas; default: those of the run's configuration")
     parser.add_argument("--n", type=int, help="number of test images; default: all")
     parser.add_argument("--samples", type=int, help="judge the mean of so many drawn predictions; default: no draw")

@@ -3,6 +3,7 @@
 workdir/  config.json env.json metrics.jsonl checkpoints/<step>/ eval/<checkpoint>/<attack>.json report.html
 """
 
+import argparse
 import contextlib
 import fcntl
 import functools
@@ -43,6 +44,19 @@ class Run(NamedTuple):
     facts: dict[str, Any]  # of the data: label, input_shape, num_classes, sizes
     step: int
     workdir: Path
+
+
+def command_line(module: str, description: str | None) -> argparse.ArgumentParser:
+    """The command line of a module that reads a run: --workdir and --checkpoint, for it to add to."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        allow_abbrev=False,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--checkpoint", default="best", help="best, last or a step")
+    return parser
 
 
 def load(workdir: str | os.PathLike, checkpoint: str | int = "best") -> Run:

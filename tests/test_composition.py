@@ -40,7 +40,8 @@ def test_perturbed_and_averaged_weights_change_what_is_learned_and_nothing_else(
     assert np.isfinite(metrics["loss"])
     learned, average = new.variables["params"], new.ema_params
     assert 0 < distance(learned, old.variables["params"]) < distance(learned, first)
-    assert distance(average, learned) > 0 and 0 < distance(average, first) < distance(learned, first)
+    assert 0 < distance(average, learned) < distance(learned, first)
+    assert 0 < distance(average, first) < distance(learned, first)
     # the images that the second step sees, and what it remembers of them, come from weights without perturbation
     if "memory" in old.variables:
         assert distance(new.variables["memory"], old.variables["memory"]) < 0.1
@@ -73,7 +74,7 @@ def test_an_objective_knows_whether_its_attack_starts_without_a_gradient(name, d
         return jnp.sum(loss(output if objective.attack_loss is not None else output[0], target))
 
     at, beside = (jnp.linalg.norm(jax.grad(climbed)(u).ravel()) for u in (x, jnp.where(x < 0.5, x + 0.1, x - 0.1)))
-    assert beside > 0 and (at < 1e-2 * beside) == objective.flat_at_x
+    assert beside > 0 and (at < 1e-3 * beside) == objective.flat_at_x
 
 
 @pytest.mark.parametrize("objective", ["pgd_at", "trades", "hbar", "mart"])

@@ -1,17 +1,31 @@
 """A run's images under one of the named attacks, and what a network takes images for: for the analyses of these."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from ibjax import cluster, run
+from ibjax import cluster, config, run
 from ibjax.attacks.named import named
 from ibjax.data import Split
-from ibjax.evaluate import make_scorer
+from ibjax.evaluate import check_network, check_settings, make_scorer
 from ibjax.scoring import Flags, auto_attack
 from ibjax.step import to_float
+
+
+def load(
+    workdir: Path, checkpoint: str = "best", *, attacks: Sequence[str] | None = None, n: int | None = None
+) -> tuple[run.Run, dict[str, Any], Split]:
+    """(a run, its checked `evaluate` section, its test images); `attacks` and `n` in place of the section's."""
+    trained = run.load(workdir, checkpoint)
+    settings = config.plain(trained.config.evaluate)
+    settings |= {} if attacks is None else {"attacks": tuple(attacks)}
+    settings |= {} if n is None else {"n": n}
+    check_settings(settings)
+    check_network(trained.model, trained.facts["input_shape"], settings)
+    return trained, settings, run.test_split(trained, settings["n"])
 
 
 def attack(
@@ -35,3 +49,8 @@ def predictions(predict: Callable, variables: Any, images: np.ndarray, batch_siz
     classify = jax.jit(lambda variables, images: predict(variables, to_float(images))[0].argmax(1))
     parts = [images[first : first + batch_size] for first in range(0, len(images), batch_size)]
     return np.concatenate([np.asarray(classify(variables, part)) for part in parts])
+
+
+def percent(flags: np.ndarray) -> float:
+    """The share of true flags."""
+    return round(100 * float(np.mean(flags)), 4)

@@ -32,7 +32,6 @@ Guarantees (tests of the same names): the boundary point is adversarial for its 
 Writes `binarisation/<checkpoint>.json` in the workdir.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -49,7 +48,7 @@ from scipy.optimize import nnls
 from tqdm import tqdm
 
 from ibjax import cluster, config, errors, losses, run
-from ibjax.analysis.calibration import percent
+from ibjax.analysis.attacked import percent
 from ibjax.attacks import Attack, geometry
 from ibjax.attacks.autoattack import sub_attacks
 from ibjax.attacks.iterative import as_attack
@@ -387,14 +386,7 @@ def lines(record: dict[str, Any]) -> Iterable[str]:
 
 def main() -> None:
     """The command line of this module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ibjax.analysis.binarisation",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--checkpoint", default="best", help="best, last or a step")
+    parser = run.command_line("ibjax.analysis.binarisation", __doc__)
     parser.add_argument("--attacks", help="names, separated by commas; default: those of the run's configuration")
     parser.add_argument("--n", type=int, default=64, help="number of test images")
     parser.add_argument("--inner", type=int, default=999, help="points inside the ball, of each image")

@@ -13,18 +13,15 @@ An image counts where it is classified correctly as it is and under attack, thro
 `calibration/<checkpoint>.json` in the workdir.
 """
 
-import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from ibjax import cluster, config, errors, run
-from ibjax.analysis.attacked import attack, predictions
+from ibjax import cluster, errors, run
+from ibjax.analysis.attacked import attack, load, percent, predictions
 from ibjax.errors import InputError
-from ibjax.evaluate import check_network, check_settings
 from ibjax.models import siriib
 from ibjax.results import attack_label
 from ibjax.step import linen_net
@@ -48,15 +45,9 @@ def evaluate(
 
     attacks, n: in place of those of the run's `evaluate` section, of which norm, eps and step size are.
     """
-    trained = run.load(workdir, checkpoint)
-    settings = config.plain(trained.config.evaluate)
-    settings |= {} if attacks is None else {"attacks": tuple(attacks)}
-    settings |= {} if n is None else {"n": n}
-    check_settings(settings)
-    check_network(trained.model, trained.facts["input_shape"], settings)
+    trained, settings, split = load(workdir, checkpoint, attacks=attacks, n=n)
     model = run.in_float32(trained.model)
     plain, through = (linen_net(network).predict for network in (model, calibrated(model)))
-    split = run.test_split(trained, settings["n"])
 
     accuracy: dict[str, dict[str, float]] = {row: {} for row in ROWS}
     batch_size = settings["batch_size"]
@@ -81,11 +72,6 @@ def evaluate(
     return record
 
 
-def percent(flags: np.ndarray) -> float:
-    """The share of true flags."""
-    return round(100 * float(np.mean(flags)), 4)
-
-
 def lines(record: dict[str, Any]) -> Iterable[str]:
     """The record as a Markdown table."""
     columns = list(record["acc"]["through"])
@@ -98,14 +84,7 @@ def lines(record: dict[str, Any]) -> Iterable[str]:
 
 def main() -> None:
     """The command line of this module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ibjax.analysis.calibration",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--checkpoint", default="best", help="best, last or a step")
+    parser = run.command_line("ibjax.analysis.calibration", __doc__)
     parser.add_argument("--attacks", help="names, separated by commas; default: those of the run's configuration")
     parser.add_argument("--n", type=int, help="number of test images; default: all")
     given = parser.parse_args()

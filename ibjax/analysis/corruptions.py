@@ -11,7 +11,6 @@ row). Writes `corruptions/<checkpoint>.json`, or `<checkpoint>.calibrated.json`,
 mean over severities, then over corruptions.
 """
 
-import argparse
 import logging
 import sys
 from collections.abc import Callable, Iterable
@@ -142,11 +141,7 @@ def lines(record: dict[str, Any]) -> Iterable[str]:
 
 def main() -> None:
     """The command line of this module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ibjax.analysis.corruptions", allow_abbrev=False, description=__doc__
-    )
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--checkpoint", default="best", help="best, last or a step")
+    parser = run.command_line("ibjax.analysis.corruptions", __doc__)
     parser.add_argument("--data_dir", default="", help="TFDS's folder of data sets, with cifar10_c or cifar100_c")
     parser.add_argument("--generate", action="store_true", help="corrupt the run's own test images instead")
     parser.add_argument("--calibrated", action="store_true", help="the classifier sees x_avg")

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from ibjax import cluster, config, errors, run, train
 from ibjax import main as command_line
-from ibjax.analysis.calibration import attack, percent
+from ibjax.analysis.attacked import attack, percent
 from ibjax.errors import InputError
 from ibjax.objectives.ib_rar import layers_of
 from ibjax.step import linen_net

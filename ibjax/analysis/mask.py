@@ -10,7 +10,6 @@ evaluated, loaded and reported like any other. The tap is the last convolution's
 (pooled) of residual networks. The paper does not say on what the values are computed; ours: 50 batches.
 """
 
-import argparse
 import functools
 import shutil
 from pathlib import Path
@@ -74,11 +73,9 @@ def mask(workdir: Path, out: Path, tap: str, checkpoint: str = "best", share: fl
 
 def main() -> None:
     """The command line of this module."""
-    parser = argparse.ArgumentParser(prog="python -m ibjax.analysis.mask", allow_abbrev=False, description=__doc__)
-    parser.add_argument("--workdir", type=Path, required=True)
+    parser = run.command_line("ibjax.analysis.mask", __doc__)
     parser.add_argument("--tap", required=True, help="the feature, as stage5")
     parser.add_argument("--out", type=Path, required=True, help="workdir of the masked run; made if absent")
-    parser.add_argument("--checkpoint", default="best", help="best, last or a step")
     parser.add_argument("--share", type=float, default=0.05, help="of the channels that are zeroed")
     given = parser.parse_args()
 

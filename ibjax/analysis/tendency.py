@@ -11,7 +11,6 @@ knew it before the attack. The authors' code ranks the true class among the othe
 here it has a column of its own. Writes `tendency/<checkpoint>.<attack>.json` in the workdir, with all counts.
 """
 
-import argparse
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from ibjax import cluster, config, errors, run
+from ibjax import cluster, errors, run
 from ibjax.analysis import attacked
 from ibjax.errors import InputError
-from ibjax.evaluate import check_network, check_settings
 from ibjax.results import attack_label
 from ibjax.step import linen_net
 
@@ -50,13 +48,8 @@ def evaluate(
 
     attack: a name of `attacks/named.py`; norm, eps and step size are those of the run's `evaluate` section.
     """
-    trained = run.load(workdir, checkpoint)
-    settings = config.plain(trained.config.evaluate) | {"attacks": (attack,)}
-    settings |= {} if n is None else {"n": n}
-    check_settings(settings)
-    check_network(trained.model, trained.facts["input_shape"], settings)
+    trained, settings, split = attacked.load(workdir, checkpoint, attacks=(attack,), n=n)
     predict = linen_net(run.in_float32(trained.model)).predict
-    split = run.test_split(trained, settings["n"])
     _, x_adv = attacked.attack(attack, predict, trained, split, settings)
     classes = attacked.predictions(predict, trained.variables, x_adv, settings["batch_size"])
     record = {
@@ -92,14 +85,7 @@ def lines(record: dict[str, Any], top: int = 4, names: list[str] | None = None) 
 
 def main() -> None:
     """The command line of this module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ibjax.analysis.tendency",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--checkpoint", default="best", help="best, last or a step")
+    parser = run.command_line("ibjax.analysis.tendency", __doc__)
     parser.add_argument("--attack", default="pgd-10", help="a name, as of an evaluation")
     parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")
     parser.add_argument("--top", type=int, default=4, help="wrong classes in a row")
