@@ -2,6 +2,7 @@
 
     python benchmarks/effects.py --workdir=runs/effects-digits [--data=digits] [--epochs=20] [--seeds=3] [--out=PATH]
     python benchmarks/effects.py --workdir=runs/effects-mnist --data=mnist:FILE.npz --fraction=0.1 --n=1000
+    python benchmarks/effects.py --workdir=runs/effects-long --epochs=100 --runs='PGD-AT;TRADES;IBD;IBD, wider teacher'
 
 | method             | base                            | claim, on test images                                  |
 |--------------------|---------------------------------|--------------------------------------------------------|
@@ -9,14 +10,13 @@
 | its X term, β = 0  | PGD-AT                          | nHSIC(X, T) is lower                                   |
 | shared information | itself with β = 0               | the symmetrised KL of p(z|x) and p(z|x') is lower      |
 | SiRIIB             | PGD-AT of its network           | L_svd is lower                                         |
-| IBD                | PGD-AT; TRADES                  | PGD-20 accuracy is higher                              |
+| IBD                | PGD-AT; TRADES                  | PGD-20 accuracy is higher; also of a wider teacher     |
 
 A term is what the method's own loss reports for a network after its last epoch, in evaluation mode, on test images and
 their PGD-20 images: a mean over full batches of the training's size, which nHSIC depends on. IB-RAR stands here with
-the weights of the authors' code, with the paper's for VGG16 (β = 1), and with the latter's X term alone. Networks
-(half as wide on MNIST and CIFAR-10), optimiser and attacks are those of `comparison.py`, the other weights the papers'
-own. `--data` is digits,
-mnist:FILE.npz or cifar10:FOLDER.
+the weights of the authors' code, with the paper's for VGG16 (β = 1), and with the latter's X term alone. IBD's teacher
+is a TRADES network trained as long as its student, of the same size or with three times the channels. Networks (half as
+wide on MNIST and CIFAR-10), optimiser and attacks are those of `comparison.py`, the other weights the papers' own.
 
 Runs of one seed share their first weights and the order of their images, hence differences are taken by seed. A claim
 appears where its mean difference over seeds has the claimed sign and a one-sided t-test at 5 %. OUT.json and OUT.md
@@ -56,6 +56,7 @@ class Training(NamedTuple):
     options: tuple[tuple[str, float], ...] = ()
     network: str = ""
     terms_of: str = ""  # the objective whose loss measures it; "": only attacks do
+    teacher: int = 1  # its teacher's channels over its own
 
 
 RUNS = {
@@ -69,6 +70,7 @@ RUNS = {
     "PGD-AT, SiRIIB's network": Training("pgd_at", network="siriib", terms_of="siriib"),
     "SiRIIB": Training("siriib", terms_of="siriib"),
     "IBD": Training("ibd"),
+    "IBD, wider teacher": Training("ibd", teacher=3),
 }
 # objective -> {metric of its loss: how the page calls it}
 TERMS = {
@@ -94,7 +96,7 @@ EFFECTS = (
     *(Effect(method, "PGD-AT", "nhsic_y", +1) for method in ("IB-RAR", "IB-RAR, β = 1")),
     Effect("shared information", "shared information, β = 0", "skl", -1),
     Effect("SiRIIB", "PGD-AT, SiRIIB's network", "svd", -1),
-    *(Effect("IBD", base, "pgd-20", +1) for base in ("PGD-AT", "TRADES")),
+    *(Effect(method, base, "pgd-20", +1) for method in ("IBD", "IBD, wider teacher") for base in ("PGD-AT", "TRADES")),
 )
 
 # --data -> what it changes in the digits' recipe; `path` is given on the command line
@@ -141,8 +143,17 @@ def settings(name: str, seed: int, given: argparse.Namespace) -> ConfigDict:
             network.update(dict(width=16) if network.name == "resnet" else dict(widths=((16, 16), (32, 32))))
             if part.model.name == "siriib":
                 part.model.scales = changes["scales"]
+    if training.teacher > 1:
+        widen(made.teacher, training.teacher)
     made.title = name
     return made
+
+
+def widen(teacher: ConfigDict, times: int) -> None:
+    """Gives a teacher so many times the channels, and a folder of its own."""
+    model = teacher.recipe.model
+    model.widths = tuple(tuple(times * width for width in stage) for stage in model.widths)
+    teacher.workdir += f"-{times}"
 
 
 def measure(name: str, seed: int, given: argparse.Namespace) -> Results:
@@ -202,7 +213,8 @@ def page(results: Results) -> str:
         measured = [cell(seeds, column, DECIMALS.get(column, 1)) if column in seeds[0] else "" for column in columns]
         lines.append([name, str(len(seeds)), *measured])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    sentences = "".join(f"- {sentence(effect, results['runs'])}\n" for effect in EFFECTS)
+    asked = [effect for effect in EFFECTS if {effect.method, effect.base} <= results["runs"].keys()]
+    sentences = "".join(f"- {sentence(effect, results['runs'])}\n" for effect in asked)
     failed = "".join(f"- {name}: {reason}\n" for name, reason in results["failed"].items())
     return (
         f"# What the terms do, on {results['data']}\n\n{comparison.origin_line(results)}\n\n{table}\n\n"
@@ -243,7 +255,9 @@ def study(given: argparse.Namespace) -> None:
     kind, _, path = given.data.partition(":")
     if kind not in DATA or (kind != "digits") != bool(path):
         raise InputError(f"--data={given.data} is not allowed; give digits, mnist:FILE.npz or cifar10:FOLDER")
-    first = settings(next(iter(RUNS)), 0, given)
+    if unknown := [name for name in given.runs if name not in RUNS]:
+        raise InputError(f"--runs: {'; '.join(unknown)} is unknown; allowed: {'; '.join(RUNS)}")
+    first = settings(given.runs[0], 0, given)
     results: dict[str, Any] = {
         **comparison.origin("effects.py"),
         "data": first.data.get("label", kind),
@@ -251,12 +265,12 @@ def study(given: argparse.Namespace) -> None:
         "epochs": given.epochs,
         "eps": first.evaluate.eps,
         "n": None,
-        "runs": {name: {} for name in RUNS},
+        "runs": {name: {} for name in given.runs},
         "failed": {},
     }
     out = given.out or ROOT / "results" / f"effects-{kind}"
     for seed in range(given.seeds):
-        for name in RUNS:
+        for name in given.runs:
             try:
                 results["runs"][name][str(seed)] = found = measure(name, seed, given)
                 results["n"] = found["n"]
@@ -277,6 +291,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", default="digits", help="digits, mnist:FILE.npz or cifar10:FOLDER")
     parser.add_argument("--out", type=Path, help="without suffix; default: results/effects-DATA")
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument(
+        "--runs", type=lambda text: text.split(";"), default=list(RUNS), help="some, as named on the page"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, …")
     parser.add_argument("--fraction", type=float, default=1.0, help="of the training images")
     parser.add_argument("--n", type=int, help="test images; default: all")

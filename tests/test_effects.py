@@ -33,6 +33,10 @@ def test_every_run_has_the_data_and_lengths_that_are_asked_for(name, data, tmp_p
     for part in (made, *(recipe for _, recipe in config.recipes(made))):
         assert (part.epochs, part.data.fraction, part.attack.eps, part.evaluate.eps) == (7, 0.5, eps, eps)
         assert part.validate.every == part.epochs and part.data.get("path", "digits") in data
+    if name == "IBD, wider teacher":
+        own, same = made.teacher, effects.settings("IBD", 2, given).teacher
+        assert np.array_equal(own.recipe.model.widths, 3 * np.array(same.recipe.model.widths))
+        assert own.workdir != same.workdir and made.model.widths == same.recipe.model.widths
 
 
 def test_every_claim_is_about_two_runs_that_measure_it():
@@ -68,6 +72,8 @@ def test_unknown_data_is_refused(tmp_path):
     for data in ("mnist", "digits:somewhere", "svhn:x"):
         with pytest.raises(InputError, match="--data="):
             effects.study(effects.parse([f"--workdir={tmp_path}", f"--data={data}"]))
+    with pytest.raises(InputError, match="--runs: PGD is unknown; allowed: PGD-AT; TRADES"):
+        effects.study(effects.parse([f"--workdir={tmp_path}", "--runs=PGD-AT;PGD"]))
 
 
 @pytest.mark.parametrize(
@@ -75,15 +81,20 @@ def test_unknown_data_is_refused(tmp_path):
 )
 def test_the_whole_study_in_miniature(names, count, tmp_path, monkeypatch):
     """A second call trains nothing; the terms are those of the formula, by hand."""
-    monkeypatch.setattr(effects, "RUNS", {name: effects.RUNS[name] for name in names})
-    claims = [effect for effect in effects.EFFECTS if {effect.method, effect.base} <= set(names)]
-    monkeypatch.setattr(effects, "EFFECTS", claims)
     monkeypatch.setattr(comparison, "NETWORKS", dict.fromkeys(("pgd_at", "ib_rar"), lambda cnn: SMALL))
-    flags = ["--epochs=1", f"--seeds={count}", "--fraction=0.1", "--n=70", f"--out={tmp_path / 'effects'}"]
+    flags = [
+        "--epochs=1",
+        f"--seeds={count}",
+        f"--runs={';'.join(names)}",
+        "--fraction=0.1",
+        "--n=70",
+        f"--out={tmp_path / 'effects'}",
+    ]
     given = effects.parse([f"--workdir={tmp_path / 'runs'}", *flags])
     effects.study(given)
     text, results = (tmp_path / "effects.md").read_text(), json.loads((tmp_path / "effects.json").read_text())
-    assert text.count("lower nHSIC(X, T): ") == len(claims) // 2 == count - 1 and not results["failed"]
+    assert text.count("against") == 2 * (count - 1) and text.count("lower nHSIC(X, T): ") == count - 1
+    assert list(results["runs"]) == names and not results["failed"]
     assert results["n"] == 70 and results["versions"]["jax"] == jax.__version__ and results["hardware"] in text
 
     trained = run.load(tmp_path / "runs" / "IB-RAR" / "0", "last")
