@@ -28,8 +28,9 @@ import measuring
 import numpy as np
 from ml_collections import ConfigDict
 
-from ibjax import config, errors, feed, main, objectives, run, train
+from ibjax import config, errors, feed, main, objectives, run
 from ibjax.errors import DivergedError, InputError
+from ibjax.experiment import build, initial_state
 from ibjax.results import attack_label
 
 log = logging.getLogger(__name__)
@@ -117,14 +118,14 @@ def step_times(recipes: dict[str, ConfigDict], workdir: Path, repeats: int = 5, 
     """Seconds per step of every objective, a list of rounds that go through all of them in turn."""
     runners = {}
     for name, made in recipes.items():
-        experiment = train.build(made, {role: workdir / role for role in config.TEACHERS})
+        experiment = build(made, {role: workdir / role for role in config.TEACHERS})
         runners[name] = _steps(experiment)
     measuring.warm_up(runners, [])
     return measuring.alternate(runners, repeats, n).seconds
 
 
 def _steps(experiment):
-    state, dispatch = train.initial_state(experiment), feed.feed(experiment, jax.random.key(0), 0).dispatch
+    state, dispatch = initial_state(experiment), feed.feed(experiment, jax.random.key(0), 0).dispatch
 
     def steps(n):
         nonlocal state

@@ -110,9 +110,10 @@ def throughput(given: argparse.Namespace) -> None:
 
 
 def training(given: argparse.Namespace) -> None:
-    """A short PGD-AT run through `train.build`, its epochs chosen from the measured rate, and its evaluation."""
+    """A short PGD-AT run through `experiment.build`, its epochs chosen from the measured rate, and its evaluation."""
     from ibjax import config, run, train
     from ibjax.evaluate import evaluate
+    from ibjax.experiment import build
 
     settings = config.base()
     settings.title = "PGD-AT PreActResNet-18, short"
@@ -129,7 +130,7 @@ def training(given: argparse.Namespace) -> None:
     update(given.out, "training", epochs=settings.epochs, n_train=n, config=config.plain(settings))
 
     begun = time.perf_counter()
-    train.train(train.build(settings), given.workdir)
+    train.train(build(settings), given.workdir)
     update(given.out, "training", training_s=round(time.perf_counter() - begun, 1))
     evaluate(given.workdir, "last")
 
@@ -147,12 +148,13 @@ def autoattack(given: argparse.Namespace) -> None:
     import autoattack as comparison
 
     from ibjax import main, train
+    from ibjax.experiment import build
 
     settings = main.load_config(str(ROOT / "configs" / "small_cnn.py") + (":smoke" if given.quick else ""))
     settings.data = data_section(given)
     settings.validate.every = settings.epochs
     workdir = given.workdir.with_name("small_cnn")
-    train.train(train.build(settings), workdir)
+    train.train(build(settings), workdir)
     size = dict(n=16, steps=2, queries=5) if given.quick else dict(n=1000, steps=20, queries=500)
     found = dict(eps="4/255", parts={}, **size)
 

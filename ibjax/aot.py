@@ -38,8 +38,9 @@ from absl import flags  # noqa: E402
 from jax.sharding import AxisType, Mesh, NamedSharding  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
-from ibjax import cluster, config, cores, errors, feed, main, run, train  # noqa: E402
+from ibjax import cluster, config, cores, errors, feed, main, run  # noqa: E402
 from ibjax.errors import InputError, nearest  # noqa: E402
+from ibjax.experiment import build, initializer  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ def compile_step(settings: ConfigDict, mesh: Mesh, images: int) -> dict[str, Any
 
     `images` is the number of training images on every device. Returns numbers of one chip and one step.
     """
-    experiment = train.build(settings, {role: Path("/nowhere") for role in config.TEACHERS}, abstract=True, mesh=mesh)
+    experiment = build(settings, {role: Path("/nowhere") for role in config.TEACHERS}, abstract=True, mesh=mesh)
     replicated, sharded = (NamedSharding(mesh, spec) for spec in (cluster.REPLICATED, cluster.BATCH))
 
     def shaped(tree, sharding=replicated):
@@ -161,7 +162,7 @@ def compile_step(settings: ConfigDict, mesh: Mesh, images: int) -> dict[str, Any
     shape = experiment.data.train.images.shape[1:]
     x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     frozen = shaped(experiment.frozen)
-    state = shaped(jax.eval_shape(train.initializer(experiment), key, x, frozen))
+    state = shaped(jax.eval_shape(initializer(experiment), key, x, frozen))
     data = shaped((jax.ShapeDtypeStruct((images, *shape), jnp.uint8), jax.ShapeDtypeStruct((images,), jnp.int32)))
     steps = settings.steps_per_dispatch or settings.log_every
     began = time.perf_counter()

@@ -5,7 +5,7 @@ the host inside an epoch, where the data lie in device memory; the step compiles
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,8 @@ from jax.sharding import NamedSharding
 from ibjax import cluster
 from ibjax.data import stream, streamed
 from ibjax.errors import InputError
+from ibjax.experiment import Experiment
 from ibjax.step import TrainState
-
-if TYPE_CHECKING:
-    from ibjax.train import Experiment
 
 
 class Feed(NamedTuple):
@@ -29,12 +27,12 @@ class Feed(NamedTuple):
     dispatch: Callable[[TrainState, int], tuple[TrainState, dict[str, Array]]]  # (state, steps) -> (state, metrics)
 
 
-def feed(experiment: "Experiment", key: Array, step: int) -> Feed:
+def feed(experiment: Experiment, key: Array, step: int) -> Feed:
     """The compiled steps from `step` on, with their data; `key` is the run's key of training."""
     return (_streaming if streamed(experiment.data.train) else _resident)(experiment, key, step)
 
 
-def trace(experiment: "Experiment", state: Any, key: Any) -> None:
+def trace(experiment: Experiment, state: Any, key: Any) -> None:
     """Traces one step on shapes; raises whatever is wrong with it."""
     images, labels = experiment.data.train
     n = jax.ShapeDtypeStruct((), jnp.int32)
@@ -66,7 +64,7 @@ def _resident(experiment, key, step):
     return Feed(capacity, run)
 
 
-def make_dispatch(experiment: "Experiment", capacity: int) -> Callable:
+def make_dispatch(experiment: Experiment, capacity: int) -> Callable:
     """The jitted `(state, images, labels, key, frozen, n) -> (state, metrics)`: n <= capacity steps.
 
     `metrics` are arrays (capacity,), of which the first n count. The loop's length is an argument, so that one program

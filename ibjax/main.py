@@ -22,6 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from ibjax import cluster, config, errors, report, run, train
 from ibjax.errors import InputError, nearest
 from ibjax.evaluate import check_network, check_settings, evaluate
+from ibjax.experiment import build
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ def execute(settings: ConfigDict, workdir: Path, mode: str = "train") -> list[di
             locks.enter_context(run.lock(folder))
         if mode == "train":
             for job in todo:
-                train.train(train.build(job.settings, job.teachers), job.workdir)
+                train.train(build(job.settings, job.teachers), job.workdir)
         records = []
         for job in reversed(todo):  # the run itself first, then what it is contrasted with
             records += evaluate(job.workdir, "best", settings=settings.evaluate)

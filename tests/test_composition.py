@@ -7,9 +7,10 @@ import pytest
 from conftest import smoke_config
 from test_objectives import OBJECTIVES, ROWS, Stepper, experiment
 
-from ibjax import config, train
+from ibjax import config
 from ibjax.attacks.pgd import loss_function
 from ibjax.errors import InputError
+from ibjax.experiment import build, initial_state
 
 BOTH = dict(perturb=dict(name="awp", gamma=0.01, warmup=0), ema_decay=0.9)
 # without the rows that differ in the step only
@@ -25,7 +26,7 @@ def step_of(name, digits_run, **changes):
 def test_every_objective_takes_perturbed_and_averaged_weights(name, digits_run):
     """Both together, with the teachers that it has; nothing is compiled."""
     made = step_of(name, digits_run, **BOTH)
-    state = jax.eval_shape(lambda: train.initial_state(made.experiment))
+    state = jax.eval_shape(lambda: initial_state(made.experiment))
     after, _ = jax.eval_shape(made.dispatch, state, *made.arguments)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert jax.tree.structure(after.ema_params) == jax.tree.structure(after.variables["params"])
@@ -35,8 +36,8 @@ def test_every_objective_takes_perturbed_and_averaged_weights(name, digits_run):
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if "awp" not in name])
 def test_perturbed_and_averaged_weights_change_what_is_learned_and_nothing_else(name, digits_run):
     plain, both = (step_of(name, digits_run, **changes) for changes in (dict(ema_decay=None), BOTH))
-    first = jax.device_get(train.initial_state(both.experiment).variables["params"])
-    (old, _), (new, metrics) = (made(train.initial_state(made.experiment), steps=2) for made in (plain, both))
+    first = jax.device_get(initial_state(both.experiment).variables["params"])
+    (old, _), (new, metrics) = (made(initial_state(made.experiment), steps=2) for made in (plain, both))
     assert np.isfinite(metrics["loss"])
     learned, average = new.variables["params"], new.ema_params
     assert 0 < distance(learned, old.variables["params"]) < distance(learned, first)
@@ -56,7 +57,7 @@ def distance(a, b):
 def test_an_objective_knows_whether_its_attack_starts_without_a_gradient(name, digits_run):
     """Then init='none' is refused. At the first step; where the loss gains terms later, these may have one."""
     made = experiment(name, digits_run / "teacher", devices=1)
-    frozen, variables = jax.device_get((made.frozen, train.initial_state(made).variables))
+    frozen, variables = jax.device_get((made.frozen, initial_state(made).variables))
     objective, net = made.objective, made.bind_net(frozen)
     rng = np.random.default_rng(0)  # a network whose predictions differ
     variables["params"] = jax.tree.map(
@@ -86,4 +87,4 @@ def test_a_teacher_that_nobody_asks_is_refused(objective, role, digits_run):
     settings.attack.loss = "kl" if objective in ("trades", "hbar") else "ce"
     settings[role].workdir = str(digits_run / "teacher")
     with pytest.raises(InputError, match=rf"'{objective}' asks no {role} and would ignore it"):
-        train.build(settings)
+        build(settings)

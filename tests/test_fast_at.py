@@ -7,10 +7,11 @@ import pytest
 from conftest import smoke_config
 from test_objectives import BATCH, MODEL, NET, VARIABLES
 
-from ibjax import optim, train
+from ibjax import optim
 from ibjax.attacks import geometry
 from ibjax.attacks.pgd import pgd, stateful_pgd
 from ibjax.errors import InputError
+from ibjax.experiment import build
 from ibjax.objectives.pgd_at import pgd_at
 from ibjax.optim import sgd
 from ibjax.step import init_state, make_train_step
@@ -127,4 +128,4 @@ def test_a_start_without_gradient_is_refused_on_either_base_of_its_own_predictio
     settings = smoke_config("baselines_original", "te_trades,smoke")
     settings.attack.init = "none"
     with pytest.raises(InputError, match="no gradient"):
-        train.build(settings)
+        build(settings)

@@ -16,8 +16,9 @@ import pytest
 from conftest import CACHE
 from test_checkpoint import state
 
-from ibjax import checkpoint, metrics, run, train
+from ibjax import checkpoint, metrics, run
 from ibjax.errors import CheckpointError
+from ibjax.experiment import build, initial_state
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -79,9 +80,9 @@ def wait_for_step(workdir, step, process, timeout=120):
 
 def state_digest(workdir):
     saved, _ = run.read_config(workdir)
-    made = train.build(saved)
+    made = build(saved)
     with checkpoint.manager(workdir, read_only=True) as orbax:
-        state = checkpoint.restore_latest(orbax, train.initial_state(made))
+        state = checkpoint.restore_latest(orbax, initial_state(made))
     assert int(state.step) == TOTAL
     return checkpoint.tree_digest(state)
 

@@ -7,8 +7,9 @@ import pytest
 from conftest import smoke_config
 from jax.sharding import AxisType
 
-from ibjax import checkpoint, cluster, config, feed, losses, train
+from ibjax import checkpoint, cluster, config, feed, losses
 from ibjax.attacks.pgd import pgd
+from ibjax.experiment import build, initial_state
 from ibjax.models import cnn
 from ibjax.objectives.ibd import ibd
 from ibjax.objectives.pgd_at import pgd_at
@@ -120,7 +121,7 @@ def experiment(name, teacher, devices=8, **more):
         settings.attack = None
     else:
         settings.attack.update(attack, eps="0.02", step_size="0.01", unroll=False)
-    return train.build(settings)._replace(mesh=mesh(devices))
+    return build(settings)._replace(mesh=mesh(devices))
 
 
 class Stepper:
@@ -165,7 +166,7 @@ def test_one_and_eight_devices_take_the_same_step(stepper, digits_run):
     tolerance = 1e-4 if stepper.name.startswith("siriib") else 1e-5
     results = []
     for other in (Stepper(experiment(stepper.name, digits_run / "teacher", devices=1)), stepper):
-        state, metrics = other(train.initial_state(other.experiment), steps=2)
+        state, metrics = other(initial_state(other.experiment), steps=2)
         results.append((checkpoint.flatten(jax.device_get(state)), metrics))
     (one, one_metrics), (eight, eight_metrics) = results
     assert one.keys() == eight.keys()
@@ -177,7 +178,7 @@ def test_one_and_eight_devices_take_the_same_step(stepper, digits_run):
 
 def test_the_loss_falls_and_the_step_compiles_once(stepper):
     """Over steps that are the first again and again: the same images, noise and learning rate."""
-    state, first = stepper(train.initial_state(stepper.experiment))
+    state, first = stepper(initial_state(stepper.experiment))
     for _ in range(30):
         state = state._replace(step=cluster.replicate(np.int32(0), stepper.experiment.mesh))
         state, last = stepper(state)
@@ -186,10 +187,10 @@ def test_the_loss_falls_and_the_step_compiles_once(stepper):
 
 
 def test_saving_and_restoring_changes_no_bit(stepper, tmp_path):
-    state, _ = stepper(train.initial_state(stepper.experiment))
+    state, _ = stepper(initial_state(stepper.experiment))
     with checkpoint.manager(tmp_path) as orbax:
         checkpoint.save(orbax, state, {"selection": 1.0})
-        restored = checkpoint.restore_latest(orbax, train.initial_state(stepper.experiment))
+        restored = checkpoint.restore_latest(orbax, initial_state(stepper.experiment))
     assert checkpoint.tree_digest(restored) == checkpoint.tree_digest(state)
     assert checkpoint.tree_digest(stepper(restored)[0]) == checkpoint.tree_digest(stepper(state)[0])
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from conftest import smoke_config
 
-from ibjax import losses, train
+from ibjax import losses
 from ibjax.errors import InputError
+from ibjax.experiment import _optimizer
 from ibjax.information import hsic
 from ibjax.models import cnn, stochastic
 from ibjax.objectives.pgd_at import pgd_at
@@ -181,7 +182,7 @@ def test_impossible_options_are_refused(options):
 def test_the_statistics_network_of_mine_has_adam_of_its_own():
     """λ, which scales its gradient, leaves its steps alone: the first is 1e-4 in each coordinate."""
     settings = smoke_config("shared_information", "mine")
-    optimizer, _ = train._optimizer(settings, 10)
+    optimizer, _ = _optimizer(settings, 10)
     params = {"params": {"w": jnp.ones(3)}, "head": {"w": jnp.ones(3)}}
     gradient = {"params": {"w": jnp.ones(3)}, "head": {"w": jnp.array([0.01, -0.5, 3.0])}}
     update, _ = optimizer.update(gradient, optimizer.init(params), params)

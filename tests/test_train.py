@@ -11,6 +11,7 @@ from conftest import smoke_config
 
 from ibjax import checkpoint, cluster, feed, metrics, run, train
 from ibjax.errors import DivergedError, InputError, PreemptedError
+from ibjax.experiment import build, initial_state
 
 
 def settings(**changes):
@@ -26,10 +27,10 @@ def settings(**changes):
 
 def trained(workdir, recipe):
     """(digest of all state, metrics without timings) after training."""
-    train.train(train.build(recipe), workdir)
-    made = train.build(recipe)
+    train.train(build(recipe), workdir)
+    made = build(recipe)
     with checkpoint.manager(workdir) as orbax:
-        state = checkpoint.restore_latest(orbax, train.initial_state(made))
+        state = checkpoint.restore_latest(orbax, initial_state(made))
     rows = [
         {k: v for k, v in row.items() if k not in ("images_per_s", "compiles")}
         for row in metrics.read(workdir / "metrics.jsonl")
@@ -75,7 +76,7 @@ def test_a_crash_anywhere_and_the_same_command_give_the_same_bits(tmp_path, monk
     with monkeypatch.context() as patch:
         stop_after(patch, crash_at)
         with pytest.raises(Stop):
-            train.train(train.build(recipe), tmp_path / "broken")
+            train.train(build(recipe), tmp_path / "broken")
     got, rows = trained(tmp_path / "broken", recipe)
     assert got == expected and rows == expected_rows
     assert_no_gap_no_duplicate(rows, 15)
@@ -86,7 +87,7 @@ def test_a_notice_saves_the_very_step_and_continuing_gives_the_same_bits(tmp_pat
     with monkeypatch.context() as patch:
         stop_after(patch, 7, PreemptedError)
         with pytest.raises(PreemptedError, match="saved step 7 of 15"):
-            train.train(train.build(recipe), tmp_path / "broken")
+            train.train(build(recipe), tmp_path / "broken")
     got, rows = trained(tmp_path / "broken", recipe)
     assert got == expected
     assert_no_gap_no_duplicate(rows, 15)
@@ -101,8 +102,8 @@ def test_several_steps_per_dispatch_take_the_same_steps(tmp_path, whole):
         for key in ("loss", "robust_acc"):
             if key in a:
                 np.testing.assert_allclose(a[key], b[key], rtol=1e-3)
-    made = train.build(settings(steps_per_dispatch=3))
-    dispatch, state = feed.make_dispatch(made, 3), train.initial_state(made)
+    made = build(settings(steps_per_dispatch=3))
+    dispatch, state = feed.make_dispatch(made, 3), initial_state(made)
     arrays = [cluster.replicate(a, made.mesh) for a in (made.data.train.images, made.data.train.labels)]
     for n in (1, 3, 2):
         state, _ = dispatch(state, *arrays, jax.random.key(0), None, np.int32(n))
@@ -113,14 +114,14 @@ def test_the_order_is_a_permutation_of_each_epoch_and_a_function_of_seed_and_epo
     """Seen through a train step that returns the indices of its batch."""
 
     def orders(seed, skip=0):
-        made = train.build(settings(seed=seed))
+        made = build(settings(seed=seed))
         seen = []
 
         def spy(state, batch, key, teacher):
             return state._replace(step=state.step + 1), {"index": batch["index"]}
 
         dispatch = feed.make_dispatch(made._replace(train_step=spy), 1)
-        state = train.initial_state(made)._replace(step=jax.numpy.int32(skip))
+        state = initial_state(made)._replace(step=jax.numpy.int32(skip))
         arrays = [cluster.replicate(a, made.mesh) for a in (made.data.train.images, made.data.train.labels)]
         for _ in range(10 - skip):
             state, values = dispatch(state, *arrays, jax.random.key(seed), None, np.int32(1))
@@ -137,7 +138,7 @@ def test_the_order_is_a_permutation_of_each_epoch_and_a_function_of_seed_and_epo
 
 def test_nothing_is_transferred_from_the_host_inside_an_epoch(tmp_path, monkeypatch):
     """The guard is on around every dispatch: an implicit transfer there raises."""
-    made = train.build(settings())
+    made = build(settings())
     levels = []
 
     def spy(state, batch, key, teacher):
@@ -149,7 +150,7 @@ def test_nothing_is_transferred_from_the_host_inside_an_epoch(tmp_path, monkeypa
 
 
 def test_a_nan_stops_the_run_and_the_last_good_checkpoint_stays(tmp_path):
-    made = train.build(settings())
+    made = build(settings())
 
     def poisoned(state, batch, key, teacher):
         state, values = made.train_step(state, batch, key, teacher)
@@ -168,7 +169,7 @@ def test_a_high_learning_rate_diverges_with_one_line(tmp_path):
     recipe.optimizer.lr = 999.0
     recipe.optimizer.weight_decay = 10.0
     with pytest.raises(DivergedError, match=r"lower optimizer\.lr|not saved"):
-        train.train(train.build(recipe), tmp_path)
+        train.train(build(recipe), tmp_path)
 
 
 def test_a_finished_run_is_left_alone(tmp_path):
@@ -182,7 +183,7 @@ def test_a_finished_run_is_left_alone(tmp_path):
 def test_another_configuration_in_the_same_workdir_is_refused(tmp_path):
     trained(tmp_path, settings(epochs=1))
     with pytest.raises(InputError, match=r"epochs=1, now 2"):
-        train.train(train.build(settings(epochs=2)), tmp_path)
+        train.train(build(settings(epochs=2)), tmp_path)
     trained(tmp_path, settings(epochs=1, log_every=1))  # what does not change the result may change
 
 
@@ -253,7 +254,7 @@ def test_selection_looks_at_the_validation_split_or_where_asked_at_the_test_set(
     monkeypatch.setattr(train.Scorer, "__call__", spy)
     for name in ("val", "test"):
         recipe = settings(epochs=1, select_on=name)
-        made = train.build(recipe)
+        made = build(recipe)
         train.train(made, tmp_path / name)
         assert seen.pop() is getattr(made.data, name) and not seen
 
@@ -265,7 +266,7 @@ def test_the_teacher_is_its_best_checkpoint_unless_another_is_asked_for(tmp_path
         recipe = settings(objective=dict(name="ibd", beta=0.0))
         recipe.attack = dict(name="pgd", loss="kl", init="gaussian", eps="0.1", step_size="0.05", steps=1)
         recipe.teacher.update(workdir=str(tmp_path / "teacher"), checkpoint=which)
-        made = train.build(recipe)
+        made = build(recipe)
         assert made.facts["teacher"]["step"] == step
         assert made.facts["teacher"]["weights"] == checkpoint.tree_digest(
             run.load(tmp_path / "teacher", which).variables
@@ -274,7 +275,7 @@ def test_the_teacher_is_its_best_checkpoint_unless_another_is_asked_for(tmp_path
 
 
 def test_other_data_or_another_teacher_cannot_continue_a_run(tmp_path, monkeypatch):
-    made = train.build(settings(epochs=1))
+    made = build(settings(epochs=1))
     train.train(made, tmp_path)
     for name, other in (("digests", {"train": "0"}), ("teacher", {"step": 3, "weights": "0"})):
         with pytest.raises(InputError, match=f"trained with another {name}"):
@@ -283,7 +284,7 @@ def test_other_data_or_another_teacher_cannot_continue_a_run(tmp_path, monkeypat
 
 def test_a_first_attempt_that_fails_does_not_bind_the_workdir(tmp_path):
     """Without a checkpoint there is nothing to protect: the corrected configuration runs there."""
-    made = train.build(settings(epochs=2))
+    made = build(settings(epochs=2))
 
     def failing(state, batch, key, frozen):
         raise RuntimeError("a bug in the first step")
@@ -313,10 +314,10 @@ def test_running_out_of_memory_names_the_batch_of_a_device(tmp_path, monkeypatch
 
     monkeypatch.setattr(feed, "make_dispatch", lambda *_: dispatch)
     with pytest.raises(MemoryError, match="batch_size=8 is 1 images on each of 8 devices"):
-        train.train(train.build(settings()), tmp_path)
+        train.train(build(settings()), tmp_path)
 
 
 def test_a_run_compiles_its_step_once_and_says_so(tmp_path):
-    train.train(train.build(settings()), tmp_path)
+    train.train(build(settings()), tmp_path)
     compiles = [row["compiles"] for row in metrics.read(tmp_path / "metrics.jsonl") if row["kind"] == "train"]
     assert compiles[0] > 0 and compiles[-1] == 0

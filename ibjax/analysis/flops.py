@@ -44,9 +44,10 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from ibjax import errors, train
+from ibjax import errors
 from ibjax.config import TEACHERS
 from ibjax.errors import InputError
+from ibjax.experiment import build, initial_state
 from ibjax.step import Net, Variables
 
 
@@ -150,21 +151,21 @@ def expected_forwards(settings: ConfigDict, teacher: float = 0.0, assistant: flo
 
 
 def audit(settings: ConfigDict) -> dict[str, Any]:
-    """Compiles one step of a configuration, as `train.build` makes it, and compares it with what its method needs.
+    """Compiles one step of a configuration, as `experiment.build` makes it, and compares it with what its method needs.
 
     Returns {"method", "batch_size", "forward_flops", "teacher_flops", "assistant_flops", "step_flops", "ratio",
     "expected", "quotient"}; the last two are None for a method that `expected_forwards` does not know. Raises
-    InputError as `train.build` does.
+    InputError as `experiment.build` does.
     """
     settings = settings.copy_and_resolve_references()
     if settings.attack is not None and settings.attack.name == "pgd":
         with settings.unlocked():
             settings.attack.unroll = True
-    experiment = train.build(settings)
+    experiment = build(settings)
     image, scalar = experiment.data.train.images, ((settings.batch_size,), "int32")
     batch = {"image": ((settings.batch_size, *image.shape[1:]), image.dtype), "label": scalar, "index": scalar}
     batch = {name: jax.ShapeDtypeStruct(*leaf) for name, leaf in batch.items()}
-    state = jax.eval_shape(partial(train.initial_state, experiment))
+    state = jax.eval_shape(partial(initial_state, experiment))
     cost = step_cost(experiment.train_step, experiment.bind_net, state, batch, experiment.frozen)
     ratio, *taught = (cost[part] / cost["forward"] for part in ("step", *TEACHERS))
     expected = expected_forwards(settings, *taught)

@@ -22,6 +22,7 @@ from ibjax import cluster, config, errors, run, train
 from ibjax import main as command_line
 from ibjax.analysis.attacked import attack, percent
 from ibjax.errors import InputError
+from ibjax.experiment import build
 from ibjax.objectives.ib_rar import layers_of
 from ibjax.step import linen_net
 
@@ -63,7 +64,7 @@ def choose(settings: ConfigDict, workdir: Path, gain: float = 1.0) -> dict[str, 
     accuracy: dict[str, dict[str, float]] = {}
     for name, recipe in recipes.items():
         with run.lock(workdir / name):
-            train.train(train.build(recipe), workdir / name)
+            train.train(build(recipe), workdir / name)
             trained = run.load(workdir / name, "last")
         predict = linen_net(run.in_float32(trained.model)).predict
         flags, _ = attack(pgd, predict, trained, split, config.plain(recipe.evaluate))

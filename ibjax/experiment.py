@@ -1,0 +1,235 @@
+"""What a configuration means: every part built and checked, and the first state. Nothing is compiled or written.
+
+The loop around it is `ibjax.train`, its compiled steps are `ibjax.feed`.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from ibjax import checkpoint as checkpoints
+from ibjax import cluster, config, optim, perturb, run
+from ibjax.data import Arrays, augment
+from ibjax.errors import InputError
+from ibjax.step import Net, Objective, TrainState, Variables, init_state, linen_net, make_train_step
+
+
+class Experiment(NamedTuple):
+    """What a configuration means, built and checked; nothing has been written or compiled."""
+
+    config: ConfigDict
+    data: Arrays
+    facts: dict[str, Any]  # what identifies data and teacher, for config.json
+    model: nn.Module
+    bind_net: Callable[[Mapping[str, Variables] | None], Net]
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    learning_rate: Callable
+    train_step: Callable
+    frozen: dict[str, Variables]  # the teachers' variables, by role
+    steps_per_epoch: int
+    mesh: Any
+
+
+def build(
+    settings: ConfigDict,
+    folders: Mapping[str, Path] | None = None,
+    *,
+    abstract: bool = False,
+    mesh: Mesh | None = None,
+) -> Experiment:
+    """Builds all parts of an experiment and checks them. Raises InputError on whatever is wrong.
+
+    Args:
+      settings: the configuration.
+      folders: role -> workdir of that teacher; without one, `teacher.workdir` and `assistant.workdir` count.
+      abstract: give a teacher's variables as shapes where it has yet to be trained from its recipe.
+      mesh: the devices to train on; None takes all that are here.
+    """
+    config.check(settings)
+    mesh = cluster.mesh() if mesh is None else mesh
+    cluster.check_divides(settings.batch_size, "batch_size", mesh.size, settings.microbatches)
+    data = run.load_data(settings)
+    if settings.select_on == "val" and data.val is None:
+        raise InputError("data.val_size=0 leaves nothing to select on; hold some out, or set select_on='test'")
+    steps_per_epoch = len(data.train.labels) // settings.batch_size
+    if not steps_per_epoch:
+        raise InputError(f"batch_size={settings.batch_size} exceeds the {len(data.train.labels)} training images")
+    model = run.build_model(settings.model, data.num_classes, "model")
+    objective = config.build("objectives", settings.objective, "objective")
+    _check_attack(settings, objective)
+    for role in config.TEACHERS:
+        if role not in objective.teachers and (settings[role].workdir or settings[role].recipe):
+            raise InputError(
+                f"objective '{settings.objective.name}' asks no {role} and would ignore it; set {role}.workdir='' and "
+                f"{role}.recipe=None"
+            )
+    taught = {
+        role: _teacher(settings, role, data, (folders or {}).get(role), abstract, mesh) for role in objective.teachers
+    }
+    modules, frozen = ({role: parts[i] for role, parts in taught.items()} for i in (0, 1))
+    optimizer, learning_rate = _optimizer(settings, steps_per_epoch)
+
+    def bind_net(frozen):
+        return linen_net(model, modules, frozen)
+
+    train_step = make_train_step(
+        bind_net,
+        objective,
+        optimizer,
+        *_attacks(settings, objective),
+        augment=augment.crop_and_flip(**settings.augment),
+        ema_decay=settings.ema_decay,
+        perturb=_perturb(settings),
+        steps_per_epoch=steps_per_epoch,
+        microbatches=settings.microbatches,
+    )
+    return Experiment(
+        config=settings,
+        data=data,
+        facts={**run.facts(data), **{role: made for role, (_, _, made) in taught.items() if made}},
+        model=model,
+        bind_net=bind_net,
+        objective=objective,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        train_step=train_step,
+        frozen=frozen,
+        steps_per_epoch=steps_per_epoch,
+        mesh=mesh,
+    )
+
+
+def _check_attack(settings, objective):
+    """Refuses an attack that the objective would ignore, lacks, or that climbs away from something else."""
+    name, losses = settings.objective.name, objective.attack_losses
+    if settings.attack is None:
+        if losses:
+            raise InputError(f"objective '{name}' needs an attack; set attack=dict(name='pgd', loss='{losses[0]}', …)")
+        return
+    loss = settings.attack.get("loss", "ce")
+    if not losses:
+        why = "makes its own adversarial images" if objective.attack else "trains on clean images"
+        raise InputError(f"objective '{name}' {why} and would ignore the attack; set attack=None")
+    if loss not in losses:
+        raise InputError(f"attack.loss='{loss}' does not go with objective '{name}'; allowed: {', '.join(losses)}")
+    if objective.flat_at_x and settings.attack.get("init") == "none":
+        raise InputError(
+            f"attack.init='none' starts where the loss that objective '{name}' has the attack climb has no gradient; "
+            f"use 'gaussian'"
+        )
+
+
+def _teacher(settings, role, data, folder, abstract, mesh):
+    """(model, variables, facts) of the teacher or the assistant."""
+    section = settings[role]
+    recipe = section.recipe
+    if not (folder or section.workdir or recipe):
+        raise InputError(
+            f"objective '{settings.objective.name}' needs a teacher; set {role}.workdir to the workdir of a trained "
+            f"run, or {role}.recipe to a configuration that makes one"
+        )
+    folder = Path(folder or section.workdir or role)
+    if abstract and recipe is not None and not run.has_checkpoint(folder):
+        taught = run.load_data(recipe)
+        _check_teacher(folder, run.facts(taught), data)
+        model = run.build_model(recipe.model, taught.num_classes, f"{role}.recipe.model")
+        return model, run.abstract_variables(model, taught.train.images.shape[1:], mesh), {}
+    if not run.has_checkpoint(folder):
+        command = section.made_by or f"python -m ibjax.main --config=… --workdir={folder}"
+        raise InputError(f"{role}.workdir={folder} holds no trained run; train the {role} first: {command}")
+    _check_teacher(folder, run.read_config(folder)[1], data)
+    taught = run.load(folder, section.checkpoint)
+    return taught.model, taught.variables, {"step": taught.step, "weights": checkpoints.tree_digest(taught.variables)}
+
+
+def _check_teacher(folder, taught, data):
+    if taught["num_classes"] != data.num_classes:
+        raise InputError(
+            f"the teacher in {folder} has {taught['num_classes']} classes, the data has {data.num_classes}; "
+            f"give a teacher of this data set"
+        )
+    if tuple(taught["input_shape"]) != data.train.images.shape[1:]:
+        raise InputError(
+            f"the teacher in {folder} takes images of shape {tuple(taught['input_shape'])}, "
+            f"the data has {data.train.images.shape[1:]}"
+        )
+
+
+def _optimizer(settings, steps_per_epoch):
+    """(optimiser over network and head, step -> the network's learning rate)."""
+    options = config.plain(settings.optimizer)
+    lr = options.pop("lr")
+
+    def schedule(lr):
+        section = config.plain(settings.schedule)
+        return optim.schedule(lr=lr, epochs=settings.epochs, steps_per_epoch=steps_per_epoch, **section)
+
+    learning_rate = schedule(lr)
+    head = None
+    if settings.head_optimizer.lr is not None:
+        own = {"name": settings.head_optimizer.name} if settings.head_optimizer.name else options
+        head = optim.optimizer(lr=schedule(settings.head_optimizer.lr), **own)
+    return optim.with_head(optim.optimizer(lr=learning_rate, **options), head), learning_rate
+
+
+def _attacks(settings, objective):
+    """(attack in evaluation mode, attack in training mode): at most one of them is there."""
+    if settings.attack is None:
+        return None, None
+    options = config.arguments("attacks", settings.attack, "attack")
+    if options.get("loss") == "objective":
+        options["loss"] = objective.attack_loss
+    if settings.attack_bn == "eval":
+        return config.factory("attacks", settings.attack.name)(**options), None
+    if settings.attack.name != "pgd":
+        raise InputError("attack_bn='train' goes with attack.name='pgd' only")
+    from ibjax.attacks.pgd import stateful_pgd
+
+    if options.pop("restarts", 1) != 1:
+        raise InputError("attack_bn='train' goes with attack.restarts=1 only")
+    return None, stateful_pgd(**options)
+
+
+def _perturb(settings):
+    if settings.perturb is None:
+        return None
+    options = {key: value for key, value in config.plain(settings.perturb).items() if key != "name"}
+    return perturb.named(settings.perturb.name)(**options)
+
+
+# ---- the first state ---------------------------------------------------------------------------------------
+
+
+def initial_state(experiment: Experiment) -> TrainState:
+    """The state before the first step, on all devices, from the configuration's seed."""
+    replicated = NamedSharding(experiment.mesh, cluster.REPLICATED)
+    key = run_key(experiment.config.seed, 0, experiment.mesh)
+    x = np.zeros((1, *experiment.data.train.images.shape[1:]), np.float32)
+    return jax.jit(initializer(experiment), out_shardings=replicated)(key, x, experiment.frozen)
+
+
+def initializer(experiment: Experiment) -> Callable[..., TrainState]:
+    """(key, x, frozen) -> the first state."""
+    objective, data = experiment.objective, experiment.data
+    ema = experiment.config.ema_decay is not None
+
+    def init(key, x, frozen):
+        net = experiment.bind_net(frozen)
+        memory = objective.memory(len(data.train.labels), data.num_classes) if objective.memory else None
+        return init_state(key, net, experiment.model, objective.head, experiment.optimizer, x, ema, memory)
+
+    return init
+
+
+def run_key(seed: int, which: int, mesh: Mesh) -> jax.Array:
+    """One of the run's keys (0: initial weights, 1: training), on all devices of all processes."""
+    replicated = NamedSharding(mesh, cluster.REPLICATED)
+    return jax.jit(lambda: jax.random.split(jax.random.key(seed))[which], out_shardings=replicated)()
