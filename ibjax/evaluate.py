@@ -36,7 +36,7 @@ from ibjax import cluster, config, errors, report, results, run
 from ibjax.attacks import checks, geometry
 from ibjax.attacks.named import Named, check, named
 from ibjax.errors import InputError
-from ibjax.scoring import Scorer, auto_attack, draw_keys, sampling
+from ibjax.scoring import Scorer, auto_attack, draw_keys, percent, sampling
 from ibjax.step import linen_net, to_float
 
 # ---- records ---------------------------------------------------------------------------------------------
@@ -302,8 +302,8 @@ def _existing(file, identity):
 
 def _record(identity, flags):
     return {
-        "clean_acc": round(100 * float(np.mean(flags.clean)), 4),
-        "robust_acc": round(100 * float(np.mean(flags.robust)), 4),
+        "clean_acc": percent(flags.clean),
+        "robust_acc": percent(flags.robust),
         **identity,
         "max_distance": float(flags.distance.max()),
         "mean_loss": float(np.mean(flags.loss)),

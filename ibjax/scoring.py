@@ -42,6 +42,11 @@ class Flags(NamedTuple):
     distance: np.ndarray  # (N,) float32: size of the perturbation, in the attack's norm
 
 
+def percent(flags: np.ndarray) -> float:
+    """The share of true flags."""
+    return round(100 * float(np.mean(flags)), 4)
+
+
 class Scorer:
     """One attack on one network, compiled once for all images and all eps.
 
@@ -201,7 +206,7 @@ def auto_attack(
     withstood, loss, distance = judge(result.x_adv)
     if attacked is None:  # what was judged while attacking: rounding may decide otherwise in another batch
         flags = Flags(result.clean, result.robust, loss, distance)
-        after = {name: round(100 * float(np.mean(kept)), 4) for name, kept in result.robust_after.items()}
+        after = {name: percent(kept) for name, kept in result.robust_after.items()}
         more = {"robust_after": after}
     else:
         clean = judge(x)[0]

@@ -49,8 +49,3 @@ def predictions(predict: Callable, variables: Any, images: np.ndarray, batch_siz
     classify = jax.jit(lambda variables, images: predict(variables, to_float(images))[0].argmax(1))
     parts = [images[first : first + batch_size] for first in range(0, len(images), batch_size)]
     return np.concatenate([np.asarray(classify(variables, part)) for part in parts])
-
-
-def percent(flags: np.ndarray) -> float:
-    """The share of true flags."""
-    return round(100 * float(np.mean(flags)), 4)

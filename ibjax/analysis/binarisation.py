@@ -48,14 +48,13 @@ from scipy.optimize import nnls
 from tqdm import tqdm
 
 from ibjax import cluster, config, errors, losses, run
-from ibjax.analysis.attacked import percent
 from ibjax.attacks import Attack, geometry
 from ibjax.attacks.autoattack import sub_attacks
 from ibjax.attacks.iterative import as_attack
 from ibjax.attacks.named import named
 from ibjax.errors import InputError, PreemptedError
 from ibjax.evaluate import check_settings
-from ibjax.scoring import TOLERANCE
+from ibjax.scoring import TOLERANCE, percent
 from ibjax.step import linen_net, to_float
 
 ETA, SLACK, CRITERION = 0.95, 0.01, 95.0

@@ -20,10 +20,11 @@ from typing import Any
 import jax
 
 from ibjax import cluster, errors, run
-from ibjax.analysis.attacked import attack, load, percent, predictions
+from ibjax.analysis.attacked import attack, load, predictions
 from ibjax.errors import InputError
 from ibjax.models import siriib
 from ibjax.results import attack_label
+from ibjax.scoring import percent
 from ibjax.step import linen_net
 
 ROWS = ("image", "calibrated", "through")

@@ -20,10 +20,11 @@ from ml_collections import ConfigDict
 
 from ibjax import cluster, config, errors, run, train
 from ibjax import main as command_line
-from ibjax.analysis.attacked import attack, percent
+from ibjax.analysis.attacked import attack
 from ibjax.errors import InputError
 from ibjax.experiment import build
 from ibjax.objectives.ib_rar import layers_of
+from ibjax.scoring import percent
 from ibjax.step import linen_net
 
 
