@@ -31,12 +31,20 @@ def test_every_run_has_the_data_and_lengths_that_are_asked_for(name, data, tmp_p
     eps = {"digits": "2/16", "mnist": "0.2", "cifar10": "8/255"}[data.partition(":")[0]]
     assert (made.seed, made.evaluate.n, made.title) == (2, 70, name)
     for part in (made, *(recipe for _, recipe in config.recipes(made))):
-        assert (part.epochs, part.data.fraction, part.attack.eps, part.evaluate.eps) == (7, 0.5, eps, eps)
+        longer = effects.RUNS[name].longer if part is not made else 1
+        assert (part.epochs, part.data.fraction, part.attack.eps, part.evaluate.eps) == (7 * longer, 0.5, eps, eps)
         assert part.validate.every == part.epochs and part.data.get("path", "digits") in data
-    if name == "IBD, wider teacher":
-        own, same = made.teacher, effects.settings("IBD", 2, given).teacher
-        assert np.array_equal(own.recipe.model.widths, 3 * np.array(same.recipe.model.widths))
-        assert own.workdir != same.workdir and made.model.widths == same.recipe.model.widths
+
+
+def test_teachers_are_wider_or_trained_longer_as_their_runs_say(tmp_path):
+    given = effects.parse([f"--workdir={tmp_path}", "--epochs=7"])
+    same, wider, stronger = (
+        effects.settings(name, 0, given) for name in ("IBD", "IBD, wider teacher", "IBD, stronger teacher")
+    )
+    for made, times, epochs in ((same, 1, 7), (wider, 3, 7), (stronger, 3, 35)):
+        assert made.epochs == 7 and made.teacher.recipe.epochs == epochs
+        assert np.array_equal(made.teacher.recipe.model.widths, times * np.array(made.model.widths))
+    assert len({made.teacher.workdir for made in (same, wider, stronger)}) == 3
 
 
 def test_every_claim_is_about_two_runs_that_measure_it():
