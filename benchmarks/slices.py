@@ -4,7 +4,8 @@
     python benchmarks/slices.py [--topology=v5e:2x2] [--rows='ibd_*'] [--out=FILE]
 
 Each row is compiled as it stands, at its own batch size and bfloat16. Memory is that of a chip; images/s is what its
-FLOPs allow and what its bytes allow, never reached. "Collectives" counts the communication of one step;
+FLOPs allow and what its bytes allow, never reached; "≥" where the program has loops other than the attack's, whose
+bodies FLOPs and bytes count once. "Collectives" counts the communication of one step;
 "in loops" would be communication inside an attack, of which there must be none.
 
 One process per row, minutes each on two cores; the same command goes on where it was stopped. Writes a JSON and the
@@ -40,12 +41,8 @@ def rows() -> dict[str, list[str]]:
             imagenet = settings.data.get("dataset") == "imagenet2012"
             if not imagenet and "wide_resnet" not in str(settings.model) and "wrn" not in row:
                 continue
-            options = ["--shape=224,224,3", "--classes=1000"] if imagenet else []
-            if imagenet and settings.teacher.made_by:
-                options.append(f"--teacher={IMAGENET_TEACHER}")
-            if settings.data.get("dataset") == "cifar100":
-                options.append("--classes=100")
-            found[f"{file.stem}:{row}"] = options
+            taught = imagenet and settings.teacher.made_by
+            found[f"{file.stem}:{row}"] = [f"--teacher={IMAGENET_TEACHER}"] if taught else []
     return found
 
 
@@ -76,11 +73,15 @@ def table(content: dict[str, Any]) -> str:
             continue
         chip = CHIPS[found["kind"]]
         full = " (does not fit)" if found["memory"] > chip.hbm else ""
-        inside = sum(item["count"] for item in found["collectives"] if item["depth"] > 1)
-        each = sum(item["count"] for item in found["collectives"] if item["depth"] == 1)
+        inside = sum(item["count"] for item in found["collectives"] if item["depth"] > 0)
+        each = sum(item["count"] for item in found["collectives"] if item["depth"] == 0)
         peaks = (chip.flops / found["flops"], chip.bandwidth / found["bytes"])
         bounds = (f"{found['batch_size'] * peak:,.0f}" for peak in peaks)
-        size = (found["batch_size"], f"{found['memory'] / GIB:.2f}{full}", f"{found['flops'] / 1e12:.2f}")
+        size = (
+            found["batch_size"],
+            f"{found['memory'] / GIB:.2f}{full}",
+            f"{'≥ ' * bool(found['other_loops'])}{found['flops'] / 1e12:.2f}",
+        )
         lines.append((name, *size, *bounds, each, inside))
     return measuring.markdown(heads, lines)
 

@@ -8,9 +8,9 @@ images are independent. Needs the extra [tpu], whose compiler needs no TPU, and 
 
     FLOPs = m · ( FLOPs(dispatch) + (k − 1) · FLOPs(attack step) ), likewise the bytes
 
-of m microbatches, since the compiler counts a rolled loop's body once, whatever its length k. Both are what it reports
-for the optimised program of one chip; the bounds assume its peak in bfloat16 and its bandwidth, so they are never
-reached.
+of m microbatches, since the compiler counts a rolled loop's body once, whatever its length k; so it does with the
+bodies of other loops, as MMA's bisection, whose number is printed. Both are what it reports for the optimised program
+of one chip; the bounds assume its peak in bfloat16 and its bandwidth, so they are never reached.
 """
 
 import json
@@ -66,21 +66,47 @@ class Collective(NamedTuple):
     """A kind of communication, in one place of the program."""
 
     kind: str
-    depth: int  # number of loops around it: 0 once a dispatch, 1 once a step, 2 in a loop of the step
+    depth: int  # number of loops around it, less those around a step: −1 once a dispatch, 0 once a step
     count: int
     bytes: int  # of all results together, on one chip
 
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|condition|body|branch_computations|true_computation|false_computation)=")
+# data.dataset, or data.name -> (shape of its images, classes); those of ImageNet have the recipe's size
+_SETS = {
+    "digits": ((8, 8, 1), 10),
+    "mnist": ((28, 28, 1), 10),
+    "cifar10": ((32, 32, 3), 10),
+    "cifar100": ((32, 32, 3), 100),
+    "svhn_cropped": ((32, 32, 3), 10),
+    "tiny_imagenet": ((64, 64, 3), 200),
+    "imagenet2012": (None, 1000),
+}
 _COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\("
 )
 _SHAPE = re.compile(r"(pred|[a-z]+\d+)\[([\d,]*)\]")
 
 
-def collectives(program: str) -> list[Collective]:
-    """All communication in an optimised HLO module, with the number of loops around it."""
+def collectives(program: str, around: int = 0) -> list[Collective]:
+    """All communication in an optimised HLO module; `around` loops are around a step."""
+    found, sizes = Counter(), Counter()
+    for line, loops in _lines(program):
+        if match := _COLLECTIVE.search(line):
+            place = (match[2], loops - around)
+            found[place] += 1
+            sizes[place] += _bytes(match[1])
+    return [Collective(*place, count, sizes[place]) for place, count in sorted(found.items())]
+
+
+def loops(program: str) -> int:
+    """Loops in an optimised HLO module."""
+    return sum(" while(" in line for line, _ in _lines(program))
+
+
+def _lines(program):
+    """(line, number of loops around it) of all computations that the module's entry reaches."""
     blocks, entry, current = {}, None, None
     for line in program.splitlines():
         if match := _HEADER.match(line):
@@ -99,13 +125,7 @@ def collectives(program: str) -> list[Collective]:
                 if callee in blocks and depth.get(callee, -1) < inside:
                     depth[callee] = inside
                     todo.append(callee)
-    found, sizes = Counter(), Counter()
-    for name, level in depth.items():
-        for line in blocks.get(name, ()):
-            if match := _COLLECTIVE.search(line):
-                found[match[2], level] += 1
-                sizes[match[2], level] += _bytes(match[1])
-    return [Collective(kind, level, count, sizes[kind, level]) for (kind, level), count in sorted(found.items())]
+    return [(line, level) for name, level in depth.items() for line in blocks.get(name, ())]
 
 
 def _bytes(shapes):
@@ -146,11 +166,12 @@ def prepare(settings: ConfigDict, shape: tuple[int, ...], classes: int, teachers
     return settings
 
 
-@cores.whole()
-def compile_step(settings: ConfigDict, mesh: Mesh, images: int) -> dict[str, Any]:
+@cores.elsewhere()
+def compile_step(settings: ConfigDict, mesh: Mesh, images: int | None) -> dict[str, Any]:
     """Compiles what a configuration (see `prepare`) runs on the devices of `mesh`; nothing is run.
 
-    `images` is the number of training images on every device. Returns numbers of one chip and one step.
+    `images` is the number of training images on every device, None where they are streamed. Returns numbers of one
+    chip and one step.
     """
     experiment = build(settings, {role: Path("/nowhere") for role in config.TEACHERS}, abstract=True, mesh=mesh)
     replicated, sharded = (NamedSharding(mesh, spec) for spec in (cluster.REPLICATED, cluster.BATCH))
@@ -158,28 +179,35 @@ def compile_step(settings: ConfigDict, mesh: Mesh, images: int) -> dict[str, Any
     def shaped(tree, sharding=replicated):
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
+    def of_images(count, dtype, sharding):
+        """Shapes of images and labels."""
+        return shaped(
+            (jax.ShapeDtypeStruct((count, *shape), dtype), jax.ShapeDtypeStruct((count,), jnp.int32)), sharding
+        )
+
     key = shaped(jax.eval_shape(lambda: jax.random.key(0)))
     shape = experiment.data.train.images.shape[1:]
-    x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     frozen = shaped(experiment.frozen)
-    state = shaped(jax.eval_shape(initializer(experiment), key, x, frozen))
-    data = shaped((jax.ShapeDtypeStruct((images, *shape), jnp.uint8), jax.ShapeDtypeStruct((images,), jnp.int32)))
-    steps = settings.steps_per_dispatch or settings.log_every
+    state = shaped(jax.eval_shape(initializer(experiment), key, jax.ShapeDtypeStruct((1, *shape), jnp.float32), frozen))
+    steps = 1 if images is None else settings.steps_per_dispatch or settings.log_every
     began = time.perf_counter()
-    dispatch = feed.make_dispatch(experiment, max(steps, 2))
-    n = shaped(jax.ShapeDtypeStruct((), jnp.int32))
-    compiled = dispatch.lower(state, *data, key, frozen, n).compile()
+    if images is None:
+        batch = dict(zip(("image", "label"), of_images(settings.batch_size, jnp.uint8, sharded), strict=True))
+        lowered = feed.make_batch_dispatch(experiment).lower(state, {**batch, "index": batch["label"]}, key, frozen)
+    else:
+        data, n = of_images(images, jnp.uint8, replicated), shaped(jax.ShapeDtypeStruct((), jnp.int32))
+        lowered = feed.make_dispatch(experiment, steps).lower(state, *data, key, frozen, n)
+    compiled = lowered.compile()
     seconds = time.perf_counter() - began
-    cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    cost, memory, program = compiled.cost_analysis() or {}, compiled.memory_analysis(), compiled.as_text()
     flops, accessed = cost["flops"], cost["bytes accessed"]
-    loops = _attack_steps(settings)
-    if loops > 1:
-        part = settings.batch_size // settings.microbatches
-        batch = shaped(jax.ShapeDtypeStruct((part, *shape), jnp.float32), sharded)
-        label = shaped(jax.ShapeDtypeStruct((part,), jnp.int32), sharded)
-        one = _attack_step(experiment).lower(state.variables, batch, label).compile().cost_analysis() or {}
-        flops += (loops - 1) * one["flops"]
-        accessed += (loops - 1) * one["bytes accessed"]
+    repeated = _attack_steps(settings)
+    if repeated > 1:
+        part = of_images(settings.batch_size // settings.microbatches, jnp.float32, sharded)
+        one = _attack_step(experiment).lower(state.variables, *part).compile().cost_analysis() or {}
+        flops += (repeated - 1) * one["flops"]
+        accessed += (repeated - 1) * one["bytes accessed"]
+    known = (steps > 1) + (repeated > 1) + (settings.microbatches > 1)
     return {
         "chips": mesh.size,
         "kind": mesh.devices.flat[0].device_kind,
@@ -191,7 +219,8 @@ def compile_step(settings: ConfigDict, mesh: Mesh, images: int) -> dict[str, Any
         + memory.generated_code_size_in_bytes,
         "flops": settings.microbatches * flops,
         "bytes": settings.microbatches * accessed,
-        "collectives": collectives(compiled.as_text()),
+        "collectives": collectives(program, around=int(steps > 1)),
+        "other_loops": max(loops(program) - known, 0),
         "compile_seconds": seconds,
     }
 
@@ -235,7 +264,9 @@ def table(found: dict[str, Any]) -> str:
             lines += [f"{name:17} {found[name]:.3g} {unit} a step and chip: at most {rate:,.0f} images/s"]
         if share > 1:
             lines += ["does not fit: raise microbatches, use more chips, or model.dtype='bfloat16'"]
-    where = {0: "once a dispatch", 1: "each step"}
+    if found["other_loops"]:
+        lines += [f"other loops       {found['other_loops']}, whose bodies FLOPs and bytes count once"]
+    where = {-1: "once a dispatch", 0: "each step"}
     lines += ["collectives       kind, count, MB of a chip, where" if found["collectives"] else "no collectives"]
     for item in found["collectives"]:
         place = where.get(item.depth, "IN A LOOP OF THE STEP (an attack must have none)")
@@ -260,6 +291,25 @@ def _teachers(settings, given):
     return found
 
 
+def images_of(data: ConfigDict, shape: str | None, classes: int | None) -> tuple[tuple[int, ...], int]:
+    """(shape, classes) of a recipe's images: as given, or what its data set is known to have; else InputError."""
+    known, number = _SETS.get(data.get("dataset", data.name), (None, None))
+    if data.name == "synthetic":
+        known, number = tuple(data.shape), data.num_classes
+    if "size" in data:
+        known = (data.size, data.size, 3)
+    if shape is not None:
+        sides = shape.split(",")
+        known = tuple(map(int, sides)) if len(sides) == 3 and all(side.isdigit() for side in sides) else None
+    number = classes or number
+    if known is None or number is None:
+        raise InputError(
+            f"--shape={shape}, --classes={classes}: data={dict(data)} does not say what its images are; "
+            "give --shape=HEIGHT,WIDTH,CHANNELS and --classes"
+        )
+    return known, number
+
+
 def command() -> None:
     """The command line of this module."""
     values = flags.FlagValues()
@@ -268,9 +318,11 @@ def command() -> None:
     flags.DEFINE_string(
         "teacher", None, "recipe of the teacher, where the configuration names none", flag_values=values
     )
-    flags.DEFINE_list("shape", ["32", "32", "3"], "of the images: H,W,C", flag_values=values)
-    flags.DEFINE_integer("classes", 10, "of the data", flag_values=values)
-    flags.DEFINE_integer("images", 50_000, "of training, on every chip; streamed data: a batch", flag_values=values)
+    flags.DEFINE_string("shape", None, "of the images: H,W,C; default: the data set's", flag_values=values)
+    flags.DEFINE_integer("classes", None, "of the data; default: the data set's", flag_values=values)
+    flags.DEFINE_integer(
+        "images", 50_000, "of training, on every chip; streamed ones lie elsewhere", flag_values=values
+    )
     flags.DEFINE_string("json", None, "file for the numbers", flag_values=values)
 
     def body():
@@ -286,12 +338,12 @@ def command() -> None:
         os.environ.update(_WITHOUT_CHIPS)
         jax.config.update("jax_platforms", "cpu")
         settings = main.override(main.load_config(values["config"].value), overrides)
-        shape = tuple(map(int, values["shape"].value))
+        shape, classes = images_of(settings.data, values["shape"].value, values["classes"].value)
         teachers = _teachers(settings, values["teacher"].value)
         mesh = slice_mesh(values["topology"].value)
         cluster.check_divides(settings.batch_size, "batch_size", mesh.size, settings.microbatches)
-        images = settings.batch_size if settings.data.name == "stream" else values["images"].value
-        settings = prepare(settings, shape, values["classes"].value, teachers)
+        images = None if settings.data.name == "stream" else values["images"].value
+        settings = prepare(settings, shape, classes, teachers)
         found = compile_step(settings, mesh, images)
         print(table(found))
         if values["json"].value:

@@ -1,4 +1,7 @@
-"""A CPU for one small network: an evaluation-mode pass as several, of parts of the batch, in one program.
+"""What a program does otherwise where a CPU will run it.
+
+There short loops are unrolled and factorisations made one after the other (`on_cpu`), and a pass is several passes, of
+parts of the batch, in one program (`in_parts`):
 
 XLA's CPU compiler runs a convolution of few channels on one thread, but what does not depend on each other side by
 side; and what a part leaves behind still lies in the cache when its next layer asks for it. On two cores PGD on a
@@ -17,6 +20,22 @@ _MOST = 4  # parts: each is compiled
 _PIXELS = 2**14  # of a part at least: 16 images of 32×32
 
 _whole = contextvars.ContextVar("whole", default=False)
+_elsewhere = contextvars.ContextVar("elsewhere", default=False)
+
+
+def on_cpu() -> bool:
+    """Whether a CPU will run what is traced now."""
+    return jax.default_backend() == "cpu" and not _elsewhere.get()
+
+
+@contextlib.contextmanager
+def elsewhere():
+    """Within it programs are traced for accelerators that are not here."""
+    token = _elsewhere.set(True)
+    try:
+        yield
+    finally:
+        _elsewhere.reset(token)
 
 
 def in_parts(f: Callable) -> Callable:
@@ -48,7 +67,7 @@ def in_parts(f: Callable) -> Callable:
 
 @contextlib.contextmanager
 def whole():
-    """Within it `in_parts` changes nothing: for programs that are traced here and run elsewhere."""
+    """Within it `in_parts` changes nothing."""
     token = _whole.set(True)
     try:
         yield
@@ -57,7 +76,7 @@ def whole():
 
 
 def _parts(x):
-    if _whole.get() or jax.default_backend() != "cpu" or jax.device_count() > 1 or x.ndim != 4:
+    if _whole.get() or not on_cpu() or jax.device_count() > 1 or x.ndim != 4:
         return 1
     batch, height, width, _ = x.shape
     most = min(_MOST, batch * height * width // _PIXELS)

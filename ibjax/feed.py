@@ -40,7 +40,7 @@ def trace(experiment: Experiment, state: Any, key: Any) -> None:
         size = experiment.config.batch_size
         batch = {"image": jax.ShapeDtypeStruct((size, *images.shape[1:]), images.dtype)}
         batch |= dict.fromkeys(("label", "index"), jax.ShapeDtypeStruct((size,), jnp.int32))
-        jax.eval_shape(_batch_dispatch(experiment), state, batch, key, experiment.frozen)
+        jax.eval_shape(make_batch_dispatch(experiment), state, batch, key, experiment.frozen)
         return
     shapes = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (images, labels))
     jax.eval_shape(make_dispatch(experiment, capacity=1), state, *shapes, key, experiment.frozen, n)
@@ -111,7 +111,7 @@ def _streaming(experiment, key, step):
     settings, mesh = experiment.config, experiment.mesh
     if (settings.steps_per_dispatch or 1) != 1:
         raise InputError(f"steps_per_dispatch={settings.steps_per_dispatch}: streamed data take 1 step at a time")
-    dispatch = _batch_dispatch(experiment)
+    dispatch = make_batch_dispatch(experiment)
     sharding, size = NamedSharding(mesh, cluster.BATCH), settings.batch_size
     held = sharding.addressable_devices_indices_map((size,)).values()  # the places of a batch on this process's devices
     rows = np.unique(np.concatenate([np.arange(size)[index] for index in held]))
@@ -135,7 +135,7 @@ def _streaming(experiment, key, step):
     return Feed(1, run)
 
 
-def _batch_dispatch(experiment):
+def make_batch_dispatch(experiment: Experiment) -> Callable:
     """The jitted `(state, batch, key, frozen) -> (state, metrics)`: one step on a given batch."""
 
     def dispatch(state, batch, key, frozen):

@@ -1,14 +1,28 @@
 """What the ahead-of-time compiler reads from a program."""
 
+import importlib.util
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
-from ibjax import aot, cluster, config
+from ibjax import aot, cluster, config, cores, main
+from ibjax.attacks import pgd
 from ibjax.errors import InputError
+from ibjax.information.linalg import each_matrix
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def compiled_text(function, *args, **options):
@@ -32,6 +46,8 @@ def test_collectives_are_found_in_the_loop_where_they_stand():
 
     found = aot.collectives(compiled_text(scale, x, jnp.int32(3), out_shardings=NamedSharding(mesh, P("data"))))
     assert {item.depth for item in found if item.kind == "all-reduce"} == {0, 1, 2}
+    program = compiled_text(scale, x, jnp.int32(3), out_shardings=NamedSharding(mesh, P("data")))
+    assert {item.depth for item in aot.collectives(program, around=1)} >= {-1, 0, 1} and aot.loops(program) == 2
     assert all(item.bytes == 4 * item.count for item in found if item.kind == "all-reduce")
     alone = compiled_text(lambda x: jnp.sin(x) / jnp.sum(x, 1, keepdims=True), x)
     assert aot.collectives(alone) == []
@@ -48,8 +64,8 @@ def test_the_attack_of_a_train_step_communicates_nothing(name):
     settings.attack.update(loss={"pgd_at": "ce", "trades": "kl"}[name], init="gaussian", steps=3)
     settings.update(batch_size=16, log_every=2)
     found = aot.compile_step(aot.prepare(settings, (8, 8, 3), 4, {}), cluster.mesh(), 64)
-    assert any(item.depth == 1 and item.kind == "all-reduce" for item in found["collectives"])
-    assert all(item.depth < 2 for item in found["collectives"])
+    assert any(item.depth == 0 and item.kind == "all-reduce" for item in found["collectives"])
+    assert all(item.depth < 1 for item in found["collectives"])
     assert "each step" in aot.table(found) and "IN A LOOP" not in aot.table(found)
 
 
@@ -73,6 +89,89 @@ def test_a_batch_that_does_not_divide_among_the_chips_is_refused():
         aot.compile_step(aot.prepare(settings, (8, 8, 3), 4, {}), cluster.mesh(), 64)
 
 
+def test_streamed_images_are_no_data_of_the_device():
+    """A batch comes to a step of its own: no loop around it, and the data set takes no memory."""
+    settings = config.base()
+    settings.model = dict(name="resnet", blocks=(1,), width=4)
+    settings.update(batch_size=16, log_every=2)
+    settings.attack.steps = 3
+    streamed, resident = (
+        aot.compile_step(aot.prepare(settings, (8, 8, 3), 4, {}), cluster.mesh(), images) for images in (None, 100_000)
+    )
+    for found in (streamed, resident):
+        assert {item.depth for item in found["collectives"] if item.kind == "all-reduce"} == {0}
+    assert resident["memory"] - streamed["memory"] > 100_000 * 8 * 8 * 3
+
+
+def test_a_program_for_elsewhere_is_not_that_for_this_cpu():
+    """Factorisations are batched and short loops rolled, as on an accelerator."""
+    matrices = jnp.zeros((6, 4, 4))
+
+    def program():
+        return str(jax.make_jaxpr(lambda m: each_matrix(jnp.linalg.svd, m))(matrices))
+
+    here = program()
+    with cores.elsewhere():
+        there = program()
+    assert "scan" in here and "scan" not in there and "6,4,4" in there
+    assert pgd.unrolled(None) and not cores.elsewhere()(lambda: pgd.unrolled(None))()
+
+
+@pytest.mark.parametrize(
+    "data, shape, classes",
+    [
+        (dict(name="tfds", dataset="cifar100"), (32, 32, 3), 100),
+        (dict(name="tfds", dataset="tiny_imagenet"), (64, 64, 3), 200),
+        (dict(name="stream", dataset="imagenet2012", size=160), (160, 160, 3), 1000),
+        (dict(name="digits"), (8, 8, 1), 10),
+    ],
+)
+def test_images_are_those_of_the_recipe(data, shape, classes):
+    assert aot.images_of(ConfigDict(data), None, None) == (shape, classes)
+    assert aot.images_of(ConfigDict(data), "20,20,3", 7) == ((20, 20, 3), 7)
+
+
+def test_images_that_nobody_knows_are_asked_for():
+    for shape, classes in ((None, 3), ("8,8,1", None), ("8,8", 3), ("8,8,x", 3)):
+        with pytest.raises(InputError, match="--shape=HEIGHT,WIDTH,CHANNELS and --classes"):
+            aot.images_of(ConfigDict(dict(name="npz", path="x.npz")), shape, classes)
+
+
+def test_every_recipe_says_what_its_images_are():
+    for file in sorted((ROOT / "configs").glob("*.py")):
+        for row in runpy.run_path(str(file)).get("ROWS", ("",)):
+            data = main.load_config(f"{file}:{row}").data
+            if "path" not in data:  # of a user's own files nothing is known
+                aot.images_of(data, None, None)
+
+
+needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu, of the extra [tpu]")
+
+
+@needs_libtpu
 def test_a_slice_that_is_none_is_refused():
-    with pytest.raises(InputError, match=r"no slice|not installed"):
+    with pytest.raises(InputError, match=r"v5e:3x5x7 is no slice"):
         aot.slice_mesh("v5e:3x5x7")
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_the_command_compiles_for_a_slice(tmp_path):
+    """As a user calls it, in a process of its own: nothing is compiled for this CPU."""
+    command = [sys.executable, "-m", "ibjax.aot", "--config=configs/digits.py:smoke", "--topology=v5e:2x2"]
+    command += ["--config.attack.steps=3", f"--json={tmp_path / 'found.json'}"]
+    environment = {**os.environ, "XLA_FLAGS": ""}  # libtpu knows none of the CPU's
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["chips"], found["kind"]) == (4, "TPU v5 lite") and "4 × TPU v5 lite" in process.stdout
+    assert all(item["depth"] < 1 for item in found["collectives"])
+
+
+def test_without_its_compiler_a_slice_is_refused(monkeypatch):
+    def absent(*_, **__):
+        raise RuntimeError("libtpu.so was not found")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", absent)
+    with pytest.raises(InputError, match="compiler for TPUs is not installed"):
+        aot.slice_mesh("v5e:2x2")

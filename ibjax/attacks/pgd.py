@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ibjax import losses
+from ibjax import cores, losses
 from ibjax.attacks import Attack, StatefulAttack, geometry
 from ibjax.errors import InputError, nearest
 
@@ -185,4 +185,4 @@ def fold_in(key: Array, data: "int | Array") -> Array:
 
 def unrolled(unroll: bool | None) -> bool:
     """Whether a short loop is unrolled: as asked, and on CPUs by default."""
-    return jax.default_backend() == "cpu" if unroll is None else unroll
+    return cores.on_cpu() if unroll is None else unroll

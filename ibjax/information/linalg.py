@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from jax import Array, lax
 
+from ibjax import cores
+
 
 def each_matrix(f: Callable[[Array], Any], matrices: Array, chunk: int | None = None) -> Any:
     """f of each of (N, …), stacked: batched on accelerators (`chunk` at a time), one after the other on a CPU.
@@ -14,6 +16,6 @@ def each_matrix(f: Callable[[Array], Any], matrices: Array, chunk: int | None = 
     threads. Where as many such calls run at a time as there are threads, all wait and none works: two batched SVDs in
     one program hung for good on two cores (jaxlib 0.10.2). A call for one matrix does not wait.
     """
-    if jax.default_backend() == "cpu":
+    if cores.on_cpu():
         return lax.map(f, matrices)
     return jax.vmap(f)(matrices) if chunk is None else lax.map(f, matrices, batch_size=chunk)

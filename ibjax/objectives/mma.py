@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ibjax import losses
+from ibjax import cores, losses
 from ibjax.attacks import geometry
 from ibjax.attacks.pgd import pgd
 from ibjax.errors import InputError, check_range
@@ -121,5 +121,5 @@ def bisect(margin, eps, max_eps, steps, state):
 
     value, state = margin(eps, state)
     carry = (jnp.zeros_like(eps), jnp.full_like(eps, max_eps), eps, value, state)
-    _, _, eps, _, state = lax.fori_loop(0, steps, halve, carry, unroll=jax.default_backend() == "cpu")
+    _, _, eps, _, state = lax.fori_loop(0, steps, halve, carry, unroll=cores.on_cpu())
     return eps, state
