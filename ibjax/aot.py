@@ -92,12 +92,11 @@ _SHAPE = re.compile(r"(pred|[a-z]+\d+)\[([\d,]*)\]")
 def collectives(program: str, around: int = 0) -> list[Collective]:
     """All communication in an optimised HLO module; `around` loops are around a step."""
     found, sizes = Counter(), Counter()
-    for line, loops in _lines(program):
+    for line, depth in _lines(program):
         if match := _COLLECTIVE.search(line):
-            place = (match[2], loops - around)
-            found[place] += 1
-            sizes[place] += _bytes(match[1])
-    return [Collective(*place, count, sizes[place]) for place, count in sorted(found.items())]
+            found[match[2], depth - around] += 1
+            sizes[match[2], depth - around] += _bytes(match[1])
+    return [Collective(kind, level, count, sizes[kind, level]) for (kind, level), count in sorted(found.items())]
 
 
 def loops(program: str) -> int:
@@ -263,7 +262,7 @@ def table(found: dict[str, Any]) -> str:
             rate = found["batch_size"] * peak / found[name]
             lines += [f"{name:17} {found[name]:.3g} {unit} a step and chip: at most {rate:,.0f} images/s"]
         if share > 1:
-            lines += ["does not fit: raise microbatches, use more chips, or model.dtype='bfloat16'"]
+            lines += ["does not fit: model.remat=True, more microbatches or chips, or model.dtype='bfloat16'"]
     if found["other_loops"]:
         lines += [f"other loops       {found['other_loops']}, whose bodies FLOPs and bytes count once"]
     where = {-1: "once a dispatch", 0: "each step"}

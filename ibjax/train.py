@@ -132,8 +132,9 @@ def _naming_the_batch(settings, mesh):
             raise
         size, count = settings.batch_size, mesh.size
         raise MemoryError(
-            f"batch_size={size} is {size // count} images on each of {count} devices; raise microbatches, lower "
-            f"batch_size, use more devices, or model.dtype='bfloat16' ({' '.join(str(error).split())[:200]})"
+            f"batch_size={size} is {size // count} images on each of {count} devices; set model.remat=True, raise "
+            f"microbatches, lower batch_size, use more devices, or set model.dtype='bfloat16' "
+            f"({' '.join(str(error).split())[:200]})"
         ) from None
 
 

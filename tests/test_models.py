@@ -247,6 +247,29 @@ def test_an_edit_of_a_normalised_tap_is_what_the_next_convolutions_see():
     np.testing.assert_array_equal(features["block2"], features["block1"])
 
 
+@pytest.mark.parametrize("name", ["resnet", "resnet_bottleneck", "preact_resnet", "wide_resnet_silu", "siriib"])
+def test_rematerialisation_changes_no_value_and_no_gradient(name, built):
+    """The same outputs, batch statistics and gradients; only in training, convolutions are computed twice."""
+    model, variables, x, *_ = built(name)
+    lean = model.clone(remat=True) if name != "siriib" else model.clone(backbone={**RESNET, "remat": True})
+
+    def training(model):
+        def value(params):
+            output, updated = model.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
+            return jnp.mean(jnp.square(output[0])), (output, updated)
+
+        return jax.grad(value, has_aux=True)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * (1e-3 + np.abs(a).max())),
+        *(jax.jit(training(m))(variables["params"]) for m in (model, lean)),
+    )
+    convolutions = [str(jax.make_jaxpr(training(m))(variables["params"])).count("conv_general") for m in (model, lean)]
+    assert convolutions[0] < convolutions[1]
+    attacked = [jax.make_jaxpr(jax.grad(lambda x, m=m: m.apply(variables, x)[0].sum()))(x) for m in (model, lean)]
+    assert str(attacked[0]).count("conv_general") == str(attacked[1]).count("conv_general")
+
+
 def test_without_classes_a_backbone_ends_before_its_last_layer(built):
     model, variables, x, (_, features), _ = built("wide_resnet")
     backbone = model.clone(num_classes=None)

@@ -64,6 +64,15 @@ class Taps:
         return self.features
 
 
+def remat(block: Callable[..., Array], wanted: bool) -> Callable[..., Array]:
+    """`block(module, x, …)`; if wanted, its gradient keeps only the arguments and computes the rest again.
+
+    Networks ask for it in training mode, with `remat=True`: the same gradients, up to one forward pass more for each,
+    less memory. An attack in evaluation mode keeps less, as it needs no gradients of weights, and stays as it is.
+    """
+    return nn.remat(block) if wanted else block
+
+
 class Conv(nn.Module):
     """Convolution with PyTorch's explicit symmetric padding ("SAME" pads stride-2 layers on one side only)."""
 

@@ -39,6 +39,7 @@ class Block(nn.Module):
     activation: str
     bn_groups: int
     dtype: Any
+    remat: bool
 
     @nn.compact
     def __call__(self, x: Array, train: bool, see: Callable[[Array], Array]) -> Array:
@@ -50,20 +51,23 @@ class Block(nn.Module):
             same = (0, 1) if self.projection == "deepmind" and stride == 2 else None
             return layers.Conv(self.width, kernel, stride, same, dtype=self.dtype, name=name)
 
-        seen = see(activated(x, "bn1"))
-        y = conv(self.stride, "conv1")(seen)
-        y = conv(1, "conv2")(activated(y, "bn2"))
-        if self.stride != 1 or x.shape[-1] != self.width:
-            kernel = 3 if self.projection == "deepmind" else 1
-            x = conv(self.stride, "shortcut", kernel)(seen if self.projection == "activated" else x)
-        return x + y
+        def residual(_, x, seen):
+            y = conv(self.stride, "conv1")(seen)
+            y = conv(1, "conv2")(activated(y, "bn2"))
+            if self.stride != 1 or x.shape[-1] != self.width:
+                kernel = 3 if self.projection == "deepmind" else 1
+                x = conv(self.stride, "shortcut", kernel)(seen if self.projection == "activated" else x)
+            return x + y
+
+        return layers.remat(residual, self.remat and train)(self, x, see(activated(x, "bn1")))
 
 
 class Model(nn.Module):
     """(B, H, W, C) in [0, 1] -> (logits (B, num_classes), features); num_classes None: (pre_logits, features).
 
     depth: 10, 18 or 34; or give `blocks`, the number of blocks of each stage (stages after the first halve the
-    image and double the width). width: channels of the first stage. projection, final_norm: see above.
+    image and double the width). width: channels of the first stage. projection, final_norm: see above. remat: for less
+    memory, see `layers.remat`.
     """
 
     num_classes: int | None
@@ -77,6 +81,7 @@ class Model(nn.Module):
     std: tuple[float, ...] | None = None
     bn_groups: int = 1
     dtype: str = "float32"
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -99,6 +104,7 @@ class Model(nn.Module):
                 self.activation,
                 self.bn_groups,
                 dtype,
+                self.remat,
                 name=f"block{i}",
             )
             x = block(x, train, see=activated_tap(tap, names))

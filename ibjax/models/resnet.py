@@ -34,6 +34,7 @@ class Block(nn.Module):
     kernel_init: Any
     bn_groups: int
     dtype: Any
+    remat: bool
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
@@ -44,22 +45,27 @@ class Block(nn.Module):
             return layers.BatchNorm(groups=self.bn_groups, dtype=self.dtype, name=f"bn{suffix}")(conv(x), train)
 
         width, relu = self.width, layers.Activation("relu")
-        if self.bottleneck:
-            y = relu(conv_norm(x, width, 1, 1, "1"))
-            y = relu(conv_norm(y, width, 3, self.stride, "2"))
-            y = conv_norm(y, 4 * width, 1, 1, "3")
-        else:
-            y = relu(conv_norm(x, width, 3, self.stride, "1"))
-            y = conv_norm(y, width, 3, 1, "2")
-        if self.stride != 1 or x.shape[-1] != y.shape[-1]:
-            x = conv_norm(x, y.shape[-1], 1, self.stride, "_shortcut")
-        return relu(x + y)
+
+        def block(_, x):
+            if self.bottleneck:
+                y = relu(conv_norm(x, width, 1, 1, "1"))
+                y = relu(conv_norm(y, width, 3, self.stride, "2"))
+                y = conv_norm(y, 4 * width, 1, 1, "3")
+            else:
+                y = relu(conv_norm(x, width, 3, self.stride, "1"))
+                y = conv_norm(y, width, 3, 1, "2")
+            if self.stride != 1 or x.shape[-1] != y.shape[-1]:
+                x = conv_norm(x, y.shape[-1], 1, self.stride, "_shortcut")
+            return relu(x + y)
+
+        return layers.remat(block, self.remat and train)(self, x)
 
 
 class Model(nn.Module):
     """(B, H, W, C) in [0, 1] -> (logits (B, num_classes), features); num_classes None: (pre_logits, features).
 
-    depth: 10, 18, 34 or 50. blocks: how many there are in each stage, in place of the depth's own.
+    depth: 10, 18, 34 or 50. blocks: how many there are in each stage, in place of the depth's own. remat: for less
+    memory, see `layers.remat`.
     """
 
     num_classes: int | None
@@ -71,6 +77,7 @@ class Model(nn.Module):
     std: tuple[float, ...] | None = None
     bn_groups: int = 1
     dtype: str = "float32"
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -96,6 +103,7 @@ class Model(nn.Module):
                 kernel_init,
                 self.bn_groups,
                 dtype,
+                self.remat,
                 name=f"block{i}",
             )
             x = tap(f"block{i}", block(x, train))

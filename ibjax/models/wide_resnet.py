@@ -44,6 +44,7 @@ class Block(nn.Module):
     dropout: float = 0.0
     bn_groups: int = 1
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: Array, train: bool, see: Callable[[Array], Array] = lambda x: x) -> Array:
@@ -60,19 +61,22 @@ class Block(nn.Module):
             return layers.Conv(self.width, kernel, stride, padding, dtype=self.dtype, name=name, **options)
 
         dropout = nn.Dropout(self.dropout, deterministic=not train)
-        seen = see(activated(x, "bn1"))
-        y = conv(strides[0], "conv1", padding=same)(seen)
-        y = activated(dropout(y), "bn2") if ib_rar else dropout(activated(y, "bn2"))
-        y = conv(strides[1], "conv2")(y)
-        if self.stride != 1 or x.shape[-1] != self.width:
-            x = conv(self.stride, "shortcut", kernel=1)(x if ib_rar else seen)
-        return layers.Add()(x, y)
+
+        def residual(_, x, seen):
+            y = conv(strides[0], "conv1", padding=same)(seen)
+            y = activated(dropout(y), "bn2") if ib_rar else dropout(activated(y, "bn2"))
+            y = conv(strides[1], "conv2")(y)
+            if self.stride != 1 or x.shape[-1] != self.width:
+                x = conv(self.stride, "shortcut", kernel=1)(x if ib_rar else seen)
+            return layers.Add()(x, y)
+
+        return layers.remat(residual, self.remat and train)(self, x, see(activated(x, "bn1")))
 
 
 class Model(nn.Module):
     """(B, H, W, C) in [0, 1] -> (logits (B, num_classes), features); num_classes None: (pre_logits, features).
 
-    depth: 6n + 4. width: the factor, 10 in WRN-28-10.
+    depth: 6n + 4. width: the factor, 10 in WRN-28-10. remat: for less memory, see `layers.remat`.
     """
 
     num_classes: int | None
@@ -85,6 +89,7 @@ class Model(nn.Module):
     std: tuple[float, ...] | None = None
     bn_groups: int = 1
     dtype: str = "float32"
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -109,6 +114,7 @@ class Model(nn.Module):
                 self.dropout,
                 self.bn_groups,
                 dtype,
+                self.remat,
                 name=f"block{i}",
             )
             x = block(x, train, see=activated_tap(tap, names))
