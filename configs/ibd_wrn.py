@@ -34,7 +34,7 @@ def get_config(arg=None):
     config.evaluate.attacks = ("fgsm", "pgd-100", "cw-100")
     if row == "awp":
         config.title += " + AWP"
-        config.perturb = dict(name="awp", gamma=0.005, warmup=10)
+        config.perturb = dict(name="awp", gamma=0.005, warmup=9)  # as TRADES-AWP: from the tenth epoch on
     if small:
         smoke(config, (32, 32, 3), 10, dict(depth=10, width=1, dtype="float32"))
         config.teacher.update(workdir="", recipe=teacher())

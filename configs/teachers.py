@@ -49,7 +49,7 @@ def get_config(arg=None):
         config.objective = dict(name="trades", beta=6.0)
         config.attack.update(loss="kl", init="gaussian")
     if "awp" in row:
-        config.perturb = dict(name="awp", gamma=0.005, warmup=10)
+        config.perturb = dict(name="awp", gamma=0.005, warmup=9)  # from the tenth epoch on
     if row == "natural-resnet18":
         config.objective = dict(name="standard")
         config.attack = None

@@ -7,7 +7,7 @@ NeurIPS 2020.
 | symbol  | code   | default                                         |
 |---------|--------|-------------------------------------------------|
 | γ       | gamma  | 0.01 (PGD-AT; 0.005 with TRADES)                |
-|         | warmup | 0 epochs without perturbation (10 with TRADES)  |
+|         | warmup | 0 epochs without perturbation (9 with TRADES)   |
 | L_proxy | `Objective.proxy`; the objective's own loss where it has none           |
 
 The adversarial images come from the unperturbed weights. Norms are Frobenius norms of whole tensors; tensors of one

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from ibjax.errors import InputError
 from ibjax.models import layers, resnet, siriib
@@ -122,9 +123,13 @@ def nn_orthogonal(n):
 def test_the_penalty_is_that_of_the_kernels_that_are_there(penalty):
     module = siriib.Calibration(scales=(16, 8), penalty=penalty)
     variables = module.init(jax.random.key(0), X)
-    w = np.random.default_rng(0).normal(size=(2, 12, 12))
+    w = np.random.default_rng(0).normal(size=(2, 12, 12))  # as W_o x: a row for each channel that comes out
     for i in (1, 2):
-        kernel = jnp.asarray(w[i - 1].reshape(1, 1, 12, 12), jnp.float32)
+        kernel = jnp.asarray(w[i - 1].T.reshape(1, 1, 12, 12), jnp.float32)
+        seen = lax.conv_general_dilated(
+            jnp.ones((1, 1, 1, 12)), kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        np.testing.assert_allclose(seen.ravel(), w[i - 1].sum(1), rtol=1e-4)
         variables["params"][f"sr{i}"]["vectors"]["conv"]["kernel"] = kernel
     gram = w @ w.transpose(0, 2, 1)
     error = gram * (1 - np.eye(12)) if penalty == "off_diagonal" else gram - np.eye(12)

@@ -59,7 +59,7 @@ class SingularRegularization(nn.Module):
         channels, wide = x.shape[-1], x.shape[-1] * 4
         vectors = layers.Conv(wide, 1, kernel_init=nn.initializers.orthogonal(), name="vectors")
         a = layers.pixel_shuffle(vectors(layers.pixel_unshuffle(x)))
-        w_o = vectors.variables["params"]["conv"]["kernel"].reshape(wide, wide)
+        w_o = vectors.variables["params"]["conv"]["kernel"].reshape(wide, wide).T  # a row is a filter
         stacked = channels if self.fourier == "amplitude" else 2 * channels
         b = FOURIER[self.fourier](x, layers.Conv(stacked, 1, name="values"))
         fused = a + b if self.fuse == "add" else jnp.concatenate([a, b], -1)

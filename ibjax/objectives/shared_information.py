@@ -12,7 +12,7 @@ Recognition 134, 2023 (MERL TR2022-141).
 | α      | alpha       | 0.5                                                                                 |
 | β, β₀  | beta, beta_start | 4 (MNIST, CIFAR-10; 6 for CIFAR-100), 1e-3                                     |
 |        | warmup, ramp | 10, 90 epochs                                                                      |
-| λ      | lam         | 1e-3 (0.01 with "mine" and "mige")                                                  |
+| λ      | lam         | 1e-3; the recipes with "mine" and "mige" have 0.01                                  |
 | k      | neighbours  | 10, of "hsic" and "trace"                                                            |
 | I      | information | "hsic", biased; "trace", without its (B − 1)⁻²; "nhsic"; "mine"; "mige"             |
 |        | location    | "latent": p(z|x) of a stochastic layer; "prediction": p(y|x), which needs none      |

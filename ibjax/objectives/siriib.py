@@ -18,7 +18,7 @@ objective on the whole network, from which also the attack climbs.
 |        | info_stop  | False    | True: no gradient to the clean f_i, which then are a target                     |
 
 With model.connections=0 the singular regularisation stands beside a plain classifier (isolated training, Tables 8 and
-9): L_info is empty and no gradient of L_svd reaches the classifier. The paper has λ₁ = 1 there.
+9): L_info is empty and no gradient of L_svd reaches the classifier. The paper names no λ₁ there; our recipe has 1.
 
 A weight perturbation (AWP) climbs L_ori alone.
 
