@@ -158,9 +158,14 @@ def restore_latest(orbax: Any, like: TrainState) -> TrainState | None:
 
 def restore_variables(orbax: Any, which: str | int, like: Any) -> tuple[int, Any]:
     """(step, variables) of the checkpoint "best", "last" or a step, without the optimiser; placed as `like`."""
+    return restore_part(orbax, which, "variables", like)
+
+
+def restore_part(orbax: Any, which: str | int, item: str, like: Any) -> tuple[int, Any]:
+    """(step, one of `ITEMS`) of the checkpoint "best", "last" or a step; placed as `like`, that item of `split`."""
     step = find_step(orbax, which)
     try:
-        return step, _restore_item(orbax, step, "variables", like)
+        return step, _restore_item(orbax, step, item, like)
     except _DamagedError as error:
         others = sorted(set(orbax.all_steps()) - {step})
         raise CheckpointError(f"{error}; other checkpoints: {others or 'none'}") from None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ibjax import cluster, evaluate, run, scoring
-from ibjax.analysis import tendency
+from ibjax.analysis import attacked, tendency
 from ibjax.attacks.pgd import pgd
 from ibjax.errors import InputError
 from ibjax.step import linen_net, to_float
@@ -68,9 +68,9 @@ def test_it_is_run_from_the_command_line(digits_run, capsys, monkeypatch):
 
 
 def test_names_are_as_many_as_classes():
-    record = dict(title="t", dataset="d", n=1, attack="pgd-2", norm="linf", eps="8/255", counts=[[1, 0], [0, 0]])
     with pytest.raises(InputError, match="3 names; the data has 2 classes"):
-        list(tendency.lines(record, names=["a", "b", "c"]))
+        attacked.class_names("a,b,c", 2)
+    assert attacked.class_names(None, 2) == ["0", "1"] and attacked.class_names("a,b", 2) == ["a", "b"]
 
 
 @pytest.mark.parametrize("both", [True, False])

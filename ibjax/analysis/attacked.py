@@ -10,6 +10,7 @@ import numpy as np
 from ibjax import cluster, config, run
 from ibjax.attacks.named import named
 from ibjax.data import Split
+from ibjax.errors import InputError
 from ibjax.evaluate import check_network, check_settings, make_scorer
 from ibjax.scoring import Flags, auto_attack
 from ibjax.step import to_float
@@ -42,6 +43,14 @@ def attack(
     scorer = make_scorer(chosen, lambda variables, x, keys: predict(variables, x), settings, cluster.mesh())
     step_size = chosen.step_size(eps, settings["step_size"])
     return scorer(trained.variables, split, seed, eps=eps, step_size=step_size, progress=name, keep=total)
+
+
+def class_names(given: str | None, count: int) -> list[str]:
+    """What --names gives the `count` classes, separated by commas; their numbers without it. InputError if not all."""
+    names = given.split(",") if given else [str(c) for c in range(count)]
+    if len(names) != count:
+        raise InputError(f"--names has {len(names)} names; the data has {count} classes")
+    return names
 
 
 def predictions(predict: Callable, variables: Any, images: np.ndarray, batch_size: int) -> np.ndarray:

@@ -68,9 +68,7 @@ def evaluate(
 def lines(record: dict[str, Any], top: int = 4, names: list[str] | None = None) -> Iterable[str]:
     """The record as a Markdown table."""
     table = np.array(record["counts"])
-    names = names or [str(c) for c in range(len(table))]
-    if len(names) != len(table):
-        raise InputError(f"--names has {len(names)} names; the data has {len(table)} classes")
+    names = names or attacked.class_names(None, len(table))
     order = ranked(table, top)
     about = f"{attack_label(record['attack'])}, {record['norm']} eps {record['eps']}"
     yield f"{record['title']} on {record['dataset']}, n = {record['n']}, {about}"
@@ -95,10 +93,11 @@ def main() -> None:
     def command():
         if given.top < 1:
             raise InputError(f"--top={given.top} is not allowed; give a whole number of at least 1")
+        names = attacked.class_names(given.names, run.read_config(given.workdir)[1]["num_classes"])
         cluster.initialize()
         record = evaluate(given.workdir, given.checkpoint, attack=given.attack, n=given.n)
         if jax.process_index() == 0:
-            print("\n".join(lines(record, given.top, given.names.split(",") if given.names else None)))
+            print("\n".join(lines(record, given.top, names)))
 
     errors.exit_with(command)
 

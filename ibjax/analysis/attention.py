@@ -1,0 +1,186 @@
+"""Which student layer is made to look like which teacher layer, as IBD's matching has learned it: Figure 4 of IBD.
+
+    python -m ibjax.analysis.attention --workdir=DIR [--checkpoint=best] [--attack=pgd-10] [--n=1000]
+                                       [--picture=FILE.png]
+
+    A_{i,j} = mean_b Attn_{b,i,j}                   i of n teacher layers, j of m student layers; rows sum to 1
+
+of the trained matching in evaluation mode (`objectives/ibd_matching.py`, running statistics of its batch-norms), over
+test images x' that attack the student; the paper does not say over which images. The student sees x', the teacher what
+it saw in training: x' with `teacher_features="adv"`, else x (and x with `adversarial=False`), without `teacher_noise`.
+The student's weights are those that are evaluated; averaged ones, where a run has them, are not what the matching saw.
+
+1/m is a matching without preference. A standard deviation over the images of 0 is one that does not adapt to them.
+
+For runs of `objective=dict(name="ibd", matching="adaptive", …)` with beta above 0, with the teacher of their training.
+Writes `attention/<checkpoint>.json` in the workdir. In the picture rows are teacher layers, columns student layers.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from ibjax import checkpoint as checkpoints
+from ibjax import cluster, config, errors, run
+from ibjax.analysis import attacked, pictures
+from ibjax.errors import InputError
+from ibjax.experiment import Experiment, build, initializer
+from ibjax.main import jobs
+from ibjax.objectives.ibd_matching import layers_of
+from ibjax.results import attack_label
+from ibjax.step import linen_net, to_float
+
+
+def experiment_of(workdir: Path) -> Experiment:
+    """What a run was trained as, with its teacher; InputError where it learned no matching, or the teacher differs."""
+    saved, facts = run.read_config(workdir)
+    settings = config.complete(saved.copy_and_resolve_references())
+    objective = settings.objective
+    if objective.name != "ibd" or objective.matching != "adaptive" or not objective.beta:
+        raise InputError(
+            f"{workdir} is a run of objective '{objective.name}' and has learned no matching; give one of "
+            f"objective.name='ibd', objective.matching='adaptive' and objective.beta above 0"
+        )
+    one = Mesh(np.array(jax.local_devices()[:1]), ("data",))  # nothing is trained, and any batch size divides
+    experiment = build(settings, jobs(settings, workdir)[-1].teachers, mesh=one)
+    if "teacher" in facts and facts["teacher"]["weights"] != experiment.facts["teacher"]["weights"]:
+        raise InputError(f"the teacher of {workdir} is not the one of its training; restore that, or train again")
+    return experiment
+
+
+def restore_head(experiment: Experiment, workdir: Path, step: int) -> Any:
+    """The variables of the matching that a checkpoint holds: {"params", "batch_stats"}."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    x = jax.ShapeDtypeStruct((1, *experiment.facts["input_shape"]), jnp.float32)
+    state = jax.eval_shape(initializer(experiment), key, x, experiment.frozen)
+    everywhere = NamedSharding(cluster.mesh(), cluster.REPLICATED)
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), checkpoints.split(state)[1]
+    )
+    with checkpoints.manager(workdir, read_only=True) as orbax:
+        return checkpoints.restore_part(orbax, step, "training", like)[1]["head"]
+
+
+def attention(
+    trained: run.Run, experiment: Experiment, head: Any, images: np.ndarray, taught: np.ndarray, batch_size: int
+) -> tuple[np.ndarray, list[str], list[str]]:
+    """(Attn (N, n, m) float32, names of the n teacher layers, of the m student layers).
+
+    images, taught: (N, H, W, C), what the student sees and what the teacher sees.
+    """
+    module = experiment.objective.head
+    assert module is not None  # experiment_of saw to it
+    predict = linen_net(run.in_float32(trained.model)).predict
+
+    def features(variables, frozen, x, taught):
+        teacher = experiment.bind_net(frozen).teacher
+        assert teacher is not None
+        return predict(variables, to_float(x))[1], teacher(to_float(taught))[1]
+
+    @jax.jit
+    def attend(variables, frozen, head, x, taught):
+        return module.apply(head, *features(variables, frozen, x, taught), train=False)[1]
+
+    def part(first):
+        batch = slice(first, first + batch_size)
+        return np.asarray(attend(trained.variables, experiment.frozen, head, images[batch], taught[batch]))
+
+    shapes = jax.eval_shape(features, trained.variables, experiment.frozen, images[:1], taught[:1])
+    student, teacher = (
+        [str(name) for name in layers_of({name: name for name in taps}, module.granularity)] for taps in shapes
+    )
+    return np.concatenate([part(first) for first in range(0, len(images), batch_size)]), teacher, student
+
+
+def evaluate(
+    workdir: Path, checkpoint: str = "best", *, attack: str = "pgd-10", n: int | None = None
+) -> dict[str, Any]:
+    """Attacks a run's test images, or `n` of them, and shows them to its matching; writes and returns the record.
+
+    attack: a name of `attacks/named.py`; norm, eps and step size are those of the run's `evaluate` section.
+    """
+    experiment = experiment_of(workdir)
+    trained, settings, split = attacked.load(workdir, checkpoint, attacks=(attack,), n=n)
+    head = restore_head(experiment, workdir, trained.step)
+    predict = linen_net(run.in_float32(trained.model)).predict
+    _, x_adv = attacked.attack(attack, predict, trained, split, settings)
+    objective = experiment.config.objective
+    adversarial = objective.adversarial and objective.teacher_features == "adv"
+    taught = x_adv if adversarial else split.images[:]
+    values, teacher, student = attention(trained, experiment, head, x_adv, taught, settings["batch_size"])
+    record = {
+        **run.provenance(trained, checkpoint),
+        "dataset": trained.facts["label"],
+        "n": len(split.labels),
+        "attack": attack,
+        **{key: settings[key] for key in ("norm", "eps", "step_size")},
+        "teacher": experiment.facts["teacher"],
+        "teacher_sees": "x_adv" if adversarial else "x",
+        "teacher_layers": teacher,
+        "student_layers": student,
+        "mean": values.mean(0, dtype=np.float64).tolist(),
+        "std": values.std(0, dtype=np.float64).tolist(),
+    }
+    if jax.process_index() == 0:
+        run.write_json(workdir / "attention" / f"{checkpoint}.json", record)
+    return record
+
+
+def about(record: dict[str, Any]) -> tuple[str, str]:
+    """What the matrix is of: (network and data, images)."""
+    images = f"n = {record['n']}, {attack_label(record['attack'])}, {record['norm']} eps {record['eps']}"
+    return f"{record['title']} on {record['dataset']}", images
+
+
+def lines(record: dict[str, Any]) -> Iterable[str]:
+    """The record as a Markdown table, mean ± standard deviation over the images."""
+    yield ", ".join(about(record))
+    yield f"| teacher \\ student | {' | '.join(record['student_layers'])} |"
+    yield "|---" * (len(record["student_layers"]) + 1) + "|"
+    for name, means, deviations in zip(record["teacher_layers"], record["mean"], record["std"], strict=True):
+        cells = (f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in zip(means, deviations, strict=True))
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def draw(record: dict[str, Any], file: Path) -> None:
+    """The mean as a heat map, in a PNG: rows teacher layers, columns student layers."""
+    teacher, student = record["teacher_layers"], record["student_layers"]
+    drawn = pictures.figure(2.8 + 0.4 * len(student), 1.7 + 0.4 * len(teacher))
+    panel = drawn.subplots()
+    heat = panel.imshow(record["mean"], cmap="viridis", vmin=0)
+    panel.set_xticks(range(len(student)), student, rotation=45, ha="right", rotation_mode="anchor")
+    panel.set_yticks(range(len(teacher)), teacher)
+    panel.set(xlabel="student layer", ylabel="teacher layer")
+    panel.tick_params(labelsize=9)
+    drawn.suptitle("\n".join(about(record)), fontsize=9, parse_math=False)
+    drawn.colorbar(heat, label="mean attention")
+    pictures.save(drawn, file)
+
+
+def main() -> None:
+    """The command line of this module."""
+    parser = run.command_line("ibjax.analysis.attention", __doc__)
+    parser.add_argument("--attack", default="pgd-10", help="a name, as of an evaluation")
+    parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")
+    parser.add_argument("--picture", type=Path, help="a PNG file, to be written")
+    given = parser.parse_args()
+
+    def command():
+        pictures.check(given.picture)
+        cluster.initialize()
+        record = evaluate(given.workdir, given.checkpoint, attack=given.attack, n=given.n)
+        if jax.process_index() == 0:
+            print("\n".join(lines(record)))
+            if given.picture is not None:
+                draw(record, given.picture)
+
+    errors.exit_with(command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""What a network makes of its test images, in two dimensions: t-SNE, Figure 3 of IB-RAR and Figure 8 of SiRIIB.
+
+    python -m ibjax.analysis.embedding --workdir=DIR [--workdir=DIR2 …] [--checkpoint=best] [--attack=pgd-10] [--n=1000]
+                    [--tap=pre_logits] [--seed=33] [--names=plane,car,bird,…] [--picture=FILE.png]
+
+    silhouette = mean_i (b_i − a_i) / max(a_i, b_i)    a_i, b_i: the mean distance of image i's feature to those of its
+                                                       own class, and of the nearest other one; between −1 and 1
+
+The features are penultimate ones in evaluation mode; another tap with --tap, a spatial one averaged over its positions,
+as the networks' own pooling has it: flattened, where something stands would count as much as what it is. t-SNE is
+scikit-learn's with its default perplexity, 30 (neither paper states one), and from random points: from principal
+components, its newer default, the seed would decide nothing. Here another seed moves the clusters about. Several runs
+are drawn beside each other with the same range of axes, as SiRIIB has it.
+
+A picture is no evidence: t-SNE keeps who is near whom, and neither how wide clusters are nor how far apart, of which
+both papers speak. What can be compared is the silhouette by true class, taken in the *feature* space.
+
+Writes `embedding/<checkpoint>.<attack>.npz` in each workdir (attack "clean" without one; `….<tap>` for another tap)
+with `coordinates` (n, 2), `labels` and `predictions` (n,), and where they come from beside it in a .json.
+"""
+
+import argparse
+import importlib.metadata
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ibjax import cluster, errors, run
+from ibjax.analysis import attacked, pictures
+from ibjax.errors import InputError, check_range, nearest
+from ibjax.results import attack_label
+from ibjax.scoring import percent
+from ibjax.step import linen_net, to_float
+
+CLEAN = "clean"  # stands where an attack's name would
+PERPLEXITY = 30.0  # scikit-learn's default
+# Petroff, "Accessible Color Sequences for Data Visualization" (2021): ten that the colour-blind can tell apart
+COLOURS = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"]
+_MARKS, _COLUMNS = "o^", 4
+
+
+class Embedding(NamedTuple):
+    """Of one run, with its record: one row per test image."""
+
+    record: dict[str, Any]
+    coordinates: np.ndarray  # (n, 2) float32
+    labels: np.ndarray  # (n,)
+    predictions: np.ndarray  # (n,): as the images were shown, attacked if so
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------
+
+
+def taps(predict: Callable, variables: Any, input_shape: Sequence[int]) -> list[str]:
+    """The features of a network that each image has one of; a random network also has some of its own."""
+    x = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+    found = jax.eval_shape(predict, variables, x)[1]
+    return [name for name, feature in found.items() if feature.ndim > 1 and len(feature) == 1]
+
+
+def features(predict: Callable, variables: Any, images: Any, batch_size: int, tap: str) -> np.ndarray:
+    """A tap (N, d) of images (N, H, W, C), float32; a spatial one is averaged over its positions."""
+
+    @jax.jit
+    def part(variables, images):
+        feature = predict(variables, to_float(images))[1][tap].astype(jnp.float32)
+        return jnp.mean(feature, axis=tuple(range(1, feature.ndim - 1)))
+
+    parts = [images[first : first + batch_size] for first in range(0, len(images), batch_size)]
+    return np.concatenate([np.asarray(part(variables, images)) for images in parts])
+
+
+def embedded(found: np.ndarray, seed: int = 33) -> np.ndarray:
+    """t-SNE of features (n, d): coordinates (n, 2) without a unit; n > 30. The same seed gives the same."""
+    from sklearn.manifold import TSNE  # slow to load, as is the other
+
+    return TSNE(2, perplexity=PERPLEXITY, init="random", random_state=seed).fit_transform(found)
+
+
+def silhouette(found: np.ndarray, labels: np.ndarray) -> float:
+    """The mean silhouette of features (n, d) by class, Euclidean; an image that is alone in its class counts 0."""
+    from sklearn.metrics import silhouette_score
+
+    classes = len(np.unique(labels))
+    if not 1 < classes < len(labels):
+        raise InputError(f"a silhouette of {len(labels)} images of {classes} classes is not defined; give more images")
+    return float(silhouette_score(found, labels))
+
+
+def evaluate(
+    workdir: Path,
+    checkpoint: str = "best",
+    *,
+    attack: str = CLEAN,
+    n: int | None = None,
+    tap: str = "pre_logits",
+    seed: int = 33,
+) -> Embedding:
+    """Embeds a run's test images, or `n` of them, each class in proportion; writes and returns it.
+
+    attack: "clean", or a name of `attacks/named.py`; norm, eps and step size are those of the run's `evaluate` section.
+    The record's accuracy, in percent, counts every image as it is shown.
+    """
+    check_range("--seed", seed, 0, 2**32 - 1)
+    names = None if attack == CLEAN else (attack,)
+    trained, settings, split = attacked.load(workdir, checkpoint, attacks=names, n=n)
+    predict = linen_net(run.in_float32(trained.model)).predict
+    allowed = taps(predict, trained.variables, trained.facts["input_shape"])
+    if len(split.labels) <= PERPLEXITY:
+        raise InputError(f"n={len(split.labels)} is not allowed; t-SNE of perplexity 30 takes at least 31 images")
+    if tap not in allowed:
+        raise InputError(f"--tap={tap} is no feature of the images in {workdir}; {nearest(tap, allowed)}")
+    images = split.images if names is None else attacked.attack(attack, predict, trained, split, settings)[1]
+    found = features(predict, trained.variables, images, settings["batch_size"], tap)
+    classes = attacked.predictions(predict, trained.variables, images, settings["batch_size"])
+    origin = run.provenance(trained, checkpoint)
+    origin["versions"]["scikit-learn"] = importlib.metadata.version("scikit-learn")
+    record = {
+        **origin,
+        "dataset": trained.facts["label"],
+        "num_classes": trained.facts["num_classes"],
+        "n": len(split.labels),
+        "attack": attack,
+        **({} if names is None else {key: settings[key] for key in ("norm", "eps", "step_size")}),
+        "tap": tap,
+        "dimension": found.shape[1],
+        "acc": percent(classes == split.labels),
+        "silhouette": round(silhouette(found, split.labels), 4),
+        "perplexity": PERPLEXITY,
+        "tsne_seed": seed,
+    }
+    result = Embedding(record, embedded(found, seed), split.labels, classes)
+    if jax.process_index() == 0:
+        _write(workdir / "embedding", result)
+    return result
+
+
+def _write(folder, result):
+    record = result.record
+    tap = "" if record["tap"] == "pre_logits" else f".{record['tap']}"
+    name = f"{record['checkpoint']}.{record['attack']}{tap}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with run.replacing(folder / f"{name}.npz") as temporary, temporary.open("wb") as handle:
+        arrays = dict(coordinates=result.coordinates, labels=result.labels, predictions=result.predictions)
+        np.savez_compressed(handle, **arrays)
+    run.write_json(folder / f"{name}.json", record)
+
+
+def compare(
+    workdirs: Sequence[Path], checkpoint: str = "best", *, n: int | None = None, **options: Any
+) -> list[Embedding]:
+    """`evaluate` of each run; InputError where they would not be of the same images."""
+    shown = set()
+    for workdir in workdirs:
+        settings, facts = run.read_config(workdir)
+        shown.add((facts["digests"]["test"], settings.evaluate.n if n is None else n))
+    if len(shown) > 1:
+        raise InputError("the runs differ in their test images; give runs of one data set, and their number with --n")
+    return [evaluate(workdir, checkpoint, n=n, **options) for workdir in workdirs]
+
+
+def lines(results: Sequence[Embedding]) -> Iterable[str]:
+    """The records as a Markdown table."""
+    first = results[0].record
+    yield f"features {first['tap']} of {first['dataset']}, n = {first['n']}; the silhouette is of the feature space"
+    yield "| run | images | dimension | accuracy in % | silhouette |"
+    yield "|---|---|---|---|---|"
+    for record in (result.record for result in results):
+        cells = (record["title"], _shown(record), record["dimension"], f"{record['acc']:.2f}")
+        yield f"| {' | '.join(map(str, cells))} | {record['silhouette']:.3f} |"
+
+
+def _shown(record):
+    if record["attack"] == CLEAN:
+        return CLEAN
+    return f"{attack_label(record['attack'])}, {record['norm']} eps {record['eps']}"
+
+
+# ---- the picture ---------------------------------------------------------------------------------------------
+
+
+def draw(results: Sequence[Embedding], names: Sequence[str]) -> Any:
+    """A Figure with a panel for each run, at most four in a row, all of the same range; `names` are of the classes.
+
+    Up to ten classes have a colour each, up to twenty a colour and a mark; of more, neighbours in number look alike and
+    a colour bar takes the legend's place.
+    """
+    rows = -(-len(results) // _COLUMNS)
+    columns = -(-len(results) // rows)
+    drawn = pictures.figure(3.1 * columns + 0.9, 3.6 * rows)
+    panels = drawn.subplots(rows, columns, squeeze=False).ravel()
+    points = np.concatenate([result.coordinates for result in results])
+    middle, reach = (points.max(0) + points.min(0)) / 2, 0.53 * np.ptp(points, axis=0).max()
+    classes = results[0].record["num_classes"]
+    for panel, result in zip(panels, results, strict=False):
+        record = result.record
+        (left, low), (right, high) = middle - reach, middle + reach
+        panel.set(xlim=(left, right), ylim=(low, high), aspect="equal")
+        panel.tick_params(labelsize=7)
+        panel.set_title(record["title"], fontsize=10, parse_math=False)
+        numbers = f"accuracy {record['acc']:.1f} %, silhouette {record['silhouette']:.2f}".replace("-", "−")
+        panel.set_xlabel(f"{_shown(record)}\n{numbers}", fontsize=8, parse_math=False)
+        scatter = _scatter(panel, result, classes)
+        if classes <= len(COLOURS) * len(_MARKS):
+            _name_clusters(panel, result, names)
+    for panel in panels[len(results) :]:
+        panel.set_visible(False)
+    if classes > len(COLOURS) * len(_MARKS):
+        drawn.colorbar(scatter, ax=list(panels), label="class", shrink=0.8)
+    else:
+        _legend(drawn, names)
+    return drawn
+
+
+def _scatter(panel, result, classes):
+    """All points, in the order of the images, so that no class lies above another."""
+    (x, y), labels = result.coordinates.T, result.labels
+    style = dict(s=float(np.clip(7000 / len(labels), 2, 16)), linewidths=0, alpha=0.8)
+    if classes > len(COLOURS) * len(_MARKS):
+        return panel.scatter(x, y, c=labels, cmap="turbo", vmin=0, vmax=classes - 1, **style)
+    for i, mark in enumerate(_MARKS):
+        shown = labels // len(COLOURS) == i
+        colours = [COLOURS[c % len(COLOURS)] for c in labels[shown]]
+        panel.scatter(x[shown], y[shown], c=colours, marker=mark, **style)
+    return None
+
+
+def _name_clusters(panel, result, names):
+    """The name of each class at the median of its points."""
+    from matplotlib.patheffects import withStroke
+
+    halo = [withStroke(linewidth=2.5, foreground="white")]
+    for c in np.unique(result.labels):
+        x, y = np.median(result.coordinates[result.labels == c], axis=0)
+        style = dict(ha="center", va="center", fontsize=8, path_effects=halo)
+        panel.text(x, y, names[c], parse_math=False, **style)
+
+
+def _legend(drawn, names):
+    from matplotlib.lines import Line2D
+
+    entries = []
+    for c, name in enumerate(names):
+        look = dict(marker=_MARKS[c // len(COLOURS)], color=COLOURS[c % len(COLOURS)], linestyle="", markersize=6)
+        entries.append(Line2D([], [], label=name, **look))
+    drawn.legend(handles=entries, loc="outside right center", fontsize=8, frameon=False)
+
+
+def main() -> None:
+    """The command line of this module."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ibjax.analysis.embedding",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--workdir", type=Path, action="append", required=True, help="again for a run beside it")
+    parser.add_argument("--checkpoint", default="best", help="best, last or a step")
+    parser.add_argument("--attack", default=CLEAN, help="a name, as of an evaluation; default: the images as they are")
+    parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")
+    parser.add_argument("--tap", default="pre_logits", help="the feature, as stage4")
+    parser.add_argument("--seed", type=int, default=33, help="of t-SNE")
+    parser.add_argument("--names", help="of the classes, in order, separated by commas; default: their numbers")
+    parser.add_argument("--picture", type=Path, help="draw them into FILE.png")
+    given = parser.parse_args()
+
+    def command():
+        pictures.check(given.picture)
+        names = attacked.class_names(given.names, run.read_config(given.workdir[0])[1]["num_classes"])
+        cluster.initialize()
+        options = dict(attack=given.attack, n=given.n, tap=given.tap, seed=given.seed)
+        results = compare(given.workdir, given.checkpoint, **options)
+        if jax.process_index() == 0:
+            print("\n".join(lines(results)))
+            if given.picture:
+                pictures.save(draw(results, names), given.picture)
+
+    errors.exit_with(command)
+
+
+if __name__ == "__main__":
+    main()

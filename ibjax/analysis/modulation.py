@@ -1,0 +1,195 @@
+"""What SiRIIB's calibration makes of attacked images, seen and measured: Figures 4 and 9 to 11 of SiRIIB.
+
+    python -m ibjax.analysis.modulation --workdir=DIR [--checkpoint=best] [--n=1000] [--picture=FILE.png]
+                                        [--attacks=pgd-20,cw-20,siriib-svd-20,siriib-info-20]
+
+    passed = mean ‖x_avg(x') − x_avg(x)‖ / ‖x' − x‖         how much of a perturbation passes, over images that moved
+    σ      = mean ‖σ(x') − σ(x)‖                            change of the singular values of a colour channel
+    σ_avg  = mean ‖σ(x_avg(x')) − σ(x_avg(x))‖              the same behind the calibration          all norms are l2
+
+For runs of `model=dict(name="siriib", …)`, whose feature x_avg is. The paper shows pictures and no numbers; it
+concludes from them that x_avg is stable under all attacks, adaptive ones included. A calibration that only lowered the
+contrast would look stable too: what it does to a perturbation says something beside what it does to an image. Hence the
+last row, "another image", where the next image of the test set stands for x': a calibration that takes away
+perturbations and keeps images passes less of the former. --attacks=noise-sign adds what it does to noise.
+
+The picture has 8 of the images, each class in proportion: x, x_avg(x), and for each attack x', x_avg(x') and their
+difference, mid-grey where there is none, all in one scale, which it states. Figure 4 is one such picture for each λ₁.
+Figure 7 is of `analysis.score_cam`, 8 an embedding. Writes `modulation/<checkpoint>.json` in the workdir.
+
+With connections=0 there is no L_info to climb: such attacks are refused, and are not among the default ones.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ibjax import cluster, errors, run
+from ibjax.analysis import attacked, pictures
+from ibjax.attacks.named import named
+from ibjax.data import stratified
+from ibjax.errors import InputError
+from ibjax.information.svd import singular_values_and_polar
+from ibjax.models import siriib
+from ibjax.results import attack_label
+from ibjax.step import linen_net, to_float
+
+ATTACKS = ("pgd-20", "cw-20", "siriib-svd-20", "siriib-info-20")
+OTHER = "another image"
+SHOWN = 8  # images in the picture at most
+
+
+class Seen(NamedTuple):
+    """Images before and behind the calibration, and the singular values of their colour channels, descending."""
+
+    x: np.ndarray  # (N, H, W, C), float32 in [0, 1]
+    x_avg: np.ndarray
+    sigma: np.ndarray  # (N, C, H)
+    sigma_avg: np.ndarray
+
+
+def check(model: Any, attacks: Sequence[str] | None) -> tuple[str, ...]:
+    """The attacks to make, `ATTACKS` for None; InputError on other networks, and on attacks that these do not have."""
+    if not isinstance(model, siriib.Model):
+        raise InputError("the network has no x_avg; give a run with model.name='siriib', as of configs/siriib.py")
+    names = ATTACKS if attacks is None else tuple(attacks)
+    empty = [name for name in names if not model.connections and named(name).settings.get("terms") == ("info",)]
+    if empty and attacks is not None:
+        raise InputError(f"attack '{empty[0]}' climbs L_info, which model.connections=0 leaves empty; give another")
+    return tuple(name for name in names if name not in empty)
+
+
+def look(predict: Callable, batch_size: int) -> Callable[[Any, np.ndarray], Seen]:
+    """`see(variables, images (N, H, W, C)) -> Seen`, for square images; `predict` has the feature x_avg."""
+
+    def singular_values(x):
+        return singular_values_and_polar(jnp.moveaxis(x, -1, 1))[0]  # a matrix is an image's colour channel
+
+    @jax.jit
+    def one_batch(variables, images):
+        x = to_float(images)
+        x_avg = predict(variables, x)[1]["x_avg"]
+        return Seen(x, x_avg, singular_values(x), singular_values(x_avg))
+
+    def see(variables, images):
+        parts = [images[first : first + batch_size] for first in range(0, len(images), batch_size)]
+        return jax.tree.map(lambda *a: np.concatenate(a), *(one_batch(variables, part) for part in parts))
+
+    return see
+
+
+def change(before: Seen, after: Seen) -> dict[str, Any]:
+    """{"moved", "passed", "sigma", "sigma_avg"} between images and others, image by image.
+
+    moved: how many differ; passed: the mean over these, None without any.
+    """
+
+    def norms(a, b, axes):
+        return np.sqrt(np.sum(np.square(a.astype(np.float64) - b), axis=axes))
+
+    distance, behind = norms(after.x, before.x, (1, 2, 3)), norms(after.x_avg, before.x_avg, (1, 2, 3))
+    moved = distance > 0
+    return {
+        "moved": int(moved.sum()),
+        "passed": float(np.mean(behind[moved] / distance[moved])) if moved.any() else None,
+        "sigma": float(norms(after.sigma, before.sigma, -1).mean()),
+        "sigma_avg": float(norms(after.sigma_avg, before.sigma_avg, -1).mean()),
+    }
+
+
+def evaluate(
+    workdir: Path, checkpoint: str = "best", *, attacks: Sequence[str] | None = None, n: int | None = None
+) -> tuple[dict[str, Any], dict[str, Seen]]:
+    """Attacks a run's test images, or `n` of them; writes the record and returns (record, `SHOWN` of the images).
+
+    attacks: names of `attacks/named.py`; norm, eps and step size are those of the run's `evaluate` section. The images
+    are under "x" and the attacks' names.
+    """
+    saved, facts = run.read_config(workdir)
+    attacks = check(run.build_model(saved.model, facts["num_classes"], "model"), attacks)
+    trained, settings, split = attacked.load(workdir, checkpoint, attacks=attacks, n=n)
+    settings["batch_size"] = min(settings["batch_size"], len(split.labels))  # a batch is padded to its size
+    predict = linen_net(run.in_float32(trained.model)).predict
+    see = look(predict, settings["batch_size"])
+    clean = see(trained.variables, split.images)
+    chosen = stratified(split.labels, min(SHOWN, len(split.labels)), seed=0)
+    changes, shown = {}, {"x": jax.tree.map(lambda a: a[chosen], clean)}
+    for name in attacks:
+        seen = see(trained.variables, attacked.attack(name, predict, trained, split, settings)[1])
+        changes[name], shown[name] = change(clean, seen), jax.tree.map(lambda a: a[chosen], seen)
+    changes[OTHER] = change(clean, jax.tree.map(lambda a: np.roll(a, 1, axis=0), clean))
+    record = {
+        **run.provenance(trained, checkpoint),
+        "dataset": trained.facts["label"],
+        "n": len(split.labels),
+        **{key: settings[key] for key in ("norm", "eps", "step_size")},
+        "changes": changes,
+    }
+    if jax.process_index() == 0:
+        run.write_json(workdir / "modulation" / f"{checkpoint}.json", record)
+    return record, shown
+
+
+def heading(record: dict[str, Any]) -> str:
+    """What was measured on what, in a line."""
+    return f"{record['title']} on {record['dataset']}, n = {record['n']}, {record['norm']} eps {record['eps']}"
+
+
+def lines(record: dict[str, Any]) -> Iterable[str]:
+    """The record as a Markdown table."""
+    yield heading(record)
+    yield "| x' | passed | change of σ | of σ behind the calibration |"
+    yield "|---|---|---|---|"
+    for name, row in record["changes"].items():
+        passed = "–" if row["passed"] is None else f"{row['passed']:.3f}"
+        label = name if name == OTHER else attack_label(name)
+        yield f"| {label} | {passed} | {row['sigma']:.3f} | {row['sigma_avg']:.3f} |"
+
+
+def draw(record: dict[str, Any], shown: dict[str, Seen], file: Path) -> None:
+    """The picture: rows x and x_avg(x), and for each attack x', x_avg(x') and their difference."""
+    clean, *rest = shown.values()
+    differences = [seen.x - seen.x_avg for seen in rest]
+    largest = max(float(np.abs(d).max()) for d in differences)
+    scale = largest if largest > 0 else 1.0
+    labels, images, above = ["$x$", r"$x_{\rm avg}(x)$"], [clean.x, clean.x_avg], [0.05, 0.0]
+    for name, seen, difference in zip(list(shown)[1:], rest, differences, strict=True):
+        labels += [f"$x'$\n{pictures.attack_lines(name)}", r"$x_{\rm avg}(x')$"]
+        labels += [f"$x' - x_{{\\rm avg}}(x')$\n−{scale:.2f} to {scale:.2f}"]
+        images += [seen.x, seen.x_avg, 0.5 + difference / (2 * scale)]
+        above += [0.12, 0.0, 0.0]
+    drawn, panels = pictures.grid(labels, len(clean.x), above)
+    for row, of_row in zip(panels, images, strict=True):
+        for panel, image in zip(row, of_row, strict=True):
+            pictures.show(panel, image)
+    pictures.title(drawn, heading(record))
+    pictures.save(drawn, file)
+
+
+def main() -> None:
+    """The command line of this module."""
+    parser = run.command_line("ibjax.analysis.modulation", __doc__)
+    parser.add_argument("--attacks", help=f"names, separated by commas; default: {','.join(ATTACKS)}")
+    parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")
+    parser.add_argument("--picture", type=Path, help="a PNG file to draw")
+    given = parser.parse_args()
+
+    def command():
+        pictures.check(given.picture)
+        cluster.initialize()
+        attacks = None if given.attacks is None else given.attacks.split(",")
+        record, shown = evaluate(given.workdir, given.checkpoint, attacks=attacks, n=given.n)
+        if jax.process_index() == 0:
+            print("\n".join(lines(record)))
+            if given.picture:
+                draw(record, shown, given.picture)
+
+    errors.exit_with(command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""The information plane of a network while it trains: Figure 5 of IB-RAR (Xu et al., 2023).
+
+    python -m ibjax.analysis.plane --config=configs/ib_rar.py:vgg16-ce --workdir=DIR [--every=50] [--n=200]
+                                   [--taps=stage4] [--attack=pgd-10] [--picture=FILE.png] [--config.epochs=20 …]
+
+    per layer l, every so many steps:    ( nHSIC(X, T_l), nHSIC(Y, T_l) )     Gaussian kernels, of one-hot labels too,
+                                                                              σ = 5: see information/hsic.py
+
+X are n test images, the same throughout, and T_l what evaluation mode makes of them in float32. With an attack they
+are x', made anew at each record against the network as it then is, in X and in T_l. nHSIC is no mutual information:
+nHSIC(X, T) is at most n − 1, nHSIC(Y, T) at most C − 1, and both depend on n through their ridge.
+
+The default taps are IB-RAR's (`ib_rar.layers_of`); its figure is of stage4 of VGG16, trained by the recipes vgg16-l and
+vgg16-ce. The authors record within an epoch and skip its first step; here the steps of a run count, the untrained
+network is the first record and the trained one the last. The published code leaves the buffer of test images unfilled;
+the paper does not say which ones they are: ours have each class in proportion. Its values per channel are left out.
+
+The network is the one that `ibjax.main` trains from this configuration, to the bit; it is not kept. The teacher of a
+recipe must be in DIR/teacher already. Writes DIR/plane.json, every tenth record and at the end. On a finished one the
+same command reads it and draws it again, another configuration is refused; a training that was stopped is not resumed,
+it starts again.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from ibjax import cluster, config, errors, feed, run, train
+from ibjax import main as command_line
+from ibjax.analysis import embedding, pictures
+from ibjax.attacks.named import named
+from ibjax.data import stratified, subset
+from ibjax.errors import DivergedError, InputError, PreemptedError, check_range, nearest
+from ibjax.evaluate import check_network, check_settings, make_scorer
+from ibjax.experiment import build, initial_state, run_key
+from ibjax.information import hsic
+from ibjax.objectives.ib_rar import layers_of
+from ibjax.results import attack_label
+from ibjax.step import evaluation_variables, linen_net, to_float
+
+log = logging.getLogger(__name__)
+_RECORDS, _COLUMNS = 10, 4  # records between two writings of the file; panels in a row
+_FIXED = ("config", "data", "n", "every", "attack", "taps")  # of a finished one, which the same command reads
+
+
+def coordinates(x: Array, labels: Array, num_classes: int, layers: list[Array]) -> Array:
+    """(nHSIC(X, T_l), nHSIC(Y, T_l)) of images (B, …) and labels (B,) with each of L layers (B, …), shape (2, L)."""
+    r_x = hsic.correlation_operator(hsic.scaled_gram(x))
+    r_y = hsic.label_operator(labels, num_classes, "gaussian")
+    return hsic.nhsic_layers(jnp.stack([r_x, r_y]), layers)
+
+
+def record(
+    settings: ConfigDict,
+    workdir: Path,
+    *,
+    every: int = 50,
+    n: int = 200,
+    taps: Sequence[str] | None = None,
+    attack: str | None = None,
+) -> dict[str, Any]:
+    """Trains a configuration and writes and returns its plane; of a finished one, reads it.
+
+    Args:
+      settings: the configuration; norm, eps and step size of the attack are those of its `evaluate` section.
+      workdir: of plane.json.
+      every: steps between two records.
+      n: test images, each class in proportion.
+      taps: features of the network; None: the paper's layers.
+      attack: a name of `attacks/named.py`, but for AutoAttack and its parts; None: clean images.
+
+    Returns the record: "step" is a list, "nhsic" {tap: {"x": list, "y": list}}. Raises InputError where the plane there
+    is another, DivergedError where a value is not finite.
+    """
+    check_range("--every", every, 1)
+    check_range("--n", n, 2)
+    teachers = command_line.jobs(config.complete(settings), workdir)[-1].teachers
+    train.check(settings, teachers)
+    with run.lock(workdir):
+        experiment = build(settings, teachers)
+        measure, names = _measure(experiment, n, taps, attack)
+        evaluated = settings.evaluate
+        about = {
+            "dataset": experiment.facts["label"],
+            "steps_per_epoch": experiment.steps_per_epoch,
+            **dict(n=n, every=every, attack=attack, taps=names, sigma=hsic.SIGMA, ridge=hsic.RIDGE),
+            **({} if attack is None else {key: evaluated[key] for key in ("norm", "eps", "step_size")}),
+            "data": experiment.facts,
+            "config": config.plain(settings),
+        }
+        about = json.loads(json.dumps(about))  # as it is read again
+        return _finished(workdir / "plane.json", about) or _train(experiment, workdir, about, measure)
+
+
+def _finished(file, about):
+    """The plane that is there, if it is finished and the one asked for; None where there is none to keep."""
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text())
+        old, new = (dict(config.leaves({key: part[key] for key in _FIXED})) for part in (found, about))
+        stopped = None if found["finished"] else found["step"][-1]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is damaged or of another version ({error}); remove it") from None
+    if stopped is not None:
+        log.info("%s was stopped after step %d; its training starts again", file, stopped)
+        return None
+    for path in {**new, **old}:
+        if old.get(path) != new.get(path):
+            raise InputError(
+                f"{file} is finished with {path}={old.get(path)!r}, now {new.get(path)!r} is asked for; "
+                f"give another --workdir, or the same command to read it"
+            )
+    log.info("%s is finished, and is read", file)
+    return found
+
+
+def _measure(experiment, n, taps, attack):
+    """(variables -> (2, L) on the fixed images, names of the L taps)."""
+    model = run.in_float32(experiment.model)
+    predict = linen_net(model).predict
+    shape = experiment.data.train.images.shape[1:]
+    variables = run.abstract_variables(experiment.model, shape, experiment.mesh)
+    allowed = embedding.taps(predict, variables, shape)
+    for tap in taps or ():
+        if tap not in allowed:
+            raise InputError(f"--taps={tap} is no feature of the images; {nearest(tap, allowed)}")
+    taps = taps or layers_of({name: name for name in allowed})
+    test = experiment.data.test
+    if n > len(test.labels):
+        raise InputError(f"--n={n} is not allowed; the test set has {len(test.labels)} images")
+    split = subset(test, stratified(test.labels, n, seed=0))
+    split = split._replace(images=np.asarray(split.images[:]))  # read once, where they are streamed
+    attacked = None if attack is None else _attacker(experiment, model, predict, split, attack)
+
+    @jax.jit
+    def measure(variables, images):
+        x = to_float(images)
+        features = predict(variables, x)[1]
+        return coordinates(x, jnp.asarray(split.labels), experiment.data.num_classes, [features[tap] for tap in taps])
+
+    return lambda variables: np.asarray(measure(variables, attacked(variables) if attacked else split.images)), taps
+
+
+def _attacker(experiment, model, predict, split, name) -> Callable[[Any], np.ndarray]:
+    """variables -> the attacked images (n, H, W, C); compiled once."""
+    settings, chosen = config.plain(experiment.config.evaluate), named(name, experiment.config.objective)
+    settings["attacks"] = (name,)
+    check_settings(settings)
+    check_network(model, split.images.shape[1:], settings)
+    if chosen.make is None:
+        raise InputError(f"--attack={name} is too long for every record; give one as pgd-10")
+    scorer = make_scorer(chosen, lambda variables, x, keys: predict(variables, x), settings, experiment.mesh)
+    size = dict(eps=settings["eps"], step_size=chosen.step_size(settings["eps"], settings["step_size"]))
+    return lambda variables: scorer(variables, split, experiment.config.seed, keep=len(split.labels), **size)[1]
+
+
+def _train(experiment, workdir, about, measure):
+    """The loop of `ibjax.train` without its validation and its checkpoints."""
+    settings, per_epoch, every = experiment.config, experiment.steps_per_epoch, about["every"]
+    total, step, state = settings.epochs * per_epoch, 0, initial_state(experiment)
+    capacity, dispatch = feed.feed(experiment, run_key(settings.seed, 1, experiment.mesh), step)
+    steps, rows, began = [], [], time.perf_counter()
+    first = jax.process_index() == 0
+    visible = first and sys.stderr.isatty()
+    with tqdm(total=total, desc=_title(settings), unit="step", disable=not visible) as bar:
+        while True:
+            if step % every == 0 or step == total:
+                variables = evaluation_variables(state)
+                steps.append(step)
+                rows.append(measure(variables))
+                if not np.isfinite(rows[-1]).all():
+                    raise DivergedError(f"nHSIC became NaN or Inf by step {step}; lower optimizer.lr")
+                if len(steps) % _RECORDS == 0 or step == total:
+                    found = _record(experiment, workdir, about, variables, steps, rows)
+                    if first:
+                        run.write_json(workdir / "plane.json", found)
+                    if step == total:
+                        return found
+                    if first and not visible:
+                        left = (time.perf_counter() - began) / step * (total - step)
+                        log.info("%s: step %d of %d, %.0f s left", _title(settings), step, total, left)
+                if cluster.preempted():
+                    raise PreemptedError(f"stopped at step {step} of {total}, which is not kept: it starts again")
+            stop = min(step + capacity, *((step // unit + 1) * unit for unit in (every, per_epoch)))
+            state, _ = dispatch(state, stop - step)
+            bar.update(stop - step)
+            step = stop
+
+
+def _record(experiment, workdir, about, variables, steps, rows):
+    logits_fn = linen_net(experiment.model).predict
+    network = run.Run(experiment.model, variables, logits_fn, experiment.config, experiment.facts, steps[-1], workdir)
+    values = np.round(np.array(rows, np.float64), 5)  # (records, 2, L)
+    columns = {tap: dict(zip("xy", values[:, :, i].T.tolist(), strict=True)) for i, tap in enumerate(about["taps"])}
+    finished = steps[-1] == experiment.config.epochs * experiment.steps_per_epoch
+    return {**run.provenance(network, "last"), **about, "finished": finished, "step": list(steps), "nhsic": columns}
+
+
+def _title(settings):
+    return settings.title or settings.objective.name
+
+
+# ---- the picture ---------------------------------------------------------------------------------------------
+
+
+def draw(found: dict[str, Any]) -> Any:
+    """A matplotlib Figure of a plane: a panel for each layer, four in a row, its colour the progress of training."""
+    taps = found["taps"]
+    rows = -(-len(taps) // _COLUMNS)
+    columns = -(-len(taps) // rows)
+    drawn = pictures.figure(2.7 * columns + 0.8, 2.6 * rows + 0.4)
+    panels = drawn.subplots(rows, columns, squeeze=False).ravel()
+    epochs = np.array(found["step"]) / found["steps_per_epoch"]
+    name = "X" if found["attack"] is None else "X′"
+    for panel, tap in zip(panels, taps, strict=False):
+        x, y = found["nhsic"][tap]["x"], found["nhsic"][tap]["y"]
+        panel.plot(x, y, color="0.75", linewidth=0.7, zorder=1)
+        points = panel.scatter(x, y, c=epochs, cmap="viridis", s=14, linewidths=0, zorder=2)
+        panel.set_title(tap, fontsize=10)
+        panel.set_xlabel(f"nHSIC({name}, T)", fontsize=9)
+        panel.set_ylabel("nHSIC(Y, T)", fontsize=9)
+        panel.tick_params(labelsize=8)
+    for panel in panels[len(taps) :]:
+        panel.set_visible(False)
+    bar = drawn.colorbar(points, ax=list(panels), aspect=30)
+    bar.set_label("epoch", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    images = "clean" if name == "X" else f"{attack_label(found['attack'])}, {found['norm']} eps {found['eps']}"
+    title = f"{found['title']} on {found['dataset']}, {found['n']} test images, {images}"
+    drawn.suptitle(title, fontsize=11, parse_math=False)
+    return drawn
+
+
+def lines(found: dict[str, Any]) -> Iterable[str]:
+    """The plane's ends as a Markdown table: of the untrained network and of the trained one."""
+    yield f"{found['title']} on {found['dataset']}, n = {found['n']}, {len(found['step'])} records"
+    yield f"| layer | nHSIC(X, T) at step 0 | at step {found['step'][-1]} | nHSIC(Y, T) at step 0 | at the end |"
+    yield "|---|---|---|---|---|"
+    for tap, values in found["nhsic"].items():
+        cells = [f"{values[axis][i]:.2f}" for axis in "xy" for i in (0, -1)]
+        yield f"| {tap} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """The command line of this module."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ibjax.analysis.plane",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--every", type=int, default=50, help="steps between two records")
+    parser.add_argument("--n", type=int, default=200, help="number of test images")
+    parser.add_argument("--taps", help="features, separated by commas; default: IB-RAR's layers of the network")
+    parser.add_argument("--attack", help="a name, as of an evaluation; default: the images as they are")
+    parser.add_argument("--picture", type=Path, help="draw it into FILE.png")
+    given, rest = parser.parse_known_args()
+
+    def command():
+        pictures.check(given.picture)
+        asked = command_line.parse([sys.argv[0], *rest])
+        cluster.initialize()
+        taps = given.taps.split(",") if given.taps else None
+        options = dict(every=given.every, n=given.n, taps=taps, attack=given.attack)
+        found = record(asked.settings, asked.workdir, **options)
+        if jax.process_index() == 0:
+            print("\n".join(lines(found)))
+            if given.picture:
+                pictures.save(draw(found), given.picture)
+
+    errors.exit_with(command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""Score-CAM heat maps of images and of what an attack makes of them: Figure 7 of SiRIIB. Wang, Wang, Du, Yang, Zhang,
+Ding, Mardziel & Hu, "Score-CAM: Score-Weighted Visual Explanations for Convolutional Neural Networks", CVPRW 2020.
+
+    python -m ibjax.analysis.score_cam --workdir=DIR [--checkpoint=best] [--attack=pgd-20] [--n=8] [--tap=stage4]
+                                       [--picture=FILE.png] [--names=plane,car,bird,cat,deer,dog,frog,horse,ship,truck]
+
+    M_k = unit(up(A_k))                        A_k channel k of the tap, up: bilinear to the size of x
+    w_k = softmax(f(x ⊙ M_k))_c                unit(a) = (a − min a) / (max a − min a)
+    map = unit(ReLU(Σ_k w_k up(A_k)))          channels that are the same everywhere are left out
+
+c is the class that the network takes the clean image for, in the map of x' too: both maps say where evidence for the
+same class stands. The tap is by default the network's last map of more than one pixel, the output of the last stage of
+convolutions. SiRIIB's paper names neither layer nor class.
+
+The paper subtracts a baseline's score from w_k and takes a softmax of them over channels; here, as in its code, they
+are plain scores. That code masks images after normalisation, so that what is masked is the mean colour; here, where
+networks normalise inside, it is black.
+
+What can be compared over runs: the mean cosine similarity between the maps of x and x'. No map is negative, so those of
+different images are similar too; beside it stands the mean over all pairs of x and the x' of another image. A map that
+is 0 everywhere, as where all channels are left out, is called empty and counts in neither. Writes
+`score_cam/<checkpoint>.json` in the workdir, and the images and maps beside it (.npz). The picture shows up to ten
+of them, each class in proportion.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ibjax import cluster, errors, run
+from ibjax.analysis import attacked, pictures
+from ibjax.data import stratified
+from ibjax.errors import InputError, nearest
+from ibjax.models import layers
+from ibjax.results import attack_label
+from ibjax.step import linen_net, to_float
+
+CHUNK = 128  # masked images in one pass through the network
+SHOWN = 10  # images in the picture at most
+
+
+def spatial_taps(predict: Callable, variables: Any, input_shape: Sequence[int]) -> list[str]:
+    """The features (B, H, W, C) of more than one pixel, in the order in which the network makes them."""
+    found = []
+
+    def note(variables, x):
+        found.extend(name for name, a in predict(variables, x)[1].items() if a.ndim == 4 and max(a.shape[1:3]) > 1)
+
+    jax.eval_shape(note, variables, jax.ShapeDtypeStruct((1, *input_shape), jnp.float32))
+    return found
+
+
+def explainer(predict: Callable, tap: str, chunk: int = CHUNK) -> Callable[[Any, np.ndarray, np.ndarray], np.ndarray]:
+    """`explain(variables, images (N, H, W, C), classes (N,)) -> maps (N, H, W)` in [0, 1], float32; empty ones are 0.
+
+    predict: (variables, x) -> (logits, features). tap: a feature (B, h, w, K). chunk: images in one pass.
+    """
+    activations = jax.jit(lambda variables, x: predict(variables, x)[1][tap])
+
+    @jax.jit
+    def scores(variables, x, channels, c):  # (H, W, C), (k, h, w), class -> (k,)
+        up = layers.resize(channels[..., None], x.shape[:2])
+        low, high = (pick(up, axis=(1, 2), keepdims=True) for pick in (jnp.min, jnp.max))
+        masks = (up - low) / jnp.maximum(high - low, jnp.finfo(up.dtype).tiny)
+        return jax.nn.softmax(predict(variables, x[None] * masks)[0])[:, c]
+
+    def explain_one(variables, x, c):
+        a = np.moveaxis(np.asarray(activations(variables, x[None])[0]), -1, 0)  # (K, h, w)
+        kept = np.flatnonzero(a.min((1, 2)) < a.max((1, 2)))
+        size, weights = min(chunk, len(a)), np.zeros(len(a), np.float32)
+        for first in range(0, len(kept), size):
+            part = kept[first : first + size]
+            padded = np.resize(part, size)  # one program for all: what is too much is computed and dropped
+            weights[part] = np.asarray(scores(variables, x, a[padded], c))[: len(part)]
+        total = np.tensordot(weights, a, 1)[None, ..., None]  # up is linear: the sum comes first
+        total = np.maximum(np.asarray(layers.resize(jnp.asarray(total), x.shape[:2]))[0, ..., 0], 0)
+        return (total - total.min()) / max(np.ptp(total), np.finfo(np.float32).tiny)
+
+    def explain(variables, images, classes):
+        x = to_float(jnp.asarray(images))
+        return np.stack([explain_one(variables, *pair) for pair in zip(x, jnp.asarray(classes), strict=True)])
+
+    return explain
+
+
+def similarity(maps: np.ndarray, others: np.ndarray) -> dict[str, Any]:
+    """Of maps (N, H, W) and those of the same images under attack: {"cosine", "cosine_between", "empty"}.
+
+    cosine: the mean over images; cosine_between: over pairs of different ones; None where there is none that counts.
+    empty: images that do not, for one of their maps is 0.
+    """
+    a, b = (m.reshape(len(m), -1).astype(np.float64) for m in (maps, others))
+    counts = a.any(1) & b.any(1)
+    a, b = (m[counts] / np.linalg.norm(m[counts], axis=1, keepdims=True) for m in (a, b))
+    cosines, same = a @ b.T, np.eye(len(a), dtype=bool)
+    means = {name: cosines[pairs] for name, pairs in (("cosine", same), ("cosine_between", ~same))}
+    found = {name: round(float(values.mean()), 4) if values.size else None for name, values in means.items()}
+    return {**found, "empty": int(np.sum(~counts))}
+
+
+def evaluate(
+    workdir: Path, checkpoint: str = "best", *, attack: str = "pgd-20", n: int = 8, tap: str | None = None
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Explains `n` of a run's test images as they are and attacked; writes and returns (record, arrays).
+
+    attack: a name of `attacks/named.py`; norm, eps and step size are those of the run's `evaluate` section.
+    arrays: x, x_adv (n, H, W, C); map, map_adv (n, H, W); label, predicted, predicted_adv (n,).
+    """
+    trained, settings, split = attacked.load(workdir, checkpoint, attacks=(attack,), n=n)
+    settings["batch_size"] = min(settings["batch_size"], n)  # a batch is padded to its size
+    predict = linen_net(run.in_float32(trained.model)).predict
+    taps = spatial_taps(predict, trained.variables, trained.facts["input_shape"])
+    if tap not in (None, *taps) or not taps:
+        raise InputError(f"--tap={tap} is no map of more than one pixel of this network; {nearest(str(tap), taps)}")
+    tap = tap or taps[-1]
+    _, x_adv = attacked.attack(attack, predict, trained, split, settings)
+    explain = explainer(predict, tap)
+    pair = {"": split.images, "_adv": x_adv}
+    predicted = [attacked.predictions(predict, trained.variables, x, settings["batch_size"]) for x in pair.values()]
+    maps = [explain(trained.variables, x, predicted[0]) for x in pair.values()]
+    record = {
+        **run.provenance(trained, checkpoint),
+        "dataset": trained.facts["label"],
+        "n": len(split.labels),
+        "attack": attack,
+        **{key: settings[key] for key in ("norm", "eps", "step_size")},
+        "tap": tap,
+        **similarity(*maps),
+    }
+    arrays: dict[str, np.ndarray] = {"label": split.labels}
+    for suffix, x, m, classes in zip(pair, pair.values(), maps, predicted, strict=True):
+        arrays |= {f"x{suffix}": x, f"map{suffix}": m, f"predicted{suffix}": classes}
+    if jax.process_index() == 0:
+        run.write_json(workdir / "score_cam" / f"{checkpoint}.json", record)
+        small = {name: a.astype(np.float16) if a.dtype == np.float32 else a for name, a in arrays.items()}
+        with run.replacing(workdir / "score_cam" / f"{checkpoint}.npz") as temporary, temporary.open("wb") as handle:
+            np.savez_compressed(handle, **small)
+    return record, arrays
+
+
+def heading(record: dict[str, Any]) -> str:
+    """What was measured on what, in a line."""
+    about = f"{attack_label(record['attack'])}, {record['norm']} eps {record['eps']}"
+    return f"{record['title']} on {record['dataset']}, n = {record['n']}, {about}, Score-CAM of {record['tap']}"
+
+
+def lines(record: dict[str, Any]) -> Iterable[str]:
+    """The record as a Markdown table."""
+    yield heading(record) + (f", {record['empty']} empty" if record["empty"] else "")
+    yield "| maps of | mean cosine similarity |"
+    yield "|---|---|"
+    for key, text in (("cosine", "x and its x'"), ("cosine_between", "x and the x' of another image")):
+        yield f"| {text} | {'–' if record[key] is None else f'{record[key]:.3f}'} |"
+
+
+# ---- the picture -------------------------------------------------------------------------------------------
+
+
+def draw(record: dict[str, Any], arrays: dict[str, np.ndarray], file: Path, names: Sequence[str]) -> None:
+    """The picture: rows x, its map, x', its map; above an image what it is taken for, and where wrong what it is."""
+    shown = stratified(arrays["label"], min(len(arrays["label"]), SHOWN), seed=0)
+    labels = ["$x$", "map of $x$", f"$x'$\n{pictures.attack_lines(record['attack'])}", "map of $x'$"]
+    drawn, panels = pictures.grid(labels, len(shown), above=(0.3, 0.0, 0.35, 0.0), right=0.5)
+    heat = None
+    for column, i in zip(panels.T, shown, strict=True):
+        true = int(arrays["label"][i])
+        for row, suffix in ((0, ""), (2, "_adv")):
+            image, seen = arrays[f"x{suffix}"][i], int(arrays[f"predicted{suffix}"][i])
+            text = names[seen] + ("" if seen == true else f"\n(is {names[true]})")
+            colour = "black" if seen == true else "firebrick"
+            column[row].set_title(text, fontsize=8, pad=2, color=colour, parse_math=False)
+            pictures.show(column[row], image)
+            pictures.show(column[row + 1], np.mean(to_float(jnp.asarray(image)), -1, keepdims=True))
+            heat = column[row + 1].imshow(arrays[f"map{suffix}"][i], cmap="turbo", vmin=0, vmax=1, alpha=0.55)
+    for row in (1, 3):
+        bar = panels[row, -1].inset_axes((1.08, 0, 0.08, 1))
+        drawn.colorbar(heat, cax=bar, ticks=[0, 1]).ax.tick_params(labelsize=8)
+    pictures.title(drawn, heading(record))
+    pictures.save(drawn, file)
+
+
+def main() -> None:
+    """The command line of this module."""
+    parser = run.command_line("ibjax.analysis.score_cam", __doc__)
+    parser.add_argument("--attack", default="pgd-20", help="a name, as of an evaluation")
+    parser.add_argument("--n", type=int, default=8, help="number of test images")
+    parser.add_argument("--tap", help="the feature, as stage4; default: the last map of more than one pixel")
+    parser.add_argument("--picture", type=Path, help="a PNG file to draw")
+    parser.add_argument("--names", help="of the classes, in order, separated by commas; default: their numbers")
+    given = parser.parse_args()
+
+    def command():
+        pictures.check(given.picture)
+        cluster.initialize()
+        names = attacked.class_names(given.names, run.read_config(given.workdir)[1]["num_classes"])
+        record, arrays = evaluate(given.workdir, given.checkpoint, attack=given.attack, n=given.n, tap=given.tap)
+        if jax.process_index() == 0:
+            print("\n".join(lines(record)))
+            if given.picture:
+                draw(record, arrays, given.picture, names)
+
+    errors.exit_with(command)
+
+
+if __name__ == "__main__":
+    main()

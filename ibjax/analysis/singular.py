@@ -1,0 +1,236 @@
+"""Whether an attack lies in the singular values of an image: Figures 1 and 2 of SiRIIB.
+
+    python -m ibjax.analysis.singular --workdir=DIR [--checkpoint=best] [--attacks=pgd-20,cw-20,autoattack] [--n=1000]
+                                      [--picture=FILE.png]
+
+    x = U Σ Vᵀ,   x' = U' Σ' V'ᵀ                               of each channel, an H×W matrix; values descending
+
+| row       | the network sees          |                                                                          |
+|-----------|---------------------------|--------------------------------------------------------------------------|
+| image     | x'                        | Figure 1, solid                                                          |
+| swapped   | x'' = U' Σ V'ᵀ in [0, 1]  | Figure 1, hollow                                                         |
+| unclipped | x'' as it is              | what clipping adds                                                       |
+| converse  | U Σ' Vᵀ in [0, 1]         | what the attack does through the values alone                            |
+| noise     | x' + N, ‖N‖ = ‖Σ − Σ'‖    | whether any change as long as that of the swap would do as well; clipped |
+| clipped   |                           | share of the values of x'' outside [0, 1]                                |
+| moved     |                           | ‖x'' − x'‖ / ‖x' − x‖ = ‖Σ − Σ'‖ / ‖x' − x‖, at most 1 (Mirsky)          |
+| left      |                           | ‖x'' − x‖ / ‖x' − x‖                                                     |
+
+The paper has the first two rows and concludes that singular values hold adversarial information. They cannot tell this
+from x'' being nearer to x, which is why the others are there; each costs a pass of the network, and no further SVD.
+It does not say whether x'' is clipped; here it is, because a network is made for images. An image counts where it is
+classified correctly as it is and as in the row. The last three rows are means over the images that the attack changed:
+AutoAttack leaves those that withstand as they are. Where singular values of x' coincide, as zeros do, U' and V' are
+LAPACK's choice, and so is x''. In float64, on the host. Writes `singular/<checkpoint>.json` in the workdir, in percent.
+
+The picture has x, x', x'', x' − x, x'' − x' of the first images that the first attack turns into errors, with the
+predicted class below x' and x''; in the differences mid-grey is no change.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ibjax import cluster, errors, run
+from ibjax.analysis import pictures
+from ibjax.analysis.attacked import attack, load, predictions
+from ibjax.results import attack_label
+from ibjax.scoring import TOLERANCE, percent
+from ibjax.step import linen_net, to_float
+
+SEEN = ("swapped", "unclipped", "converse", "noise")
+MEASURES = ("clipped", "moved", "left")
+DRAWN = 4  # images of each attack in the picture
+
+
+class Example(NamedTuple):
+    """What a picture shows of an attack: k images (k, H, W, C) in [0, 1], and of each what it is and is taken for."""
+
+    x: np.ndarray
+    x_adv: np.ndarray
+    swapped: np.ndarray
+    label: np.ndarray
+    predicted_adv: np.ndarray
+    predicted_swapped: np.ndarray
+
+
+def decompose(images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(U (N, C, H, k), Σ (N, C, k), Vᵀ (N, C, k, W)) of images (N, H, W, C), in float64; k = min(H, W)."""
+    u, s, vt = np.linalg.svd(np.moveaxis(images.astype(np.float64), -1, 1), full_matrices=False)
+    return u, s, vt
+
+
+def compose(u: np.ndarray, s: np.ndarray, vt: np.ndarray) -> np.ndarray:
+    """The images (N, H, W, C) of these singular vectors and values, as they are: not clipped."""
+    return np.moveaxis((u * s[..., None, :]) @ vt, 1, -1)
+
+
+def swap(x: np.ndarray, x_adv: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """{row of SEEN: images (N, H, W, C) in float32, of MEASURES: shares (N,)} of images in [0, 1].
+
+    The shares are NaN where x and x_adv agree.
+    """
+    (u, s, vt), (u_adv, s_adv, vt_adv) = decompose(x), decompose(x_adv)
+    swapped, noise = compose(u_adv, s, vt_adv), rng.standard_normal(x.shape)
+    noise *= (np.sqrt(np.sum((s - s_adv) ** 2, (1, 2))) / _length(noise))[:, None, None, None]
+    seen = dict(
+        swapped=_clip(swapped),
+        unclipped=swapped,
+        converse=_clip(compose(u, s_adv, vt)),
+        noise=_clip(x_adv + noise),
+    )
+    perturbation = _length(x_adv.astype(np.float64) - x)
+    perturbation = np.where(perturbation > 0, perturbation, np.nan)
+    return {
+        **{row: images.astype(np.float32) for row, images in seen.items()},
+        "clipped": np.where(perturbation > 0, np.mean(np.abs(swapped - _clip(swapped)) > TOLERANCE, (1, 2, 3)), np.nan),
+        "moved": _length(swapped - x_adv) / perturbation,
+        "left": _length(swapped - x) / perturbation,
+    }
+
+
+def _clip(images):
+    return np.clip(images, 0, 1)
+
+
+def _length(images):
+    return np.sqrt(np.sum(images**2, (1, 2, 3)))
+
+
+def evaluate(
+    workdir: Path,
+    checkpoint: str = "best",
+    *,
+    attacks: Sequence[str] | None = None,
+    n: int | None = None,
+    picture: Path | None = None,
+) -> dict[str, Any]:
+    """Attacks a run and swaps; writes and returns the record, accuracies and shares in percent; draws `picture`.
+
+    attacks, n: in place of those of the run's `evaluate` section, of which norm, eps and step size are.
+    """
+    trained, settings, split = load(workdir, checkpoint, attacks=attacks, n=n)
+    predict, size = linen_net(run.in_float32(trained.model)).predict, settings["batch_size"]
+
+    def classes(images):
+        return predictions(predict, trained.variables, images, size)
+
+    x, y = np.asarray(to_float(jnp.asarray(split.images[:]))), split.labels
+    accuracy: dict[str, dict[str, float]] = {row: {} for row in ("image", *SEEN)}
+    perturbation: dict[str, dict[str, float | None]] = {row: {} for row in MEASURES}
+    examples: dict[str, Example] = {}
+    chosen = None  # what is drawn: the first errors of the first attack; where they are few, other images too
+    for name in settings["attacks"]:
+        flags, x_adv = attack(name, predict, trained, split, settings)
+        rng = np.random.default_rng(trained.config.seed)
+        batches = [slice(first, first + size) for first in range(0, len(x), size)]
+        parts = [swap(x[batch], x_adv[batch], rng) for batch in batches]
+        found = {row: np.concatenate([part[row] for part in parts]) for row in parts[0]}
+        predicted = {row: classes(found[row]) for row in SEEN}
+        accuracy["image"] |= {"clean": percent(flags.clean), name: percent(flags.robust)}
+        for row in SEEN:
+            accuracy[row] |= {"clean": percent(flags.clean), name: percent(flags.clean & (predicted[row] == y))}
+        for row in MEASURES:
+            perturbation[row][name] = _mean(found[row])
+        chosen = np.argsort(~(flags.clean & ~flags.robust), kind="stable")[:DRAWN] if chosen is None else chosen
+        images = x[chosen], x_adv[chosen], found["swapped"][chosen]
+        examples[name] = Example(*images, y[chosen], classes(images[1]), predicted["swapped"][chosen])
+    record = {
+        **run.provenance(trained, checkpoint),
+        "dataset": trained.facts["label"],
+        "n": len(y),
+        **{key: settings[key] for key in ("norm", "eps", "step_size")},
+        "acc": accuracy,
+        "perturbation": perturbation,
+    }
+    if jax.process_index() == 0:
+        run.write_json(workdir / "singular" / f"{checkpoint}.json", record)
+        if picture is not None:
+            draw(examples, record, picture)
+    return record
+
+
+def _mean(shares):
+    """In percent, over the images that have one; None where none has."""
+    known = shares[~np.isnan(shares)]
+    return round(100 * float(np.mean(known)), 4) if len(known) else None
+
+
+def lines(record: dict[str, Any]) -> Iterable[str]:
+    """The record as a Markdown table."""
+    columns = list(record["acc"]["image"])
+    yield f"{record['title']} on {record['dataset']}, n = {record['n']}, {record['norm']} eps {record['eps']}, percent"
+    yield f"| | {' | '.join(map(attack_label, columns))} |"
+    yield "|---" * (len(columns) + 1) + "|"
+    for row, values in {**record["acc"], **record["perturbation"]}.items():
+        cells = ("" if values.get(column) is None else f"{values[column]:.2f}" for column in columns)
+        yield f"| {row} | {' | '.join(cells)} |"
+
+
+# ---- the picture -------------------------------------------------------------------------------------------
+
+
+def draw(examples: dict[str, Example], record: dict[str, Any], file: Path) -> None:
+    """Figure 2 as a PNG: the images of each attack side by side; both differences in one scale, which is stated."""
+    size = np.quantile([np.abs(_differences(example)) for example in examples.values()], 0.999)
+    scale = max(1, int(0.5 / size)) if size > 1e-3 else 1  # the largest whole one that clips at most a thousandth
+    names = ("x", "x′", "x″", f"x′ − x\n(× {scale})", f"x″ − x′\n(× {scale})")
+    count, shown = len(examples), len(next(iter(examples.values())).x)
+    widths = ([1.0] * shown + [0.25]) * count
+    drawn = pictures.figure(0.9 + 0.9 * sum(widths[:-1]), 5.3)
+    about = f"{record['title']} on {record['dataset']}, {record['norm']} eps {record['eps']}"
+    drawn.suptitle(about, fontsize=10, parse_math=False)
+    panels = drawn.subplots(len(names), len(widths) - 1, squeeze=False, width_ratios=widths[:-1])
+    for panel in panels[:, shown :: shown + 1].ravel():  # between the attacks
+        panel.set_visible(False)
+    for panel, name in zip(panels[:, 0], names, strict=True):
+        panel.set_ylabel(name, rotation=0, ha="right", va="center")
+    for i, (name, example) in enumerate(examples.items()):
+        block = panels[:, i * (shown + 1) :][:, :shown]
+        block[0, 0].set_title(attack_label(name), loc="left", fontsize=10)
+        _fill(block, example, scale)
+    pictures.save(drawn, file)
+
+
+def _differences(example):
+    return np.stack([example.x_adv - example.x, example.swapped - example.x_adv])
+
+
+def _fill(panels, example, scale):
+    """The images into (5, k) panels; classes below the first three rows, wrong ones in red."""
+    rows = [example.x, example.x_adv, example.swapped, *(0.5 + scale * _differences(example))]
+    under = [example.label, example.predicted_adv, example.predicted_swapped, None, None]
+    for row, images, classes in zip(panels, rows, under, strict=True):
+        for i, (panel, image) in enumerate(zip(row, images, strict=True)):
+            pictures.show(panel, image)
+            panel.set(xticks=[], yticks=[])
+            if classes is not None:
+                wrong = classes[i] != example.label[i]
+                panel.set_xlabel(str(classes[i]), color="#b00020" if wrong else "black", labelpad=2)
+
+
+def main() -> None:
+    """The command line of this module."""
+    parser = run.command_line("ibjax.analysis.singular", __doc__)
+    parser.add_argument("--attacks", help="names, separated by commas; default: those of the run's configuration")
+    parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")
+    parser.add_argument("--picture", type=Path, help="a PNG file, to be written")
+    given = parser.parse_args()
+
+    def command():
+        pictures.check(given.picture)
+        cluster.initialize()
+        attacks = None if given.attacks is None else given.attacks.split(",")
+        record = evaluate(given.workdir, given.checkpoint, attacks=attacks, n=given.n, picture=given.picture)
+        if jax.process_index() == 0:
+            print("\n".join(lines(record)))
+
+    errors.exit_with(command)
+
+
+if __name__ == "__main__":
+    main()
