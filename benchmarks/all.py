@@ -5,12 +5,12 @@
 | part        | script               | what                                                                            |
 |-------------|----------------------|---------------------------------------------------------------------------------|
 | pgd         | train_step.py        | the PGD-10 step against PyTorch, at two batch sizes                             |
-| objectives  | train_step.py        | the step of every objective against PyTorch                                     |
+| objectives  | train_step.py        | the step of every objective but SiRIIB against PyTorch                          |
 | information | information.py       | nHSIC, mask and SVD terms beside the step that they add to                      |
 | cost        | cost.py              | what each of the four methods adds to PGD-AT                                    |
 | scaling     | scaling.py           | cost against batch, image, layers of HSIC, devices                              |
 | startup     | startup.py           | compile time and time to the first step, cold and cached                        |
-| flops       | compiled.py          | compiled FLOPs over their count, every objective; always compiled for a CPU     |
+| flops       | compiled.py          | compiled FLOPs over their count, all but SiRIIB; always compiled for a CPU      |
 | memory      | compiled.py          | memory of every objective, in 1, 2 and 4 microbatches                           |
 | attacks     | attacks_vs_torch.py  | robust accuracy and time against torchattacks, on the network of --workdir      |
 | autoattack  | autoattack.py        | AutoAttack's parts against torchattacks', on the network of --workdir           |

@@ -133,7 +133,7 @@ class Scorer:
         with bar:
             for first in range(0, total, size):
                 index = np.arange(first, first + size, dtype=np.int32)
-                chosen = np.minimum(index, total - 1)  # the padding repeats the last image
+                chosen = index % total  # padded with the first images: to what couples a batch, one like the others
                 guiding = split.images[guide[chosen]] if self.guided else None
                 arrays = (split.images[chosen], split.labels[chosen], guiding, index)
                 arrays = (None if array is None else self._shard(array) for array in arrays)

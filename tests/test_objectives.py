@@ -40,6 +40,7 @@ OBJECTIVES = {
     "hbar": (dict(name="hbar"), KL, {}),
     "hbar-pgd": (dict(name="hbar", base="pgd_at"), CE, {}),
     "ib_rar": (dict(name="ib_rar"), CE, {}),
+    "ib_rar-mask": (dict(name="ib_rar", mask_tap="stage2", mask_channels=2, mask_every=1), CE, {}),
     "ib_rar-plain": (dict(name="ib_rar", base="standard", until_epoch=100.0), None, {}),
     "ib_rar-mart": (dict(name="ib_rar", base="mart", layers=("stage1", "pre_logits"), x_input="adv"), CE, {}),
     "ib_rar-trades": (dict(name="ib_rar", base="trades", form="original", y_kernel="gaussian"), KL, {}),
@@ -81,7 +82,7 @@ OBJECTIVES = {
     ),
     "siriib": (dict(name="siriib"), CE, dict(model=SINGULAR)),
     "siriib-trades": (
-        dict(name="siriib", base="trades", info_stop=False, distance="l2_per_image"),
+        dict(name="siriib", base="trades", info_stop=True, distance="l2_per_image"),
         KL,
         dict(model=SINGULAR),
     ),
@@ -146,7 +147,7 @@ class Stepper:
 
 # one row of each objective, and what changes the step itself; the other variants are left to -m slow
 QUICK = {section["name"]: name for name, (section, *_) in reversed(OBJECTIVES.items())}.values()
-QUICK = {*QUICK, "pgd_at-rice", "pgd_at-ema", "pgd_at-awp", "pgd_at-parts", "ibd-natural-labels"}
+QUICK = {*QUICK, "ib_rar-mask", "pgd_at-rice", "pgd_at-ema", "pgd_at-awp", "pgd_at-parts", "ibd-natural-labels"}
 ROWS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OBJECTIVES]
 
 
@@ -161,9 +162,11 @@ def stepper(request, digits_run):
 def test_one_and_eight_devices_take_the_same_step(stepper, digits_run):
     """Values and the updated state agree within 1e-5, batch-norm statistics included.
 
-    Within 1e-4 for SiRIIB: derivatives of the polar factor enlarge the last bits by up to σ_max/σ_min.
+    Within 1e-4 for SiRIIB: derivatives of the polar factor enlarge the last bits by up to σ_max/σ_min; 3e-4 with norms
+    in place of their squares, whose derivatives are divided by them.
     """
     tolerance = 1e-4 if stepper.name.startswith("siriib") else 1e-5
+    tolerance *= 3 if stepper.name == "siriib-trades" else 1
     results = []
     for other in (Stepper(experiment(stepper.name, digits_run / "teacher", devices=1)), stepper):
         state, metrics = other(initial_state(other.experiment), steps=2)
