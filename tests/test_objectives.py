@@ -83,7 +83,7 @@ OBJECTIVES = {
     "siriib": (dict(name="siriib"), CE, dict(model=SINGULAR)),
     "siriib-trades": (
         dict(name="siriib", base="trades", lam=0.1, distance="l2_per_image"),
-        KL,
+        KL | dict(init="uniform"),  # near x, where it is flat, rounding decides the signs of its gradient
         dict(model=SINGULAR),
     ),
     "siriib-stop": (dict(name="siriib", lam=1.0, info_stop=True), CE, dict(model=SINGULAR)),
