@@ -20,6 +20,7 @@ uniform start. Cost: 23 to 27 forward passes per image; 200 epochs of TE are 200
 """
 
 from ibjax.config import base, parse_arg, smoke
+from ibjax.data import IMAGES
 
 METHODS = ("pgd_at", "trades", "awp", "te")
 ROWS = (*METHODS, *(f"{method}-cifar100" for method in METHODS), "wrn", "tiny")
@@ -51,6 +52,5 @@ def get_config(arg=None):
             config.validate.attack.update(eps="2/255", step_size="0.5/255")
             config.evaluate.update(eps="2/255", step_size="0.5/255")
     if small:
-        shape, classes = {"cifar10": ((32, 32, 3), 10), "cifar100": ((32, 32, 3), 100)}.get(data, ((64, 64, 3), 200))
-        smoke(config, shape, classes, dict(depth=10, width=1 if method == "wrn" else 4, dtype="float32"))
+        smoke(config, *IMAGES[data], dict(depth=10, width=1 if method == "wrn" else 4, dtype="float32"))
     return config

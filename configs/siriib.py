@@ -62,6 +62,7 @@ decompositions of 6 matrices of 32×32 per image (`benchmarks/information.py`).
 """
 
 from ibjax.config import base, parse_arg, smoke
+from ibjax.data import IMAGES
 
 METHODS = ("pgd_at", "trades", "awp", "te")
 LAMS = ("0", "1", "1.5", "3", "5", "30")
@@ -113,7 +114,6 @@ def get_config(arg=None):
             config.objective.lam = 1.0
             config.model.connections = 0
     if small:
-        shape, classes = {"cifar10": ((32, 32, 3), 10), "cifar100": ((32, 32, 3), 100)}.get(data, ((64, 64, 3), 200))
         backbone = dict(depth=10, width=1 if kind == "wrn" else 4, dtype="float32")
-        smoke(config, shape, classes, dict(backbone=backbone, scales=(16, 8), widths=(4, 4)))
+        smoke(config, *IMAGES[data], dict(backbone=backbone, scales=(16, 8), widths=(4, 4)))
     return config

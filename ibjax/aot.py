@@ -39,6 +39,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
 from ibjax import cluster, config, cores, errors, feed, main, run  # noqa: E402
+from ibjax.data import IMAGES  # noqa: E402
 from ibjax.errors import InputError, nearest  # noqa: E402
 from ibjax.experiment import build, initializer  # noqa: E402
 
@@ -73,16 +74,6 @@ class Collective(NamedTuple):
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|condition|body|branch_computations|true_computation|false_computation)=")
-# data.dataset, or data.name -> (shape of its images, classes); those of ImageNet have the recipe's size
-_SETS = {
-    "digits": ((8, 8, 1), 10),
-    "mnist": ((28, 28, 1), 10),
-    "cifar10": ((32, 32, 3), 10),
-    "cifar100": ((32, 32, 3), 100),
-    "svhn_cropped": ((32, 32, 3), 10),
-    "tiny_imagenet": ((64, 64, 3), 200),
-    "imagenet2012": (None, 1000),
-}
 _COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\("
 )
@@ -292,7 +283,7 @@ def _teachers(settings, given):
 
 def images_of(data: ConfigDict, shape: str | None, classes: int | None) -> tuple[tuple[int, ...], int]:
     """(shape, classes) of a recipe's images: as given, or what its data set is known to have; else InputError."""
-    known, number = _SETS.get(data.get("dataset", data.name), (None, None))
+    known, number = IMAGES.get(data.get("dataset", data.name), (None, None))
     if data.name == "synthetic":
         known, number = tuple(data.shape), data.num_classes
     if "size" in data:

@@ -328,7 +328,9 @@ def _save_examples(file, split, x_adv, trained):
 def main() -> None:
     """The command line of this module."""
     parser = run.command_line("ibjax.evaluate", __doc__)
-    parser.add_argument("--attacks", help="names, separated by commas; default: those of the run's configuration")
+    parser.add_argument(
+        "--attacks", type=run.names, help="names, separated by commas; default: those of the run's configuration"
+    )
     parser.add_argument("--n", type=int, help="number of test images; default: all")
     parser.add_argument("--samples", type=int, help="judge the mean of so many drawn predictions; default: no draw")
     parser.add_argument("--surrogate", type=Path, help="workdir of the run whose network is attacked instead")
@@ -336,9 +338,8 @@ def main() -> None:
 
     def command():
         cluster.initialize()
-        attacks = None if given.attacks is None else given.attacks.split(",")
         options = dict(n=given.n, samples=given.samples, surrogate=given.surrogate)
-        records = evaluate(given.workdir, given.checkpoint, attacks=attacks, **options)
+        records = evaluate(given.workdir, given.checkpoint, attacks=given.attacks, **options)
         if jax.process_index() == 0:
             print(report.table(records))
 

@@ -48,15 +48,25 @@ class Run(NamedTuple):
 
 def command_line(module: str, description: str | None) -> argparse.ArgumentParser:
     """The command line of a module that reads a run: --workdir and --checkpoint, for it to add to."""
-    parser = argparse.ArgumentParser(
+    parser = bare_command_line(module, description)
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--checkpoint", default="best", help="best, last or a step")
+    return parser
+
+
+def bare_command_line(module: str, description: str | None) -> argparse.ArgumentParser:
+    """The command line of any module, without arguments yet."""
+    return argparse.ArgumentParser(
         prog=f"python -m {module}",
         allow_abbrev=False,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--checkpoint", default="best", help="best, last or a step")
-    return parser
+
+
+def names(text: str) -> list[str]:
+    """The type of an argument that lists names, separated by commas."""
+    return text.split(",")
 
 
 def load(workdir: str | os.PathLike, checkpoint: str | int = "best") -> Run:

@@ -63,6 +63,20 @@ def digits_run(tmp_path_factory):
     return made if made.parent == own else Path(shutil.copytree(made, own / "digits"))
 
 
+def small_run(folder, shape=(8, 8, 1), attacks=("pgd-2",), **sections):
+    """`folder`, now the workdir of one epoch on synthetic images of 10 classes; `sections` of the configuration."""
+    from ibjax import config, main
+
+    settings = config.base()
+    for name, section in sections.items():
+        settings[name] = section
+    config.smoke(settings, shape, 10, {})
+    settings.epochs = 1
+    settings.evaluate.attacks = attacks
+    main.execute(settings, folder)
+    return folder
+
+
 def smoke_config(name, arg="smoke"):
     """The configuration of `configs/<name>.py:<arg>`, as the command line would load it."""
     return _recipe(name).get_config(arg)

@@ -142,7 +142,8 @@ def test_every_recipe_says_what_its_images_are():
         for row in runpy.run_path(str(file)).get("ROWS", ("",)):
             data = main.load_config(f"{file}:{row}").data
             if "path" not in data:  # of a user's own files nothing is known
-                aot.images_of(data, None, None)
+                (height, width, channels), classes = aot.images_of(data, None, None)
+                assert height == width and channels in (1, 3) and classes >= 10
 
 
 needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu, of the extra [tpu]")

@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import small_run
 from sklearn.svm import SVC
 
-from ibjax import main as training
 from ibjax.analysis import binarisation as analysis
 from ibjax.attacks import geometry
-from ibjax.config import base, smoke
 from ibjax.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -160,15 +159,8 @@ def test_verdicts():
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    settings = base()
-    settings.model = dict(name="cnn", widths=((8,),), hidden=())
-    settings.objective, settings.attack = dict(name="standard"), None
-    smoke(settings, (8, 8, 1), 10, {})
-    settings.epochs = 1
-    settings.evaluate.attacks = ("fgsm",)
-    folder = tmp_path_factory.mktemp("runs") / "small"
-    training.execute(settings, folder)
-    return folder
+    sections = dict(model=dict(name="cnn", widths=((8,),), hidden=()), objective=dict(name="standard"), attack=None)
+    return small_run(tmp_path_factory.mktemp("runs") / "small", attacks=("fgsm",), **sections)
 
 
 def test_a_run_is_tested_from_the_command_line(workdir, monkeypatch, capsys):

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import small_run
 
-from ibjax import evaluate, main, run, scoring
+from ibjax import evaluate, run, scoring
 from ibjax.analysis import calibration, corruptions
 from ibjax.attacks.pgd import pgd
-from ibjax.config import base, smoke
 from ibjax.errors import InputError
 from ibjax.models import resnet, siriib
 from ibjax.step import to_float
@@ -22,15 +22,8 @@ SIZES = dict(backbone=BACKBONE, scales=(8, 4), widths=(2,))
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A run on synthetic images of CIFAR's shape whose calibration stands beside the classifier."""
-    settings = base()
-    settings.model = dict(name="siriib", connections=0, **SIZES)
-    settings.objective = dict(name="siriib", lam=1.0)
-    smoke(settings, (32, 32, 3), 10, {})
-    settings.epochs = 1
-    settings.evaluate.attacks = ("pgd-2",)
-    folder = tmp_path_factory.mktemp("runs") / "isolated"
-    main.execute(settings, folder)
-    return folder
+    sections = dict(model=dict(name="siriib", connections=0, **SIZES), objective=dict(name="siriib", lam=1.0))
+    return small_run(tmp_path_factory.mktemp("runs") / "isolated", (32, 32, 3), **sections)
 
 
 @pytest.fixture(scope="module")

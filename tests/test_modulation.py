@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import small_run
 from PIL import Image
 
-from ibjax import main, run
+from ibjax import run
 from ibjax.analysis import attacked, modulation
-from ibjax.config import base, smoke
 from ibjax.errors import InputError
 from ibjax.models import resnet, siriib
 from ibjax.step import linen_net, to_float
@@ -22,15 +22,8 @@ SIZES = dict(backbone=BACKBONE, scales=(8, 4), widths=(2,))
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A run of SiRIIB's network on synthetic grey-scale images."""
-    settings = base()
-    settings.model = dict(name="siriib", connections=2, **SIZES)
-    settings.objective, settings.attack = dict(name="standard"), None
-    smoke(settings, (8, 8, 1), 10, {})
-    settings.epochs = 1
-    settings.evaluate.attacks = ("pgd-2",)
-    folder = tmp_path_factory.mktemp("runs") / "grey"
-    main.execute(settings, folder)
-    return folder
+    sections = dict(model=dict(name="siriib", connections=2, **SIZES), objective=dict(name="standard"), attack=None)
+    return small_run(tmp_path_factory.mktemp("runs") / "grey", **sections)
 
 
 def images(seed, channels=3, n=5):

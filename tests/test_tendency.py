@@ -69,8 +69,8 @@ def test_it_is_run_from_the_command_line(digits_run, capsys, monkeypatch):
 
 def test_names_are_as_many_as_classes():
     with pytest.raises(InputError, match="3 names; the data has 2 classes"):
-        attacked.class_names("a,b,c", 2)
-    assert attacked.class_names(None, 2) == ["0", "1"] and attacked.class_names("a,b", 2) == ["a", "b"]
+        attacked.class_names(["a", "b", "c"], 2)
+    assert attacked.class_names(None, 2) == ["0", "1"] and attacked.class_names(["a", "b"], 2) == ["a", "b"]
 
 
 @pytest.mark.parametrize("both", [True, False])

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ibjax import cluster, config, run
@@ -45,12 +46,23 @@ def attack(
     return scorer(trained.variables, split, seed, eps=eps, step_size=step_size, progress=name, keep=total)
 
 
-def class_names(given: str | None, count: int) -> list[str]:
-    """What --names gives the `count` classes, separated by commas; their numbers without it. InputError if not all."""
-    names = given.split(",") if given else [str(c) for c in range(count)]
+def class_names(given: list[str] | None, count: int) -> list[str]:
+    """What --names gives the `count` classes; their numbers without it. InputError if not all."""
+    names = given or [str(c) for c in range(count)]
     if len(names) != count:
         raise InputError(f"--names has {len(names)} names; the data has {count} classes")
     return names
+
+
+def feature_shapes(predict: Callable, variables: Any, input_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """tap -> its shape for one image, in the order in which the network makes them."""
+    found = {}
+
+    def note(variables, x):  # what eval_shape returns is sorted by name
+        found.update({name: feature.shape for name, feature in predict(variables, x)[1].items()})
+
+    jax.eval_shape(note, variables, jax.ShapeDtypeStruct((1, *input_shape), jnp.float32))
+    return found
 
 
 def predictions(predict: Callable, variables: Any, images: np.ndarray, batch_size: int) -> np.ndarray:

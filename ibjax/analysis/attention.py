@@ -167,7 +167,7 @@ def main() -> None:
     parser = run.command_line("ibjax.analysis.attention", __doc__)
     parser.add_argument("--attack", default="pgd-10", help="a name, as of an evaluation")
     parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")
-    parser.add_argument("--picture", type=Path, help="a PNG file, to be written")
+    pictures.add_argument(parser)
     given = parser.parse_args()
 
     def command():

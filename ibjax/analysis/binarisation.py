@@ -386,15 +386,16 @@ def lines(record: dict[str, Any]) -> Iterable[str]:
 def main() -> None:
     """The command line of this module."""
     parser = run.command_line("ibjax.analysis.binarisation", __doc__)
-    parser.add_argument("--attacks", help="names, separated by commas; default: those of the run's configuration")
+    parser.add_argument(
+        "--attacks", type=run.names, help="names, separated by commas; default: those of the run's configuration"
+    )
     parser.add_argument("--n", type=int, default=64, help="number of test images")
     parser.add_argument("--inner", type=int, default=999, help="points inside the ball, of each image")
     given = parser.parse_args()
 
     def command():
         cluster.initialize()
-        attacks = None if given.attacks is None else given.attacks.split(",")
-        record = evaluate(given.workdir, given.checkpoint, attacks=attacks, n=given.n, inner=given.inner)
+        record = evaluate(given.workdir, given.checkpoint, attacks=given.attacks, n=given.n, inner=given.inner)
         if jax.process_index() == 0:
             print("\n".join(lines(record)))
 

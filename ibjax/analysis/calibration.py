@@ -86,14 +86,15 @@ def lines(record: dict[str, Any]) -> Iterable[str]:
 def main() -> None:
     """The command line of this module."""
     parser = run.command_line("ibjax.analysis.calibration", __doc__)
-    parser.add_argument("--attacks", help="names, separated by commas; default: those of the run's configuration")
+    parser.add_argument(
+        "--attacks", type=run.names, help="names, separated by commas; default: those of the run's configuration"
+    )
     parser.add_argument("--n", type=int, help="number of test images; default: all")
     given = parser.parse_args()
 
     def command():
         cluster.initialize()
-        attacks = None if given.attacks is None else given.attacks.split(",")
-        record = evaluate(given.workdir, given.checkpoint, attacks=attacks, n=given.n)
+        record = evaluate(given.workdir, given.checkpoint, attacks=given.attacks, n=given.n)
         if jax.process_index() == 0:
             print("\n".join(lines(record)))
 

@@ -19,7 +19,6 @@ Writes `embedding/<checkpoint>.<attack>.npz` in each workdir (attack "clean" wit
 with `coordinates` (n, 2), `labels` and `predictions` (n,), and where they come from beside it in a .json.
 """
 
-import argparse
 import importlib.metadata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -57,9 +56,8 @@ class Embedding(NamedTuple):
 
 def taps(predict: Callable, variables: Any, input_shape: Sequence[int]) -> list[str]:
     """The features of a network that each image has one of; a random network also has some of its own."""
-    x = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
-    found = jax.eval_shape(predict, variables, x)[1]
-    return [name for name, feature in found.items() if feature.ndim > 1 and len(feature) == 1]
+    shapes = attacked.feature_shapes(predict, variables, input_shape)
+    return [name for name, shape in shapes.items() if len(shape) > 1 and shape[0] == 1]
 
 
 def features(predict: Callable, variables: Any, images: Any, batch_size: int, tap: str) -> np.ndarray:
@@ -252,20 +250,17 @@ def _legend(drawn, names):
 
 def main() -> None:
     """The command line of this module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ibjax.analysis.embedding",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = run.bare_command_line("ibjax.analysis.embedding", __doc__)
     parser.add_argument("--workdir", type=Path, action="append", required=True, help="again for a run beside it")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step")
     parser.add_argument("--attack", default=CLEAN, help="a name, as of an evaluation; default: the images as they are")
     parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")
     parser.add_argument("--tap", default="pre_logits", help="the feature, as stage4")
     parser.add_argument("--seed", type=int, default=33, help="of t-SNE")
-    parser.add_argument("--names", help="of the classes, in order, separated by commas; default: their numbers")
-    parser.add_argument("--picture", type=Path, help="draw them into FILE.png")
+    parser.add_argument(
+        "--names", type=run.names, help="of the classes, in order, separated by commas; default: their numbers"
+    )
+    pictures.add_argument(parser)
     given = parser.parse_args()
 
     def command():

@@ -20,6 +20,7 @@ import numpy as np
 
 from ibjax import checkpoint as checkpoints
 from ibjax import cluster, config, errors, run
+from ibjax.analysis.attacked import feature_shapes
 from ibjax.errors import InputError, nearest
 from ibjax.objectives.ib_rar import channel_information, permanent_mask
 from ibjax.step import TrainState, linen_net, to_float
@@ -30,8 +31,7 @@ BATCHES = 50
 def information(trained: run.Run, tap: str, batches: int = BATCHES) -> np.ndarray:
     """Mean nHSIC(Y, f_c) of each channel of a tap, shape (C,), over random batches of clean training images."""
     net = linen_net(trained.model)
-    x = jax.ShapeDtypeStruct((1, *trained.facts["input_shape"]), jnp.float32)
-    features = jax.eval_shape(net.predict, trained.variables, x)[1]
+    features = feature_shapes(net.predict, trained.variables, trained.facts["input_shape"])
     if tap not in features:
         raise InputError(f"--tap={tap} is no feature of the network; {nearest(tap, features)}")
     train, size = run.load_data(trained.config).train, trained.config.batch_size

@@ -173,16 +173,15 @@ def draw(record: dict[str, Any], shown: dict[str, Seen], file: Path) -> None:
 def main() -> None:
     """The command line of this module."""
     parser = run.command_line("ibjax.analysis.modulation", __doc__)
-    parser.add_argument("--attacks", help=f"names, separated by commas; default: {','.join(ATTACKS)}")
+    parser.add_argument("--attacks", type=run.names, help=f"names, separated by commas; default: {','.join(ATTACKS)}")
     parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")
-    parser.add_argument("--picture", type=Path, help="a PNG file to draw")
+    pictures.add_argument(parser)
     given = parser.parse_args()
 
     def command():
         pictures.check(given.picture)
         cluster.initialize()
-        attacks = None if given.attacks is None else given.attacks.split(",")
-        record, shown = evaluate(given.workdir, given.checkpoint, attacks=attacks, n=given.n)
+        record, shown = evaluate(given.workdir, given.checkpoint, attacks=given.attacks, n=given.n)
         if jax.process_index() == 0:
             print("\n".join(lines(record)))
             if given.picture:

@@ -3,6 +3,7 @@
 Text in which a $ is to be a $, as a run's title, is given with parse_math=False.
 """
 
+import argparse
 import logging
 import textwrap
 from collections.abc import Sequence
@@ -18,6 +19,11 @@ from ibjax.results import attack_label
 from ibjax.step import to_float
 
 _DPI = 140
+
+
+def add_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --picture, for `check` and then for drawing."""
+    parser.add_argument("--picture", type=Path, help="draw it into FILE.png")
 
 
 def check(file: Path | None) -> None:

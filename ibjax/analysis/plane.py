@@ -21,7 +21,6 @@ same command reads it and draws it again, another configuration is refused; a tr
 it starts again.
 """
 
-import argparse
 import json
 import logging
 import sys
@@ -256,25 +255,21 @@ def lines(found: dict[str, Any]) -> Iterable[str]:
 
 def main() -> None:
     """The command line of this module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ibjax.analysis.plane",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = run.bare_command_line("ibjax.analysis.plane", __doc__)
     parser.add_argument("--every", type=int, default=50, help="steps between two records")
     parser.add_argument("--n", type=int, default=200, help="number of test images")
-    parser.add_argument("--taps", help="features, separated by commas; default: IB-RAR's layers of the network")
+    parser.add_argument(
+        "--taps", type=run.names, help="features, separated by commas; default: IB-RAR's layers of the network"
+    )
     parser.add_argument("--attack", help="a name, as of an evaluation; default: the images as they are")
-    parser.add_argument("--picture", type=Path, help="draw it into FILE.png")
+    pictures.add_argument(parser)
     given, rest = parser.parse_known_args()
 
     def command():
         pictures.check(given.picture)
         asked = command_line.parse([sys.argv[0], *rest])
         cluster.initialize()
-        taps = given.taps.split(",") if given.taps else None
-        options = dict(every=given.every, n=given.n, taps=taps, attack=given.attack)
+        options = dict(every=given.every, n=given.n, taps=given.taps, attack=given.attack)
         found = record(asked.settings, asked.workdir, **options)
         if jax.process_index() == 0:
             print("\n".join(lines(found)))

@@ -45,13 +45,8 @@ SHOWN = 10  # images in the picture at most
 
 def spatial_taps(predict: Callable, variables: Any, input_shape: Sequence[int]) -> list[str]:
     """The features (B, H, W, C) of more than one pixel, in the order in which the network makes them."""
-    found = []
-
-    def note(variables, x):
-        found.extend(name for name, a in predict(variables, x)[1].items() if a.ndim == 4 and max(a.shape[1:3]) > 1)
-
-    jax.eval_shape(note, variables, jax.ShapeDtypeStruct((1, *input_shape), jnp.float32))
-    return found
+    shapes = attacked.feature_shapes(predict, variables, input_shape)
+    return [name for name, shape in shapes.items() if len(shape) == 4 and max(shape[1:3]) > 1]
 
 
 def explainer(predict: Callable, tap: str, chunk: int = CHUNK) -> Callable[[Any, np.ndarray, np.ndarray], np.ndarray]:
@@ -189,8 +184,10 @@ def main() -> None:
     parser.add_argument("--attack", default="pgd-20", help="a name, as of an evaluation")
     parser.add_argument("--n", type=int, default=8, help="number of test images")
     parser.add_argument("--tap", help="the feature, as stage4; default: the last map of more than one pixel")
-    parser.add_argument("--picture", type=Path, help="a PNG file to draw")
-    parser.add_argument("--names", help="of the classes, in order, separated by commas; default: their numbers")
+    pictures.add_argument(parser)
+    parser.add_argument(
+        "--names", type=run.names, help="of the classes, in order, separated by commas; default: their numbers"
+    )
     given = parser.parse_args()
 
     def command():

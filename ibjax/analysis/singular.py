@@ -216,16 +216,17 @@ def _fill(panels, example, scale):
 def main() -> None:
     """The command line of this module."""
     parser = run.command_line("ibjax.analysis.singular", __doc__)
-    parser.add_argument("--attacks", help="names, separated by commas; default: those of the run's configuration")
+    parser.add_argument(
+        "--attacks", type=run.names, help="names, separated by commas; default: those of the run's configuration"
+    )
     parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")
-    parser.add_argument("--picture", type=Path, help="a PNG file, to be written")
+    pictures.add_argument(parser)
     given = parser.parse_args()
 
     def command():
         pictures.check(given.picture)
         cluster.initialize()
-        attacks = None if given.attacks is None else given.attacks.split(",")
-        record = evaluate(given.workdir, given.checkpoint, attacks=attacks, n=given.n, picture=given.picture)
+        record = evaluate(given.workdir, given.checkpoint, attacks=given.attacks, n=given.n, picture=given.picture)
         if jax.process_index() == 0:
             print("\n".join(lines(record)))
 

@@ -16,6 +16,17 @@ import numpy as np
 
 from ibjax.errors import DataError
 
+# data.dataset, or data.name -> (shape of an image, classes); ImageNet's images have the recipe's size
+IMAGES: dict[str, tuple[tuple[int, int, int] | None, int]] = {
+    "digits": ((8, 8, 1), 10),
+    "mnist": ((28, 28, 1), 10),
+    "cifar10": ((32, 32, 3), 10),
+    "cifar100": ((32, 32, 3), 100),
+    "svhn_cropped": ((32, 32, 3), 10),
+    "tiny_imagenet": ((64, 64, 3), 200),
+    "imagenet2012": (None, 1000),
+}
+
 
 class Split(NamedTuple):
     """images (N, H, W, C) uint8, or float32 in [0, 1]; labels (N,) int32.
