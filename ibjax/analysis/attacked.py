@@ -20,9 +20,12 @@ from ibjax.step import to_float
 def load(
     workdir: Path, checkpoint: str = "best", *, attacks: Sequence[str] | None = None, n: int | None = None
 ) -> tuple[run.Run, dict[str, Any], Split]:
-    """(a run, its checked `evaluate` section, its test images); `attacks` and `n` in place of the section's."""
+    """(a run, its checked `evaluate` section, its test images); `attacks` and `n` in place of the section's.
+
+    The analyses judge a stochastic network on its mean, hence no `samples`.
+    """
     trained = run.load(workdir, checkpoint)
-    settings = config.plain(trained.config.evaluate)
+    settings = config.plain(trained.config.evaluate) | {"samples": None}
     settings |= {} if attacks is None else {"attacks": tuple(attacks)}
     settings |= {} if n is None else {"n": n}
     check_settings(settings)

@@ -47,13 +47,13 @@ from jax.sharding import NamedSharding
 from scipy.optimize import nnls
 from tqdm import tqdm
 
-from ibjax import cluster, config, errors, losses, run
+from ibjax import cluster, errors, losses, run
+from ibjax.analysis import attacked
 from ibjax.attacks import Attack, geometry
 from ibjax.attacks.autoattack import sub_attacks
 from ibjax.attacks.iterative import as_attack
 from ibjax.attacks.named import named
 from ibjax.errors import InputError, PreemptedError
-from ibjax.evaluate import check_settings
 from ibjax.scoring import TOLERANCE, percent
 from ibjax.step import linen_net, to_float
 
@@ -322,14 +322,10 @@ def evaluate(
     attacks: in place of those of the run's `evaluate` section, of which norm, eps and step size are.
     n, inner: test images, and points inside the ball of each.
     """
-    trained = run.load(workdir, checkpoint)
-    settings = config.plain(trained.config.evaluate) | {"n": n, "samples": None}
-    settings |= {} if attacks is None else {"attacks": tuple(attacks)}
-    check_settings(settings)
+    trained, settings, split = attacked.load(workdir, checkpoint, attacks=attacks, n=n)
     lengths = {key: settings[key] for key in ("norm", "eps", "step_size")}
     prepared = {name: attack_of(name, **lengths) for name in settings["attacks"]}
     features = features_of(trained.model, trained.facts["input_shape"])
-    split = run.test_split(trained, n)
     found = binarisation(
         features, trained.variables, split.images, {name: attack for name, (attack, _) in prepared.items()},
         norm=settings["norm"], eps=settings["eps"], inner=inner, seed=trained.config.seed,
