@@ -18,6 +18,7 @@ import importlib
 import inspect
 import logging
 import pkgutil
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -162,7 +163,7 @@ def page(results: Results) -> str:
 def origin(script: str) -> Results:
     """What every page says of where its numbers come from."""
     return {
-        "command": " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
         "hardware": run.hardware(),
         "versions": run.versions(),
         "commit": run.commit(),
