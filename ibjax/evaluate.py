@@ -328,9 +328,7 @@ def _save_examples(file, split, x_adv, trained):
 def main() -> None:
     """The command line of this module."""
     parser = run.command_line("ibjax.evaluate", __doc__)
-    parser.add_argument(
-        "--attacks", type=run.names, help="names, separated by commas; default: those of the run's configuration"
-    )
+    run.add_attacks(parser)
     parser.add_argument("--n", type=int, help="number of test images; default: all")
     parser.add_argument("--samples", type=int, help="judge the mean of so many drawn predictions; default: no draw")
     parser.add_argument("--surrogate", type=Path, help="workdir of the run whose network is attacked instead")

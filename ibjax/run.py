@@ -64,6 +64,13 @@ def bare_command_line(module: str, description: str | None) -> argparse.Argument
     )
 
 
+def add_attacks(parser: argparse.ArgumentParser) -> None:
+    """Adds --attacks, in place of those of the run's `evaluate` section."""
+    parser.add_argument(
+        "--attacks", type=names, help="names, separated by commas; default: those of the run's configuration"
+    )
+
+
 def names(text: str) -> list[str]:
     """The type of an argument that lists names, separated by commas."""
     return text.split(",")

@@ -1,5 +1,6 @@
 """A run's images under one of the named attacks, and what a network takes images for: for the analyses of these."""
 
+import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,13 @@ def attack(
     scorer = make_scorer(chosen, lambda variables, x, keys: predict(variables, x), settings, cluster.mesh())
     step_size = chosen.step_size(eps, settings["step_size"])
     return scorer(trained.variables, split, seed, eps=eps, step_size=step_size, progress=name, keep=total)
+
+
+def add_class_names(parser: argparse.ArgumentParser) -> None:
+    """Adds --names, for `class_names`."""
+    parser.add_argument(
+        "--names", type=run.names, help="of the classes, in order, separated by commas; default: their numbers"
+    )
 
 
 def class_names(given: list[str] | None, count: int) -> list[str]:

@@ -382,9 +382,7 @@ def lines(record: dict[str, Any]) -> Iterable[str]:
 def main() -> None:
     """The command line of this module."""
     parser = run.command_line("ibjax.analysis.binarisation", __doc__)
-    parser.add_argument(
-        "--attacks", type=run.names, help="names, separated by commas; default: those of the run's configuration"
-    )
+    run.add_attacks(parser)
     parser.add_argument("--n", type=int, default=64, help="number of test images")
     parser.add_argument("--inner", type=int, default=999, help="points inside the ball, of each image")
     given = parser.parse_args()

@@ -86,9 +86,7 @@ def lines(record: dict[str, Any]) -> Iterable[str]:
 def main() -> None:
     """The command line of this module."""
     parser = run.command_line("ibjax.analysis.calibration", __doc__)
-    parser.add_argument(
-        "--attacks", type=run.names, help="names, separated by commas; default: those of the run's configuration"
-    )
+    run.add_attacks(parser)
     parser.add_argument("--n", type=int, help="number of test images; default: all")
     given = parser.parse_args()
 

@@ -257,9 +257,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")
     parser.add_argument("--tap", default="pre_logits", help="the feature, as stage4")
     parser.add_argument("--seed", type=int, default=33, help="of t-SNE")
-    parser.add_argument(
-        "--names", type=run.names, help="of the classes, in order, separated by commas; default: their numbers"
-    )
+    attacked.add_class_names(parser)
     pictures.add_argument(parser)
     given = parser.parse_args()
 

@@ -185,9 +185,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=8, help="number of test images")
     parser.add_argument("--tap", help="the feature, as stage4; default: the last map of more than one pixel")
     pictures.add_argument(parser)
-    parser.add_argument(
-        "--names", type=run.names, help="of the classes, in order, separated by commas; default: their numbers"
-    )
+    attacked.add_class_names(parser)
     given = parser.parse_args()
 
     def command():

@@ -216,9 +216,7 @@ def _fill(panels, example, scale):
 def main() -> None:
     """The command line of this module."""
     parser = run.command_line("ibjax.analysis.singular", __doc__)
-    parser.add_argument(
-        "--attacks", type=run.names, help="names, separated by commas; default: those of the run's configuration"
-    )
+    run.add_attacks(parser)
     parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")
     pictures.add_argument(parser)
     given = parser.parse_args()

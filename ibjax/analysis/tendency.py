@@ -87,9 +87,7 @@ def main() -> None:
     parser.add_argument("--attack", default="pgd-10", help="a name, as of an evaluation")
     parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")
     parser.add_argument("--top", type=int, default=4, help="wrong classes in a row")
-    parser.add_argument(
-        "--names", type=run.names, help="of the classes, in order, separated by commas; default: their numbers"
-    )
+    attacked.add_class_names(parser)
     given = parser.parse_args()
 
     def command():
