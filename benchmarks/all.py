@@ -5,6 +5,7 @@
 | part        | script               | what                                                                            |
 |-------------|----------------------|---------------------------------------------------------------------------------|
 | pgd         | train_step.py        | the PGD-10 step against PyTorch, at two batch sizes                             |
+| two_devices | train_step.py        | the same where a CPU is divided into two devices; on CPUs only                  |
 | objectives  | train_step.py        | the step of every objective but SiRIIB against PyTorch                          |
 | information | information.py       | nHSIC, mask and SVD terms beside the step that they add to                      |
 | cost        | cost.py              | what each of the four methods adds to PGD-AT                                    |
@@ -26,6 +27,7 @@ import datetime
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -46,13 +48,15 @@ class Part(NamedTuple):
     accelerator: str = ""
     quick: str = "--quick"  # added by --quick
     timed: bool = True  # takes --quiet
-    needs: tuple[str, ...] = ()  # modules, or "workdir"
-    backend: str = ""  # where it runs, if not on the default
+    needs: tuple[str, ...] = ()  # modules, "workdir" or "cpu"
+    environment: tuple[str, ...] = ()  # NAME=VALUE
 
 
 TORCHATTACKS = ("torch", "torchattacks")
 PARTS = {
     "pgd": Part("train_step.py", "--batch 32 128", "--batch 128 512"),
+    "two_devices": Part("train_step.py", "--batch 32 128 --devices=2", needs=("cpu",),
+                        environment=("JAX_NUM_CPU_DEVICES=2",)),
     "objectives": Part("train_step.py", "--objective=all --batch 32 --repeats=3", "--objective=all --repeats=3",
                        "--quick --objective=trades,ibd,shared_information"),
     "information": Part("information.py"),
@@ -60,7 +64,7 @@ PARTS = {
     "scaling": Part("scaling.py"),
     "startup": Part("startup.py", timed=False),
     "flops": Part("compiled.py", "--what=flops", "--what=flops", "--quick --objective=mart,ibd", timed=False,
-                  backend="cpu"),
+                  environment=("JAX_PLATFORMS=cpu",)),
     "memory": Part("compiled.py", "--what=memory", "--what=memory", "--quick --objective=ibd --microbatches 1 2",
                    timed=False),
     "attacks": Part("attacks_vs_torch.py", quick="--n=16 --repeats=1 --only=pgd", timed=False,
@@ -71,12 +75,15 @@ PARTS = {
 }  # fmt: skip
 
 
-def missing(part: Part, workdir: Path | None) -> str:
+def missing(part: Part, workdir: Path | None, backend: str) -> str:
     """Why a part cannot run here, or ""."""
     for need in part.needs:
         if need == "workdir":
             if workdir is None:
                 return "needs --workdir, of a run of configs/small_cnn.py"
+        elif need == "cpu":
+            if backend != "cpu":
+                return "is for CPUs"
         elif importlib.util.find_spec(need) is None:
             return f"needs {need}, which is not installed"
     return ""
@@ -98,10 +105,9 @@ def run_part(name: str, given: argparse.Namespace, backend: str) -> str:
     folder = given.out.with_suffix(".parts")  # what is half done, and the logs
     folder.mkdir(parents=True, exist_ok=True)
     log, found = folder / f"{name}.log", folder / f"{name}.json"
-    line = command(name, given, backend, found)
-    environment = {"JAX_PLATFORMS": PARTS[name].backend} if PARTS[name].backend else {}
+    line, environment = command(name, given, backend, found), PARTS[name].environment
     begun = time.perf_counter()
-    with started(line, log, environment) as process:
+    with started(line, log, dict(pair.split("=") for pair in environment)) as process:
         code = process.wait()
     status = "done" if code == 0 else f"failed, exit code {code}"
     record = json.loads(found.read_text()) if found.is_file() else {}
@@ -109,7 +115,8 @@ def run_part(name: str, given: argparse.Namespace, backend: str) -> str:
     record |= {"table": table.read_text()} if table.is_file() else {}
     tail = {} if code == 0 else {"tail": log.read_text(errors="replace")[-2000:]}
     seconds = round(time.perf_counter() - begun, 1)
-    update(given.out, name, **{**record, "status": status, "command": line[1:], "seconds": seconds, **tail})
+    about = {"status": status, "command": line[1:], "environment": environment, "seconds": seconds}
+    update(given.out, name, **{**record, **about, **tail})
     return status
 
 
@@ -121,8 +128,9 @@ def page(content: dict) -> str:
         if name == "run":
             continue
         if "table" in part:
-            script = " ".join(part["command"]).partition(" --out=")[0].replace(f"{HERE}/", "benchmarks/")
-            lines += [f"## {name}", "", f"`python {script}`", "", part["table"], ""]
+            script = shlex.join(word for word in part["command"] if not word.startswith("--out="))
+            line = " ".join([*part["environment"], "python", script.replace(f"{HERE}/", "benchmarks/")])
+            lines += [f"## {name}", "", f"`{line}`", "", part["table"], ""]
         if part["status"] != "done":
             absent.append(f"- {name}: {part['status']}")
     return "\n".join(lines + (["## Not done", "", *absent, ""] if absent else []))
@@ -166,7 +174,7 @@ def main() -> None:
         if known.get(name, {}).get("status") == "done":
             print(f"{name}: was done before", flush=True)
             continue
-        if reason := missing(PARTS[name], given.workdir):
+        if reason := missing(PARTS[name], given.workdir, backend):
             update(given.out, name, status=f"left out: {reason}")
         else:
             failed |= run_part(name, given, backend) != "done"

@@ -1,11 +1,13 @@
 """Times one train step of ibjax against its plain PyTorch twin, alternating in one run: ResNet-18, any objective.
 
     python benchmarks/train_step.py [--objective=pgd_at,trades|all] [--batch 32 128] [--dtype=bfloat16] [--quiet]
+    JAX_NUM_CPU_DEVICES=2 python benchmarks/train_step.py --devices=2
 
 Speed is steps per second of ibjax over steps per second of the twin in the same round, as min – median – max: above 1,
 ibjax is faster. On a CPU the twin runs as NCHW and as channels-last; on CUDA as channels-last with bf16 autocast, eager
-and through `torch.compile`. Attacks have ten steps, teachers are ResNet-18 too, images are noise. The share of peak
-counts the forward passes that a method needs (`ibjax.analysis.flops`), F = 1.11 GFLOP.
+and through `torch.compile`. ibjax runs on --devices of its devices; those of a CPU are pretended and share its cores.
+Attacks have ten steps, teachers are ResNet-18 too, images are noise. The share of peak counts the forward passes
+that a method needs (`ibjax.analysis.flops`), F = 1.11 GFLOP.
 
 Writes a JSON with every single time, and the table beside it as Markdown.
 """
@@ -111,11 +113,12 @@ def measure(
     peak: float | None = None,
     compiled_twin: bool = True,
     quiet: bool = False,
+    devices: int = 1,
 ) -> dict[str, Any]:
     """One comparison: the record that the JSON holds. `n` is the number of steps per contestant and round."""
     given = methods.settings(name, network, attack_steps)
     case = methods.build(given, network, dtype=dtype, unroll=unroll)
-    runners = {"ibjax": methods.ibjax_steps(case, batch_size)}
+    runners = {"ibjax": methods.ibjax_steps(case, batch_size, devices=devices)}
     found, warnings = twins(name, network, batch_size, attack_steps, dtype, compiled_twin)
     runners |= found
     first = measuring.warm_up(runners, warnings)
@@ -132,6 +135,7 @@ def measure(
         "attack_steps": attack_steps,
         "batch": batch_size,
         "dtype": dtype,
+        "devices": devices,
         "unroll": unroll,
         "repeats": repeats,
         "steps_per_repeat": n,
@@ -163,7 +167,8 @@ def table(records: list[dict]) -> str:
                 measuring.ratio(times, ours) if kind != "ibjax" else "",
                 f"{100 * share[kind]:.1f} %" if share else "",
             )
-            rows.append((*about, kind, measuring.spread(times), *cells))
+            several = f", {record['devices']} devices" if kind == "ibjax" and record["devices"] > 1 else ""
+            rows.append((*about, kind + several, measuring.spread(times), *cells))
     return measuring.markdown(heads, rows)
 
 
@@ -172,10 +177,14 @@ def main() -> None:
     parser = measuring.command_line(__doc__, batches=((32,), (512,)))
     parser.add_argument("--objective", default="pgd_at", help=f"all, or some of {','.join(methods.NAMES)}")
     parser.add_argument("--unroll", choices=("auto", "true", "false"), default="auto", help="ibjax's attack loop")
+    parser.add_argument("--devices", type=int, default=1, help="of ibjax; the batch is divided among them")
     parser.add_argument("--peak-tflops", type=float, help="of the accelerator in bf16; default: known for some")
     given = measuring.parse(parser)
+    if not 1 <= given.devices <= jax.device_count():
+        parser.error(f"--devices={given.devices}: JAX has {jax.device_count()}; on a CPU, set JAX_NUM_CPU_DEVICES")
     size = dict(network=methods.TINY, attack_steps=1) if given.quick else {}
-    size |= dict(unroll={"auto": None, "true": True, "false": False}[given.unroll], peak=given.peak_tflops)
+    unroll = {"auto": None, "true": True, "false": False}[given.unroll]
+    size |= dict(unroll=unroll, peak=given.peak_tflops, devices=given.devices)
     page = measuring.Page("train_step", given.out, table, f"{given.repeats} rounds")
     for name in methods.chosen(parser, given.objective):
         for batch_size in given.batch:

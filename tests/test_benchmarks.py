@@ -85,12 +85,12 @@ def test_hsics_layers_are_those_of_the_network():
 
 # ---- the command that runs them all ----------------------------------------------------------------------------
 
-SCRIPT = """import json, pathlib, sys
+SCRIPT = """import json, os, pathlib, sys
 name, out = sys.argv[1], pathlib.Path(sys.argv[-1].removeprefix("--out="))
 with (out.parent / "ran").open("a") as log:
     log.write(name + " ")
 assert name != "bad", "this part fails"
-out.write_text(json.dumps({"records": [1], "command": sys.argv}))
+out.write_text(json.dumps({"records": [1], "given": os.environ.get("GIVEN")}))
 out.with_suffix(".md").write_text("| table |")
 """
 
@@ -125,6 +125,20 @@ def test_a_part_that_fails_is_named_and_stops_no_other_and_what_is_done_stays(th
 
     run_all(monkeypatch, three_parts)
     assert (three_parts.with_suffix(".parts") / "ran").read_text() == "bad good bad "
+
+
+def test_a_part_has_its_environment_and_its_line_can_be_pasted(three_parts, monkeypatch):
+    part = everything.PARTS["good"]
+    monkeypatch.setitem(everything.PARTS, "good", part._replace(environment=("GIVEN=2",), cpu="--a=(1,)"))
+    monkeypatch.setitem(everything.PARTS, "absent", part._replace(needs=("cpu",)))
+    assert run_all(monkeypatch, three_parts, "good,absent") == 0
+    found = json.loads(three_parts.read_text())
+    assert found["good"]["given"] == "2" and found["absent"]["status"] == "done"
+    assert f"`GIVEN=2 python {part.script} '--a=(1,)'`" in three_parts.with_suffix(".md").read_text()
+
+    monkeypatch.setattr(everything, "default_backend", lambda: "gpu")
+    run_all(monkeypatch, three_parts.with_name("b.json"), "absent")
+    assert json.loads(three_parts.with_name("b.json").read_text())["absent"]["status"] == "left out: is for CPUs"
 
 
 def test_an_unknown_part_and_mixed_sizes_are_refused(three_parts, monkeypatch, capsys):
