@@ -80,7 +80,7 @@ def build(
     def bind_net(frozen):
         return linen_net(model, modules, frozen)
 
-    train_step = make_train_step(
+    step = make_train_step(
         bind_net,
         objective,
         optimizer,
@@ -91,6 +91,11 @@ def build(
         steps_per_epoch=steps_per_epoch,
         microbatches=settings.microbatches,
     )
+
+    def train_step(state, batch, key, frozen=None):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # `information.linalg` splits its work over it
+            return step(state, batch, key, frozen)
+
     return Experiment(
         config=settings,
         data=data,
