@@ -146,13 +146,10 @@ def _with_added_statistics(variables, updated):
 def svd_loss(x_avg: Array, x: Array, d=mean_square) -> Array:
     """L_svd of calibrated images and their clean ones, (B, H, W, C) with H = W; gradients flow to x_avg only."""
 
-    def channels_first(images):
-        return jnp.moveaxis(images, -1, 1)  # (B, C, H, W): one matrix per image and colour channel
-
-    sigma_avg, polar_avg = singular_values_and_polar(channels_first(x_avg))
-    sigma, polar = lax.stop_gradient(singular_values_and_polar(channels_first(x)))
-    last = [jnp.moveaxis(values, 1, -1) for values in (sigma_avg, sigma, polar_avg, polar)]  # as the images have it
-    return d(last[0], last[1]) + d(last[2], last[3]) + d(x_avg, x)
+    pair = jnp.stack([x_avg, lax.stop_gradient(x)], axis=1)  # one SVD for both: a TPU's takes minutes to compile
+    sigma, polar = singular_values_and_polar(jnp.moveaxis(pair, -1, 2))  # (B, 2, C, H, W): one matrix per channel
+    sigma, polar = jnp.moveaxis(sigma, 2, -1), jnp.moveaxis(polar, 2, -1)  # as the images have it
+    return d(sigma[:, 0], sigma[:, 1]) + d(polar[:, 0], polar[:, 1]) + d(x_avg, x)
 
 
 def info_loss(adv: dict[str, Array], clean: dict[str, Array], d=mean_square, *, stop: bool = False) -> Array:
