@@ -5,8 +5,8 @@
 
 Each row is compiled as it stands, at its own batch size and bfloat16. Memory is that of a chip; images/s is what its
 FLOPs allow and what its bytes allow, never reached; "≥" where the program has loops other than the attack's, whose
-bodies FLOPs and bytes count once. "Collectives" counts the communication of one step;
-"in loops" would be communication inside an attack, of which there must be none.
+bodies FLOPs and bytes count once. "Collectives" counts the communication of one step; "in loops" would be that inside
+an attack or another loop, of which there must be none.
 
 One process per row, minutes each on two cores; the same command goes on where it was stopped. Writes a JSON and the
 table beside it.
@@ -16,7 +16,9 @@ import argparse
 import datetime
 import fnmatch
 import json
+import re
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -55,9 +57,17 @@ def compile_row(name: str, options: list[str], topology: str) -> dict[str, Any]:
         command += [*options, f"--json={found}"]
         process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if process.returncode:
-            last = [line for line in process.stderr.splitlines() if line.strip()][-1:]
-            return {"error": last[0][:200] if last else f"exit code {process.returncode}"}
+            return {"error": reason(process.returncode, process.stderr)}
         return json.loads(found.read_text())
+
+
+def reason(code: int, log: str) -> str:
+    """Why a compilation ended, in a line: the compiler's fatal one, the last one, or the signal."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    if code > 0:
+        return lines[-1][:200] if lines else f"exit code {code}"
+    fatal = [line for line in lines if re.match(r"F\d{4} ", line)]  # as Abseil logs: F1122 09:44:11.680648 … message
+    return f"the compiler crashed, {signal.Signals(-code).name} {fatal[0].partition('] ')[2] if fatal else ''}"[:200]
 
 
 def table(content: dict[str, Any]) -> str:

@@ -55,6 +55,17 @@ def test_collectives_are_found_in_the_loop_where_they_stand():
     assert [(item.kind, item.bytes) for item in gathered] == [("all-gather", 16 * 4 * 4)]
 
 
+def test_a_loop_that_only_moves_data_counts_as_none():
+    """Compilers for TPUs make one of a gather, as of the crops."""
+    lines = (
+        "ENTRY %main.1 (x: f32[8]) -> f32[8] {",
+        '  %a = f32[8] while(%x), condition=%c, body=%b, metadata={op_name="jit(step)/while/body/vmap()/gather" id=2}',
+        '  %d = f32[8] while(%a), condition=%c, body=%b, metadata={op_name="jit(step)/while/body/while" id=3}',
+        "}",
+    )
+    assert aot.loops("\n".join(lines)) == 1
+
+
 @pytest.mark.parametrize("name", ["pgd_at", "trades"])
 def test_the_attack_of_a_train_step_communicates_nothing(name):
     """On eight devices, loops rolled: batch statistics and gradients are summed once a step, and that is all."""

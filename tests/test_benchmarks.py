@@ -17,6 +17,7 @@ import compiled  # noqa: E402
 import measuring  # noqa: E402
 import methods  # noqa: E402
 import scaling  # noqa: E402
+import slices  # noqa: E402
 
 
 def test_every_objective_of_the_package_has_a_step():
@@ -158,3 +159,16 @@ def test_everything_runs_at_tiny_sizes(tmp_path):
     assert list(ended) == list(everything.PARTS)
     assert done.returncode == 0 and all(status.startswith(("done", "left out")) for status in ended.values()), ended
     assert found["flops"]["versions"]["jax"] and "quotient" in (tmp_path / "all.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "code, log, said",
+    [
+        (1, "loading\nerror: batch_size=100 does not divide\n", "error: batch_size=100 does not divide"),
+        (1, "", "exit code 1"),
+        (-4, "F1122 09:44:11.6  12 a.cc:7] Check failed: x\nE1122 RAW: Raising signal 4", "SIGILL Check failed: x"),
+        (-9, "loading\n", "the compiler crashed, SIGKILL"),
+    ],
+)
+def test_a_compilation_that_ends_says_why(code, log, said):
+    assert slices.reason(code, log).strip().endswith(said)
