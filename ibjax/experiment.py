@@ -18,6 +18,7 @@ from ibjax import checkpoint as checkpoints
 from ibjax import cluster, config, optim, perturb, run
 from ibjax.data import Arrays, augment
 from ibjax.errors import InputError
+from ibjax.information import placement
 from ibjax.step import Net, Objective, TrainState, Variables, init_state, linen_net, make_train_step
 
 
@@ -93,7 +94,7 @@ def build(
     )
 
     def train_step(state, batch, key, frozen=None):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # `information.linalg` splits its work over it
+        with placement.over(mesh):
             return step(state, batch, key, frozen)
 
     return Experiment(

@@ -1,4 +1,4 @@
-"""Factorisations of many matrices: right, split among devices, and on a CPU without calls that wait for its threads."""
+"""Factorisations of many matrices: right, and on a CPU without calls that wait for the threads they occupy."""
 
 import re
 
@@ -6,10 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
 
-from ibjax import cluster, cores
-from ibjax.aot import collectives
 from ibjax.information import hsic
 from ibjax.information.linalg import each_matrix
 from ibjax.information.svd import singular_values_and_polar
@@ -47,59 +44,3 @@ def test_two_svds_in_one_program_finish():
     x = jax.random.normal(jax.random.key(0), (128, 16, 16))
     both = jax.jit(svd)
     assert all(np.isfinite(both(x)) for _ in range(20))
-
-
-needs_devices = pytest.mark.skipif(jax.device_count() < 4, reason="needs several devices")
-
-
-def over_devices(f, *arrays):
-    """(f of arrays split among the devices, the program that computed it), as within a train step."""
-    mesh = cluster.mesh()
-    arrays = [jax.device_put(array, NamedSharding(mesh, cluster.BATCH)) for array in arrays]
-
-    def inside(*arrays):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return f(*arrays)
-
-    compiled = jax.jit(inside, out_shardings=NamedSharding(mesh, cluster.REPLICATED)).lower(*arrays).compile()
-    return compiled(*arrays), compiled.as_text()
-
-
-def of_images(x):
-    """What depends on singular values and polar factors of images (B, H, W, C), and on all images."""
-    s, p = singular_values_and_polar(jnp.moveaxis(x, -1, 1))
-    return jnp.sum(jnp.square(s)) + jnp.sum(p[..., 0, :] ** 3)
-
-
-def of_channels(z, y):
-    """nHSIC of labels with each channel of features (B, …, C)."""
-    operator = hsic.correlation_operator(hsic.scaled_gram(y), ridge=0.1)
-    return jnp.sum(hsic.nhsic_channels(operator[None], z, ridge=0.1, chunk=2) ** 2)
-
-
-@needs_devices
-@pytest.mark.parametrize("accelerator", (False, True))
-@pytest.mark.parametrize("channels", (jax.device_count() * 3, 3))  # which do, and do not, divide among the devices
-def test_several_devices_compute_what_one_does(accelerator, channels):
-    rng = np.random.default_rng(0)
-    size = 2 * jax.device_count()
-    x, z, y = (rng.normal(size=shape).astype("float32") for shape in ((size, 6, 6, 3), (size, 4, channels), (size, 5)))
-    for f, arrays in ((of_images, (x,)), (of_channels, (z, y))):
-        differentiated = jax.value_and_grad(f)
-        expected = differentiated(*arrays)
-        if accelerator:
-            differentiated = cores.elsewhere()(differentiated)
-        found, _ = over_devices(differentiated, *arrays)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, expected)
-
-
-@needs_devices
-@pytest.mark.parametrize("accelerator", (False, True))
-def test_no_device_waits_for_another_within_a_loop(accelerator):
-    size = jax.device_count()
-    x, z, y = (jnp.ones(shape) for shape in ((size, 6, 6, 3), (size, 4, 2 * size), (size, 5)))
-    for f, arrays in ((of_images, (x,)), (of_channels, (z, y))):
-        traced = cores.elsewhere()(jax.grad(f)) if accelerator else jax.grad(f)
-        _, program = over_devices(traced, *arrays)
-        found = collectives(program)
-        assert found and {item.depth for item in found} == {0}

@@ -123,7 +123,7 @@ def experiment(name, teacher, devices=8, **more):
         settings.attack = None
     else:
         settings.attack.update(attack, eps="0.02", step_size="0.01", unroll=False)
-    return build(settings)._replace(mesh=mesh(devices))
+    return build(settings, mesh=mesh(devices))
 
 
 class Stepper:

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ibjax.errors import InputError, nearest
+from ibjax.information import placement
 from ibjax.information.linalg import each_matrix
 
 SIGMA, RIDGE = 5.0, 1e-5
@@ -196,13 +197,13 @@ def nhsic_channels(
       features: (B, …, C); a channel's sample is all its positions.
       chunk: how many channels an accelerator treats at a time, each with a few (B, B) arrays; None: all at once.
     """
-    channels = jnp.moveaxis(features, -1, 0)  # (C, B, …)
+    channels = jnp.moveaxis(placement.split(features, 0), -1, 0)  # (C, B, …)
 
     def one(channel):
         operator = correlation_operator(scaled_gram(channel, sigma), ridge)
         return _products(r, operator[None])[:, 0]
 
-    return each_matrix(one, channels, chunk).T
+    return placement.everywhere(each_matrix(one, channels, chunk).T)
 
 
 def _products(r: Array, s: Array) -> Array:
@@ -215,7 +216,7 @@ def _product(a: Array, b: Array) -> Array:
 
 
 def _samples(x: Array) -> Array:
-    return at_least_float32(x.reshape(len(x), -1))  # (B, d)
+    return at_least_float32(placement.by_feature(x))  # (B, d)
 
 
 def at_least_float32(x: Array) -> Array:

@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 from jax import Array, lax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from ibjax import cores
+from ibjax.information import placement
 
 
 def each_matrix(f: Callable[[Array], Any], matrices: Array, chunk: int | None = None) -> Any:
@@ -17,14 +18,17 @@ def each_matrix(f: Callable[[Array], Any], matrices: Array, chunk: int | None = 
     threads. Where as many such calls run at a time as there are threads, all wait and none works: two batched SVDs in
     one program hung for good on two cores (jaxlib 0.10.2). A call for one matrix does not wait.
 
-    Within `jax.sharding.use_abstract_mesh` each device takes its share of the matrices where N divides. Left to itself
+    Within `placement.over` several devices each takes its share of the matrices where N divides. Left to itself
     the compiler gathers them on all devices, in every round of an iteration, and lets these agree when to stop.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    whose = PartitionSpec(mesh.axis_names)
-    if mesh.size > 1 and set(mesh.axis_types) == {AxisType.Auto} and len(matrices) % mesh.size == 0:
-        share = jax.shard_map(lambda part: _each(f, part, chunk), in_specs=whose, out_specs=whose, check_vma=False)
-        return share(matrices)
+    mesh = placement.devices()
+    if mesh is not None and len(matrices) % mesh.size == 0:
+        whose = PartitionSpec(mesh.axis_names)
+
+        def share(part):
+            return _each(f, part, chunk)
+
+        return jax.shard_map(share, mesh=mesh, in_specs=whose, out_specs=whose, check_vma=False)(matrices)
     return _each(f, matrices, chunk)
 
 

@@ -1,0 +1,82 @@
+"""The measures on several devices: the numbers of one, and little that changes hands."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from ibjax import cluster, cores
+from ibjax.aot import collectives
+from ibjax.information import hsic, placement, svd
+
+needs_devices = pytest.mark.skipif(jax.device_count() < 4, reason="needs several devices")
+
+
+def over_devices(f, *arrays, out=cluster.REPLICATED):
+    """(f of arrays split among the devices, the program that computed it), as within a train step."""
+    mesh = cluster.mesh()
+    arrays = [jax.device_put(array, NamedSharding(mesh, cluster.BATCH)) for array in arrays]
+
+    def inside(*arrays):
+        with placement.over(mesh):
+            return f(*arrays)
+
+    compiled = jax.jit(inside, out_shardings=NamedSharding(mesh, out)).lower(*arrays).compile()
+    return compiled(*arrays), compiled.as_text()
+
+
+def of_images(x):
+    """What depends on singular values and polar factors of images (B, H, W, C), and on all images."""
+    s, p = svd.singular_values_and_polar(jnp.moveaxis(x, -1, 1))
+    return jnp.sum(jnp.square(s)) + jnp.sum(p[..., 0, :] ** 3)
+
+
+def of_channels(z, y):
+    """nHSIC of labels with each channel of features (B, …, C)."""
+    operator = hsic.correlation_operator(hsic.scaled_gram(y), ridge=0.1)
+    return jnp.sum(hsic.nhsic_channels(operator[None], z, ridge=0.1, chunk=2) ** 2)
+
+
+def of_layers(z, y):
+    """nHSIC of labels with features, themselves and their last entries."""
+    operator = hsic.correlation_operator(hsic.scaled_gram(y), ridge=0.1)
+    return jnp.sum(hsic.nhsic_layers(operator[None], [z, z[..., -2:]], ridge=0.1) ** 2)
+
+
+@needs_devices
+@pytest.mark.parametrize("accelerator", (False, True))
+@pytest.mark.parametrize("channels", (jax.device_count() * 3, 3))  # which do, and do not, divide among the devices
+def test_several_devices_compute_what_one_does(accelerator, channels):
+    rng = np.random.default_rng(0)
+    size = 2 * jax.device_count()
+    x, z, y = (rng.normal(size=shape).astype("float32") for shape in ((size, 6, 6, 3), (size, 4, channels), (size, 5)))
+    for f, arrays in ((of_images, (x,)), (of_channels, (z, y)), (of_layers, (z, y))):
+        differentiated = jax.value_and_grad(f)
+        expected = differentiated(*arrays)
+        if accelerator:
+            differentiated = cores.elsewhere()(differentiated)
+        found, _ = over_devices(differentiated, *arrays)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, expected)
+
+
+@needs_devices
+@pytest.mark.parametrize("accelerator", (False, True))
+def test_no_device_waits_for_another_within_a_loop(accelerator):
+    size = jax.device_count()
+    x, z, y = (jnp.ones(shape) for shape in ((size, 6, 6, 3), (size, 4, 2 * size), (size, 5)))
+    for f, arrays in ((of_images, (x,)), (of_channels, (z, y))):
+        traced = cores.elsewhere()(jax.grad(f)) if accelerator else jax.grad(f)
+        _, program = over_devices(traced, *arrays)
+        found = collectives(program)
+        assert found and {item.depth for item in found} == {0}
+
+
+@needs_devices
+@pytest.mark.parametrize("f", (of_channels, of_layers))
+def test_no_device_is_given_all_features(f):
+    """They and their gradient change hands once each, a share per device; what is summed over devices is (B, B)."""
+    size = jax.device_count()
+    z, y = jnp.ones((size, 32, 8, 2 * size)), jnp.ones((size, 5))
+    _, program = over_devices(cores.elsewhere()(jax.grad(f)), z, y, out=cluster.BATCH)
+    assert sum(item.bytes for item in collectives(program)) < z.nbytes
