@@ -19,12 +19,16 @@ import methods  # noqa: E402
 import scaling  # noqa: E402
 import slices  # noqa: E402
 
+QUICK = ("trades", "mma", "awp", "ibd", "ib_rar", "shared_information", "siriib")  # the others are like one of these
+
 
 def test_every_objective_of_the_package_has_a_step():
     assert set(methods.NAMES) == {*comparison.names(), "awp"}
 
 
-@pytest.mark.parametrize("name", methods.NAMES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in methods.NAMES]
+)
 def test_each_step_can_be_traced(name):
     """With its attack, its teacher and its network, in float32 and, in two parts, in bfloat16."""
     given = methods.settings(name, methods.TINY, attack_steps=1)

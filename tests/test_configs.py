@@ -16,15 +16,8 @@ from ibjax.evaluate import check_settings
 ROOT = Path(__file__).parent.parent
 RECIPES = {file.stem: config_rows(file.stem) for file in sorted((ROOT / "configs").glob("*.py"))}
 ALL = [(name, row) for name, rows in RECIPES.items() for row in rows]
-# one for each kind of network; the digits are the `digits_run`, and `.ci/run` runs ibd_resnet18
-RUN = [
-    ("trades_wrn", "ibd"),
-    ("variational", "vib-mnist"),
-    ("baselines_shared", "mnist-mart"),
-    ("siriib", "pgd_at"),
-    ("ib_rar", "vgg16-pgd"),
-    ("shared_information", "resnet18"),
-]
+# networks of their own; the digits are the `digits_run`, and `.ci/run` runs ibd_resnet18
+RUN = [("siriib", "pgd_at"), ("shared_information", "resnet18")]
 OTHER = [(name, row) for name, row in ALL if (name, row) not in RUN and name != "digits"]
 
 
@@ -37,6 +30,20 @@ def distinct(rows):
         return name, re.sub(r"\d+(\.\d+)?", lambda number: str(float(number[0]) != 0), repr(config.plain(settings)))
 
     return list({program(*row): row for row in reversed(rows)}.values())[::-1]
+
+
+def slow_but_one_of_a_kind(rows):
+    """Of each recipe's rows of one method on one network, the first is quick."""
+    seen, marked = set(), []
+    for name, row in rows:
+        settings = smoke_config(name, f"{row},smoke")
+        parts = [
+            settings[section] and settings[section].name for section in ("objective", "model", "attack", "perturb")
+        ]
+        kind = (name, *parts, str(settings.objective.get("base")))
+        marked.append(pytest.param(name, row, marks=[pytest.mark.slow] if kind in seen else []))
+        seen.add(kind)
+    return marked
 
 
 def run(name, recipe_row, folder):
@@ -58,7 +65,7 @@ def test_every_other_row_runs_too(name, row, tmp_path):
     run(name, row, tmp_path / "run")
 
 
-@pytest.mark.parametrize("name, row", distinct(OTHER))
+@pytest.mark.parametrize("name, row", slow_but_one_of_a_kind(distinct(OTHER)))
 def test_every_row_can_be_traced(name, row):
     """The whole step and the validation, with teachers that have yet to be made; nothing is compiled."""
     train.check(smoke_config(name, f"{row},smoke"))

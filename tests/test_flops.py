@@ -88,15 +88,17 @@ def test_a_trades_step_costs_no_more_than_its_count():
 
 @pytest.mark.parametrize(("made", "section", "passes"), [
     (mart(), dict(name="mart"), 2 * 3 + 6),
-    (alp(), dict(name="alp"), 2 * 3 + 6),
+    pytest.param(alp(), dict(name="alp"), 2 * 3 + 6, marks=pytest.mark.slow),
     (mma(steps=3, search_steps=4), dict(name="mma", steps=3, search_steps=4), 2 * 3 + 2 + 4 + 6),
-    (te(), dict(name="te"), 2 * 3 + 1 + 3),
+    pytest.param(te(), dict(name="te"), 2 * 3 + 1 + 3, marks=pytest.mark.slow),
     (te(base="trades"), dict(name="te", base="trades"), 2 * 3 + 1 + 6),
-    (label_smoothing(), dict(name="label_smoothing"), 2 * 3 + 3),
-    (infoat_r(), dict(name="infoat_r"), 2 * 3 + 1 + 6),
+    pytest.param(label_smoothing(), dict(name="label_smoothing"), 2 * 3 + 3, marks=pytest.mark.slow),
+    pytest.param(infoat_r(), dict(name="infoat_r"), 2 * 3 + 1 + 6, marks=pytest.mark.slow),
     (ib_rar(layers="pre_logits"), dict(name="ib_rar"), 2 * 3 + 3),
-    (hbar(layers="pre_logits"), dict(name="hbar"), 2 * 3 + 1 + 6),
-    (shared_information(location="prediction"), dict(name="shared_information"), 2 * 3 + 6),
+    pytest.param(hbar(layers="pre_logits"), dict(name="hbar"), 2 * 3 + 1 + 6, marks=pytest.mark.slow),
+    pytest.param(
+        shared_information(location="prediction"), dict(name="shared_information"), 2 * 3 + 6, marks=pytest.mark.slow
+    ),
 ])  # fmt: skip
 def test_a_baselines_step_costs_no_more_than_its_count(made, section, passes):
     assert expected(**section) == passes
@@ -121,8 +123,8 @@ def test_an_ibd_step_asks_the_teacher_once_for_each_image_it_needs(teacher_featu
         (ibd, dict(labels="natural", matching="hand"), (6, 1, 1)),
         (ibd, dict(adversarial=False), (3, 1, 0)),
         (rslad, dict(), (6, 1, 0)),
-        (ard, dict(), (4, 1, 0)),
-        (iad, dict(), (6, 2, 0)),
+        pytest.param(ard, dict(), (4, 1, 0), marks=pytest.mark.slow),
+        pytest.param(iad, dict(), (6, 2, 0), marks=pytest.mark.slow),
         (iad, dict(variant="II"), (6, 1, 1)),
     ],
 )

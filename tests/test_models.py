@@ -247,7 +247,11 @@ def test_an_edit_of_a_normalised_tap_is_what_the_next_convolutions_see():
     np.testing.assert_array_equal(features["block2"], features["block1"])
 
 
-@pytest.mark.parametrize("name", ["resnet", "resnet_bottleneck", "preact_resnet", "wide_resnet_silu", "siriib"])
+@pytest.mark.parametrize(
+    "name",
+    ["resnet_bottleneck", "wide_resnet_silu"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet", "preact_resnet", "siriib")],
+)
 def test_rematerialisation_changes_no_value_and_no_gradient(name, built):
     """The same outputs, batch statistics and gradients; only in training, convolutions are computed twice."""
     model, variables, x, *_ = built(name)
