@@ -77,15 +77,20 @@ _CALLED = re.compile(r"(?:calls|to_apply|condition|body|branch_computations|true
 _COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\("
 )
+_PIECE = re.compile(r'chain_id="(\d+)"')  # a TPU's compiler interleaves one collective with several convolutions
 _NO_FLOPS = re.compile(r'op_name="[^"]*(/gather|/scatter|/dynamic_slice|/dynamic_update_slice|searchsorted.*/while)"')
 _SHAPE = re.compile(r"(pred|[a-z]+\d+)\[([\d,]*)\]")
 
 
 def collectives(program: str, around: int = 0) -> list[Collective]:
     """All communication in an optimised HLO module; `around` loops are around a step."""
-    found, sizes = Counter(), Counter()
+    found, sizes, chains = Counter(), Counter(), set()
     for line, depth in _lines(program):
         if match := _COLLECTIVE.search(line):
+            if piece := _PIECE.search(line):
+                if piece[1] in chains:
+                    continue
+                chains.add(piece[1])
             found[match[2], depth - around] += 1
             sizes[match[2], depth - around] += _bytes(match[1])
     return [Collective(kind, level, count, sizes[kind, level]) for (kind, level), count in sorted(found.items())]

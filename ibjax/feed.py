@@ -72,7 +72,7 @@ def make_dispatch(experiment: Experiment, capacity: int) -> Callable:
     The order of an epoch is a permutation drawn from (key, epoch); a last incomplete batch is left out.
     """
     batch_size, per_epoch = experiment.config.batch_size, experiment.steps_per_epoch
-    sharded = NamedSharding(experiment.mesh, cluster.BATCH)
+    sharded, replicated = (NamedSharding(experiment.mesh, spec) for spec in (cluster.BATCH, cluster.REPLICATED))
 
     def dispatch(state, images, labels, key, frozen, n):
         order_key, step_key = jax.random.split(key)
@@ -80,6 +80,8 @@ def make_dispatch(experiment: Experiment, capacity: int) -> Callable:
         order = jax.random.permutation(jax.random.fold_in(order_key, epoch), len(labels))
 
         def one(state):
+            # or the compiler may split a weight between two steps, and gather it in every step of the attack
+            state = lax.with_sharding_constraint(state, replicated)
             index = lax.dynamic_slice(order, (state.step % per_epoch * batch_size,), (batch_size,))
             index = lax.with_sharding_constraint(index, sharded)
             batch = {"image": images[index], "label": labels[index], "index": index}
@@ -100,7 +102,6 @@ def make_dispatch(experiment: Experiment, capacity: int) -> Callable:
         rows = jax.tree.map(lambda s: jnp.zeros((capacity, *s.shape), s.dtype), shapes)
         return lax.fori_loop(0, n, body, (state, rows))
 
-    replicated = NamedSharding(experiment.mesh, cluster.REPLICATED)
     return jax.jit(dispatch, donate_argnums=0, out_shardings=replicated)
 
 

@@ -68,6 +68,14 @@ def test_a_loop_without_flops_counts_as_none(name, count):
     assert aot.loops(f"ENTRY %main.1 (x: f32[8]) -> f32[8] {{\n  %a = f32[8] {loop}\n}}") == count
 
 
+def test_a_collective_in_pieces_is_one():
+    """A TPU's compiler lets it run on beside several convolutions, as pieces of a chain."""
+    piece = '  %g = bf16[64,100] all-gather(%x), channel_id=1, frontend_attributes={chain_id="3"}'
+    other = "  %h = bf16[64,100] all-gather(%x), channel_id=2"
+    program = "\n".join(("ENTRY %main.1 (x: bf16[16,100]) -> bf16[64,100] {", piece, piece, other, other, "}"))
+    assert aot.collectives(program) == [("all-gather", 0, 3, 3 * 64 * 100 * 2)]
+
+
 @pytest.mark.parametrize("name", ["pgd_at", "trades"])
 def test_the_attack_of_a_train_step_communicates_nothing(name):
     """On eight devices, loops rolled: batch statistics and gradients are summed once a step, and that is all."""
