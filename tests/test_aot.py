@@ -76,13 +76,13 @@ def test_a_collective_in_pieces_is_one():
     assert aot.collectives(program) == [("all-gather", 0, 3, 3 * 64 * 100 * 2)]
 
 
-@pytest.mark.parametrize("name", ["pgd_at", "trades"])
+@pytest.mark.parametrize("name", ["pgd_at", "trades", "ib_rar"])
 def test_the_attack_of_a_train_step_communicates_nothing(name):
     """On eight devices, loops rolled: batch statistics and gradients are summed once a step, and that is all."""
     settings = config.base()
     settings.model = dict(name="resnet", blocks=(1,), width=4)
     settings.objective = dict(name=name)
-    settings.attack.update(loss={"pgd_at": "ce", "trades": "kl"}[name], init="gaussian", steps=3)
+    settings.attack.update(loss="kl" if name == "trades" else "ce", init="gaussian", steps=3)
     settings.update(batch_size=16, log_every=2)
     found = aot.compile_step(aot.prepare(settings, (8, 8, 3), 4, {}), cluster.mesh(), 64)
     assert any(item.depth == 0 and item.kind == "all-reduce" for item in found["collectives"])
