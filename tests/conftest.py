@@ -63,6 +63,11 @@ def digits_run(tmp_path_factory):
     return made if made.parent == own else Path(shutil.copytree(made, own / "digits"))
 
 
+def others_slow(names, quick):
+    """Parameters of a test: `quick` among the names run by default, the others are left to -m slow."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def small_run(folder, shape=(8, 8, 1), attacks=("pgd-2",), **sections):
     """`folder`, now the workdir of one epoch on synthetic images of 10 classes; `sections` of the configuration."""
     from ibjax import config, main

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import others_slow
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
@@ -26,9 +27,7 @@ def test_every_objective_of_the_package_has_a_step():
     assert set(methods.NAMES) == {*comparison.names(), "awp"}
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in methods.NAMES]
-)
+@pytest.mark.parametrize("name", others_slow(methods.NAMES, QUICK))
 def test_each_step_can_be_traced(name):
     """With its attack, its teacher and its network, in float32 and, in two parts, in bfloat16."""
     given = methods.settings(name, methods.TINY, attack_steps=1)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import others_slow
 
 from ibjax.errors import InputError
 from ibjax.models import cnn, layers, preact_resnet, resnet, siriib, stochastic, vgg, wide_resnet
@@ -249,8 +250,10 @@ def test_an_edit_of_a_normalised_tap_is_what_the_next_convolutions_see():
 
 @pytest.mark.parametrize(
     "name",
-    ["resnet_bottleneck", "wide_resnet_silu"]
-    + [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet", "preact_resnet", "siriib")],
+    others_slow(
+        ("resnet", "resnet_bottleneck", "preact_resnet", "wide_resnet_silu", "siriib"),
+        quick=("resnet_bottleneck", "wide_resnet_silu"),
+    ),
 )
 def test_rematerialisation_changes_no_value_and_no_gradient(name, built):
     """The same outputs, batch statistics and gradients; only in training, convolutions are computed twice."""

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import smoke_config
+from conftest import others_slow, smoke_config
 from jax.sharding import AxisType
 
 from ibjax import checkpoint, cluster, config, feed, losses
@@ -149,7 +149,7 @@ class Stepper:
 # one row of each objective, and what changes the step itself; the other variants are left to -m slow
 QUICK = {section["name"]: name for name, (section, *_) in reversed(OBJECTIVES.items())}.values()
 QUICK = {*QUICK, "ib_rar-mask", "pgd_at-rice", "pgd_at-ema", "pgd_at-awp", "pgd_at-parts", "ibd-natural-labels"}
-ROWS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OBJECTIVES]
+ROWS = others_slow(OBJECTIVES, QUICK)
 
 
 @pytest.fixture(params=ROWS, scope="module")

@@ -1,13 +1,13 @@
 """Factorisations of many small matrices."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax import Array, lax
-from jax.sharding import PartitionSpec
 
-from ibjax import cores
+from ibjax import cluster, cores
 from ibjax.information import placement
 
 
@@ -23,12 +23,9 @@ def each_matrix(f: Callable[[Array], Any], matrices: Array, chunk: int | None = 
     """
     mesh = placement.devices()
     if mesh is not None and len(matrices) % mesh.size == 0:
-        whose = PartitionSpec(mesh.axis_names)
-
-        def share(part):
-            return _each(f, part, chunk)
-
-        return jax.shard_map(share, mesh=mesh, in_specs=whose, out_specs=whose, check_vma=False)(matrices)
+        share = functools.partial(_each, f, chunk=chunk)
+        split = jax.shard_map(share, mesh=mesh, in_specs=cluster.BATCH, out_specs=cluster.BATCH, check_vma=False)
+        return split(matrices)
     return _each(f, matrices, chunk)
 
 

@@ -15,6 +15,8 @@ import jax
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ibjax import cluster
+
 _mesh = contextvars.ContextVar("mesh", default=None)
 
 
@@ -40,13 +42,13 @@ def split(x: Array, axis: int) -> Array:
     mesh = devices()
     if mesh is None or x.shape[axis] % mesh.size:
         return everywhere(x)
-    return lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*(None,) * axis, mesh.axis_names)))
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*(None,) * axis, *cluster.BATCH)))
 
 
 def everywhere(x: Array) -> Array:
     """`x`, all of it on every device."""
     mesh = devices()
-    return x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
+    return x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, cluster.REPLICATED))
 
 
 def by_feature(x: Array) -> Array:
