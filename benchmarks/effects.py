@@ -192,8 +192,9 @@ def terms(trained: run.Run, objective: Objective, names: tuple[str, ...], n: int
     def metrics(variables, images, labels, key):
         x = to_float(images)
         x_adv = attack(key, lambda x: net.predict(variables, x)[0], x, labels)
-        index, step, epoch = jnp.arange(len(labels)), jnp.int32(0), jnp.float32(0)
-        batch = {"image": x, "label": labels, "index": index, "step": step, "epoch": epoch}
+        index, zero = jnp.arange(len(labels)), jnp.int32(0)
+        batch = {"image": x, "label": labels, "index": index}
+        batch |= {"step": zero, "epoch_step": zero, "epoch": jnp.float32(0)}
         return objective.loss(still, variables, batch, x_adv, key)[1][1]
 
     test = run.load_data(settings).test

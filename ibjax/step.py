@@ -25,7 +25,7 @@ from ibjax.cores import in_parts
 
 Variables = dict[str, Any]
 # "image" (B, H, W, C) float32 in [0, 1], "label" and "index" (B,) int32; "step" int32 and "epoch" float32, both of
-# what is done before this step (epoch 0.5: half of the first)
+# what is done before this step (epoch 0.5: half of the first); "epoch_step" int32, the steps done of this epoch
 Batch = dict[str, Array]
 Output = tuple[Array, dict[str, Array]]  # logits (B, C) float32, features
 Edits = Mapping[str, Callable[[Array], Array]]  # tap -> what to do with it on its way through the network
@@ -253,7 +253,8 @@ def make_train_step(
         x = to_float(batch["image"])
         batch = {**batch, "image": augment(augment_key, x) if augment else x}
         whole, rest = jnp.divmod(state.step, steps_per_epoch)  # so that floor(epoch) is exact wherever division is not
-        progress = {"step": state.step, "epoch": whole.astype(jnp.float32) + rest.astype(jnp.float32) / steps_per_epoch}
+        epoch = whole.astype(jnp.float32) + rest.astype(jnp.float32) / steps_per_epoch
+        progress = {"step": state.step, "epoch": epoch, "epoch_step": rest}
 
         def one(variables, part, keys):
             return differentiate(net, variables, {**part, **progress}, *keys)

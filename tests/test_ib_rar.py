@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from ibjax.errors import InputError
@@ -18,7 +19,7 @@ from ibjax.objectives.ib_rar import (
     permanent_mask,
 )
 from ibjax.objectives.pgd_at import pgd_at
-from ibjax.step import Net
+from ibjax.step import Net, Objective, TrainState, make_train_step, trainable
 
 B, CLASSES, WIDTHS = 16, 3, (12, 9)
 RNG = np.random.default_rng(0)
@@ -28,7 +29,7 @@ Y = np.arange(B) % CLASSES
 BATCH = {
     "image": jnp.asarray(X),
     "label": jnp.asarray(Y),
-    "step": jnp.int32(20),
+    "epoch_step": jnp.int32(20),
     "epoch": jnp.float32(1.5),
 }
 VARIABLES = {
@@ -242,12 +243,61 @@ def test_the_papers_rule_masks_the_share_that_tells_least_of_the_label():
     assert evaluate(every)[0] == pytest.approx(plain)  # 5 % of 12 channels are none
 
 
-def test_the_mask_comes_every_tenth_step_but_not_at_the_first():
+def test_the_mask_comes_every_tenth_step_of_an_epoch_but_not_at_its_first():
+    """The authors' `batch_idx % 10 == 0 and batch_idx != 0`; the paper's rule leaves none out."""
     objective = ib_rar(mask_tap="stage1", mask_channels=2, layers=("fc1",))
     plain = evaluate(ib_rar(layers=("fc1",)))[0]
-    values = [evaluate(objective, {**BATCH, "step": jnp.int32(step)})[0] for step in (0, 5, 10, 20)]
+    values = [evaluate(objective, {**BATCH, "epoch_step": jnp.int32(step)})[0] for step in (0, 5, 10, 20)]
     np.testing.assert_allclose(values[:2], plain, rtol=1e-6)
     assert abs(values[2] - plain) > 1e-3 and values[2] == values[3]
+
+
+def test_the_steps_of_an_epoch_are_counted_from_its_first():
+    """Step 490 of epochs of 490 steps is the first of the second: no mask there, as in the authors' code."""
+    seen = {}
+
+    def record(net, variables, batch, x_adv, key):
+        seen.update({name: batch[name] for name in ("step", "epoch_step", "epoch")})
+        return jnp.sum(variables["params"]["out"]), (variables, dict(seen))
+
+    objective = Objective(lambda net, variables, batch, key: batch["label"], record, attack_losses=())
+    optimizer = optax.sgd(0.0)
+    step = jax.jit(make_train_step(lambda _: NET, objective, optimizer, None, steps_per_epoch=490))
+    state = TrainState(jnp.int32(0), VARIABLES, optimizer.init(trainable(VARIABLES)), None)
+    batch = {"image": BATCH["image"], "label": BATCH["label"]}
+    for done, expected in ((0, 0), (489, 489), (490, 0), (500, 10), (980, 0)):
+        _, metrics = step(state._replace(step=jnp.int32(done)), batch, jax.random.key(0))
+        assert (int(metrics["step"]), int(metrics["epoch_step"])) == (done, expected)
+        assert float(metrics["epoch"]) == pytest.approx(done / 490)
+
+
+def test_the_terms_see_the_masked_feature_but_of_pre_logits_the_unmasked():
+    """As the authors' VGG16 appends the feature after its mask, and their ResNet-18 the pooled vector before it."""
+
+    def renamed(forward):
+        def call(variables, x, key, edits=None):
+            edits = {"stage1": edits["pre_logits"]} if edits else None
+            (logits, features), variables = forward(variables, x, key, edits)
+            return (logits, {"pre_logits": features["stage1"], "fc1": features["fc1"]}), variables
+
+        return call
+
+    def terms(tap, net, **options):
+        objective = ib_rar(base="standard", mask_tap=tap, mask_channels=2, layers=tap, **options)
+        loss, (_, metrics) = objective.loss(net, VARIABLES, BATCH, None, jax.random.key(0))
+        return [float(metrics[name]) for name in ("nhsic_x", "nhsic_y")], float(loss)
+
+    z = CLEAN[0]
+    edit = batch_mask(BATCH["image"], BATCH["label"], CLASSES, jnp.bool_(True), 2)
+    masked_z = np.asarray(edit(jnp.asarray(z, jnp.float32)))
+    resnet = NET._replace(forward=renamed(NET.forward))
+    (vgg_terms, vgg_loss), (resnet_terms, resnet_loss) = terms("stage1", NET), terms("pre_logits", resnet)
+    np.testing.assert_allclose(vgg_terms, information([masked_z]), rtol=2e-5)
+    np.testing.assert_allclose(resnet_terms, information([z]), rtol=2e-5)
+    assert abs(vgg_terms[1] - resnet_terms[1]) > 1e-3
+    # what follows is masked in both: the losses differ by the terms alone
+    difference = np.array([0.008, -0.08]) @ (np.array(vgg_terms) - np.array(resnet_terms))
+    np.testing.assert_allclose(vgg_loss - resnet_loss, difference, atol=1e-5)
 
 
 def test_the_masks_channels_get_no_gradient_and_the_mask_passes_none():

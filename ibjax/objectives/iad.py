@@ -17,9 +17,15 @@ The student trusts its teacher by A, and itself by 1 − A:
 | α_2    | alpha_2             | 0           | 0.25         |
 |        | begin               | 60          | 40           |
 |        | weight_teacher_term | True        | True         | False: the first term without A, as the code of "I"
+|        | passes              | "once"      | "once"       | or "code", see below
 
-Gradients flow through p_s(x) as well. Batch-norm: training-mode passes over x', then x. The authors attack in training
-mode (`config.attack_bn = "train"`). Teachers are frozen.
+Gradients flow through p_s(x) as well. Teachers are frozen. The authors attack in training mode (`config.attack_bn =
+"train"`). Batch-norm, training-mode passes in order:
+
+    passes   variant   before `begin`   from `begin` on
+    once     I, II     x', x            x', x
+    code     I         x', x', x        x', x', x, x           as the authors' code, which computes some of them for naught
+    code     II        x'               x', x                  as the authors' code
 """
 
 from typing import NamedTuple
@@ -28,6 +34,7 @@ import jax.numpy as jnp
 
 from ibjax import losses
 from ibjax.errors import InputError, check_range, nearest
+from ibjax.objectives import passes as training_passes
 from ibjax.objectives.standard import accuracy
 from ibjax.step import Objective
 
@@ -41,6 +48,11 @@ class Defaults(NamedTuple):
 
 
 DEFAULTS = {"I": Defaults(1.0, 0.0, 60), "II": Defaults(0.5, 0.25, 40)}
+# passes -> variant -> (those always made, those made from `begin` on)
+PASSES = {
+    "once": {"I": (("adv", "clean"), ()), "II": (("adv", "clean"), ())},
+    "code": {"I": (("adv", "adv", "clean"), ("clean",)), "II": (("adv",), ("clean",))},
+}
 
 
 def iad(
@@ -51,6 +63,7 @@ def iad(
     alpha_2: float | None = None,
     begin: int | None = None,
     weight_teacher_term: bool = True,
+    passes: str = "once",
 ) -> Objective:
     """Introspective adversarial distillation; None means the variant's default. Its attack is PGD on cross-entropy."""
     if variant not in DEFAULTS:
@@ -59,6 +72,9 @@ def iad(
     alpha = defaults.alpha if alpha is None else alpha
     alpha_2 = defaults.alpha_2 if alpha_2 is None else alpha_2
     begin = defaults.begin if begin is None else begin
+    if passes not in PASSES:
+        raise InputError(f"objective.passes='{passes}' is unknown; {nearest(passes, PASSES)}")
+    always, later = PASSES[passes][variant]  # `later`: a pass that only counts from `begin` on
     check_range("objective.beta", beta, 0)
     check_range("objective.alpha", alpha, 0, 1)
     check_range("objective.begin", begin, 0)
@@ -70,14 +86,18 @@ def iad(
         return batch["label"]
 
     def loss(net, variables, batch, x_adv, key):
-        y = batch["label"]
-        (adv, _), variables = net.forward(variables, x_adv, key)
-        (clean, _), variables = net.forward(variables, batch["image"], key)
+        y, begun = batch["label"], batch["epoch"] >= begin
+        images = {"clean": batch["image"], "adv": x_adv}
+        outputs, variables = training_passes.forward(net, variables, images, always, key)
+        if later:
+            more, updated = training_passes.forward(net, variables, images, later, key)
+            outputs, variables = more | outputs, training_passes.where(begun, updated, variables)
+        clean, adv = outputs["clean"][0], outputs["adv"][0]
         t_adv, _ = net.teacher(x_adv)
         t_u, s_u = (net.teacher(batch["image"])[0], clean) if variant == "I" else (t_adv, adv)
 
         A = jnp.exp(-beta * losses.cross_entropy(t_adv, y))  # p_t(y | x')^β
-        A = jnp.where(batch["epoch"] >= begin, A, 1.0)
+        A = jnp.where(begun, A, 1.0)
         from_teacher = losses.kl_logits(t_u, adv)
         from_itself = losses.kl_logits(clean, adv)
         value = alpha * ((A if weight_teacher_term else 1.0) * from_teacher + (1 - A) * from_itself)
