@@ -28,7 +28,7 @@ _FACTORIES = {"models": "Model", "data": "load", "objectives": None, "attacks": 
 
 
 def base() -> ConfigDict:
-    """All keys, with the defaults of the CIFAR experiments (Rice et al.'s settings of PGD training)."""
+    """All keys; the defaults are PGD training with the schedule, network and attack of IBD's Table 1."""
     config = ConfigDict()
     config.title = ""  # how reports call the run; empty: the folder's name
     config.seed = 0

@@ -287,6 +287,25 @@ def test_the_weights_of_both_matchings_sum_to_the_number_of_teacher_layers(stude
     np.testing.assert_allclose(loss, 6, rtol=1e-5)
 
 
+def test_the_stem_is_a_layer_before_the_blocks_or_stages():
+    """After its activation where there is one, in both matchings; a network without one is refused."""
+    stems = {"stem": RESNET["block1"] + 1}, {"stem": WIDE["block1"] + 1, "stem_relu": WIDE["block1_relu"] + 2}
+    student, teacher = RESNET | stems[0], WIDE | stems[1]
+    found, expected = layers_of(teacher, "stage", stem=True), [teacher[f"{s}_relu"] for s in ("stem", "stage1")]
+    assert len(found) == 4 and len(layers_of(student, "stage", stem=True)) == 5
+    jax.tree.map(np.testing.assert_array_equal, found[:2], expected)
+    jax.tree.map(np.testing.assert_array_equal, found[1:], layers_of(teacher, "stage"))
+    ends = [(student[s], teacher[f"{s}_relu"]) for s in ("stem", "stage1", "stage2", "stage3")]
+    by_hand = 4 / 4 * sum(energy_differences([s], [t], "square").mean() for s, t in ends)
+    np.testing.assert_allclose(hand_matching(student, teacher, "stage", "square", True), by_hand, rtol=1e-5)
+    head = AttentionMatching(8, "stage", stem=True)
+    _, attention = head.apply(head.init(KEY, student, teacher, train=False), student, teacher, train=False)
+    assert attention.shape == (12, 4, 5)
+    with pytest.raises(InputError, match="need a 'stem'"):
+        layers_of(RESNET, "stage", stem=True)
+    assert ibd(stem=True, granularity="stage").head.stem
+
+
 def test_hand_matching_has_no_weights_of_its_own():
     objective = ibd(matching="hand")
     assert objective.head is None

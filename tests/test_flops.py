@@ -158,6 +158,22 @@ def test_forward_passes_too_many_are_noticed():
     assert ratio > BAR * expected("trades")
 
 
+@pytest.mark.parametrize(
+    ("name", "passes", "wanted"),
+    [
+        ("pgd_at", "adv", 9),
+        ("pgd_at", "adv,adv,clean", 11),
+        ("trades", "clean,adv", 13),
+        ("trades", "adv,clean,clean", 14),
+        ("label_smoothing", None, 9),
+        ("label_smoothing", "adv,clean,clean", 11),
+    ],
+)
+def test_a_pass_for_the_statistics_costs_one_more(name, passes, wanted):
+    assert expected(name, passes=passes) == wanted
+    assert expected("pgd_at", clean_forward=True) == 10 and expected("trades", forwards=3) == 14
+
+
 def test_an_unknown_method_has_no_count():
     assert expected("some_method") is None
 

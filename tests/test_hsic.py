@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
 from ibjax.errors import InputError
 from ibjax.information import hsic
@@ -138,6 +139,14 @@ def test_knn_width_is_the_mean_distance_to_the_nearest_others():
 
 
 # ---- properties ----------------------------------------------------------------------------------------------
+
+
+def test_nhsic_is_in_the_tens_where_hsic_is_about_6e_7():
+    """What the page says of their sizes, on 100 digits and features of a random layer."""
+    x = jnp.asarray(load_digits().images[:100] / 16, jnp.float32)
+    t = jnp.tanh(x.reshape(100, -1) @ jax.random.normal(jax.random.key(0), (64, 200)) / 8)
+    np.testing.assert_allclose(hsic.hsic(hsic.scaled_gram(x), hsic.scaled_gram(t)), 6e-7, rtol=0.1)
+    assert 10 < float(hsic.nhsic_cca(x, t)) < 30
 
 
 def test_hsic_is_not_negative_and_ignores_the_order_of_samples():

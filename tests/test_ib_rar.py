@@ -147,6 +147,18 @@ def test_hbar_is_its_formula_with_the_clean_features(base):
     assert order == passes
 
 
+@pytest.mark.parametrize("base", ["pgd_at", "trades", "mart"])
+def test_hbar_on_adversarial_features_is_its_formula(base):
+    """X = x' and its features in both terms, and the same passes."""
+    expected, passes = HBAR[base]
+    with_x, with_y = information(ADV, X_ADV)
+    value, _, order, _ = evaluate(hbar(base=base, lambda_x=0.02, lambda_y=0.3, hsic_adv=True))
+    np.testing.assert_allclose(value, expected + 0.02 * with_x - 0.3 * with_y, rtol=2e-5)
+    assert order == passes
+    with pytest.raises(InputError, match="needs adversarial images"):
+        hbar(base="standard", hsic_adv=True)
+
+
 def test_the_options_of_the_terms_are_what_they_say():
     def terms(**options):
         metrics = evaluate(ib_rar(**options))[3]

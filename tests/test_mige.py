@@ -16,7 +16,10 @@ def cosine(a, b):
 
 
 def ssge(x, share):
-    """The estimator as it is defined, in loops and float64: eigenfunctions, their mean gradients, their sum."""
+    """The estimator as it is defined, in loops and float64: eigenfunctions, their mean gradients, their sum.
+
+    J is the first number of eigenvalues whose sum reaches the share.
+    """
     m = len(x)
     differences = x[:, None] - x[None]
     squared = (differences**2).sum(-1)

@@ -51,6 +51,20 @@ def test_the_estimate_is_donsker_varadhans_bound():
     jax.tree.map(np.testing.assert_array_equal, after, variables)
 
 
+def test_a_projection_comes_before_the_layers():
+    """A linear map of the pair: the same estimate as with its product in the first layer."""
+    module, features = Mine("latent", (16, 16), projection=3), pairs(jax.random.key(0), 0.8)[0]
+    variables = start(module, features)
+    params = variables["params"]
+    assert params["projection"]["dense"]["kernel"].shape == (2 * K, 3)
+    assert params["dense1"]["dense"]["kernel"].shape == (3, 16)
+    first, second = (params[name]["dense"] for name in ("projection", "dense1"))
+    merged = {"kernel": first["kernel"] @ second["kernel"], "bias": first["bias"] @ second["kernel"] + second["bias"]}
+    plain = {**{name: params[name] for name in ("dense2", "out")}, "dense1": {"dense": merged}}
+    expected, _ = apply(Mine("latent", (16, 16)), {**variables, "params": plain}, features, features)
+    np.testing.assert_allclose(apply(module, variables, features, features)[0], expected, rtol=1e-4, atol=1e-6)
+
+
 def test_marginal_pairs_are_one_cycle_and_follow_the_key():
     """No sample is paired with itself, and every sample is a partner once."""
     for n in (1, 2, 7):

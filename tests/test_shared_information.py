@@ -145,6 +145,16 @@ def test_the_mine_head_is_trained_with_the_network():
     assert float(after.variables["head"]["batch_stats"]["count"]) == 1
 
 
+def test_mines_network_follows_the_options():
+    head = shared_information(information="mine", mine_widths=(7, 5), mine_projection=256).head
+    features = NET.predict(VARIABLES, BATCH["image"])[1]
+    params = head.init(KEY, features, None, train=False)["params"]
+    shapes = {name: layer["dense"]["kernel"].shape for name, layer in params.items()}
+    pair = 2 * features["z"].shape[1]
+    assert shapes == {"projection": (pair, 256), "dense1": (256, 7), "dense2": (7, 5), "out": (5, 1)}
+    assert shared_information(information="mine").head.widths == (512, 512)
+
+
 def test_at_the_prediction_no_stochastic_layer_is_needed():
     value(location="prediction", lam=0.1)
     model = cnn.Model(4, **{key: option for key, option in CNN.items() if key != "name"})
@@ -172,6 +182,8 @@ def test_without_a_stochastic_layer_in_evaluation_the_attack_sees_the_mean():
         dict(alpha=2.0),
         dict(neighbours=0),
         dict(information="mine", location="prediction"),
+        dict(information="mine", mine_widths=(512, 0)),
+        dict(information="mine", mine_projection=0),
     ],
 )
 def test_impossible_options_are_refused(options):

@@ -10,8 +10,8 @@
 |------------------|-------------------------------------------|
 | standard         | 3                                         |
 | label smoothing  | 2k + 3            (3: base="standard")    |
-| PGD-k            | 2k + 3            (+ 1: clean_forward)    |
-| TRADES-k         | 2k + 1 + 6        (+ 3: forwards=3)       |
+| PGD-k            | 2k + 3                                    |
+| TRADES-k         | 2k + 1 + 6                                |
 | MART-k, ALP-k    | 2k + 6                                    |
 | TE-k             | 2k + 1 + 3        (+ 3: base="trades")    |
 | MMA-k            | 2k + 2 + s + 6    (s search_steps)        |
@@ -27,7 +27,8 @@
 | HBaR             | 2k + 6            (3: base="standard"; + 1: "trades")                                      |
 | shared information | 2k + 6                                |
 
-MMA shows the network x once more than its update does, to know which images are right. A weight perturbation takes the
+A pass that only moves the running statistics (`objective.passes`) costs 1 more, or nothing where the compiler sees that
+it repeats another. MMA shows the network x once more than its update does, to know which images are right. A weight perturbation takes the
 update's forward and backward passes a second time. k attack steps; t and a are one forward pass of the teacher and of
 the assistant in units of the student's. Gram matrices are not counted: at a batch of 128 those of IB-RAR are about a
 hundredth of a ResNet-18 step. FLOPs are XLA's own count, which leaves out padding. A rolled loop's body is counted
@@ -103,15 +104,17 @@ def expected_forwards(settings: ConfigDict, teacher: float = 0.0, assistant: flo
         steps, restarts = attack.get("steps", 1 if attack.name == "fgsm" else 10), attack.get("restarts", 1)
         ascent = 2 * steps if restarts == 1 else restarts * (2 * steps + 1)
     rest = 0  # passes that are neither an attack's nor an update's
+    made = (objective.get("passes") or "").count(",") + 1  # in training mode
+    more = made - (2 if objective.name == "trades" else 1) if "passes" in objective else 0
     match objective.name:
         case "standard":
             update = 3
         case "pgd_at":
-            update, rest = 3, bool(objective.get("clean_forward"))
+            update, rest = 3, more + bool(objective.get("clean_forward"))
         case "trades":
-            update, rest = 3 * objective.get("forwards", 2), 1
+            update, rest = 6, 1 + more + objective.get("forwards", 2) - 2
         case "label_smoothing":
-            update = 3
+            update, rest = 3, more
         case "mart" | "alp":
             update = 6
         case "infoat_r":
@@ -133,7 +136,9 @@ def expected_forwards(settings: ConfigDict, teacher: float = 0.0, assistant: flo
             only_statistics = objective.get("alpha", 1.0) == 1
             update, rest = 3 if only_statistics else 6, only_statistics + teacher
         case "iad":
-            update, rest = 6, teacher + (teacher if objective.get("variant", "I") == "I" else assistant)
+            first = objective.get("variant", "I") == "I"
+            update, rest = 6, teacher + (teacher if first else assistant)
+            rest += 2 * (first and objective.get("passes") == "code")
         case "vib" | "ceb":
             update = 3
         case "ib_rar":

@@ -8,7 +8,8 @@ scores by the spectral Stein gradient estimator, SSGE: Shi, Sun & Zhu, ICML 2018
 
 | symbol | code  | default |
 |--------|-------|---------|
-| J      | share | 0.99    | the largest eigenvalues λ_j of the Gram matrix that together make this share of all
+| J      | share | 0.99    | the smallest number of largest eigenvalues λ_j of the Gram matrix whose sum reaches this
+|        |       |         | share of all: the one with which it does counts. The authors' code leaves that one out
 
 The width of the Gaussian kernel is the median distance between two samples.
 

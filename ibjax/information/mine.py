@@ -5,11 +5,12 @@
 
 The gradient of the logarithm of a minibatch mean is biased; with the moving average in the denominator much less.
 
-| symbol   | code   | default    |
-|----------|--------|------------|
-| T        | widths | (512, 512) | ReLU layers, then one number
-| M        | decay  | 0.99       |
-|          | tap    | required   | the feature that is Z
+| symbol   | code       | default    |
+|----------|------------|------------|
+| T        | widths     | (512, 512) | ReLU layers, then one number
+|          | projection | None       | a linear map of the pair (z, z') to so many numbers comes before them
+| M        | decay      | 0.99       |
+|          | tap        | required   | the feature that is Z
 """
 
 import flax.linen as nn
@@ -36,6 +37,7 @@ class Mine(nn.Module):
 
     tap: str
     widths: tuple[int, ...] = (512, 512)
+    projection: int | None = None
     decay: float = 0.99
 
     @nn.compact
@@ -47,6 +49,8 @@ class Mine(nn.Module):
         t = jnp.concatenate(
             [jnp.concatenate([z, z], 0), jnp.concatenate([z_other, z_other[partner]], 0)], 1
         )  # (2B, 2K)
+        if self.projection is not None:
+            t = Dense(self.projection, name="projection")(t)
         for i, width in enumerate(self.widths, 1):
             t = nn.relu(Dense(width, name=f"dense{i}")(t))
         joint, marginal = jnp.split(Dense(1, name="out")(t)[:, 0], 2)

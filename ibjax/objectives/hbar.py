@@ -1,7 +1,7 @@
 """HBaR: Wang, Jian, Masoomi, Ioannidis & Dy, "Revisiting Hilbert-Schmidt Information Bottleneck for Adversarial
 Robustness", NeurIPS 2021.
 
-    L = w·L_base + Σ_l [ λ_x·nHSIC(X, T_l) − λ_y·nHSIC(Y, T_l) ]               T_l, X: of the clean images, always
+    L = w·L_base + Σ_l [ λ_x·nHSIC(X, T_l) − λ_y·nHSIC(Y, T_l) ]               X, T_l: of the clean images, or of x'
 
     base       L_base
     standard   CE(x)
@@ -16,10 +16,11 @@ Robustness", NeurIPS 2021.
 | w      | base_weight   | 1       |
 | σ, ε   | sigma, ridge  | 5, 1e-5 | σ in units of √dimension; the label kernel is linear
 | l      | layers        | "all"   | or names; of VGG16 the authors have stage1 to stage4, fc1 and fc2
+|        | hsic_adv      | False   | True: X = x' and T_l its features; the authors' code has this choice with "mart"
 |        | robust_weight | None    | of KL; None: the base's own in the table above
 
 Batch-norm: training-mode passes over x', then x, for "pgd_at", where the second only gives the features; x, then x',
-for "trades" and "mart"; x for "standard".
+for "trades" and "mart"; x for "standard". `hsic_adv` changes none of them.
 
 Deviations from the authors' code: labels have one column per class of the data set, theirs always ten.
 """
@@ -28,6 +29,7 @@ import jax
 
 from ibjax.errors import InputError, check_range, nearest
 from ibjax.information import hsic
+from ibjax.objectives import passes
 from ibjax.objectives.ib_rar import CHOICES, ORIGINAL_WEIGHTS, base_loss, dependence, layers_of
 from ibjax.step import Objective
 
@@ -40,12 +42,15 @@ def hbar(
     lambda_x: float = 0.0005,
     lambda_y: float = 0.005,
     layers: "str | tuple[str, ...]" = "all",
+    hsic_adv: bool = False,
     sigma: float = hsic.SIGMA,
     ridge: float = hsic.RIDGE,
 ) -> Objective:
     """HSIC bottleneck as regulariser; its attack is that of its base."""
     if base not in CHOICES["base"]:
         raise InputError(f"objective.base='{base}' is unknown; {nearest(base, CHOICES['base'])}")
+    if hsic_adv and base == "standard":
+        raise InputError("objective.hsic_adv=True needs adversarial images; base='standard' has none")
     robust_weight = ORIGINAL_WEIGHTS.get(base, 0.0) if robust_weight is None else robust_weight
     given = dict(base_weight=base_weight, robust_weight=robust_weight, lambda_x=lambda_x, lambda_y=lambda_y)
     for name, value in given.items():
@@ -61,14 +66,12 @@ def hbar(
     def loss(net, variables, batch, x_adv, key):
         x = batch["image"]
         order = {"standard": ("clean",), "pgd_at": ("adv", "clean")}.get(base, ("clean", "adv"))
-        outputs = {}
-        for name, key_u in zip(order, jax.random.split(key, len(order)), strict=True):
-            outputs[name], variables = net.forward(variables, x if name == "clean" else x_adv, key_u)
-        (clean, features), adv = outputs["clean"], outputs.get("adv", (None,))[0]
-
-        natural, metrics = base_loss(base, "original", [clean] if adv is None else [clean, adv], batch, robust_weight)
-        taps = layers_of(features, layers)
-        with_x, with_y = dependence(x, batch["label"], clean.shape[-1], taps, sigma=sigma, ridge=ridge)
+        outputs, variables = passes.forward(net, variables, {"clean": x, "adv": x_adv}, order, key)
+        logits = [outputs[name][0] for name in ("clean", "adv") if name in outputs]
+        natural, metrics = base_loss(base, "original", logits, batch, robust_weight)
+        taps = layers_of(outputs["adv" if hsic_adv else "clean"][1], layers)
+        shown, classes = x_adv if hsic_adv else x, logits[0].shape[-1]
+        with_x, with_y = dependence(shown, batch["label"], classes, taps, sigma=sigma, ridge=ridge)
         value = base_weight * natural + lambda_x * with_x - lambda_y * with_y
         metrics |= {"loss": value, "nhsic_x": with_x, "nhsic_y": with_y}
         return value, (variables, metrics)

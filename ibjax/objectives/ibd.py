@@ -17,7 +17,8 @@
 | inner goal  | attack_target    | "teacher" | y_t; or "student": TRADES's KL(p_s(x) || p_s(x')), as the paper's text
 | Z_t from    | teacher_features | "adv"     | or "nat", as the authors' code does
 |             | teacher_noise    | 0         | the authors' code shows the teacher x + 0.001·N(0, 1)
-| layers      | granularity      | "block"   | or "stage" (the authors' earlier code)
+| layers      | granularity      | "block"   | as the authors' last code; or "stage": the last block of each stage
+|             | stem             | False     | True: the stem too; with "stage" our reading of the authors' earlier code
 | p_t·p_s     | positional       | True      | absent from the paper's formula
 | query ReLU  | query_relu       | False     | present in the paper's formula
 | e           | energy           | "square"  | mean over channels of z²; "mean" of z, as the paper's text says
@@ -27,7 +28,9 @@ A weight perturbation (IBD+AWP) climbs L without L_feat.
 
 Deviations from the authors' code, which does not run as published: KL in place of the paper's cross-entropy (they
 differ by the teacher's entropy, a constant; the attack may use either); with `teacher_noise` the noise is not the
-very draw that starts the attack. β multiplies squared differences of unit-norm maps *divided by H·W*:
+very draw that starts the attack. Their last code takes the features 1 to 15 of the teacher and 1 to 8 of the student,
+blocks without the stem, their earlier code 0 to 4 of both; the networks that return them are not published, and five
+are a ResNet's stem and four stages (a WideResNet has three). β multiplies squared differences of unit-norm maps *divided by H·W*:
 L_feat ≤ Σ_i 2/(H_i·W_i), 0.2 for a WRN-34-10 teacher; other scalings change the method by orders of magnitude.
 """
 
@@ -62,6 +65,7 @@ def ibd(
     teacher_features: str = "adv",
     teacher_noise: float = 0.0,
     granularity: str = "block",
+    stem: bool = False,
     qk_dim: int = 128,
     positional: bool = True,
     query_relu: bool = False,
@@ -80,7 +84,7 @@ def ibd(
     check_range("objective.qk_dim", qk_dim, 1)
     head = None
     if beta and matching == "adaptive":
-        head = AttentionMatching(qk_dim, granularity, positional, query_relu, energy)
+        head = AttentionMatching(qk_dim, granularity, positional, query_relu, energy, stem)
     needed = {"teacher": labels == "robust" or bool(beta), "assistant": labels == "natural"}
     teachers = tuple(role for role, is_needed in needed.items() if is_needed)
 
@@ -131,7 +135,7 @@ def ibd(
     def match(variables, features_s, features_t):
         """(L_feat, variables)."""
         if head is None:
-            return hand_matching(features_s, features_t, granularity, energy), variables
+            return hand_matching(features_s, features_t, granularity, energy, stem), variables
         (feature, _), updated = head.apply(
             variables["head"], features_s, features_t, train=True, mutable=["batch_stats"]
         )

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ibjax.errors import InputError
 from ibjax.models.layers import BatchNorm, Dense, global_average
 
 
@@ -36,10 +37,11 @@ class AttentionMatching(nn.Module):
     positional: bool = True
     query_relu: bool = False
     energy: str = "square"
+    stem: bool = False
 
     @nn.compact
     def __call__(self, student: dict[str, Array], teacher: dict[str, Array], train: bool) -> tuple[Array, Array]:
-        z_s, z_t = layers_of(student, self.granularity), layers_of(teacher, self.granularity)
+        z_s, z_t = (layers_of(features, self.granularity, self.stem) for features in (student, teacher))
         n, m, d, batch = len(z_t), len(z_s), self.qk_dim, z_s[0].shape[0]
 
         query = [
@@ -65,30 +67,37 @@ class AttentionMatching(nn.Module):
         return jnp.sum(jnp.mean(jnp.sum(attention * difference, -1), 0)), attention
 
 
-def hand_matching(student: dict[str, Array], teacher: dict[str, Array], granularity: str, energy: str) -> Array:
+def hand_matching(
+    student: dict[str, Array], teacher: dict[str, Array], granularity: str, energy: str, stem: bool = False
+) -> Array:
     """L_feat for layers of the same level, n · mean_pairs mean_b mean_{hw} (ê_s − ê_t)².
 
     The pairs are layer j with layer j where both networks have the same maps (equal architectures), else the last
     blocks of the stages that both have. The paper does not say which; the factor n keeps the meaning of β.
     """
-    z_s, z_t = layers_of(student, granularity), layers_of(teacher, granularity)
+    z_s, z_t = (layers_of(features, granularity, stem) for features in (student, teacher))
     n = len(z_t)
     if [z.shape[1:3] for z in z_s] != [z.shape[1:3] for z in z_t]:
-        z_s, z_t = layers_of(student, "stage"), layers_of(teacher, "stage")
+        z_s, z_t = (layers_of(features, "stage", stem) for features in (student, teacher))
     pairs = zip(z_s, z_t, strict=False)  # a ResNet's fourth stage has no partner in a WideResNet
     differences = [jnp.mean(energy_differences([s], [t], energy)) for s, t in pairs]
     return n * jnp.mean(jnp.stack(differences))
 
 
-def layers_of(features: dict[str, Array], granularity: str) -> list[Array]:
-    """The post-activation taps of all blocks (or stages) in order, without the stem.
+def layers_of(features: dict[str, Array], granularity: str, stem: bool = False) -> list[Array]:
+    """The post-activation taps of all blocks (or stages) in order, with `stem` after the stem's.
 
     Pre-activation networks offer `blockN_relu`, what the next block sees; others are after a ReLU as they are.
     """
-    names = {int(match[1]): match[0] for name in features if (match := re.fullmatch(rf"{granularity}(\d+)", name))}
-    if not names:  # a plain network has convolutions for blocks
-        names = {int(match[1]): match[0] for name in features if (match := re.fullmatch(r"conv(\d+)", name))}
-    return [features.get(f"{names[i]}_relu", features[names[i]]) for i in sorted(names)]
+    numbers = {int(match[1]): match[0] for name in features if (match := re.fullmatch(rf"{granularity}(\d+)", name))}
+    if not numbers:  # a plain network has convolutions for blocks
+        numbers = {int(match[1]): match[0] for name in features if (match := re.fullmatch(r"conv(\d+)", name))}
+    names = [numbers[i] for i in sorted(numbers)]
+    if stem:
+        if "stem" not in features:
+            raise InputError("objective.stem=True: student and teacher need a 'stem'; plain networks have none")
+        names = ["stem", *names]
+    return [features.get(f"{name}_relu", features[name]) for name in names]
 
 
 def energy_differences(z_s: list[Array], z_t: list[Array], energy: str) -> Array:

@@ -1,5 +1,5 @@
 """Adversarial training: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018;
-with the settings of Rice, Wong & Kolter, "Overfitting in Adversarially Robust Deep Learning", ICML 2020.
+as in Rice, Wong & Kolter, "Overfitting in Adversarially Robust Deep Learning", ICML 2020.
 
     L = CE(f(x'), y),      x' = PGD on CE
 

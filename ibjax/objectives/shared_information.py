@@ -15,6 +15,8 @@ Recognition 134, 2023 (MERL TR2022-141).
 | λ      | lam         | 1e-3; the recipes with "mine" and "mige" have 0.01                                  |
 | k      | neighbours  | 10, of "hsic" and "trace"                                                            |
 | I      | information | "hsic", biased; "trace", without its (B − 1)⁻²; "nhsic"; "mine"; "mige"             |
+|        | mine_widths | (512, 512), the ReLU layers of MINE's network                                       |
+|        | mine_projection | None; 256: a linear map of the pair (z, z') to so many numbers comes before them |
 |        | location    | "latent": p(z|x) of a stochastic layer; "prediction": p(y|x), which needs none      |
 
 Use with model=dict(name="stochastic", …): each view draws one z for the CE terms and I; attack and test see z = μ. The
@@ -28,7 +30,9 @@ Batch-norm: training-mode passes over x', then x.
 Read from an incomplete text: gradients flow through both views; the divergence is summed over dimensions; the kernel
 is exp(−d²/(2σ²)) (the minus sign is missing in the paper), its width without gradient, of z and z' separately. The
 biased HSIC is of order 0.05 here, so that λ = 1e-3 makes it nearly vanish; what the paper's ablation shows of this
-term suggests another scale, hence "trace", and "nhsic", which is another measure with other kernels.
+term suggests another scale, hence "trace", and "nhsic", which is another measure with other kernels. MINE's network is
+"256 – 512 – 512 – 1": read as K = 256 numbers of each view and two ReLU layers, or with `mine_projection=256` as 256
+inputs in all.
 """
 
 import jax
@@ -59,6 +63,8 @@ def shared_information(
     lam: float = 1e-3,
     neighbours: int = 10,
     information: str = "hsic",
+    mine_widths: tuple[int, ...] = (512, 512),
+    mine_projection: int | None = None,
     location: str = "latent",
 ) -> Objective:
     """Shared information; its attack is PGD on cross-entropy."""
@@ -73,9 +79,11 @@ def shared_information(
     check_range("objective.ramp", ramp, 1)
     check_range("objective.lam", lam, 0)
     check_range("objective.neighbours", neighbours, 1)
+    for width in mine_widths if mine_projection is None else (mine_projection, *mine_widths):
+        check_range("objective.mine_widths and mine_projection", width, 1)
     if information == "mine" and location == "prediction":
         raise InputError("objective.information='mine' goes with location='latent'; its network is sized for z")
-    mine = Mine(tap="z") if information == "mine" and lam else None
+    mine = Mine("z", mine_widths, mine_projection) if information == "mine" and lam else None
 
     def target(net, variables, batch, key):
         return batch["label"]
