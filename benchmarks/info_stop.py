@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import effects
-import jax
 import measuring
 import numpy as np
 from ml_collections import ConfigDict

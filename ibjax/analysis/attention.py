@@ -92,7 +92,8 @@ def attention(
 
     shapes = jax.eval_shape(features, trained.variables, experiment.frozen, images[:1], taught[:1])
     student, teacher = (
-        [str(name) for name in layers_of({name: name for name in taps}, module.granularity, module.stem)] for taps in shapes
+        [str(name) for name in layers_of({name: name for name in taps}, module.granularity, module.stem)]
+        for taps in shapes
     )
     return np.concatenate([part(first) for first in range(0, len(images), batch_size)]), teacher, student
 

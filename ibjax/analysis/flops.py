@@ -27,13 +27,13 @@
 | HBaR             | 2k + 6            (3: base="standard"; + 1: "trades")                                      |
 | shared information | 2k + 6                                |
 
-A pass that only moves the running statistics (`objective.passes`) costs 1 more, or nothing where the compiler sees that
-it repeats another. MMA shows the network x once more than its update does, to know which images are right. A weight perturbation takes the
-update's forward and backward passes a second time. k attack steps; t and a are one forward pass of the teacher and of
-the assistant in units of the student's. Gram matrices are not counted: at a batch of 128 those of IB-RAR are about a
-hundredth of a ResNet-18 step. FLOPs are XLA's own count, which leaves out padding. A rolled loop's body is counted
-once, so the attack is unrolled here. `--shape` puts noise in place of the configuration's data. The command compiles
-for the CPU, whatever else is there.
+A pass that only moves the running statistics (`objective.passes`) costs 1 more, or nothing where the compiler sees
+that it repeats another. MMA shows the network x once more than its update does, to know which images are right. A
+weight perturbation takes the update's forward and backward passes a second time. k attack steps; t and a are one
+forward pass of the teacher and of the assistant in units of the student's. Gram matrices are not counted: at a batch
+of 128 those of IB-RAR are about a hundredth of a ResNet-18 step. FLOPs are XLA's own count, which leaves out padding.
+A rolled loop's body is counted once, so the attack is unrolled here. `--shape` puts noise in place of the
+configuration's data. The command compiles for the CPU, whatever else is there.
 """
 
 import sys

@@ -13,8 +13,8 @@ HSIC bottleneck (Ma, Lewis & Kleijn, AAAI 2020), HBaR and IB-RAR have it.
 | ε      | ridge | 1e-5    |
 
 These are different measures, not scalings of each other: with σ = 5 and a batch of 100 images, nHSIC(X, T) is in the
-tens where HSIC of the same kernels is about 6e-7. nHSIC lies between 0 and the smaller of the two ranks, which is at most
-B − 1, and C − 1 for labels of C classes; the ridge is ε·B, so its value depends on the batch size as well.
+tens where HSIC of the same kernels is about 6e-7. nHSIC lies between 0 and the smaller of the two ranks, which is at
+most B − 1, and C − 1 for labels of C classes; the ridge is ε·B, so its value depends on the batch size as well.
 
 The authors' code centres on one side only, K̃ = K H; tr(R_U R_V) is the same number, and the symmetric form has a
 Cholesky factor.

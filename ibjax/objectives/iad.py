@@ -24,8 +24,8 @@ Gradients flow through p_s(x) as well. Teachers are frozen. The authors attack i
 
     passes   variant   before `begin`   from `begin` on
     once     I, II     x', x            x', x
-    code     I         x', x', x        x', x', x, x           as the authors' code, which computes some of them for naught
-    code     II        x'               x', x                  as the authors' code
+    code     I         x', x', x        x', x', x, x           their code, which uses one of each for its loss
+    code     II        x'               x', x
 """
 
 from typing import NamedTuple

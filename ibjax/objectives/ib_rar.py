@@ -31,11 +31,11 @@ The paper's text swaps α and β where it gives their values; its figure and its
 The attack climbs cross-entropy from x + U(−ε, ε), for all bases in form "code"; the original TRADES climbs its KL.
 The authors' attack has eps 0.03 and step 0.0069 where the paper says 8/255 and 2/255.
 
-Channel mask (FC): every `mask_every` steps of an epoch, except at its first, the training passes have channels of one tap
-zeroed: of all but the last channel those with the lowest nHSIC(Y, f_c) and those with the highest nHSIC(X, f_c), X the
-pass's input, both kernels Gaussian, without gradient. It is never there in attacks and at test. The terms see the
-masked feature, but for `pre_logits`: the authors' ResNet-18 notes that vector before the mask. The paper describes
-another mask, of the 5 % with the lowest nHSIC(Y, f_c), both in every training step (its Algorithm 1:
+Channel mask (FC): every `mask_every` steps of an epoch, except at its first, the training passes have channels of one
+tap zeroed: of all but the last channel those with the lowest nHSIC(Y, f_c) and those with the highest nHSIC(X, f_c),
+X the pass's input, both kernels Gaussian, without gradient. It is never there in attacks and at test. The terms see
+the masked feature, but for `pre_logits`: the authors' ResNet-18 notes that vector before the mask. The paper
+describes another mask, of the 5 % with the lowest nHSIC(Y, f_c), both in every training step (its Algorithm 1:
 mask_rule="paper", mask_every=1, no step left out, all terms of masked features) and after training:
 `ibjax.analysis.mask`, which makes it permanent, in attacks and at test too.
 

@@ -30,8 +30,9 @@ Deviations from the authors' code, which does not run as published: KL in place 
 differ by the teacher's entropy, a constant; the attack may use either); with `teacher_noise` the noise is not the
 very draw that starts the attack. Their last code takes the features 1 to 15 of the teacher and 1 to 8 of the student,
 blocks without the stem, their earlier code 0 to 4 of both; the networks that return them are not published, and five
-are a ResNet's stem and four stages (a WideResNet has three). β multiplies squared differences of unit-norm maps *divided by H·W*:
-L_feat ≤ Σ_i 2/(H_i·W_i), 0.2 for a WRN-34-10 teacher; other scalings change the method by orders of magnitude.
+are a ResNet's stem and four stages (a WideResNet has three). β multiplies squared differences of unit-norm maps
+*divided by H·W*: L_feat ≤ Σ_i 2/(H_i·W_i), 0.2 for a WRN-34-10 teacher; other scalings change the method by orders of
+magnitude.
 """
 
 import jax

@@ -13,8 +13,8 @@ adversarial training: Pang et al., "Bag of Tricks for Adversarial Training", ICL
 This is Pang et al.'s form; PyTorch's and Optax's, (1 − δ)·onehot + δ/C, leaves δ·(C − 1)/C for the other classes.
 The attack sees hard labels.
 
-Batch-norm: one training-mode pass over x̃. Pang et al.'s code runs x' and, for its log, x before the optimiser's step and
-once more after it: `passes="adv,clean,clean"`, here all before the step.
+Batch-norm: one training-mode pass over x̃. Pang et al.'s code runs x' and, for its log, x before the optimiser's step
+and once more after it: `passes="adv,clean,clean"`, here all before the step.
 """
 
 import jax
