@@ -1,16 +1,18 @@
 """Optimisers and learning-rate schedules as the papers' PyTorch code has them.
 
     sgd:   g ← g + wd·w;  buf ← m·buf + g;  w ← w − lr·buf         (coupled weight decay, on every parameter)
+           m may move against the rate, from `momentum` at rate 0 to `momentum_at_peak` at its highest (CyclicLR)
 
 A schedule is a function of the epoch, a real number; `stepping` says which epoch a step belongs to:
 "epoch" its whole part (PyTorch's schedulers, stepped once per epoch), "step" the fraction done before the step,
 "next_step" the fraction after it (Rice et al. and AWP: the drop at epoch 100 already hits the last batch of epoch 99).
 """
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,34 +88,96 @@ def linear(*, lr: float, epochs: float, points: tuple[tuple[float, float], ...] 
 SCHEDULES = {f.__name__: f for f in (constant, piecewise, cosine, one_cycle, linear, exponential)}
 
 
-def schedule(*, name: str, lr: float, epochs: float, steps_per_epoch: int, stepping: str | None = None, **options: Any):
-    """step (int) -> learning rate, by the name of a function in SCHEDULES; `options` are that function's."""
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """step (int) -> learning rate."""
+
+    rate: Callable[[Array], Array]
+    peak: float  # the configured rate, which `rate` starts from or rises to
+
+    def __call__(self, step: Any) -> Array:
+        return self.rate(step)
+
+
+def schedule(
+    *, name: str, lr: float, epochs: float, steps_per_epoch: int, stepping: str | None = None, **options: Any
+) -> Schedule:
+    """The schedule that a function in SCHEDULES makes, by its name; `options` are that function's."""
     make = named("schedule", name)
     call_arguments(make, name, options, "schedule", ("lr", "epochs"))
     stepping = stepping or ("step" if name in ("one_cycle", "cosine", "linear") else "epoch")
     if stepping not in STEPPINGS:
         raise InputError(f"schedule.stepping '{stepping}' is unknown; {nearest(stepping, STEPPINGS)}")
     value = make(lr=lr, epochs=epochs, **options)
-    return lambda step: value(jnp.asarray(STEPPINGS[stepping](step, steps_per_epoch), jnp.float32))
+    return Schedule(lambda step: value(jnp.asarray(STEPPINGS[stepping](step, steps_per_epoch), jnp.float32)), lr)
 
 
 def sgd(
     *,
     lr: Callable,
     momentum: float = 0.9,
+    momentum_at_peak: float | None = None,
     weight_decay: float = 5e-4,
     nesterov: bool = False,
+    decay_norm: bool = True,
     decay_norm_and_bias: bool = True,
 ) -> optax.GradientTransformation:
-    """PyTorch's SGD. `decay_norm_and_bias=False` spares one-dimensional parameters (Fast-AT on ImageNet)."""
+    """PyTorch's SGD.
+
+    Args:
+      lr: step -> learning rate.
+      momentum: m, a constant, or where the rate is 0.
+      momentum_at_peak: m where the rate is at its highest; between, m is linear in the rate, as PyTorch's CyclicLR
+        moves it, from 0.9 to 0.8 and back.
+      weight_decay: wd.
+      nesterov: PyTorch's Nesterov form.
+      decay_norm: False spares scale and bias of batch-norm (Fast-AT on ImageNet).
+      decay_norm_and_bias: False spares every one-dimensional parameter, biases of linear layers too.
+    """
     check_range("optimizer.momentum", momentum, 0, 1, below=True)
     check_range("optimizer.weight_decay", weight_decay, 0)
-    mask = None if decay_norm_and_bias else lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+    mask = None
+    if not decay_norm_and_bias:
+        mask = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
+    elif not decay_norm:
+        mask = _not_of_batch_norm
     return optax.chain(
         optax.add_decayed_weights(weight_decay, mask),
-        optax.trace(momentum, nesterov) if momentum else optax.identity(),
+        _trace(lr, momentum, momentum_at_peak, nesterov),
         optax.scale_by_learning_rate(lr),
     )
+
+
+def _not_of_batch_norm(params: Any) -> Any:
+    """True for every parameter but those of a module with a scale, which batch-norm alone has."""
+    if not isinstance(params, Mapping):
+        return True
+    return {name: "scale" not in params and _not_of_batch_norm(part) for name, part in params.items()}
+
+
+class _MovingTrace(NamedTuple):
+    count: Array  # steps done
+    trace: Any
+
+
+def _trace(lr, momentum, momentum_at_peak, nesterov):
+    """buf ← m·buf + g, with a constant m or one that follows the rate."""
+    if momentum_at_peak is None:
+        return optax.trace(momentum, nesterov) if momentum else optax.identity()
+    check_range("optimizer.momentum_at_peak", momentum_at_peak, 0, 1, below=True)
+    if not isinstance(lr, Schedule):
+        raise InputError("optimizer.momentum_at_peak follows a schedule of the rate; give lr=optim.schedule(…)")
+
+    def init(params):
+        return _MovingTrace(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+
+    def update(gradients, state, params=None):
+        m = momentum + (momentum_at_peak - momentum) * lr(state.count) / lr.peak
+        trace = jax.tree.map(lambda g, buffer: g + m * buffer, gradients, state.trace)
+        updates = jax.tree.map(lambda g, buffer: g + m * buffer, gradients, trace) if nesterov else trace
+        return updates, _MovingTrace(optax.safe_increment(state.count), trace)
+
+    return optax.GradientTransformation(init, update)
 
 
 def adam(*, lr: Callable, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0):

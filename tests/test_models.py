@@ -175,6 +175,40 @@ def test_initialisers_have_the_papers_scale(init, std):
         assert abs(float(jnp.abs(kernel).max()) * (9 * 16) ** 0.5 - 1) < 0.01
 
 
+def test_standardising_is_inside_the_model_and_is_pytorchs():
+    """advertorch's batch_per_image_standardization, in NumPy; a flat image is finite and has a gradient."""
+    x = np.random.default_rng(0).random(CIFAR).astype(np.float32)
+    x[1] = 0.25
+    flat = x.reshape(len(x), -1)
+    deviation = np.maximum(flat.std(1, ddof=1), flat.shape[1] ** -0.5)
+    expected = ((flat - flat.mean(1, keepdims=True)) / deviation[:, None]).reshape(x.shape)
+    np.testing.assert_allclose(layers.standardize(jnp.asarray(x)), expected, atol=1e-5)
+    plain, standardizing = wide_resnet.Model(10, 10, 1), wide_resnet.Model(10, 10, 1, standardize=True)
+    variables = jax.jit(plain.init)(jax.random.key(1), x)
+    apply = jax.jit(lambda model, x: model.apply(variables, x)[0], static_argnums=0)
+    np.testing.assert_allclose(apply(standardizing, x), apply(plain, expected), atol=1e-5)
+    assert jnp.isfinite(jax.grad(lambda x: layers.standardize(x)[:, 0, 0, 0].sum())(jnp.asarray(x))).all()
+
+
+def test_linear_layers_start_as_their_name_says():
+    """Xavier's bound is √(6/(fan_in + fan_out)), with biases of zero; PyTorch's is 1/√fan_in for both."""
+    backbone = dict(name="cnn", widths=(), hidden=(300,), dropout=0.0)
+    for name in ("xavier", "torch"):
+        model = stochastic.Model(10, backbone | dict(linear_init=name), latent=100, linear_init=name)
+        params = model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
+        for layer, fans in (
+            (params["backbone"]["fc1"], (784, 300)),
+            (params["gaussian"], (300, 200)),
+            (params["head"], (100, 10)),
+        ):
+            dense, bound = layer["dense"], (6 / sum(fans)) ** 0.5 if name == "xavier" else fans[0] ** -0.5
+            assert dense["kernel"].shape == fans
+            assert 0.9 * bound < float(jnp.abs(dense["kernel"]).max()) <= bound
+            assert (float(jnp.abs(dense["bias"]).max()) == 0) == (name == "xavier")
+    with pytest.raises(InputError, match=r"linear_init 'he' is unknown; allowed: "):
+        stochastic.Model(10, backbone, linear_init="he").init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+
+
 def test_normalisation_is_inside_the_model():
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     x = jax.random.uniform(jax.random.key(0), CIFAR)

@@ -1,5 +1,6 @@
 """Optimisers against PyTorch's, schedules at their boundaries."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -32,6 +33,33 @@ def test_updates_are_pytorchs(name, options):
         updates, state = transform.update(jnp.float32(gradient), state, params)
         params = optax.apply_updates(params, updates)
     np.testing.assert_allclose(params, parameter.detach().numpy(), rtol=2e-5)
+
+
+def test_a_moving_momentum_is_that_of_pytorchs_cyclic_schedule():
+    """CyclicLR as Fast-AT has it: the rate 0 → 0.2 → 0 and the momentum 0.9 → 0.8 → 0.9, step by step."""
+    torch = pytest.importorskip("torch", reason="the oracle is PyTorch")
+    rng = np.random.default_rng(0)
+    w, gradients, steps = rng.normal(size=4), rng.normal(size=(12, 4)), 12
+    parameter = torch.nn.Parameter(torch.tensor(w))
+    reference = torch.optim.SGD([parameter], lr=0.2, momentum=0.9, weight_decay=5e-2)
+    half = dict(step_size_up=steps / 2, step_size_down=steps / 2)
+    scheduler = torch.optim.lr_scheduler.CyclicLR(reference, base_lr=0.0, max_lr=0.2, **half)
+    lr = optim.schedule(name="one_cycle", lr=0.2, epochs=3, steps_per_epoch=4, peak=0.5)
+    transform = optim.sgd(lr=lr, momentum=0.9, momentum_at_peak=0.8, weight_decay=5e-2)
+    params = jnp.float32(w)
+    state, moments = transform.init(params), []
+    for step, gradient in enumerate(gradients):
+        moments.append(reference.param_groups[0]["momentum"])
+        np.testing.assert_allclose(lr(jnp.int32(step)), reference.param_groups[0]["lr"], atol=1e-6)
+        parameter.grad = torch.tensor(gradient)
+        reference.step()
+        scheduler.step()
+        updates, state = transform.update(jnp.float32(gradient), state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(params, parameter.detach().numpy(), rtol=1e-5, atol=1e-6)
+    assert moments[0] == 0.9 and min(moments) == pytest.approx(0.8)
+    with pytest.raises(InputError, match="follows a schedule"):
+        optim.sgd(lr=lambda step: 0.1, momentum_at_peak=0.8)
 
 
 def schedule(name, **options):
@@ -87,6 +115,17 @@ def test_norm_and_bias_can_be_spared_from_decay():
     zero = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
     updates, _ = transform.update(zero, transform.init(params), params)
     assert updates["kernel"].max() < 0 and updates["bias"].max() == 0
+
+
+def test_batch_norm_alone_can_be_spared_from_decay():
+    """As Fast-AT on ImageNet does: the last layer's bias decays."""
+    transform = optim.sgd(lr=lambda step: 1.0, momentum=0.0, weight_decay=0.1, decay_norm=False)
+    norm, dense = {"scale": jnp.ones(2), "bias": jnp.ones(2)}, {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    params = {"params": {"block1": {"bn1": norm}, "head": {"dense": dense}}}
+    updates, _ = transform.update(jax.tree.map(jnp.zeros_like, params), transform.init(params), params)
+    moved = jax.tree.map(lambda update: bool((update < 0).all()), updates["params"])
+    assert moved["block1"]["bn1"] == {"scale": False, "bias": False}
+    assert moved["head"]["dense"] == {"kernel": True, "bias": True}
 
 
 @pytest.mark.parametrize("call", [

@@ -19,6 +19,7 @@ class Model(nn.Module):
 
     widths: channels of the convolutions; an inner tuple is a stage and ends with 2×2 max-pooling.
     hidden: widths of the linear layers between; () with `pool="average"` is a fully convolutional network.
+    linear_init: how they start, "torch" or "xavier": see `layers.LINEAR_INITS`.
     """
 
     num_classes: int | None
@@ -28,6 +29,7 @@ class Model(nn.Module):
     batch_norm: bool = False
     pool: str = "flatten"  # or "average": what stands between the convolutions and the linear layers
     dropout: float = 0.5  # after the first hidden layer
+    linear_init: str = "torch"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     bn_groups: int = 1
@@ -41,6 +43,7 @@ class Model(nn.Module):
             raise InputError(f"model.pool '{self.pool}' is unknown; {nearest(self.pool, ('flatten', 'average'))}")
         check_range("model.dropout", self.dropout, 0, 1, below=True)
         dtype, zeros = layers.compute_dtype(self.dtype), nn.initializers.zeros
+        linear = layers.linear_init(self.linear_init)
         tap = layers.Taps(edits)
         x = layers.normalize(x, self.mean, self.std)
         index = 0
@@ -67,7 +70,7 @@ class Model(nn.Module):
             x = tap(f"stage{stage}", layers.MaxPool()(x))
         x = layers.GlobalAverage()(x).astype(dtype) if self.pool == "average" else x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.hidden, 1):
-            x = layers.Activation()(layers.Dense(width, dtype=dtype, name=f"fc{i}")(x))
+            x = layers.Activation()(layers.Dense(width, **linear, dtype=dtype, name=f"fc{i}")(x))
             if i == 1:
                 x = nn.Dropout(self.dropout, deterministic=not train)(x)
             x = tap(f"fc{i}", x)

@@ -30,6 +30,21 @@ def uniform_bias(fan_in: int):
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+# how linear layers start, by name: PyTorch's default, or weights U(±√(6/(fan_in + fan_out))) and biases of zero, which
+# is TensorFlow's
+LINEAR_INITS: dict[str, dict[str, Any]] = {
+    "torch": {},
+    "xavier": dict(kernel_init=nn.initializers.xavier_uniform(), bias_init=nn.initializers.zeros),
+}
+
+
+def linear_init(name: str) -> dict[str, Any]:
+    """Options of `Dense` by their name in LINEAR_INITS; raises InputError on an unknown one."""
+    if name not in LINEAR_INITS:
+        raise InputError(f"model.linear_init '{name}' is unknown; {nearest(name, LINEAR_INITS)}")
+    return LINEAR_INITS[name]
+
+
 Edits = Mapping[str, Callable[[Array], Array]]  # feature -> what to do with it on its way through the network
 
 
@@ -205,6 +220,17 @@ def normalize(x: Array, mean: Sequence[float] | None, std: Sequence[float] | Non
     if mean is None or std is None or len(mean) != channels or len(std) != channels or min(std) <= 0:
         raise InputError(f"model.mean={mean}, model.std={std}: give both, {channels} numbers each, std above 0")
     return (x - per_channel(jnp.asarray(mean, x.dtype), x)) / per_channel(jnp.asarray(std, x.dtype), x)
+
+
+def standardize(x: Array) -> Array:
+    """Each image less its mean, over its standard deviation, of which at least 1/√(H·W·C) counts.
+
+    TensorFlow's per_image_standardization, with PyTorch's deviation of H·W·C − 1 degrees as advertorch has it.
+    """
+    n = x.size // len(x)
+    centred = x - jnp.mean(x, axis=(1, 2, 3), keepdims=True)
+    variance = jnp.sum(jnp.square(centred), axis=(1, 2, 3), keepdims=True) / (n - 1)
+    return centred * lax.rsqrt(jnp.maximum(variance, 1 / n))
 
 
 # Operations without parameters are modules too: whoever intercepts module calls (`analysis.complexity`) sees them.

@@ -12,6 +12,7 @@ more robust than it is: attacks that expect a deterministic one then fail for wa
 |                |            | σ is kept in [1e-4, 1e2]                                                               |
 | sample_at_test | False      | True: the caller gives `apply` rngs={"sample": key} in evaluation mode too             |
 | class_means    | False      | CEB's b(z|y) = N(m_y, I): a trainable table, features["class_means"] (num_classes, K)  |
+| linear_init    | "torch"    | how W and V start, or "xavier" (VIB): see `layers.LINEAR_INITS`                        |
 
 Features are the backbone's (`pre_logits` is h) and `mu`, `sigma`, `z` (B, K), all float32.
 """
@@ -44,6 +45,7 @@ class Model(nn.Module):
     sigma: str = "softplus"
     sample_at_test: bool = False
     class_means: bool = False
+    linear_init: str = "torch"
 
     @nn.compact
     def __call__(
@@ -53,11 +55,11 @@ class Model(nn.Module):
             raise InputError(f"model.sigma '{self.sigma}' is unknown; {nearest(self.sigma, SIGMAS)}")
         if self.sigma != "unit" if self.latent is None else self.latent < 1:
             raise InputError(f"model.latent={self.latent}: give 1 or more, or None together with sigma='unit'")
-        tap = layers.Taps(edits)
+        tap, linear = layers.Taps(edits), layers.linear_init(self.linear_init)
         network = config.build("models", self.backbone, "model.backbone", num_classes=None, name="backbone")
         mu, _ = network(x, train, edits=tap)
         if self.latent is not None:
-            mu = layers.Dense(self.latent * (1 if self.sigma == "unit" else 2), name="gaussian")(mu)
+            mu = layers.Dense(self.latent * (1 if self.sigma == "unit" else 2), **linear, name="gaussian")(mu)
         mu, s = (mu, mu) if self.sigma == "unit" else jnp.split(mu, 2, -1)
         mu = tap("mu", mu)
         sigma = tap("sigma", jnp.clip(SIGMAS[self.sigma](s), 1e-4, 1e2))
@@ -65,7 +67,7 @@ class Model(nn.Module):
         if self.class_means:
             shape = (self.num_classes, mu.shape[-1])
             tap("class_means", self.param("class_means", layers.torch_uniform, shape))  # a linear map of one-hot labels
-        return layers.classifier(z, self.num_classes), tap.finish()
+        return layers.classifier(z, self.num_classes, **linear), tap.finish()
 
     def samples(self, train: bool) -> bool:
         """Whether z is drawn; not when the network is initialised, which has no key for it."""

@@ -76,7 +76,8 @@ class Block(nn.Module):
 class Model(nn.Module):
     """(B, H, W, C) in [0, 1] -> (logits (B, num_classes), features); num_classes None: (pre_logits, features).
 
-    depth: 6n + 4. width: the factor, 10 in WRN-28-10. remat: for less memory, see `layers.remat`.
+    depth: 6n + 4. width: the factor, 10 in WRN-28-10. standardize: each image to mean 0 and deviation 1 first, as in
+    MMA's networks. remat: for less memory, see `layers.remat`.
     """
 
     num_classes: int | None
@@ -85,6 +86,7 @@ class Model(nn.Module):
     dropout: float = 0.0
     variant: str = "trades"
     activation: str = "relu"
+    standardize: bool = False
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     bn_groups: int = 1
@@ -102,7 +104,7 @@ class Model(nn.Module):
             raise InputError(f"model.variant '{self.variant}' is unknown; {nearest(self.variant, VARIANTS)}")
         check_range("model.dropout", self.dropout, 0, 1, below=True)
         dtype, tap = layers.compute_dtype(self.dtype), layers.Taps(edits)
-        x = layers.normalize(x, self.mean, self.std)
+        x = layers.normalize(layers.standardize(x) if self.standardize else x, self.mean, self.std)
         x = tap("stem", layers.Conv(16, name="stem", **conv_options(self.variant))(x).astype(dtype))
         names = ["stem"]  # of the feature x
         for i, (stage, first, last) in enumerate(positions((count,) * 3), 1):
