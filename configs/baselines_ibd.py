@@ -29,7 +29,7 @@ from ibjax.config import base, parse_arg, smoke
 
 # method -> (objective, changes of the attack)
 METHODS = {
-    "sat": (dict(name="pgd_at"), {}),
+    "sat": (dict(name="pgd_at", passes="clean,adv"), {}),
     "trades": (dict(name="trades", beta=6.0), dict(loss="kl", init="gaussian")),
     "hbar": (dict(name="hbar", base="trades", lambda_x=0.0005, lambda_y=0.005), dict(loss="kl", init="gaussian")),
     "hbar_pgd": (dict(name="hbar", base="pgd_at", lambda_x=0.0005, lambda_y=0.005), {}),

@@ -15,12 +15,9 @@
 | hbar_mnist, hbar_natural_mnist | the same on the CNN, 100 epochs                                                     |
 | alp                            | Kannan et al. 2018, who have no CIFAR-10: the defaults of ibjax.config              |
 
-`,smoke` shrinks any. The paper of each selects on its test set; here the default is 1,000 held-out training images.
-Deviations: an epoch's last incomplete batch is left out; MMA's steps are given in epochs, and its best
-checkpoint is that of PGD-10 accuracy, not of the mean margin; the MNIST networks are the four-convolution CNN. Fast-AT
-stops where robust accuracy falls by 20 points from the best epoch's on validation images; its authors compare with the
-epoch before on one minibatch. Its ImageNet variant (three resolutions) is not here: its attack is
-`attack=dict(name="pgd", steps=1, init="uniform_unclipped", clip_input=True, …)`, its rates are schedule `linear`.
+`,smoke` shrinks any. The settings are those of each paper's own code; docs/recipes.md has them side by side, with what is
+different here and why. The paper of each selects on its test set; here the default is 1,000 held-out training images.
+An epoch's last incomplete batch is left out. Fast-AT on ImageNet is `ibd_imagenet.py:fast_at-4`.
 
 Cost in forward passes per image and step: 24 sat, 26 mart, 38 mma, 24 te, 5 fast_at, 26 hbar, 3 hbar_natural. Fast-AT
 is 15·49,000·5·1.11 GFLOP = 4.1 PFLOP; MART on ResNet-18 120·49,000·26·1.11 GFLOP = 0.17 EFLOP.
@@ -46,6 +43,7 @@ def get_config(arg=None):
     return config
 
 
+CIFAR10 = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616))  # as Rice, Wong, Wu and Pang et al. have it
 NARROW_CNN = dict(widths=((2,), (4,)), hidden=(8,))
 
 
@@ -64,27 +62,32 @@ def mnist(config):
     config.augment.update(pad=0, flip=False)
     config.model = dict(name="cnn")
     threat(config, eps="0.3", step_size="0.01")
-    config.validate.attack.steps = 40
+    config.attack.steps = config.validate.attack.steps = 40
     config.validate.update(every=1, dense_from=None)
 
 
 def sat(config):
+    config.model.update(CIFAR10)
     config.augment.padding = "reflect"
     config.attack_bn = "train"
-    config.objective = dict(name="pgd_at", clean_forward=True)
+    config.objective = dict(name="pgd_at", passes="adv,adv,clean")
     config.schedule.stepping = "next_step"
+    config.evaluate.attacks = ("pgd-10",)
 
 
 def awp(config):
     sat(config)
     config.perturb = dict(name="awp", gamma=0.01, warmup=0)
+    config.validate.attack.steps = 20
+    config.evaluate.attacks = ("pgd-20",)
 
 
 def trades_awp(config):
     wide(config, 34, 10)
-    config.objective = dict(name="trades", beta=6.0, forwards=3)
+    config.objective = dict(name="trades", beta=6.0, passes="adv,clean,clean")
     config.attack.update(loss="kl", init="gaussian")
-    config.perturb = dict(name="awp", gamma=0.005, warmup=9)  # theirs counts epochs from 1, and starts in the tenth
+    config.schedule.boundaries = (99, 149)  # theirs counts epochs from 1
+    config.perturb = dict(name="awp", gamma=0.005, warmup=9)  # and starts in the tenth
 
 
 def mart(config):
@@ -96,6 +99,8 @@ def mart(config):
     config.epochs = 120
     config.schedule.boundaries = (74, 89, 99)  # theirs counts epochs from 1
     config.validate.dense_from = 70
+    config.validate.attack.update(steps=20, step_size="0.003")
+    config.evaluate.update(attacks=("pgd-20",), step_size="0.003")
 
 
 def mart_wrn(config):
@@ -104,10 +109,14 @@ def mart_wrn(config):
     config.objective.beta = 6.0
     config.optimizer.update(lr=0.1, weight_decay=7e-4)
     config.epochs = 90
+    for section in (config.validate.attack, config.evaluate):
+        section.step_size = "0.0031"
 
 
 def mma(config, max_eps):
     wide(config, 28, 4)
+    config.model.standardize = True
+    config.augment.padding = "reflect"
     config.attack = None
     config.objective = dict(name="mma", max_eps=max_eps)
     config.data.val_size = 5000
@@ -115,6 +124,7 @@ def mma(config, max_eps):
     config.epochs = 142  # 50,000 steps of 351 an epoch; drops at 20, 30 and 40 thousand
     config.schedule = dict(name="piecewise", boundaries=(57, 85.5, 114), factor=(0.3, 1 / 3, 0.3), stepping="step")
     config.validate.update(every=5, dense_from=None)
+    config.evaluate.attacks = ("pgd-100", "cw-100")
 
 
 def mma_mnist(config):
@@ -126,38 +136,48 @@ def mma_mnist(config):
     config.optimizer = dict(name="adam", lr=1e-4)
     config.epochs = 91  # 100,000 steps
     config.schedule = dict(name="constant")
+    config.evaluate.update(attacks=("pgd-100", "cw-100"), step_size="0.0075")
 
 
 def te(config, base="pgd_at"):
     config.model = dict(name="resnet", depth=18, dtype="bfloat16")
     config.objective = dict(name="te", base=base)
     config.attack.update(loss="objective", init="gaussian" if base == "trades" else "uniform_unclipped")
-    config.validate.dense_from = 85
+    config.validate.attack.init = "uniform_unclipped"
+    config.validate.update(every=1, dense_from=None)
+    config.evaluate.attacks = ("pgd-10",)
 
 
 def fast_at(config):
+    config.model.update(projection="raw", **CIFAR10)
     config.attack.update(steps=1, step_size="10/255")
     config.attack_bn = "train"
     config.epochs = 15
-    config.optimizer.lr = 0.2
+    config.optimizer.update(lr=0.2, momentum_at_peak=0.8)
     config.schedule = dict(name="one_cycle", peak=0.5)
     config.validate.update(every=1, dense_from=None, stop_on_overfitting=True)
+    config.validate.attack.steps = 5
+    config.evaluate.attacks = ("pgd-50",)
 
 
 def fast_at_mnist(config):
     mnist(config)
-    fast_at(config)
-    config.attack.step_size = "0.375"
+    config.attack.update(steps=1, step_size="0.375", init="uniform_unclipped")
+    config.attack_bn = "train"
     config.batch_size = 100
     config.epochs = 10
     config.optimizer = dict(name="adam", lr=5e-3)
-    config.schedule.update(peak=0.4, stepping="next_step")
+    config.schedule = dict(name="one_cycle", peak=0.4, stepping="next_step")
+    config.evaluate.attacks = ("pgd-50",)
 
 
 def label_smoothing(config):
-    config.objective = dict(name="label_smoothing", delta=0.1)
+    config.model.update(CIFAR10)
+    config.augment.padding = "reflect"
+    config.objective = dict(name="label_smoothing", delta=0.1, passes="adv,clean,clean")
     config.epochs = 110
-    config.schedule.boundaries = (100, 105)
+    config.schedule.update(boundaries=(100, 105), stepping="next_step")
+    config.evaluate.attacks = ("pgd-10",)
 
 
 def hbar(config, lambdas=(0.0005, 0.005), epochs=83):
@@ -167,7 +187,8 @@ def hbar(config, lambdas=(0.0005, 0.005), epochs=83):
     config.optimizer = dict(name="adam", lr=0.01)
     config.epochs = epochs
     config.schedule = dict(name="cosine", final=4e-8, stepping="next_step")
-    config.validate.dense_from = None
+    config.validate.update(every=1, dense_from=None)
+    config.evaluate.attacks = ("fgsm", "pgd-10", "pgd-20")
 
 
 def hbar_natural(config):
@@ -182,6 +203,7 @@ def hbar_mnist(config, lambdas=(0.003, 0.001)):
     config.batch_size = 256
     config.optimizer.lr = 1e-4
     config.schedule = dict(name="piecewise", boundaries=(65, 90), factor=0.5, stepping="next_step")
+    config.evaluate.attacks = ("fgsm", "pgd-40")
 
 
 def hbar_natural_mnist(config):

@@ -23,11 +23,12 @@ The authors' own settings (ResNet-18, zero padding, weight decay 2e-4):
 |-----------------|--------------------------------------------------------------------------------------------------|
 | ard-original    | training-mode attack from an unclipped start; the rate stays 0.01 after epoch 100, as a slip in  |
 |                 | the published schedule has it. Its student is a MobileNetV2, here a ResNet-18                    |
-| iad-original    | the same attack and schedule; a ResNet-18 teacher; no A in front of the first term               |
-| iad_2-original  | the same, with a naturally trained second teacher                                                |
+| iad-original    | the same attack and schedule; a ResNet-18 teacher; no A in front of the first term; two passes   |
+|                 | over x' and two over x                                                                           |
+| iad_2-original  | the same, with a naturally trained ResNet-18 as second teacher; no pass over x before epoch 40   |
 | rslad-original  | 300 epochs, drops at 215, 260 and 285                                                            |
 
-`,smoke` shrinks any row. Cost: 24 to 26 forward passes of the student and 1 or 2 of the teacher per image; 200 epochs
+docs/recipes.md has every setting beside what the papers and their code say. `,smoke` shrinks any row. Cost: 24 to 26 forward passes of the student and 1 or 2 of the teacher per image; 200 epochs
 are 200·49,000·(26·1.11 + 2·13.3) GFLOP = 0.54 EFLOP.
 """
 
@@ -85,15 +86,21 @@ def original(config, method):
     if method == "rslad":
         config.epochs = 300
         config.schedule.boundaries = (215, 260, 285)
-        config.validate.dense_from = 210
+        config.validate.attack.update(steps=20, step_size="0.003")
+        config.validate.update(every=20, dense_from=215)
         return
     config.schedule.boundaries = (100,)  # theirs multiplies the first rate again at 150, which changes nothing
-    config.attack.init = "uniform_unclipped"
+    config.attack.init = config.validate.attack.init = "uniform_unclipped"
     config.attack_bn = "train"
+    config.validate.update(every=1, dense_from=None)
     if method.startswith("iad"):
-        teach(config.teacher, "sat-resnet18", "teachers.py:sat-resnet18")
+        config.objective.passes = "code"
+        teach(config.teacher, "iad-at-resnet18", "teachers.py:iad-at-resnet18")
+        config.evaluate.attacks = ("fgsm", "pgd-20", "cw-30")
     if method == "iad":
         config.objective.weight_teacher_term = False
+    if method == "iad_2":
+        teach(config.assistant, "iad-st-resnet18", "teachers.py:iad-st-resnet18")
 
 
 def teach(section, workdir, recipe):

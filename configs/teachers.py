@@ -8,10 +8,12 @@ r"""The teachers of the IBD recipes other than its TRADES WRN-34-10 (configs/tra
 | trades-awp-resnet34 | TRADES + AWP, PreActResNet-34              | Table 8              | 85.94         | 50.57      |
 | trades-wrn-cifar100 | TRADES, WRN-34-10 on CIFAR-100             | Tables 1, 2          | 57.16         | 26.78      |
 | natural-resnet18    | undefended PreActResNet-18                 | Table 6, IAD-II      |               |            |
-| sat-resnet18        | PGD training, PreActResNet-18              | Table 3's surrogate, |               |            |
-|                     |                                            | IAD                  |               |            |
+| sat-resnet18        | PGD training, PreActResNet-18              | Table 3's surrogate  |               |            |
+| iad-at-resnet18     | PGD training, ResNet-18, with the settings | distillation.py:     |               |            |
+|                     | of IAD's code (Zhu et al., ICLR 2022)      | iad-original         |               |            |
+| iad-st-resnet18     | the same without attacks                   | iad_2-original       |               |            |
 
-`,smoke` shrinks any. The paper's CIFAR-100 teacher is trained "with a way of TRADES and AWP" and not published: this
+`,smoke` shrinks any. docs/recipes.md has every setting beside what the papers and their code say. The paper's CIFAR-100 teacher is trained "with a way of TRADES and AWP" and not published: this
 one is TRADES with our settings. Its larger teachers come from RobustBench:
 
 | RobustBench                         | architecture            | in      | clean | AutoAttack |
@@ -33,7 +35,10 @@ ResNet-34; twelve times for WRN-34-10; the undefended network 0.03.
 
 from ibjax.config import base, parse_arg, smoke
 
-ROWS = ("trades-awp-resnet18", "trades-awp-resnet34", "trades-wrn-cifar100", "natural-resnet18", "sat-resnet18")
+ROWS = (
+    *("trades-awp-resnet18", "trades-awp-resnet34", "trades-wrn-cifar100", "natural-resnet18", "sat-resnet18"),
+    *("iad-at-resnet18", "iad-st-resnet18"),
+)
 
 
 def get_config(arg=None):
@@ -50,13 +55,20 @@ def get_config(arg=None):
         config.attack.update(loss="kl", init="gaussian")
     if "awp" in row:
         config.perturb = dict(name="awp", gamma=0.005, warmup=9)  # from the tenth epoch on
-    if row == "natural-resnet18":
+    if row in ("natural-resnet18", "iad-st-resnet18"):
         config.objective = dict(name="standard")
         config.attack = None
     if row == "sat-resnet18":
+        config.objective = dict(name="pgd_at", passes="clean,adv")
         config.seed = 1  # a surrogate shares no randomness with what it attacks
     config.validate.update(every=10, dense_from=95)
     config.evaluate.attacks = ("fgsm", "pgd-100", "cw-100")
+    if row.startswith("iad"):
+        config.model.name = "resnet"
+        config.augment.padding = "zero"
+        config.optimizer.weight_decay = 2e-4
+        config.schedule.boundaries = (99, 149)  # theirs counts epochs from 1
+        config.validate.update(every=1, dense_from=None)
     if small:
         shrunk = dict(depth=10, width=1) if "wrn" in row else dict(depth=10, width=4)
         smoke(config, (32, 32, 3), 10, dict(dtype="float32", **shrunk))

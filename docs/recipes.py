@@ -3,13 +3,14 @@
     python docs/recipes.py             writes the page
     python docs/recipes.py --check     ends with 1 where the page is not what it would write
 
-What recipes do is read from `configs/`; what papers and their code say stands in docs/papers.toml, in the notation of the
-page. Where the two differ there must be a reason, and no reason without a difference: else nothing is written. It
-lies beside the page it writes, since nothing else needs it; the package knows no paper's tables.
+What recipes do is read from `configs/`; what papers and their code say stands in docs/papers.toml, in the notation of
+the page. Where the two differ there must be a reason, and no reason without a difference: else nothing is written.
+This lies beside the page it writes, since nothing else needs it; the package knows no paper's tables.
 """
 
 import fnmatch
 import importlib.util
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -18,7 +19,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ibjax import config, optim, perturb
-from ibjax.attacks.geometry import fraction
 from ibjax.errors import InputError
 
 DOCS = Path(__file__).resolve().parent
@@ -26,7 +26,9 @@ CONFIGS = DOCS.parent / "configs"
 PAGE, PAPERS = DOCS / "recipes.md", DOCS / "papers.toml"
 # what the papers say of an aspect, where it is no text of theirs
 UNSTATED, THE_ROW = "?", "row"
-HIDDEN = ("dtype", "remat", "bn_groups", "mean", "std", "standardize")  # of networks: shown elsewhere, or equal in value
+# options of a call that the page does not show there: shown elsewhere, or without effect on values
+HIDDEN = ("dtype", "remat", "bn_groups", "mean", "std", "standardize", "passes", "forwards", "clean_forward")
+SIZES = ("depth", "width", "latent")  # options of a network that are shown though they are the default
 NORMALISATIONS = {
     ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)): "mean and deviation of CIFAR-10",
     ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)): "mean and deviation of CIFAR-10",
@@ -64,7 +66,7 @@ def aspects(made: ConfigDict) -> dict[str, str]:
     return {
         "data": _data(made),
         "augment": _augment(made),
-        "model": call("models", made.model, *HIDDEN),
+        "model": call("models", made.model),
         "normalise": _normalise(made.model),
         "teachers": "; ".join(made[role].workdir.removeprefix("runs/") for role in objective.teachers) or "none",
         "objective": call("objectives", made.objective),
@@ -77,26 +79,23 @@ def aspects(made: ConfigDict) -> dict[str, str]:
         "schedule": _schedule(made),
         "weights": _weights(made),
         "best": _best(made),
-        "evaluate": f"{', '.join(made.evaluate.attacks)} at {_threat(made.evaluate)}" + _ladder(made.evaluate),
+        "evaluate": _evaluate(made.evaluate),
     }
 
 
-def call(kind: str, section: Any, *hidden: str) -> str:
-    """name(option=value, …), with the options that are not the defaults of the factory."""
-    makers = {"optim": lambda name: optim.OPTIMIZERS.get(name) or optim.SCHEDULES[name], "perturb": perturb.named}
-    factory = makers[kind](section["name"]) if kind in makers else config.factory(kind, section["name"])
+def call(kind: str, section: Any) -> str:
+    """name(option=value, …): of a network what is not the default, of anything else all that is set."""
+    factory = perturb.named(section["name"]) if kind == "perturb" else config.factory(kind, section["name"])
     parameters, _ = config.signature(factory)
     shown = []
     for key, parameter in parameters.items():
-        value = config.plain(section.get(key))
-        if key in hidden or key not in section or value == parameter.default or value == _plain(parameter.default):
+        value = config.plain(section.get(key, parameter.default))
+        default = value == config.plain(parameter.default) and key not in SIZES
+        if key in HIDDEN or value is None or value is parameter.empty or (default and kind == "models"):
             continue
         nested = isinstance(value, dict) and "name" in value
-        shown.append(f"{key}={call(NESTED[key], value, *hidden) if nested else _text(value)}")
+        shown.append(f"{key}={call(kind, value) if nested else _text(value)}")
     return f"{section['name']}({', '.join(shown)})"
-
-
-NESTED = {"backbone": "models", "base": "objectives"}
 
 
 def passes(objective: dict[str, Any]) -> str:
@@ -165,8 +164,10 @@ def _threat(section):
     return f"{norm}{section.eps} by {section.step_size}"
 
 
-def _ladder(section):
-    return f"; also {', '.join(map(str, section.ladder))}" if section.ladder else ""
+def _evaluate(section):
+    names = ", ".join(re.sub(r"^cw-(\d+)$", r"margin-\1", name) for name in section.attacks)
+    more = f"; also {', '.join(map(str, section.ladder))}" if section.ladder else ""
+    return f"{names} at {_threat(section)}{more}"
 
 
 def _optimizer(made):
@@ -180,10 +181,11 @@ def _optimizer(made):
 
 
 def _schedule(made):
-    options = {key: v for key, v in config.plain(made.schedule).items() if key not in ("name", "stepping")}
+    defaults, _ = config.signature(optim.SCHEDULES[made.schedule.name], ("lr", "epochs"))
+    options = {key: v for key, v in config.plain(made.schedule).items() if key in defaults}
     stepping = made.schedule.get("stepping") or optim.default_stepping(made.schedule.name)
     by = {"epoch": "by epoch", "step": "by step", "next_step": "by step, one ahead"}[stepping]
-    shown = ", ".join(f"{key}={_text(value)}" for key, value in options.items())
+    shown = ", ".join(f"{key}={_text(v)}" for key, v in options.items() if v)  # what is zero is not there
     return "constant" if made.schedule.name == "constant" else f"{made.schedule.name}({shown}) {by}"
 
 
@@ -200,10 +202,6 @@ def _best(made):
     stop = ", stops on overfitting" if validate.stop_on_overfitting else ""
     section = validate.attack
     return f"{_attack(section)} at {_threat(section)}; {every}{dense}{stop}"
-
-
-def _plain(value):
-    return config.plain(value) if isinstance(value, tuple | list | dict) else value
 
 
 def _text(value):
@@ -259,7 +257,7 @@ def entries(table: dict[str, Any], rows: dict[str, dict[str, ConfigDict]]) -> di
 
 
 def compare(entry: dict[str, Any], paper: dict[str, Any], ours: dict[str, dict[str, str]], where: str) -> list[tuple]:
-    """[(aspect, our text by row, theirs by row, why)]; raises InputError on a difference without a reason, or reverse."""
+    """[(aspect, our text by row, theirs, why)]; raises InputError on a difference without a reason, or the reverse."""
     theirs = {**paper, **entry.get("paper_says", {})}
     reasons, own = {**paper["why"], **entry.get("why", {})}, entry.get("why", {})
     lines, problems = [], []
@@ -322,13 +320,37 @@ def _block(own, paper, entry, lines):
 
 
 def _cell(texts, unstated=""):
-    """One text where all rows agree, else each with its rows."""
+    """One text where all rows agree; else each with its rows, and of a call after the first what differs from it."""
     by_text: dict[str, list[str]] = {}
     for row, text in texts.items():
         by_text.setdefault(unstated if text == UNSTATED else text, []).append(row)
     if len(by_text) == 1:
         return next(iter(by_text))
-    return "<br>".join(f"{', '.join(own)}: {text}" for text, own in by_text.items())
+    first = _parts(next(iter(by_text)))
+    lines = []
+    for text, own in by_text.items():
+        name, *options = parts = _parts(text)
+        if parts != first and name == first[0] and first[1:] != [""]:
+            named = {option.partition("=")[0] for option in options}
+            gone = [key for option in first[1:] if (key := option.partition("=")[0]) not in named]
+            text = ", ".join([*(o for o in options if o not in first), *(f"no {key}" for key in gone)])
+        lines.append(f"{', '.join(own)}: {text}")
+    return "<br>".join(lines)
+
+
+def _parts(text):
+    """A call's name and options, split at the commas of its outermost parentheses; [text] where it is no call."""
+    name, bracket, rest = text.partition("(")
+    if not bracket or not rest.endswith(")"):
+        return [text]
+    parts, depth = [""], 0
+    for character in rest[:-1]:
+        depth += (character in "({") - (character in ")}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [name, *(part.strip() for part in parts)]
 
 
 def main() -> None:

@@ -88,6 +88,11 @@ def linear(*, lr: float, epochs: float, points: tuple[tuple[float, float], ...] 
 SCHEDULES = {f.__name__: f for f in (constant, piecewise, cosine, one_cycle, linear, exponential)}
 
 
+def default_stepping(name: str) -> str:
+    """What `stepping` None stands for with this schedule."""
+    return "step" if name in ("one_cycle", "cosine", "linear") else "epoch"
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """step (int) -> learning rate."""
@@ -105,7 +110,7 @@ def schedule(
     """The schedule that a function in SCHEDULES makes, by its name; `options` are that function's."""
     make = named("schedule", name)
     call_arguments(make, name, options, "schedule", ("lr", "epochs"))
-    stepping = stepping or ("step" if name in ("one_cycle", "cosine", "linear") else "epoch")
+    stepping = stepping or default_stepping(name)
     if stepping not in STEPPINGS:
         raise InputError(f"schedule.stepping '{stepping}' is unknown; {nearest(stepping, STEPPINGS)}")
     value = make(lr=lr, epochs=epochs, **options)
