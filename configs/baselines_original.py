@@ -15,9 +15,9 @@
 | hbar_mnist, hbar_natural_mnist | the same on the CNN, 100 epochs                                                     |
 | alp                            | Kannan et al. 2018, who have no CIFAR-10: the defaults of ibjax.config              |
 
-`,smoke` shrinks any. The settings are those of each paper's own code; docs/recipes.md has them side by side, with what is
-different here and why. The paper of each selects on its test set; here the default is 1,000 held-out training images.
-An epoch's last incomplete batch is left out. Fast-AT on ImageNet is `ibd_imagenet.py:fast_at-4`.
+`,smoke` shrinks any. The settings are those of each paper's own code; docs/recipes.md has them side by side, with
+what is different here and why. The paper of each selects on its test set; here the default is 1,000 held-out training
+images. An epoch's last incomplete batch is left out. Fast-AT on ImageNet is `ibd_imagenet.py:fast_at-4`.
 
 Cost in forward passes per image and step: 24 sat, 26 mart, 38 mma, 24 te, 5 fast_at, 26 hbar, 3 hbar_natural. Fast-AT
 is 15·49,000·5·1.11 GFLOP = 4.1 PFLOP; MART on ResNet-18 120·49,000·26·1.11 GFLOP = 0.17 EFLOP.

@@ -15,8 +15,8 @@ any.
 
 The other rows are points of figures. For Table 7: `python -m ibjax.evaluate --workdir=runs/baselines_siriib/pgd_at
 --norm=l2 --eps=0.5 --step_size=0.1`. Not stated, ours: 200 epochs, β 6 for TRADES, γ 0.01 for AWP on PGD training, TE
-on PGD training, whose attack starts unclipped as its authors' does; `tiny` attacks with one step of 1.25·eps from a uniform start. Cost: 23 to 27 forward passes per image;
-200 epochs of TE are 200·49,000·24·1.11 GFLOP = 0.26 EFLOP.
+on PGD training, whose attack starts unclipped as its authors' does; `tiny` attacks with one step of 1.25·eps from a
+uniform start. Cost: 23 to 27 forward passes per image; 200 epochs of TE are 200·49,000·24·1.11 GFLOP = 0.26 EFLOP.
 """
 
 from ibjax.config import base, parse_arg, smoke

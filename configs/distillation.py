@@ -28,8 +28,9 @@ The authors' own settings (ResNet-18, zero padding, weight decay 2e-4):
 | iad_2-original  | the same, with a naturally trained ResNet-18 as second teacher; no pass over x before epoch 40   |
 | rslad-original  | 300 epochs, drops at 215, 260 and 285                                                            |
 
-docs/recipes.md has every setting beside what the papers and their code say. `,smoke` shrinks any row. Cost: 24 to 26 forward passes of the student and 1 or 2 of the teacher per image; 200 epochs
-are 200·49,000·(26·1.11 + 2·13.3) GFLOP = 0.54 EFLOP.
+docs/recipes.md has every setting beside what the papers and their code say. `,smoke` shrinks any row. Cost: 24 to 26
+forward passes of the student and 1 or 2 of the teacher per image; 200 epochs are 200·49,000·(26·1.11 + 2·13.3) GFLOP
+= 0.54 EFLOP.
 """
 
 from ibjax.config import base, held, parse_arg, smoke

@@ -14,15 +14,16 @@ attacks of 2 or 4 grey levels, taught by Salman et al.'s ResNet-50.
 
 FAST-IBD has no published code or settings. Ours: the attack of Fast-AT (Wong, Rice & Kolter, ICLR 2020), one step of
 1.25·eps from a uniform start, away from the teacher's prediction; the four stages' outputs as features; α 0.9, β 0.8;
-Fast-AT's 15 epochs, rates (0, 0.4, 0.04, 0.004 and 0.0004 at epochs 0, 1, 6, 12 and 15) and weight decay, 1e-4 on all but
-batch-norm. RSLAD with the sum over classes: the mean over 1,000 would train next to nothing.
+Fast-AT's 15 epochs, rates (0, 0.4, 0.04, 0.004 and 0.0004 at epochs 0, 1, 6, 12 and 15) and weight decay, 1e-4 on all
+but batch-norm. RSLAD with the sum over classes: the mean over 1,000 would train next to nothing.
 
 `fast_at` attacks as its authors do on ImageNet: in batch-norm's training mode, from a start that may leave the image
 box, of which the network sees what lies inside. The taught rows attack in evaluation mode from a clipped start, as IBD
 and RSLAD do.
 
-docs/recipes.md has every setting beside the papers'. What differs from Fast-AT: one image size throughout, `data.size`, where Fast-AT grows crops from 128 to 288 pixels in
-three phases and batches of 512, 224 and 128. `,smoke` shrinks any row.
+docs/recipes.md has every setting beside the papers'. What differs from Fast-AT: one image size throughout,
+`data.size`, where Fast-AT grows crops from 128 to 288 pixels in three phases and batches of 512, 224 and 128.
+`,smoke` shrinks any row.
 
 Data: `tfds build imagenet2012 --file_format=array_record` (docs/data.md), decoded and cropped while training; evaluate
 with `--config.evaluate.n=5000`, as RobustBench does. Where one 16 GB device is all there is: `--config.microbatches=4`.

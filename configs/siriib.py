@@ -53,8 +53,8 @@ flow to the clean f_i; `--config.objective.info_stop=True` makes them a target, 
 ibjax/objectives/siriib.py).
 
 Not stated, ours: λ₁ = 1 for `isolated`, 200 epochs, β 6 for TRADES, γ 0.01 for AWP on PGD training, TE on PGD
-training, whose attack starts unclipped as its authors' does; `tiny` attacks with one step of 1.25·eps from a uniform start. The text names 1 and 20 of Table 2's λ₁; the
-others are Figure 4's, and 30.
+training, whose attack starts unclipped as its authors' does; `tiny` attacks with one step of 1.25·eps from a uniform
+start. The text names 1 and 20 of Table 2's λ₁; the others are Figure 4's, and 30.
 
 Cost: 1.3 times configs/baselines_siriib.py in operations, 1.47 GFLOP for a forward pass of ResNet-18-SR: 200 epochs of
 PGD-AT are 200·49,000·23·1.47 GFLOP = 0.33 EFLOP, of `wrn` 2.5, `wrn-l` 3.0 and `wrn-xl` 3.4, beside the singular value

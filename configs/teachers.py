@@ -13,8 +13,9 @@ r"""The teachers of the IBD recipes other than its TRADES WRN-34-10 (configs/tra
 |                     | of IAD's code (Zhu et al., ICLR 2022)      | iad-original         |               |            |
 | iad-st-resnet18     | the same without attacks                   | iad_2-original       |               |            |
 
-`,smoke` shrinks any. docs/recipes.md has every setting beside what the papers and their code say. The paper's CIFAR-100 teacher is trained "with a way of TRADES and AWP" and not published: this
-one is TRADES with our settings. Its larger teachers come from RobustBench:
+`,smoke` shrinks any. docs/recipes.md has every setting beside what the papers and their code say. The paper's
+CIFAR-100 teacher is trained "with a way of TRADES and AWP" and not published: this one is TRADES with our settings.
+Its larger teachers come from RobustBench:
 
 | RobustBench                         | architecture            | in      | clean | AutoAttack |
 |-------------------------------------|-------------------------|---------|-------|------------|

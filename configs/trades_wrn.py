@@ -3,8 +3,8 @@
     python -m ibjax.main --config=configs/trades_wrn.py --workdir=runs/trades_wrn
 
 Arguments: `ibd` (default), the settings of IBD's comparison (8/255, 2/255, weight decay 5e-4, 200 epochs), or
-`original` (eps 0.031, step 0.007, weight decay 2e-4, 76 epochs, three forward passes; evaluated as in the authors' code,
-by PGD-20 in steps of 0.003). `,smoke` shrinks either. docs/recipes.md has every setting beside the authors'.
+`original` (eps 0.031, step 0.007, weight decay 2e-4, 76 epochs, three forward passes; evaluated as in the authors'
+code, by PGD-20 in steps of 0.003). `,smoke` shrinks either. docs/recipes.md has every setting beside the authors'.
 
 | checkpoint                      | clean | PGD-100 | AutoAttack |
 |---------------------------------|-------|---------|------------|

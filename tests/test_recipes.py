@@ -34,12 +34,12 @@ def test_a_difference_needs_a_reason_and_a_reason_a_difference():
         compare({"why": {"attack": "it does"}})
     with pytest.raises(InputError, match="the paper's schedule is missing"):
         compare({}, {key: value for key, value in PAPER.items() if key != "schedule"})
-    explained = dict((aspect, why) for aspect, *_, why in compare({"why": {"attack": "so"}}, attack="b"))
+    explained = {aspect: why for aspect, *_, why in compare({"why": {"attack": "so"}}, attack="b")}
     assert explained["attack"] == "so" and not explained["schedule"]
     unstated = compare({"paper_says": {"attack": "?"}}, attack="b")
-    assert dict((aspect, said) for aspect, _, said, _ in unstated)["attack"] == {"row": "?"}
+    assert {aspect: said for aspect, _, said, _ in unstated}["attack"] == {"row": "?"}
     same = compare({"paper_says": {"attack": "row"}}, attack="b")
-    assert dict((aspect, said) for aspect, _, said, _ in same)["attack"] == {"row": "b"}
+    assert {aspect: said for aspect, _, said, _ in same}["attack"] == {"row": "b"}
 
 
 def test_every_row_has_exactly_one_entry():
