@@ -68,7 +68,7 @@ def aspects(made: ConfigDict) -> dict[str, str]:
         "augment": _augment(made),
         "model": call("models", made.model),
         "normalise": _normalise(made.model),
-        "teachers": "; ".join(made[role].workdir.removeprefix("runs/") for role in objective.teachers) or "none",
+        "teachers": "; ".join(_teacher(made[role]) for role in objective.teachers) or "none",
         "objective": call("objectives", made.objective),
         "passes": passes(config.plain(made.objective)),
         "attack": own if made.attack is None else _attack(made.attack),
@@ -150,6 +150,10 @@ def _normalise(model):
     if model.get("standardize"):
         return "each image to mean 0, deviation 1"
     return "none" if model.get("mean") is None else NORMALISATIONS[tuple(model.mean), tuple(model.std)]
+
+
+def _teacher(section):
+    return section.workdir.removeprefix("runs/") or "trained with it"
 
 
 def _attack(section):

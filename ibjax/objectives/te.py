@@ -4,7 +4,7 @@
     w(e) = 0 (e < start),   W·exp(−5·(1 − (e − start) / (end − start))²),   W (e > end)              e = 1, 2, … epochs
 
     base "pgd_at":   L  = CE(x') + w · mean_{b,c} (p(x') − t)²
-                     x' = argmax L,                                          from U(−ε, ε)
+                     x' = argmax L,                                          from U(−ε, ε), not clipped to [0, 1]
     base "trades":   L  = CE(x) + β · mean_b KL(p(x) || p(x')) + w · mean_{b,c} (p(x) − t)²
                      x' = argmax β·KL(sg p(x) || p(x')) + w · mean_c (p(x') − t)²,   from x + 0.001·N(0, 1)
 
