@@ -20,6 +20,7 @@ import datetime
 import functools
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -33,11 +34,13 @@ import numpy as np
 
 from ibjax import checkpoint as checkpoints
 from ibjax import cluster, config, errors, report, results, run
-from ibjax.attacks import checks, geometry
+from ibjax.attacks import autoattack, checks, geometry
 from ibjax.attacks.named import Named, check, named
 from ibjax.errors import InputError
-from ibjax.scoring import Scorer, auto_attack, draw_keys, percent, sampling
+from ibjax.scoring import Scorer, auto_attack, draw_keys, nan_warnings, percent, sampling
 from ibjax.step import linen_net, to_float
+
+log = logging.getLogger(__name__)
 
 # ---- records ---------------------------------------------------------------------------------------------
 
@@ -111,7 +114,8 @@ def evaluate(
       surrogate: workdir of a run whose network is attacked instead; what breaks it is then shown to this one.
       keep: how many adversarial images of each attack at the main eps to keep for the report.
 
-    A record whose identity (weights, images, attack, eps, seed) is on disk is read, not computed again.
+    A record on disk is read, not computed again, where all that it depends on is the same: weights, images, attack with
+    its settings and code, eps, norm, seed, precision, and the network's logits and gradients on a few images.
     """
     trained = run.load(workdir, checkpoint)
     settings = config.plain(trained.config.evaluate if settings is None else settings)
@@ -127,13 +131,16 @@ def evaluate(
     logits = jax.jit(victim)
     keys = draw_keys(trained.config.seed, len(split.labels))
     x = np.asarray(to_float(jnp.asarray(split.images[:256])))
-    warnings = checks.network(lambda x: logits(trained.variables, x, keys[: len(x)])[0], x, split.labels)
+    asked = checks.network(lambda x, keys: logits(trained.variables, x, keys)[0], x, split.labels, keys[: len(x)])
+    warnings = asked.warnings
     with checkpoints.manager(workdir, read_only=True) as orbax:
         validation = checkpoints.metrics(orbax, trained.step)
 
     which = str(trained.step) if str(checkpoint).isdecimal() else str(checkpoint)
     folder = Path(workdir) / "eval" / which
     common = _common(trained, which, settings, split, validation, warnings)
+    common |= {"fingerprint": asked.fingerprint.tolist(), "code": autoattack.code_digest()}
+    common |= {"precision": autoattack.precision()}
     mesh, records = cluster.mesh(), []
     main = settings["eps"]
     for name in settings["attacks"]:
@@ -152,13 +159,15 @@ def evaluate(
             record = _existing(file, identity)
             if record is None:
                 wanted = keep if eps == main and source is None and not settings["samples"] else 0
-                state = file.with_name(f".{file.stem}-{_state_digest(identity)}.npz")
+                state = file.with_name(f".{file.stem}-{_state_digest(identity, settings['batch_size'])}.npz")
                 flags, x_adv, more = execute(eps, step_size, f"{name} {eps}", wanted, state)
                 doubts = list(dict.fromkeys([*warnings, *more["warnings"]]))
                 record = _record({**identity, **more, "warnings": doubts}, flags)
                 if wanted:
                     _save_examples(file.with_suffix(".examples.npz"), split, x_adv, trained)
                 if jax.process_index() == 0:
+                    if not wanted:  # those that are there are of another evaluation
+                        file.with_suffix(".examples.npz").unlink(missing_ok=True)
                     run.write_json(file, record)
                     state.unlink(missing_ok=True)
             records.append(record)
@@ -200,6 +209,7 @@ def _surrogate(workdir, trained, settings):
     check_network(loaded.model, loaded.facts["input_shape"], {**settings, "samples": None})
     title = loaded.config.title or loaded.workdir.resolve().name
     says = dict(title=title, step=loaded.step, weights=checkpoints.tree_digest(loaded.variables))
+    says["model"] = config.plain(loaded.config.model)
     return Surrogate(linen_net(run.in_float32(loaded.model)).predict, loaded.variables, says)
 
 
@@ -229,7 +239,7 @@ def _executor(attack: Named, victim, source, trained, split, settings, mesh):
     def execute(eps, step_size, title, keep, state):
         started = time.perf_counter()
         flags, x_adv = scorer(variables, split, seed, eps=eps, step_size=step_size, progress=title, keep=keep)
-        return flags, x_adv, {"seconds": round(time.perf_counter() - started, 2), "warnings": []}
+        return flags, x_adv, {"seconds": round(time.perf_counter() - started, 2), "warnings": nan_warnings(flags)}
 
     return execute
 
@@ -309,11 +319,12 @@ def _common(trained, checkpoint, settings, split, validation, warnings):
 
 
 _IDENTITY = ("weights", "images", "dtype", "attack", "attack_settings", "eps", "step_size", "norm", "seed", "samples")
+_IDENTITY += ("code", "precision")  # of the attacks; the network's own code and settings: its fingerprint
 
 
-def _state_digest(identity):
+def _state_digest(identity, batch_size):
     """Names the file that keeps AutoAttack's progress by what it is of."""
-    text = json.dumps({key: identity[key] for key in _IDENTITY}, sort_keys=True)
+    text = json.dumps({"batch_size": batch_size, **{key: identity[key] for key in _IDENTITY}}, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
@@ -325,18 +336,22 @@ def _existing(file, identity):
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None  # absent or damaged: computed again
     wanted = json.loads(json.dumps(identity))
-    if not all(config.same(key, record.get(key), wanted[key]) for key in _IDENTITY):
+    changed = [key for key in _IDENTITY if not config.same(key, record.get(key), wanted[key])]
+    changed += checks.differences(record.get("fingerprint"), wanted["fingerprint"])
+    if changed:
+        log.info("%s is of other %s: computed again", file, ", ".join(changed))
         return None
     return {**record, **{key: wanted[key] for key in ("title", "config", "main", "train_threat", "validate_threat")}}
 
 
 def _record(identity, flags):
+    finite = flags.loss[np.isfinite(flags.loss)]  # NaN logits have their warning; JSON has no NaN
     return {
         "clean_acc": percent(flags.clean),
         "robust_acc": percent(flags.robust),
         **identity,
         "max_distance": float(flags.distance.max()),
-        "mean_loss": float(np.mean(flags.loss)),
+        "mean_loss": float(np.mean(finite)) if len(finite) else None,
         "date": datetime.date.today().isoformat(),
         "robust_flags": base64.b64encode(np.packbits(flags.robust).tobytes()).decode(),
     }

@@ -78,6 +78,16 @@ def dlr_targeted(logits: Array, target: Array, other: Array) -> Array:
     return margin_targeted(logits, target, other) / (z[:, 0] - 0.5 * (z[:, 2] + z[:, 3]) + 1e-12)
 
 
+def predicted(logits: Array) -> Array:
+    """The most likely class, shape (B,), int32; −1 where there is none: a NaN among the logits, or no finite largest.
+
+    `argmax` alone answers 0 to a row of NaN, so that an image of class 0 would count as classified correctly.
+    """
+    largest, number = jnp.max(logits, axis=-1), jnp.argmax(logits, axis=-1)
+    exists = jnp.isfinite(largest) & ~jnp.any(jnp.isnan(logits), axis=-1)
+    return jnp.where(exists, number, -1)
+
+
 def correct(logits: Array, target: Array) -> Array:
-    """Whether the most likely class is the target's, shape (B,), bool."""
-    return jnp.argmax(logits, axis=-1) == as_labels(target)
+    """Whether the most likely class is the target's, shape (B,), bool; never where there is none."""
+    return predicted(logits) == as_labels(target)

@@ -235,17 +235,26 @@ def cells(table: Table) -> list[list[str]]:
 
 
 def stages(table: Table, records: Iterable[Record]) -> list[list[list[str]]]:
-    """Robust accuracy after each attack of AutoAttack: for each list of attacks a grid of text, header first."""
+    """Robust accuracy after each attack of AutoAttack: for each list of attacks a grid of text, header first.
+
+    Of version "rand" these are the numbers of the authors' code, one draw for each image and attack; the last column is
+    that of the table, the mean over fresh draws of every adversarial image with its standard error.
+    """
     found: dict[tuple[str, ...], list[list[str]]] = {}
     for row in rows(records):
         for record in filter(is_main, row.records):
             after = record.get("robust_after", {})
             here = (record["dataset"], record["norm"], str(record["eps"])) == (table.dataset, table.norm, table.eps)
             if here and len(after) > 1:
-                numbers = [f"{value:.2f}" for value in (record["clean_acc"], *after.values())]
+                clean = record.get("reference", record)["clean_acc"]
+                numbers = [f"{value:.2f}" for value in (clean, *after.values())]
+                names = [*map(attack_label, after)]
+                if "draws" in record:  # of a random network: the stages count one draw, as the authors' code
+                    names = [*(f"{name}, one draw" for name in names), f"mean of {record['draws']} draws"]
+                    numbers.append(f"{record['robust_acc']:.2f} ± {record['standard_error']:.2f}")
                 name = f"{row.label}, {attack_label(record['attack'])}"
-                found.setdefault(tuple(after), []).append([name, *numbers])
-    return [[["robust after", "clean", *map(attack_label, names)], *lines] for names, lines in found.items()]
+                found.setdefault(tuple(names), []).append([name, *numbers])
+    return [[["robust after", "clean", *names], *lines] for names, lines in found.items()]
 
 
 def as_text(records: Iterable[Record]) -> str:
@@ -420,11 +429,10 @@ def _agreement(grouped):
     cases = []
     for row in grouped:
         for record in row.records:
-            counted, stated, clean = (
-                100 * float(np.mean(robust_flags(record))),
-                record["robust_acc"],
-                record["clean_acc"],
-            )
+            # of a random network the accuracies are means over draws, and the flags are those of the first
+            one_draw = record.get("robust_acc_of_draws", [record["robust_acc"]])[0]
+            counted, stated = 100 * float(np.mean(robust_flags(record))), one_draw
+            clean = max(record["clean_acc"], one_draw) if "draws" in record else record["clean_acc"]
             name = f"{row.label}, {attack_label(record['attack'])}, eps {record['eps']}"
             text = f"{name}: {stated:.4f} stated, {counted:.4f} counted, {clean:.4f} clean"
             cases.append((min(0.001 - abs(counted - stated), clean + 0.001 - stated), text))

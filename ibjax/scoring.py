@@ -38,8 +38,16 @@ class Flags(NamedTuple):
 
     clean: np.ndarray  # (N,) bool: classified correctly as it is
     robust: np.ndarray  # (N,) bool: and under the attack
-    loss: np.ndarray  # (N,) float32: cross-entropy under the attack
+    loss: np.ndarray  # (N,) float32: cross-entropy under the attack; NaN where the logits are
     distance: np.ndarray  # (N,) float32: size of the perturbation, in the attack's norm
+
+
+def nan_warnings(flags: Flags) -> list[str]:
+    """The warning of a record where images under attack have no class."""
+    undefined = int(np.sum(np.isnan(flags.loss)))  # NaN exactly where `losses.predicted` finds no class
+    if not undefined:
+        return []
+    return [f"the network returns NaN or infinite logits for {undefined} images under attack: they count as not robust"]
 
 
 def percent(flags: np.ndarray) -> float:
@@ -183,6 +191,9 @@ def auto_attack(
     with it, the same call goes on where it was ended. `attacked` is a surrogate, (x, keys) -> logits: AutoAttack runs
     on it, and `network` is shown what it finds; images that withstand on the surrogate, or are wrong there, stay as
     they are.
+
+    Of version "rand" the record's accuracies are means over fresh draws, the flags are those of the first of these, and
+    `reference` says what the authors' code counts: see autoattack.py.
     """
     climbed = attacked or network
     x = np.asarray(to_float(jnp.asarray(split.images[:])))
@@ -208,6 +219,9 @@ def auto_attack(
         flags = Flags(result.clean, result.robust, loss, distance)
         after = {name: percent(kept) for name, kept in result.robust_after.items()}
         more = {"robust_after": after}
+        if result.drawn is not None:
+            flags = flags._replace(clean=result.drawn.clean[0], robust=result.drawn.robust[0])
+            more |= drawn_record(result)
     else:
         clean = judge(x)[0]
         flags, more = Flags(clean, clean & withstood, loss, distance), {}
@@ -217,6 +231,20 @@ def auto_attack(
         "warnings": result.warnings,
     }
     return flags, result.x_adv[:keep], more
+
+
+def drawn_record(result: autoattack.Result) -> dict[str, Any]:
+    """What a record says of version "rand", in percent."""
+    drawn = result.drawn
+    assert drawn is not None
+    return {
+        "clean_acc": percent(drawn.clean),
+        "robust_acc": percent(drawn.robust),
+        "standard_error": round(drawn.standard_error, 4),
+        "draws": len(drawn.robust),
+        "robust_acc_of_draws": [percent(flags) for flags in drawn.robust],
+        "reference": {"clean_acc": percent(result.clean), "robust_acc": percent(result.robust)},
+    }
 
 
 # ---- predictions that are drawn ------------------------------------------------------------------------------

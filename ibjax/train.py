@@ -22,7 +22,7 @@ from ibjax import cluster, config, feed, run
 from ibjax.errors import CheckpointError, DivergedError, InputError, PreemptedError
 from ibjax.experiment import Experiment, build, initial_state, initializer, run_key
 from ibjax.metrics import MetricsLog, Window
-from ibjax.scoring import Scorer
+from ibjax.scoring import Scorer, nan_warnings
 
 log = logging.getLogger(__name__)
 _CATASTROPHE = 20.0  # points of robust accuracy lost on validation images, where one-step training overfits at once
@@ -167,6 +167,8 @@ def _validate(experiment, validator, state):
     """{"clean_acc", "robust_acc", "selection"} in percent on the split that selects."""
     (scorer, size), split = validator, _selection_split(experiment)
     flags, _ = scorer(checkpoints.split(state)[0], split, experiment.config.seed, **size)
+    for text in nan_warnings(flags):
+        log.warning("%s: validation: %s", _name(experiment.config), text)
     clean, robust = (100 * float(np.mean(part)) for part in (flags.clean, flags.robust))
     return {"clean_acc": clean, "robust_acc": robust, "selection": robust}
 

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType
 
 from ibjax import cluster
-from ibjax.attacks import autoattack, geometry
+from ibjax.attacks import autoattack, geometry, progress
 from ibjax.attacks.apgd import iterative_apgd
 from ibjax.attacks.fab import iterative_fab
 from ibjax.attacks.runner import Runner
@@ -142,13 +142,13 @@ def test_another_key_draws_otherwise():
 
 
 def test_interrupted_anywhere_and_run_again_it_ends_with_the_same_flags_and_images(monkeypatch, tmp_path):
-    monkeypatch.setattr(autoattack, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "SAVE_SECONDS", 0.0)
     attacks = {name: short()[name] for name in ("apgd-t", "square")}
     partly = lambda x: jnp.where(x[:, 0, 0, :1] > 0.5, curved(x), curved(jnp.round(x * 64) / 64))  # noqa: E731
     run = functools.partial(attack, partly, batch_size=8, attacks=attacks)
     whole, file = run(), tmp_path / "state.npz"
     assert any("gradient is zero" in text for text in whole.warnings)
-    save, times = autoattack._Progress.save, []
+    save, times = progress.Progress.save, []
 
     def save_and_stop(self, at_once=True):
         save(self, at_once)
@@ -156,7 +156,7 @@ def test_interrupted_anywhere_and_run_again_it_ends_with_the_same_flags_and_imag
         if len(times) % 3 == 0:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(autoattack._Progress, "save", save_and_stop)
+    monkeypatch.setattr(progress.Progress, "save", save_and_stop)
     for _ in range(30):
         try:
             result = run(state=file)
@@ -189,7 +189,7 @@ def test_a_state_of_another_evaluation_is_refused(monkeypatch, tmp_path):
         (dict(eps=0.03, attacks={"apgd-ce": iterative_apgd("ce", "linf", 0.03, 3)}), "eps"),
         (dict(key=jax.random.key(5)), "key"),
         (dict(x=X[::-1].copy(), y=Y[::-1].copy()), "images, labels"),
-        (dict(network=linear), "network"),
+        (dict(network=linear), "logits, gradients"),
         (dict(attacks=short()), "attacks"),
         (dict(attacks={"apgd-ce": iterative_apgd("margin", "linf", 0.02, 3)}), "attacks"),
         (dict(attacks={"apgd-ce": iterative_square("linf", 0.02, 3)}), "attacks"),
@@ -211,8 +211,8 @@ SCRIPT = """
     jax.config.update("jax_num_cpu_devices", 2)
     sys.path.insert(0, {tests!r})
     import test_autoattack as t
-    from ibjax.attacks import autoattack
-    autoattack._SAVE_SECONDS = 0.0
+    from ibjax.attacks import progress
+    progress.SAVE_SECONDS = 0.0
     result = t.attack(batch_size=8, attacks=t.short(steps=40, queries=500), state=sys.argv[1])
     np.savez(sys.argv[2], x_adv=result.x_adv, **result.robust_after)
 """

@@ -147,7 +147,7 @@ def linear(x):
 
 
 def test_an_honest_network_passes_the_gate():
-    assert checks.network(linear, FLOATS, SPLIT.labels) == []
+    assert checks.network(linear, FLOATS, SPLIT.labels).warnings == []
 
 
 @pytest.mark.parametrize(
@@ -158,13 +158,13 @@ def test_an_honest_network_passes_the_gate():
     ],
 )
 def test_broken_networks_get_a_warning(network, words):
-    assert any(words in warning for warning in checks.network(network, FLOATS, SPLIT.labels))
+    assert any(words in warning for warning in checks.network(network, FLOATS, SPLIT.labels).warnings)
 
 
 def test_a_randomised_network_gets_a_warning():
     keys = iter(jax.random.split(jax.random.key(0), 9))
     noisy = lambda x: linear(x) + jax.random.normal(next(keys), (len(x), CLASSES))  # noqa: E731
-    assert any("randomised" in warning for warning in checks.network(noisy, FLOATS, SPLIT.labels))
+    assert any("randomised" in warning for warning in checks.network(noisy, FLOATS, SPLIT.labels).warnings)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +206,35 @@ def test_records_are_reused_for_the_same_weights_and_images_only(trained):
     assert evaluate.evaluate(trained)[0]["weights"] == record["weights"]
     file.write_text(file.read_text()[:200])
     assert evaluate.evaluate(trained)[0]["robust_acc"] == record["robust_acc"]
+
+
+def test_a_record_is_of_the_network_the_code_and_the_precision_that_made_it(trained, caplog):
+    """The same weights with another activation, or another version's attack, give other numbers."""
+    file = trained / "eval/best/fgsm.json"
+    record = json.loads(file.read_text())
+    rounded = (np.array(record["fingerprint"]) * (1 + 1e-4)).tolist()
+    other = (np.array(record["fingerprint"]) * [[[1.0], [-1.0]]]).tolist()  # the same logits, another gradient
+    caplog.set_level("INFO", "ibjax.evaluate")
+    for key, value, reused in (
+        ("fingerprint", rounded, True),
+        ("fingerprint", other, False),
+        ("code", "of another version", False),
+        ("precision", "bfloat16", False),
+    ):
+        file.write_text(json.dumps({**record, key: value, "robust_acc": 0.125}))
+        found = evaluate.evaluate(trained)[0]["robust_acc"]
+        assert found == (0.125 if reused else record["robust_acc"])
+        named = "gradients" if key == "fingerprint" else key
+        assert (f"is of other {named}: computed again" in caplog.text) == (not reused)
+        caplog.clear()
+
+
+def test_examples_of_another_evaluation_do_not_stay_beside_a_record(trained):
+    file = trained / "eval/best/fgsm.json"
+    assert file.with_suffix(".examples.npz").is_file()
+    file.unlink()
+    evaluate.evaluate(trained, keep=0)
+    assert file.is_file() and not file.with_suffix(".examples.npz").exists()
 
 
 def test_a_part_of_the_test_set_has_every_class_and_its_own_file(trained):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax import cluster, config, run
+from ibjax import cluster, config, losses, run
 from ibjax.attacks.named import named
 from ibjax.data import Split
 from ibjax.errors import InputError
@@ -77,7 +77,12 @@ def feature_shapes(predict: Callable, variables: Any, input_shape: Sequence[int]
 
 
 def predictions(predict: Callable, variables: Any, images: np.ndarray, batch_size: int) -> np.ndarray:
-    """The classes (N,) that images (N, H, W, C) are taken for."""
-    classify = jax.jit(lambda variables, images: predict(variables, to_float(images))[0].argmax(1))
+    """The classes (N,) that images (N, H, W, C) are taken for; raises InputError where NaN logits name none."""
+    classify = jax.jit(lambda variables, images: losses.predicted(predict(variables, to_float(images))[0]))
     parts = [images[first : first + batch_size] for first in range(0, len(images), batch_size)]
-    return np.concatenate([np.asarray(classify(variables, part)) for part in parts])
+    classes = np.concatenate([np.asarray(classify(variables, part)) for part in parts])
+    if undefined := int(np.sum(classes < 0)):
+        raise InputError(
+            f"the network returns NaN or infinite logits for {undefined} of these images: no class to show"
+        )
+    return classes

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ibjax import cluster, errors, run
+from ibjax import cluster, errors, losses, run
 from ibjax.analysis import calibration
 from ibjax.data import Split, corruptions, stratified, tfds
 from ibjax.errors import DataError, InputError
@@ -85,7 +85,7 @@ def _accuracy(logits_fn, split, batch_size):
         chosen = np.minimum(np.arange(first, first + batch_size), total - 1)
         logits = np.asarray(logits_fn(to_float(jax.numpy.asarray(split.images[chosen]))))
         count = min(batch_size, total - first)
-        correct += int((logits.argmax(1)[:count] == split.labels[chosen[:count]]).sum())
+        correct += int(losses.correct(logits, split.labels[chosen])[:count].sum())
     return round(100 * correct / total, 4)
 
 

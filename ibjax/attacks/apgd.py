@@ -143,6 +143,7 @@ def iterative_apgd(
             restart = jnp.where(i == 0, state.x, state.x_best)
             state = state._replace(x=jnp.where(is_first, geometry.project(restart, x, norm, radius), state.x))
         logits, loss_now, gradient = gradient_of(i, logits_fn, state.x, y, other, state.keys)
+        loss_now = jnp.where(jnp.isnan(loss_now), -jnp.inf, loss_now)  # else no later point would count as better
         unusable = jnp.all((gradient == 0) | ~jnp.isfinite(gradient), axis=(1, 2, 3))
         gradient = geometry.finite(gradient)
         state = _note(state, is_first, ~losses.correct(logits, y), loss_now, gradient, unusable)
@@ -155,10 +156,13 @@ def iterative_apgd(
     def x_adv(x, state):
         return jnp.where(geometry.per_image(state.found, x), state.x_found, x)
 
+    def best(x, state):  # a draw that is right at every iterate does not show that the image withstands
+        return jnp.where(geometry.per_image(state.found, x), state.x_found, state.x_best)
+
     targets = targets if loss in TARGETED_LOSSES else 0
     return Iterative(
         "apgd", norm, largest, init, step, len(radii), x_adv, flat=lambda state: state.flat, restarts=restarts,
-        targets=targets, eot=eot, settings=dict(loss=loss, larger_eps=larger_eps),
+        targets=targets, eot=eot, settings=dict(loss=loss, larger_eps=larger_eps), best=best if eot else None,
     )  # fmt: skip
 
 

@@ -14,20 +14,27 @@ attacks", ICML 2020; in l1: "Mind the box: l1-APGD for sparse adversarial attack
 APGD and FAB take 100 steps. There are never more targets than other classes, and a target is only tried on the images
 that are not broken yet. Where there are too few classes for DLR, the margin stands in for it and a warning says so.
 
-Differences from the authors' code, in what is drawn only: every image draws from its own key, folded from the attack's
-name and the image's index, so that batches, devices and interruptions change nothing; Square draws a square per image,
-not per batch (see square.py).
+Differences from the authors' code: every image draws from its own key, folded from the attack's name and the image's
+index, so that batches, devices and interruptions change nothing; Square draws a square per image, not per batch (see
+square.py); NaN logits count as broken, where `argmax` answers 0; a network for which an image's answer depends on the
+rest of its batch is refused.
+
+With "rand" the flags are the authors': an image is broken once a single draw of the network is wrong about it, at the
+image itself or at what an attack returns. `Result.drawn` says what K fresh draws make of the adversarial images, mean
+and standard error; that is the number of a random network, since one draw may be unlucky. For it every attack also runs
+on the images that one draw has called broken, unless none of K further draws is right about them; of the image and what
+each attack found, the one that these draws are right about least often is kept. The flags do not change by it.
 
 Guarantees (tests of the same names): on a linear network robust means that the margin exceeds eps, in every norm;
 neither batch size nor number of devices changes a flag; killed and run again it ends with the same flags and images, on
 the same devices; every x_adv lies in the eps-ball and in [0, 1] to 1e-6.
 """
 
-import json
+import functools
+import hashlib
 import logging
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,31 +45,53 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from ibjax import cluster
+from ibjax import cluster, losses
 from ibjax.attacks import checks, geometry
 from ibjax.attacks.apgd import FEWEST_CLASSES, iterative_apgd
 from ibjax.attacks.fab import iterative_fab
 from ibjax.attacks.iterative import Iterative, other_classes
+from ibjax.attacks.progress import Progress
 from ibjax.attacks.runner import Runner, passes
 from ibjax.attacks.square import iterative_square
-from ibjax.checkpoint import digest
 from ibjax.errors import InputError, PreemptedError, nearest
-from ibjax.run import replacing
+from ibjax.files import content_digest
 
 log = logging.getLogger(__name__)
 SAMPLES = 20  # of a random network, for each gradient of "rand"
-_SAVE_SECONDS = 30.0  # between two states on disk
+DRAWS = 20  # of a random network, for each adversarial image
+
+
+class Drawn(NamedTuple):
+    """What fresh draws of a random network make of images and adversarial images: K draws, a row for each."""
+
+    clean: np.ndarray  # (K, N) bool: the image is classified correctly
+    robust: np.ndarray  # (K, N) bool: the adversarial image is
+
+    @property
+    def accuracy(self) -> float:
+        """The mean over draws and images of `robust`, in percent."""
+        return 100 * float(self.robust.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Of the accuracy, over draws (not over images), in percent."""
+        return 100 * float(np.std(self.robust.mean(1), ddof=1) / np.sqrt(len(self.robust)))
 
 
 class Result(NamedTuple):
-    """Of all images, in their order; host arrays."""
+    """Of all images, in their order; host arrays.
 
-    x_adv: np.ndarray  # (N, H, W, C) float32; the image itself where it is robust, or wrong as it is
+    With version "rand" the flags are those of one draw of the network for each image and attack, as the authors count;
+    `x_adv` has the worst that was found for every image, and `drawn.accuracy` is the robust accuracy.
+    """
+
+    x_adv: np.ndarray  # (N, H, W, C) float32; the image itself where it is robust, or wrong as it is, but for "rand"
     robust: np.ndarray  # (N,) bool: classified correctly, and still after every attack
     clean: np.ndarray  # (N,) bool: classified correctly as it is
     robust_after: dict[str, np.ndarray]  # attack -> (N,) bool: still robust after this and all attacks before it
     seconds: dict[str, float]  # attack -> wall-clock time, compilation included
     warnings: list[str]
+    drawn: Drawn | None = None  # of version "rand"
 
 
 def sub_attacks(
@@ -131,6 +160,8 @@ def autoattack(
     attacks: "Sequence[str] | Mapping[str, Iterative] | None" = None,
     batch_size: int = 256,
     state: "str | Path | None" = None,
+    restart: bool = False,
+    draws: int = DRAWS,
     allow_randomized: bool = False,
     progress: str | None = None,
 ) -> Result:
@@ -148,14 +179,19 @@ def autoattack(
       attacks: run these in this order, in place of the version's: names, or {name: attack} with settings of its own, as
         `{"square": iterative_square("linf", "8/255", queries=1000)}`.
       batch_size: images at once, on all devices together.
-      state: file that keeps the progress, about every 30 s; with it, the same call goes on where it was ended.
+      state: file that keeps the progress, about every 30 s; with it, the same call goes on where it was ended. It is
+        refused where anything that the result depends on has changed since, the network's gradient among it.
+      restart: begin anew, whatever is in the state file.
+      draws: with version "rand", of the network for each adversarial image at the end, at least 2.
       allow_randomized: attack a network whose answers differ from call to call, which "standard" overestimates.
       progress: show a bar with this name, and stop at a preemption notice with PreemptedError.
 
     Raises:
       InputError: images not in [0, 1], wrong labels, an eps that is no radius, logits that are no logits, a random
-        network, or a state of another evaluation: one line that says what to do.
+        network, a network for which an image's answer depends on the rest of its batch, a call inside a trace, or a
+        state of another evaluation: one line that says what to do.
     """
+    checks.outside_traces(key, x, y, eps)
     eps = geometry.one_radius(eps, norm)
     if not eps > 0:
         raise InputError("eps=0 is not allowed; AutoAttack takes a radius above 0")
@@ -166,7 +202,9 @@ def autoattack(
     x, y = np.asarray(x), np.asarray(y)
     checks.images_and_labels(x, y)
     random = version == "rand"
-    warnings = _check_network(logits_fn, x, y, random, allow_randomized)
+    if random and draws < 2:
+        raise InputError(f"draws={draws} is not allowed; give at least 2, for a mean and its standard error")
+    asked = _check_network(logits_fn, x, y, random, allow_randomized)
 
     runner = Runner(key, logits_fn, x, y, norm=norm, eps=eps, batch_size=batch_size, randomized=random)
     logits = runner.clean_logits()
@@ -177,33 +215,69 @@ def autoattack(
         _check_plan(plan, norm, eps, random)
     else:
         plan, notes = sub_attacks(version, norm, eps, logits.shape[1], attacks)
-    identities = [[name, attack.identity()] for name, attack in plan.items()]
-    settings = dict(version=version, attacks=identities, norm=norm, eps=eps, images=digest(x), labels=digest(y))
-    settings |= dict(key=runner.key.tolist(), key_kind=str(runner.key_kind))
-    found = _Progress(Path(state) if state else None, settings, logits, x, logits.argmax(1) == y)
+    settings = dict(version=version, batch_size=batch_size, draws=draws if random else None, dtype=asked.dtype)
+    settings |= _identity(plan, runner)
+    file = Path(state) if state else None
+    found = Progress(file, settings, asked.fingerprint, x, logits.argmax(1) == y, restart)
+    if random and found.right is None:
+        found.right = runner.draws("chosen", x, np.arange(len(x)), draws).sum(0)
     _run(runner, plan, logits, found, progress)
-    warnings += [*notes, *_gradient_warnings(plan, found.flat)]
+    warnings = [*asked.warnings, *notes, *_gradient_warnings(plan, found.flat)]
     after = dict(zip(plan, found.after, strict=True))
     warnings += _final_checks(runner, found, after)
     seconds = {name: round(value, 2) for name, value in zip(plan, found.seconds[:-1], strict=True)}
-    return Result(found.x_adv, found.robust, found.clean, after, seconds, list(dict.fromkeys(warnings)))
+    drawn = None
+    if random:
+        drawn = Drawn(*(runner.draws("judged", shown, np.arange(len(x)), draws) for shown in (x, found.x_adv)))
+        if progress:
+            spread = f"{drawn.accuracy:.2f} ± {drawn.standard_error:.2f} %"
+            log.info("%s: robust accuracy %s over %d fresh draws", progress, spread, draws)
+    return Result(found.x_adv, found.robust, found.clean, after, seconds, list(dict.fromkeys(warnings)), drawn)
+
+
+def _identity(plan, runner):
+    """What the result of these attacks depends on, beside the network, as plain data."""
+    return dict(
+        attacks=[[name, attack.identity()] for name, attack in plan.items()],
+        norm=runner.norm,
+        eps=runner.eps,
+        images=content_digest({"x": runner.x}),
+        labels=content_digest({"y": runner.y}),
+        key=runner.key.tolist(),
+        key_kind=str(runner.key_kind),
+        precision=precision(),
+        code=code_digest(),
+    )
+
+
+def precision() -> str:
+    """Of matrix products and convolutions that name none."""
+    return str(jax.config.jax_default_matmul_precision)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@functools.cache
+def code_digest() -> str:
+    """Of the attacks' source files: results that are kept are of the code that made them."""
+    total = hashlib.blake2b(digest_size=8)
+    for file in (*sorted(Path(__file__).parent.glob("*.py")), Path(losses.__file__)):
+        total.update(file.read_bytes())
+    return total.hexdigest()
 
 
 def _check_network(logits_fn, x, y, random, allow_randomized):
-    """Warnings; raises InputError on a network that cannot be attacked so."""
+    """What it answers; raises InputError on a network that cannot be attacked so."""
     if random:
-        keys = jax.random.split(jax.random.key(0), len(x[:256]))
         try:
-            return checks.network(lambda x: logits_fn(x, keys[: len(x)]), x, y)
+            return checks.network(logits_fn, x, y, jax.random.split(jax.random.key(0), len(x)))
         except TypeError as error:
             raise InputError(f"version 'rand' calls logits_fn(x, keys), a key per image: {error}") from None
-    warnings = checks.network(logits_fn, x, y)
-    if any("randomised" in text for text in warnings) and not allow_randomized:
+    asked = checks.network(logits_fn, x, y)
+    if any("randomised" in text for text in asked.warnings) and not allow_randomized:
         raise InputError(
             "the network answers differently from call to call, so that 'standard' would overestimate it; give "
             "version='rand' with logits_fn(x, keys), or allow_randomized=True"
         )
-    return warnings
+    return asked
 
 
 def _check_plan(plan, norm, eps, random):
@@ -226,24 +300,26 @@ def _run(runner, plan, logits, state, bar_name):
     """All attacks that are not behind yet."""
     others = np.asarray(other_classes(jnp.asarray(logits)))
     for name, attack in list(plan.items())[len(state.after) :]:
-        todo = np.nonzero(state.after[-1] if state.after else state.clean)[0]
+        images, broken = state.attacked
+        todo = np.nonzero(state.todo)[0]
         total = passes(attack, others) * len(todo)
         bar = tqdm(total=total, initial=min(state.position, total), desc=f"{bar_name or ''} {name}".strip(),
                    unit="run", leave=False, disable=not (bar_name and sys.stderr.isatty()))  # fmt: skip
         with bar:
             bar.set_postfix_str(f"robust {100 * state.robust.mean():.2f} %")
             before, runner.flat = time.perf_counter(), state.flat[-1]
-            for position in runner.run(name, attack, todo, others, state.broken, state.x_adv, state.position):
+            for position in runner.run(name, attack, todo, others, broken, images, state.position):
                 state.seconds[-1] += time.perf_counter() - before
                 before = time.perf_counter()
                 bar.update(position - state.position)
-                bar.set_postfix_str(f"robust {100 * state.robust.mean():.2f} %")
+                bar.set_postfix_str(f"robust {100 * np.mean(state.robust & ~broken):.2f} %")
                 state.position, state.flat[-1] = position, runner.flat
                 state.save(at_once=False)
                 if bar_name and cluster.preempted():
                     state.save()
                     raise PreemptedError(f"stopped during {bar_name}")
-        state.finish_attack()
+        right = None if state.right is None else runner.draws("chosen", images, todo, state.settings["draws"]).sum(0)
+        state.finish_attack(todo, right)
         if bar_name:
             seconds = state.seconds[-2]
             log.info(
@@ -273,80 +349,10 @@ def _final_checks(runner, state, after):
         ).clean_logits()  # fmt: skip
         if not np.all(np.isfinite(again)):
             warnings.append(
-                f"the network returns NaN or Inf for {np.sum(~np.isfinite(again).all(1))} adversarial images"
+                f"the network returns NaN or Inf for {np.sum(~np.isfinite(again).all(1))} adversarial images: where it "
+                f"names no class, they count as not robust"
             )
-        differing = int(np.sum((again.argmax(1) == runner.y) != state.robust))
+        differing = int(np.sum(np.asarray(losses.correct(again, runner.y)) != state.robust))
         if differing:
             warnings.append(f"{differing} images are classified otherwise when scored again: rounding decides on them")
     return warnings
-
-
-class _Progress:
-    """What has been found so far, and the file that keeps it."""
-
-    def __init__(
-        self, file: Path | None, settings: dict[str, Any], logits: np.ndarray, x: np.ndarray, clean: np.ndarray
-    ):
-        self.file, self.settings, self.x, self.clean = file, settings, x, clean
-        self.probe = logits[:64]
-        self.x_adv, self.broken = x.copy(), ~clean
-        self.after: list[np.ndarray] = []
-        self.seconds, self.flat = [0.0], [0]  # of each attack; the last one is under way
-        self.position, self.saved = 0, time.monotonic()
-        if file is not None and file.exists():
-            self._restore(file)
-
-    @property
-    def robust(self) -> np.ndarray:
-        return ~self.broken
-
-    def finish_attack(self) -> None:
-        self.after.append(self.robust)
-        self.seconds.append(0.0)
-        self.flat.append(0)
-        self.position = 0
-        self.save()
-
-    def save(self, at_once: bool = True) -> None:
-        """Writes the file, whole or not at all; unless `at_once`, only where the last one is half a minute old."""
-        if self.file is None or jax.process_index() != 0:
-            return
-        if not at_once and time.monotonic() - self.saved < _SAVE_SECONDS:
-            return
-        changed = np.nonzero(self.broken & self.clean)[0]
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.file) as temporary, temporary.open("wb") as handle:
-            np.savez(
-                handle,
-                settings=np.array(json.dumps(self.settings, sort_keys=True)),
-                probe=self.probe,
-                clean=self.clean,
-                after=np.array(self.after, bool).reshape(len(self.after), len(self.clean)),
-                changed=changed,
-                images=self.x_adv[changed],
-                seconds=np.array(self.seconds),
-                flat=np.array(self.flat),
-                position=np.array(self.position),
-            )
-        self.saved = time.monotonic()
-
-    def _restore(self, file):
-        try:
-            with file.open("rb") as handle, np.load(handle, allow_pickle=False) as stored:
-                found = {name: stored[name] for name in stored.files}
-            settings = json.loads(str(found["settings"]))
-            wrong = [name for name, value in self.settings.items() if settings.get(name) != value]
-            same = found["probe"].shape == self.probe.shape and np.allclose(found["probe"], self.probe, 1e-3, 1e-3)
-            if not wrong and not (same and np.array_equal(found["clean"], self.clean)):
-                wrong = ["network"]
-            if not wrong:
-                changed, self.position = found["changed"], int(found["position"])
-                self.seconds, self.flat = found["seconds"].tolist(), found["flat"].tolist()
-                self.after = [flags.copy() for flags in found["after"]]
-                self.x_adv[changed], self.broken[changed] = found["images"], True
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise InputError(f"{file} is no state of AutoAttack, or damaged ({error}); delete it") from None
-        if wrong:
-            raise InputError(
-                f"{file} is of another evaluation (its {', '.join(wrong)} differ); delete it or give another file"
-            )

@@ -1,14 +1,22 @@
 """Checks before any robustness is reported: what makes every number wrong is refused, what casts doubt is a warning."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.core import Tracer
 
+from ibjax.attacks.hoist import hoisted, unjitted
 from ibjax.errors import InputError
 
 _PROBED, _REPEATED = 256, 64  # images that are asked about once, and again
+_DIFFERENTIATED, _PRINTED = 16, 8  # images whose gradient is asked for, and whose answers make the fingerprint
+# By how much an answer may differ, as a share of its length, where nothing but rounding should: other batch sizes and
+# devices choose other algorithms, and a gradient jumps where rounding turns a ReLU.
+_LOGITS, _GRADIENT = 1e-2, 5e-2
 
 
 def images_and_labels(x: np.ndarray, y: np.ndarray) -> None:
@@ -27,14 +35,23 @@ def images_and_labels(x: np.ndarray, y: np.ndarray) -> None:
         raise InputError(f"labels have shape {y.shape} and type {y.dtype}; give integers of shape ({len(x)},)")
 
 
-def network(logits_fn: Callable, x: np.ndarray, y: np.ndarray) -> list[str]:
-    """Asks the network about up to 256 of the images, several times; returns warnings.
+class Asked(NamedTuple):
+    """What a network has answered before it is attacked."""
 
-    Raises InputError on what makes every number wrong: labels outside the classes, NaN logits, or logits of an image
-    that depend on the others in its batch.
+    warnings: list[str]
+    fingerprint: np.ndarray  # of its logits and gradients on a few images: `fingerprint`
+    dtype: str  # of its logits
+
+
+def network(logits_fn: Callable, x: np.ndarray, y: np.ndarray, keys: Array | None = None) -> Asked:
+    """Asks the network about up to 256 of the images, several times.
+
+    With `keys` (N,), a key per image, it is called as `logits_fn(x, keys)`. Raises InputError on what makes every
+    number wrong: labels outside the classes, NaN logits, or logits of an image that depend on the rest of its batch.
     """
-    images = jnp.asarray(x[:_PROBED])
-    answer = logits_fn(images)
+    network, images = _Network(logits_fn, x, keys, _PROBED), x[:_PROBED]
+    answer = network.answer()
+    outside_traces(answer)
     if not hasattr(answer, "shape"):
         raise InputError(f"logits_fn returns a {type(answer).__name__}; return the logits alone, (B, classes)")
     logits = np.asarray(answer, np.float64)
@@ -49,18 +66,172 @@ def network(logits_fn: Callable, x: np.ndarray, y: np.ndarray) -> list[str]:
         warnings.append("the network returns probabilities, not logits: gradients of attacks may vanish")
     if len(images) > 1 and np.ptp(logits, axis=0).max() < 1e-6:
         warnings.append("the network returns the same logits for every image")
-    if randomised(logits_fn, images[:_REPEATED]):
+    if _randomised(network, np.arange(min(len(images), _REPEATED))):
         warnings.append("two passes over the same images differ: the network is randomised, use EOT attacks")
-    elif len(images) > 1:
-        tolerance = 1e-2 * max(float(np.abs(logits).max()), 1e-6)  # other batch sizes may choose other algorithms
-        if np.abs(np.asarray(logits_fn(images[:1])) - logits[:1]).max() > tolerance:
-            raise InputError("an image's logits depend on the other images of its batch; evaluate in evaluation mode")
-    return warnings
+    else:
+        warnings += _dependence(network)
+    return Asked(warnings, _fingerprint(network), str(answer.dtype))
 
 
-def randomised(logits_fn: Callable, x: jax.Array) -> bool:
+def _randomised(network, rows):
     """Whether one of four more passes moves an image's logits by more than 1e-4 of their length."""
-    logits = np.asarray(logits_fn(x), np.float64)
+    logits = network.logits(rows)
     length = np.linalg.norm(logits, axis=1, keepdims=True) + 1e-12
-    passes = (np.asarray(logits_fn(x), np.float64) for _ in range(4))
+    passes = (network.logits(rows) for _ in range(4))
     return any(np.max(np.linalg.norm((again - logits) / length, axis=1)) > 1e-4 for again in passes)
+
+
+def outside_traces(*values: Any) -> None:
+    """Raises InputError where a value is traced, or everything is: what is steered from the host cannot run there."""
+    if any(isinstance(value, Tracer) for value in (*values, jnp.zeros(()))):
+        raise InputError(
+            "autoattack cannot run inside jax.jit, vmap, grad or a loop of lax: it steers its programs from the host; "
+            "call it outside, or use apgd, fab or square there"
+        )
+
+
+# ---- what an image's answer depends on ------------------------------------------------------------------------
+
+
+def independent(logits_fn: Callable, x: Any, keys: Array | None = None) -> list[str]:
+    """Raises InputError where an image's logits, or their gradient, depend on the rest of its batch.
+
+    Attacks put images into batches as they see fit, so that of such a network every number is arbitrary. The answers
+    are compared with those in the reversed and in a permuted batch and in its halves: logits of up to 256 images, and
+    for up to 16, moved a little, the gradient of a random combination of their logits.
+
+    Args:
+      logits_fn: x -> logits (B, classes), or (logits, …); with `keys` (x, keys) -> the same.
+      x: images (N, H, W, C), no tracer.
+      keys: (N,), a key per image, which goes with its image.
+
+    Returns:
+      A warning where there is one image only, of which nothing can be found out this way.
+    """
+    return _dependence(_Network(logits_fn, x, keys, _PROBED))
+
+
+def _dependence(network):
+    count = network.count
+    if count < 2:
+        return ["there is one image: whether its logits depend on the rest of a batch could not be checked"]
+    for what, answers, most, tolerance in (
+        ("logits", network.logits, count, _LOGITS),
+        ("gradients", network.gradients, min(count, _DIFFERENTIATED), _GRADIENT),
+    ):
+        rows = np.arange(most)
+        before = answers(rows)
+        for other in (rows[::-1], np.random.default_rng(0).permutation(most), rows[: most // 2], rows[-(most // 2) :]):
+            if _distance(answers(other), before[other]) > tolerance:
+                same = answers(np.zeros(most, int))  # one image in every place: nothing but the place can differ
+                if _distance(same, same[:1]) > tolerance:
+                    raise InputError(
+                        f"an image's {what} depend on its place in the batch, as where noise of a fixed key is drawn "
+                        f"by position; draw noise from a key per image, and attack with autoattack(version='rand') "
+                        f"or apgd(eot=20)"
+                    )
+                raise InputError(
+                    f"an image's {what} depend on the other images of its batch; evaluate in evaluation mode"
+                )
+    return []
+
+
+def _distance(found, wanted):
+    """The largest difference of a row, as a share of the largest row's length."""
+    difference = np.linalg.norm(found - wanted, axis=1).max()
+    return difference / max(np.linalg.norm(wanted, axis=1).max(), 1e-12)
+
+
+# ---- whether a network is still the same one ------------------------------------------------------------------
+
+FINGERPRINT_TOLERANCE = (5e-3, _GRADIENT)  # of logits, of gradients, as a share of the longest row
+_PROJECTIONS = 4
+
+
+def fingerprint(logits_fn: Callable, x: Any, keys: Array | None = None) -> np.ndarray:
+    """What identifies a network for attacks: its logits and gradients on the first 8 images, in short.
+
+    Weights alone do not: an activation, a normalisation or a straight-through gradient changes every number too.
+    Arguments as `independent`.
+
+    Returns:
+      (images, 2, 5) float32: of the logits of each image, and of the gradient of a random combination of them, the
+      length and four random projections. Compare two with `differences`, since devices round differently.
+    """
+    return _fingerprint(_Network(logits_fn, x, keys, _PRINTED))
+
+
+def _fingerprint(network):
+    rows = np.arange(min(network.count, _PRINTED))
+    short = []
+    for answers in (network.logits(rows), network.gradients(rows)):
+        directions = np.random.default_rng(1).standard_normal((answers.shape[1], _PROJECTIONS))
+        short.append(np.concatenate([np.linalg.norm(answers, axis=1, keepdims=True), answers @ directions], axis=1))
+    return np.stack(short, axis=1).astype(np.float32)
+
+
+def differences(found: Any, wanted: Any, tolerance: Any = FINGERPRINT_TOLERANCE) -> list[str]:
+    """In what two fingerprints differ by more than rounding: some of "logits", "gradients"."""
+    names = ["logits", "gradients"]
+    try:
+        found, wanted = (np.asarray(value, np.float64) for value in (found, wanted))
+    except (TypeError, ValueError):
+        return names
+    if found.shape != wanted.shape or found.shape[1:] != (2, 1 + _PROJECTIONS):
+        return names
+    parts = zip(names, found.swapaxes(0, 1), wanted.swapaxes(0, 1), tolerance, strict=True)
+    return [name for name, one, other, most in parts if not _distance(one, other) <= most]
+
+
+class _Network:
+    """A network and some images to ask it about, in any order and composition of a batch."""
+
+    def __init__(self, logits_fn: Callable, x: Any, keys: Array | None, most: int):
+        self.logits_fn, self.x = logits_fn, np.asarray(x[:most])
+        self.keys, self.count = keys, len(self.x)
+        self.pulled: dict[int, Callable] = {}  # number of images -> the compiled gradient
+
+    def answer(self, rows: Any = slice(None)) -> Any:
+        """What it returns for these images."""
+        return self.logits_fn(jnp.asarray(self.x[rows]), *self._keys(rows))
+
+    def logits(self, rows: np.ndarray) -> np.ndarray:
+        """(B, classes) float64, 0 where they are NaN or infinite."""
+        return np.nan_to_num(np.asarray(_first(self.answer(rows)), np.float64), posinf=0.0, neginf=0.0)
+
+    def gradients(self, rows: np.ndarray) -> np.ndarray:
+        """Of a random combination of each image's logits, (B, H·W·C) float64; 0 where there are none.
+
+        It is taken at points close to the images, where no two pixels tie in a pooling window or on a step of rounding.
+        """
+        rng = np.random.default_rng(2)
+        x = 0.98 * self.x[:_DIFFERENTIATED] + 0.02 * rng.random(self.x[:_DIFFERENTIATED].shape)
+        arguments = (jnp.asarray(x[rows], self.x.dtype), *self._keys(rows))
+        if len(rows) not in self.pulled:
+            self.pulled[len(rows)] = self._compiled(*arguments)
+        gradient = np.asarray(self.pulled[len(rows)](rows, *arguments), np.float64)
+        return np.nan_to_num(gradient.reshape(len(rows), -1), posinf=0.0, neginf=0.0)
+
+    def _compiled(self, *arguments):
+        """(rows, x, *keys) -> the gradient; zeros where the network has no derivative, as some callbacks."""
+        logits_fn = unjitted(self.logits_fn)
+
+        def pull(weights, x, *keys):
+            logits, back = jax.vjp(lambda x: _first(logits_fn(x, *keys)), x)
+            return back(weights.astype(logits.dtype))[0]
+
+        classes = jax.eval_shape(lambda *a: _first(logits_fn(*a)), *arguments).shape[-1]
+        weights = np.random.default_rng(3).standard_normal((_DIFFERENTIATED, classes)).astype(np.float32)
+        try:
+            program, constants, _ = hoisted(pull, jnp.asarray(weights[: len(arguments[0])]), *arguments)
+        except (ValueError, NotImplementedError):
+            return lambda rows, x, *keys: np.zeros((len(rows), 1))
+        program = jax.jit(program)
+        return lambda rows, *arguments: program(constants, jnp.asarray(weights[rows]), *arguments)[0]
+
+    def _keys(self, rows):
+        return () if self.keys is None else (self.keys[: self.count][rows],)
+
+
+def _first(output):
+    return output[0] if isinstance(output, tuple) else output

@@ -80,7 +80,7 @@ def iterative_fab(norm: str, eps: "str | float", steps: int = 100, restarts: int
 
     def step(i, logits_fn, x, y, other, state):
         df, w = slopes(logits_fn, state.x, y, other, norm)
-        w = geometry.finite(w)
+        df, w = geometry.finite(df), geometry.finite(w)  # at a point of NaN logits there is no boundary to step to
         above = df + jnp.sum((w * (x - state.x)).reshape(x.shape[0], -1), 1)  # the same linear function, at x
         points, normals, excess = (jnp.concatenate(pair) for pair in ((state.x, x), (w, w), (df, above)))
         d1, d0 = jnp.split(step_onto_hyperplane(points, normals, excess, norm), 2)

@@ -39,6 +39,9 @@ class Iterative(NamedTuple):
     targets: int = 0  # classes to attack, from the second largest clean logit down; 0: untargeted
     eot: int | None = None
     settings: Mapping[str, Any] = MappingProxyType({})  # what else its results depend on
+    best: Callable[[Array, State], Array] | None = (
+        None  # (x, state) -> of a random network: x_adv, or what comes closest
+    )
 
     def identity(self) -> dict[str, Any]:
         """All that says which attack it is, as plain data."""

@@ -16,12 +16,11 @@ by the number of pixels and leaves its direction. A gradient of exactly zero sta
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from ibjax.attacks import Attack, geometry
-from ibjax.attacks.pgd import loss_function, unrolled
+from ibjax.attacks.pgd import loss_function, loss_gradient, unrolled
 from ibjax.errors import check_range
 
 
@@ -70,7 +69,7 @@ def momentum_ascent(
 
         def step(_, carry):
             x_adv, g = carry
-            gradient = jax.grad(lambda x: jnp.sum(value(logits_fn(x), target)))(x_adv + ahead * g)
+            gradient, _ = loss_gradient(value, lambda x, state: (logits_fn(x), state), x_adv + ahead * g, target, ())
             g = decay * g + _of_unit_mean(gradient)
             x_adv = x_adv + step_length * geometry.ascent_direction(g, norm)
             return geometry.project(x_adv, x, norm, eps), g

@@ -20,7 +20,7 @@ import jax
 from jax import Array
 
 from ibjax.attacks import Attack, geometry
-from ibjax.attacks.autoattack import sub_attacks
+from ibjax.attacks.autoattack import DRAWS, sub_attacks
 from ibjax.attacks.cw import cw
 from ibjax.attacks.mim import mim
 from ibjax.attacks.nifgsm import nifgsm
@@ -63,8 +63,8 @@ def _unbounded(factory, **settings):
     return Named(settings, lambda *, norm, eps, step_size: factory(**settings), bounded=False)
 
 
-def _auto(version, attacks=None):
-    return Named(dict(version=version, attacks=attacks), None)
+def _auto(version, attacks=None, **options):
+    return Named(dict(version=version, attacks=attacks, **options), None)
 
 
 def _ara(steps):
@@ -129,7 +129,7 @@ ATTACKS = {
     "noise-sign": _sized(noise, kind="sign"),
     "autoattack": _auto("standard"),
     "autoattack-plus": _auto("plus"),
-    "autoattack-rand": _auto("rand"),
+    "autoattack-rand": _auto("rand", draws=DRAWS),
     **{name: _auto("standard", [name]) for name in ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")},
 }
 

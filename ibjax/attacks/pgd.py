@@ -130,13 +130,12 @@ def stateful_pgd(
         raise InputError(f"steps={steps} is not allowed; at least 1 step is needed")
 
     def attack(key, forward, x, target, state):
-        def objective(x_adv, state):
-            output, state = forward(jnp.clip(x_adv, 0.0, 1.0) if clip_input else x_adv, state)
-            return jnp.sum(value(output, target)), state  # a sum: gradients stay per image
+        def shown(x_adv, state):
+            return forward(jnp.clip(x_adv, 0.0, 1.0) if clip_input else x_adv, state)
 
         def step(_, carry):
             x_adv, state = carry
-            gradient, state = jax.grad(objective, has_aux=True)(x_adv, state)
+            gradient, state = loss_gradient(value, shown, x_adv, target, state)
             x_adv = x_adv + geometry.per_image(step_size, x) * geometry.ascent_direction(gradient, norm)
             return geometry.project(x_adv, x, norm, eps), state
 
@@ -168,6 +167,21 @@ def loss_function(loss: "str | Callable") -> Callable:
         return value
 
     return checked
+
+
+def loss_gradient(value: Callable, forward: Callable, x: Array, target: Array, state: Any) -> tuple[Array, Any]:
+    """(∇_x Σ value(output, target), state) with output, state = forward(x, state).
+
+    It is 0 for the images whose logits name no class, as NaN do not: these are broken, and their gradient says nothing.
+    """
+
+    def total(x):
+        output, after = forward(x, state)
+        return jnp.sum(value(output, target)), (first(output), after)  # a sum: gradients stay per image
+
+    gradient, (logits, state) = jax.grad(total, has_aux=True)(x)
+    broken = losses.predicted(logits.reshape(x.shape[0], -1)) < 0
+    return jnp.where(geometry.per_image(broken, x), 0.0, gradient), state
 
 
 def first(tree: Any) -> Array:

@@ -9,7 +9,6 @@ Each item's randomness comes from the attack's name, the image's index and the i
 nor the number of devices nor an interruption between batches changes what is drawn.
 """
 
-import inspect
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -18,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import NamedSharding
 
 from ibjax import cluster, losses
 from ibjax.attacks import geometry
+from ibjax.attacks.hoist import hoisted, unjitted
 from ibjax.attacks.iterative import Iterative
 from ibjax.cores import in_parts
 
@@ -66,9 +65,7 @@ class Runner:
         batch_size: int,
         randomized: bool = False,
     ):
-        # what a jitted function closes over would be a constant to compile
-        logits_fn = inspect.unwrap(logits_fn, stop=lambda f: not isinstance(f, jax.stages.Wrapped))
-        self.logits_fn = in_parts(logits_fn)
+        self.logits_fn = in_parts(unjitted(logits_fn))
         self.x, self.y, self.norm, self.eps, self.randomized = x, y, norm, eps, randomized
         self.key, self.key_kind = np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)
         mesh = cluster.mesh()
@@ -97,6 +94,25 @@ class Runner:
             parts.append(np.asarray(logits)[: len(self.x) - first])
         return np.concatenate(parts).astype(np.float32)
 
+    def draws(self, name: str, x: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
+        """Whether a random network classifies the images `rows` of x (N, H, W, C) correctly, in `count` draws of its
+        own for each: (count, len(rows)) bool. What it draws depends on `name`, the image's index and the draw's number.
+        """
+        answers, size = np.zeros((count, len(rows)), bool), self.sizes[-1]
+
+        def answer(key, x, image, number, y):
+            return losses.correct(self.logits_fn(x, *self._keys(key, name, image, number)), y)
+
+        program = self._on_each_device(answer, "cssss", gathered=True)
+        for first in range(0, len(rows), size):
+            chosen = rows[np.minimum(np.arange(first, first + size), len(rows) - 1)].astype(np.int32)
+            shown, image, y = self._place(x[chosen], chosen, self.y[chosen].astype(np.int32))
+            for draw in range(count):
+                (number,) = self._place(np.full(size, draw, np.int32))
+                found = np.asarray(program(self.key, shown, image, number, y))
+                answers[draw, first : first + size] = found[: len(rows) - first]
+        return answers
+
     def run(
         self,
         name: str,
@@ -108,6 +124,8 @@ class Runner:
         position: int = 0,
     ) -> Iterator[int]:
         """Attacks the images `todo`; after each batch updates `broken` and `x_adv` and yields the next position.
+
+        With a random network `x_adv` also takes what an attack finds for an image that withstands.
 
         Args:
           name: of the attack; its draws depend on it.
@@ -126,9 +144,9 @@ class Runner:
                 image, number = todo[alive % len(todo)], alive // len(todo)
                 found = self._batch(name, attack, image, number, others[image, number // attack.restarts])
                 self.flat += int(found.flat.sum())
-                for row in np.nonzero(found.broken)[0]:
+                for row in np.nonzero(found.broken | self.randomized)[0]:
                     if not broken[image[row]]:
-                        broken[image[row]], x_adv[image[row]] = True, found.x_adv[row]
+                        broken[image[row]], x_adv[image[row]] = found.broken[row], found.x_adv[row]
             yield int(position)
 
     def _batch(self, name, attack, image, number, other):
@@ -192,10 +210,12 @@ class Runner:
         def finish(key, x, image, number, other, y, state):
             x_adv = attack.x_adv(x, state)
             logits = self.logits_fn(x_adv, *self._keys(key, f"{name} found", image, number))
+            broken = ~losses.correct(logits, y)
+            x_adv = x_adv if attack.best is None else attack.best(x, state)
             distance = geometry.distance(x_adv, x, self.norm)
             in_box = jnp.all((x_adv >= 0) & (x_adv <= 1), axis=(1, 2, 3))
             flat = jnp.zeros(len(x), bool) if attack.flat is None else attack.flat(state)
-            return x_adv, ~losses.correct(logits, y), flat, jnp.where(in_box, distance, jnp.inf)
+            return x_adv, broken, flat, jnp.where(in_box, distance, jnp.inf)
 
         return Programs(
             self._on_each_device(init, "csssss"),
@@ -222,16 +242,16 @@ class Runner:
         def call(*arguments):
             leaves = jax.tree.leaves(arguments)
             if not compiled:
-                closed, shapes = jax.make_jaxpr(split, return_shape=True)(*arguments)
+                program, constants, tree = hoisted(split, *arguments)
                 kept = range(1 + len(leaves) - len(jax.tree.leaves(arguments[-1])), 1 + len(leaves))
-                hoisted = jax.jit(
-                    lambda constants, *leaves: jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, constants))(*leaves),
+                program = jax.jit(
+                    program,
                     out_shardings=self.replicated if gathered else self.sharded,
                     donate_argnums=tuple(kept) if donate else (),
                 )
-                compiled.append((hoisted, [self._everywhere(c) for c in closed.consts], jax.tree.structure(shapes)))
-            hoisted, constants, tree = compiled[0]
-            return jax.tree.unflatten(tree, hoisted(constants, *leaves))
+                compiled.append((program, [self._everywhere(c) for c in constants], tree))
+            program, constants, tree = compiled[0]
+            return jax.tree.unflatten(tree, program(constants, *leaves))
 
         return call
 

@@ -68,7 +68,7 @@ def spsa(
             def add(q, total):
                 v = geometry.draw(jax.random.rademacher, fold_in(key, q), x)
                 difference = loss_at(x_adv + delta * v) - loss_at(x_adv - delta * v)
-                return total + geometry.per_image(difference, x) * v
+                return total + geometry.per_image(geometry.finite(difference), x) * v  # NaN logits say nothing
 
             return lax.fori_loop(0, samples, add, jnp.zeros_like(x)) / (2 * delta * samples)
 

@@ -100,7 +100,8 @@ def iterative_square(
         sides = side_lengths(shares, x.shape[1:3], norm)
         propose = _squares if norm == "linf" else _moved_mass
         proposal = jnp.where(i == 0, state.x_best, propose(keys, x, state.x_best, norm, radius, sides, i - 1))
-        margin = -losses.margin(logits_fn(proposal), y)
+        logits = logits_fn(proposal)
+        margin = jnp.where(losses.predicted(logits) < 0, -jnp.inf, -losses.margin(logits, y))  # NaN logits: broken
         accept = (state.margin > 0) & ((margin < state.margin) | (margin <= 0))
         x_best = jnp.where(geometry.per_image(accept, x), proposal, state.x_best)
         return State(state.keys, x_best, jnp.where(accept, margin, state.margin))

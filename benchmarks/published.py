@@ -1,0 +1,294 @@
+"""Networks that others have published, with what they publish of them: our attacks beside their numbers.
+
+    python benchmarks/published.py --folder=FOLDER --data=mnist.npz [--only=LPD_MLP_B_0.1,WK17a] [--n=1000]
+        [--attacks=clean,pgd-40,autoattack] [--state=FOLDER] [--out=results/published-cpu.json]
+
+FOLDER has, anywhere below it, any of these files of PyTorch; none is unpickled. Images are MNIST's test set / 255.
+
+| file                                  | network               | known                        | source |
+|---------------------------------------|-----------------------|------------------------------|--------|
+| WK17a_linf0.1.pth                     | KW, two convolutions  | exact robust accuracy (MIP)  | [1]    |
+| LPD_MLP_B_0.1.pth … LPD_MLP_B_0.4.pth | MLP-B, 784-100-100-10 | exact robust accuracy (MILP) | [2]    |
+| model_mnist_smallcnn.pt               | TRADES' SmallCNN      | AutoAttack                   | [3]    |
+
+[1] vtjeng/MIPVerify_data: Tjeng et al., ICLR 2019; network of Wong & Kolter, ICML 2018. [2] Hadisalman/
+robust-verify-benchmark: Salman et al., NeurIPS 2019. [3] yaodongyu/TRADES: Zhang et al., ICML 2019; AutoAttack's number
+is that of fra31/auto-attack.
+
+No sound attack leaves fewer images than are exactly robust, and AutoAttack should leave at most one point more. Where a
+number on all 10,000 images falls outside, its row says so and the script ends with 1; on fewer images nothing is
+judged, since the published numbers are not of these. PGD-40 climbs cross-entropy in steps of 0.01 from x, as TRADES'
+authors evaluate, which gives the numbers of [2] too.
+
+AutoAttack keeps its progress in --state, and an interrupted command goes on there. --out is a JSON file with the table
+beside it as Markdown; records of other networks that it has, with the same --n, stay in it.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import measuring
+import numpy as np
+from jax import Array, lax
+
+from ibjax import cluster, losses, run, torch_file
+from ibjax.attacks.autoattack import autoattack
+from ibjax.attacks.pgd import pgd
+from ibjax.errors import DataError, InputError, exit_with
+from ibjax.files import read_npz
+
+_SLACK = 1.0  # points that AutoAttack may leave above the exact robust accuracy
+_EXACT = 1e-2  # points by which the published percentages are rounded
+
+# ---- the networks --------------------------------------------------------------------------------------------
+
+Weights = Mapping[str, Array]
+
+
+def linear(weights: Weights, name: str, x: Array) -> Array:
+    """PyTorch's `Linear`: x (B, in), weight (out, in)."""
+    return jnp.matmul(x, weights[f"{name}.weight"].T, precision=lax.Precision.HIGHEST) + weights[f"{name}.bias"][None]
+
+
+def conv(weights: Weights, name: str, x: Array, stride: int = 1, padding: int = 0) -> Array:
+    """PyTorch's `Conv2d` on x (B, H, W, C): weight (out, in, height, width)."""
+    kernel = weights[f"{name}.weight"].transpose(2, 3, 1, 0)
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    z = lax.conv_general_dilated(
+        x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=dimensions,
+        precision=lax.Precision.HIGHEST,
+    )  # fmt: skip
+    return z + weights[f"{name}.bias"][None, None, None]
+
+
+def flat(x: Array) -> Array:
+    """(B, H, W, C) -> (B, C·H·W), in the order in which PyTorch flattens (B, C, H, W)."""
+    return x.transpose(0, 3, 1, 2).reshape(len(x), -1)
+
+
+def halved(x: Array) -> Array:
+    """`MaxPool2d(2)`."""
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+
+def kw(weights: Weights, x: Array) -> Array:
+    """Wong & Kolter's network with two convolutions of stride 2."""
+    for name in ("0", "2"):
+        x = jax.nn.relu(conv(weights, name, x, stride=2, padding=1))
+    return linear(weights, "7", jax.nn.relu(linear(weights, "5", flat(x))))
+
+
+def mlp_b(weights: Weights, x: Array) -> Array:
+    """Two hidden layers of 100."""
+    x = flat(x)
+    for name in ("1", "3"):
+        x = jax.nn.relu(linear(weights, name, x))
+    return linear(weights, "5", x)
+
+
+def small_cnn(weights: Weights, x: Array) -> Array:
+    """TRADES' network on MNIST; its dropout does nothing in evaluation mode."""
+    for number in (1, 2, 3, 4):
+        x = jax.nn.relu(conv(weights, f"feature_extractor.conv{number}", x))
+        x = halved(x) if number % 2 == 0 else x
+    x = flat(x)
+    for number in (1, 2):
+        x = jax.nn.relu(linear(weights, f"classifier.fc{number}", x))
+    return linear(weights, "classifier.fc3", x)
+
+
+class Published(NamedTuple):
+    """A network and what is published of it: accuracies in percent on all 10,000 test images, l_inf."""
+
+    file: str
+    network: Callable[[Weights, Array], Array]
+    eps: float
+    clean: float
+    pgd: float
+    exact: float | None = None
+    autoattack: float | None = None
+
+
+NETWORKS = {
+    "WK17a": Published("WK17a_linf0.1.pth", kw, 0.1, 98.11, 95.89, 95.62),
+    "LPD_MLP_B_0.1": Published("LPD_MLP_B_0.1.pth", mlp_b, 0.1, 95.91, 86.61, 85.55),
+    "LPD_MLP_B_0.2": Published("LPD_MLP_B_0.2.pth", mlp_b, 0.2, 84.28, 66.15, 63.67),
+    "LPD_MLP_B_0.3": Published("LPD_MLP_B_0.3.pth", mlp_b, 0.3, 60.78, 42.71, 40.15),
+    "LPD_MLP_B_0.4": Published("LPD_MLP_B_0.4.pth", mlp_b, 0.4, 32.03, 18.15, 16.83),
+    "TRADES": Published("model_mnist_smallcnn.pt", small_cnn, 0.3, 99.48, 96.07, None, 92.81),
+}
+
+
+def load(folder: Path, published: Published) -> Callable[[Array], Array]:
+    """The network (B, 28, 28, 1) -> (B, 10) of a file below `folder`; raises InputError where it is not there."""
+    found = sorted(folder.rglob(published.file))
+    if not found:
+        raise InputError(f"--folder={folder} has no {published.file}; give the folder that it was downloaded to")
+    arrays, _ = torch_file.read(found[0])
+    weights = {name: jnp.asarray(array) for name, array in arrays.items()}
+    return lambda x: published.network(weights, x)
+
+
+def images(file: Path, n: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """The first n test images (n, 28, 28, 1) float32 in [0, 1], and their labels (n,) int32."""
+    if not file.is_file():
+        raise InputError(f"--data={file} is no file; give MNIST as an .npz with x_test (10000, 28, 28) and y_test")
+    arrays = read_npz(file)
+    x, y = arrays.get("x_test", np.zeros(0)), arrays.get("y_test", np.zeros(0))
+    if x.shape != (10_000, 28, 28) or x.dtype != np.uint8 or y.shape != (10_000,):
+        raise DataError(f"{file} is not MNIST: x_test is {x.dtype}{list(x.shape)}, y_test {y.dtype}{list(y.shape)}")
+    if n is not None and not 1 <= n <= len(x):
+        raise InputError(f"--n={n} is not allowed; give 1 to {len(x)}")
+    return np.float32(x[:n] / 255)[..., None], y[:n].astype(np.int32)
+
+
+# ---- the attacks ---------------------------------------------------------------------------------------------
+
+
+def clean(published: Published, network: Callable, x: np.ndarray, y: np.ndarray, state: Path | None) -> np.ndarray:
+    """Which images are classified correctly as they are."""
+    return np.concatenate([np.asarray(losses.correct(network(x[part]), y[part])) for part in _batches(len(x))])
+
+
+def pgd_40(published: Published, network: Callable, x: np.ndarray, y: np.ndarray, state: Path | None) -> np.ndarray:
+    """Which images withstand PGD-40 on cross-entropy."""
+    attack = pgd(loss="ce", eps=published.eps, step_size=0.01, steps=40, init="none")
+
+    @jax.jit
+    def robust(keys, x, y):
+        x_adv = attack(keys, network, x, y)
+        return losses.correct(network(x), y) & losses.correct(network(x_adv), y)
+
+    keys = jax.random.split(jax.random.key(0), len(x))
+    return np.concatenate([np.asarray(robust(keys[part], x[part], y[part])) for part in _batches(len(x))])
+
+
+def standard(published: Published, network: Callable, x: np.ndarray, y: np.ndarray, state: Path | None) -> Any:
+    """AutoAttack's result."""
+    options = dict(norm="linf", eps=published.eps, batch_size=_BATCH, state=state, progress=published.file)
+    return autoattack(jax.random.key(0), network, x, y, **options)
+
+
+ATTACKS = {"clean": clean, "pgd-40": pgd_40, "autoattack": standard}
+_BATCH = 1000
+
+
+def _batches(count):
+    return [slice(first, first + _BATCH) for first in range(0, count, _BATCH)]
+
+
+def measure(name: str, attacks: list[str], folder: Path, x: np.ndarray, y: np.ndarray, states: Path | None) -> dict:
+    """One network's record: what we find, with the seconds, beside what is published."""
+    published = NETWORKS[name]
+    network = jax.jit(load(folder, published))
+    known = {key: value for key in _KNOWN if (value := getattr(published, key)) is not None}
+    record: dict[str, Any] = dict(network=name, eps=published.eps, n=len(x), published=known, ours={}, seconds={})
+    record["about"] = measuring.environment()
+    for attack in attacks:
+        state = None if states is None else states / f"{name}-{len(x)}.npz"
+        started = time.perf_counter()
+        found = ATTACKS[attack](published, network, x, y, state)
+        if attack == "autoattack":
+            record["robust_after"] = {part: _percent(flags) for part, flags in found.robust_after.items()}
+            record["warnings"] = [f"{name}: {text}" for text in found.warnings]
+            record["seconds"][attack] = round(sum(found.seconds.values()), 1)  # of interrupted runs too
+            found = found.robust
+        else:
+            record["seconds"][attack] = round(time.perf_counter() - started, 1)
+        record["ours"][attack] = _percent(found)
+    record["faults"] = faults(record, published) if len(x) == 10_000 else []
+    return record
+
+
+_KNOWN = ("clean", "pgd", "autoattack", "exact")
+
+
+def _percent(flags):
+    return round(100 * float(np.mean(flags)), 4)
+
+
+def faults(record: Mapping[str, Any], published: Published) -> list[str]:
+    """What cannot be, given what is known of the network: clean accuracy, and the exact robust accuracy as a bound."""
+    ours, found = record["ours"], []
+    if "clean" in ours and abs(ours["clean"] - published.clean) > _EXACT:
+        found.append(f"clean accuracy is {ours['clean']:.2f}, published {published.clean:.2f}")
+    if published.exact is None:
+        return found
+    for attack in ours.keys() - {"clean"}:
+        if ours[attack] < published.exact - _EXACT:
+            found.append(f"{attack} leaves {ours[attack]:.2f}, exactly {published.exact:.2f} are robust")
+    if ours.get("autoattack", 0.0) > published.exact + _SLACK:
+        found.append(f"autoattack leaves {ours['autoattack']:.2f}, exactly {published.exact:.2f} are robust")
+    return found
+
+
+def table(records: list[dict]) -> str:
+    """The records as Markdown; published numbers are of all 10,000 test images."""
+    heads = ("network", "eps", "n", "clean", "published", "PGD-40", "published", "AutoAttack", "published", "exact")
+    rows = []
+    for record in records:
+        ours, known = record["ours"], record["published"]
+        pairs = (("clean", "clean"), ("pgd-40", "pgd"), ("autoattack", "autoattack"))
+        numbers = [value for our, their in pairs for value in (ours.get(our), known.get(their))]
+        cells = ["" if value is None else f"{value:.2f}" for value in (*numbers, known.get("exact"))]
+        rows.append((record["network"], record["eps"], record["n"], *cells, "; ".join(record["faults"]) or "none"))
+    return measuring.markdown((*heads, "contradictions"), rows)
+
+
+def kept(out: Path, n: int) -> dict[str, dict]:
+    """The records of a file that is there, by network; none where they are of another number of images."""
+    records = json.loads(out.read_text())["records"] if out.is_file() else []
+    return {record["network"]: record for record in records if record["n"] == n}
+
+
+def save(out: Path, records: list[dict]) -> None:
+    """Writes the JSON file and the table beside it, with where each record was made."""
+    made = "\n".join(dict.fromkeys(f"- {measuring.provenance(record['about'])}" for record in records))
+    warnings = "\n".join(f"- {text}" for record in records for text in record.get("warnings", ()))
+    run.write_json(out, {"benchmark": "published", "records": records})
+    text = f"{table(records)}\n\nAccuracies in percent, l_inf, one key.\n\n{made}\n\n{warnings}".rstrip()
+    out.with_suffix(".md").write_text(text + "\n")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    listed = partial(str.split, sep=",")
+    parser.add_argument("--folder", type=Path, required=True, help="with the published files, anywhere below it")
+    parser.add_argument("--data", type=Path, required=True, help="MNIST as an .npz in Keras's layout")
+    parser.add_argument("--only", type=listed, default=list(NETWORKS), help=f"of {', '.join(NETWORKS)}")
+    parser.add_argument("--attacks", type=listed, default=list(ATTACKS), help=f"of {', '.join(ATTACKS)}")
+    parser.add_argument("--n", type=int, help="the first so many test images; default: all 10,000")
+    parser.add_argument("--state", type=Path, help="a folder for AutoAttack's progress")
+    parser.add_argument("--out", type=Path, help="a JSON file, with the table beside it; default: print only")
+    given = parser.parse_args()
+    for option, allowed in (("only", NETWORKS), ("attacks", ATTACKS)):
+        if unknown := [name for name in getattr(given, option) if name not in allowed]:
+            parser.error(f"--{option}: {', '.join(unknown)} is unknown; allowed: {', '.join(allowed)}")
+
+    def command():
+        cluster.keep_compiled()
+        cluster.keep_memory()
+        x, y = images(given.data, given.n)
+        records = {} if given.out is None else kept(given.out, len(x))
+        for name in given.only:
+            records[name] = measure(name, given.attacks, given.folder, x, y, given.state)
+            print(table([records[name]]), flush=True)
+            if given.out:
+                save(given.out, [records[name] for name in NETWORKS if name in records])
+        if any(records[name]["faults"] for name in given.only):
+            sys.exit(1)
+
+    exit_with(command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""What a network is asked before an attack: is an image's answer its own, and is the network still the same one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ibjax.attacks import checks
+from ibjax.attacks.apgd import iterative_apgd
+from ibjax.attacks.autoattack import autoattack
+from ibjax.attacks.square import iterative_square
+from ibjax.errors import InputError
+
+RNG = np.random.default_rng(0)
+N, CLASSES = 21, 5
+X = np.float32(RNG.uniform(size=(N, 6, 6, 2)))
+HIDDEN = np.float32(RNG.normal(size=(72, 32)))
+OUT = np.float32(RNG.normal(size=(32, CLASSES)))
+KEYS = jax.random.split(jax.random.key(1), N)
+
+
+def network(x):
+    return jax.nn.relu((x.reshape(len(x), -1) - 0.5) @ jnp.asarray(HIDDEN)) @ jnp.asarray(OUT)
+
+
+Y = np.asarray(network(jnp.asarray(X))).argmax(1)
+
+
+def noise(key, x):
+    return jax.random.normal(key, x.shape, x.dtype)
+
+
+def normalised(x):
+    """Batch normalisation in training mode."""
+    hidden = (x.reshape(len(x), -1) - 0.5) @ jnp.asarray(HIDDEN)
+    return jax.nn.relu((hidden - hidden.mean(0, keepdims=True)) / hidden.std(0, keepdims=True)) @ jnp.asarray(OUT)
+
+
+def with_gradient(change):
+    """The network with another gradient: `change(g)` in place of g."""
+
+    @jax.custom_vjp
+    def turn(x):
+        return x
+
+    turn.defvjp(lambda x: (x, None), lambda _, g: (change(g),))
+    return lambda x: network(turn(x))
+
+
+PLACE, OTHERS = "depend on its place in the batch", "depend on the other images of its batch"
+DEPENDENT = {
+    "all but the first are turned": (lambda x: network(x).at[1:].multiply(-1), f"logits {PLACE}"),
+    "the last is turned": (lambda x: network(x).at[-1].multiply(-1), f"logits {PLACE}"),
+    "noise of one key on the logits": (lambda x: network(x) + noise(jax.random.key(0), network(x)), f"logits {PLACE}"),
+    "noise of one key on the images": (lambda x: network(x + 0.1 * noise(jax.random.key(0), x)), f"logits {PLACE}"),
+    "batch statistics": (normalised, f"logits {OTHERS}"),
+    "less the batch's mean": (lambda x: network(x) - network(x).mean(0, keepdims=True), f"logits {OTHERS}"),
+    "the size of the batch": (lambda x: network(x) * (1 + len(x) % 2), f"logits {OTHERS}"),
+    "gradients by place": (with_gradient(lambda g: g.at[1:].multiply(-1)), f"gradients {PLACE}"),
+    "gradients of the batch": (with_gradient(lambda g: g + 2 * g.mean(0, keepdims=True)), f"gradients {OTHERS}"),
+}
+
+
+@pytest.mark.parametrize("case", list(DEPENDENT))
+def test_a_network_whose_answer_to_an_image_depends_on_its_batch_is_refused(case):
+    dependent, words = DEPENDENT[case]
+    for attempt in (
+        lambda: checks.independent(dependent, X),
+        lambda: checks.independent(jax.jit(dependent), jnp.asarray(X)),
+        lambda: autoattack(jax.random.key(0), dependent, X, Y, "linf", 0.1),
+    ):
+        with pytest.raises(InputError, match=words) as caught:
+            attempt()
+        assert "\n" not in str(caught.value)
+
+
+def test_noise_by_position_is_told_to_become_noise_by_image():
+    with pytest.raises(InputError, match=r"a key per image, and attack with autoattack\(version='rand'\)"):
+        checks.independent(DEPENDENT["noise of one key on the images"][0], X)
+    by_image = lambda x, keys: network(x + 0.1 * jax.vmap(noise)(keys, x))  # noqa: E731
+    assert checks.independent(by_image, X, KEYS) == []
+    by_place = lambda x, keys: network(x + 0.1 * noise(keys[0], x))  # noqa: E731
+    with pytest.raises(InputError, match=PLACE):
+        checks.independent(by_place, X, KEYS)
+
+
+INDEPENDENT = {
+    "as it is": network,
+    "compiled": jax.jit(network),
+    "with features": lambda x: (network(x), {"x": x}),
+    "in bfloat16": lambda x: network(x.astype(jnp.bfloat16)).astype(jnp.bfloat16),
+    "without a gradient": lambda x: network(jnp.round(x * 8) / 8),
+    "with a gradient that is NaN": lambda x: network(x) + 0 * jnp.sqrt(jnp.sum(jnp.maximum(x - 2, 0))),
+    "pooled, with ties": lambda x: network(jax.lax.reduce_window(jnp.round(x), -jnp.inf, jax.lax.max, (1, 3, 3, 1),
+                                                                 (1, 1, 1, 1), "SAME")),
+    "not differentiable": lambda x: jax.pure_callback(
+        lambda x: np.asarray(network(jnp.asarray(x))), jax.ShapeDtypeStruct((len(x), CLASSES), jnp.float32), x
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(INDEPENDENT))
+@pytest.mark.parametrize("count", [2, 3, N])
+def test_a_network_that_sees_each_image_by_itself_passes(case, count):
+    with jax.numpy_dtype_promotion("standard"):
+        assert checks.independent(INDEPENDENT[case], X[:count]) == []
+
+
+def test_of_one_image_it_is_said_that_nothing_could_be_checked():
+    warnings = checks.independent(network, X[:1])
+    assert warnings == ["there is one image: whether its logits depend on the rest of a batch could not be checked"]
+    few = {"apgd-ce": iterative_apgd("ce", "linf", 0.1, 2)}
+    assert warnings[0] in autoattack(jax.random.key(0), network, X[:1], Y[:1], "linf", 0.1, attacks=few).warnings
+
+
+def test_a_network_without_derivative_can_be_attacked_by_queries():
+    attacks = {"square": iterative_square("linf", 0.1, 5)}
+    result = autoattack(jax.random.key(0), INDEPENDENT["not differentiable"], X, Y, "linf", 0.1, attacks=attacks)
+    assert result.clean.all()
+
+
+# ---- fingerprints --------------------------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def straight_through(x):
+    return jnp.round(x * 64) / 64
+
+
+straight_through.defvjp(lambda x: (straight_through(x), None), lambda _, g: (g,))
+OTHER = {
+    "itself": (network, []),
+    "compiled": (jax.jit(network), []),
+    "rounded otherwise": (lambda x: network(x) * (1 + 1e-4), []),
+    "another scale": (lambda x: 1.1 * network(x), ["logits", "gradients"]),
+    "shifted logits": (lambda x: network(x) + 1, ["logits"]),
+    "a straight-through gradient": (with_gradient(jnp.zeros_like), ["gradients"]),
+    "another activation": (
+        lambda x: jax.nn.gelu((x.reshape(len(x), -1) - 0.5) @ HIDDEN) @ OUT,
+        ["logits", "gradients"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(OTHER))
+def test_a_fingerprint_tells_networks_apart_by_logits_and_gradients(case):
+    other, changed = OTHER[case]
+    found = checks.fingerprint(other, X)
+    assert checks.differences(found, checks.fingerprint(network, X)) == changed
+    assert checks.differences(found.tolist(), found) == []  # as a JSON file has it
+    assert found.shape == (8, 2, 5) and np.isfinite(found).all()
+
+
+def test_what_is_no_fingerprint_differs_in_all():
+    wanted = checks.fingerprint(network, X)
+    for other in (None, "words", [[1.0]], wanted[:3], np.full_like(wanted, np.nan)):
+        assert checks.differences(other, wanted) == ["logits", "gradients"]
+
+
+# ---- traces --------------------------------------------------------------------------------------------------
+
+
+def test_inside_a_trace_autoattack_says_where_it_can_be_called():
+    def attack(x=X, scale=1.0):
+        few = {"apgd-ce": iterative_apgd("ce", "linf", 0.1, 2)}
+        return autoattack(jax.random.key(0), lambda x: scale * network(x), x, Y, "linf", 0.1, attacks=few).x_adv
+
+    for call in (
+        lambda: jax.jit(attack)(X),
+        lambda: jax.jit(lambda scale: attack(scale=scale))(2.0),
+        lambda: jax.grad(lambda scale: attack(scale=scale).sum())(2.0),
+        lambda: jax.vmap(attack)(X[None]),
+        lambda: jax.lax.fori_loop(0, 2, lambda i, x: attack(x), jnp.asarray(X)),
+    ):
+        with pytest.raises(InputError, match=r"autoattack cannot run inside jax\.jit"):
+            call()
