@@ -35,7 +35,7 @@ class Content(NamedTuple):
 
     nodes: list[Node]
     sha256: str
-    compared: str  # with what the digest agrees
+    compared: str  # what the digest agrees with, in words
     metadata: dict[str, Any]  # of one of our exports; {} of any other file
 
 

@@ -17,13 +17,14 @@ from ibjax import checkpoint as checkpoints
 from ibjax.errors import CheckpointError, InputError
 from ibjax.evaluate import evaluate
 from ibjax.models import wide_resnet
+from ibjax.pytorch import exports, gate
 from ibjax.step import TrainState
 
 torch = pytest.importorskip("torch", reason="conversion needs PyTorch (pip install 'ibjax[torch]')")
 pytest.importorskip("safetensors", reason="conversion needs safetensors (pip install 'ibjax[torch]')")
 import torch_twins as twins  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from test_twins import DM, PAIRS  # noqa: E402
+from test_twins import DM, FLAGS, PAIRS  # noqa: E402
 
 WRN_SECTION = dict(name="wide_resnet", depth=10, width=1)
 
@@ -36,7 +37,7 @@ def twin(name="wrn_trades"):
 @pytest.fixture(scope="module")
 def images():
     """96 crops of real photographs."""
-    return convert._crops(32, 96)
+    return gate.crops(32, 96)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,8 @@ def imported(data, tmp_path_factory):
 def test_import_export_and_import_again_end_in_the_same_bits(name, data, tmp_path):
     arch, model = PAIRS[name]
     network = twin(name)
-    found = convert.from_torch(saved(network, tmp_path / "a.pt"), arch, tmp_path / "a", overrides=data)
+    flags = [*data, *FLAGS.get(name, ())]
+    found = convert.from_torch(saved(network, tmp_path / "a.pt"), arch, tmp_path / "a", overrides=flags)
     assert 0 < found["max_delta_logit"] <= 1e-4
     assert convert.to_torch(tmp_path / "a", tmp_path / "exported") <= 1e-4
     exported = load_file(tmp_path / "exported" / "model.safetensors")
@@ -139,14 +141,14 @@ def test_model_info_has_robustbenchs_keys_and_the_records_accuracies(imported):
     record = evaluate(workdir, attacks=["fgsm"])[0] | {"attack": "autoattack", "robust_acc": 12.345}
     file = workdir / "eval/best/autoattack.json"
     run.write_json(file, record)
-    info = convert.model_info(run.load(workdir), "best")
+    info = exports.model_info(run.load(workdir), "best")
     keys = "link name authors additional_data number_forward_passes dataset venue architecture eps clean_acc reported"
     assert [*info] == [*keys.split(), "autoattack_acc"]
     assert (info["architecture"], info["eps"], info["clean_acc"]) == ("WideResNet-10-1", "8/255", "75.00")
     assert info["autoattack_acc"] == info["reported"] == "12.35"
     for other in ({"weights": "another network's"}, {"n": 20}, {"main": False}):
         run.write_json(file, record | other)
-        assert convert.model_info(run.load(workdir), "best")["autoattack_acc"] is None
+        assert exports.model_info(run.load(workdir), "best")["autoattack_acc"] is None
     file.unlink()
 
 
@@ -229,43 +231,6 @@ def test_networks_without_a_definition_in_pytorch_are_refused(section, shape, sa
 
 
 # ---- files -------------------------------------------------------------------------------------------------
-
-
-def _robustness(state):
-    """The robustness library: a normaliser, the network, and both again for its attacker."""
-    norm = {"normalizer.new_mean": torch.full((3, 1, 1), 0.5), "normalizer.new_std": torch.full((3, 1, 1), 0.25)}
-    model = {f"model.{key}": value for key, value in state.items()}
-    attacker = {f"attacker.{key}": value for key, value in model.items()}
-    attacker |= {key.replace("normalizer", "attacker.normalize"): value for key, value in norm.items()}
-    return {"model": {f"module.{key}": value for key, value in (norm | model | attacker).items()}, "epoch": 3}
-
-
-WRAPPERS = {
-    "alone": lambda state: state,
-    "parallel": lambda state: {f"module.{key}": value for key, value in state.items()},
-    "nested": lambda state: {"state_dict": state, "optimizer": {"state": {}}, "epoch": 76},
-    "pytorch-cifar": lambda state: {"net": {f"module.{key}": value for key, value in state.items()}, "acc": 91.2},
-    "averaged": lambda state: {"unaveraged_model_state_dict": {}, "model_state_dict": state, "lr": torch.tensor(0.1)},
-    "sequential": lambda state: {
-        "0.mu": torch.full((1, 3, 1, 1), 0.5),
-        "0.sigma": torch.full((1, 3, 1, 1), 0.25),
-        **{f"1.{key}": value for key, value in state.items()},
-    },
-    "robustness": _robustness,
-    "trades": lambda state: state | {f"sub_{key}": value for key, value in state.items() if key.startswith("block1")},
-}
-
-
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_what_checkpoints_wrap_a_network_in_is_taken_off(wrapper, tmp_path):
-    network = twin()
-    torch.save(WRAPPERS[wrapper](network.state_dict()), tmp_path / "a.t7")
-    state, normalization = torch_file.read(tmp_path / "a.t7")
-    kept = {key: value for key, value in state.items() if not key.startswith("sub_block1")}
-    expected = twins.state(network)
-    assert set(kept) == set(expected) and all(np.array_equal(kept[key], expected[key]) for key in kept)
-    normalizes = wrapper in ("sequential", "robustness")
-    assert normalization == (((0.5,) * 3, (0.25,) * 3) if normalizes else None)
 
 
 class Bomb:
@@ -415,9 +380,9 @@ def test_the_gate_sees_every_single_weight(images):
         for i, leaf in enumerate(leaves):
             changed = jax.tree.unflatten(structure, [*leaves[:i], jnp.asarray(leaf) * 1.2 + 0.1, *leaves[i + 1 :]])
             with pytest.raises(CheckpointError, match="nothing is written"):
-                convert._gate(np.asarray(apply(changed, x)[0]), expected, "8 images", "")
+                gate.compare(np.asarray(apply(changed, x)[0]), expected, "8 images", "")
     with pytest.raises(CheckpointError, match="nothing is written"):
-        convert._gate(np.full((1, 2), np.nan), np.zeros((1, 2)), "1 image", "")
+        gate.compare(np.full((1, 2), np.nan), np.zeros((1, 2)), "1 image", "")
 
 
 def test_the_usual_normalisation_holds_where_a_file_keeps_none(tmp_path):

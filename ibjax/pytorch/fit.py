@@ -6,7 +6,7 @@ from pathlib import Path
 import flax.linen as nn
 import numpy as np
 
-from ibjax.architectures import ARCHITECTURES, Shape, State, build, key_map
+from ibjax.architectures import ARCHITECTURES, Shape, State, anchors, build, key_map
 from ibjax.errors import CheckpointError, InputError, nearest
 from ibjax.pytorch.sizes import input_shape, sizes
 
@@ -20,7 +20,11 @@ def check(where: Path, name: str, model: nn.Module, state: State, shape: Shape) 
     extra = [key for key in state if key not in expected]
     if missing or extra:
         parts = [f"it lacks {some(missing)}"] * bool(missing) + [f"it has {some(extra)}"] * bool(extra)
-        raise CheckpointError(f"{where} is no {name}: {'; '.join(parts)}; {closest(state)}")
+        statistics = missing and not extra and all(key.endswith(("running_mean", "running_var")) for key in missing)
+        said = (
+            "batch statistics are missing: save network.state_dict(), which has them" if statistics else closest(state)
+        )
+        raise CheckpointError(f"{where} is no {name}: {'; '.join(parts)}; {said}")
     for key, size in expected.items():
         value = state[key]
         if value.shape != size:
@@ -45,6 +49,10 @@ def closest(*states: State) -> str:
 
 def _agreement(name, state):
     """The share of names that the state and an architecture of its sizes have in common, with the same shapes."""
+    if not any(
+        anchor in state for anchor in anchors(name)
+    ):  # what would be a network of the usual size need not be built
+        return 0.0
     try:
         model = build(name, sizes(name, state))
         expected = {leaf.name: leaf.theirs() for leaf in key_map(name, model, input_shape(name, model, state)).values()}

@@ -172,7 +172,9 @@ def _origins(network, content, measured, exported, normalised, said):
     def where(option):
         if f"model.{option}" in said.paths():
             return f"--config.model.{option}"
-        return "ibjax's export" if option in exported else "the architecture"
+        if option in exported:
+            return "ibjax's export"
+        return f"usual of {network.arch}" if hasattr(model, option) else "the architecture"
 
     size = [f"{option} {value}" for option, value in measured.items() if value is not None]
     key = found.chosen if found.key or found.chosen == "--key" else "a state dict alone"
@@ -189,7 +191,7 @@ def _origins(network, content, measured, exported, normalised, said):
         "activation": (getattr(model, "activation", "relu"), where("activation")),
         "padding": (_padding(model), where("padding")),
         "parameters": (f"{count:,}", "the file"),
-        "SHA-256": (network.sha256, f"compared with {content.compared}"),
+        "SHA-256": (network.sha256, content.compared),
     }
 
 

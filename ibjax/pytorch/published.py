@@ -25,7 +25,7 @@ def expected(name: str) -> tuple[str, str] | None:
 
 
 def compare(name: str, digest: str, given: str | None) -> str:
-    """With what a file's digest agrees: with the caller's, or else the published one; "nothing" if there is neither.
+    """What a file's digest agrees with, in words: the caller's, or else the published one, if there is either.
 
     Raises InputError where `given` is no SHA-256, CheckpointError where the digests differ.
     """
@@ -34,13 +34,13 @@ def compare(name: str, digest: str, given: str | None) -> str:
             raise InputError(f"--sha256={given} is no SHA-256; give its 64 hexadecimal digits, or the first 8 or more")
         if not digest.startswith(given.lower()):
             raise CheckpointError(f"{name} has the SHA-256 {digest}, --sha256 says {given}: download it again")
-        return "--sha256"
+        return "agrees with --sha256"
     known = expected(name)
     if known is None:
-        return "nothing"
+        return "compared with none"
     if not digest.startswith(known[0]):
         raise CheckpointError(
             f"{name} has the SHA-256 {digest}, {known[1]} is {known[0]}: download it again, or if it is another file "
             f"of that name, give --sha256={digest}"
         )
-    return known[1]
+    return f"agrees with {known[1]}"

@@ -79,7 +79,7 @@ def find(file: Path, content: torch_file.Content, arch: str, key: str | None = N
     elif len(places := _distinct(places)) > 1:
         raise CheckpointError(
             f"{file} holds {len(places)} networks: {', '.join(place.path or 'its own names' for place in places)}; "
-            f"say which with --key={places[0].path or places[1].path}"
+            f"say with --key=… which is meant"
         )
     place = places[0] if places else _largest(content)
     copies = [other.stem for other in _places(content, arch) if other.node is place.node and other is not place]
@@ -185,18 +185,18 @@ def _take(file, place, chosen, copies):
         tensor = node.tensors[name]
         if not tensor.is_floating_point():
             continue
-        if _is_normalization(clean, tensor):
-            constants[clean] = tuple(float(str(v)) for v in torch_file.array(file, name, tensor).reshape(-1))
+        if _is_normalization(clean, tensor) and _stands_before(clean, place.stem):
+            constants[name] = tuple(float(str(v)) for v in torch_file.array(file, name, tensor).reshape(-1))
         elif clean.startswith(place.stem):
             state[clean.removeprefix(place.stem)] = torch_file.array(file, name, tensor)
-        elif not any(clean.startswith(copy) for copy in copies):
+        elif not _is_normalization(clean, tensor) and not any(clean.startswith(copy) for copy in copies):
             outside.append(name)
     if outside and chosen != "--key":
         raise CheckpointError(
             f"{file} holds more than the network below {place.prefix or 'its own names'}: it has {some(outside)}; "
             f"--key={place.path} takes that network alone"
         )
-    normalization = _normalization(file, place.stem, constants)
+    normalization = _normalization(file, constants)
     left_out = len(node.tensors) - len(state)
     lost = None if normalization else _lost(place)
     return Found(state, node.key, place.prefix, chosen, normalization, lost, left_out)
@@ -210,22 +210,20 @@ def _last(name):
     return name.rpartition(".")[2]
 
 
-def _normalization(where, stem, constants):
-    """(mean, std) out of {name: values}; of several those whose names agree longest with the network's."""
-    parts = stem.split(".")
+def _stands_before(name, stem):
+    """Whether the module of a constant, or the one that holds that module, holds the network at `stem` too."""
+    parts = name.split(".")
+    return any(stem.startswith("".join(f"{part}." for part in above)) for above in (parts[:-1], parts[:-2]))
 
-    def shared(name):
-        other = name.split(".")
-        return next((i for i, part in enumerate(parts) if i >= len(other) or part != other[i]), len(parts))
 
-    nearest = max(map(shared, constants), default=0)
+def _normalization(where, constants):
+    """(mean, std) out of {name: values}, all of which the network's images pass."""
     found = {}
     for kind, names in (("mean", _MEANS), ("std", _STDS)):
-        near = {name: constants[name] for name in constants if shared(name) == nearest and _last(name) in names}
-        values = set(near.values())
+        values = [constants[name] for name in constants if _last(name) in names]
         if len(values) > 1:
-            raise CheckpointError(f"{where} keeps several normalisations: {', '.join(near)}; save the network with one")
-        found[kind] = values.pop() if values else None
+            raise CheckpointError(f"{where} keeps several normalisations: {', '.join(constants)}; save it with one")
+        found[kind] = values[0] if values else None
     mean, std = found["mean"], found["std"]
     if mean is None and std is None:
         return None
