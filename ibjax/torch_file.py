@@ -1,8 +1,9 @@
 """PyTorch's files: the tensors in them, by the mappings that hold them, and whether the bytes are the right ones.
 
 Nothing is ever unpickled: a file that holds more than tensors and plain containers is refused. Every member of a zip
-archive, which torch.save writes, is read whole and its CRC compared; safetensors and the older format of torch.save
-have no checksum, and are known by their SHA-256 alone. What a damaged file makes the readers raise becomes one line.
+archive, which torch.save writes, is read whole and its CRC compared. Safetensors, the older format of torch.save, and
+archives that it was told to write without have no checksum, and are known by their SHA-256 alone. What a damaged file
+makes the readers raise becomes one line.
 """
 
 import hashlib
@@ -198,8 +199,9 @@ def _load(torch, file):
 
 def _check_members(file, archive):
     """Reads every member whole, so that its CRC is compared; torch.load compares none."""
-    members = archive.infolist()
-    wrong = []
+    members, wrong = archive.infolist(), []
+    if not any(member.CRC for member in members):  # saved after torch.serialization.set_crc32_options(False)
+        return
     for member in members:
         try:
             with archive.open(member) as handle:
@@ -208,10 +210,9 @@ def _check_members(file, archive):
         except zipfile.BadZipFile:
             wrong.append(member.filename)
     if wrong:
-        unchecked = "; or it was saved after torch.serialization.set_crc32_options(False): then save it again without"
+        others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise CheckpointError(
-            f"{file} is damaged: the checksum of {wrong[0]} and {len(wrong) - 1} more of {len(members)} members is "
-            f"wrong; {_AGAIN}{unchecked if len(wrong) == len(members) else ''}"
+            f"{file} is damaged: of its {len(members)} members {wrong[0]}{others} has a wrong checksum; {_AGAIN}"
         )
 
 

@@ -213,9 +213,8 @@ def test_a_folder_that_holds_something_is_refused_and_one_that_is_made_is_whole(
 @pytest.mark.parametrize(
     "section, shape, said",
     [
-        (dict(name="cnn", widths=((4,),), hidden=()), (32, 32, 3), r"cnn, images \(32, 32, 3\)"),
-        (dict(name="stochastic", backbone=WRN_SECTION, latent=4), (32, 32, 3), "stochastic"),
-        (WRN_SECTION, (8, 8, 1), r"wide_resnet, images \(8, 8, 1\)"),
+        (dict(name="stochastic", backbone=WRN_SECTION, latent=4), (32, 32, 3), r"\(stochastic\)"),
+        (dict(name="siriib", backbone=WRN_SECTION, widths=(4, 4)), (32, 32, 3), r"\(siriib\)"),
     ],
 )
 def test_networks_without_a_definition_in_pytorch_are_refused(section, shape, said, tmp_path):
