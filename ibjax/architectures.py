@@ -1,23 +1,28 @@
 """The names that published PyTorch networks give the weights of ours.
 
-| --arch             | network of ours                      | whose files                        |
-|--------------------|--------------------------------------|------------------------------------|
-| wide_resnet        | wide_resnet                          | TRADES, MART, AWP, RobustBench     |
-| dm_wide_resnet     | wide_resnet, variant="deepmind"      | Gowal et al., Rebuffi et al.       |
-| ib_rar_wide_resnet | wide_resnet, variant="ib_rar"        | IB-RAR                             |
-| preact_resnet      | preact_resnet                        | Rice et al.                        |
-| preact_resnet_raw  | preact_resnet, projection="raw"      | Wong et al., Andriushchenko et al. |
-| dm_preact_resnet   | preact_resnet, projection="deepmind" | Rebuffi et al., Rade et al.        |
-| resnet             | resnet                               | pytorch-cifar                      |
-| imagenet_resnet    | resnet, stem="imagenet"              | torchvision, Salman et al.         |
-| vgg                | vgg                                  | IB-RAR                             |
+| --arch                   | network of ours                      | whose files                           |
+|--------------------------|--------------------------------------|---------------------------------------|
+| wide_resnet              | wide_resnet                          | TRADES, MART, AWP, RobustBench        |
+| dm_wide_resnet           | wide_resnet, variant="deepmind"      | Gowal et al., Rebuffi et al.          |
+| ib_rar_wide_resnet       | wide_resnet, variant="ib_rar"        | IB-RAR                                |
+| preact_resnet            | preact_resnet                        | Rice et al.                           |
+| preact_resnet_raw        | preact_resnet, projection="raw"      | Wong et al., Andriushchenko et al.    |
+| dm_preact_resnet         | preact_resnet, projection="deepmind" | Rebuffi et al., Rade et al.           |
+| resnet                   | resnet                               | pytorch-cifar                         |
+| torchvision_cifar_resnet | resnet                               | torchvision's with a 3×3 stem         |
+|                          |                                      | and without max-pooling               |
+| imagenet_resnet          | resnet, stem="imagenet"              | torchvision, timm, Salman et al.      |
+| vgg                      | vgg                                  | IB-RAR                                |
+| torchvision_vgg          | vgg, variant="torchvision"           | torchvision's vggN_bn                 |
+| small_cnn                | cnn                                  | TRADES's network for MNIST            |
+| cnn                      | cnn                                  | ours, as the quickstart's; no other's |
 
-Depth, width and classes are read off a file's shapes. A convolution's weight (out, in, height, width) is our kernel
-(height, width, in, out), a linear layer's (out, in) our (in, out); batch-norm's weight is our scale.
+Depth, width and classes are read off a file's shapes (`ibjax.pytorch.sizes`). A convolution's weight (out, in, height,
+width) is our kernel (height, width, in, out), a linear layer's (out, in) our (in, out), and where it sees a flattened
+map, PyTorch's order (channel, row, column) becomes ours (row, column, channel); batch-norm's weight is our scale.
 """
 
 import functools
-import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -27,7 +32,6 @@ import numpy as np
 
 from ibjax import cluster, run
 from ibjax.checkpoint import flatten
-from ibjax.errors import CheckpointError
 from ibjax.models import preact_resnet, resnet, vgg
 
 CIFAR10 = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616))
@@ -36,6 +40,9 @@ IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 _LEAVES = {"kernel": "weight", "bias": "bias", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
 State = Mapping[str, np.ndarray]  # a network in PyTorch: name -> value
+Shape = tuple[int, int, int]  # of an image: height, width, channels
+_RGB = (32, 32, 3)
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 class Architecture(NamedTuple):
@@ -43,17 +50,29 @@ class Architecture(NamedTuple):
 
     torch: str  # its definition in ibjax.torch_models
     model: str  # ours in ibjax.models
-    fixed: dict[str, Any]  # our options that make it this one
-    names: dict[str, str]  # our layers that it calls otherwise, in blocks and outside
+    fixed: Mapping[str, Any]  # our options that make it this one
+    names: Mapping[str, str]  # our layers that it calls otherwise, in blocks and outside
     block: str = ""  # the name of a block, in the order of ours; stages and blocks count from 0
-    defaults: Mapping[str, Any] = MappingProxyType({})  # our options where neither file nor caller says otherwise
-    normalized: Mapping[int, Any] = MappingProxyType({})  # mean and std by number of classes, likewise
+    defaults: Mapping[str, Any] = _NONE  # our options where neither file nor caller says otherwise
+    # data set, or how its name begins -> our options that normalise its images as the authors' files do. A network
+    # that has any here normalises: on another data set the caller must say how. One that has none usually does not.
+    normalized: Mapping[str, Mapping[str, Any]] = _NONE
+    twin: Mapping[str, Any] = _NONE  # options of its definition that are none of ours
     unused: str = "(?!)"  # what its files hold beside the network, never called
 
 
-_DM = dict(defaults=dict(activation="silu"), normalized={10: CIFAR10, 100: CIFAR100})
+_DM = dict(
+    defaults=dict(activation="silu"),
+    normalized={"cifar100": CIFAR100, "cifar10": CIFAR10, "mnist": dict(mean=(0.5,), std=(0.5,), border=2)},
+)
 _PREACT = dict(stem="conv1", head="linear", shortcut="shortcut.0")
 _RESNET = dict(stem="conv1", bn_stem="bn1")
+_TORCHVISION = dict(
+    names=dict(_RESNET, head="fc", conv_shortcut="downsample.0", bn_shortcut="downsample.1"),
+    block="layer{stage1}.{index}",
+    normalized={"imagenet": IMAGENET},
+    twin=dict(projection="downsample", head="fc"),
+)
 ARCHITECTURES = {
     "wide_resnet": Architecture(
         "wide_resnet",
@@ -97,25 +116,25 @@ ARCHITECTURES = {
         dict(_RESNET, head="linear", conv_shortcut="shortcut.0", bn_shortcut="shortcut.1"),
         "layer{stage1}.{index}",
     ),
-    "imagenet_resnet": Architecture(
-        "resnet",
-        "resnet",
-        dict(stem="imagenet"),
-        dict(_RESNET, head="fc", conv_shortcut="downsample.0", bn_shortcut="downsample.1"),
-        "layer{stage1}.{index}",
-        normalized={1000: IMAGENET},
+    "torchvision_cifar_resnet": Architecture("resnet", "resnet", dict(stem="cifar"), **_TORCHVISION),
+    "imagenet_resnet": Architecture("resnet", "resnet", dict(stem="imagenet"), **_TORCHVISION),
+    "vgg": Architecture("vgg", "vgg", dict(variant="ib_rar"), {}),
+    "torchvision_vgg": Architecture(
+        "vgg", "vgg", dict(variant="torchvision"), {}, normalized=_TORCHVISION["normalized"]
     ),
-    "vgg": Architecture("vgg", "vgg", {}, {}),
+    "small_cnn": Architecture("small_cnn", "cnn", dict(padding=0, batch_norm=False, pool="flatten"), {}),
+    "cnn": Architecture("cnn", "cnn", {}, {}),
 }
 
 
-def architecture_of(model: nn.Module) -> str | None:
-    """The name of the published network that a model of ours is; None where there is none."""
-    for name, known in ARCHITECTURES.items():
-        own = type(model).__module__ == f"ibjax.models.{known.model}"
-        if own and all(getattr(model, option) == value for option, value in known.fixed.items()):
-            return name
-    return None
+def matching(model: nn.Module) -> list[str]:
+    """The published networks that a model of ours is, which differ in their names alone; [] where there is none."""
+    return [
+        name
+        for name, known in ARCHITECTURES.items()
+        if type(model).__module__ == f"ibjax.models.{known.model}"
+        and all(getattr(model, option) == value for option, value in known.fixed.items())
+    ]
 
 
 def build(name: str, options: Mapping[str, Any]) -> nn.Module:
@@ -128,23 +147,54 @@ def build(name: str, options: Mapping[str, Any]) -> nn.Module:
 # ---- names -------------------------------------------------------------------------------------------------
 
 
+class Leaf(NamedTuple):
+    """A parameter or a batch statistic of ours, and what it is in PyTorch."""
+
+    name: str  # in PyTorch
+    shape: tuple[int, ...]  # ours
+    flattened: Shape | None  # the map (h, w, c) that a linear layer's weight sees flattened
+
+    def theirs(self) -> tuple[int, ...]:
+        """Its shape in PyTorch."""
+        return (self.shape[3], self.shape[2], *self.shape[:2]) if len(self.shape) == 4 else self.shape[::-1]
+
+
 @functools.lru_cache(maxsize=32)
-def key_map(name: str, model: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{path of our leaf: (its name in PyTorch, its shape of ours)} of all parameters and batch statistics."""
+def key_map(name: str, model: nn.Module, shape: Shape = _RGB) -> dict[str, Leaf]:
+    """{path of our leaf: what it is in PyTorch} of all parameters and batch statistics, for images of this shape."""
     known = ARCHITECTURES[name]
-    names = {**known.names, **_numbered(known, model)}
+    names, flattened = {**known.names, **_numbered(name, model)}, _flattened(model, shape)
     found = {}
-    for path, leaf in flatten(run.abstract_variables(model, (32, 32, 3), cluster.mesh())).items():
+    for path, leaf in flatten(run.abstract_variables(model, shape, cluster.mesh())).items():
         _, *modules, last = path.split("/")
+        seen = flattened[1] if flattened and modules[0] == flattened[0] and last == "kernel" else None
         modules = [names.get(module, module) for module in modules if module not in ("conv", "dense")]
-        found[path] = ".".join([*modules, _LEAVES[last]]), leaf.shape
+        found[path] = Leaf(".".join([*modules, _LEAVES[last]]), leaf.shape, seen)
     return found
 
 
-def _numbered(known, model):
-    """Names of the parts that PyTorch numbers: blocks, or VGG's layers."""
+def anchors(name: str) -> tuple[str, ...]:
+    """Weights that every file of an architecture has, whatever its size, the first layer's first.
+
+    No part of a network has them all.
+    """
+    known = ARCHITECTURES[name]
     if known.model == "vgg":
-        return _vgg_names(vgg.DEPTHS[model.depth], len(model.hidden))
+        return "features.0.weight", "features.1.weight"
+    if known.model == "cnn":
+        return ("feature_extractor.conv1.weight",) if name == "small_cnn" else ("stage1.conv1.weight", "head.weight")
+    first = known.block.format(stage=0, stage1=1, index=0)
+    layers = (known.names["stem"], f"{first}.{known.names.get('conv1', 'conv1')}", known.names["head"])
+    return tuple(f"{layer}.weight" for layer in layers)
+
+
+def _numbered(name, model):
+    """Names of the parts that PyTorch numbers: blocks, stages, or VGG's layers."""
+    known = ARCHITECTURES[name]
+    if known.model == "vgg":
+        return _vgg_names(vgg.DEPTHS[model.depth], len(model.hidden), known.fixed["variant"])
+    if known.model == "cnn":
+        return _cnn_names(name, model)
     if known.model == "wide_resnet":
         counts = ((model.depth - 4) // 6,) * 3
     else:
@@ -157,8 +207,8 @@ def _numbered(known, model):
     }
 
 
-def _vgg_names(groups, hidden):
-    """`features` counts convolution, batch-norm, ReLU and pooling; `classifier` linear layer, batch-norm, ReLU."""
+def _vgg_names(groups, hidden, variant):
+    """`features` counts convolution, batch-norm, ReLU and pooling; `classifier` linear layer and the two after it."""
     names, place, conv = {}, 0, 0
     for count in groups:
         for _ in range(count):
@@ -167,109 +217,68 @@ def _vgg_names(groups, hidden):
             place += 3
         place += 1
     for i in range(hidden):
-        names |= {f"fc{i + 1}": f"classifier.{3 * i}", f"bn_fc{i + 1}": f"classifier.{3 * i + 1}"}
+        names[f"fc{i + 1}"] = f"classifier.{3 * i}"
+        if variant == "ib_rar":
+            names[f"bn_fc{i + 1}"] = f"classifier.{3 * i + 1}"
     return {**names, "head": f"classifier.{3 * hidden}"}
 
 
-def sizes(name: str, state: State) -> dict[str, Any]:
-    """Our options that names and shapes tell, `num_classes` among them; of another network's file, whatever fits."""
-    known = ARCHITECTURES[name]
-    if known.model == "vgg":
-        return _vgg_sizes(state)
-    shapes = {key: value.shape for key, value in state.items()}
-    stem, head = (shapes.get(f"{known.names[layer]}.weight", ()) for layer in ("stem", "head"))
-    found: dict[str, Any] = {"num_classes": head[0] if head else 10}
-    pattern = re.escape(known.block).replace(r"\{stage\}", r"(\d+)").replace(r"\{stage1\}", r"(\d+)")
-    matches = [re.match(pattern.replace(r"\{index\}", r"(\d+)") + r"\.(\w+)", key) for key in state]
-    blocks = {(int(match[1]), int(match[2])) for match in matches if match}
-    stages = sorted({stage for stage, _ in blocks})
-    counts = tuple(sum(stage == other for other, _ in blocks) for stage in stages)
-    if known.model == "wide_resnet":
-        first = known.block.format(stage=0, stage1=1, index=0) + "." + known.names.get("conv1", "conv1")
-        width = max(shapes[f"{first}.weight"][0] // 16, 1) if f"{first}.weight" in shapes else 10
-        return found | {"depth": 6 * max(counts, default=4) + 4, "width": width}
-    if stem:
-        found["width"] = stem[0]
-    if known.model == "preact_resnet":
-        found["final_norm"] = f"{known.names.get('bn', 'bn')}.weight" in state
-    depths = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
-    if any(match[3] == "conv3" for match in matches if match):
-        depths = {50: (3, 4, 6, 3)}
-    depth = next((depth for depth, usual in depths.items() if usual == counts), None)
-    return found | ({"depth": depth} if depth else {"depth": next(iter(depths)), "blocks": counts or None})
+def _cnn_names(name, model):
+    stages = [stage for stage, widths in enumerate(model.widths, 1) for _ in widths]
+    if name == "cnn":
+        return {f"{kind}{i}": f"stage{s}.{kind}{i}" for i, s in enumerate(stages, 1) for kind in ("conv", "bn")}
+    names = {f"conv{i}": f"feature_extractor.conv{i}" for i in range(1, len(stages) + 1)}
+    names |= {f"fc{i}": f"classifier.fc{i}" for i in range(1, len(model.hidden) + 1)}
+    return {**names, "head": f"classifier.fc{len(model.hidden) + 1}"}
 
 
-def _vgg_sizes(state):
-    convolutions = [value for name, value in state.items() if name.startswith("features.") and value.ndim == 4]
-    linear = [value for name, value in state.items() if name.startswith("classifier.") and value.ndim == 2]
-    found: dict[str, Any] = {"num_classes": linear[-1].shape[0] if linear else 10}
-    depth = len(convolutions) + 3
-    if depth in vgg.DEPTHS:
-        found |= {"depth": depth, "width": convolutions[0].shape[0]}
-    return found | {"hidden": tuple(value.shape[0] for value in linear[:-1])}
+def _flattened(model, shape):
+    """(our linear layer that sees a flattened map, the map (h, w, c)); None where all see averages."""
+    family = type(model).__module__.rpartition(".")[2]
+    layer = "fc1" if getattr(model, "hidden", ()) else "head"
+    if family == "vgg" and model.variant == "torchvision":
+        return layer, (vgg.POOLED, vgg.POOLED, vgg.WIDTHS[-1] * model.width)
+    if family != "cnn" or model.pool != "flatten":
+        return None
+    height, width = shape[:2]
+    for stage in model.widths:
+        height, width = ((side + len(stage) * (2 * model.padding - 2)) // 2 for side in (height, width))
+    return layer, (height, width, model.widths[-1][-1])
 
 
 # ---- values ------------------------------------------------------------------------------------------------
 
 
-def check(where: str, name: str, model: nn.Module, state: State) -> None:
-    """Raises CheckpointError unless the state is exactly the network's: every name, every shape, sound values."""
-    expected = {theirs: _shape(ours) for theirs, ours in key_map(name, model).values()}
-    missing = [key for key in expected if key not in state]
-    extra = [key for key in state if key not in expected]
-    if missing or extra:
-        parts = [f"it lacks {_some(missing)}"] * bool(missing) + [f"it has {_some(extra)}"] * bool(extra)
-        raise CheckpointError(f"{where} is no {name}: {'; '.join(parts)}; {closest(state)}")
-    for key, shape in expected.items():
-        value = state[key]
-        if value.shape != shape:
-            raise CheckpointError(
-                f"{where}: {key} is {value.shape}, in {name} of these sizes {shape}; it is another network"
-            )
-        if not np.isfinite(value).all() or (key.endswith("running_var") and value.min() < 0):
-            raise CheckpointError(f"{where}: {key} holds NaN, Inf or a negative variance; the file is damaged")
-
-
-def closest(state: State) -> str:
-    """Says which architecture's names a file's are nearest to."""
-    shares = {name: _agreement(name, state) for name in ARCHITECTURES}
-    best = max(shares.values())
-    names = [name for name, share in shares.items() if share == best]
-    return f"closest: --arch={' or '.join(names)} ({100 * best:.0f} % of its names agree)"
-
-
-def _agreement(name, state):
-    model = build(name, sizes(name, state))
-    expected = {theirs for theirs, _ in key_map(name, model).values()}
-    present = {key for key in state if not re.fullmatch(ARCHITECTURES[name].unused, key)}
-    return len(expected & present) / len(expected | present)
-
-
-def _some(keys):
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-
-
-def to_ours(name: str, model: nn.Module, state: State) -> dict[str, Any]:
+def to_ours(name: str, model: nn.Module, state: State, shape: Shape = _RGB) -> dict[str, Any]:
     """Our variables {"params", "batch_stats"} with a checked state's values."""
     variables: dict[str, Any] = {"params": {}, "batch_stats": {}}
-    for path, (theirs, _) in key_map(name, model).items():
+    for path, leaf in key_map(name, model, shape).items():
         *above, last = path.split("/")
         node = variables
         for part in above:
             node = node.setdefault(part, {})
-        value = state[theirs]
-        node[last] = np.ascontiguousarray(value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T)
+        node[last] = np.ascontiguousarray(_value_of_ours(state[leaf.name], leaf))
     return variables
 
 
-def to_theirs(name: str, model: nn.Module, variables: Any) -> dict[str, np.ndarray]:
+def to_theirs(name: str, model: nn.Module, variables: Any, shape: Shape = _RGB) -> dict[str, np.ndarray]:
     """The inverse of `to_ours`."""
     leaves = {path: np.asarray(leaf) for path, leaf in flatten(variables).items()}
     return {
-        theirs: np.ascontiguousarray(leaves[path].transpose(3, 2, 0, 1) if leaves[path].ndim == 4 else leaves[path].T)
-        for path, (theirs, _) in key_map(name, model).items()
+        leaf.name: np.ascontiguousarray(_value_of_theirs(leaves[path], leaf))
+        for path, leaf in key_map(name, model, shape).items()
     }
 
 
-def _shape(ours):
-    return (ours[3], ours[2], *ours[:2]) if len(ours) == 4 else ours[::-1]
+def _value_of_ours(value, leaf):
+    if leaf.flattened:
+        h, w, c = leaf.flattened
+        return value.reshape(-1, c, h, w).transpose(2, 3, 1, 0).reshape(h * w * c, -1)
+    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+
+
+def _value_of_theirs(value, leaf):
+    if leaf.flattened:
+        h, w, c = leaf.flattened
+        return value.reshape(h, w, c, -1).transpose(3, 2, 0, 1).reshape(-1, h * w * c)
+    return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T

@@ -1,22 +1,43 @@
-"""PyTorch's files: the weights and statistics of a network, out of whatever its checkpoint wraps them in.
+"""PyTorch's files: the tensors in them, by the mappings that hold them, and whether the bytes are the right ones.
 
-Nothing is ever unpickled: a file that holds more than tensors and plain containers is refused.
+Nothing is ever unpickled: a file that holds more than tensors and plain containers is refused. Every member of a zip
+archive, which torch.save writes, is read whole and its CRC compared. Safetensors, the older format of torch.save, and
+archives that it was told to write without have no checksum, and are known by their SHA-256 alone. What a damaged file
+makes the readers raise becomes one line.
 """
 
+import hashlib
+import json
 import pickle
 import re
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ibjax.errors import CheckpointError, InputError
+from ibjax.pytorch import published
 
-# where checkpoints keep the weights among other things, and what wrappers put before every name
-_KEYS = ("state_dict", "model_state_dict", "net", "model", "network", "module", "weights", "last")
-_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "1.")
-_MEANS, _STDS = ("mean", "mu", "new_mean"), ("std", "sigma", "new_std")
+METADATA = "ibjax"  # the key of what exports say of themselves in the metadata of safetensors
+_AGAIN = "download it again"
+
+
+class Node(NamedTuple):
+    """A mapping of a file that holds tensors."""
+
+    key: str  # the keys that lead to it, with dots between; "" is the file's own mapping
+    tensors: dict[str, Any]  # name -> torch.Tensor
+
+
+class Content(NamedTuple):
+    """What a file holds."""
+
+    nodes: list[Node]
+    sha256: str
+    compared: str  # what the digest agrees with, in words
+    metadata: dict[str, Any]  # of one of our exports; {} of any other file
 
 
 def modules() -> Any:
@@ -29,86 +50,214 @@ def modules() -> Any:
     return torch
 
 
-def read(file: Path) -> tuple[dict[str, np.ndarray], tuple[tuple[float, ...], tuple[float, ...]] | None]:
-    """(weights and statistics by their names in PyTorch, (mean, std) where the network keeps them) of a file."""
+def read(file: Path, sha256: str | None = None) -> Content:
+    """The tensors of a file; raises InputError or CheckpointError, in one line, on anything else.
+
+    Args:
+      file: .pt, .pth, .t7, .ckpt or .safetensors; its first bytes, not its name, say which.
+      sha256: the digest that it must have. Without one it is compared with the published digest of a file of this name
+        (`ibjax.pytorch.published`), if there is one.
+    """
     torch = modules()
     if not file.is_file():
-        raise InputError(f"--torch={file} is no file; give a .pt, .pth, .t7 or .safetensors file")
-    content = _load_safetensors(file) if file.suffix == ".safetensors" else _load(torch, file)
-    tensors = _find_tensors(torch, content)
-    if not tensors:
+        raise InputError(f"--torch={file} is {_no_file(file)}; give a .pt, .pth, .t7 or .safetensors file")
+    try:
+        digest, start = _digest(file)
+    except OSError as error:
+        raise InputError(f"--torch={file} cannot be read ({error.strerror})") from None
+    compared = published.compare(file.name, digest, sha256)
+    if other := _other_kind(file, start):
+        raise CheckpointError(f"{file} is {other}")
+    if _is_safetensors(file, start):
+        content, metadata = _load_safetensors(file)
+    else:
+        content, metadata = _load(torch, file), {}
+    nodes = [node for node in _nodes(torch, content) if any("." in name for name in node.tensors)]
+    if not nodes:
         there = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
-        raise CheckpointError(f"{file} holds no state dict; it has {there}; save network.state_dict() alone")
-    arrays = {key: value.to(torch.float32).numpy() for key, value in tensors.items() if value.is_floating_point()}
-    return _split_off_normalization(str(file), _without_prefixes(arrays))
+        raise CheckpointError(
+            f"{file} holds no state dict; it has {there or 'nothing'}; save network.state_dict() alone"
+        )
+    return Content(nodes, digest, compared, metadata)
+
+
+def array(where: Path, name: str, tensor: Any) -> np.ndarray:
+    """A tensor's values in float32, whatever it is kept in; raises CheckpointError where there are none to be read."""
+    try:
+        return np.ascontiguousarray(tensor.detach().to(device="cpu", dtype=modules().float32).numpy())
+    except (RuntimeError, TypeError, NotImplementedError, ValueError) as error:  # sparse, quantised, without values
+        raise CheckpointError(f"{where}: {name} is no plain tensor ({_reason(error)}); save it as one") from None
+
+
+# ---- which kind of file ------------------------------------------------------------------------------------
+
+
+def _no_file(file):
+    if not file.is_dir():
+        return "no file"
+    if (file / "config.json").is_file():
+        return "a folder of ibjax, which needs no import: give it as --workdir, or to teacher.workdir"
+    return "a folder"
+
+
+def _digest(file):
+    """(SHA-256 of a file, its first bytes)."""
+    with file.open("rb") as handle:
+        start = handle.read(4096)
+        handle.seek(0)
+        return hashlib.file_digest(handle, "sha256").hexdigest(), start
+
+
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"7z\xbc\xaf": "7z",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
+_TORCH_MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # in the first pickle of what torch.save wrote before PyTorch 1.6
+_NO_WEIGHTS = "ibjax.convert reads PyTorch's state dicts"
+
+
+def _other_kind(file, start):
+    """What a file is that is none of torch.save or safetensors, and what to do; None where it may be one."""
+    text = start.lstrip()[:200].lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page, as a server sends that asks for a confirmation or refuses; download the file itself"
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, not the file that it stands for; run git lfs pull, or download that file"
+    for magic, name in _COMPRESSED.items():
+        if start.startswith(magic):
+            return f"compressed with {name}; unpack it first"
+    if start.startswith(b"\x93NUMPY"):
+        return f"an array of NumPy (.npy); {_NO_WEIGHTS}"
+    if start.startswith(b"\x89HDF"):
+        return f"an HDF5 file, as Keras writes; {_NO_WEIGHTS}"
+    if start.startswith(b"PK"):
+        return _other_zip(file)
+    if start[257:262] == b"ustar":
+        return "a tar archive; unpack it first"
+    if re.match(rb"[\x81-\x8f](?:[\xa0-\xbf]|\xd9)", start) or start.startswith(b"\xde\x00"):
+        return f"a msgpack file, as Flax writes; {_NO_WEIGHTS}"
+    if re.match(rb"\x80[\x02-\x05]", start) and _TORCH_MAGIC not in start[:32]:
+        return (
+            "a pickle that torch.save has not written, as JAX's or NumPy's parameters are kept in, and which to load "
+            f"would run code of whoever made it: refused; {_NO_WEIGHTS}"
+        )
+    return None
+
+
+def _other_zip(file):
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+    except Exception:  # whatever a damaged archive makes zipfile raise; `_load` names it
+        return None
+    if any(name.endswith("/constants.pkl") for name in names):
+        return (
+            "a program of TorchScript (torch.jit.save); load it where it is trusted, and save its weights alone: "
+            "torch.save(torch.jit.load(FILE).state_dict(), …)"
+        )
+    if names and all(name.endswith(".npy") for name in names):
+        return f"an archive of NumPy (.npz) with {', '.join(names[:3])}; {_NO_WEIGHTS}"
+    if not any(name == "data.pkl" or name.endswith("/data.pkl") for name in names):
+        return f"a zip archive of {', '.join(names[:3]) or 'nothing'}, none of torch.save; unpack it first"
+    return None
+
+
+def _is_safetensors(file, start):
+    return file.suffix == ".safetensors" or (start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**27)
+
+
+# ---- reading -----------------------------------------------------------------------------------------------
+
+
+def _damaged(file, kind, reason):
+    return CheckpointError(f"{file} is damaged, or no {kind} ({reason}); {_AGAIN}")
 
 
 def _load(torch, file):
     """The content of a file of torch.save: tensors and plain containers, nothing that would run code."""
     try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                _check_members(file, archive)
         return torch.load(file, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         if not found:
-            raise CheckpointError(f"{file} is damaged, or no file of torch.save; download it again") from None
+            raise _damaged(file, "file of torch.save", "not to be unpickled") from None
         raise CheckpointError(
             f"{file} holds more than tensors ({found[1]}), which to load would run code of whoever made it: refused. "
             f"Where it is trusted, save the weights alone: torch.save(network.state_dict(), FILE)"
         ) from None
     except Exception as error:  # a damaged file makes zip, pickle and torch raise what they like
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise CheckpointError(f"{file} is damaged, or no file of torch.save ({reason}); download it again") from None
+        raise _damaged(file, "file of torch.save", _reason(error)) from None
+
+
+def _check_members(file, archive):
+    """Reads every member whole, so that its CRC is compared; torch.load compares none."""
+    members, wrong = archive.infolist(), []
+    if not any(member.CRC for member in members):  # saved after torch.serialization.set_crc32_options(False)
+        return
+    for member in members:
+        try:
+            with archive.open(member) as handle:
+                while handle.read(2**20):
+                    pass
+        except zipfile.BadZipFile:
+            wrong.append(member.filename)
+    if wrong:
+        others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise CheckpointError(
+            f"{file} is damaged: of its {len(members)} members {wrong[0]}{others} has a wrong checksum; {_AGAIN}"
+        )
 
 
 def _load_safetensors(file):
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    """(tensors, what our export says of itself) of a file of safetensors."""
+    from safetensors import safe_open
 
     try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is damaged, or no safetensors file ({error}); download it again") from None
+        with safe_open(file, framework="pt") as handle:  # pyright: ignore[reportArgumentType]
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            said = (handle.metadata() or {}).get(METADATA)
+        metadata = {} if said is None else json.loads(said)
+    except Exception as error:  # SafetensorError, and what a damaged header makes of sizes and names
+        raise _damaged(file, "safetensors file", _reason(error)) from None
+    if said is not None:
+        sound = isinstance(metadata, dict) and isinstance(metadata.get("model"), dict)
+        if not sound or metadata.get("digest") != digest_of(file, tensors):
+            raise CheckpointError(f"{file} is damaged: its tensors are not those that were exported; {_AGAIN}")
+    return tensors, metadata
 
 
-def _find_tensors(torch, content):
-    """The state dict in whatever a checkpoint wraps it in: a mapping with names of layers, whose values are tensors."""
+def digest_of(where: Path, tensors: Mapping[str, Any]) -> str:
+    """SHA-256 of named tensors: names, shapes and values in float32."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        value = array(where, name, tensors[name])
+        total.update(f"{name}:{value.shape};".encode() + value.tobytes())
+    return total.hexdigest()
+
+
+def _nodes(torch, content: Any, key: str = "") -> Iterator[Node]:
+    """The mappings of a checkpoint that hold tensors, the outer ones first; names that are no text are no names."""
+    if isinstance(content, list) and all(
+        isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) for p in content
+    ):
+        content = dict(content)  # as list(network.named_parameters()) is
     if not isinstance(content, Mapping):
-        return {}
-    tensors = {key: value for key, value in content.items() if isinstance(key, str) and torch.is_tensor(value)}
-    if any("." in key for key in tensors):
-        return tensors
-    found = (_find_tensors(torch, content[key]) for key in _KEYS if key in content)
-    return next(filter(None, found), {})
+        return
+    named = {name: value for name, value in content.items() if isinstance(name, str)}
+    tensors = {name: value for name, value in named.items() if torch.is_tensor(value)}
+    if tensors:
+        yield Node(key, tensors)
+    for name, value in named.items():
+        yield from _nodes(torch, value, f"{key}.{name}" if key else name)
 
 
-def _without_prefixes(state):
-    """What DataParallel, compilation and wrappers put before every name is taken away."""
-    while True:
-        names = [key for key in state if not _is_normalization(key, state)]
-        prefix = next((p for p in _PREFIXES if names and all(key.startswith(p) for key in names)), None)
-        if prefix is None:
-            return state
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-
-
-def _is_normalization(key, state):
-    *above, last = key.split(".")
-    return last in (*_MEANS, *_STDS) and len(above) <= 3 and state[key].size in (1, 3)
-
-
-def _split_off_normalization(where, state):
-    """The robustness library saves a network and its normaliser twice, the second time below `attacker`."""
-    for key in [key for key in state if key.startswith("attacker.")]:
-        twin = key.removeprefix("attacker.")
-        if twin in state and np.array_equal(state[key], state[twin]):
-            del state[key]
-    state = _without_prefixes(state)
-    found = {}
-    for kind, names in (("mean", _MEANS), ("std", _STDS)):
-        keys = [key for key in state if _is_normalization(key, state) and key.split(".")[-1] in names]
-        found[kind] = {tuple(float(str(v)) for v in np.broadcast_to(state.pop(key).reshape(-1), 3)) for key in keys}
-    if not found["mean"] and not found["std"]:
-        return state, None
-    if len(found["mean"]) != 1 or len(found["std"]) != 1:
-        raise CheckpointError(f"{where} keeps several means or standard deviations of its pixels: {found}")
-    return state, (found["mean"].pop(), found["std"].pop())
+def _reason(error):
+    return (str(error).splitlines() or [type(error).__name__])[0][:120] or type(error).__name__

@@ -1,11 +1,14 @@
 """Every family against its published file in PyTorch: same weights, same logits, features and statistics."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 
 from ibjax import architectures
-from ibjax.models import layers, preact_resnet, resnet, vgg, wide_resnet
+from ibjax.models import cnn, layers, preact_resnet, resnet, vgg, wide_resnet
+from ibjax.pytorch import fit
 
 torch = pytest.importorskip("torch", reason="the oracle is PyTorch")
 import torch_twins as twins  # noqa: E402
@@ -33,7 +36,28 @@ PAIRS = {
         "imagenet_resnet",
         resnet.Model(10, depth=50, width=4, blocks=(2, 1), stem="imagenet", **architectures.IMAGENET),
     ),
+    "resnet_torchvision_cifar": (
+        "torchvision_cifar_resnet",
+        resnet.Model(10, width=4, blocks=(1, 1), **architectures.IMAGENET),
+    ),
+    "resnet_wide": (  # WideResNet-50-2, but for its size
+        "imagenet_resnet",
+        resnet.Model(10, depth=50, width=4, blocks=(1, 1), stem="imagenet", inner_width=2, **architectures.IMAGENET),
+    ),
     "vgg11": ("vgg", vgg.Model(10, depth=11, width=2, hidden=(8, 8))),
+    "vgg11_torchvision": (
+        "torchvision_vgg",
+        vgg.Model(10, depth=11, width=2, hidden=(8, 8), variant="torchvision", **architectures.IMAGENET),
+    ),
+    "cnn": ("cnn", cnn.Model(10, ((4, 4), (6,)), (), padding=1, batch_norm=True, pool="average")),
+    "cnn_flattened": ("cnn", cnn.Model(10, ((4,), (6, 5)), (8, 7), padding=1, dropout=0.0)),
+    "small_cnn": ("small_cnn", cnn.Model(10, ((4, 4), (6, 6)), (8, 7), dropout=0.0)),
+}
+# what no file says of a network of ours that is nobody else's
+FLAGS = {
+    "cnn": ["--config.model.padding=1"],
+    "cnn_flattened": ["--config.model.padding=1", "--config.model.dropout=0.0"],
+    "small_cnn": ["--config.model.dropout=0.0"],
 }
 
 
@@ -49,7 +73,7 @@ def pair(name, groups=1):
 def ours(name, twin):
     """The twin's weights and running statistics as our variables."""
     arch, model = PAIRS[name]
-    architectures.check("the twin", arch, model, twins.state(twin))  # nothing missing, nothing left over
+    fit.check(Path("the twin"), arch, model, twins.state(twin), (32, 32, 3))  # nothing missing, nothing left over
     variables = architectures.to_ours(arch, model, twins.state(twin))
     return jax.tree.map(jax.numpy.asarray, variables)
 
@@ -58,9 +82,9 @@ def ours(name, twin):
 def test_same_weights_give_the_same_logits_features_and_running_statistics(name):
     twin, model, variables, images = pair(name)
     norms = [module for module in twin.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
-    assert {norm.eps for norm in norms} == {layers.BatchNorm.epsilon}  # too small to be seen in the logits
+    assert {norm.eps for norm in norms} <= {layers.BatchNorm.epsilon}  # too small to be seen in the logits
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-    assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, shapes)
+    assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, {"batch_stats": {}, **shapes})
 
     expected, taps = twins.logits_and_taps(twin, images)
     logits, features = jax.jit(model.apply)(variables, images)
@@ -70,12 +94,14 @@ def test_same_weights_give_the_same_logits_features_and_running_statistics(name)
         np.testing.assert_allclose(features[tap], value, atol=1e-4, rtol=1e-4, err_msg=tap)
 
     expected = twins.logits(twin.train(), images)
-    train = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))
+    rngs = {"dropout": jax.random.key(0)}
+    train = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"], rngs=rngs))
     (logits, _), updated = train(variables, images)
-    np.testing.assert_allclose(logits, expected, atol=2e-4, rtol=1e-3)
+    if not any(isinstance(module, torch.nn.Dropout) and module.p for module in twin.modules()):
+        np.testing.assert_allclose(logits, expected, atol=2e-4, rtol=1e-3)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5),
-        updated["batch_stats"],
+        updated.get("batch_stats", {}),
         ours(name, twin)["batch_stats"],
     )
 
@@ -107,6 +133,13 @@ def test_the_twins_have_the_published_parameter_names():
         "resnet_basic": "bn1.running_mean layer2.0.shortcut.0.weight layer2.0.shortcut.1.bias linear.weight",
         "resnet_imagenet": "layer1.0.downsample.0.weight layer2.0.downsample.1.running_var layer1.1.conv3.weight "
         "fc.weight",
+        "resnet_torchvision_cifar": "conv1.weight bn1.weight layer2.0.downsample.0.weight layer2.0.downsample.1.bias "
+        "layer1.0.conv2.weight fc.bias",
+        "resnet_wide": "layer1.0.conv3.weight layer1.0.downsample.1.running_mean fc.weight",
+        "vgg11_torchvision": "features.0.bias features.1.weight classifier.0.weight classifier.3.bias "
+        "classifier.6.weight",
+        "small_cnn": "feature_extractor.conv1.weight feature_extractor.conv4.bias classifier.fc1.weight "
+        "classifier.fc3.bias",
         "vgg11": "features.0.weight features.1.running_mean features.4.weight classifier.1.weight classifier.6.bias",
     }
     for name, keys in published.items():

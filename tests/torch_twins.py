@@ -1,20 +1,16 @@
 """The published networks of `ibjax.torch_models` as oracles: random weights that hide no mistake, and features."""
 
-import importlib
-import inspect
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ibjax.architectures import ARCHITECTURES
+from ibjax.pytorch import twins
 
 
-def make(arch, model):
-    """The PyTorch network that a model of ours should be, with random weights."""
-    definition = importlib.import_module(f"ibjax.torch_models.{ARCHITECTURES[arch].torch}").Model
-    return randomize(definition(**{name: getattr(model, name) for name in inspect.signature(definition).parameters}))
+def make(arch, model, shape=(32, 32, 3)):
+    """The PyTorch network that a model of ours should be for images (H, W, C), with random weights."""
+    return randomize(twins.make(arch, model, shape))
 
 
 def randomize(twin):
@@ -84,14 +80,16 @@ def logits_and_taps(twin, images):
 def _recorded(twin):
     """(module, names of its output, what is done to the output first) of all but the first and the last tap."""
     same = lambda value: value  # noqa: E731
-    if hasattr(twin, "features"):
+    if not any(type(module).__name__ == "Block" for module in twin.modules()):  # VGG and the small CNNs
         counts = {"conv": 0, "stage": 0, "fc": 0}
-        for part, kind in ((twin.features, "conv"), (twin.classifier, "fc")):
-            for layer in part:
-                name = {nn.ReLU: kind, nn.MaxPool2d: "stage"}.get(type(layer))
-                if name:
-                    counts[name] += 1
-                    yield layer, [f"{name}{counts[name]}"], same
+        for layer in twin.modules():
+            kind = "fc" if counts["stage"] and hasattr(twin, "classifier") and layer in [*twin.classifier] else "conv"
+            name = {nn.ReLU: kind, nn.MaxPool2d: "stage"}.get(type(layer))
+            if name:
+                counts[name] += 1
+                yield layer, [f"{name}{counts[name]}"], same
+        for i in range(1, getattr(twin, "count", 0) + 1):
+            yield getattr(twin, f"fc{i}"), [f"fc{i}"], F.relu
         return
     groups = [m for m in twin.modules() if isinstance(m, nn.Sequential) and len(m) and type(m[0]).__name__ == "Block"]
     act = getattr(twin, "activation", F.relu)

@@ -70,7 +70,9 @@ def multiply_adds(module: nn.Module, x: Any, y: Any) -> int:
             return module.features * (x.shape[-1] + module.use_bias)
         case layers.BatchNorm():
             return 2 * x.size
-        case layers.Activation() | layers.Add() | layers.MaxPool() | layers.AveragePool() | layers.GlobalAverage():
+        case layers.AdaptiveAverage() | layers.AveragePool() | layers.GlobalAverage() | layers.MaxPool():
+            return x.size
+        case layers.Activation() | layers.Add():
             return x.size
     return 0
 

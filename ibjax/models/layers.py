@@ -233,6 +233,13 @@ def standardize(x: Array) -> Array:
     return centred * lax.rsqrt(jnp.maximum(variance, 1 / n))
 
 
+def zero_border(x: Array, width: int) -> Array:
+    """(B, H, W, C) with `width` zeros on each side of H and W; raises InputError on a negative width."""
+    if width < 0:
+        raise InputError(f"model.border={width} is not allowed; give a whole number of at least 0")
+    return jnp.pad(x, ((0, 0), (width, width), (width, width), (0, 0))) if width else x
+
+
 # Operations without parameters are modules too: whoever intercepts module calls (`analysis.complexity`) sees them.
 
 
@@ -317,6 +324,22 @@ class GlobalAverage(nn.Module):
 def global_average(x: Array) -> Array:
     """(B, H, W, C) -> (B, C), the spatial mean, summed in float32."""
     return jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+
+
+class AdaptiveAverage(nn.Module):
+    """(B, H, W, C) -> (B, size, size, C), PyTorch's adaptive average pooling: cell i is the mean of rows
+    floor(i·H/size) to ceil((i + 1)·H/size), columns likewise; a smaller map's pixels are repeated."""
+
+    size: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for axis in (1, 2):
+            length = x.shape[axis]
+            bounds = [(i * length // self.size, -(-(i + 1) * length // self.size)) for i in range(self.size)]
+            cells = [jnp.mean(lax.slice_in_dim(x, *bound, axis=axis), axis, keepdims=True) for bound in bounds]
+            x = jnp.concatenate(cells, axis)
+        return x
 
 
 class AveragePool(nn.Module):

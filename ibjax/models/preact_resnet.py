@@ -66,8 +66,8 @@ class Model(nn.Module):
     """(B, H, W, C) in [0, 1] -> (logits (B, num_classes), features); num_classes None: (pre_logits, features).
 
     depth: 10, 18 or 34; or give `blocks`, the number of blocks of each stage (stages after the first halve the
-    image and double the width). width: channels of the first stage. projection, final_norm: see above. remat: for less
-    memory, see `layers.remat`.
+    image and double the width). width: channels of the first stage. projection, final_norm: see above. border: zeros
+    around the image, which are normalised with it. remat: for less memory, see `layers.remat`.
     """
 
     num_classes: int | None
@@ -82,6 +82,7 @@ class Model(nn.Module):
     bn_groups: int = 1
     dtype: str = "float32"
     remat: bool = False
+    border: int = 0
 
     @nn.compact
     def __call__(
@@ -93,7 +94,7 @@ class Model(nn.Module):
             )
         counts = block_counts("preact_resnet", self.depth, self.blocks, DEPTHS)
         dtype, tap = layers.compute_dtype(self.dtype), layers.Taps(edits)
-        x = layers.normalize(x, self.mean, self.std)
+        x = layers.normalize(layers.zero_border(x, self.border), self.mean, self.std)
         x = tap("stem", layers.Conv(self.width, name="stem")(x).astype(dtype))
         names = ["stem"]  # of the feature x
         for i, (stage, first, last) in enumerate(positions(counts), 1):

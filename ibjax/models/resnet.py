@@ -1,7 +1,8 @@
 """ResNet: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016.
 
 Stages of widths 64·(1, 2, 4, 8); basic blocks to depth 34, bottlenecks (1×1, 3×3 with the stride, 1×1 to four times
-the width) from 50; projection shortcuts with batch-norm.
+the width) from 50; projection shortcuts with batch-norm. `inner_width=2` makes the bottlenecks' 3×3 convolutions twice
+as wide: WideResNet-50-2 of torchvision and timm.
 
 | stem       |                                                             | convolutions start from | files          |
 |------------|-------------------------------------------------------------|-------------------------|----------------|
@@ -31,6 +32,7 @@ class Block(nn.Module):
     width: int
     stride: int
     bottleneck: bool
+    inner_width: int
     kernel_init: Any
     bn_groups: int
     dtype: Any
@@ -48,8 +50,8 @@ class Block(nn.Module):
 
         def block(_, x):
             if self.bottleneck:
-                y = relu(conv_norm(x, width, 1, 1, "1"))
-                y = relu(conv_norm(y, width, 3, self.stride, "2"))
+                y = relu(conv_norm(x, self.inner_width * width, 1, 1, "1"))
+                y = relu(conv_norm(y, self.inner_width * width, 3, self.stride, "2"))
                 y = conv_norm(y, 4 * width, 1, 1, "3")
             else:
                 y = relu(conv_norm(x, width, 3, self.stride, "1"))
@@ -64,8 +66,8 @@ class Block(nn.Module):
 class Model(nn.Module):
     """(B, H, W, C) in [0, 1] -> (logits (B, num_classes), features); num_classes None: (pre_logits, features).
 
-    depth: 10, 18, 34 or 50. blocks: how many there are in each stage, in place of the depth's own. remat: for less
-    memory, see `layers.remat`.
+    depth: 10, 18, 34 or 50. blocks: how many there are in each stage, in place of the depth's own. inner_width: of
+    bottlenecks, the factor of their first two convolutions' width. remat: for less memory, see `layers.remat`.
     """
 
     num_classes: int | None
@@ -78,6 +80,7 @@ class Model(nn.Module):
     bn_groups: int = 1
     dtype: str = "float32"
     remat: bool = False
+    inner_width: int = 1
 
     @nn.compact
     def __call__(
@@ -85,6 +88,8 @@ class Model(nn.Module):
     ) -> tuple[Array, dict[str, Array]]:
         if self.stem not in ("cifar", "imagenet"):
             raise InputError(f"model.stem '{self.stem}' is unknown; {nearest(self.stem, ('cifar', 'imagenet'))}")
+        if self.inner_width < 1 or (self.inner_width > 1 and self.depth < 50):
+            raise InputError(f"model.inner_width={self.inner_width}: give 1 or more, and 1 for depths below 50")
         counts = block_counts("resnet", self.depth, self.blocks, DEPTHS)
         dtype, tap = layers.compute_dtype(self.dtype), layers.Taps(edits)
         imagenet = self.stem == "imagenet"
@@ -100,6 +105,7 @@ class Model(nn.Module):
                 self.width * 2 ** (stage - 1),
                 2 if stage > 1 and first else 1,
                 self.depth >= 50,
+                self.inner_width,
                 kernel_init,
                 self.bn_groups,
                 dtype,

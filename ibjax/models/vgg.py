@@ -1,22 +1,33 @@
-"""VGG with batch-norm: Simonyan & Zisserman, ICLR 2015, in the CIFAR form that IB-RAR trains (VGG16-BN).
+"""VGG with batch-norm: Simonyan & Zisserman, ICLR 2015.
 
-Five groups of 3×3 convolutions (biased) – BN – ReLU, each group followed by 2×2 max-pooling; global average; two
-linear layers of 4096 – BN – ReLU; the final linear layer. All start as PyTorch's default.
+Five groups of 3×3 convolutions (biased) – BN – ReLU, each group followed by 2×2 max-pooling; then linear layers, the
+last of which gives the logits. What the published files have different is `variant`:
+
+| variant                                     | "ib_rar" (CIFAR, VGG16-BN)  | "torchvision" (ImageNet)           |
+|---------------------------------------------|-----------------------------|------------------------------------|
+| between convolutions and linear layers      | global average              | adaptive average to 7×7, flattened |
+| after each linear layer but the last        | BN, ReLU                    | ReLU, dropout of one half          |
+| convolutions start from                     | PyTorch's default           | N(0, 2/(k²·C_out)), biases 0       |
+| linear layers start from                    | PyTorch's default           | N(0, 0.01²), biases 0              |
 
 Taps: `convN` (after the ReLU); `stage1` … `stage5` (after the pooling), `fc1`, `fc2`: these are IB-RAR's seven;
 `pre_logits`, which is `fc2`.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from ibjax.errors import InputError
+from ibjax.errors import InputError, nearest
 from ibjax.models import layers
 
 # how many convolutions each group has; their widths are WIDTHS times `width`
 DEPTHS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 WIDTHS = (1, 2, 4, 8, 8)
+VARIANTS = ("ib_rar", "torchvision")
+POOLED = 7  # side of torchvision's map before the linear layers
 
 
 class Model(nn.Module):
@@ -33,6 +44,7 @@ class Model(nn.Module):
     std: tuple[float, ...] | None = None
     bn_groups: int = 1
     dtype: str = "float32"
+    variant: str = "ib_rar"
 
     @nn.compact
     def __call__(
@@ -40,7 +52,10 @@ class Model(nn.Module):
     ) -> tuple[Array, dict[str, Array]]:
         if self.depth not in DEPTHS:
             raise InputError(f"vgg has no depth {self.depth}; allowed: {sorted(DEPTHS)}")
-        dtype, tap = layers.compute_dtype(self.dtype), layers.Taps(edits)
+        if self.variant not in VARIANTS:
+            raise InputError(f"model.variant '{self.variant}' is unknown; {nearest(self.variant, VARIANTS)}")
+        dtype, tap, torchvision = layers.compute_dtype(self.dtype), layers.Taps(edits), self.variant == "torchvision"
+        of_convolutions, of_linear = _start(self.variant)
 
         def norm_relu(x, name):
             return layers.Activation()(layers.BatchNorm(groups=self.bn_groups, dtype=dtype, name=name)(x, train))
@@ -51,11 +66,30 @@ class Model(nn.Module):
             for _ in range(count):
                 index += 1
                 first = jnp.float32 if index == 1 else dtype  # it sees pixels: see layers.py
-                conv = layers.Conv(self.width * factor, use_bias=True, dtype=first, name=f"conv{index}")
+                conv = layers.Conv(
+                    self.width * factor, use_bias=True, dtype=first, name=f"conv{index}", **of_convolutions
+                )
                 x = tap(f"conv{index}", norm_relu(conv(x).astype(dtype), f"bn{index}"))
             x = tap(f"stage{stage}", layers.MaxPool()(x))
-        x = layers.GlobalAverage()(x).astype(dtype)
+        if torchvision:
+            x = layers.AdaptiveAverage(POOLED)(x).reshape(x.shape[0], -1)
+        else:
+            x = layers.GlobalAverage()(x).astype(dtype)
         for i, width in enumerate(self.hidden, 1):
-            x = tap(f"fc{i}", norm_relu(layers.Dense(width, dtype=dtype, name=f"fc{i}")(x), f"bn_fc{i}"))
+            x = layers.Dense(width, dtype=dtype, name=f"fc{i}", **of_linear)(x)
+            if torchvision:
+                x = nn.Dropout(0.5, deterministic=not train)(layers.Activation()(x))
+            else:
+                x = norm_relu(x, f"bn_fc{i}")
+            x = tap(f"fc{i}", x)
         x = tap("pre_logits", x)
-        return layers.classifier(x, self.num_classes), tap.finish()
+        return layers.classifier(x, self.num_classes, **of_linear), tap.finish()
+
+
+def _start(variant: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What convolutions and linear layers of a variant start from."""
+    if variant == "ib_rar":
+        return {}, {}
+    zeros = nn.initializers.zeros
+    convolutions = dict(kernel_init=layers.fan_out_normal, bias_init=zeros)
+    return convolutions, dict(kernel_init=nn.initializers.normal(0.01), bias_init=zeros)

@@ -77,7 +77,8 @@ class Model(nn.Module):
     """(B, H, W, C) in [0, 1] -> (logits (B, num_classes), features); num_classes None: (pre_logits, features).
 
     depth: 6n + 4. width: the factor, 10 in WRN-28-10. standardize: each image to mean 0 and deviation 1 first, as in
-    MMA's networks. remat: for less memory, see `layers.remat`.
+    MMA's networks. border: zeros around the image, which are normalised with it; Gowal et al. make MNIST's 28×28 pixels
+    32×32 by a border of 2. remat: for less memory, see `layers.remat`.
     """
 
     num_classes: int | None
@@ -92,6 +93,7 @@ class Model(nn.Module):
     bn_groups: int = 1
     dtype: str = "float32"
     remat: bool = False
+    border: int = 0
 
     @nn.compact
     def __call__(
@@ -104,7 +106,8 @@ class Model(nn.Module):
             raise InputError(f"model.variant '{self.variant}' is unknown; {nearest(self.variant, VARIANTS)}")
         check_range("model.dropout", self.dropout, 0, 1, below=True)
         dtype, tap = layers.compute_dtype(self.dtype), layers.Taps(edits)
-        x = layers.normalize(layers.standardize(x) if self.standardize else x, self.mean, self.std)
+        x = layers.zero_border(layers.standardize(x) if self.standardize else x, self.border)
+        x = layers.normalize(x, self.mean, self.std)
         x = tap("stem", layers.Conv(16, name="stem", **conv_options(self.variant))(x).astype(dtype))
         names = ["stem"]  # of the feature x
         for i, (stage, first, last) in enumerate(positions((count,) * 3), 1):

@@ -28,14 +28,25 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """(B, 3, H, W) in [0, 1] -> logits (B, num_classes); `blocks` in each stage, or by depth."""
+    """(B, channels, H, W) in [0, 1] -> logits (B, num_classes); `blocks` in each stage, or by depth."""
 
-    def __init__(self, num_classes, depth=18, width=64, blocks=None, activation="silu", mean=None, std=None):
+    def __init__(
+        self,
+        num_classes,
+        depth=18,
+        width=64,
+        blocks=None,
+        activation="silu",
+        mean=None,
+        std=None,
+        border=0,
+        channels=3,
+    ):
         super().__init__()
         self.register_buffer("mean", None if mean is None else torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", None if std is None else torch.tensor(std).view(-1, 1, 1))
-        self.activation = ACTIVATIONS[activation]
-        self.conv_2d = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        self.pad, self.activation = nn.ZeroPad2d(border), ACTIVATIONS[activation]
+        self.conv_2d = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
         c_in, self.stages = width, []
         for stage, count in enumerate(blocks or DEPTHS[depth]):
             group, c = [], width * 2**stage
@@ -48,6 +59,7 @@ class Model(nn.Module):
         self.logits = nn.Linear(c_in, num_classes)
 
     def forward(self, x):
+        x = self.pad(x)
         if self.mean is not None:
             x = (x - self.mean) / self.std
         x = self.conv_2d(x)

@@ -22,14 +22,14 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """(B, 3, H, W) in [0, 1] -> logits (B, num_classes); depth 6n + 4."""
+    """(B, channels, H, W) in [0, 1] -> logits (B, num_classes); depth 6n + 4."""
 
-    def __init__(self, num_classes, depth=28, width=10, mean=None, std=None):
+    def __init__(self, num_classes, depth=28, width=10, mean=None, std=None, border=0, channels=3):
         super().__init__()
         self.register_buffer("mean", None if mean is None else torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", None if std is None else torch.tensor(std).view(-1, 1, 1))
-        count, c = (depth - 4) // 6, 16 * width
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1)
+        self.pad, count, c = nn.ZeroPad2d(border), (depth - 4) // 6, 16 * width
+        self.conv1 = nn.Conv2d(channels, 16, 3, 1, 1)
         self.layer1 = self.group(count, 16, c, 1)
         self.layer2 = self.group(count, c, 2 * c, 2)
         self.layer3 = self.group(count, 2 * c, 4 * c, 2)
@@ -41,6 +41,7 @@ class Model(nn.Module):
         return nn.Sequential(*[Block(c_out if i else c_in, c_out, 1 if i else stride) for i in range(count)])
 
     def forward(self, x):
+        x = self.pad(x)
         if self.mean is not None:
             x = (x - self.mean) / self.std
         x = self.layer3(self.layer2(self.layer1(self.conv1(x))))

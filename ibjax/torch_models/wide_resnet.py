@@ -37,15 +37,15 @@ class Group(nn.Module):
 
 
 class Model(nn.Module):
-    """(B, 3, H, W) in [0, 1] -> logits (B, num_classes); depth 6n + 4."""
+    """(B, channels, H, W) in [0, 1] -> logits (B, num_classes); depth 6n + 4."""
 
-    def __init__(self, num_classes, depth=34, width=10, activation="relu", mean=None, std=None):
+    def __init__(self, num_classes, depth=34, width=10, activation="relu", mean=None, std=None, border=0, channels=3):
         super().__init__()
         self.register_buffer("mean", None if mean is None else torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", None if std is None else torch.tensor(std).view(-1, 1, 1))
-        self.activation = ACTIVATIONS[activation]
+        self.pad, self.activation = nn.ZeroPad2d(border), ACTIVATIONS[activation]
         count, c = (depth - 4) // 6, 16 * width
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.conv1 = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
         self.block1 = Group(count, 16, c, 1, self.activation)
         self.block2 = Group(count, c, 2 * c, 2, self.activation)
         self.block3 = Group(count, 2 * c, 4 * c, 2, self.activation)
@@ -53,6 +53,7 @@ class Model(nn.Module):
         self.fc = nn.Linear(4 * c, num_classes)
 
     def forward(self, x):
+        x = self.pad(x)
         if self.mean is not None:
             x = (x - self.mean) / self.std
         x = self.block3(self.block2(self.block1(self.conv1(x))))

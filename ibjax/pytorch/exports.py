@@ -1,0 +1,117 @@
+"""A run's network as files that PyTorch alone reads: weights with the published names, a definition, a check."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ibjax import architectures, run, torch_file
+from ibjax import checkpoint as checkpoints
+from ibjax.architectures import ARCHITECTURES
+from ibjax.errors import InputError
+from ibjax.pytorch import folders, gate, twins
+
+
+def to_torch(
+    workdir: Path, to: Path, checkpoint: str | int = "best", *, arch: str | None = None, n: int = 256
+) -> float:
+    """Writes model.safetensors, model.py, model_info.json, check.py and check.npz to `to`; returns max |Δlogit|.
+
+    Args:
+      workdir: of the run.
+      to: must not exist, or be empty.
+      checkpoint: "best", "last" or a step.
+      arch: whose names the weights are given; None: those of the file that the run was imported from, or else the first
+        of `ARCHITECTURES` that fits.
+      n: how many test images are compared, and kept in check.npz.
+
+    Raises InputError, CheckpointError or DataError; then nothing is written.
+    """
+    torch_file.modules()
+    folders.refuse_existing(to)
+    trained = run.load(workdir, checkpoint)
+    name = _names(trained, arch)
+    classes, shape = trained.facts["num_classes"], trained.facts["input_shape"]
+    side = shape[0] if trained.facts["digests"]["test"] is None else None
+    images = gate.images(trained.config, classes, shape[2], n, side)
+    weights = architectures.to_theirs(name, trained.model, trained.variables, images.shape)
+    twin = twins.make(name, trained.model, images.shape, weights)
+    logits = gate.of_ours(trained.model, trained.variables, images.split.images)
+    delta = gate.compare(logits, gate.of_torch(twin, images.split.images), images.words, f"exported as {name}")
+    with folders.whole(to) as folder:
+        (folder / "model.safetensors").write_bytes(_safetensors(to, twin, name, trained.model, images.shape))
+        (folder / "model.py").write_text(twins.source(name, trained.model, images.shape), encoding="utf-8")
+        run.write_json(folder / "model_info.json", model_info(trained, str(checkpoint)))
+        check = (twins.DEFINITIONS / "check.py").read_text(encoding="utf-8")
+        (folder / "check.py").write_text(check, encoding="utf-8")
+        labels = logits.argmax(1) if side else images.split.labels  # of photographs what the network says itself
+        np.savez_compressed(folder / "check.npz", x_test=images.split.images, y_test=labels, logits=logits)
+    return delta
+
+
+def _names(trained, arch):
+    """The architecture whose names an export has; raises InputError where the network is none, or not the given one."""
+    fitting = architectures.matching(trained.model)
+    if not fitting:
+        raise InputError(
+            f"the network of {trained.workdir} ({trained.config.model.name}) has no definition in PyTorch; "
+            f"those that have: {', '.join(ARCHITECTURES)}"
+        )
+    if arch is not None and arch not in fitting:
+        raise InputError(f"--arch={arch} is not what {trained.workdir} holds; give {' or '.join(fitting)}, or none")
+    imported = trained.facts.get("imported", {}).get("arch")
+    return arch or (imported if imported in fitting else fitting[0])
+
+
+def _safetensors(to, twin, name, model, shape):
+    """The weights, with what cannot be seen in them: architecture and options, and a digest of all tensors."""
+    from safetensors.torch import save
+
+    tensors = {key: value.contiguous() for key, value in twin.state_dict().items() if value.is_floating_point()}
+    seen = {option: getattr(model, option) for option in twins.options(name, model, shape) if option in vars(model)}
+    del seen["num_classes"]  # the shapes say it
+    said = {"arch": name, "model": seen, "digest": torch_file.digest_of(to, tensors)}
+    return save(tensors, metadata={torch_file.METADATA: json.dumps(said, sort_keys=True)})
+
+
+def model_info(trained: run.Run, checkpoint: str) -> dict[str, Any]:
+    """RobustBench's description of a network; null is what this run cannot know. Accuracies are those of its records.
+
+    Only records of the whole test set and of these very weights count.
+    """
+    weights, records = checkpoints.tree_digest(trained.variables), {}
+    for file in sorted((trained.workdir / "eval" / checkpoint).glob("*.json")):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            record = json.loads(file.read_text(encoding="utf-8"))
+            if record["weights"] == weights and record["n"] == trained.facts.get("n_test") and record["main"]:
+                records[record["attack"]] = record
+    attacked = records.get("autoattack")
+    first = attacked or next(iter(records.values()), None)
+    robust = f"{attacked['robust_acc']:.2f}" if attacked else None
+    return {
+        "link": None,
+        "name": trained.config.title or trained.workdir.resolve().name,
+        "authors": None,
+        "additional_data": None if "imported" in trained.facts else False,
+        "number_forward_passes": 1,
+        "dataset": trained.config.data.get("dataset", trained.facts["label"]),
+        "venue": None,
+        "architecture": _readable(trained.model),
+        "eps": str(first["eps"]) if first else None,
+        "clean_acc": f"{first['clean_acc']:.2f}" if first else None,
+        "reported": robust,
+        "autoattack_acc": robust,
+    }
+
+
+def _readable(model):
+    """As RobustBench writes it: WideResNet-34-10, PreActResNet-18."""
+    family = type(model).__module__.rpartition(".")[2]
+    if family == "cnn":
+        return f"CNN-{sum(map(len, model.widths))}"
+    written = {"wide_resnet": "WideResNet", "preact_resnet": "PreActResNet", "resnet": "ResNet", "vgg": "VGG"}[family]
+    if getattr(model, "inner_width", 1) > 1:
+        return f"Wide{written}-{model.depth}-{model.inner_width}"
+    return f"{written}-{model.depth}" + (f"-{model.width}" if family == "wide_resnet" else "")

@@ -1,0 +1,31 @@
+"""Folders that are made whole or not at all, and never over anything."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from ibjax.errors import InputError
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raises InputError where there is anything at `folder` but an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not an empty folder; give another, or delete it")
+
+
+@contextlib.contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when the block ends well: it is there whole or not at all."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made ({error.strerror}); give another folder") from None
+    try:
+        yield temporary
+        refuse_existing(folder)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,227 @@
+"""A network of a PyTorch file becomes a run: read, checked name by name, compared in logits, then written.
+
+What a file does not say is decided in one order, and where each thing came from is said and kept: the file itself, then
+the caller, then what the architecture usually has. Where the architecture has several, or its normalisation is lost,
+the caller must say which.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ibjax import architectures, config, errors, run, torch_file
+from ibjax import checkpoint as checkpoints
+from ibjax.architectures import ARCHITECTURES, Shape
+from ibjax.errors import CheckpointError, InputError, nearest
+from ibjax.pytorch import fit, folders, gate, normalisation, sizes, state_dicts, twins
+from ibjax.pytorch.normalisation import Said
+from ibjax.step import TrainState
+
+
+class Network(NamedTuple):
+    """A network of a file, with every name and shape checked; nothing has been computed or written."""
+
+    arch: str
+    model: nn.Module
+    classes: int
+    shape: Shape  # (H, W, C) of images that it takes
+    state: dict[str, np.ndarray]  # its weights and statistics, by their names in PyTorch
+    found: state_dicts.Found
+    settings: ConfigDict
+    sha256: str
+    origins: dict[str, tuple[str, str]]  # what -> (its value in words, where that came from)
+
+
+def from_torch(
+    file: Path,
+    arch: str,
+    workdir: Path,
+    *,
+    key: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    no_normalisation: bool = False,
+    sha256: str | None = None,
+    overrides: Sequence[str] | None = None,
+    clean_acc: float | None = None,
+    n: int = 256,
+    photographs: int | None = None,
+) -> dict[str, Any]:
+    """Writes `workdir` with the network of a PyTorch file; returns what config.json says of the import.
+
+    Args:
+      file: of a state dict, alone or within a checkpoint.
+      arch: which network it is, a key of `ARCHITECTURES`.
+      workdir: must not exist, or be empty.
+      key: of several networks in the file, where the one that is meant lies: `state_dicts` says how it is written.
+      mean, std: with which pixels are normalised, where the file does not say it.
+      no_normalisation: that they are not.
+      sha256: which the file must have, or its first digits.
+      overrides: of the configuration, as ["--config.data.data_dir=…"].
+      clean_acc: in percent; the network must have it on the `n` images, to three standard errors.
+      n: how many test images are compared, each class in proportion.
+      photographs: side of the crops that are compared in place of a data set's images; the run can then teach, but
+        not be evaluated.
+
+    Raises InputError, CheckpointError or DataError; then nothing is written.
+    """
+    folders.refuse_existing(workdir)
+    _check_clean_acc(clean_acc, photographs)
+    said = Said(key, mean, std, no_normalisation, sha256, tuple(overrides or ()))
+    network = read(file, arch, said)
+    images = gate.images(network.settings, network.classes, network.shape[2], n, photographs)
+    variables, logits, delta = _compared(network, images)
+    imported = {
+        "file": file.name,
+        "sha256": network.sha256,
+        "arch": arch,
+        "network": {what: {"is": value, "from": source} for what, (value, source) in network.origins.items()},
+        "left_out": network.found.left_out,
+        "images": images.words,
+        "max_delta_logit": delta,
+        "torch": torch_file.modules().__version__,
+    }
+    if not photographs:
+        imported["clean_acc"] = _clean_accuracy(logits, images.split.labels, clean_acc)
+    with folders.whole(workdir) as folder:
+        run.write_config(folder, network.settings, {**images.facts, "imported": imported})
+        with checkpoints.manager(folder) as orbax:
+            arrays = jax.tree.map(jnp.asarray, variables)
+            checkpoints.save(orbax, TrainState(jnp.zeros((), jnp.int32), arrays, (), None), {"selection": 0.0})
+    return imported
+
+
+def read(file: Path, arch: str, said: Said = Said()) -> Network:  # noqa: B008
+    """The network of a file, which is exactly one of the architecture; raises InputError or CheckpointError."""
+    content = torch_file.read(file, said.sha256)
+    if arch not in ARCHITECTURES:
+        raise InputError(f"--arch={arch} is unknown; {nearest(arch, ARCHITECTURES)}; {hint(content)}")
+    known, found = ARCHITECTURES[arch], state_dicts.find(file, content, arch, said.key)
+    state = {name: value for name, value in found.state.items() if not re.fullmatch(known.unused, name)}
+    measured = sizes.sizes(arch, state)
+    exported = config.plain(content.metadata["model"]) if content.metadata.get("arch") == arch else {}
+    classes = measured.pop("num_classes")
+    section = {**known.defaults, **measured, **exported, "name": known.model, **known.fixed}
+    channels = sizes.channels(arch, state)
+    settings = _configuration(file, section, classes, channels, list(said.overrides))
+    model = run.build_model(settings.model, classes, "model")
+    if arch not in architectures.matching(model):
+        raise InputError(f"--config.model… makes it another network than --arch={arch}: {known.model}, {known.fixed}")
+    shape = sizes.input_shape(arch, model, state)
+    fit.check(file, arch, model.clone(mean=None, std=None), state, shape)  # how it normalises is asked next
+    values, source = normalisation.decide(file, arch, channels, found, exported, said, settings.data.get("dataset"))
+    settings.model.update(values)
+    model = run.build_model(settings.model, classes, "model")
+    found = found._replace(left_out=found.left_out + len(found.state) - len(state))
+    network = Network(arch, model, classes, shape, state, found, settings, content.sha256, {})
+    return network._replace(origins=_origins(network, content, measured, exported, source, said))
+
+
+def hint(content: torch_file.Content) -> str:
+    """Which architecture the file's names and shapes are nearest to."""
+    return fit.closest(*state_dicts.all_of(content))
+
+
+def _configuration(file, section, classes, channels, overrides):
+    """The defaults, with the network's section, the data set that goes with its classes, and what the caller says."""
+    from ibjax import main  # which trains and evaluates, and needs a moment to load
+
+    settings = config.base()
+    settings.title = file.stem
+    usual = "mnist" if channels == 1 else "cifar10"
+    settings.data.dataset = {100: "cifar100", 1000: "imagenet2012"}.get(classes, usual)
+    settings.model = section
+    main.override(settings, overrides)
+    config.check(settings)
+    return settings
+
+
+def _compared(network, images):
+    """(our variables, our logits, max |Δlogit|) on images; raises CheckpointError where the logits differ."""
+    arch, model = network.arch, network.model
+    takes, has = (architectures.key_map(arch, model, shape) for shape in (network.shape, images.shape))
+    if any(has[path].shape != leaf.shape for path, leaf in takes.items()):
+        raise InputError(f"the network takes images of {network.shape[:2]} pixels, {images.words} have {images.shape}")
+    variables = architectures.to_ours(arch, model, network.state, images.shape)
+    kept = network.found.normalization
+    twin = twins.make(arch, model, images.shape, network.state, kept)
+    logits, theirs = gate.of_ours(model, variables, images.split.images), gate.of_torch(twin, images.split.images)
+    delta = gate.compare(logits, theirs, images.words, f"in the file mean and std are {kept or 'not kept'}")
+    return variables, logits, delta
+
+
+# ---- what is said of an import -----------------------------------------------------------------------------
+
+
+def _origins(network, content, measured, exported, normalised, said):
+    """{what: (its value in words, where that came from)} of everything that makes the network what it is."""
+    model, found = network.model, network.found
+
+    def where(option):
+        if f"model.{option}" in said.paths():
+            return f"--config.model.{option}"
+        if option in exported:
+            return "ibjax's export"
+        return f"usual of {network.arch}" if hasattr(model, option) else "the architecture"
+
+    size = [f"{option} {value}" for option, value in measured.items() if value is not None]
+    key = found.chosen if found.key or found.chosen == "--key" else "a state dict alone"
+    mean, std = model.mean, model.std
+    count = sum(leaf.size for leaf in network.state.values()) - sum(
+        value.size for name, value in network.state.items() if name.endswith(("running_mean", "running_var"))
+    )
+    return {
+        "architecture": (network.arch, "--arch"),
+        "size": (", ".join([*size, f"{network.classes} classes"]), "names and shapes"),
+        "key": (found.key or "none", key),
+        "prefix": (found.prefix or "none", "the names"),
+        "normalisation": ("none" if mean is None else f"mean {mean} std {std}", normalised),
+        "activation": (getattr(model, "activation", "relu"), where("activation")),
+        "padding": (_padding(model), where("padding")),
+        "parameters": (f"{count:,}", "the file"),
+        "SHA-256": (network.sha256, content.compared),
+    }
+
+
+def _padding(model):
+    """What convolutions and the image are padded with, in words."""
+    strided = "deepmind" in (getattr(model, "variant", ""), getattr(model, "projection", ""))
+    words = "of strided convolutions TensorFlow's SAME" if strided else "symmetric"
+    if hasattr(model, "padding"):
+        words = f"{model.padding} at each convolution"
+    border = getattr(model, "border", 0)
+    return words + (f", {border} zeros around the image" if border else "")
+
+
+def _check_clean_acc(published, photographs):
+    if published is None:
+        return
+    if photographs:
+        raise InputError("--clean_acc needs the data set's test images; --photographs have no labels")
+    errors.check_range("--clean_acc", published, 0, 100)
+    if 0 < published <= 1:
+        raise InputError(
+            f"--clean_acc={published:g} would be {published:g} %; is {100 * published:g} % meant? "
+            f"Then give --clean_acc={100 * published:g}"
+        )
+
+
+def _clean_accuracy(logits, labels, published):
+    """In percent; raises CheckpointError where it is more than three standard errors from the published one."""
+    found = 100 * float(np.mean(logits.argmax(1) == labels))
+    if published is not None:
+        allowed = 300 * math.sqrt(published / 100 * (1 - published / 100) / len(labels)) + 0.01
+        if abs(found - published) > allowed:
+            raise CheckpointError(
+                f"clean accuracy is {found:.2f} % of {len(labels)} test images, published {published:.2f} %: the data, "
+                f"the normalisation (--mean, --std) or the activation is another one; nothing is written"
+            )
+    return round(found, 4)

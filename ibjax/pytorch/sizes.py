@@ -1,0 +1,101 @@
+"""Our options that the names and shapes of a PyTorch network tell: depth, width, classes."""
+
+import math
+import re
+from typing import Any
+
+import flax.linen as nn
+
+from ibjax.architectures import ARCHITECTURES, Shape, State, anchors
+from ibjax.models import vgg
+
+
+def sizes(name: str, state: State) -> dict[str, Any]:
+    """Our options that names and shapes tell, `num_classes` among them; of another network's file, whatever fits."""
+    known = ARCHITECTURES[name]
+    if known.model == "vgg":
+        return _vgg_sizes(state)
+    if known.model == "cnn":
+        return _cnn_sizes(name, state)
+    shapes = {key: value.shape for key, value in state.items()}
+    stem, head = (shapes.get(f"{known.names[layer]}.weight") or None for layer in ("stem", "head"))
+    found: dict[str, Any] = {"num_classes": head[0] if head else 10}
+    pattern = re.escape(known.block).replace(r"\{stage\}", r"(\d+)").replace(r"\{stage1\}", r"(\d+)")
+    matches = [re.match(pattern.replace(r"\{index\}", r"(\d+)") + r"\.(\w+)", key) for key in state]
+    blocks = {(int(match[1]), int(match[2])) for match in matches if match}
+    stages = sorted({stage for stage, _ in blocks})
+    counts = tuple(sum(stage == other for other, _ in blocks) for stage in stages)
+    first = known.block.format(stage=0, stage1=1, index=0)
+    width = _channels(shapes, f"{first}.{known.names.get('conv1', 'conv1')}.weight")
+    if known.model == "wide_resnet":
+        return found | {"depth": 6 * max(counts, default=4) + 4, "width": max((width or 160) // 16, 1)}
+    if stem:
+        found["width"] = stem[0]
+    if known.model == "preact_resnet":
+        found["final_norm"] = f"{known.names.get('bn', 'bn')}.weight" in state
+    depths = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
+    if any(match[3] == "conv3" for match in matches if match):
+        depths = {50: (3, 4, 6, 3)}
+        found["inner_width"] = max(4 * (width or 0) // (_channels(shapes, f"{first}.conv3.weight") or 4), 1)
+    depth = next((depth for depth, usual in depths.items() if usual == counts), None)
+    return found | ({"depth": depth} if depth else {"depth": next(iter(depths)), "blocks": counts or None})
+
+
+def _channels(shapes, name):
+    return shapes[name][0] if shapes.get(name) else None
+
+
+def _vgg_sizes(state):
+    convolutions = [value for name, value in _numbered(state) if name.startswith("features.") and value.ndim == 4]
+    linear = [value for name, value in _numbered(state) if name.startswith("classifier.") and value.ndim == 2]
+    found: dict[str, Any] = {"num_classes": linear[-1].shape[0] if linear else 10}
+    depth = len(convolutions) + 3
+    if depth in vgg.DEPTHS:
+        found |= {"depth": depth, "width": convolutions[0].shape[0]}
+    return found | {"hidden": tuple(value.shape[0] for value in linear[:-1])}
+
+
+def _cnn_sizes(name, state):
+    """Where the poolings stand is seen in the names of `cnn`; SmallCNN has one after each two convolutions."""
+    small = name == "small_cnn"
+    pattern = r"feature_extractor\.()conv(\d+)\.weight" if small else r"stage(\d+)\.conv(\d+)\.weight"
+    stages: dict[int, dict[int, int]] = {}
+    for key, value in state.items():
+        if (match := re.fullmatch(pattern, key)) and value.ndim == 4:
+            index = int(match[2])
+            stages.setdefault(int(match[1] or (index + 1) // 2), {})[index] = value.shape[0]
+    widths = tuple(tuple(width for _, width in sorted(stage.items())) for _, stage in sorted(stages.items()))
+    linear = [value for _, value in _numbered(state) if value.ndim == 2]
+    found: dict[str, Any] = {"num_classes": linear[-1].shape[0] if linear else 10, "widths": widths or ((32,),)}
+    found["hidden"] = tuple(value.shape[0] for value in linear[:-1])
+    if not small:
+        found["batch_norm"] = "stage1.bn1.weight" in state
+        average = linear and linear[0].shape[1] == found["widths"][-1][-1]
+        found["pool"] = "average" if average else "flatten"
+    return found
+
+
+def _numbered(state):
+    """(name, value) in the order of the numbers in names: files may have them in any."""
+    return sorted(state.items(), key=lambda item: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", item[0])])
+
+
+def input_shape(name: str, model: nn.Module, state: State) -> Shape:
+    """(height, width, channels) of images that a network takes; where it takes any size, of one that is large enough.
+
+    Linear layers that see a flattened map say how large it is; the image is the smallest square one with that map.
+    """
+    if ARCHITECTURES[name].model != "cnn":
+        return 32, 32, channels(name, state)
+    linear = [value for _, value in _numbered(state) if value.ndim == 2]
+    area = linear[0].shape[1] // model.widths[-1][-1] if linear and model.pool == "flatten" else 1
+    side = max(math.isqrt(area), 1)
+    for stage in reversed(model.widths):
+        side = 2 * side + len(stage) * (2 - 2 * model.padding)
+    return side, side, channels(name, state)
+
+
+def channels(name: str, state: State) -> int:
+    """Of the images: what the first layer takes."""
+    stem = state.get(anchors(name)[0])
+    return stem.shape[1] if stem is not None and stem.ndim == 4 else 3
