@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from ibjax import report_figures, results
+from ibjax import report_checks, report_figures, results
+from ibjax.report_checks import Check
 from ibjax.report_figures import escape
-from ibjax.results import Check, Table, attack_label
+from ibjax.results import Table, attack_label
 
 
 def page(runs: Sequence[Any], out: Path) -> str:
@@ -22,7 +23,7 @@ def page(runs: Sequence[Any], out: Path) -> str:
     records = [record for run in runs for record in run.records]
     tables, rows = results.tables(records), results.rows(records)
     problems = [f"{run.title}: {problem}" for run in runs for problem in run.problems]
-    checks = results.checks(records, problems)
+    checks = report_checks.checks(records, problems)
     datasets = dict.fromkeys(str(run.facts.get("label", "")) for run in runs if run.facts.get("label"))
     title = ", ".join(run.title for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
     title += f" on {', '.join(datasets)}" if datasets else ""
@@ -198,7 +199,7 @@ def _checks(checks):
         )
     return (
         '<section id="checks"><h2>Self-checks</h2><p class="note">Computed from the records of this page, in percent; '
-        f"{results.TOLERANCE} points are allowed between two attacks and between two eps.</p>"
+        f"{report_checks.TOLERANCE} points are allowed between two attacks and between two eps.</p>"
         f'<table class="checks"><tbody>{"".join(items)}</tbody></table></section>'
     )
 

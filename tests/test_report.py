@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from ibjax import report, results
+from ibjax import report, report_checks, results
 from ibjax.errors import InputError
 
 N = 8
@@ -95,7 +95,7 @@ def page_of(folder, *more):
 
 def status(records, name, problems=()):
     """(status, details) of the one check whose name contains `name`."""
-    (check,) = (check for check in results.checks(records, problems) if name in check.name)
+    (check,) = (check for check in report_checks.checks(records, problems) if name in check.name)
     return check.status, " | ".join(check.details)
 
 
@@ -171,7 +171,7 @@ def test_attacks_are_sorted_by_strength_and_curves_by_eps():
 
 
 def test_a_healthy_run_passes_every_check():
-    assert {check.status for check in results.checks(healthy())} == {"pass"}
+    assert {check.status for check in report_checks.checks(healthy())} == {"pass"}
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_half_a_point_is_allowed_and_no_more():
 def test_what_cannot_be_checked_is_not_a_pass():
     assert status([record("pgd-2")], "as strong as FGSM")[0] == "not checked"
     assert status([record("pgd-2")], "halves")[0] == "not checked"
-    assert {check.status for check in results.checks([], ["nothing there"])} == {"warn", "not checked"}
+    assert {check.status for check in report_checks.checks([], ["nothing there"])} == {"warn", "not checked"}
 
 
 # ---- files -------------------------------------------------------------------------------------------------

@@ -1,0 +1,154 @@
+"""Checks of the numbers in result records: what should make a reader of a report trust or doubt them.
+
+Guarantee (test of the same name): each check warns on the fault that it is for.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ibjax.attacks.geometry import fraction
+from ibjax.results import Record, attack_label, is_bounded, is_transfer, ladders, robust_flags, rows
+
+TOLERANCE = 0.5  # percentage points by which the weaker of two attacks may do better before a check warns
+
+
+class Check(NamedTuple):
+    """A statement that the numbers support or not."""
+
+    name: str
+    status: str  # "pass", "warn" or "not checked"
+    details: list[str]  # with the numbers
+
+
+def checks(records: Sequence[Record], problems: Sequence[str] = ()) -> list[Check]:
+    """What should make a reader trust or doubt a table; `problems` are those of the files that records came from."""
+    grouped = rows(filter(is_bounded, records))
+    warned = Counter((record["title"], str(text)) for record in records for text in record.get("warnings", ()))
+    warnings = [f"{title}: {text} ({count} records)" for (title, text), count in warned.items()]
+    selected = sorted({(record["title"], record["selected_on"]) for record in records})
+    commits = sorted({str(record.get("commit") or "an installed package") for record in records})
+    mixed = len(commits) > 1 or any(commit.endswith("+") for commit in commits)  # "+": local changes
+    found = [
+        _facts("Every run is finished, and all of its files can be read", problems, "nothing is missing"),
+        _same_images(records),
+        _facts(
+            "No checkpoint was selected on the test set",
+            [f"{title}: selected on the test set" for title, split in selected if split == "test"],
+            "; ".join(f"{title}: {split}" for title, split in selected),
+        ),
+        _cases("PGD is at least as strong as FGSM", _iterative(grouped), "no two of these attacks at one eps"),
+        _cases("Accuracy under attack does not rise with eps", _rises(grouped)),
+        _cases("The largest eps of the ladder at least halves accuracy", _falls(grouped), "evaluate.ladder is empty"),
+        _cases("Every adversarial image lies in the eps-ball, to 1e-6", _distances(grouped)),
+        _cases("Percentages are those of the flags per image", _agreement(grouped)),
+        _facts("No record carries a warning", warnings, f"{len(records)} records"),
+        _facts("All records come from one commit without local changes", commits if mixed else [], ", ".join(commits)),
+    ]
+    strongest = _strongest(grouped)
+    if strongest:
+        found.insert(4, _cases("AutoAttack is at least as strong as every other attack", strongest))
+    if not records:
+        found[1:] = [check._replace(status="not checked", details=["no records"]) for check in found[1:]]
+    return found
+
+
+def _facts(name, faults, otherwise):
+    return Check(name, "warn" if faults else "pass", list(faults) or [otherwise])
+
+
+def _cases(name, cases, missing="no records to compare"):
+    """A check from (margin, text) of each comparison: it warns with every text whose margin is negative."""
+    if not cases:
+        return Check(name, "not checked", [missing])
+    faults = [text for margin, text in cases if not margin >= 0]
+    if faults:
+        return Check(name, "warn", faults)
+    return Check(name, "pass", [f"{len(cases)} compared; the closest: {min(cases)[1]}"])
+
+
+def _same_images(records):
+    """Warns where records differ in data set or n, or those of one checkpoint in the step that it was of."""
+    images = sorted({f"{record['dataset']}, n = {record['n']}" for record in records})
+    steps = {(record["title"], record["checkpoint"], record.get("step")) for record in records}
+    moved = [key for key, count in Counter((title, name) for title, name, _ in steps).items() if count > 1]
+    faults = images if len(images) > 1 else []
+    faults += [f"{title}: the records of {name} are of several steps; evaluate again" for title, name in moved]
+    return _facts("All records are on the same images", faults, "".join(images))
+
+
+def _iterative(grouped):
+    cases = []
+    for row in grouped:
+        one_step = {str(record["eps"]): record["robust_acc"] for record in row.records if record["attack"] == "fgsm"}
+        for record in row.records:
+            eps, strong, name = str(record["eps"]), record["robust_acc"], attack_label(record["attack"])
+            if record["attack"].startswith("pgd-") and not is_transfer(record["attack"]) and eps in one_step:
+                text = f"{row.label}, eps {eps}: {name} leaves {strong:.2f}, FGSM {one_step[eps]:.2f}"
+                cases.append((one_step[eps] + TOLERANCE - strong, text))
+    return cases
+
+
+def _strongest(grouped):
+    cases = []
+    for row in grouped:
+        for auto in (record for record in row.records if record["attack"] == "autoattack"):
+            for other in row.records:
+                if other is not auto and str(other["eps"]) == str(auto["eps"]):
+                    strong, weak, name = auto["robust_acc"], other["robust_acc"], attack_label(other["attack"])
+                    text = f"{row.label}, eps {auto['eps']}: AutoAttack leaves {strong:.2f}, {name} {weak:.2f}"
+                    cases.append((weak + TOLERANCE - strong, text))
+    return cases
+
+
+def _rises(grouped):
+    cases = []
+    for row in grouped:
+        for attack, points in ladders(row).items():
+            for (_, eps, before), (_, larger, after) in itertools.pairwise(points):
+                text = f"{row.label}, {attack_label(attack)}: {before:.2f} at eps {eps}, {after:.2f} at eps {larger}"
+                cases.append((before + TOLERANCE - after, text))
+    return cases
+
+
+def _falls(grouped):
+    cases = []
+    for row in grouped:
+        curves = {attack: points for attack, points in ladders(row).items() if len(points) > 2}  # clean, main, more
+        if not curves:
+            continue
+        top = max(points[-1][0] for points in curves.values())
+        reached = {attack: points[-1] for attack, points in curves.items() if points[-1][0] == top}
+        attack, (_, eps, accuracy) = min(reached.items(), key=lambda item: item[1][2])
+        clean = row.records[0]["clean_acc"]
+        text = f"{row.label}: {clean:.2f} clean, {accuracy:.2f} at eps {eps} under {attack_label(attack)}"
+        cases.append((clean / 2 - accuracy, text))
+    return cases
+
+
+def _distances(grouped):
+    cases = []
+    for row in grouped:
+        for record in row.records:
+            name, eps, distance = attack_label(record["attack"]), record["eps"], record["max_distance"]
+            text = f"{row.label}, {name}: largest distance {distance:.8f}, eps {eps}"
+            cases.append((fraction(eps) + 1e-6 - distance, text))
+    return cases
+
+
+def _agreement(grouped):
+    cases = []
+    for row in grouped:
+        for record in row.records:
+            counted, stated, clean = (
+                100 * float(np.mean(robust_flags(record))),
+                record["robust_acc"],
+                record["clean_acc"],
+            )
+            name = f"{row.label}, {attack_label(record['attack'])}, eps {record['eps']}"
+            text = f"{name}: {stated:.4f} stated, {counted:.4f} counted, {clean:.4f} clean"
+            cases.append((min(0.001 - abs(counted - stated), clean + 0.001 - stated), text))
+    return cases
