@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ibjax import errors, metrics, results
+from ibjax import errors, metrics, report_tables, results
 from ibjax.attacks.geometry import fraction
 from ibjax.errors import InputError
 from ibjax.results import Record, strength
@@ -29,9 +29,12 @@ from ibjax.results import Record, strength
 _SKIPPED = ("checkpoints", "eval", "tensorboard")  # folders of a workdir in which no other run lies
 
 
-def table(records: Iterable[Record]) -> str:
-    """The plain-text tables of records: a line for each run, a column for each attack at the main eps, in percent."""
-    return results.as_text(records)
+def table(records: Iterable[Record], each: bool = False) -> str:
+    """The plain-text tables of records: a line for each run, a column for each attack at the main eps, in percent.
+
+    Runs that differ in their seed alone are one line, mean ± standard deviation; with `each` every one has a line.
+    """
+    return report_tables.as_text(records, each)
 
 
 class RunResults(NamedTuple):

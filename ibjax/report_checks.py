@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ibjax.attacks.geometry import fraction
-from ibjax.results import Record, attack_label, is_bounded, is_transfer, ladders, robust_flags, rows
+from ibjax.report_tables import ladders, rows
+from ibjax.results import Record, attack_label, is_bounded, is_transfer, robust_flags
 
 TOLERANCE = 0.5  # percentage points by which the weaker of two attacks may do better before a check warns
 

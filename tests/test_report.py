@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from ibjax import report, report_checks, results
+from ibjax import report, report_checks, report_tables, results
 from ibjax.errors import InputError
 
 N = 8
@@ -123,8 +123,8 @@ def test_table_has_a_line_for_each_run_and_a_column_for_each_attack():
 
 def test_the_worst_case_counts_the_images_that_withstand_every_attack():
     # neither the smallest accuracy (37.5) nor a product of them
-    assert results.worst_case([record("pgd-2"), record("cw-2")]) == 25.0
-    assert results.worst_case([record("pgd-2")]) is None
+    assert report_tables.worst_case([record("pgd-2"), record("cw-2")]) == 25.0
+    assert report_tables.worst_case([record("pgd-2")]) is None
 
 
 def test_the_ladder_is_not_in_the_table():
@@ -140,7 +140,7 @@ def test_records_without_the_main_key_are_judged_by_the_configuration():
 
 
 def test_other_data_norms_and_eps_get_tables_of_their_own():
-    tables = results.tables([record(), record(norm="l2"), record(dataset="coins"), record(eps="4/255", main=True)])
+    tables = report_tables.tables([record(), record(norm="l2"), record(dataset="coins"), record(eps="4/255", main=True)])
     assert len({(table.dataset, table.norm, table.eps) for table in tables}) == 4
     assert all(len(table.lines) == 1 for table in tables)
 
@@ -152,19 +152,19 @@ def test_an_attack_that_a_run_lacks_is_a_dash():
 
 
 def test_runs_of_one_title_are_told_apart():
-    labels = [row.label for row in results.rows([record(seed=0), record(seed=1), record("cw-2", seed=1)])]
+    labels = [row.label for row in report_tables.rows([record(seed=0), record(seed=1), record("cw-2", seed=1)])]
     assert labels == ["student, seed 0", "student, seed 1"]
     other = {"model": {"name": "cnn"}, "evaluate": {}}
-    assert len({row.label for row in results.rows([record(), record(config=other)])}) == 2
+    assert len({row.label for row in report_tables.rows([record(), record(config=other)])}) == 2
 
 
 def test_attacks_are_sorted_by_strength_and_curves_by_eps():
     shuffled = [record(attack, flags=[1] * N) for attack in ("cw-2", "pgd-100", "fgsm", "pgd-20", "autoattack")]
-    (table,) = results.tables(shuffled)
+    (table,) = report_tables.tables(shuffled)
     assert table.attacks == ["fgsm", "pgd-20", "pgd-100", "cw-2", "autoattack"]
-    (row,) = results.rows([record(eps=eps) for eps in ("16/255", "2/255", "8/255")])
-    assert [text for _, text, _ in results.ladders(row)["pgd-2"]] == ["0", "2/255", "8/255", "16/255"]
-    assert results.ladders(row)["pgd-2"][0] == (0.0, "0", 87.5)
+    (row,) = report_tables.rows([record(eps=eps) for eps in ("16/255", "2/255", "8/255")])
+    assert [text for _, text, _ in report_tables.ladders(row)["pgd-2"]] == ["0", "2/255", "8/255", "16/255"]
+    assert report_tables.ladders(row)["pgd-2"][0] == (0.0, "0", 87.5)
 
 
 # ---- checks ------------------------------------------------------------------------------------------------
@@ -206,10 +206,10 @@ def test_robust_accuracy_after_each_attack_is_shown(tmp_path):
     after = {"apgd-ce": 37.5, "apgd-t": 25.0, "square": 12.5}
     made = dict(version="standard", attacks=None)
     auto = record("autoattack", flags=[1] + [0] * 7, robust_after=after, attack_settings=made)
-    (table,) = results.tables([*healthy(), auto])
-    ((header, line),) = results.stages(table, [*healthy(), auto])
+    (table,) = report_tables.tables([*healthy(), auto])
+    ((header, line),) = report_tables.stages(table, [*healthy(), auto])
     assert header[1:] == ["clean", "APGD-ce", "APGD-t", "Square"] and line[1:] == ["87.50", "37.50", "25.00", "12.50"]
-    assert "student, AutoAttack" in results.as_text([auto]) and results.stages(table, healthy()) == []
+    assert "student, AutoAttack" in report_tables.as_text([auto]) and report_tables.stages(table, healthy()) == []
     write_run(tmp_path / "run", [*healthy(), auto])
     report.write([tmp_path / "run"], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
