@@ -35,6 +35,7 @@ from ibjax import checkpoint as checkpoints
 from ibjax import cluster, config, errors, report, results, run
 from ibjax.attacks import checks, geometry
 from ibjax.attacks.named import Named, check, named
+from ibjax.data import first_of_each, subset
 from ibjax.errors import InputError
 from ibjax.scoring import Scorer, auto_attack, draw_keys, percent, sampling
 from ibjax.step import linen_net, to_float
@@ -105,7 +106,7 @@ def evaluate(
       settings: an `evaluate` section; None takes the run's own.
       attacks, n, samples: in place of the section's.
       surrogate: workdir of a run whose network is attacked instead; what breaks it is then shown to this one.
-      keep: how many adversarial images of each attack at the main eps to keep for the report.
+      keep: how many adversarial images of each attack at the main eps to keep for the report, of as many classes.
 
     A record whose identity (weights, images, attack, eps, seed) is on disk is read, not computed again.
     """
@@ -146,13 +147,14 @@ def evaluate(
             file = folder / _file_name(name, eps, settings, source)
             record = _existing(file, identity)
             if record is None:
-                wanted = keep if eps == main and source is None and not settings["samples"] else 0
+                pictured = keep > 0 and eps == main and source is None and not settings["samples"]
+                wanted = first_of_each(split.labels, keep) if pictured else 0
                 state = file.with_name(f".{file.stem}-{_state_digest(identity)}.npz")
                 flags, x_adv, more = execute(eps, step_size, f"{name} {eps}", wanted, state)
                 doubts = list(dict.fromkeys([*warnings, *more["warnings"]]))
                 record = _record({**identity, **more, "warnings": doubts}, flags)
-                if wanted:
-                    _save_examples(file.with_suffix(".examples.npz"), split, x_adv, trained)
+                if pictured:
+                    _save_examples(file.with_suffix(".examples.npz"), subset(split, wanted), x_adv, trained)
                 if jax.process_index() == 0:
                     run.write_json(file, record)
                     state.unlink(missing_ok=True)
@@ -269,6 +271,7 @@ def _common(trained, checkpoint, settings, split, validation, warnings):
         "norm": settings["norm"],
         "fixed_step": settings["fixed_step"],
         "n": len(split.labels),
+        "chance_acc": percent(split.labels == np.bincount(split.labels).argmax()),  # of the most frequent class
         "images": checkpoints.tree_digest(split),
         "dtype": "float32",
         "selected_on": "unknown" if imported else selected_on,
@@ -314,14 +317,13 @@ def _record(identity, flags):
 
 def _save_examples(file, split, x_adv, trained):
     """Clean and adversarial images with their predictions, for the report's picture."""
-    count = len(x_adv)
-    x = np.asarray(to_float(jnp.asarray(split.images[:count])))
+    x = np.asarray(to_float(jnp.asarray(split.images[:])))
     predicted, predicted_adv = (np.asarray(trained.logits_fn(jnp.asarray(images))).argmax(1) for images in (x, x_adv))
     if jax.process_index() == 0:  # the others only took part in the computation
         file.parent.mkdir(parents=True, exist_ok=True)
         with run.replacing(file) as temporary, temporary.open("wb") as handle:
             np.savez_compressed(
-                handle, x=x, x_adv=x_adv, label=split.labels[:count], predicted=predicted, predicted_adv=predicted_adv
+                handle, x=x, x_adv=x_adv, label=split.labels, predicted=predicted, predicted_adv=predicted_adv
             )
 
 

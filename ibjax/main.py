@@ -1,6 +1,7 @@
 """Train, evaluate and report from one configuration.
 
     python -m ibjax.main --config=configs/NAME.py[:arg] --workdir=DIR [--config.a.b=v …] [--mode=train|eval]
+    python -m ibjax.main --config=DIR/config.json --workdir=DIR2                    a run's own configuration again
 
 Trains the teacher of the configuration first where it holds the recipe of one and its checkpoint is absent, then the
 runs it is contrasted with, then itself; evaluates all of them; writes report.html and prints its table. Run again, it
@@ -38,7 +39,12 @@ class Command(NamedTuple):
 def parse(argv: list[str]) -> Command:
     """Reads a command line; raises InputError on anything that it does not understand."""
     values = flags.FlagValues()
-    flags.DEFINE_string("config", None, "the recipe, FILE.py[:arg]; --config.KEY=VALUE changes it", flag_values=values)
+    flags.DEFINE_string(
+        "config",
+        None,
+        "the recipe, FILE.py[:arg], or a run's config.json; --config.KEY=VALUE changes it",
+        flag_values=values,
+    )
     flags.DEFINE_string("workdir", None, "folder of the run; made if absent", flag_values=values)
     flags.DEFINE_enum("mode", "train", ["train", "eval"], "train and evaluate, or only evaluate", flag_values=values)
     flags.DEFINE_bool("help", False, "show this", short_name="h", flag_values=values)
@@ -113,7 +119,9 @@ def _argv(argv):
 
 
 def load_config(value: str) -> ConfigDict:
-    """The configuration of FILE.py[:arg]; raises InputError when the file is missing or fails."""
+    """The configuration of FILE.py[:arg], or a run's own in its config.json; InputError if it is missing or fails."""
+    if Path(value).name == "config.json":
+        return run.read_config(Path(value).parent)[0]
     name, _, arg = value.partition(":")
     file = Path(name)
     if not file.is_file():

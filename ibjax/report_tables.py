@@ -62,10 +62,11 @@ def rows(records: Iterable[Record]) -> list[Row]:
         images = [record.get(part) for part in ("seed", "n", "dataset", "norm", "count")]
         key = json.dumps([network_label(record), _which(record), images, network], sort_keys=True)
         groups.setdefault(key, []).append(record)
-    made = [Row("", _each_once(group), _checkpoint_names(group)) for group in groups.values()]
-    labels = _labels(
-        [network_label(row.records[0]) for row in made], [_parts([row], row.checkpoints) for row in made]
-    )
+    made = [
+        Row("", _each_once(group), tuple(sorted({record["checkpoint"] for record in group}, key=_checkpoint_order)))
+        for group in groups.values()
+    ]
+    labels = _labels([network_label(row.records[0]) for row in made], [_parts([row], row.checkpoints) for row in made])
     return [row._replace(label=label) for row, label in zip(made, labels, strict=True)]
 
 
@@ -77,16 +78,15 @@ def _which(record):
     return [run_label(record), record["checkpoint"] if step is None else step]
 
 
-def _checkpoint_names(group):
-    """The names of a network's checkpoints: best, last, then steps."""
-    order = ("best", "last")
-    return tuple(sorted({r["checkpoint"] for r in group}, key=lambda c: (c not in order, c != "best", c)))
+def _checkpoint_order(name):
+    """Sorts best, last, then steps."""
+    return name not in ("best", "last"), len(name) if name.isdecimal() else 0, name
 
 
 def _each_once(group):
     """The records of a network sorted by attack and eps, each pair once: that at the main eps, then that of best."""
     once: dict[tuple, Record] = {}
-    for record in sorted(group, key=lambda r: (not is_main(r), r["checkpoint"])):
+    for record in sorted(group, key=lambda r: (not is_main(r), _checkpoint_order(r["checkpoint"]))):
         once.setdefault((strength(record["attack"]), fraction(record["eps"])), record)
     return [once[key] for key in sorted(once)]
 
@@ -164,11 +164,20 @@ def families(records: Iterable[Record], each: bool = False) -> list[Family]:
             for members in [same] if len(seeds) == len(same) else [[row] for row in same]:  # no seed counts twice
                 family = found.setdefault(tuple(row.label for row in members), Family("", members, ()))
                 found[tuple(row.label for row in members)] = family._replace(checkpoints=(*family.checkpoints, name))
-    titles = [network_label(family.rows[0].records[0]) for family in found.values()]
+    titles = [_title(family) for family in found.values()]
     labels = _labels(titles, [_parts(family.rows, family.checkpoints) for family in found.values()])
     seeds = [f", {len(family.rows)} seeds" if len(family.rows) > 1 else "" for family in found.values()]
     made = zip(found.values(), labels, seeds, strict=True)
     return [family._replace(label=label + suffix) for family, label, suffix in made]
+
+
+def _title(family):
+    """What the rows of a family are called; of names that differ, as those of folders, what they begin with."""
+    titles = list(dict.fromkeys(network_label(row.records[0]) for row in family.rows))
+    if len(titles) == 1:
+        return titles[0]
+    same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*titles, strict=False))
+    return "".join(letters[0] for letters in same).rstrip(" -_.,(") or ", ".join(titles)
 
 
 def _parts(members, checkpoints):
@@ -373,10 +382,11 @@ def ladders(row: Row) -> dict[str, list[tuple[float, str, float]]]:
 
 
 def curves(family: Family) -> dict[str, list[tuple[float, str, Value]]]:
-    """attack -> [(eps, eps as written, accuracy)] as `ladders`, over the seeds of a family."""
+    """`ladders` over the seeds of a family, of the attacks that keep to eps."""
     found: dict[str, dict[float, tuple[str, list[float]]]] = {}
     for row in family.rows:
-        for attack, points in ladders(row).items():
+        bounded = row._replace(records=list(filter(is_bounded, row.records)))
+        for attack, points in ladders(bounded).items():
             for eps, text, accuracy in points:
                 found.setdefault(attack, {}).setdefault(eps, (text, []))[1].append(accuracy)
     return {

@@ -1,4 +1,7 @@
-"""What a result record says: evaluate.py writes one for one network under one attack at one eps. No file is read here."""
+"""What a result record says. No file is read or written here.
+
+A record is what evaluate.py writes for one network under one attack at one eps.
+"""
 
 import base64
 from typing import Any
