@@ -97,8 +97,7 @@ def _tables(records, each):
 def _grid(table: Table, caption: str = "") -> str:
     """One table as HTML; a checkpoint that was selected on the test set carries a red label."""
     head, *body = report_tables.cells(table)
-    words = (" ".join(f"<span>{escape(word)}</span>" for word in cell.split()) for cell in head)  # no break in a word
-    columns = "".join(f'<th scope="col">{text}</th>' for text in words)
+    columns = "".join(f'<th scope="col">{" ".join(map(_word, cell.split()))}</th>' for cell in head)
     lines = []
     for line, (label, selection, *numbers) in zip(table.lines, body, strict=True):
         if line.selected_on == "test":
@@ -108,10 +107,16 @@ def _grid(table: Table, caption: str = "") -> str:
         numbers = "".join(f"<td>{escape(number)}</td>" for number in numbers)
         lines.append(f'<tr><th scope="row">{escape(label)}</th><td class="word">{selection}</td>{numbers}</tr>')
     above = f"<caption>{caption}</caption>" if caption else ""
+    kind = "results worst" if head[-1] == "worst case" else "results"
     return (
-        f'<div class="scroll"><table class="results">{above}'
+        f'<div class="scroll"><table class="{kind}">{above}'
         f"<thead><tr>{columns}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
+
+
+def _word(word):
+    """A word of a heading: it breaks at the slashes of a path and nowhere else."""
+    return f"<span>{escape(word).replace('/', '/<wbr>')}</span>"
 
 
 def _stages(grid):
@@ -278,8 +283,9 @@ table { border-collapse: collapse }
 .results th, .results td { padding: .38rem .55rem; text-align: right; border-bottom: 1px solid var(--line) }
 .results thead th { border-bottom: 2px solid var(--fg); font-weight: 600; vertical-align: bottom }
 .results th[scope=row], .results th:first-child { text-align: left; padding-left: 0 }
-.results th[scope=row] { font-weight: 500; min-width: 8rem; position: sticky; left: 0; background: var(--bg) } .results thead span { white-space: nowrap }
-.results td { white-space: nowrap } .results .word, .results th:nth-child(2) { text-align: left }
+.results th[scope=row] { font-weight: 500; min-width: 8rem; position: sticky; left: 0; background: var(--bg) }
+.results thead span { white-space: nowrap } .results td { white-space: nowrap }
+.results .word, .results th:nth-child(2) { text-align: left }
 .results td:last-child, .results th:last-child { padding-right: 0 }
 .badge, .test { display: inline-block; white-space: nowrap; font-size: .8125rem; font-weight: 600; line-height: 1.4;
   padding: .05rem .5rem; border: 1px solid currentColor; border-radius: 1rem }
@@ -298,7 +304,9 @@ figure { margin: 0 0 1.2rem } svg { display: block; width: 100%; min-width: 40re
 svg * { stroke-linejoin: round } svg text { font-family: inherit !important }
 .strip { font-size: .8125rem; font-variant-numeric: tabular-nums; margin: .4rem 0 }
 .strip th, .strip td { padding: .15rem .2rem; text-align: center; font-weight: 500 }
-.strip th[scope=row] { text-align: left; padding-right: .8rem; white-space: nowrap; color: var(--muted) }
+.strip th { max-width: 4.6rem; overflow-wrap: anywhere }
+.strip th[scope=row] { max-width: none; text-align: left; padding-right: .8rem; white-space: nowrap;
+  color: var(--muted) }
 .strip img { display: block; width: 4.6rem; max-width: none; image-rendering: pixelated; border: 1px solid var(--line) }
 .wrong { color: var(--red); font-weight: 700 }
 .checks { width: 100%; margin-top: .6rem } .checks td:first-child { width: 8rem }
@@ -306,7 +314,9 @@ svg * { stroke-linejoin: round } svg text { font-family: inherit !important }
 .checks strong { font-weight: 600 } .checks ul { margin: .1rem 0 0; padding: 0; list-style: none; font-size: .875rem;
   color: var(--muted); overflow-wrap: anywhere }
 summary { cursor: pointer; padding: .3rem 0; font-weight: 500 }
-@media (max-width: 40rem) { .facts { grid-template-columns: 1fr; gap: 0 } .facts dd { margin-bottom: .5rem } }
+@media (max-width: 40rem) { .facts { grid-template-columns: 1fr; gap: 0 } .facts dd { margin-bottom: .5rem }
+  .checks td:first-child { width: 5.5rem } }
+@media (min-width: 60rem) { .worst tr > :last-child { position: sticky; right: 0; background: var(--bg) } }
 @media print {
   body { font-size: 10.5pt } main { max-width: none; padding: 0 } svg { min-width: 0 }
   h2, h3 { break-after: avoid } figure, .results, .checks tr { break-inside: avoid } .scroll { overflow: visible }
