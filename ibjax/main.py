@@ -9,10 +9,12 @@ continues where it stopped. Exit codes: 0 done, 2 wrong input, 3 diverged or out
 130 interrupted.
 """
 
+import argparse
 import contextlib
 import logging
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,6 +145,26 @@ def _last_line(error):
     """The line of an error that says what is wrong: flags wrap tracebacks into their messages."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+def recipe_command_line(module: str, description: str | None) -> argparse.ArgumentParser:
+    """The command line of a module that reads a recipe and runs nothing of it: --config, for it to add to."""
+    parser = run.bare_command_line(module, description)
+    help_text = "the recipe, FILE.py[:arg] or a run's config.json; --config.KEY=VALUE changes it"
+    parser.add_argument("--config", required=True, help=help_text)
+    return parser
+
+
+def parse_recipe(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Callable[[], ConfigDict]]:
+    """(what was given, what reads the recipe, changed by --config.KEY=VALUE) of a command line with --config.
+
+    Anything else that is unknown ends the process; reading raises InputError.
+    """
+    given, rest = parser.parse_known_args()
+    overrides = [flag for flag in rest if flag.startswith("--config.")]
+    if unknown := [word for word in rest if word not in overrides]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return given, lambda: override(load_config(given.config), overrides)
 
 
 class Job(NamedTuple):
