@@ -42,7 +42,8 @@ def check(file: Path | None) -> None:
 
 def figure(width: float, height: float, layout: str | None = "constrained") -> Any:
     """An empty matplotlib Figure, in inches."""
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it reports every font that it finds
+    for chatty in ("matplotlib", "fontTools"):  # they report every font and every part of one
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout=layout, facecolor="white")
