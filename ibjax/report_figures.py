@@ -101,28 +101,8 @@ def curves(families: Sequence[Family]) -> str:
         figure = Figure(figsize=(_WIDTH, 2.75 * lines + 0.2), layout="constrained")
         panels = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
         for panel, attack in zip(panels, attacks, strict=False):
-            ticks = {0.0: "0"}
-            for i, found in enumerate(drawn):
-                points = found.get(attack, [])
-                ticks.update((eps, text) for eps, text, _ in points)
-                colour, mark = _look(i)
-                style = dict(color=_SERIES[colour], marker=_MARKS[mark][0], markersize=4, linestyle=_joined(points))
-                values = [value for *_, value in points]
-                spread = [value.std or 0.0 for value in values]
-                if any(spread):
-                    panel.errorbar(
-                        [eps for eps, *_ in points],
-                        [v.mean for v in values],
-                        spread,
-                        capsize=2.5,
-                        elinewidth=1.0,
-                        **style,
-                    )
-                else:
-                    panel.plot([eps for eps, *_ in points], [v.mean for v in values], **style, **_UNCLIPPED)
+            _draw_curves(panel, [found.get(attack, []) for found in drawn])
             panel.set_title(attack_label(attack))
-            panel.set(ylim=(0, 100), xlim=(0, None))
-            _eps_axis(panel, ticks)
         for panel in panels[len(attacks) :]:
             panel.set_visible(False)
         for panel in panels[::columns]:
@@ -145,9 +125,22 @@ def curves(families: Sequence[Family]) -> str:
     )
 
 
-def _joined(points):
-    """The style of a line through points: none through two, between which nothing is known."""
-    return "-" if len(points) > 2 else "none"
+def _draw_curves(panel, series):
+    """One curve of (eps, eps as written, value) for each line of the table; through two points no line is drawn."""
+    ticks = {0.0: "0"}
+    for i, points in enumerate(series):
+        ticks.update((eps, text) for eps, text, _ in points)
+        x, means = [eps for eps, *_ in points], [value.mean for *_, value in points]
+        spread = [value.std or 0.0 for *_, value in points]
+        colour, mark = _look(i)
+        style = dict(color=_SERIES[colour], marker=_MARKS[mark][0], markersize=4)
+        style |= dict(linestyle="-" if len(points) > 2 else "none")
+        if any(spread):
+            panel.errorbar(x, means, spread, capsize=2.5, elinewidth=1.0, **style)
+        else:
+            panel.plot(x, means, **style, **_UNCLIPPED)
+    panel.set(ylim=(0, 100), xlim=(0, None))
+    _eps_axis(panel, ticks)
 
 
 def _eps_axis(panel, ticks):
