@@ -13,13 +13,14 @@ bodies of other loops, as MMA's bisection, whose number is printed. Both are wha
 of one chip; the bounds assume its peak in bfloat16 and its bandwidth, so they are never reached.
 """
 
+import argparse
 import json
 import logging
 import os
 import re
-import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,6 @@ _WITHOUT_CHIPS = {
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from absl import flags  # noqa: E402
 from jax.sharding import AxisType, Mesh, NamedSharding  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
@@ -288,66 +288,77 @@ def _teachers(settings, given):
 
 
 def images_of(data: ConfigDict, shape: str | None, classes: int | None) -> tuple[tuple[int, ...], int]:
-    """(shape, classes) of a recipe's images: as given, or what its data set is known to have; else InputError."""
+    """(shape, classes) of a recipe's images: as given, as its data set is known to have, or as its own files say.
+
+    Raises InputError where these are not there either.
+    """
     known, number = IMAGES.get(data.get("dataset", data.name), (None, None))
     if data.name == "synthetic":
         known, number = tuple(data.shape), data.num_classes
-    if "size" in data:
+    if "size" in data and data.size:
         known = (data.size, data.size, 3)
+    number, reason = number if classes is None else classes, ""
     if shape is not None:
         sides = shape.split(",")
-        known = tuple(map(int, sides)) if len(sides) == 3 and all(side.isdigit() for side in sides) else None
-    number = classes or number
-    if known is None or number is None:
+        known = tuple(int(side) for side in sides if side.isdecimal() and int(side) > 0)
+        known = known if len(known) == len(sides) == 3 else None
+    elif "path" in data:
+        try:
+            read = run.load_data(ConfigDict({"data": {**data, "val_size": 0, "split_seed": 0}}))
+            known, number = read.train.images.shape[1:], read.num_classes if classes is None else classes
+        except InputError as error:
+            reason = f" ({error})"
+    if known is None or number is None or number < 1:
         raise InputError(
-            f"--shape={shape}, --classes={classes}: data={dict(data)} does not say what its images are; "
+            f"--shape={shape}, --classes={classes}: data={dict(data)} does not say what its images are{reason}; "
             "give --shape=HEIGHT,WIDTH,CHANNELS and --classes"
         )
     return known, number
 
 
+def in_words(shape: Sequence[int], classes: int) -> str:
+    """As "images 32×32×3, 10 classes"."""
+    return f"images {'×'.join(map(str, shape))}, {classes} classes"
+
+
 def command() -> None:
     """The command line of this module."""
-    values = flags.FlagValues()
-    flags.DEFINE_string("config", None, "the recipe, FILE.py[:arg]; --config.KEY=VALUE changes it", flag_values=values)
-    flags.DEFINE_string("topology", "v5e:16x16", "the slice", flag_values=values)
-    flags.DEFINE_string(
-        "teacher", None, "recipe of the teacher, where the configuration names none", flag_values=values
+    parser = main.recipe_command_line("ibjax.aot", __doc__)
+    parser.add_argument("--topology", default="v5e:16x16", help="the slice; default: %(default)s")
+    parser.add_argument("--teacher", help="recipe of the teacher, where the configuration names none")
+    add_images(parser)
+    parser.add_argument(
+        "--images", type=int, default=50_000, help="of training, on every chip; streamed ones lie elsewhere"
     )
-    flags.DEFINE_string("shape", None, "of the images: H,W,C; default: the data set's", flag_values=values)
-    flags.DEFINE_integer("classes", None, "of the data; default: the data set's", flag_values=values)
-    flags.DEFINE_integer(
-        "images", 50_000, "of training, on every chip; streamed ones lie elsewhere", flag_values=values
-    )
-    flags.DEFINE_string("json", None, "file for the numbers", flag_values=values)
+    parser.add_argument("--json", type=Path, help="file for the numbers")
+    given, recipe = main.parse_recipe(parser)
 
     def body():
-        overrides = [flag for flag in sys.argv[1:] if flag.lstrip("-").startswith("config.")]
-        try:
-            values([argument for argument in sys.argv if argument not in overrides])
-        except flags.Error as error:
-            raise InputError(str(error).splitlines()[-1]) from None
-        if not values["config"].value:
-            raise InputError(
-                "--config is missing; python -m ibjax.aot --config=configs/ibd_wrn.py --topology=v5e:16x16"
-            )
         os.environ.update(_WITHOUT_CHIPS)
         jax.config.update("jax_platforms", "cpu")
-        settings = main.override(main.load_config(values["config"].value), overrides)
-        shape, classes = images_of(settings.data, values["shape"].value, values["classes"].value)
-        teachers = _teachers(settings, values["teacher"].value)
-        mesh = slice_mesh(values["topology"].value)
+        settings = recipe()
+        shape, classes = images_of(settings.data, given.shape, given.classes)
+        teachers = _teachers(settings, given.teacher)
+        mesh = slice_mesh(given.topology)
         cluster.check_divides(settings.batch_size, "batch_size", mesh.size, settings.microbatches)
-        images = None if settings.data.name == "stream" else values["images"].value
+        images = None if settings.data.name == "stream" else given.images
         settings = prepare(settings, shape, classes, teachers)
         found = compile_step(settings, mesh, images)
+        print(in_words(shape, classes))
         print(table(found))
-        if values["json"].value:
+        if given.json:
             numbers = {**found, "collectives": [item._asdict() for item in found["collectives"]]}
-            numbers |= {"topology": values["topology"].value, "config": values["config"].value}
-            Path(values["json"].value).write_text(json.dumps({**numbers, "versions": run.versions()}, indent=1) + "\n")
+            numbers |= {"topology": given.topology, "config": given.config, "versions": run.versions()}
+            given.json.write_text(json.dumps(numbers, indent=1) + "\n")
+            print(f"numbers: {given.json}")
 
     errors.exit_with(body)
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """Adds --shape and --classes, for `images_of`."""
+    parser.add_argument("--shape", help="of an image: H,W,C; default: the data set's")
+    parser.add_argument("--classes", type=int, help="of the data; default: the data set's")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from ibjax import checkpoint as checkpoints
 from ibjax import cluster, config, errors, report, results, run
 from ibjax.attacks import autoattack, checks, geometry
 from ibjax.attacks.named import Named, check, named
+from ibjax.data import first_of_each, subset
 from ibjax.errors import InputError
 from ibjax.scoring import Scorer, auto_attack, draw_keys, nan_warnings, percent, sampling
 from ibjax.step import linen_net, to_float
@@ -112,7 +113,7 @@ def evaluate(
       attacks, n, samples, norm, eps, step_size, batch_size: in place of the section's. Another norm needs its own eps;
         without `step_size`, the step is the same share of another eps. Another norm or eps has no ladder.
       surrogate: workdir of a run whose network is attacked instead; what breaks it is then shown to this one.
-      keep: how many adversarial images of each attack at the main eps to keep for the report.
+      keep: how many adversarial images of each attack at the main eps to keep for the report, of as many classes.
 
     A record on disk is read, not computed again, where all that it depends on is the same: weights, images, attack with
     its settings and code, eps, norm, seed, precision, and the network's logits and gradients on a few images.
@@ -158,15 +159,16 @@ def evaluate(
             file = folder / _file_name(name, eps, settings, source, trained.config.evaluate)
             record = _existing(file, identity)
             if record is None:
-                wanted = keep if eps == main and source is None and not settings["samples"] else 0
+                pictured = keep > 0 and eps == main and source is None and not settings["samples"]
+                wanted = first_of_each(split.labels, keep) if pictured else 0
                 state = file.with_name(f".{file.stem}-{_state_digest(identity, settings['batch_size'])}.npz")
                 flags, x_adv, more = execute(eps, step_size, f"{name} {eps}", wanted, state)
                 doubts = list(dict.fromkeys([*warnings, *more["warnings"]]))
                 record = _record({**identity, **more, "warnings": doubts}, flags)
-                if wanted:
-                    _save_examples(file.with_suffix(".examples.npz"), split, x_adv, trained)
+                if pictured:
+                    _save_examples(file.with_suffix(".examples.npz"), subset(split, wanted), x_adv, trained)
                 if jax.process_index() == 0:
-                    if not wanted:  # those that are there are of another evaluation
+                    if not pictured:  # those that are there are of another evaluation
                         file.with_suffix(".examples.npz").unlink(missing_ok=True)
                     run.write_json(file, record)
                     state.unlink(missing_ok=True)
@@ -309,6 +311,7 @@ def _common(trained, checkpoint, settings, split, validation, warnings):
         "validate_threat": "unknown" if imported else config.validated_threat(trained.config),
         "fixed_step": settings["fixed_step"],
         "n": len(split.labels),
+        "chance_acc": percent(split.labels == np.bincount(split.labels).argmax()),  # of the most frequent class
         "images": checkpoints.tree_digest(split),
         "dtype": "float32",
         "selected_on": "unknown" if imported else selected_on,
@@ -359,14 +362,13 @@ def _record(identity, flags):
 
 def _save_examples(file, split, x_adv, trained):
     """Clean and adversarial images with their predictions, for the report's picture."""
-    count = len(x_adv)
-    x = np.asarray(to_float(jnp.asarray(split.images[:count])))
+    x = np.asarray(to_float(jnp.asarray(split.images[:])))
     predicted, predicted_adv = (np.asarray(trained.logits_fn(jnp.asarray(images))).argmax(1) for images in (x, x_adv))
     if jax.process_index() == 0:  # the others only took part in the computation
         file.parent.mkdir(parents=True, exist_ok=True)
         with run.replacing(file) as temporary, temporary.open("wb") as handle:
             np.savez_compressed(
-                handle, x=x, x_adv=x_adv, label=split.labels[:count], predicted=predicted, predicted_adv=predicted_adv
+                handle, x=x, x_adv=x_adv, label=split.labels, predicted=predicted, predicted_adv=predicted_adv
             )
 
 

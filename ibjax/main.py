@@ -1,6 +1,7 @@
 """Train, evaluate and report from one configuration.
 
     python -m ibjax.main --config=configs/NAME.py[:arg] --workdir=DIR [--config.a.b=v …] [--mode=train|eval]
+    python -m ibjax.main --config=DIR/config.json --workdir=DIR2                    a run's own configuration again
 
 Trains the teacher of the configuration first where it holds the recipe of one and its checkpoint is absent, then the
 runs it is contrasted with, then itself; evaluates all of them; writes report.html and prints its table. Run again, it
@@ -8,10 +9,12 @@ continues where it stopped. Exit codes: 0 done, 2 wrong input, 3 diverged or out
 130 interrupted.
 """
 
+import argparse
 import contextlib
 import logging
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +41,12 @@ class Command(NamedTuple):
 def parse(argv: list[str]) -> Command:
     """Reads a command line; raises InputError on anything that it does not understand."""
     values = flags.FlagValues()
-    flags.DEFINE_string("config", None, "the recipe, FILE.py[:arg]; --config.KEY=VALUE changes it", flag_values=values)
+    flags.DEFINE_string(
+        "config",
+        None,
+        "the recipe, FILE.py[:arg], or a run's config.json; --config.KEY=VALUE changes it",
+        flag_values=values,
+    )
     flags.DEFINE_string("workdir", None, "folder of the run; made if absent", flag_values=values)
     flags.DEFINE_enum("mode", "train", ["train", "eval"], "train and evaluate, or only evaluate", flag_values=values)
     flags.DEFINE_bool("help", False, "show this", short_name="h", flag_values=values)
@@ -113,7 +121,9 @@ def _argv(argv):
 
 
 def load_config(value: str) -> ConfigDict:
-    """The configuration of FILE.py[:arg]; raises InputError when the file is missing or fails."""
+    """The configuration of FILE.py[:arg], or a run's own in its config.json; InputError if it is missing or fails."""
+    if Path(value).name == "config.json":
+        return run.read_config(Path(value).parent)[0]
     name, _, arg = value.partition(":")
     file = Path(name)
     if not file.is_file():
@@ -135,6 +145,26 @@ def _last_line(error):
     """The line of an error that says what is wrong: flags wrap tracebacks into their messages."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+def recipe_command_line(module: str, description: str | None) -> argparse.ArgumentParser:
+    """The command line of a module that reads a recipe and runs nothing of it: --config, for it to add to."""
+    parser = run.bare_command_line(module, description)
+    help_text = "the recipe, FILE.py[:arg] or a run's config.json; --config.KEY=VALUE changes it"
+    parser.add_argument("--config", required=True, help=help_text)
+    return parser
+
+
+def parse_recipe(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Callable[[], ConfigDict]]:
+    """(what was given, what reads the recipe, changed by --config.KEY=VALUE) of a command line with --config.
+
+    Anything else that is unknown ends the process; reading raises InputError.
+    """
+    given, rest = parser.parse_known_args()
+    overrides = [flag for flag in rest if flag.startswith("--config.")]
+    if unknown := [word for word in rest if word not in overrides]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return given, lambda: override(load_config(given.config), overrides)
 
 
 class Job(NamedTuple):

@@ -1,8 +1,9 @@
 """Results of runs: the table that is printed, and one self-contained HTML page that checks itself.
 
-    python -m ibjax.report DIR [DIR …] [--out=report.html]
+    python -m ibjax.report DIR [DIR …] [--out=report.html] [--each]
 
-A DIR is a workdir or a folder above some; every run below it is reported, teachers and contrasts included.
+A DIR is a workdir or a folder above some; every run below it is reported, teachers and contrasts included. Runs of one
+recipe that differ in their seed alone are one line, mean ± standard deviation; with --each every one has its own.
 
 Guarantees (tests of the same names): a file that cannot be read is named, and the rest is shown; the page refers to
 nothing outside itself; whatever stands in a file is escaped; a page is there whole or not at all.
@@ -14,14 +15,13 @@ import logging
 import os
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ibjax import errors, metrics, results
+from ibjax import errors, metrics, report_checks, report_tables, results
 from ibjax.attacks.geometry import fraction
 from ibjax.errors import InputError
 from ibjax.results import Record, strength
@@ -29,22 +29,26 @@ from ibjax.results import Record, strength
 _SKIPPED = ("checkpoints", "eval", "tensorboard")  # folders of a workdir in which no other run lies
 
 
-def table(records: Iterable[Record]) -> str:
-    """The plain-text tables of records: a line for each run, a column for each attack at the main eps, in percent."""
-    return results.as_text(records)
+def table(records: Iterable[Record], each: bool = False) -> str:
+    """The plain-text tables of records: a line for each run, a column for each attack at the main eps, in percent.
+
+    Runs that differ in their seed alone are one line, mean ± standard deviation; with `each` every one has a line.
+    """
+    return report_tables.as_text(records, each)
 
 
 class RunResults(NamedTuple):
     """What a workdir holds; parts that are missing or damaged are empty, and named in `problems`."""
 
     folder: Path
-    title: str  # unique among the runs that are read together
+    name: str  # the recipe's title, else that of the folder
+    title: str  # the name, with what tells it apart from the other runs that are read together
     config: dict[str, Any]
     facts: dict[str, Any]  # of the data
     env: dict[str, Any]
     metrics: list[dict[str, Any]]  # rows of metrics.jsonl
     steps_per_epoch: int | None
-    records: list[Record]  # with "title" and "main" filled in
+    records: list[Record]  # with "title", "run" (the title of this run), "folder", "main" and "num_classes" filled in
     examples: dict[str, Any] | None  # x, x_adv (k, H, W, C); label, predicted, predicted_adv (k,); attack, checkpoint
     problems: list[str]  # one sentence each
 
@@ -55,11 +59,20 @@ def read(workdirs: Iterable[str | os.PathLike]) -> list[RunResults]:
     A file that cannot be read does not stop the rest: it is named in the `problems` of its run.
     """
     runs = [_read_run(folder) for folder in _folders([Path(workdir) for workdir in workdirs])]
-    counts, unique = Counter(run.title for run in runs), []
-    for run in runs:
-        title = run.title if counts[run.title] == 1 else f"{run.title} ({run.folder})"
-        unique.append(run._replace(title=title, records=[{**record, "title": title} for record in run.records]))
-    return unique
+    return [_with_title(run, [other for other in runs if other.name == run.name]) for run in runs]
+
+
+def _with_title(run, namesakes):
+    """The run under a title of its own: of seeds of one recipe with the seed, of others with the folder."""
+    recipes = {report_tables.without_seed(other.config, "") for other in namesakes}
+    seeds = {other.config.get("seed") for other in namesakes}
+    title, folder = run.name, str(run.folder)
+    if len(namesakes) > 1:
+        seed = f"{title}, seed {run.config.get('seed')}"
+        title = seed if len(recipes) == 1 and len(seeds) == len(namesakes) else f"{title} ({folder})"
+    says = {"title": run.name, "run": title, "folder": folder}
+    classes = {"num_classes": run.facts["num_classes"]} if "num_classes" in run.facts else {}
+    return run._replace(title=title, records=[{**classes, **record, **says} for record in run.records])
 
 
 def _folders(workdirs):
@@ -96,8 +109,8 @@ def _read_run(folder):
     if not found:
         problems.append(f"it has no results yet; python -m ibjax.evaluate --workdir={folder}")
     examples = _read_examples(folder, problems)
-    title = str(config.get("title") or folder.resolve().name)
-    return RunResults(folder, title, config, facts, env, logged, steps_per_epoch, found, examples, problems)
+    name = str(config.get("title") or folder.resolve().name)
+    return RunResults(folder, name, name, config, facts, env, logged, steps_per_epoch, found, examples, problems)
 
 
 def _state(config, facts, logged, problems):
@@ -153,7 +166,7 @@ def _read_metrics(file, problems):
 
 
 def _read_records(folder, problems):
-    """The records of all checkpoints, each (checkpoint, step, attack, norm, eps, n, samples) once."""
+    """The records of all checkpoints, each (checkpoint, step, attack, eps and what else makes another number) once."""
     found: dict[tuple, Record] = {}
     for file in sorted(folder.glob("eval/*/*.json")):  # "pgd-20.json" before "pgd-20@0.1.json"
         record = _read_json(file, problems)
@@ -165,8 +178,8 @@ def _read_records(folder, problems):
             missing = "it lacks " if isinstance(error, KeyError) else ""
             problems.append(f"{_short(file)} is damaged ({missing}{error}); delete it and evaluate again")
             continue
-        key = (file.parent.name, record.get("step"), record["attack"], fraction(record["eps"]), record["n"])
-        key += (record.get("samples"), record["norm"])
+        key = (file.parent.name, record["attack"], fraction(record["eps"]))
+        key += tuple(str(record.get(name)) for name in ("step", "norm", "n", "samples", "count", "attack_settings"))
         # the main eps of one evaluation may be on the ladder of an earlier one: the same numbers, kept once
         found.setdefault(key, {**record, "main": "@" not in file.stem})
     return list(found.values())
@@ -196,8 +209,10 @@ def _read_examples(folder, problems):
 # ---- the page ----------------------------------------------------------------------------------------------
 
 
-def write(workdirs: Iterable[str | os.PathLike], out: str | os.PathLike) -> list[RunResults]:
+def write(workdirs: Iterable[str | os.PathLike], out: str | os.PathLike, each: bool = False) -> list[RunResults]:
     """Writes the HTML page of all runs in and below the folders, whole or not at all; returns what it shows.
+
+    each: a line for every seed of a recipe, in place of their mean.
 
     Raises InputError where a folder holds no run, or the page cannot be written.
     """
@@ -205,7 +220,7 @@ def write(workdirs: Iterable[str | os.PathLike], out: str | os.PathLike) -> list
     from ibjax import report_page  # loads matplotlib, of which training has no need
 
     runs, out = read(workdirs), Path(out)
-    text = report_page.page(runs, out)
+    text = report_page.page(runs, out, each)
     temporary = out.with_name(out.name + ".tmp")
     try:
         temporary.write_text(text, encoding="utf-8", errors="replace")
@@ -224,15 +239,20 @@ def main() -> None:
     )
     parser.add_argument("folder", metavar="DIR", type=Path, nargs="+", help="a workdir, or a folder above some")
     parser.add_argument("--out", type=Path, help="the page to write; default: report.html in the first DIR")
+    parser.add_argument("--each", action="store_true", help="a line for every seed of a recipe, not their mean")
     given = parser.parse_args()
 
     def command():
         out = given.out or given.folder[0] / "report.html"
-        runs = write(given.folder, out)
-        print(table(record for run in runs for record in run.records))
+        runs = write(given.folder, out, given.each)
+        records = [record for run in runs for record in run.records]
+        print(table(records, given.each))
         for run in runs:
             for problem in run.problems:
                 print(f"warning: {run.title}: {problem}")
+        for check in report_checks.checks(records):
+            if check.status == "fail":
+                print(f"failed check: {check.name}: {'; '.join(check.details)}")
         print(f"report: {out}")
 
     errors.exit_with(command)

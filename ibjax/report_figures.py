@@ -8,16 +8,17 @@ import base64
 import html
 import io
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ibjax import results
-from ibjax.results import Row, attack_label
+from ibjax import report_tables, results
+from ibjax.report_tables import Family
+from ibjax.results import attack_label
 
 # Colours that a plot is drawn in, and what the page puts in their place.
 _TEXT, _GRID, _SERIES = "#0a0b0c", "#0a0b0d", [f"#5e0{i}5e" for i in range(7)]
@@ -86,9 +87,12 @@ def _look(i):
     return i % 7, (i + i // 7) % 7
 
 
-def curves(rows: Sequence[Row]) -> str:
-    """Accuracy against eps: a panel for each attack, a curve for each row."""
-    attacks = sorted({record["attack"] for row in rows for record in row.records}, key=results.strength)
+def curves(families: Sequence[Family]) -> str:
+    """Accuracy against eps: a panel for each attack that keeps to eps, a curve for each line of the table."""
+    drawn = [report_tables.curves(family) for family in families]
+    attacks = {attack for found in drawn for attack in found}
+    ladders = {attack for attack in attacks if any(len(found.get(attack, [])) > 2 for found in drawn)}
+    attacks = sorted(ladders or attacks, key=results.strength)  # of the others the tables say as much
     if not attacks:
         return ""
     columns = min(3, len(attacks))
@@ -97,28 +101,46 @@ def curves(rows: Sequence[Row]) -> str:
         figure = Figure(figsize=(_WIDTH, 2.75 * lines + 0.2), layout="constrained")
         panels = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
         for panel, attack in zip(panels, attacks, strict=False):
-            ticks = {0.0: "0"}
-            for i, row in enumerate(rows):
-                points = results.ladders(row).get(attack, [])
-                ticks.update((eps, text) for eps, text, _ in points)
-                colour, mark = _look(i)
-                style = dict(color=_SERIES[colour], marker=_MARKS[mark][0], markersize=4, **_UNCLIPPED)
-                panel.plot([eps for eps, *_ in points], [accuracy for *_, accuracy in points], **style)
+            _draw_curves(panel, [found.get(attack, []) for found in drawn])
             panel.set_title(attack_label(attack))
-            panel.set(ylim=(0, 100), xlim=(0, None))
-            _eps_axis(panel, ticks)
         for panel in panels[len(attacks) :]:
             panel.set_visible(False)
         for panel in panels[::columns]:
             panel.set_ylabel("accuracy in %")
         picture = _svg(figure, "curves", f"Accuracy against eps under {', '.join(map(attack_label, attacks))}")
-    looks = map(_look, range(len(rows)))
-    legend = _legend([(colour, _MARKS[mark][1], row.label) for (colour, mark), row in zip(looks, rows, strict=True)])
-    return (
-        f'<section><h2>Accuracy under attack against eps</h2><figure>{legend}<div class="scroll">{picture}</div>'
-        f"<figcaption>At eps 0 stands clean accuracy. A curve that does not fall far as eps grows is a sign of an "
-        f"attack that fails, not of a network that is robust.</figcaption></figure></section>"
+    looks = map(_look, range(len(families)))
+    entries = [(colour, _MARKS[mark][1], family.label) for (colour, mark), family in zip(looks, families, strict=True)]
+    caption = (
+        "At eps 0 stands clean accuracy. A curve that does not fall far as eps grows is a sign of an attack that "
+        "fails, not of a network that is robust."
     )
+    shown = [found[attack] for found in drawn for attack in attacks if attack in found]
+    if any(len(points) == 2 for points in shown):
+        caption += " Two points are not joined: nothing was measured between them (evaluate.ladder adds values of eps)."
+    if any(value.std is not None for points in shown for *_, value in points):
+        caption += " Bars: standard deviation over training seeds."
+    return (
+        f'<section><h2>Accuracy under attack against eps</h2><figure>{_legend(entries)}<div class="scroll">{picture}'
+        f"</div><figcaption>{caption}</figcaption></figure></section>"
+    )
+
+
+def _draw_curves(panel, series):
+    """One curve of (eps, eps as written, value) for each line of the table; through two points no line is drawn."""
+    ticks = {0.0: "0"}
+    for i, points in enumerate(series):
+        ticks.update((eps, text) for eps, text, _ in points)
+        x, means = [eps for eps, *_ in points], [value.mean for *_, value in points]
+        spread = [value.std or 0.0 for *_, value in points]
+        colour, mark = _look(i)
+        style = dict(color=_SERIES[colour], marker=_MARKS[mark][0], markersize=4)
+        style |= dict(linestyle="-" if len(points) > 2 else "none")
+        if any(spread):
+            panel.errorbar(x, means, spread, capsize=2.5, elinewidth=1.0, **style)
+        else:
+            panel.plot(x, means, **style, **_UNCLIPPED)
+    panel.set(ylim=(0, 100), xlim=(0, None))
+    _eps_axis(panel, ticks)
 
 
 def _eps_axis(panel, ticks):
@@ -132,57 +154,107 @@ def _eps_axis(panel, ticks):
 
 
 def training(runs: Sequence[Any]) -> str:
-    """Training curves of `report.RunResults`, a figure for each."""
+    """Training curves of `report.RunResults`: a figure for each run, one for all that differ in their seed alone."""
     parts = []
-    for i, run in enumerate(runs):
-        if not run.metrics:
-            parts.append(f"<h3>{escape(run.title)}</h3><p class=note>No rows in metrics.jsonl.</p>")
+    for i, group in enumerate(_alike(runs)):
+        title = escape(_heading(group))
+        if all(not run.metrics for run in group):
+            parts.append(f"<h3>{title}</h3><p class=note>No rows in metrics.jsonl.</p>")
             continue
-        picture, legend, caption = _training_figure(run, f"training{i}")
+        picture, legend, caption = _training_figure(group, f"training{i}")
         parts.append(
-            f'<figure><h3>{escape(run.title)}</h3>{legend}<div class="scroll">{picture}</div>'
+            f'<figure><h3>{title}</h3>{legend}<div class="scroll">{picture}</div>'
             f"<figcaption>{caption}</figcaption></figure>"
         )
     return f"<section><h2>Training</h2>{''.join(parts)}</section>"
 
 
-def _training_figure(run, name):
-    """(picture, legend, caption): loss at the left, accuracies at the right, dotted lines at evaluated checkpoints."""
-    train = [row for row in run.metrics if row.get("kind") == "train"]
-    val = [row for row in run.metrics if row.get("kind") == "val"]
-    chosen = "test" if run.config.get("select_on") == "test" else "validation"
-    curves = (  # rows, key, factor to percent, symbol in the plot, in the legend, name
-        (train, "clean_acc", 1, "-", "━", "training images, clean"),
-        (train, "adv_acc", 1, "-", "━", "training images, attacked"),
-        (val, "clean_acc", 1, "--o", "●", f"{chosen} images, clean"),
-        (val, "robust_acc", 1, "--s", "■", f"{chosen} images, attacked"),
+def _alike(runs):
+    """The runs in groups that differ in their seed alone."""
+    groups: dict[str, list[Any]] = {}
+    for run in runs:
+        recipe = report_tables.without_seed(run.config, run.config.get("title", "")) if run.config else str(run.folder)
+        groups.setdefault(recipe, []).append(run)
+    return list(groups.values())
+
+
+def _heading(group):
+    """The title of one run, or "student, seeds 0, 1, 2"; of copies, which have one seed, how many they are."""
+    if len(group) == 1:
+        return group[0].title
+    seeds = list(dict.fromkeys(str(run.config.get("seed")) for run in group))
+    which = f"seeds {', '.join(seeds)}" if len(seeds) == len(group) else f"{len(group)} runs"
+    return ", ".join([*dict.fromkeys(run.name for run in group), which])
+
+
+class _Curve(NamedTuple):
+    """A metric of training in a panel."""
+
+    panel: str
+    kind: str  # of its rows
+    key: str
+    colour: int
+    line: str  # through more than two points
+    marker: str  # of one or two
+    symbol: str  # in the legend
+    text: str
+
+
+def _training_figure(group, name):
+    """(picture, legend, caption) of runs of one recipe: loss, accuracies, dotted lines at evaluated checkpoints."""
+    first = group[0]
+    chosen = "test" if first.config.get("select_on") == "test" else "validation"
+    curves = (
+        _Curve("loss", "train", "loss", 6, "-", "o", "━", ""),
+        _Curve("accuracy in %", "train", "clean_acc", 0, "-", "^", "━", "training images, clean"),
+        _Curve("accuracy in %", "train", "adv_acc", 1, "-", "v", "━", "training images, attacked"),
+        _Curve("accuracy in %", "val", "clean_acc", 2, "--o", "o", "●", f"{chosen} images, clean"),
+        _Curve("accuracy in %", "val", "robust_acc", 3, "--s", "s", "■", f"{chosen} images, attacked"),
     )
-    evaluated = sorted({(r["step"], r["checkpoint"]) for r in run.records if type(r.get("step")) is int})
+    points = {curve: [_points(run.metrics, curve.kind, curve.key) for run in group] for curve in curves}
+    shown = {curve: found for curve, found in points.items() if any(np.isfinite(y).any() for _, y in found)}
+    titles = list(dict.fromkeys(curve.panel for curve in shown))
+    if not titles:
+        return "", "", "metrics.jsonl has no loss and no accuracy to draw."
+    evaluated = {(run, step): names for run in range(len(group)) for step, names in _evaluated(group[run]).items()}
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, 2.5), layout="constrained")
-        losses, accuracies = figure.subplots(1, 2)
-        epochs, loss = _points(train, "loss")
-        losses.plot(epochs, loss, color=_SERIES[6])
-        if np.nan_to_num(loss).min(initial=0.0) >= 0:
-            losses.set_ylim(bottom=0.0)
-        legend = []
-        for i, (rows, key, factor, line, mark, text) in enumerate(curves):
-            x, y = _points(rows, key)
-            if np.isfinite(y).any():
-                style = dict(color=_SERIES[i], markersize=3.5, markevery=1 + len(x) // 30, **_UNCLIPPED)
-                accuracies.plot(x, factor * y, line, **style)
-                legend.append((i, mark, text))
-        for panel, title in ((losses, "loss"), (accuracies, "accuracy in %")):
+        panels = dict(zip(titles, figure.subplots(1, len(titles), squeeze=False)[0], strict=True))
+        for curve, found in shown.items():
+            for x, y in found:
+                _draw_metric(panels[curve.panel], curve, x, y, 1.0 if len(group) == 1 else 0.6)
+        for title, panel in panels.items():
             panel.set(title=title, xlabel="epoch", xlim=(0, None))
-            for step, _ in evaluated if run.steps_per_epoch else ():
-                panel.axvline(step / run.steps_per_epoch, color=_TEXT, linewidth=0.8, linestyle=":")
-        accuracies.set_ylim(0, 100)
-        picture = _svg(figure, name, f"Training of {run.title}: loss and accuracies against epoch")
-    marked = ", ".join(f"{checkpoint} (step {step})" for step, checkpoint in evaluated)
-    caption = f"Evaluated checkpoint, dotted: {marked}. " if marked else ""
-    names = {"training": run.config.get("attack"), chosen: (run.config.get("validate") or {}).get("attack")}
-    caption += "".join(f"Attack on {name} images: {_in_words(section)}. " for name, section in names.items() if section)
-    return picture, _legend(legend), escape(caption)
+            for run, step in evaluated:
+                if per_epoch := group[run].steps_per_epoch:
+                    panel.axvline(step / per_epoch, color=_TEXT, linewidth=0.8, linestyle=":")
+        if "loss" in panels and panels["loss"].dataLim.ymin >= 0:
+            panels["loss"].set_ylim(bottom=0.0)
+        if "accuracy in %" in panels:
+            panels["accuracy in %"].set_ylim(0, 100)
+        picture = _svg(figure, name, f"Training of {first.title}: {' and '.join(titles)} against epoch")
+    legend = _legend([(curve.colour, curve.symbol, curve.text) for curve in shown if curve.text])
+    marked = dict.fromkeys(f"{' and '.join(names)} (step {step})" for (_, step), names in evaluated.items())
+    caption = f"Evaluated, dotted: {'; '.join(marked)}. " if marked else ""
+    sections = {"training": first.config.get("attack"), chosen: (first.config.get("validate") or {}).get("attack")}
+    caption += "".join(f"Attack on {name} images: {_in_words(given)}. " for name, given in sections.items() if given)
+    return picture, legend, escape(caption)
+
+
+def _evaluated(run):
+    """{step: names of the checkpoint} of a run's records."""
+    found: dict[int, dict[str, None]] = {}
+    for record in run.records:
+        if type(record.get("step")) is int:
+            found.setdefault(record["step"], {})[record["checkpoint"]] = None
+    return found
+
+
+def _draw_metric(panel, curve, x, y, alpha):
+    """A line with marks at up to 30 points; one or two values are marks alone."""
+    many = np.isfinite(y).sum() > 2
+    style = dict(color=_SERIES[curve.colour], alpha=alpha, markersize=3.5 if many else 5, **_UNCLIPPED)
+    panel.plot(x, y, curve.line if many else curve.marker, markevery=1 + len(x) // 30, **style)
 
 
 def _in_words(section):
@@ -192,8 +264,9 @@ def _in_words(section):
     return ", ".join([f"{section.get('name')}{steps}", *rest])
 
 
-def _points(rows, key):
+def _points(metrics, kind, key):
     """(epochs, values) of a metric, NaN where it is not a finite number; at most `_POINTS`, means of neighbours."""
+    rows = [row for row in metrics if row.get("kind") == kind]
     pairs = [
         (row["epoch"], row[key]) for row in rows if all(isinstance(row.get(k), int | float) for k in ("epoch", key))
     ]
@@ -208,8 +281,9 @@ def _points(rows, key):
 
 
 def examples(runs: Sequence[Any]) -> str:
-    """The stored images of `report.RunResults`, a strip for each that has some."""
-    parts = [_strip(run) for run in runs if run.examples]
+    """The stored images of `report.RunResults`: a strip for each that has some, one of those that are seeds."""
+    with_some = [[run for run in group if run.examples] for group in _alike(runs)]
+    parts = [_strip(group[0]) for group in with_some if group]
     if not parts:
         return ""
     return f"<section><h2>Examples</h2>{''.join(parts)}</section>"
@@ -217,41 +291,54 @@ def examples(runs: Sequence[Any]) -> str:
 
 def _strip(run):
     """Clean, adversarial and difference images of a run, the predicted class under each; wrong ones are marked."""
-    examples = run.examples
-    x, x_adv, label = examples["x"], examples["x_adv"], examples["label"]
+    examples, names = run.examples, class_names(run.facts)
+    order = np.argsort(examples["label"], kind="stable")
+    x, x_adv, label, predicted, predicted_adv = (
+        examples[part][order] for part in ("x", "x_adv", "label", "predicted", "predicted_adv")
+    )
     delta = x_adv.astype(np.float64) - x
     largest = float(np.abs(np.nan_to_num(delta)).max(initial=0.0))
     factor = max(1, int(0.5 / largest)) if largest > 1e-3 else 1  # the largest whole one that clips no difference
     count = range(len(label))
-    head = "".join(f'<th scope="col">{int(label[i])}</th>' for i in count)
+    head = "".join(f'<th scope="col">{escape(_class_name(names, label[i]))}</th>' for i in count)
     lines = [
-        ("clean", x, examples["predicted"]),
-        ("attacked", x_adv, examples["predicted_adv"]),
+        ("clean", x, predicted),
+        ("attacked", x_adv, predicted_adv),
         (f"difference × {factor}", 0.5 + factor * delta, None),
     ]
     body = ""
-    for name, images, predicted in lines:
+    for name, images, classes in lines:
         drawn = []
         for i in count:
             alt = f"image {i + 1}, {name}"
-            under = "" if predicted is None else _prediction(int(predicted[i]), int(label[i]))
+            under = "" if classes is None else _prediction(names, classes[i], label[i])
             drawn.append(f'<td><img alt="{escape(alt)}" src="data:image/png;base64,{_png(images[i])}">{under}</td>')
         body += f'<tr><th scope="row">{escape(name)}</th>{"".join(drawn)}</tr>'
     source = f"{attack_label(examples['attack'])}, checkpoint {examples['checkpoint']}"
     eps = [r["eps"] for r in run.records if results.is_main(r) and r["attack"] == examples["attack"]]
     source += f", eps {eps[0]}" if eps else ""
+    which = ", the first of each class" if len(set(label.tolist())) == len(label) else ""
     return (
         f'<h3>{escape(run.title)}</h3><figure><div class="scroll"><table class="strip"><thead><tr>'
         f'<th scope="row">true class</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        f"<figcaption>The first images of the test set under {escape(source)}. Below each, the predicted class; "
+        f"<figcaption>Test images{which}, under {escape(source)}. Below each, the predicted class; "
         f"✗ marks a wrong one. In the difference, mid-grey is no change.</figcaption></figure>"
     )
 
 
-def _prediction(predicted, label):
-    if predicted == label:
-        return f"<span>{predicted}</span>"
-    return f'<span class="wrong">✗ {predicted}</span>'
+def class_names(facts: Mapping[str, Any]) -> Sequence[str]:
+    """What the data calls its classes, in order; empty where it has numbers only."""
+    names = facts.get("classes")
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
+
+
+def _class_name(names, c):
+    return names[c] if 0 <= c < len(names) else str(int(c))
+
+
+def _prediction(names, predicted, label):
+    name = escape(_class_name(names, predicted))
+    return f"<span>{name}</span>" if predicted == label else f'<span class="wrong">✗ {name}</span>'
 
 
 def _png(image: np.ndarray) -> str:

@@ -5,37 +5,38 @@ Every text that is not of this file passes `escape`.
 
 import datetime
 import json
-import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ibjax import report_figures, results
+from ibjax import report_checks, report_commands, report_figures, report_tables, results
+from ibjax.report_checks import Check
+from ibjax.report_commands import Block
 from ibjax.report_figures import escape
-from ibjax.results import Check, Table, attack_label
+from ibjax.report_tables import Table
+from ibjax.results import attack_label
 
 
-def page(runs: Sequence[Any], out: Path) -> str:
-    """The page on some `report.RunResults`, to be written to `out`."""
-    records = [record for run in runs for record in run.records]
-    tables, rows = results.tables(records), results.rows(records)
+def page(runs: Sequence[Any], out: Path, each: bool = False) -> str:
+    """The page on some `report.RunResults`, to be written to `out`; `each`: a line for every seed of a recipe."""
+    records = report_tables.sources_told_apart(record for run in runs for record in run.records)
     problems = [f"{run.title}: {problem}" for run in runs for problem in run.problems]
-    checks = results.checks(records, problems)
+    checks = report_checks.checks(records, problems)
     datasets = dict.fromkeys(str(run.facts.get("label", "")) for run in runs if run.facts.get("label"))
     title = ", ".join(run.title for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
     title += f" on {', '.join(datasets)}" if datasets else ""
     sections = [
         _problems(problems),
-        *(_table(table, results.stages(table, records)) for table in tables),
+        *_tables(records, each),
         _provenance(records),
-        report_figures.curves(rows),
+        report_figures.curves(report_tables.families(records, each)),
         report_figures.training(runs),
         report_figures.examples(runs),
         _checks(checks),
         _configs(runs),
-        _commands(runs, out),
+        _commands(report_commands.blocks(runs, out, each)),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -53,7 +54,7 @@ def page(runs: Sequence[Any], out: Path) -> str:
 
 # ---- text --------------------------------------------------------------------------------------------------
 
-_SYMBOLS = {"pass": "✓", "warn": "!", "not checked": "–"}
+_SYMBOLS = {"fail": "✗", "warn": "!", "pass": "✓", "not checked": "–"}
 
 
 def _badge(status, text=None):
@@ -64,8 +65,11 @@ def _badge(status, text=None):
 def _verdict(checks: Sequence[Check]) -> str:
     """How the checks end, at the top where it is read."""
     counts = {status: sum(check.status == status for check in checks) for status in _SYMBOLS}
-    words = {"pass": "checks pass", "warn": "with a warning", "not checked": "not checked"}
-    badges = (_badge(status, f"{count} {words[status]}") for status, count in counts.items() if count)
+    one = {"fail": "check fails", "warn": "with a warning", "pass": "check passes", "not checked": "not checked"}
+    many = {**one, "fail": "checks fail", "pass": "checks pass"}
+    badges = (
+        _badge(status, f"{count} {(one if count == 1 else many)[status]}") for status, count in counts.items() if count
+    )
     return f'<p><a class="plain" href="#checks">{" ".join(badges)}</a></p>\n'
 
 
@@ -76,11 +80,24 @@ def _problems(problems):
     return f'<section class="problems" role="note"><strong>Missing or damaged</strong><ul>{items}</ul></section>'
 
 
-def _table(table: Table, stages: list[list[list[str]]]) -> str:
-    """One table; a checkpoint that was selected on the test set carries a red label. Below, AutoAttack step by step."""
-    head, *body = results.cells(table)
-    words = (" ".join(f"<span>{escape(word)}</span>" for word in cell.split()) for cell in head)  # no break in a word
-    columns = "".join(f'<th scope="col">{text}</th>' for text in words)
+def _tables(records, each):
+    """The tables, each with AutoAttack step by step; where lines are means over seeds, every seed can be unfolded."""
+    single = {table[:3]: table for table in report_tables.tables(records, each=True)}  # by data set, norm, eps
+    for table in report_tables.tables(records, each):
+        caption = f"{escape(table.dataset)}, {_norm(table.norm)}, eps {escape(table.eps)}: accuracy in percent"
+        meant = any(line.clean.of > 1 for line in table.lines)
+        unfolded = f"<details><summary>Every seed</summary>{_grid(single[table[:3]])}</details>" if meant else ""
+        words = ["An image counts under an attack when it is classified correctly both as it is and attacked."]
+        words += ["Worst case: images that withstand all of these attacks."] * (len(table.bounded) > 1)
+        stages = "".join(map(_stages, report_tables.stages(table, records, each)))
+        note = escape(" ".join([*words, *report_tables.notes(table)]))
+        yield f'<section>{_grid(table, caption)}<p class="note">{note}</p>{unfolded}{stages}</section>'
+
+
+def _grid(table: Table, caption: str = "") -> str:
+    """One table as HTML; a checkpoint that was selected on the test set carries a red label."""
+    head, *body = report_tables.cells(table)
+    columns = "".join(f'<th scope="col">{" ".join(map(_word, cell.split()))}</th>' for cell in head)
     lines = []
     for line, (label, selection, *numbers) in zip(table.lines, body, strict=True):
         if line.selected_on == "test":
@@ -89,16 +106,17 @@ def _table(table: Table, stages: list[list[list[str]]]) -> str:
             selection = escape(selection)
         numbers = "".join(f"<td>{escape(number)}</td>" for number in numbers)
         lines.append(f'<tr><th scope="row">{escape(label)}</th><td class="word">{selection}</td>{numbers}</tr>')
-    caption = f"{escape(table.dataset)}, {_norm(table.norm)}, eps {escape(table.eps)}: accuracy in percent"
-    worst = ""
-    if head[-1] == "worst case":
-        worst = " Worst case: images that withstand all of these attacks."
+    above = f"<caption>{caption}</caption>" if caption else ""
+    kind = "results worst" if head[-1] == "worst case" else "results"
     return (
-        f'<section><div class="scroll"><table class="results"><caption>{caption}</caption>'
+        f'<div class="scroll"><table class="{kind}">{above}'
         f"<thead><tr>{columns}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-        f'<p class="note">An image counts under an attack when it is classified correctly both as it is and '
-        f"attacked.{worst}</p>{''.join(map(_stages, stages))}</section>"
     )
+
+
+def _word(word):
+    """A word of a heading: it breaks at the slashes of a path and nowhere else."""
+    return f"<span>{escape(word).replace('/', '/<wbr>')}</span>"
 
 
 def _stages(grid):
@@ -136,11 +154,12 @@ def _provenance(records):
         + f"<br>On the ladder, step sizes {_on_ladder(records)}",
         "Images": f"n = {distinct(sizes)} of the test set; their sampling leaves each accuracy uncertain by up to "
         f"±{interval:.1f} points (95 %)",
-        "Seeds": f"{distinct(record.get('seed') for record in records)}; each line is one training run",
+        "Seeds": distinct(record.get("seed") for record in records)
+        + "; a line is one training run, or as many as it says",
         "Checkpoints": "<br>".join(
             dict.fromkeys(
-                escape(f"{record['title']}: {record['checkpoint']} at step {record.get('step')}")
-                + _selected(record["selected_on"])
+                escape(f"{results.run_label(record)}: {record['checkpoint']} at step {record.get('step')}")
+                + escape(_selected(record) + _weights(record))
                 for record in records
             )
         ),
@@ -158,8 +177,15 @@ def _on_ladder(records):
     return ", or ".join({False: "scale with eps", True: "stay as they are"}[kind] for kind in sorted(kinds))
 
 
-def _selected(split):
-    return "" if split == "last" else f", selected on {escape(split)}"
+def _selected(record):
+    """What chose a checkpoint: which images, and by which accuracy where the record says so."""
+    if record["selected_on"] == "last":
+        return ""
+    return f", selected on {record['selected_on']}" + (f" by {by} accuracy" if (by := record.get("select")) else "")
+
+
+def _weights(record):
+    return f", weights {record['weights'][:8]}" if isinstance(record.get("weights"), str) else ""
 
 
 def _number(value):
@@ -198,7 +224,7 @@ def _checks(checks):
         )
     return (
         '<section id="checks"><h2>Self-checks</h2><p class="note">Computed from the records of this page, in percent; '
-        f"{results.TOLERANCE} points are allowed between two attacks and between two eps.</p>"
+        f"{report_checks.TOLERANCE} points are allowed between two attacks and between two eps.</p>"
         f'<table class="checks"><tbody>{"".join(items)}</tbody></table></section>'
     )
 
@@ -208,7 +234,8 @@ def _configs(runs):
     for run in runs:
         trained = f"Trained on {run.env['hardware']}. " if run.env.get("hardware") else ""
         if "imported" in run.facts:
-            trained = f"{_source(run)}; how it was trained is not known, and stands nowhere below. "
+            source = report_commands.imported_from(run)
+            trained = f"{source[0].upper()}{source[1:]}; how it was trained is not known, and stands nowhere below. "
         text = json.dumps(run.config, indent=1, ensure_ascii=False)
         parts.append(
             f"<details><summary>{escape(run.title)}</summary><p class=note>{escape(trained)}Folder: "
@@ -217,48 +244,13 @@ def _configs(runs):
     return f"<section><h2>Configurations</h2>{''.join(parts)}</section>"
 
 
-def _source(run):
-    """Where an imported network comes from."""
-    source = dict(run.facts["imported"])
-    return f"Imported by ibjax.convert from {source.get('file')}, sha256 {source.get('sha256')}"
-
-
-def _commands(runs, out):
-    """Commands that make the numbers again, for runs that no other run of the page contains."""
-    folders = [run.folder.resolve() for run in runs]
-    top = [run for run in runs if not any(folder in run.folder.resolve().parents for folder in folders)]
-    lines = []
-    for run in top:
-        if "imported" in run.facts:
-            lines += [f"# {' '.join(f'{run.title}: {_source(run)}'.split())}", ""]
-            continue
-        taught = (run.config.get("teacher") or {}).get("workdir")
-        comment = f"{run.title}: train again{f', from the teacher in {taught}' if taught else ''}; again.py is"
-        lines += [
-            f"# {' '.join(comment.split())}",  # one line, whatever a title holds: these are pasted into a shell
-            "#   import json, pathlib, ml_collections",
-            "#   def get_config():",
-            f"#       saved = json.loads(pathlib.Path({str(run.folder / 'config.json')!r}).read_text())",
-            '#       return ml_collections.ConfigDict(saved["config"])',
-            f"python -m ibjax.main --config=again.py --workdir={shlex.quote(str(run.folder) + '-again')}",
-            "",
-        ]
-    for run in runs:
-        own = run.config.get("evaluate") or {}
-        # other settings than a run's own are those of the run that it is contrasted with: main.py evaluates with them
-        mains = [
-            r for r in run.records if results.is_main(r) and (r["norm"], r["eps"]) == (own.get("norm"), own.get("eps"))
-        ]
-        for checkpoint, n in dict.fromkeys((record["checkpoint"], record["n"]) for record in mains):
-            names = {r["attack"] for r in mains if (r["checkpoint"], r["n"]) == (checkpoint, n)}
-            attacks = ",".join(sorted(names, key=results.strength))
-            lines.append(
-                f"python -m ibjax.evaluate --workdir={shlex.quote(str(run.folder))} "
-                f"--checkpoint={shlex.quote(checkpoint)} --attacks={shlex.quote(attacks)} --n={n}"
-            )
-    given = " ".join(shlex.quote(str(run.folder)) for run in top)
-    lines.append(f"python -m ibjax.report {given} --out={shlex.quote(str(out))}")
-    return f"<section><h2>Commands</h2><pre>{escape(chr(10).join(lines))}</pre></section>"
+def _commands(blocks: Sequence[Block]) -> str:
+    """Headings outside, commands inside what is copied."""
+    parts = []
+    for block in blocks:
+        lines = f"<pre>{escape(chr(10).join(block.commands))}</pre>" if block.commands else ""
+        parts.append(f'<p class="what">{escape(block.heading)}</p>{lines}')
+    return f"<section><h2>Commands</h2>{''.join(parts)}</section>"
 
 
 _CSS = """
@@ -273,10 +265,11 @@ _CSS = """
 * { box-sizing: border-box }
 body { margin: 0; background: var(--bg); color: var(--fg);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, "DejaVu Sans", sans-serif }
-main { max-width: 62rem; margin: 0 auto; padding: 2rem 1.25rem 4rem }
+main { max-width: 72rem; margin: 0 auto; padding: 2rem 1.25rem 4rem }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: .1rem 0 .6rem; overflow-wrap: anywhere }
 h2 { font-size: 1.2rem; margin: 2.6rem 0 .5rem; padding-top: .6rem; border-top: 1px solid var(--line) }
 h3 { font-size: 1rem; margin: 1.4rem 0 .2rem; overflow-wrap: anywhere }
+.what { margin: 1rem 0 .2rem; font-size: .875rem; font-weight: 500; overflow-wrap: anywhere }
 p { margin: .4rem 0 } .kind, .note, figcaption { color: var(--muted) } .kind { margin: 0 }
 .note, figcaption { font-size: .875rem; max-width: 46rem }
 a.plain { color: inherit; text-decoration: none }
@@ -290,12 +283,14 @@ table { border-collapse: collapse }
 .results th, .results td { padding: .38rem .55rem; text-align: right; border-bottom: 1px solid var(--line) }
 .results thead th { border-bottom: 2px solid var(--fg); font-weight: 600; vertical-align: bottom }
 .results th[scope=row], .results th:first-child { text-align: left; padding-left: 0 }
-.results th[scope=row] { font-weight: 500; min-width: 9rem } .results thead span { white-space: nowrap }
+.results th[scope=row] { font-weight: 500; min-width: 8rem; position: sticky; left: 0; background: var(--bg) }
+.results thead span { white-space: nowrap } .results td { white-space: nowrap }
 .results .word, .results th:nth-child(2) { text-align: left }
 .results td:last-child, .results th:last-child { padding-right: 0 }
 .badge, .test { display: inline-block; white-space: nowrap; font-size: .8125rem; font-weight: 600; line-height: 1.4;
   padding: .05rem .5rem; border: 1px solid currentColor; border-radius: 1rem }
 .pass { color: var(--green) } .warn { color: var(--amber) } .not-checked { color: var(--muted) }
+.fail { color: #fff; background: #b3261e; border-color: #b3261e }
 .results .test { display: block; width: max-content }
 .test { color: #fff; background: #b3261e; border-color: #b3261e }
 .problems { border-left: 4px solid var(--amber); background: var(--soft); padding: .6rem 1rem; margin: 1rem 0 }
@@ -309,7 +304,9 @@ figure { margin: 0 0 1.2rem } svg { display: block; width: 100%; min-width: 40re
 svg * { stroke-linejoin: round } svg text { font-family: inherit !important }
 .strip { font-size: .8125rem; font-variant-numeric: tabular-nums; margin: .4rem 0 }
 .strip th, .strip td { padding: .15rem .2rem; text-align: center; font-weight: 500 }
-.strip th[scope=row] { text-align: left; padding-right: .8rem; white-space: nowrap; color: var(--muted) }
+.strip th { max-width: 4.6rem; overflow-wrap: anywhere }
+.strip th[scope=row] { max-width: none; text-align: left; padding-right: .8rem; white-space: nowrap;
+  color: var(--muted) }
 .strip img { display: block; width: 4.6rem; max-width: none; image-rendering: pixelated; border: 1px solid var(--line) }
 .wrong { color: var(--red); font-weight: 700 }
 .checks { width: 100%; margin-top: .6rem } .checks td:first-child { width: 8rem }
@@ -317,7 +314,9 @@ svg * { stroke-linejoin: round } svg text { font-family: inherit !important }
 .checks strong { font-weight: 600 } .checks ul { margin: .1rem 0 0; padding: 0; list-style: none; font-size: .875rem;
   color: var(--muted); overflow-wrap: anywhere }
 summary { cursor: pointer; padding: .3rem 0; font-weight: 500 }
-@media (max-width: 40rem) { .facts { grid-template-columns: 1fr; gap: 0 } .facts dd { margin-bottom: .5rem } }
+@media (max-width: 40rem) { .facts { grid-template-columns: 1fr; gap: 0 } .facts dd { margin-bottom: .5rem }
+  .checks td:first-child { width: 5.5rem } }
+@media (min-width: 60rem) { .worst tr > :last-child { position: sticky; right: 0; background: var(--bg) } }
 @media print {
   body { font-size: 10.5pt } main { max-width: none; padding: 0 } svg { min-width: 0 }
   h2, h3 { break-after: avoid } figure, .results, .checks tr { break-inside: avoid } .scroll { overflow: visible }

@@ -124,15 +124,16 @@ class Scorer:
         eps: Any,
         step_size: Any,
         progress: str | None = None,
-        keep: int = 0,
+        keep: int | np.ndarray = 0,
     ) -> tuple[Flags, np.ndarray]:
-        """(flags of the whole split, the first `keep` adversarial images (keep, H, W, C)).
+        """(flags of the whole split, the adversarial images `keep`: of these indices, rising, or so many first ones).
 
         With `progress`, its name, a bar is shown and a preemption notice ends the evaluation. Raises RuntimeError
         when an adversarial image leaves the ball or the box.
         """
         eps, step_size = (np.float32(geometry.fraction(value)) for value in (eps, step_size))
         total, size = len(split.labels), self.batch_size
+        keep = np.arange(min(keep, total)) if isinstance(keep, int) else keep
         parts, kept = [], [np.zeros((0, *split.images.shape[1:]), np.float32)]
         guide = guides(split.labels) if self.guided else np.zeros(total, int)
         bar = tqdm(
@@ -148,8 +149,8 @@ class Scorer:
                 flags, x_adv = self.score(variables, *arrays, np.uint32(seed), eps, step_size)
                 count = min(size, total - first)
                 parts.append(jax.tree.map(lambda value, n=count: np.asarray(value)[:n], flags))
-                if first < keep:
-                    kept.append(np.asarray(x_adv)[:count])
+                if len(here := keep[(first <= keep) & (keep < first + count)]):
+                    kept.append(np.asarray(x_adv)[here - first])
                 if progress and cluster.preempted():  # in validation the train loop notices, and saves
                     raise PreemptedError(f"stopped during {progress}; finished records are kept")
                 bar.update(count)
@@ -162,7 +163,7 @@ class Scorer:
         worst = float(flags.distance.max())
         if not worst <= (float(eps) + TOLERANCE if self.bounded else sys.float_info.max):
             raise RuntimeError(f"an adversarial image is {worst:.8g} away or outside [0, 1]; eps is {float(eps):.8g}")
-        return flags, np.concatenate(kept)[:keep]
+        return flags, np.concatenate(kept)
 
     def _shard(self, array):
         return jax.make_array_from_callback(array.shape, self.sharded, array.__getitem__)
@@ -181,11 +182,11 @@ def auto_attack(
     eps: Any,
     batch_size: int,
     title: str | None = None,
-    keep: int = 0,
+    keep: int | np.ndarray = 0,
     state: Path | None = None,
     attacked: Callable | None = None,
 ) -> tuple[Flags, np.ndarray, dict[str, Any]]:
-    """(flags of the whole split, the first `keep` adversarial images, what the record says of each attack).
+    """(flags of the whole split, the adversarial images `keep`, as of `Scorer`, what the record says of each attack).
 
     `network` is (x, keys) -> logits; only version "rand" has keys for it. `state` is a file that keeps the progress;
     with it, the same call goes on where it was ended. `attacked` is a surrogate, (x, keys) -> logits: AutoAttack runs
@@ -230,7 +231,7 @@ def auto_attack(
         "seconds": round(sum(result.seconds.values()), 2),
         "warnings": result.warnings,
     }
-    return flags, result.x_adv[:keep], more
+    return flags, result.x_adv[:keep] if isinstance(keep, int) else result.x_adv[keep], more
 
 
 def drawn_record(result: autoattack.Result) -> dict[str, Any]:

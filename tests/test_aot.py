@@ -153,7 +153,7 @@ def test_images_are_those_of_the_recipe(data, shape, classes):
 
 
 def test_images_that_nobody_knows_are_asked_for():
-    for shape, classes in ((None, 3), ("8,8,1", None), ("8,8", 3), ("8,8,x", 3)):
+    for shape, classes in ((None, 3), ("8,8,1", None), ("8,8", 3), ("8,8,x", 3), ("8,8,0", 3), ("8,8,1", 0)):
         with pytest.raises(InputError, match="--shape=HEIGHT,WIDTH,CHANNELS and --classes"):
             aot.images_of(ConfigDict(dict(name="npz", path="x.npz")), shape, classes)
 

@@ -119,7 +119,9 @@ def test_it_is_run_from_the_command_line(workdir, monkeypatch, capsys):
         attention.main()
     record = json.loads((workdir / "attention" / "last.json").read_text())
     assert record["n"] == 11 and record["attack"] == "fgsm"
-    shown = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    assert f"written: {workdir / 'attention' / 'last.json'}" in printed.err and f"written: {picture}" in printed.err
+    shown = printed.out.splitlines()
     cells = [f"{mean:.3f} ± {std:.3f}" for mean, std in zip(record["mean"][1], record["std"][1], strict=True)]
     assert shown[-1] == f"| conv2 | {' | '.join(cells)} |" and shown[1] == "| teacher \\ student | conv1 | conv2 |"
     with Image.open(picture) as image:
@@ -144,6 +146,19 @@ def test_the_picture_has_teacher_layers_for_rows(tmp_path):
     assert len(changed) > 1000
     top, left = changed.min(0)
     assert dark[:, 0].min() < top < dark[:, 0].max() and left < dark[:, 1].max()
+
+
+def test_the_scale_ends_at_one_and_every_cell_has_its_number(tmp_path, monkeypatch):
+    """So that two matrices can be compared, and read without the colours."""
+    figures = []
+    monkeypatch.setattr(attention.pictures, "save", lambda figure, file: figures.append(figure))
+    record = dict(title="t", dataset="d", n=1, attack="pgd-2", norm="linf", eps="8/255")
+    record |= dict(teacher_layers=["conv1", "conv2"], student_layers=["conv1", "conv2", "conv3"])
+    attention.draw(record | dict(mean=[[0.1, 0.2, 0.3], [0.25, 0.05, 0.7]]), tmp_path / "a.png")
+    panel = figures[0].axes[0]
+    assert panel.images[0].get_clim() == (0, 1)
+    numbers = {text.get_position(): (text.get_text(), text.get_color()) for text in panel.texts}
+    assert numbers[2, 1] == ("0.70", "black") and numbers[0, 0] == ("0.10", "white") and len(numbers) == 6
 
 
 @pytest.mark.parametrize("changes", [dict(beta=0.0), dict(matching="hand"), dict(name="rslad")])
@@ -172,7 +187,9 @@ def test_another_teacher_and_a_damaged_checkpoint_are_refused(workdir):
         attention.experiment_of(workdir)
 
 
-@pytest.mark.parametrize("flag, words", [("--picture=a.svg", "ends in .png"), ("--attack=pgd", "'pgd' is unknown")])
+@pytest.mark.parametrize(
+    "flag, words", [("--picture=a.jpg", "ends in .png, .pdf"), ("--attack=pgd", "'pgd' is unknown")]
+)
 def test_bad_input_is_one_line(flag, words, digits_run, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["attention", f"--workdir={digits_run}", flag])
     monkeypatch.setattr(attention.cluster, "initialize", lambda: None)

@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy as np
 import pytest
 
 from ibjax.analysis import complexity
@@ -76,23 +77,51 @@ def test_every_kind_of_layer_counts_by_the_table():
     assert found.operations["conv1"] == 36 * 4 * (27 + 1)
     assert found.operations["fc1"] == 36 * 6 + 6 and found.operations["head"] == 6 * 10 + 10
     assert found.operations.total() == 36 * 4 * (28 + 1 + 1) + 36 * 6 + 6 + 6 + 70
-    assert complexity.table(found).splitlines()[-1] == "0.00 M parameters, 0.00 G multiply-adds"
+    assert complexity.table(found).splitlines()[-1] == "404 parameters, 4,618 multiply-adds"
 
 
-@pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
-def test_the_command_line_prints_the_table_and_names_mistakes(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["complexity", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            complexity.main()
-        return stopped.value.code, capsys.readouterr()
+def run(monkeypatch, capsys, *arguments):
+    """(exit code, output) of the command line."""
+    monkeypatch.setattr(sys, "argv", ["complexity", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        complexity.main()
+    return stopped.value.code, capsys.readouterr()
 
-    code, printed = run("--config=configs/trades_wrn.py")
+
+def test_the_command_line_counts_for_the_images_of_the_recipe(monkeypatch, capsys, tmp_path):
+    """Those of digits are 8×8×1, and of a file of one's own what stands in it."""
+    code, printed = run(monkeypatch, capsys, "--config=configs/trades_wrn.py")
     assert code == 0 and printed.out.splitlines()[-1] == "46.16 M parameters, 6.67 G multiply-adds"
+    assert printed.out.splitlines()[0] == "images 32×32×3, 10 classes"
+    code, printed = run(monkeypatch, capsys, "--config=configs/digits.py")
+    lines = printed.out.splitlines()
+    assert code == 0 and lines[0] == "images 8×8×1, 10 classes"
+    assert lines[-2].split() == ["total", "65,834", "1,515,402"]  # 24.8 M on 32×32×3
+    assert lines[-1] == "0.07 M parameters, 1.52 M multiply-adds"
+    code, printed = run(monkeypatch, capsys, "--config=configs/digits.py", "--config.model.widths=((4,),)")
+    assert code == 0 and "conv1" in printed.out and "conv2" not in printed.out
+
+    images, labels = np.zeros((6, 20, 12, 3), np.uint8) + 200, np.arange(6) % 3
+    arrays = {f"{name}_{part}": {"x": images, "y": labels}[name] for name in "xy" for part in ("train", "test")}
+    np.savez(tmp_path / "own.npz", **arrays)
+    (tmp_path / "own.py").write_text(
+        "from ibjax.config import base\n\ndef get_config():\n    config = base()\n"
+        f"    config.data = dict(name='npz', path={str(tmp_path / 'own.npz')!r}, val_size=0, split_seed=0)\n"
+        "    return config\n"
+    )
+    code, printed = run(monkeypatch, capsys, f"--config={tmp_path / 'own.py'}")
+    assert code == 0 and printed.out.splitlines()[0] == "images 20×12×3, 3 classes"
+
+
+def test_the_command_line_names_mistakes(monkeypatch, capsys):
     for arguments, message in [
-        ([], "--config is missing"),
-        (["--config=configs/nothing.py"], "No such file"),
-        (["--config=configs/trades_wrn.py", "--shape=32,32"], "give H,W,C"),
+        ([], "the following arguments are required: --config"),
+        (["--config=configs/nothing.py"], "is no file"),
+        (["--config=configs/trades_wrn.py", "--shape=32,32"], "give --shape=HEIGHT,WIDTH,CHANNELS"),
+        (["--config=configs/trades_wrn.py", "--shape=32,32,0"], "give --shape=HEIGHT,WIDTH,CHANNELS"),
+        (["--config=configs/trades_wrn.py", "--classes=0"], "give --shape=HEIGHT,WIDTH,CHANNELS and --classes"),
+        (["--config=configs/trades_wrn.py", "--shap=1"], "unrecognized arguments: --shap=1"),
+        (["--config=configs/trades_wrn.py", "--config.modell.depth=1"], "config key 'modell.depth' is unknown"),
     ]:
-        code, printed = run(*arguments)
-        assert code == 2 and message in printed.err
+        code, printed = run(monkeypatch, capsys, *arguments)
+        assert code == 2 and message in printed.err and not printed.out

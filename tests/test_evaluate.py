@@ -10,7 +10,7 @@ import pytest
 from conftest import clean_recipe
 from jax.sharding import AxisType
 
-from ibjax import cluster, evaluate, main, results, run, scoring
+from ibjax import cluster, evaluate, main, report_tables, results, run, scoring
 from ibjax.attacks import autoattack, checks, geometry
 from ibjax.attacks.named import named
 from ibjax.attacks.pgd import pgd
@@ -294,6 +294,6 @@ def test_autoattack_goes_on_where_it_was_ended_and_states_robust_accuracy_after_
     (folder / "autoattack.json").unlink()
     whole = evaluate.evaluate(trained, attacks=("autoattack",))[0]
     assert whole["robust_flags"] == resumed["robust_flags"] and whole["robust_after"] == resumed["robust_after"]
-    assert "robust after" in results.as_text([whole]) and "APGD-t" in results.as_text([whole])
+    assert "robust after" in report_tables.as_text([whole]) and "APGD-t" in report_tables.as_text([whole])
     with np.load(folder / "autoattack.examples.npz") as examples:
         assert len(examples["x_adv"]) == 10

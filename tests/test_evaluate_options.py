@@ -11,7 +11,7 @@ import pytest
 from conftest import smoke_config
 from jax.sharding import AxisType
 
-from ibjax import evaluate, main, report_page, results, run, scoring
+from ibjax import evaluate, main, report_page, report_tables, results, run, scoring
 from ibjax.attacks import autoattack, geometry
 from ibjax.attacks.named import in_groups, named
 from ibjax.attacks.pgd import pgd
@@ -259,7 +259,7 @@ def test_a_surrogate_that_is_the_run_itself_is_the_white_box(digits):
 
     other = evaluate.evaluate(digits, attacks=("pgd-2",), surrogate=digits / "undefended")[0]
     assert other["robust_acc"] >= white[1]["robust_acc"]
-    grid = results.cells(results.tables([*white, *transferred, other])[0])
+    grid = report_tables.cells(report_tables.tables([*white, *transferred, other])[0])
     assert "PGD-2" in grid[0] and "PGD-2, transfer from undefended" in grid[0] and len(grid) == 2
     assert "network of undefended" in report_page._describe(other)
 
@@ -301,7 +301,7 @@ def test_records_of_drawn_predictions_say_so(tmp_path, monkeypatch):
         "pgd-2.n8.json",
         "pgd-2.sampled3.n8.json",
     ]
-    grid = results.cells(results.tables([plain, *drawn])[0])
+    grid = report_tables.cells(report_tables.tables([plain, *drawn])[0])
     assert [line[0] for line in grid[1:]] == ["VIB-MNIST", "VIB-MNIST (sampled, 3)"]
     assert not any("randomised" in text for text in drawn[0]["warnings"])
     assert "mean of 3 drawn predictions" in report_page._describe(drawn[0])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 
 import jax
@@ -185,7 +186,7 @@ BAD = [
     (["--taps=stage9"], "--taps=stage9 is no feature .* did you mean"),
     (["--attack=autoattack", "--n=12"], "--attack=autoattack is too long for every record"),
     (["--attack=pdg-10", "--n=12"], "attack 'pdg-10' is unknown"),
-    (["--picture=x.pdf"], "--picture=x.pdf is no PNG file"),
+    (["--picture=x.gif"], "--picture=x.gif has no known ending"),
     (["--config.epochs=0"], "epochs=0"),
 ]
 
@@ -197,6 +198,19 @@ def test_bad_input_is_refused_in_a_line(flags, words, tmp_path, capsys, monkeypa
     assert not (tmp_path / "run" / "plane.json").exists()
 
 
-def test_the_teacher_of_a_recipe_is_looked_for_in_the_workdir(tmp_path):
-    with pytest.raises(InputError, match=f"{tmp_path}/teacher holds no trained run; train the teacher first"):
-        plane.record(smoke_config("digits"), tmp_path, **OPTIONS)
+def test_the_teacher_of_a_recipe_is_trained_first(digits_run, tmp_path, monkeypatch):
+    """In DIR/teacher, as `ibjax.main` would; and not before all else is known to be right."""
+    trained = []
+
+    def copied(experiment, workdir):
+        trained.append((experiment.config.title, workdir))
+        shutil.copytree(digits_run / "teacher", workdir, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
+
+    monkeypatch.setattr(plane.train, "train", copied)
+    with pytest.raises(InputError, match="--taps=stage9 is no feature"):
+        plane.record(smoke_config("digits"), tmp_path, taps=["stage9"], **OPTIONS)
+    assert not trained
+    found = plane.record(smoke_config("digits"), tmp_path, every=7, n=12, taps=["pre_logits"])
+    assert trained == [("TRADES teacher", tmp_path / "teacher")] and found["step"] == [0, 7, 14]
+    weights = run.read_config(digits_run)[1]["teacher"]["weights"]
+    assert found["data"]["teacher"]["weights"] == weights

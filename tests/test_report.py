@@ -4,15 +4,18 @@ import base64
 import errno
 import html.parser
 import json
+import os
 import pathlib
 import re
-import runpy
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ibjax import report, results
+from ibjax import config, main, report, report_checks, report_figures, report_tables, results
+from ibjax.data import first_of_each
 from ibjax.errors import InputError
 
 N = 8
@@ -37,6 +40,7 @@ def record(attack="pgd-2", eps="8/255", flags=None, **changes):
         "dataset": "dice",
         "norm": "linf",
         "n": N,
+        "chance_acc": 25.0,
         "seed": 3,
         "step": 4,
         "step_size": "2/255",
@@ -60,11 +64,14 @@ def healthy(**changes):
     return [*(record(attack, **changes) for attack in FLAGS), *larger]
 
 
-def write_run(folder, records=(), title="student", epochs=2, select_on="val", rows=None):
-    """A workdir: two steps an epoch, finished unless `rows` says otherwise."""
+EVALUATE = {"eps": "8/255", "norm": "linf"}
+
+
+def write_run(folder, records=(), title="student", rows=None, data=None, **config):
+    """A workdir: two epochs of two steps, finished unless `rows` says otherwise; `config`, `data`: other values."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"title": title, "epochs": epochs, "batch_size": 4, "select_on": select_on, "evaluate": {"eps": "8/255"}}
-    data = {"label": "dice", "n_train": 8, "input_shape": [4, 4, 1]}
+    config = {"title": title, "epochs": 2, "batch_size": 4, "select_on": "val", "evaluate": EVALUATE, **config}
+    data = {"label": "dice", "n_train": 8, "n_test": N, "input_shape": [4, 4, 1], **(data or {})}
     (folder / "config.json").write_text(json.dumps({"config": config, "data": data}))
     (folder / "env.json").write_text(json.dumps({"hardware": "1 × abacus", "versions": {}, "commit": None}))
     if rows is None:
@@ -79,10 +86,10 @@ def write_run(folder, records=(), title="student", epochs=2, select_on="val", ro
     return folder
 
 
-def write_examples(folder, eps=8 / 255):
+def write_examples(folder, eps=8 / 255, label=(3, 7), predicted_adv=(3, 9)):
     """Two images of which the second is misclassified under the attack."""
     x = np.random.default_rng(0).integers(1, 9, (2, 4, 4, 1)).astype(np.float32) / 10
-    arrays = dict(label=np.array([3, 7]), predicted=np.array([3, 7]), predicted_adv=np.array([3, 9]))
+    arrays = dict(label=np.array(label), predicted=np.array(label), predicted_adv=np.array(predicted_adv))
     file = folder / "eval" / "best" / "pgd-2.examples.npz"
     np.savez_compressed(file, x=x, x_adv=x + np.float32(eps), **arrays)
     return file
@@ -95,7 +102,7 @@ def page_of(folder, *more):
 
 def status(records, name, problems=()):
     """(status, details) of the one check whose name contains `name`."""
-    (check,) = (check for check in results.checks(records, problems) if name in check.name)
+    (check,) = (check for check in report_checks.checks(records, problems) if name in check.name)
     return check.status, " | ".join(check.details)
 
 
@@ -121,10 +128,15 @@ def test_table_has_a_line_for_each_run_and_a_column_for_each_attack():
     ]
 
 
+def lines(records, each=False):
+    """The cells of each line of the first table."""
+    return [line[0:2] + line[3:] for line in report_tables.cells(report_tables.tables(records, each)[0])[1:]]
+
+
 def test_the_worst_case_counts_the_images_that_withstand_every_attack():
     # neither the smallest accuracy (37.5) nor a product of them
-    assert results.worst_case([record("pgd-2"), record("cw-2")]) == 25.0
-    assert results.worst_case([record("pgd-2")]) is None
+    assert report_tables.worst_case([record("pgd-2"), record("cw-2")]) == 25.0
+    assert report_tables.worst_case([record("pgd-2")]) is None
 
 
 def test_the_ladder_is_not_in_the_table():
@@ -140,38 +152,141 @@ def test_records_without_the_main_key_are_judged_by_the_configuration():
 
 
 def test_other_data_norms_and_eps_get_tables_of_their_own():
-    tables = results.tables([record(), record(norm="l2"), record(dataset="coins"), record(eps="4/255", main=True)])
+    tables = report_tables.tables(
+        [record(), record(norm="l2"), record(dataset="coins"), record(eps="4/255", main=True)]
+    )
     assert len({(table.dataset, table.norm, table.eps) for table in tables}) == 4
     assert all(len(table.lines) == 1 for table in tables)
 
 
-def test_an_attack_that_a_run_lacks_is_a_dash():
-    text = report.table([*healthy(), record("pgd-2", title="other"), record("cw-2", title="other")])
-    # its worst case over fewer attacks is not comparable, and so not shown
-    assert re.split(r"\s{2,}", text.splitlines()[-1])[4:] == ["–", "37.50", "37.50", "–"]
+def test_no_line_loses_its_worst_case_because_another_one_has_more_attacks():
+    other = healthy(title="other")
+    alone = report.table([*healthy(), *other])
+    more = [
+        *healthy(),
+        record("autoattack", flags=[0, 0, 1, 0, 0, 0, 0, 0]),
+        record("cw-l2-9", flags=[0] * N, bounded=False),
+        *other,
+    ]
+    assert [line[-1] for line in lines(more)] == ["12.50", "≤ 25.00"]  # the bound: at most, with AutoAttack too
+    assert "≤: not every attack of the table was made on this run" in report.table(more)
+    assert "≤" not in alone and [line[-1] for line in lines([*healthy(), *other])] == ["25.00", "25.00"]
+    # a run under one attack only is bounded by it, and one under none has nothing to show
+    assert [line[-1] for line in lines([*healthy(), record(title="other")])] == ["25.00", "≤ 37.50"]
+    unbounded = record("cw-l2-9", title="other", flags=[0] * N, bounded=False)
+    assert lines([*healthy(), unbounded])[1][2:] == ["87.50", "–", "–", "0.00", "–", "–"]
+    # an attack of any size adds a column and no bound
+    assert [line[-1] for line in lines([*healthy(), unbounded, *other])] == ["25.00", "25.00"]
+
+
+def test_one_network_is_one_line_whatever_its_checkpoint_is_called():
+    best = healthy(weights="aa")
+    last = [
+        record("pgd-2", weights="aa", checkpoint="last", selected_on="last"),
+        record("autoattack", weights="aa", checkpoint="last", selected_on="last", flags=[0] * N),
+    ]
+    both = [*last, *best]
+    assert lines(both) == [["student", "best, last / val", "87.50", "62.50", "37.50", "37.50", "0.00", "0.00"]]
+    assert [len(row.records) for row in report_tables.rows(both)] == [7]  # PGD, which both have, once
+    old = [{key: value for key, value in each.items() if key != "weights"} for each in both]
+    assert lines(old) == lines(both)  # records that do not say what their weights are have their step
+    other = [{**each, "step": 9, "weights": "bb"} for each in last]
+    assert [line[:2] for line in lines([*best, *other])] == [
+        ["student, best", "best / val"],
+        ["student, last", "last / last"],
+    ]
+    assert lines([*best, record(weights="aa", checkpoint="4", selected_on="step")])[0][1] == "best, step 4 / val"
+
+
+def seeds(number, **changes):
+    """Runs of one recipe whose seed is their number, in whose attacks one image more or less is robust."""
+    found = []
+    for seed in range(number):
+        flags = [int(i < 2 + seed) for i in range(N)]
+        each = [record(attack, flags=flags, seed=seed, clean_acc=80.0 + seed, **changes) for attack in FLAGS]
+        found += [{**each_one, "config": {**each_one["config"], "seed": seed, "lr": 0.1}} for each_one in each]
+    return found
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_line():
+    robust = np.array([25.0, 37.5, 50.0])
+    text = f"{robust.mean():.2f} ± {robust.std(ddof=1):.2f}"
+    assert lines(seeds(3)) == [["student, 3 seeds", "best / val", "81.00 ± 1.00", text, text, text, text]]
+    assert "±: mean and sample standard deviation over training seeds" in report.table(seeds(3))
+    assert [line[:3] for line in lines(seeds(3), each=True)] == [
+        [f"student, seed {seed}", "best / val", f"{80 + seed:.2f}"] for seed in range(3)
+    ]
+    assert "±" not in report.table(seeds(3), each=True)
+    # an attack that one of them has says so; the worst case is over what all have
+    some = [*seeds(3), {**seeds(1)[0], "attack": "autoattack", "robust_acc": 12.5}]
+    assert lines(some)[0][-2:] == ["12.50 (1/3)", f"≤ {text}"]
+    # runs with folders for names have what these begin with
+    named = [{**each, "title": f"ibd-{each['seed']}", "config": {**each["config"], "title": ""}} for each in seeds(3)]
+    assert lines(named)[0][0] == "ibd, 3 seeds"
+
+
+def test_what_differs_in_more_than_the_seed_is_no_sample():
+    other = [{**each, "config": {**each["config"], "lr": 0.2}} for each in seeds(2) if each["seed"] == 1]
+    assert len(lines([*seeds(1), *other])) == 2
+    again = [{**each, "weights": "bb", "folder": "again"} for each in seeds(1)]  # the same seed on another machine
+    first = [{**each, "weights": "aa", "folder": "once"} for each in seeds(1)]
+    assert [line[0] for line in lines([*first, *again])] == ["student, once", "student, again"]
+    copies = [{**each, "weights": "aa", "folder": "copy"} for each in first]  # as each student's own teacher
+    assert len(lines([*first, *copies])) == 1
+    assert len(lines([*seeds(2), *seeds(2, n=4, robust_flags="AA==", robust_acc=0.0)])) == 2  # other images
+    # best is not best of all seeds where it is last for one of them
+    best, last = seeds(2), [{**each, "checkpoint": "last", "selected_on": "last"} for each in seeds(2)]
+    best = [{**each, "weights": f"{each['seed']}"} for each in best]
+    last = [{**each, "weights": "0" if each["seed"] == 0 else "last"} for each in last]
+    assert [line[:2] for line in lines([*best, *last])] == [
+        ["student, best, 2 seeds", "best / val"],
+        ["student, last, 2 seeds", "last / last"],
+    ]
+
+
+def transferred(source, title, weights, step=7):
+    made = dict(loss="ce", surrogate=dict(title=source, step=step, weights=weights))
+    return record(attack=f"pgd-2 from {source}", flags=[1] * 4 + [0] * 4, title=title, attack_settings=made)
+
+
+def test_surrogates_of_one_title_are_told_apart(tmp_path):
+    """Teacher and student of one title, from the command line of an evaluation and from a page with both."""
+    own = record(title="WRN", weights="aa")
+    alone = [{**transferred("WRN", "WRN", "bb"), "weights": "aa"}, own]
+    head = report_tables.cells(report_tables.tables(alone)[0])[0]
+    assert head[4:] == ["PGD-2", "PGD-2, transfer from WRN (step 7, weights bb)", "worst case"]
+    two = [transferred("WRN", "net", "bb"), transferred("WRN", "net", "cc", 8)]
+    assert len(report_tables.tables(two)[0].attacks) == 2  # not one column that shows whichever came last
+    assert report_tables.tables(two[:1])[0].attacks == ["pgd-2 from WRN"]
+
+    student = write_run(tmp_path / "run", [record(title="WRN", weights="aa"), record("fgsm", weights="aa")], "WRN")
+    (student / "eval/best/pgd-2~bb.json").write_text(json.dumps({**transferred("WRN", "WRN", "bb"), "weights": "aa"}))
+    write_run(student / "teacher", [record(weights="bb")], "WRN")
+    text = Page(page_of(student)).text
+    assert f"transfer from WRN ({student / 'teacher'})" in " ".join(text.split())
 
 
 def test_runs_of_one_title_are_told_apart():
-    labels = [row.label for row in results.rows([record(seed=0), record(seed=1), record("cw-2", seed=1)])]
+    labels = [row.label for row in report_tables.rows([record(seed=0), record(seed=1), record("cw-2", seed=1)])]
     assert labels == ["student, seed 0", "student, seed 1"]
     other = {"model": {"name": "cnn"}, "evaluate": {}}
-    assert len({row.label for row in results.rows([record(), record(config=other)])}) == 2
+    assert len({row.label for row in report_tables.rows([record(), record(config=other)])}) == 2
 
 
 def test_attacks_are_sorted_by_strength_and_curves_by_eps():
     shuffled = [record(attack, flags=[1] * N) for attack in ("cw-2", "pgd-100", "fgsm", "pgd-20", "autoattack")]
-    (table,) = results.tables(shuffled)
+    (table,) = report_tables.tables(shuffled)
     assert table.attacks == ["fgsm", "pgd-20", "pgd-100", "cw-2", "autoattack"]
-    (row,) = results.rows([record(eps=eps) for eps in ("16/255", "2/255", "8/255")])
-    assert [text for _, text, _ in results.ladders(row)["pgd-2"]] == ["0", "2/255", "8/255", "16/255"]
-    assert results.ladders(row)["pgd-2"][0] == (0.0, "0", 87.5)
+    (row,) = report_tables.rows([record(eps=eps) for eps in ("16/255", "2/255", "8/255")])
+    assert [text for _, text, _ in report_tables.ladders(row)["pgd-2"]] == ["0", "2/255", "8/255", "16/255"]
+    assert report_tables.ladders(row)["pgd-2"][0] == (0.0, "0", 87.5)
 
 
 # ---- checks ------------------------------------------------------------------------------------------------
 
 
 def test_a_healthy_run_passes_every_check():
-    assert {check.status for check in results.checks(healthy())} == {"pass"}
+    assert {check.status for check in report_checks.checks(healthy())} == {"pass"}
 
 
 @pytest.mark.parametrize(
@@ -184,6 +299,11 @@ def test_a_healthy_run_passes_every_check():
         ("eps-ball", record(max_distance=8 / 255 + 2e-6), "0.03137455"),
         ("same images", record(n=N + 1, robust_flags="AAA=", robust_acc=0.0), "n = 8 | dice, n = 9"),
         ("same images", record(dataset="coins"), "coins"),
+        (
+            "same images",
+            [record(images="aa"), record("cw-2", images="bb")],
+            "n = 8 (images aa) | dice, n = 8 (images b",
+        ),
         ("same images", record("cw-2", step=2), "several steps"),
         ("test set", record(selected_on="test"), "student: selected on the test set"),
         ("warning", record(warnings=["gradients may vanish"]), "gradients may vanish (1 records)"),
@@ -198,18 +318,37 @@ def test_each_check_warns_on_the_fault_that_it_is_for(name, fault, numbers):
     replaced = {(each["attack"], each["eps"]) for each in faults}
     rest = [each for each in healthy() if (each["attack"], each["eps"]) not in replaced]
     outcome, details = status([*rest, *faults], name)
-    assert outcome == "warn"
+    assert outcome == ("fail" if name in ("eps-ball", "flags") else "warn")  # there the numbers mean nothing
     assert numbers in details
+
+
+@pytest.mark.parametrize(
+    "clean, changes, outcome",
+    [
+        (87.5, {}, "pass"),
+        (50.0, {}, "fail"),  # 25 % and two standard errors, 2·√(25·75/8) = 30.6, are 55.6
+        (62.5, {}, "pass"),
+        (62.5, dict(chance_acc=60.0), "fail"),  # the most frequent class alone: a constant answer
+        (37.5, dict(chance_acc=None, num_classes=10), "pass"),  # older records: one of ten classes, 10 + 21.2
+        (25.0, dict(chance_acc=None, num_classes=10), "fail"),
+        (25.0, dict(chance_acc="none"), "not checked"),
+    ],
+)
+def test_a_network_at_chance_level_fails(tmp_path, clean, changes, outcome):
+    records = [record(clean_acc=clean, flags=[0] * N, **changes)]
+    assert status(records, "better than chance")[0] == outcome
+    text = page_of(write_run(tmp_path / "run", records))
+    assert ("1 check fails" in text) == (outcome == "fail")
 
 
 def test_robust_accuracy_after_each_attack_is_shown(tmp_path):
     after = {"apgd-ce": 37.5, "apgd-t": 25.0, "square": 12.5}
     made = dict(version="standard", attacks=None)
     auto = record("autoattack", flags=[1] + [0] * 7, robust_after=after, attack_settings=made)
-    (table,) = results.tables([*healthy(), auto])
-    ((header, line),) = results.stages(table, [*healthy(), auto])
+    (table,) = report_tables.tables([*healthy(), auto])
+    ((header, line),) = report_tables.stages(table, [*healthy(), auto])
     assert header[1:] == ["clean", "APGD-ce", "APGD-t", "Square"] and line[1:] == ["87.50", "37.50", "25.00", "12.50"]
-    assert "student, AutoAttack" in results.as_text([auto]) and results.stages(table, healthy()) == []
+    assert "student, AutoAttack" in report_tables.as_text([auto]) and report_tables.stages(table, healthy()) == []
     write_run(tmp_path / "run", [*healthy(), auto])
     report.write([tmp_path / "run"], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
@@ -228,7 +367,7 @@ def test_half_a_point_is_allowed_and_no_more():
 def test_what_cannot_be_checked_is_not_a_pass():
     assert status([record("pgd-2")], "as strong as FGSM")[0] == "not checked"
     assert status([record("pgd-2")], "halves")[0] == "not checked"
-    assert {check.status for check in results.checks([], ["nothing there"])} == {"warn", "not checked"}
+    assert {check.status for check in report_checks.checks([], ["nothing there"])} == {"warn", "not checked"}
 
 
 # ---- files -------------------------------------------------------------------------------------------------
@@ -413,6 +552,25 @@ def test_whatever_stands_in_a_file_is_escaped(tmp_path):
     assert evil in page.text
 
 
+def test_every_name_from_a_file_is_text_in_tables_legends_examples_and_commands(tmp_path):
+    """Titles of seeds, classes, attacks, surrogates: none of them is a tag, and the page asks no other address."""
+    evil = "<img src=//evil.example/x onerror=alert(1)>&lt;b&gt;\"'"
+    records = []
+    for seed in (0, 1):
+        made = dict(loss=evil, surrogate=dict(title=evil, step=evil, weights=evil))
+        own = dict(title=evil, seed=seed, config={"evaluate": EVALUATE, "seed": seed}, select=evil, count=evil)
+        records = [record(**own), record("fgsm", **own), record(evil, flags=[0] * N, attack_settings=made, **own)]
+        folder = write_run(tmp_path / "runs" / str(seed), records, evil, data={"classes": [evil] * 10}, seed=seed)
+        (folder / "eval" / "best" / "evil.json").write_text(json.dumps(records[-1]))
+        write_examples(folder)
+    text = page_of(tmp_path / "runs")
+    page = Page(text)
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.links)
+    assert page.tags.count("img") == 6 and not {"script", "b"} & set(page.tags)  # three rows of two images
+    assert page.text.count(evil) > 20
+    assert f"{evil}, seeds 0, 1" in page.text and f"{evil}, 2 seeds" in page.text and f"✗ {evil}" in page.text
+
+
 def test_selection_on_the_test_set_is_labelled(tmp_path):
     assert 'class="test"' not in page_of(write_run(tmp_path / "a", healthy()))
     text = page_of(write_run(tmp_path / "b", healthy(selected_on="test"), select_on="test"))
@@ -430,6 +588,80 @@ def test_wrong_predictions_are_marked_and_the_factor_is_named(tmp_path):
     text = page_of(folder)
     assert re.findall(r'<span class="wrong">([^<]*)</span>', text) == ["✗ 9"]
     assert "difference × 15" in text  # 15 · 8/255 is the last multiple below 0.5
+
+
+def strokes(picture):
+    """Lines of series in a figure: matplotlib draws them as paths, marks as <use>."""
+    return len(re.findall(r'<path d="[^"]*"[^>]*style="[^"]*fill: none;[^"]*stroke: var\(--s\d\)', picture))
+
+
+def test_two_points_are_marks_and_three_are_a_line():
+    two = [record(attack) for attack in FLAGS]
+    picture = report_figures.curves(report_tables.families(two))
+    assert strokes(picture) == 0 and len(re.findall("<use ", picture)) >= 6 and "Two points are not joined" in picture
+    three = report_figures.curves(report_tables.families(healthy()))
+    assert strokes(three) == 3 and "Two points" not in three
+    some = [*healthy(), record("autoattack", flags=[0] * N)]  # of which the table says as much
+    assert report_figures.curves(report_tables.families(some)) == three
+    assert report_figures.curves(report_tables.families([record("cw-l2-9", flags=[0] * N, bounded=False)])) == ""
+
+
+def test_seeds_have_bars():
+    spread = report_figures.curves(report_tables.families(seeds(3)))
+    assert "Bars: standard deviation over training seeds" in spread and "student, 3 seeds" in spread
+    assert "Bars" not in report_figures.curves(report_tables.families(seeds(3), each=True))
+
+
+def test_one_epoch_is_a_mark_in_a_panel_and_a_panel_without_numbers_is_not_drawn(tmp_path):
+    train = {"kind": "train", "step": 4, "epoch": 1.0, "loss": 2.0, "clean_acc": 50.0}
+    many = [{**train, "step": s, "epoch": s / 2, "loss": float(s)} for s in (1, 2, 3, 4)]
+
+    def drawn(rows):
+        (run,) = report.read([write_run(tmp_path / "run", healthy(), rows=rows)])
+        return report_figures.training([run])
+
+    one = drawn([train])
+    assert strokes(one) == 0 and "loss" in one and "accuracy in %" in one
+    assert len(set(re.findall(r'<use [^>]*style="[^"]*fill: (var\(--s\d\))', one))) == 2  # the loss, the accuracy
+    assert strokes(drawn(many)) == 2
+    val = {"kind": "val", "step": 4, "epoch": 1.0, "clean_acc": 60.0, "robust_acc": 30.0}
+    only = drawn([val])
+    assert "accuracy in %" in only and "loss" not in only
+    nothing = drawn([{"kind": "train", "step": 4, "epoch": 1.0, "lr": 0.1}])
+    assert "<svg" not in nothing and "no loss and no accuracy" in nothing
+
+
+def test_a_step_that_is_best_and_last_is_marked_once(tmp_path):
+    records = [record(weights="aa"), record("fgsm", weights="aa", checkpoint="last", selected_on="last")]
+    assert "Evaluated, dotted: best and last (step 4)." in page_of(write_run(tmp_path / "run", records))
+
+
+def test_examples_are_of_different_classes_and_classes_have_their_names(tmp_path):
+    labels = np.array([0, 0, 0, 1, 1, 2, 2, 2])
+    assert first_of_each(labels, 4).tolist() == [0, 1, 3, 5] and first_of_each(labels, 99).tolist() == list(range(8))
+    assert first_of_each(labels, 2).tolist() == [0, 3] and first_of_each(labels, 0).tolist() == []
+    names = ["one", "two", "three", "four"]
+    folder = write_run(tmp_path / "run", healthy(), data={"classes": names, "num_classes": 4})
+    write_examples(folder, label=(2, 1), predicted_adv=(2, 3))
+    text = page_of(folder)
+    assert re.findall(r'<th scope="col">(two|three|[0-9])</th>', text) == ["two", "three"]  # by class
+    assert re.findall(r'<span class="wrong">([^<]*)</span>', text) == ["✗ four"]
+    assert "the first of each class" in text
+    write_examples(folder, label=(2, 2), predicted_adv=(2, 7))  # a class that has no name
+    text = page_of(folder)
+    assert "✗ 7" in text and "the first of each class" not in text
+
+
+def test_a_page_of_seeds_shows_their_mean_and_each_on_demand(tmp_path):
+    for each in seeds(3):
+        write_run(tmp_path / "runs" / str(each["seed"]), [each], seed=each["seed"])
+    text = Page(page_of(tmp_path / "runs")).text
+    assert "student, 3 seeds" in text and "81.00 ± 1.00" in text and "Every seed" in text
+    assert [run.title for run in report.read([tmp_path / "runs"])] == [f"student, seed {i}" for i in range(3)]
+    assert text.count("student, seeds 0, 1, 2") == 1  # one figure of training
+    report.write([tmp_path / "runs"], tmp_path / "each.html", each=True)
+    text = Page((tmp_path / "each.html").read_text()).text
+    assert "Every seed" not in text and "±" not in text.partition("How these numbers")[0]
 
 
 def test_a_page_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -466,6 +698,18 @@ def test_the_command_prints_the_table_and_the_path(tmp_path, monkeypatch, capsys
     assert (tmp_path / "other.html").is_file()
 
 
+def test_the_command_names_failed_checks_and_shows_each_seed(tmp_path, monkeypatch, capsys):
+    for each in seeds(2):
+        write_run(tmp_path / "runs" / str(each["seed"]), [{**each, "chance_acc": 70.0}], seed=each["seed"])
+    assert run_main(monkeypatch, tmp_path / "runs") == 0
+    printed = capsys.readouterr().out
+    assert "student, 2 seeds" in printed and "80.50 ± 0.71" in printed
+    assert "failed check: Every network is better than chance: student, seed 0: 80.00 clean on 8 images" in printed
+    assert run_main(monkeypatch, tmp_path / "runs", "--each") == 0
+    printed = capsys.readouterr().out
+    assert "student, seed 1" in printed and "±" not in printed
+
+
 def test_a_folder_without_a_run_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     for missing in (tmp_path / "nowhere", tmp_path):
         assert run_main(monkeypatch, missing) == 2
@@ -477,9 +721,71 @@ def test_a_folder_without_a_run_is_one_line_and_exit_code_2(tmp_path, monkeypatc
     assert run_main(monkeypatch, folder, "--ou=x") == 2  # no abbreviations
 
 
-def test_the_configuration_in_the_commands_can_be_used_again(tmp_path):
-    folder = write_run(tmp_path / "run", healthy())
-    text = Page(page_of(folder)).text
-    lines = re.findall(r"^#   (.*)$", text, re.MULTILINE)
-    (tmp_path / "again.py").write_text("\n".join(lines))
-    assert runpy.run_path(str(tmp_path / "again.py"))["get_config"]().epochs == 2
+# ---- commands --------------------------------------------------------------------------------------------------
+
+
+def pasted(text, folder):
+    """The arguments of every command in the page's <pre> below "Commands", as bash splits them."""
+    section = text.partition("<h2>Commands</h2>")[2]
+    (folder / "python").write_text('#!/bin/sh\nprintf "%s\\0" "$@" >>"$OUT"; printf "\\0" >>"$OUT"\n')
+    (folder / "python").chmod(0o755)
+    script = "\n".join(html.unescape(block) for block in re.findall(r"<pre>(.*?)</pre>", section, re.DOTALL))
+    env = {"PATH": f"{folder}:{os.environ['PATH']}", "OUT": str(folder / "out")}
+    done = subprocess.run(["bash", "-u"], input=script, text=True, capture_output=True, cwd=folder, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    return [call.split("\0") for call in (folder / "out").read_text().split("\0\0")[:-1]]
+
+
+def test_a_shell_splits_each_command_into_the_arguments_that_are_meant(tmp_path):
+    """Whatever titles, folders and attacks are called."""
+    title = 'it\'s "$(touch pwned)" `touch pwned`; # \\ !1\ntouch pwned'
+    folder = tmp_path / "my 'runs' $(touch pwned)"
+    records = [
+        record(n=4, robust_flags="AA==", robust_acc=0.0),
+        record("cw-l2-200(c=0.1,lr=0.1)", flags=[0] * N),
+    ]
+    write_run(folder, [{**each, "title": title} for each in records], title)
+    calls = pasted(page_of(folder), tmp_path)
+    assert not list(tmp_path.rglob("pwned")) and not Path("pwned").exists()
+    assert calls == [
+        ["-m", "ibjax.main", f"--config={folder}/config.json", f"--workdir={folder}-again"],
+        ["-m", "ibjax.evaluate", f"--workdir={folder}", "--checkpoint=best", "--attacks=cw-l2-200(c=0.1,lr=0.1)"],
+        ["-m", "ibjax.evaluate", f"--workdir={folder}", "--checkpoint=best", "--attacks=pgd-2", "--n=4"],
+        ["-m", "ibjax.report", str(folder), f"--out={folder}/report.html"],
+    ]
+
+
+def test_the_commands_say_all_that_the_numbers_depend_on(tmp_path):
+    folder = tmp_path / "run"
+    transfer = transferred("teacher", "student", "bb")
+    lost = transferred("elsewhere", "student", "dd")
+    write_run(folder, [record(samples=3)], evaluate={**EVALUATE, "step_size": "2/255"})
+    for i, each in enumerate([transfer, lost, record(norm="l2", eps="128/255", step_size="32/255")]):
+        (folder / f"eval/best/{i}.json").write_text(json.dumps(each))
+    # its student's settings attacked it: another eps than its own
+    write_run(folder / "teacher", [record(weights="bb")], "teacher", evaluate={"eps": "4/255", "norm": "linf"})
+    write_run(folder / "same", [record()], "same", evaluate={}, threat={"eps": 8 / 255, "norm": "linf"})
+    report.write([folder], tmp_path / "page.html", each=True)
+    text = (tmp_path / "page.html").read_text()
+    options = [call[3:] for call in pasted(text, tmp_path) if call[1] == "ibjax.evaluate"]
+    assert options == [
+        ["--checkpoint=best", "--attacks=pgd-2", f"--surrogate={folder}/teacher"],
+        ["--checkpoint=best", "--attacks=pgd-2", "--norm=l2", "--eps=128/255", "--step_size=32/255"],
+        ["--checkpoint=best", "--attacks=pgd-2", "--samples=3"],
+        ["--checkpoint=best", "--attacks=pgd-2"],
+        ["--checkpoint=best", "--attacks=pgd-2", "--norm=linf", "--eps=8/255", "--step_size=2/255"],
+    ]
+    assert "its attacks from elsewhere need that run, which is not on this page" in text
+    assert pasted(text, tmp_path)[-1][1:] == ["ibjax.report", str(folder), "--each", f"--out={tmp_path}/page.html"]
+
+
+def test_the_command_that_trains_again_has_the_run_s_own_configuration(digits_run, tmp_path):
+    report.write([digits_run], tmp_path / "page.html")
+    calls = [call for call in pasted((tmp_path / "page.html").read_text(), tmp_path) if call[1] == "ibjax.main"]
+    assert len(calls) == 1  # which trains teacher and contrast too
+    asked = main.parse(["main", *calls[0][2:]])
+    assert asked.workdir == Path(f"{digits_run}-again")
+    assert config.plain(asked.settings) == json.loads((digits_run / "config.json").read_text())["config"]
+    assert main.parse(["main", *calls[0][2:], "--config.seed=9"]).settings.seed == 9
+    with pytest.raises(InputError, match="holds no run"):
+        main.load_config(str(tmp_path / "config.json"))

@@ -184,7 +184,26 @@ def test_it_is_run_from_the_command_line(workdir, tmp_path, capsys, monkeypatch)
     with Image.open(picture) as image:
         pixels = np.asarray(image.convert("RGB"))
     assert np.all(pixels[[0, -1]] == 255) and np.all(pixels[:, [0, -1]] == 255)  # white, and nothing is cut off
-    assert np.ptp(pixels, -1).max() > 100 and picture.stat().st_size < 200_000
+    assert np.ptp(pixels, -1).max() > 100 and picture.stat().st_size < 400_000
+
+
+def test_maps_are_drawn_in_a_perceptually_uniform_scale(tmp_path, monkeypatch):
+    """Its lightness rises in even steps: no edge is seen where none is, as in a rainbow's."""
+    figures = []
+    monkeypatch.setattr(score_cam.pictures, "save", lambda figure, file: figures.append(figure))
+    images, maps, classes = np.zeros((2, 8, 8, 1), np.uint8), np.zeros((2, 8, 8)), np.array([0, 1])
+    arrays = {"label": classes}
+    for suffix in ("", "_adv"):
+        arrays |= {f"x{suffix}": images, f"map{suffix}": maps, f"predicted{suffix}": classes}
+    record = dict(title="t", dataset="d", n=2, attack="pgd-2", norm="linf", eps="8/255", tap="stage1")
+    score_cam.draw(record, arrays, tmp_path / "a.png", ["one", "two"])
+    scales = {panel.images[-1].get_cmap() for panel in figures[0].axes if len(panel.images) == 2}
+    (scale,) = scales
+    red, green, blue = (np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) for c in scale.colors.T)
+    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    lightness = 116 * np.where(luminance > 0.008856, np.cbrt(luminance), 7.787 * luminance + 16 / 116) - 16  # CIE L*
+    steps = np.diff(lightness[::16])
+    assert np.all(steps > 0) and steps.max() < 2 * steps.min()
 
 
 @pytest.mark.parametrize(
@@ -192,7 +211,7 @@ def test_it_is_run_from_the_command_line(workdir, tmp_path, capsys, monkeypatch)
     [
         ("--tap=stag2", "did you mean 'stage2'"),
         ("--tap=pre_logits", "no map of more than one pixel"),
-        ("--picture=a.jpg", "ends in .png"),
+        ("--picture=a.jpg", "ends in .png, .pdf, .svg"),
         ("--names=a,b", "2 names; the data has 10"),
         ("--n=0", "evaluate.n=0 is not allowed"),
         ("--attack=pgd", "attack 'pgd' is unknown"),

@@ -112,7 +112,7 @@ def varied(digits_run, monkeypatch):
 
 def test_each_row_is_what_it_says(varied, digits_run, monkeypatch):
     (trained, split), drawn = varied, {}
-    monkeypatch.setattr(singular, "draw", lambda examples, record, file: drawn.update(examples))
+    monkeypatch.setattr(singular, "draw", lambda examples, *_: drawn.update(examples))
     record = singular.evaluate(digits_run, attacks=("pgd-2",), picture=digits_run / "unused.png")
 
     x, y = to_float(jnp.asarray(split.images)), split.labels
@@ -162,9 +162,19 @@ def test_it_is_run_from_the_command_line(digits_run, tmp_path, monkeypatch, caps
             assert record["acc"]["image"]["clean"] == known["clean_acc"]
     assert f"| moved |  | {record['perturbation']['moved']['fgsm']:.2f} |" in capsys.readouterr().out
     with Image.open(picture) as image:
-        assert image.format == "PNG" and min(image.size) > 400 and picture.stat().st_size < 200_000
+        assert image.format == "PNG" and min(image.size) > 400 and picture.stat().st_size < 600_000
         pixels = np.asarray(image.convert("RGB"))
     assert np.all(pixels[[0, 0, -1, -1], [0, -1, 0, -1]] == 255) and np.any(pixels < 50)  # white, and drawn upon
+
+
+def test_classes_are_shown_by_name(monkeypatch, tmp_path):
+    figures, x = [], np.zeros((2, 8, 8, 1), np.float32)
+    monkeypatch.setattr(singular.pictures, "save", lambda figure, file: figures.append(figure))
+    example = singular.Example(x, x, x, np.array([0, 1]), np.array([0, 0]), np.array([2, 1]))
+    record = dict(title="t", dataset="d", norm="linf", eps="8/255")
+    singular.draw({"pgd-2": example}, record, ["cat", "dog", "$cow$"], tmp_path / "a.png")
+    shown = [panel.get_xlabel() for panel in figures[0].axes if panel.get_xlabel()]
+    assert shown == ["cat", "dog", "cat", "cat", "$cow$", "dog"]
 
 
 def test_an_attack_that_changes_nothing_has_no_shares():
@@ -175,7 +185,8 @@ def test_an_attack_that_changes_nothing_has_no_shares():
 
 
 @pytest.mark.parametrize(
-    "flag, words", [("--picture=figure.pdf", "ends in .png"), ("--attacks=pgd", "'pgd' is unknown"), ("--n=0", "n=0")]
+    "flag, words",
+    [("--picture=figure.gif", "ends in .png, .pdf, .svg"), ("--attacks=pgd", "'pgd' is unknown"), ("--n=0", "n=0")],
 )
 def test_bad_input_is_one_line(flag, words, digits_run, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["singular", f"--workdir={digits_run}", flag])

@@ -53,7 +53,9 @@ def test_it_is_run_from_the_command_line(digits_run, capsys, monkeypatch):
     monkeypatch.setattr(cluster, "initialize", lambda: None)  # it must come before all of JAX
     with pytest.raises(SystemExit, match="0"):
         tendency.main()
-    shown = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    assert f"written: {digits_run / 'tendency/best.pgd-2.json'}" in printed.err
+    shown = printed.out.splitlines()
     record = json.loads((digits_run / "tendency/best.pgd-2.json").read_text())
     table, split = np.array(record["counts"]), run.test_split(run.load(digits_run))
     np.testing.assert_array_equal(table.sum(1), np.bincount(split.labels, minlength=10))
@@ -69,8 +71,11 @@ def test_it_is_run_from_the_command_line(digits_run, capsys, monkeypatch):
 
 def test_names_are_as_many_as_classes():
     with pytest.raises(InputError, match="3 names; the data has 2 classes"):
-        attacked.class_names(["a", "b", "c"], 2)
-    assert attacked.class_names(None, 2) == ["0", "1"] and attacked.class_names(["a", "b"], 2) == ["a", "b"]
+        attacked.class_names(["a", "b", "c"], {"num_classes": 2})
+    facts = {"num_classes": 2, "classes": ["cat", "dog"]}
+    assert attacked.class_names(None, facts) == ["cat", "dog"]  # as the data has them
+    assert attacked.class_names(["a", "b"], facts) == ["a", "b"]
+    assert attacked.class_names(None, {"num_classes": 2}) == ["0", "1"]
 
 
 @pytest.mark.parametrize("both", [True, False])

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import clean_recipe, smoke_config
 
-from ibjax import config, evaluate, main, results, run
+from ibjax import config, evaluate, main, report_checks, report_tables, results, run
 from ibjax.errors import InputError
 
 
@@ -119,8 +119,8 @@ def test_training_in_another_norm_than_the_evaluation_is_said_before_and_after(t
     assert any(text in message for message in caplog.messages)
     assert record["train_threat"] == {"norm": "l2", "eps": "6/16"}
     assert record["validate_threat"] == {"norm": "linf", "eps": "2/16"} == {key: record[key] for key in ("norm", "eps")}
-    assert text in results.as_text([record])
-    (check,) = (check for check in results.checks([record]) if "one threat model" in check.name)
+    assert text in report_tables.as_text([record])
+    (check,) = (check for check in report_checks.checks([record]) if "one threat model" in check.name)
     assert check.status == "warn" and text in check.details[0]
     assert text in (tmp_path / "run/report.html").read_text()
 
@@ -154,7 +154,9 @@ def test_an_evaluation_under_another_threat_model_stands_beside_the_runs_own(dig
         "pgd-2.eps4_16.json",
         "pgd-2.l2.eps0.5.json",
     }
-    titles = [line for line in results.as_text([json.loads(own), *wider, other]).splitlines() if "accuracy in" in line]
+    titles = [
+        line for line in report_tables.as_text([json.loads(own), *wider, other]).splitlines() if "accuracy in" in line
+    ]
     assert [title.split(": ")[0].split(", ", 1)[1] for title in titles] == [
         "linf, eps 2/16", "linf, eps 4/16", "l2, eps 0.5"
     ]  # fmt: skip

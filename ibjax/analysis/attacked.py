@@ -1,7 +1,7 @@
 """A run's images under one of the named attacks, and what a network takes images for: for the analyses of these."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +53,17 @@ def attack(
 def add_class_names(parser: argparse.ArgumentParser) -> None:
     """Adds --names, for `class_names`."""
     parser.add_argument(
-        "--names", type=run.names, help="of the classes, in order, separated by commas; default: their numbers"
+        "--names", type=run.names, help="of the classes, in order, separated by commas; default: as the data has them"
     )
 
 
-def class_names(given: list[str] | None, count: int) -> list[str]:
-    """What --names gives the `count` classes; their numbers without it. InputError if not all."""
-    names = given or [str(c) for c in range(count)]
+def class_names(given: list[str] | None, facts: Mapping[str, Any]) -> list[str]:
+    """What --names gives the classes of a run's data; without it what the data calls them, else their numbers.
+
+    InputError if not all have one.
+    """
+    count = facts["num_classes"]
+    names = given or facts.get("classes") or [str(c) for c in range(count)]
     if len(names) != count:
         raise InputError(f"--names has {len(names)} names; the data has {count} classes")
     return names

@@ -1,7 +1,7 @@
 """Which student layer is made to look like which teacher layer, as IBD's matching has learned it: Figure 4 of IBD.
 
     python -m ibjax.analysis.attention --workdir=DIR [--checkpoint=best] [--attack=pgd-10] [--n=1000]
-                                       [--picture=FILE.png]
+                                       [--picture=FILE.pdf]
 
     A_{i,j} = mean_b Attn_{b,i,j}                   i of n teacher layers, j of m student layers; rows sum to 1
 
@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from ibjax import checkpoint as checkpoints
 from ibjax import cluster, config, errors, run
-from ibjax.analysis import attacked, pictures
+from ibjax.analysis import attacked, output, pictures
 from ibjax.errors import InputError
 from ibjax.experiment import Experiment, build, initializer
 from ibjax.main import jobs
@@ -127,8 +127,7 @@ def evaluate(
         "mean": values.mean(0, dtype=np.float64).tolist(),
         "std": values.std(0, dtype=np.float64).tolist(),
     }
-    if jax.process_index() == 0:
-        run.write_json(workdir / "attention" / f"{checkpoint}.json", record)
+    output.record(workdir / "attention", checkpoint, record)
     return record
 
 
@@ -149,11 +148,14 @@ def lines(record: dict[str, Any]) -> Iterable[str]:
 
 
 def draw(record: dict[str, Any], file: Path) -> None:
-    """The mean as a heat map, in a PNG: rows teacher layers, columns student layers."""
+    """The mean as a heat map with its numbers, from 0 to 1: rows teacher layers, columns student layers."""
     teacher, student = record["teacher_layers"], record["student_layers"]
-    drawn = pictures.figure(2.8 + 0.4 * len(student), 1.7 + 0.4 * len(teacher))
+    drawn = pictures.figure(2.8 + 0.45 * len(student), 1.7 + 0.45 * len(teacher))
     panel = drawn.subplots()
-    heat = panel.imshow(record["mean"], cmap="viridis", vmin=0)
+    heat = panel.imshow(record["mean"], cmap="viridis", vmin=0, vmax=1)
+    for (i, j), value in np.ndenumerate(np.array(record["mean"])):
+        colour = "black" if value > 0.6 else "white"  # what can be read on viridis
+        panel.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
     panel.set_xticks(range(len(student)), student, rotation=45, ha="right", rotation_mode="anchor")
     panel.set_yticks(range(len(teacher)), teacher)
     panel.set(xlabel="student layer", ylabel="teacher layer")

@@ -48,7 +48,7 @@ from scipy.optimize import nnls
 from tqdm import tqdm
 
 from ibjax import cluster, errors, losses, run
-from ibjax.analysis import attacked
+from ibjax.analysis import attacked, output
 from ibjax.attacks import Attack, geometry
 from ibjax.attacks.autoattack import sub_attacks
 from ibjax.attacks.iterative import as_attack
@@ -353,8 +353,7 @@ def evaluate(
         "attack_settings": {name: named(name).settings for name in prepared},
         "warnings": [text for _, warnings in prepared.values() for text in warnings],
     }
-    if jax.process_index() == 0:
-        run.write_json(workdir / "binarisation" / f"{checkpoint}.json", record)
+    output.record(workdir / "binarisation", checkpoint, record)
     return record
 
 

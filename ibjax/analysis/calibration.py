@@ -20,6 +20,7 @@ from typing import Any
 import jax
 
 from ibjax import cluster, errors, run
+from ibjax.analysis import output
 from ibjax.analysis.attacked import attack, load, predictions
 from ibjax.errors import InputError
 from ibjax.models import siriib
@@ -68,8 +69,7 @@ def evaluate(
         **{key: settings[key] for key in ("norm", "eps", "step_size")},
         "acc": accuracy,
     }
-    if jax.process_index() == 0:
-        run.write_json(workdir / "calibration" / f"{checkpoint}.json", record)
+    output.record(workdir / "calibration", checkpoint, record)
     return record
 
 

@@ -1,6 +1,8 @@
 """How large a network is: its parameters, and the multiply-adds of one image by ptflops' rules.
 
-    python -m ibjax.analysis.complexity --config=configs/NAME.py[:arg] [--shape=32,32,3 --classes=10]
+    python -m ibjax.analysis.complexity --config=configs/NAME.py[:arg] [--shape=H,W,C --classes=10] [--config.KEY=…]
+
+Images have the shape and the classes of the recipe's data set, unless others are given.
 
 | operation                        | counts                                      |
 |----------------------------------|---------------------------------------------|
@@ -17,18 +19,15 @@ in the one and `+` in the other. Nothing is computed: the model is traced on sha
 """
 
 import math
-import sys
 from collections import Counter
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from absl import flags
-from ml_collections import config_flags
 
-from ibjax import errors, run
-from ibjax.errors import InputError
+from ibjax import aot, errors, run
+from ibjax import main as command_line
 from ibjax.models import layers
 
 
@@ -90,28 +89,27 @@ def table(found: Complexity) -> str:
     width = max(len(name) for name in ["part", *names])
     lines = [f"{'part':<{width}}  {'parameters':>12}  {'multiply-adds':>15}"]
     lines += [f"{name:<{width}}  {parameters:>12,}  {operations:>15,}" for name, parameters, operations in rows]
-    sums = f"{rows[-1][1] / 1e6:.2f} M parameters, {rows[-1][2] / 1e9:.2f} G multiply-adds"
+    sums = f"{_short(rows[-1][1])} parameters, {_short(rows[-1][2])} multiply-adds"
     return "\n".join([*lines, sums])
+
+
+def _short(count):
+    """As "6.67 G", "0.07 M" or "9,999"."""
+    unit, name = (1e9, "G") if count >= 1e8 else (1e6, "M")
+    return f"{count / unit:.2f} {name}" if count >= 1e4 else f"{count:,}"
 
 
 def main() -> None:
     """The command line of this module."""
-    values = flags.FlagValues()
-    given = config_flags.DEFINE_config_file("config", help_string="the recipe, FILE.py[:arg]", flag_values=values)
-    shape = flags.DEFINE_list("shape", ["32", "32", "3"], "of an image: H,W,C", flag_values=values)
-    classes = flags.DEFINE_integer("classes", 10, "that the network tells apart", flag_values=values)
+    parser = command_line.recipe_command_line("ibjax.analysis.complexity", __doc__)
+    aot.add_images(parser)
+    given, recipe = command_line.parse_recipe(parser)
 
     def command():
-        try:
-            values(sys.argv)
-            if not values["config"].present:
-                raise InputError("--config is missing; give --config=configs/NAME.py[:arg]")
-            section, size = given.value.model, tuple(map(int, shape.value))
-        except (flags.Error, OSError, ValueError) as error:
-            raise InputError(str(error).splitlines()[-1]) from None
-        if len(size) != 3 or min(size) < 1 or classes.value < 1:
-            raise InputError(f"--shape={shape.value} --classes={classes.value}: give H,W,C and at least one class")
-        print(table(complexity(run.build_model(section, classes.value, "model"), size)))
+        settings = recipe()
+        shape, classes = aot.images_of(settings.data, given.shape, given.classes)
+        print(aot.in_words(shape, classes))
+        print(table(complexity(run.build_model(settings.model, classes, "model"), shape)))
 
     errors.exit_with(command)
 

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ibjax import cluster, errors, losses, run
-from ibjax.analysis import calibration
+from ibjax.analysis import calibration, output
 from ibjax.data import Split, corruptions, stratified, tfds
 from ibjax.errors import DataError, InputError
 from ibjax.step import linen_net, to_float
@@ -102,9 +102,13 @@ def evaluate(
     """Evaluates a run and writes and returns its record; networks trained in bfloat16 are scored in float32."""
     if n is not None and n < 1:
         raise InputError(f"n={n} is not allowed; give a whole number of at least 1")
+    shape = run.read_config(workdir)[1]["input_shape"]
+    if tuple(shape) != (corruptions.SIZE, corruptions.SIZE, 3):
+        raise InputError(
+            f"{workdir} takes images of {'×'.join(map(str, shape))}, and the corruptions of CIFAR-10-C are made for "
+            f"32×32×3: blur, pixels and JPEG blocks of that size would say nothing of others; give a run on such images"
+        )
     trained = run.load(workdir, checkpoint)
-    if tuple(trained.facts["input_shape"]) != (corruptions.SIZE, corruptions.SIZE, 3):
-        raise InputError(f"{workdir} takes images {trained.facts['input_shape']}; the corruptions are of 32×32 RGB")
     if generate:
         source = generated(run.test_split(trained), trained.facts["label"], n=n)
     else:
@@ -122,9 +126,7 @@ def evaluate(
         "acc": table,
         "missing": [name for name in corruptions.TWELVE if name not in table],
     }
-    if jax.process_index() == 0:
-        name = f"{checkpoint}.calibrated" if calibrated else checkpoint
-        run.write_json(workdir / "corruptions" / f"{name}.json", record)
+    output.record(workdir / "corruptions", f"{checkpoint}.calibrated" if calibrated else checkpoint, record)
     return record
 
 

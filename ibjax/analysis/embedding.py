@@ -1,7 +1,7 @@
 """What a network makes of its test images, in two dimensions: t-SNE, Figure 3 of IB-RAR and Figure 8 of SiRIIB.
 
     python -m ibjax.analysis.embedding --workdir=DIR [--workdir=DIR2 …] [--checkpoint=best] [--attack=pgd-10] [--n=1000]
-                    [--tap=pre_logits] [--seed=33] [--names=plane,car,bird,…] [--picture=FILE.png]
+                    [--tap=pre_logits] [--seed=33] [--names=plane,car,bird,…] [--picture=FILE.pdf]
 
     silhouette = mean_i (b_i − a_i) / max(a_i, b_i)    a_i, b_i: the mean distance of image i's feature to those of its
                                                        own class, and of the nearest other one; between −1 and 1
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ibjax import cluster, errors, run
-from ibjax.analysis import attacked, pictures
+from ibjax.analysis import attacked, output, pictures
 from ibjax.errors import InputError, check_range, nearest
 from ibjax.results import attack_label
 from ibjax.scoring import percent
@@ -132,20 +132,11 @@ def evaluate(
         "tsne_seed": seed,
     }
     result = Embedding(record, embedded(found, seed), split.labels, classes)
-    if jax.process_index() == 0:
-        _write(workdir / "embedding", result)
+    name = f"{checkpoint}.{attack}" + ("" if tap == "pre_logits" else f".{tap}")
+    arrays = dict(coordinates=result.coordinates, labels=result.labels, predictions=result.predictions)
+    output.arrays(workdir / "embedding", name, arrays)
+    output.record(workdir / "embedding", name, record)
     return result
-
-
-def _write(folder, result):
-    record = result.record
-    tap = "" if record["tap"] == "pre_logits" else f".{record['tap']}"
-    name = f"{record['checkpoint']}.{record['attack']}{tap}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with run.replacing(folder / f"{name}.npz") as temporary, temporary.open("wb") as handle:
-        arrays = dict(coordinates=result.coordinates, labels=result.labels, predictions=result.predictions)
-        np.savez_compressed(handle, **arrays)
-    run.write_json(folder / f"{name}.json", record)
 
 
 def compare(
@@ -197,14 +188,11 @@ def draw(results: Sequence[Embedding], names: Sequence[str]) -> Any:
     for panel, result in zip(panels, results, strict=False):
         record = result.record
         (left, low), (right, high) = middle - reach, middle + reach
-        panel.set(xlim=(left, right), ylim=(low, high), aspect="equal")
-        panel.tick_params(labelsize=7)
+        panel.set(xlim=(left, right), ylim=(low, high), aspect="equal", xticks=[], yticks=[])  # t-SNE has no unit
         panel.set_title(record["title"], fontsize=10, parse_math=False)
         numbers = f"accuracy {record['acc']:.1f} %, silhouette {record['silhouette']:.2f}".replace("-", "−")
         panel.set_xlabel(f"{_shown(record)}\n{numbers}", fontsize=8, parse_math=False)
         scatter = _scatter(panel, result, classes)
-        if classes <= len(COLOURS) * len(_MARKS):
-            _name_clusters(panel, result, names)
     for panel in panels[len(results) :]:
         panel.set_visible(False)
     if classes > len(COLOURS) * len(_MARKS):
@@ -225,17 +213,6 @@ def _scatter(panel, result, classes):
         colours = [COLOURS[c % len(COLOURS)] for c in labels[shown]]
         panel.scatter(x[shown], y[shown], c=colours, marker=mark, **style)
     return None
-
-
-def _name_clusters(panel, result, names):
-    """The name of each class at the median of its points."""
-    from matplotlib.patheffects import withStroke
-
-    halo = [withStroke(linewidth=2.5, foreground="white")]
-    for c in np.unique(result.labels):
-        x, y = np.median(result.coordinates[result.labels == c], axis=0)
-        style = dict(ha="center", va="center", fontsize=8, path_effects=halo)
-        panel.text(x, y, names[c], parse_math=False, **style)
 
 
 def _legend(drawn, names):
@@ -263,7 +240,7 @@ def main() -> None:
 
     def command():
         pictures.check(given.picture)
-        names = attacked.class_names(given.names, run.read_config(given.workdir[0])[1]["num_classes"])
+        names = attacked.class_names(given.names, run.read_config(given.workdir[0])[1])
         cluster.initialize()
         options = dict(attack=given.attack, n=given.n, tap=given.tap, seed=given.seed)
         results = compare(given.workdir, given.checkpoint, **options)

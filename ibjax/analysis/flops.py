@@ -1,6 +1,7 @@
 """The FLOPs audit: does a compiled train step compute what its method needs, and nothing twice?
 
     python -m ibjax.analysis.flops --config=configs/NAME.py[:arg] [--batch=8] [--shape=32,32,3 --classes=10]
+                                   [--config.KEY=…]
 
     ratio    = FLOPs of the compiled step / FLOPs of one compiled forward pass in evaluation mode, same batch
     expected = forward passes that the method's page amounts to; an input gradient costs 2, an update 3
@@ -36,18 +37,17 @@ A rolled loop's body is counted once, so the attack is unrolled here. `--shape` 
 configuration's data. The command compiles for the CPU, whatever else is there.
 """
 
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from ibjax import errors
+from ibjax import aot, errors
+from ibjax import main as command_line
 from ibjax.config import TEACHERS
-from ibjax.errors import InputError
+from ibjax.errors import check_range
 from ibjax.experiment import build, initial_state
 from ibjax.step import Net, Variables
 
@@ -186,24 +186,18 @@ def audit(settings: ConfigDict) -> dict[str, Any]:
 
 def main() -> None:
     """The command line of this module."""
-    values = flags.FlagValues()
-    given = config_flags.DEFINE_config_file("config", help_string="the recipe, FILE.py[:arg]", flag_values=values)
-    size = flags.DEFINE_integer("batch", 8, "batch size of the audit", flag_values=values)
-    shape = flags.DEFINE_list("shape", None, "of synthetic images in place of the data: H,W,C", flag_values=values)
-    classes = flags.DEFINE_integer("classes", 10, "of the synthetic images", flag_values=values)
+    parser = command_line.recipe_command_line("ibjax.analysis.flops", __doc__)
+    parser.add_argument("--batch", type=int, default=8, help="batch size of the audit; default: %(default)s")
+    aot.add_images(parser)
+    given, recipe = command_line.parse_recipe(parser)
 
     def command():
-        try:
-            values(sys.argv)
-            settings = given.value
-        except (flags.Error, OSError, ValueError) as error:
-            raise InputError(str(error).splitlines()[-1]) from None
-        if settings is None:
-            raise InputError("--config is missing; python -m ibjax.analysis.flops --config=configs/digits.py")
-        settings.batch_size = size.value
-        if shape.value:
-            noise = dict(name="synthetic", shape=tuple(map(int, shape.value)), num_classes=classes.value)
-            settings.data = noise | dict(val_size=classes.value, split_seed=0)
+        check_range("--batch", given.batch, 1)
+        settings = recipe()
+        settings.batch_size = given.batch
+        if given.shape is not None or given.classes is not None:
+            shape, classes = aot.images_of(settings.data, given.shape, given.classes)
+            settings.data = dict(name="synthetic", shape=shape, num_classes=classes, val_size=classes, split_seed=0)
         jax.config.update("jax_platforms", "cpu")
         for name, value in audit(settings).items():
             print(f"{name:15}", value if isinstance(value, str | int | None) else f"{value:,.5g}")

@@ -10,7 +10,6 @@ less. Prints the table and the flag for the recipe, and writes DIR/layers.json; 
 it trains on where it stopped.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from ml_collections import ConfigDict
 
 from ibjax import cluster, config, errors, run, train
 from ibjax import main as command_line
+from ibjax.analysis import output
 from ibjax.analysis.attacked import attack
 from ibjax.errors import InputError
 from ibjax.experiment import build
@@ -75,8 +75,7 @@ def choose(settings: ConfigDict, workdir: Path, gain: float = 1.0) -> dict[str, 
     robust = [name for name, row in accuracy.items() if name != "none" and row["gain"] >= gain]
     where = dict(selected_on=settings.select_on, n=len(split.labels))
     found = dict(attack=pgd, **where, gain=gain, accuracy=accuracy, layers=robust)
-    if jax.process_index() == 0:
-        run.write_json(workdir / "layers.json", found)
+    output.record(workdir, "layers", found)
     return found
 
 
@@ -94,7 +93,7 @@ def table(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """The command line of this module."""
-    parser = argparse.ArgumentParser(prog="python -m ibjax.analysis.layers", allow_abbrev=False, description=__doc__)
+    parser = run.bare_command_line("ibjax.analysis.layers", __doc__)
     parser.add_argument("--gain", type=float, default=1.0, help="points of accuracy that make a layer robust")
     given, rest = parser.parse_known_args()
 

@@ -1,6 +1,6 @@
 """What SiRIIB's calibration makes of attacked images, seen and measured: Figures 4 and 9 to 11 of SiRIIB.
 
-    python -m ibjax.analysis.modulation --workdir=DIR [--checkpoint=best] [--n=1000] [--picture=FILE.png]
+    python -m ibjax.analysis.modulation --workdir=DIR [--checkpoint=best] [--n=1000] [--picture=FILE.pdf]
                                         [--attacks=pgd-20,cw-20,siriib-svd-20,siriib-info-20]
 
     passed = mean ‖x_avg(x') − x_avg(x)‖ / ‖x' − x‖         how much of a perturbation passes, over images that moved
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ibjax import cluster, errors, run
-from ibjax.analysis import attacked, pictures
+from ibjax.analysis import attacked, output, pictures
 from ibjax.attacks.named import named
 from ibjax.data import stratified
 from ibjax.errors import InputError
@@ -129,8 +129,7 @@ def evaluate(
         **{key: settings[key] for key in ("norm", "eps", "step_size")},
         "changes": changes,
     }
-    if jax.process_index() == 0:
-        run.write_json(workdir / "modulation" / f"{checkpoint}.json", record)
+    output.record(workdir / "modulation", checkpoint, record)
     return record, shown
 
 

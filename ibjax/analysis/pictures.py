@@ -1,5 +1,6 @@
-"""PNG pictures of the analyses, on white, drawn without a display. matplotlib is loaded by the first of them.
+"""Pictures of the analyses, on white, drawn without a display. matplotlib is loaded by the first of them.
 
+A file's name says its kind: .png in 300 dots an inch, or .pdf and .svg, whose lines and letters stay lines and letters.
 Text in which a $ is to be a $, as a run's title, is given with parse_math=False.
 """
 
@@ -13,38 +14,48 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax import run
+from ibjax.analysis import output
 from ibjax.errors import InputError
 from ibjax.results import attack_label
 from ibjax.step import to_float
 
-_DPI = 140
+SUFFIXES = (".png", ".pdf", ".svg")
+_DPI = 300
+_STYLE = {
+    "svg.fonttype": "none",  # letters, not their outlines
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "ibjax",  # the same numbers give the same bytes
+}
+_METADATA: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
     """Adds --picture, for `check` and then for drawing."""
-    parser.add_argument("--picture", type=Path, help="draw it into FILE.png")
+    parser.add_argument("--picture", type=Path, help="draw it into FILE.pdf, FILE.svg or FILE.png")
 
 
 def check(file: Path | None) -> None:
-    """Raises InputError unless a picture of this name, if any, is a PNG; before the work, not after it."""
-    if file is not None and file.suffix.lower() != ".png":
-        raise InputError(f"--picture={file} is no PNG file; give a name that ends in .png")
+    """Raises InputError unless the name of a picture, if any, says a known kind; before the work, not after it."""
+    if file is not None and file.suffix.lower() not in SUFFIXES:
+        raise InputError(f"--picture={file} has no known ending; give a name that ends in {', '.join(SUFFIXES)}")
 
 
 def figure(width: float, height: float, layout: str | None = "constrained") -> Any:
     """An empty matplotlib Figure, in inches."""
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it reports every font that it finds
+    for chatty in ("matplotlib", "fontTools"):  # they report every font and every part of one
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout=layout, facecolor="white")
 
 
 def save(drawn: Any, file: Path) -> None:
-    """Writes a Figure as a PNG, whole or not at all; its folder is made."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with run.replacing(file) as temporary:
-        drawn.savefig(temporary, format="png", dpi=_DPI)
+    """Writes a Figure, whole or not at all, and says where; its folder is made."""
+    from matplotlib import rc_context
+
+    kind = file.suffix.lower().removeprefix(".")
+    with output.writing(file) as temporary, rc_context(_STYLE):
+        drawn.savefig(temporary, format=kind, dpi=_DPI, metadata=_METADATA.get(kind))
 
 
 # ---- images ------------------------------------------------------------------------------------------------

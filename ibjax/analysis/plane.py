@@ -1,7 +1,7 @@
 """The information plane of a network while it trains: Figure 5 of IB-RAR (Xu et al., 2023).
 
     python -m ibjax.analysis.plane --config=configs/ib_rar.py:vgg16-ce --workdir=DIR [--every=50] [--n=200]
-                                   [--taps=stage4] [--attack=pgd-10] [--picture=FILE.png] [--config.epochs=20 …]
+                                   [--taps=stage4] [--attack=pgd-10] [--picture=FILE.pdf] [--config.epochs=20 …]
 
     per layer l, every so many steps:    ( nHSIC(X, T_l), nHSIC(Y, T_l) )     Gaussian kernels, of one-hot labels too,
                                                                               σ = 5: see information/hsic.py
@@ -16,9 +16,9 @@ network is the first record and the trained one the last. The published code lea
 the paper does not say which ones they are: ours have each class in proportion. Its values per channel are left out.
 
 The network is the one that `ibjax.main` trains from this configuration, to the bit; it is not kept. The teacher of a
-recipe must be in DIR/teacher already. Writes DIR/plane.json, every tenth record and at the end. On a finished one the
-same command reads it and draws it again, another configuration is refused; a training that was stopped is not resumed,
-it starts again.
+recipe is trained first, in DIR/teacher, where it is not there yet. Writes DIR/plane.json, every tenth record and at the
+end. On a finished one the same command reads it and draws it again, another configuration is refused; a training that
+was stopped is not resumed, it starts again.
 """
 
 import json
@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from ibjax import cluster, config, errors, feed, run, train
 from ibjax import main as command_line
-from ibjax.analysis import embedding, pictures
+from ibjax.analysis import embedding, output, pictures
 from ibjax.attacks.named import named
 from ibjax.data import stratified, subset
 from ibjax.errors import DivergedError, InputError, PreemptedError, check_range, nearest
@@ -85,9 +85,16 @@ def record(
     """
     check_range("--every", every, 1)
     check_range("--n", n, 2)
-    settings = config.effective(config.complete(settings))
-    teachers = command_line.jobs(settings, workdir)[-1].teachers
-    train.check(settings, teachers)
+    alone = config.effective(config.complete(settings).copy_and_resolve_references())
+    alone.contrast = {}
+    jobs = command_line.jobs(alone, workdir)
+    for job in jobs:  # all before the first: what is wrong with the last must not cost the training of a teacher
+        train.check(job.settings, job.teachers)
+    settings, teachers = jobs[-1].settings, jobs[-1].teachers
+    _measure(build(settings, teachers, abstract=True), n, taps, attack)
+    for job in jobs[:-1]:
+        with run.lock(job.workdir):
+            train.train(build(job.settings, job.teachers), job.workdir)
     with run.lock(workdir):
         experiment = build(settings, teachers)
         measure, names = _measure(experiment, n, taps, attack)
@@ -185,10 +192,11 @@ def _train(experiment, workdir, about, measure):
                     raise DivergedError(f"nHSIC became NaN or Inf by step {step}; lower optimizer.lr")
                 if len(steps) % _RECORDS == 0 or step == total:
                     found = _record(experiment, workdir, about, variables, steps, rows)
+                    if step == total:
+                        output.record(workdir, "plane", found)
+                        return found
                     if first:
                         run.write_json(workdir / "plane.json", found)
-                    if step == total:
-                        return found
                     if first and not visible:
                         left = (time.perf_counter() - began) / step * (total - step)
                         log.info("%s: step %d of %d, %.0f s left", _title(settings), step, total, left)

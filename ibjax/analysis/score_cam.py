@@ -2,7 +2,7 @@
 Ding, Mardziel & Hu, "Score-CAM: Score-Weighted Visual Explanations for Convolutional Neural Networks", CVPRW 2020.
 
     python -m ibjax.analysis.score_cam --workdir=DIR [--checkpoint=best] [--attack=pgd-20] [--n=8] [--tap=stage4]
-                                       [--picture=FILE.png] [--names=plane,car,bird,cat,deer,dog,frog,horse,ship,truck]
+                                       [--picture=FILE.pdf] [--names=plane,car,bird,cat,deer,dog,frog,horse,ship,truck]
 
     M_k = unit(up(A_k))                        A_k channel k of the tap, up: bilinear to the size of x
     w_k = softmax(f(x ⊙ M_k))_c                unit(a) = (a − min a) / (max a − min a)
@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ibjax import cluster, errors, run
-from ibjax.analysis import attacked, pictures
+from ibjax.analysis import attacked, output, pictures
 from ibjax.data import stratified
 from ibjax.errors import InputError, nearest
 from ibjax.models import layers
@@ -129,11 +129,9 @@ def evaluate(
     arrays: dict[str, np.ndarray] = {"label": split.labels}
     for suffix, x, m, classes in zip(pair, pair.values(), maps, predicted, strict=True):
         arrays |= {f"x{suffix}": x, f"map{suffix}": m, f"predicted{suffix}": classes}
-    if jax.process_index() == 0:
-        run.write_json(workdir / "score_cam" / f"{checkpoint}.json", record)
-        small = {name: a.astype(np.float16) if a.dtype == np.float32 else a for name, a in arrays.items()}
-        with run.replacing(workdir / "score_cam" / f"{checkpoint}.npz") as temporary, temporary.open("wb") as handle:
-            np.savez_compressed(handle, **small)
+    output.record(workdir / "score_cam", checkpoint, record)
+    small = {name: a.astype(np.float16) if a.dtype == np.float32 else a for name, a in arrays.items()}
+    output.arrays(workdir / "score_cam", checkpoint, small)
     return record, arrays
 
 
@@ -170,7 +168,7 @@ def draw(record: dict[str, Any], arrays: dict[str, np.ndarray], file: Path, name
             column[row].set_title(text, fontsize=8, pad=2, color=colour, parse_math=False)
             pictures.show(column[row], image)
             pictures.show(column[row + 1], np.mean(to_float(jnp.asarray(image)), -1, keepdims=True))
-            heat = column[row + 1].imshow(arrays[f"map{suffix}"][i], cmap="turbo", vmin=0, vmax=1, alpha=0.55)
+            heat = column[row + 1].imshow(arrays[f"map{suffix}"][i], cmap="viridis", vmin=0, vmax=1, alpha=0.6)
     for row in (1, 3):
         bar = panels[row, -1].inset_axes((1.08, 0, 0.08, 1))
         drawn.colorbar(heat, cax=bar, ticks=[0, 1]).ax.tick_params(labelsize=8)
@@ -191,7 +189,7 @@ def main() -> None:
     def command():
         pictures.check(given.picture)
         cluster.initialize()
-        names = attacked.class_names(given.names, run.read_config(given.workdir)[1]["num_classes"])
+        names = attacked.class_names(given.names, run.read_config(given.workdir)[1])
         record, arrays = evaluate(given.workdir, given.checkpoint, attack=given.attack, n=given.n, tap=given.tap)
         if jax.process_index() == 0:
             print("\n".join(lines(record)))

@@ -1,7 +1,7 @@
 """Whether an attack lies in the singular values of an image: Figures 1 and 2 of SiRIIB.
 
     python -m ibjax.analysis.singular --workdir=DIR [--checkpoint=best] [--attacks=pgd-20,cw-20,autoattack] [--n=1000]
-                                      [--picture=FILE.png]
+                                      [--picture=FILE.pdf]
 
     x = U Σ Vᵀ,   x' = U' Σ' V'ᵀ                               of each channel, an H×W matrix; values descending
 
@@ -36,8 +36,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ibjax import cluster, errors, run
-from ibjax.analysis import pictures
-from ibjax.analysis.attacked import attack, load, predictions
+from ibjax.analysis import output, pictures
+from ibjax.analysis.attacked import attack, class_names, load, predictions
 from ibjax.results import attack_label
 from ibjax.scoring import TOLERANCE, percent
 from ibjax.step import linen_net, to_float
@@ -147,10 +147,9 @@ def evaluate(
         "acc": accuracy,
         "perturbation": perturbation,
     }
-    if jax.process_index() == 0:
-        run.write_json(workdir / "singular" / f"{checkpoint}.json", record)
-        if picture is not None:
-            draw(examples, record, picture)
+    output.record(workdir / "singular", checkpoint, record)
+    if jax.process_index() == 0 and picture is not None:
+        draw(examples, record, class_names(None, trained.facts), picture)
     return record
 
 
@@ -174,8 +173,11 @@ def lines(record: dict[str, Any]) -> Iterable[str]:
 # ---- the picture -------------------------------------------------------------------------------------------
 
 
-def draw(examples: dict[str, Example], record: dict[str, Any], file: Path) -> None:
-    """Figure 2 as a PNG: the images of each attack side by side; both differences in one scale, which is stated."""
+def draw(examples: dict[str, Example], record: dict[str, Any], classes: Sequence[str], file: Path) -> None:
+    """Figure 2: the images of each attack side by side; both differences in one scale, which is stated.
+
+    classes: what they are called, in order.
+    """
     size = np.quantile([np.abs(_differences(example)) for example in examples.values()], 0.999)
     scale = max(1, int(0.5 / size)) if size > 1e-3 else 1  # the largest whole one that clips at most a thousandth
     names = ("x", "x′", "x″", f"x′ − x\n(× {scale})", f"x″ − x′\n(× {scale})")
@@ -192,7 +194,7 @@ def draw(examples: dict[str, Example], record: dict[str, Any], file: Path) -> No
     for i, (name, example) in enumerate(examples.items()):
         block = panels[:, i * (shown + 1) :][:, :shown]
         block[0, 0].set_title(attack_label(name), loc="left", fontsize=10)
-        _fill(block, example, scale)
+        _fill(block, example, scale, classes)
     pictures.save(drawn, file)
 
 
@@ -200,7 +202,7 @@ def _differences(example):
     return np.stack([example.x_adv - example.x, example.swapped - example.x_adv])
 
 
-def _fill(panels, example, scale):
+def _fill(panels, example, scale, names):
     """The images into (5, k) panels; classes below the first three rows, wrong ones in red."""
     rows = [example.x, example.x_adv, example.swapped, *(0.5 + scale * _differences(example))]
     under = [example.label, example.predicted_adv, example.predicted_swapped, None, None]
@@ -210,7 +212,8 @@ def _fill(panels, example, scale):
             panel.set(xticks=[], yticks=[])
             if classes is not None:
                 wrong = classes[i] != example.label[i]
-                panel.set_xlabel(str(classes[i]), color="#b00020" if wrong else "black", labelpad=2)
+                colour = "#b00020" if wrong else "black"
+                panel.set_xlabel(names[classes[i]], color=colour, labelpad=2, parse_math=False)
 
 
 def main() -> None:

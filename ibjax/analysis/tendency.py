@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from ibjax import cluster, errors, run
-from ibjax.analysis import attacked
+from ibjax.analysis import attacked, output
 from ibjax.errors import InputError
 from ibjax.results import attack_label
 from ibjax.step import linen_net
@@ -60,15 +60,14 @@ def evaluate(
         **{key: settings[key] for key in ("norm", "eps", "step_size")},
         "counts": counts(split.labels, classes, trained.facts["num_classes"]).tolist(),
     }
-    if jax.process_index() == 0:
-        run.write_json(workdir / "tendency" / f"{checkpoint}.{attack}.json", record)
+    output.record(workdir / "tendency", f"{checkpoint}.{attack}", record)
     return record
 
 
 def lines(record: dict[str, Any], top: int = 4, names: list[str] | None = None) -> Iterable[str]:
     """The record as a Markdown table."""
     table = np.array(record["counts"])
-    names = names or attacked.class_names(None, len(table))
+    names = names or attacked.class_names(None, {"num_classes": len(table)})
     order = ranked(table, top)
     about = f"{attack_label(record['attack'])}, {record['norm']} eps {record['eps']}"
     yield f"{record['title']} on {record['dataset']}, n = {record['n']}, {about}"
@@ -93,7 +92,7 @@ def main() -> None:
     def command():
         if given.top < 1:
             raise InputError(f"--top={given.top} is not allowed; give a whole number of at least 1")
-        names = attacked.class_names(given.names, run.read_config(given.workdir)[1]["num_classes"])
+        names = attacked.class_names(given.names, run.read_config(given.workdir)[1])
         cluster.initialize()
         record = evaluate(given.workdir, given.checkpoint, attack=given.attack, n=given.n)
         if jax.process_index() == 0:

@@ -150,6 +150,17 @@ def hold_out(split: Split, size: int, seed: int) -> tuple[Split, Split | None]:
     return subset(split, rest), subset(split, held)
 
 
+def first_of_each(labels: np.ndarray, size: int) -> np.ndarray:
+    """Sorted indices of `size` examples, of as many classes as there are: the first of each, then the second, ….
+
+    Of more classes than examples, those whose first example comes first.
+    """
+    rank = np.empty(len(labels), int)  # of each example within its class
+    for c in np.unique(labels):
+        rank[labels == c] = np.arange(np.sum(labels == c))
+    return np.sort(np.argsort(rank, kind="stable")[:size])
+
+
 def stratified(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
     """Sorted indices of `size` examples in which each class has its share, to within one example."""
     rng = np.random.default_rng(seed)

@@ -1,0 +1,108 @@
+"""Commands that make the numbers of a report again, to be pasted into a shell as they are.
+
+Guarantee (test of the same name): a shell splits each command into the arguments that are meant, whatever a path holds.
+"""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ibjax import results
+from ibjax.attacks.geometry import fraction
+from ibjax.results import Record, is_transfer
+
+
+class Block(NamedTuple):
+    """Commands under a heading, which is text for a reader and no part of them."""
+
+    heading: str
+    commands: list[str]
+
+
+def blocks(runs: Sequence[Any], out: Path, each: bool) -> list[Block]:
+    """How to train, evaluate and report `report.RunResults` again; a run inside another is trained by that one."""
+    folders = [run.folder.resolve() for run in runs]
+    top = [run for run in runs if not any(folder in run.folder.resolve().parents for folder in folders)]
+    found = []
+    for run in top:
+        if "imported" in run.facts:
+            found.append(Block(f"{run.title}: {imported_from(run)}", []))
+            continue
+        taught = (run.config.get("teacher") or {}).get("workdir")
+        heading = f"{run.title}: train again" + (f", with the teacher in {taught}" if taught else "")
+        again = _command("main", config=run.folder / "config.json", workdir=f"{run.folder}-again")
+        found.append(Block(heading, [again]))
+    sources = {record["weights"]: run.folder for run in runs for record in run.records if "weights" in record}
+    for run in runs:
+        commands, missing = _evaluations(run, sources)
+        if commands:
+            found.append(Block(f"{run.title}: evaluate again", commands))
+        found += [Block(f"{run.title}: {text}", []) for text in missing]
+    options = ["--each"] if each else []
+    found.append(Block("This report", [_command("report", *(run.folder for run in top), *options, out=out)]))
+    return found
+
+
+def imported_from(run: Any) -> str:
+    """Where an imported network comes from."""
+    source = dict(run.facts["imported"])
+    return f"imported by ibjax.convert from {source.get('file')}, sha256 {source.get('sha256')}"
+
+
+def _command(module, *positional, **options):
+    words = ["python", "-m", f"ibjax.{module}", *map(str, positional)]
+    words += [f"--{name}={value}" for name, value in options.items() if value is not None]
+    return shlex.join(words)
+
+
+def _evaluations(run, sources):
+    """(commands, what cannot be one): the main records of a run, those of one checkpoint and setting in one command."""
+    groups: dict[tuple, list[Record]] = {}
+    for record in filter(results.is_main, run.records):
+        made = record.get("attack_settings")
+        source = (made.get("surrogate") or {}).get("weights") if isinstance(made, dict) else None
+        if is_transfer(record["attack"]) and source not in sources:
+            source = record["attack"].partition(" from ")[2]  # its name; the weights say no more
+        key = record["checkpoint"], record["n"], record["norm"], str(record["eps"]), record.get("samples"), source
+        groups.setdefault(key, []).append(record)
+    commands, missing = [], []
+    for (checkpoint, n, norm, eps, samples, source), group in groups.items():
+        if source is not None and source not in sources:
+            missing.append(f"its attacks from {source} need that run, which is not on this page")
+            continue
+        names = sorted({record["attack"].partition(" from ")[0] for record in group}, key=results.strength)
+        options = dict(workdir=run.folder, checkpoint=checkpoint, attacks=",".join(names))
+        options |= {} if n == run.facts.get("n_test") else {"n": n}
+        options |= _threat(run.config, norm, eps, group)
+        commands.append(_command("evaluate", **options, samples=samples, surrogate=sources.get(source)))
+    return commands, missing
+
+
+def _threat(configuration, norm, eps, group):
+    """The options of a threat model that is not the run's own, as of a teacher that its student's settings attacked."""
+    own = {**(configuration.get("threat") or {}), **_given(configuration.get("evaluate") or {})}
+    same = norm == own.get("norm") and _length(eps) == _length(own.get("eps"))
+    steps = {str(record["step_size"]) for record in group if _takes_step(record)}
+    step = steps.pop() if len(steps) == 1 else None
+    if same and (step is None or own.get("step_size") is None or _length(step) == _length(own["step_size"])):
+        return {}
+    return {**({} if same else {"norm": norm, "eps": eps}), "step_size": step}
+
+
+def _given(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in section.items() if value is not None}
+
+
+def _takes_step(record):
+    """Whether an attack has the step size of its evaluation, and not one of its own."""
+    family, _, steps = record["attack"].rpartition("-")
+    return family in ("pgd", "cw", "margin", "bim", "mim", "nifgsm") and steps.isdecimal()
+
+
+def _length(value):
+    """A length as a number; None where it is none."""
+    try:
+        return float(fraction(value))
+    except (TypeError, ValueError):
+        return None

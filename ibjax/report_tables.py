@@ -1,0 +1,412 @@
+"""Tables and curves of result records: what stands in which line, and how much a number says.
+
+A line is one network, or the runs of a recipe that differ in their seed alone.
+
+Guarantees (tests of the same names): the worst case counts the images that withstand every attack; no line loses its
+worst case because another one has more attacks; one network is one line, whatever its checkpoint is called.
+"""
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ibjax.attacks.geometry import fraction
+from ibjax.results import (
+    Record,
+    attack_label,
+    departed,
+    is_bounded,
+    is_main,
+    network_label,
+    robust_flags,
+    run_label,
+    strength,
+)
+
+# ---- rows --------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """All records of one network on one set of images: every attack, every eps once, sorted by both."""
+
+    label: str  # unique among rows
+    records: list[Record]
+    checkpoints: tuple[str, ...]  # all names that the network has, as ("best", "last") where both are of one step
+
+
+class Family(NamedTuple):
+    """Rows that a table shows as one line: one row, or those of runs that differ in their seed alone."""
+
+    label: str  # unique among families
+    rows: list[Row]
+    checkpoints: tuple[str, ...]  # names that all of its rows have
+
+
+# what rows of one title may differ in; as many of these as are needed tell them apart, in this order
+_PARTS = ("checkpoint", "step", "seed", "n", "dataset", "norm", "count", "folder")
+# parts of a configuration in which runs may differ and be seeds of one another: they do not change what is learned
+_FREE = ("seed", "title", "evaluate", "contrast", "log_every", "checkpoint_every", "steps_per_dispatch")
+
+
+def rows(records: Iterable[Record]) -> list[Row]:
+    """Groups records by network and images; rows of one title get what they differ in as part of their label.
+
+    Checkpoints of one step, and copies of a run, are one network: by the digest of the weights, where records have it.
+    """
+    groups: dict[str, list[Record]] = {}
+    for record in sources_told_apart(records):
+        network = [record.get("config", {}).get(section) for section in ("objective", "model", "attack")]
+        images = [record.get(part) for part in ("seed", "n", "dataset", "norm", "count")]
+        key = json.dumps([network_label(record), _which(record), images, network], sort_keys=True)
+        groups.setdefault(key, []).append(record)
+    made = [
+        Row("", _each_once(group), tuple(sorted({record["checkpoint"] for record in group}, key=_checkpoint_order)))
+        for group in groups.values()
+    ]
+    labels = _labels([network_label(row.records[0]) for row in made], [_parts([row], row.checkpoints) for row in made])
+    return [row._replace(label=label) for row, label in zip(made, labels, strict=True)]
+
+
+def _which(record):
+    """What says that two records are of one network: the weights, or the step of a run, or its checkpoint."""
+    if "weights" in record:
+        return record["weights"]
+    step = record.get("step")
+    return [run_label(record), record["checkpoint"] if step is None else step]
+
+
+def _checkpoint_order(name):
+    """Sorts best, last, then steps."""
+    return name not in ("best", "last"), len(name) if name.isdecimal() else 0, name
+
+
+def _each_once(group):
+    """The records of a network sorted by attack and eps, each pair once: that at the main eps, then that of best."""
+    once: dict[tuple, Record] = {}
+    for record in sorted(group, key=lambda r: (not is_main(r), _checkpoint_order(r["checkpoint"]))):
+        once.setdefault((strength(record["attack"]), fraction(record["eps"])), record)
+    return [once[key] for key in sorted(once)]
+
+
+def _named(checkpoints):
+    return ", ".join(f"step {name}" if name.isdecimal() else name for name in checkpoints)
+
+
+def _labels(titles, parts):
+    """Titles with as many of `_PARTS` behind them as tell those of one title apart, else with a number."""
+    labels = []
+    for title, own in zip(titles, parts, strict=True):
+        others, chosen = [p for t, p in zip(titles, parts, strict=True) if t == title], []
+        for name in _PARTS:
+            distinct = len({_shown(other, chosen) for other in others})
+            if distinct < len(others) and len({_shown(other, [*chosen, name]) for other in others}) > distinct:
+                chosen.append(name)
+        label = ", ".join([title, *filter(None, _shown(own, chosen))])
+        taken = sum(known == label or known.startswith(f"{label} #") for known in labels)
+        labels.append(f"{label} #{taken + 1}" if taken else label)
+    return labels
+
+
+def _shown(parts, names):
+    values = {name: parts.get(name) for name in names}
+    bare = ("checkpoint", "folder")  # what these are is seen without their name
+    return tuple(
+        "" if value is None else str(value) if name in bare else f"{name} {value}" for name, value in values.items()
+    )
+
+
+def sources_told_apart(records: Iterable[Record]) -> list[Record]:
+    """The records, with a name for each surrogate that no other network has.
+
+    As "pgd-20 from WRN (step 8, weights 3fa1c2e4)"; one that is itself among the records has the name of its run.
+    """
+    records = list(records)
+    sources = [made for record in records if (made := _surrogate(record))]
+    names = {source["weights"]: str(source["title"]) for source in sources}
+    names |= {record["weights"]: run_label(record) for record in records if "weights" in record}
+    counts = Counter(names.values())
+    others = {record["title"] for record in records if "weights" not in record}
+
+    def told(record):
+        if not (source := _surrogate(record)):
+            return record
+        name = names[source["weights"]]
+        if counts[name] > 1 or name in others:
+            name += f" (step {source.get('step')}, weights {source['weights'][:8]})"
+        return {**record, "attack": f"{record['attack'].partition(' from ')[0]} from {name}"}
+
+    return [told(record) for record in records]
+
+
+def _surrogate(record):
+    """What a record says of the network that was attacked in place of its own; None where there was none."""
+    made = record.get("attack_settings")
+    source = made.get("surrogate") if isinstance(made, dict) else None
+    return source if isinstance(source, dict) and {"title", "weights"} <= source.keys() else None
+
+
+def families(records: Iterable[Record], each: bool = False) -> list[Family]:
+    """The rows of records; those of runs that differ in their seed alone together, unless `each` is asked for."""
+    alike: dict[str, list[Row]] = {}
+    for row in rows(records):
+        first = row.records[0]
+        images = [first.get(part) for part in ("n", "dataset", "norm", "count", "samples")]
+        key = json.dumps([without_seed(first.get("config", {}), first["title"]), images, row.label if each else None])
+        alike.setdefault(key, []).append(row)
+    found: dict[tuple[str, ...], Family] = {}  # by the labels of its rows
+    for group in alike.values():
+        for name in dict.fromkeys(name for row in group for name in row.checkpoints):
+            same = [row for row in group if name in row.checkpoints]
+            seeds = {row.records[0].get("seed") for row in same}
+            for members in [same] if len(seeds) == len(same) else [[row] for row in same]:  # no seed counts twice
+                family = found.setdefault(tuple(row.label for row in members), Family("", members, ()))
+                found[tuple(row.label for row in members)] = family._replace(checkpoints=(*family.checkpoints, name))
+    titles = [_title(family) for family in found.values()]
+    labels = _labels(titles, [_parts(family.rows, family.checkpoints) for family in found.values()])
+    seeds = [f", {len(family.rows)} seeds" if len(family.rows) > 1 else "" for family in found.values()]
+    made = zip(found.values(), labels, seeds, strict=True)
+    return [family._replace(label=label + suffix) for family, label, suffix in made]
+
+
+def _title(family):
+    """What the rows of a family are called; of names that differ, as those of folders, what they begin with."""
+    titles = list(dict.fromkeys(network_label(row.records[0]) for row in family.rows))
+    if len(titles) == 1:
+        return titles[0]
+    same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*titles, strict=False))
+    return "".join(letters[0] for letters in same).rstrip(" -_.,(") or ", ".join(titles)
+
+
+def _parts(members, checkpoints):
+    """What rows have in common, by the names of `_PARTS`."""
+    first, *others = (row.records[0] for row in members)
+    common = {part: first.get(part) for part in _PARTS if all(other.get(part) == first.get(part) for other in others)}
+    return {**common, "checkpoint": _named(checkpoints)}
+
+
+def without_seed(configuration: Mapping[str, Any], title: str) -> str:
+    """What runs have in common that differ in their seed alone, as text; `title` counts where the recipe gives one."""
+    kept = {name: value for name, value in configuration.items() if name not in _FREE}
+    return json.dumps([kept, title if configuration.get("title", title) else ""], sort_keys=True, default=str)
+
+
+# ---- tables ------------------------------------------------------------------------------------------------
+
+
+class Value(NamedTuple):
+    """An accuracy in percent, or the mean over seeds of some."""
+
+    mean: float
+    std: float | None  # the sample standard deviation over seeds; None of one run
+    count: int  # runs that have it
+    of: int  # runs of the line
+
+
+class Line(NamedTuple):
+    """One line of a table."""
+
+    label: str
+    checkpoint: str
+    selected_on: str
+    n: int
+    clean: Value
+    robust: dict[str, Value]  # by attack
+    worst: Value | None
+    worst_of: frozenset[str]  # the attacks that `worst` is over; every run of the line has them
+
+
+class Table(NamedTuple):
+    """Lines that may be compared: one data set, one threat model."""
+
+    dataset: str
+    norm: str
+    eps: str
+    attacks: list[str]
+    bounded: frozenset[str]  # of the attacks, those that keep to eps: what a worst case is over
+    lines: list[Line]
+
+
+def tables(records: Iterable[Record], each: bool = False) -> list[Table]:
+    """One table for each data set, norm and main eps, in the order of the records; `each`: a line for every seed."""
+    found: dict[tuple, Table] = {}
+    for family in families(records, each):
+        groups: dict[tuple, list[list[Record]]] = {}
+        for row in family.rows:
+            of_row: dict[tuple, list[Record]] = {}
+            for record in filter(is_main, row.records):
+                of_row.setdefault((record["dataset"], record["norm"], str(record["eps"])), []).append(record)
+            for key, group in of_row.items():
+                groups.setdefault(key, []).append(group)
+        for key, runs in groups.items():
+            line = _line(family, runs)
+            bounded = {record["attack"] for record in itertools.chain(*runs) if is_bounded(record)}
+            before = found.get(key, Table(*key, [], frozenset(), []))
+            attacks = sorted({*before.attacks, *line.robust}, key=strength)
+            found[key] = Table(*key, attacks, before.bounded | bounded, [*before.lines, line])
+    return list(found.values())
+
+
+def _line(family, runs):
+    """The line of a family from the records, of one table, of each of its runs."""
+    by_attack = [{record["attack"]: record for record in run} for run in runs]
+    attacks = dict.fromkeys(itertools.chain(*by_attack))
+    robust = {attack: [run[attack]["robust_acc"] for run in by_attack if attack in run] for attack in attacks}
+    first, total = runs[0][0], len(family.rows)
+    bounded = [{attack for attack in run if is_bounded(run[attack])} for run in by_attack]
+    common = frozenset.intersection(*map(frozenset, bounded))
+    worst = [_withstanding([run[attack] for attack in common]) for run in by_attack] if common else []
+    return Line(
+        family.label,
+        _named(family.checkpoints),
+        _selected_on(family, runs),
+        first["n"],
+        _value([run[0]["clean_acc"] for run in runs], total),
+        {attack: _value(values, total) for attack, values in robust.items()},
+        _value(worst, total) if worst else None,
+        common,
+    )
+
+
+def _selected_on(family, runs):
+    """Of a network that is best and last, what the best one was selected on."""
+    records = list(itertools.chain(*runs))
+    own = [record for record in records if record["checkpoint"] == family.checkpoints[0]]
+    return ", ".join(dict.fromkeys(record["selected_on"] for record in own or records))
+
+
+def _value(values, of):
+    values = np.array(values, np.float64)
+    return Value(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None, len(values), of)
+
+
+def _withstanding(records):
+    """Percent of images that withstand every one of these attacks."""
+    return 100 * float(np.mean(np.logical_and.reduce([robust_flags(record) for record in records])))
+
+
+def worst_case(records: Sequence[Record]) -> float | None:
+    """Percent of images that withstand every one of these attacks; None where there is one attack only."""
+    return None if len(records) < 2 else _withstanding(records)
+
+
+def text_of(value: Value | None) -> str:
+    """As "83.33", "83.33 ± 0.42" over seeds, "45.00 (1/3)" where one of three runs has it, "–" where none has."""
+    if value is None:
+        return "–"
+    spread = "" if value.std is None else f" ± {value.std:.2f}"
+    return f"{value.mean:.2f}{spread}" + (f" ({value.count}/{value.of})" if value.count < value.of else "")
+
+
+def cells(table: Table) -> list[list[str]]:
+    """A table as text, header first; the first two columns are words, the others numbers in percent."""
+    worst = len(table.bounded) > 1
+    header = ["run", "checkpoint / selected on", "n", "clean", *map(attack_label, table.attacks)]
+    grid = [[*header, "worst case"] if worst else header]
+    for line in table.lines:
+        numbers = [text_of(value) for value in (line.clean, *(line.robust.get(attack) for attack in table.attacks))]
+        if worst:  # that of fewer attacks is a bound
+            numbers.append(("≤ " if _is_bound(table, line) else "") + text_of(line.worst))
+        grid.append([line.label, f"{line.checkpoint} / {line.selected_on}", str(line.n), *numbers])
+    return grid
+
+
+def _is_bound(table, line):
+    return line.worst is not None and not line.worst_of >= table.bounded
+
+
+def notes(table: Table) -> list[str]:
+    """What the signs in a table mean, a sentence each; none where there are none."""
+    values = [value for line in table.lines for value in (line.clean, *line.robust.values(), line.worst) if value]
+    found = []
+    if len(table.bounded) > 1 and any(_is_bound(table, line) for line in table.lines):
+        found.append("≤: not every attack of the table was made on this run, so that its worst case is at most this.")
+    if any(value.std is not None for value in values):
+        found.append("±: mean and sample standard deviation over training seeds.")
+    if any(value.count < value.of for value in values):
+        found.append("(1/3): of so many of the seeds.")
+    return found
+
+
+def stages(table: Table, records: Iterable[Record], each: bool = False) -> list[list[list[str]]]:
+    """Robust accuracy after each attack of AutoAttack: for each list of attacks a grid of text, header first.
+
+    Of version "rand" these are the numbers of the authors' code, one draw for each image and attack; the last column is
+    that of the table, the mean over fresh draws of every adversarial image (of one run with its standard error).
+    """
+    found: dict[tuple[str, ...], list[list[str]]] = {}
+    for family in families(records, each):
+        of_attack: dict[tuple, list[Record]] = {}
+        for record in itertools.chain(*(row.records for row in family.rows)):
+            here = (record["dataset"], record["norm"], str(record["eps"])) == (table.dataset, table.norm, table.eps)
+            if here and is_main(record) and len(record.get("robust_after", {})) > 1:
+                names = (record["attack"], tuple(record["robust_after"]), record.get("draws"))
+                of_attack.setdefault(names, []).append(record)
+        for (attack, after, draws), runs in of_attack.items():
+            columns = zip(*(_stages_of(record) for record in runs), strict=True)
+            numbers = [text_of(_value(column, len(family.rows))) for column in columns]
+            names = [*map(attack_label, after)]
+            if draws:  # of a random network: the stages count one draw, as the authors' code
+                names = [*(f"{name}, one draw" for name in names), f"mean of {draws} draws"]
+                if len(runs) == 1:
+                    numbers[-1] += f" ± {runs[0]['standard_error']:.2f}"
+            found.setdefault(tuple(names), []).append([f"{family.label}, {attack_label(attack)}", *numbers])
+    return [[["robust after", "clean", *names], *lines] for names, lines in found.items()]
+
+
+def _stages_of(record):
+    """Clean accuracy, that after each attack and, of a random network, the mean over fresh draws."""
+    one_draw = record.get("reference", record)["clean_acc"]
+    return [one_draw, *record["robust_after"].values(), *([record["robust_acc"]] if "draws" in record else [])]
+
+
+def as_text(records: Iterable[Record], each: bool = False) -> str:
+    """The tables of records, as the terminal shows them, each with the stages of AutoAttack below it.
+
+    Runs that differ in their seed alone are one line, mean ± standard deviation; with `each` a line for every one.
+    """
+    texts, records = [], list(records)
+    for table in tables(records, each):
+        title = f"{table.dataset}, {table.norm}, eps {table.eps}: accuracy in percent"
+        texts.append("\n".join([title, *_aligned(cells(table), 2), *notes(table)]))
+        texts += ["\n".join(_aligned(grid, 1)) for grid in stages(table, records, each)]
+    texts += ["\n".join(found)] if (found := departed(records)) else []
+    return "\n\n".join(texts) or "no records: nothing has been evaluated yet"
+
+
+def _aligned(grid, words):
+    """Lines of text: the first `words` columns to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    for line in grid:
+        sides = [str.ljust] * words + [str.rjust] * (len(line) - words)
+        yield "  ".join(side(cell, width) for side, cell, width in zip(sides, line, widths, strict=True))
+
+
+# ---- curves ------------------------------------------------------------------------------------------------
+
+
+def ladders(row: Row) -> dict[str, list[tuple[float, str, float]]]:
+    """attack -> [(eps, eps as written, accuracy)], rising in eps from (0, "0", clean accuracy)."""
+    found: dict[str, list] = {}
+    for record in row.records:
+        points = found.setdefault(record["attack"], [(0.0, "0", record["clean_acc"])])
+        if fraction(record["eps"]) > 0:
+            points.append((fraction(record["eps"]), str(record["eps"]), record["robust_acc"]))
+    return found
+
+
+def curves(family: Family) -> dict[str, list[tuple[float, str, Value]]]:
+    """`ladders` over the seeds of a family, of the attacks that keep to eps."""
+    found: dict[str, dict[float, tuple[str, list[float]]]] = {}
+    for row in family.rows:
+        bounded = row._replace(records=list(filter(is_bounded, row.records)))
+        for attack, points in ladders(bounded).items():
+            for eps, text, accuracy in points:
+                found.setdefault(attack, {}).setdefault(eps, (text, []))[1].append(accuracy)
+    return {
+        attack: [(eps, text, _value(values, len(family.rows))) for eps, (text, values) in sorted(points.items())]
+        for attack, points in found.items()
+    }

@@ -1,0 +1,55 @@
+"""Every command line says what it takes, and git does not ask about what it writes."""
+
+import importlib
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(
+    str(file.relative_to(ROOT).with_suffix("")).replace("/", ".")
+    for file in (ROOT / "ibjax").rglob("*.py")
+    if file.parent.name != "torch_models"  # what an export brings along, to be run in its folder
+    and 'if __name__ == "__main__":' in file.read_text(encoding="utf-8")
+)
+
+
+def test_commands_are_found():
+    assert {"ibjax.main", "ibjax.aot", "ibjax.analysis.flops", "ibjax.data.prepare"} <= set(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_help_is_no_error_and_names_the_command_and_its_options(name, monkeypatch, capsys):
+    module = importlib.import_module(name)
+    entrance = getattr(module, "main", None)
+    if not callable(entrance):  # in ibjax.aot, main is the module of that name
+        entrance = module.command
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        entrance()
+    printed = capsys.readouterr()
+    assert stopped.value.code == 0 and not printed.err
+    assert name in printed.out and re.search(r"^\s+-", printed.out, re.MULTILINE)
+
+
+def git(*arguments):
+    """The lines that git prints in this source tree; the test is skipped where that is no repository."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("no git repository")
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stderr
+    return done.stdout.splitlines()
+
+
+def test_git_ignores_what_the_documented_commands_write_and_nothing_that_is_tracked():
+    documents = [ROOT / "README.md", ROOT / "configs" / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "\n".join(file.read_text(encoding="utf-8") for file in documents)
+    written = set(re.findall(r"--(?:workdir|out|to|picture)[ =]((?!/|~|\$|[A-Z])[\w./-]+)", text))
+    assert {"runs/digits", "report.html", "exported"} <= written
+    written |= {"runs/digits/report.html", "attention.pdf", "scores.svg", "slurm-17.out", "state.npz"}
+    assert written - set(git("check-ignore", "--no-index", *written)) == set()
+    assert git("ls-files", "-ci", "--exclude-standard") == []
