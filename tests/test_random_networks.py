@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ibjax import report_checks, report_tables, scoring
+from ibjax import report_checks, report_tables, results, scoring
 from ibjax.attacks import progress
 from ibjax.attacks.apgd import iterative_apgd
 from ibjax.attacks.autoattack import Drawn, autoattack
