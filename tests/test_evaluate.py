@@ -74,6 +74,14 @@ def test_batch_size_and_number_of_devices_change_no_flag(batch_size, devices):
     assert len(flags.robust) == N
 
 
+def test_the_images_that_are_kept_may_lie_anywhere():
+    """In several batches, and in the last one, whose rest is padding."""
+    (_, every), chosen = score(keep=N), np.array([0, 7, 8, N - 1])
+    np.testing.assert_array_equal(score(keep=chosen)[1], every[chosen])
+    np.testing.assert_array_equal(score(keep=3)[1], every[:3])
+    assert score(keep=np.array([], int))[1].shape == score()[1].shape == (0, *IMAGES.shape[1:])
+
+
 def test_another_seed_draws_other_starts():
     assert np.abs(score(keep=N)[1] - score(keep=N, seed=4)[1]).max() > 1e-3
 

@@ -264,6 +264,19 @@ def test_a_surrogate_that_is_the_run_itself_is_the_white_box(digits):
     assert "network of undefended" in report_page._describe(other)
 
 
+def test_examples_are_of_different_classes_where_the_images_are_sorted_by_class(digits, monkeypatch):
+    """As class folders are; of PGD and of AutoAttack, whose images come back in other ways."""
+    split = run.test_split(run.load(digits))
+    by_class = Split(*(part[np.argsort(split.labels, kind="stable")] for part in split))
+    monkeypatch.setattr(run, "test_split", lambda *_: by_class)
+    records = evaluate.evaluate(digits, attacks=("pgd-2", "apgd-ce"))
+    for name in ("pgd-2", "apgd-ce"):
+        with np.load(digits / f"eval/best/{name}.examples.npz") as kept:
+            assert kept["label"].tolist() == list(range(10)), name
+            assert np.abs(kept["x_adv"] - kept["x"]).max() <= 2 / 16 + 1e-6  # x' stands beside its own x
+    assert {record["chance_acc"] for record in records} == {12.5}  # two of sixteen
+
+
 def test_parts_of_autoattack_transfer_too(digits):
     """From the run itself: what withstands there comes back as it is, so the flags are those of the white box."""
     white, transferred = (

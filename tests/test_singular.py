@@ -172,9 +172,9 @@ def test_classes_are_shown_by_name(monkeypatch, tmp_path):
     monkeypatch.setattr(singular.pictures, "save", lambda figure, file: figures.append(figure))
     example = singular.Example(x, x, x, np.array([0, 1]), np.array([0, 0]), np.array([2, 1]))
     record = dict(title="t", dataset="d", norm="linf", eps="8/255")
-    singular.draw({"pgd-2": example}, record, ["cat", "dog", "$cow$"], tmp_path / "a.png")
+    singular.draw({"pgd-2": example}, record, ["cat", "dog", "$cow$" + 20 * "u"], tmp_path / "a.png")
     shown = [panel.get_xlabel() for panel in figures[0].axes if panel.get_xlabel()]
-    assert shown == ["cat", "dog", "cat", "cat", "$cow$", "dog"]
+    assert shown == ["cat", "dog", "cat", "cat", "$cow$uuuuuuuu…", "dog"]
 
 
 def test_an_attack_that_changes_nothing_has_no_shares():

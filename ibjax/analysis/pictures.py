@@ -87,6 +87,11 @@ def attack_lines(name: str) -> str:
     return "\n".join(textwrap.wrap(attack_label(name), 18))
 
 
+def short(name: str) -> str:
+    """A class's name as far as it fits over an image of `grid`."""
+    return name if len(name) <= 14 else f"{name[:13]}…"
+
+
 def title(drawn: Any, text: str) -> None:
     """A line over the panels of `grid`, as small as it must be to fit."""
     size = min(9.0, 72 * 1.8 * drawn.get_figwidth() / len(text))  # a letter is about half as wide as high

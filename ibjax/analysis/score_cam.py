@@ -163,15 +163,17 @@ def draw(record: dict[str, Any], arrays: dict[str, np.ndarray], file: Path, name
         true = int(arrays["label"][i])
         for row, suffix in ((0, ""), (2, "_adv")):
             image, seen = arrays[f"x{suffix}"][i], int(arrays[f"predicted{suffix}"][i])
-            text = names[seen] + ("" if seen == true else f"\n(is {names[true]})")
+            text = pictures.short(names[seen]) + ("" if seen == true else f"\n(is {pictures.short(names[true])})")
             colour = "black" if seen == true else "firebrick"
             column[row].set_title(text, fontsize=8, pad=2, color=colour, parse_math=False)
             pictures.show(column[row], image)
-            pictures.show(column[row + 1], np.mean(to_float(jnp.asarray(image)), -1, keepdims=True))
-            heat = column[row + 1].imshow(arrays[f"map{suffix}"][i], cmap="viridis", vmin=0, vmax=1, alpha=0.6)
+            # the image shows through, in greys too much alike to change the lightness that the map is read by
+            grey = 0.35 + 0.3 * np.mean(to_float(jnp.asarray(image)), -1, keepdims=True)
+            pictures.show(column[row + 1], grey)
+            heat = column[row + 1].imshow(arrays[f"map{suffix}"][i], cmap="viridis", vmin=0, vmax=1, alpha=0.75)
     for row in (1, 3):
-        bar = panels[row, -1].inset_axes((1.08, 0, 0.08, 1))
-        drawn.colorbar(heat, cax=bar, ticks=[0, 1]).ax.tick_params(labelsize=8)
+        place = panels[row, -1].inset_axes((1.08, 0, 0.08, 1), facecolor="0.5")
+        drawn.colorbar(heat, cax=place, ticks=[0, 1]).ax.tick_params(labelsize=8)
     pictures.title(drawn, heading(record))
     pictures.save(drawn, file)
 

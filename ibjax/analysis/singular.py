@@ -213,7 +213,7 @@ def _fill(panels, example, scale, names):
             if classes is not None:
                 wrong = classes[i] != example.label[i]
                 colour = "#b00020" if wrong else "black"
-                panel.set_xlabel(names[classes[i]], color=colour, labelpad=2, parse_math=False)
+                panel.set_xlabel(pictures.short(names[classes[i]]), color=colour, labelpad=2, parse_math=False)
 
 
 def main() -> None:
