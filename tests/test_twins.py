@@ -54,7 +54,11 @@ PAIRS = {
     "small_cnn": ("small_cnn", cnn.Model(10, ((4, 4), (6, 6)), (8, 7), dropout=0.0)),
 }
 # what no file says of a network of ours that is nobody else's
-FLAGS = {"cnn": ["--config.model.padding=1"], "cnn_flattened": ["--config.model.padding=1"]}
+FLAGS = {
+    "cnn": ["--config.model.padding=1"],
+    "cnn_flattened": ["--config.model.padding=1", "--config.model.dropout=0.0"],
+    "small_cnn": ["--config.model.dropout=0.0"],
+}
 
 
 def pair(name, groups=1):

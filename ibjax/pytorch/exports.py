@@ -13,8 +13,6 @@ from ibjax.architectures import ARCHITECTURES
 from ibjax.errors import InputError
 from ibjax.pytorch import folders, gate, twins
 
-_NOT_SAID = ("num_classes", "dropout")  # of an export: what its shapes say, and what training alone needs
-
 
 def to_torch(
     workdir: Path, to: Path, checkpoint: str | int = "best", *, arch: str | None = None, n: int = 256
@@ -73,7 +71,7 @@ def _safetensors(to, twin, name, model, shape):
 
     tensors = {key: value.contiguous() for key, value in twin.state_dict().items() if value.is_floating_point()}
     seen = {option: getattr(model, option) for option in twins.options(name, model, shape) if option in vars(model)}
-    seen = {option: value for option, value in seen.items() if option not in _NOT_SAID}
+    del seen["num_classes"]  # the shapes say it
     said = {"arch": name, "model": seen, "digest": torch_file.digest_of(to, tensors)}
     return save(tensors, metadata={torch_file.METADATA: json.dumps(said, sort_keys=True)})
 

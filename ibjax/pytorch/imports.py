@@ -120,7 +120,7 @@ def read(file: Path, arch: str, said: Said = Said()) -> Network:  # noqa: B008
     if arch not in architectures.matching(model):
         raise InputError(f"--config.model… makes it another network than --arch={arch}: {known.model}, {known.fixed}")
     shape = sizes.input_shape(arch, model, state)
-    fit.check(file, arch, model, state, shape)
+    fit.check(file, arch, model.clone(mean=None, std=None), state, shape)  # how it normalises is asked next
     values, source = normalisation.decide(file, arch, channels, found, exported, said, settings.data.get("dataset"))
     settings.model.update(values)
     model = run.build_model(settings.model, classes, "model")

@@ -84,6 +84,8 @@ def _spoken(said, channels):
     if said.no_normalisation:
         return dict(mean=None, std=None)
     if said.mean is None and said.std is None:
+        if not {"model.mean", "model.std"} <= said.paths():
+            raise InputError("--config.model.mean and --config.model.std are halves of a normalisation; give both")
         return {}
     if said.mean is None or said.std is None:
         raise InputError(f"--{'std' if said.mean is None else 'mean'} says one half of a normalisation; give both")
