@@ -25,6 +25,7 @@ SMALL = {
     "wide_resnet_silu": wide_resnet.Model(10, 10, 1, variant="deepmind", activation="silu"),
     "wide_resnet_ib_rar": wide_resnet.Model(10, 10, 1, variant="ib_rar", dropout=0.3),
     "vgg": vgg.Model(10, depth=11, width=4, hidden=(8, 8)),
+    "vgg_torchvision": vgg.Model(10, depth=11, width=2, hidden=(8, 8), variant="torchvision"),
     "stochastic": stochastic.Model(10, RESNET, latent=6),
     "siriib": siriib.Model(10, RESNET, widths=(4, 6)),
     "siriib_blocks": siriib.Model(10, RESNET, widths=(4, 4), basic_blocks=True),
@@ -74,6 +75,7 @@ def parameters(model, shape):
         (resnet.Model(10, depth=50), CIFAR, 23_520_842),  # pytorch-cifar
         (resnet.Model(1000, depth=18, stem="imagenet"), IMAGENET, 11_689_512),  # torchvision
         (resnet.Model(1000, depth=50, stem="imagenet"), IMAGENET, 25_557_032),  # torchvision
+        (resnet.Model(1000, depth=50, stem="imagenet", inner_width=2), IMAGENET, 68_883_240),  # wide_resnet50_2
         (wide_resnet.Model(10, depth=28, width=4), CIFAR, 5_849_050),
         (wide_resnet.Model(10, depth=28, width=10), CIFAR, 36_479_194),
         (wide_resnet.Model(10, depth=34, width=10), CIFAR, 46_160_474),
@@ -82,6 +84,7 @@ def parameters(model, shape):
         (wide_resnet.Model(10, 28, 10, variant="ib_rar"), CIFAR, 36_489_290),
         (vgg.Model(1000, depth=16, hidden=()), CIFAR, 14_723_136 + 512 * 1000 + 1000),  # torchvision's features
         (vgg.Model(10, depth=16), CIFAR, 33_663_050),
+        (vgg.Model(1000, depth=16, variant="torchvision"), IMAGENET, 138_365_992),  # vgg16_bn
         (stochastic.Model(10, dict(name="resnet", depth=18)), CIFAR, 11_434_058),
     ],
 )
@@ -300,6 +303,7 @@ FAN_OUT = (2 / (9 * 32)) ** 0.5
         (resnet.Model(10, 50, stem="imagenet", blocks=(1, 1)), FAN_OUT, False),
         (preact_resnet.Model(10, blocks=(1, 1)), PYTORCH, False),
         (vgg.Model(10, depth=11), PYTORCH, False),
+        (vgg.Model(10, depth=11, variant="torchvision"), FAN_OUT, True),
         (cnn.Model(10), (2 / (9 * 16)) ** 0.5, True),
     ],
 )
@@ -342,11 +346,47 @@ def test_dropout_stands_where_each_variant_has_it(built):
         wide_resnet.Model(10, 10, variant="deep_mind"),
         wide_resnet.Model(10, 10, activation="gelu"),
         vgg.Model(10, depth=17),
+        vgg.Model(10, variant="torch_vision"),
     ],
 )
 def test_an_impossible_depth_or_variant_is_refused(model):
     with pytest.raises(InputError, match="allowed"):
         model.init(jax.random.key(0), jnp.zeros(CIFAR))
+
+
+@pytest.mark.parametrize(
+    "model, match",
+    [
+        (resnet.Model(10, depth=18, inner_width=2), "inner_width=2: give 1 or more, and 1 for depths below 50"),
+        (resnet.Model(10, depth=50, inner_width=0), "inner_width=0"),
+        (wide_resnet.Model(10, 10, border=-1), "border=-1 is not allowed"),
+    ],
+)
+def test_an_impossible_width_or_border_is_refused(model, match):
+    with pytest.raises(InputError, match=match):
+        model.init(jax.random.key(0), jnp.zeros(CIFAR))
+
+
+@pytest.mark.parametrize("name", ["wide_resnet", "preact_resnet"])
+def test_a_border_is_zeros_before_normalisation(name, built):
+    model, variables, x, *_ = built(name)
+    model, inner = model.clone(mean=(0.5,) * 3, std=(0.25,) * 3), x[:, 2:-2, 2:-2]
+    expected, _ = model.apply(variables, jnp.pad(inner, ((0, 0), (2, 2), (2, 2), (0, 0))))
+    found, features = model.clone(border=2).apply(variables, inner)
+    np.testing.assert_array_equal(found, expected)
+    assert features["stem"].shape[1:3] == (32, 32)
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 7, 10, 14])
+def test_adaptive_average_pooling_is_pytorchs(side):
+    """Cell i is the mean of every pixel that it touches: rows floor(i·H/7) to ceil((i + 1)·H/7)."""
+    x = np.random.default_rng(0).random((2, side, side + 1, 3), np.float32)
+    rows, columns = (
+        [slice(int(np.floor(i * n / 7)), int(np.ceil((i + 1) * n / 7))) for i in range(7)] for n in x.shape[1:3]
+    )
+    expected = [[x[:, row, column].mean((1, 2)) for column in columns] for row in rows]
+    found = layers.AdaptiveAverage(7).apply({}, jnp.asarray(x))
+    np.testing.assert_allclose(found, np.moveaxis(expected, 2, 0), rtol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 8, 3), (1, 7, 9, 2)])

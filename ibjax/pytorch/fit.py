@@ -20,10 +20,10 @@ def check(where: Path, name: str, model: nn.Module, state: State, shape: Shape) 
     extra = [key for key in state if key not in expected]
     if missing or extra:
         parts = [f"it lacks {some(missing)}"] * bool(missing) + [f"it has {some(extra)}"] * bool(extra)
-        statistics = missing and not extra and all(key.endswith(("running_mean", "running_var")) for key in missing)
-        said = (
-            "batch statistics are missing: save network.state_dict(), which has them" if statistics else closest(state)
-        )
+        statistics = [key for key in expected if key.endswith(("running_mean", "running_var"))]
+        said = closest(state)
+        if missing == statistics and not extra:
+            said = "they are all its batch statistics: save network.state_dict(), which has them"
         raise CheckpointError(f"{where} is no {name}: {'; '.join(parts)}; {said}")
     for key, size in expected.items():
         value = state[key]

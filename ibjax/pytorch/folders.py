@@ -19,7 +19,10 @@ def refuse_existing(folder: Path) -> None:
 def whole(folder: Path) -> Iterator[Path]:
     """A temporary folder that becomes `folder` when the block ends well: it is there whole or not at all."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made ({error.strerror}); give another folder") from None
     try:
         yield temporary
         refuse_existing(folder)

@@ -39,10 +39,6 @@ class Network(NamedTuple):
     sha256: str
     origins: dict[str, tuple[str, str]]  # what -> (its value in words, where that came from)
 
-    def line(self) -> str:
-        """What was read, and where each part of it came from."""
-        return "; ".join(f"{what} {value} ({source})" for what, (value, source) in self.origins.items())
-
 
 def from_torch(
     file: Path,

@@ -82,8 +82,8 @@ def find(file: Path, content: torch_file.Content, arch: str, key: str | None = N
             f"say with --key=… which is meant"
         )
     place = places[0] if places else _largest(content)
-    copies = [other.stem for other in _places(content, arch) if other.node is place.node and other is not place]
-    return _take(file, place, chosen, [stem for stem in copies if _same(place, stem)])
+    others = [other for other in _places(content, arch) if other.node is place.node and other.stem != place.stem]
+    return _take(file, place, chosen, [other.stem for other in others if _equal(place.own(), other.own())])
 
 
 def all_of(content: torch_file.Content) -> list[dict[str, Any]]:
@@ -131,16 +131,17 @@ def _distinct(places):
     return kept
 
 
-def _same(place, stem):
-    return _equal(place.own(), place._replace(stem=stem).own())
-
-
 def _equal(first, second):
     """Whether two sets of tensors have the same names, shapes and values."""
     torch = torch_file.modules()
-    if first.keys() != second.keys():
-        return False
-    return all(first[name].shape == second[name].shape and torch.equal(first[name], second[name]) for name in first)
+
+    def same(one, other):
+        try:
+            return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+        except (RuntimeError, NotImplementedError):  # those without plain values
+            return False
+
+    return first.keys() == second.keys() and all(same(first[name], second[name]) for name in first)
 
 
 def _named(file, content, places, key):
