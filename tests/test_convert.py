@@ -424,6 +424,15 @@ def test_a_command_line_that_means_nothing_ends_in_one_line(flags, said, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_without_an_architecture_the_file_says_which_it_may_be(imported, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["convert", f"--torch={imported[0]}", f"--workdir={tmp_path / 'run'}"])
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+    with pytest.raises(SystemExit):
+        convert.main()
+    assert "--arch is missing; allowed: cnn, " in (text := capsys.readouterr().err)
+    assert text.endswith("; closest: --arch=wide_resnet (100 % of its names agree)\n")
+
+
 def test_options_that_make_another_architecture_are_refused(tmp_path):
     refused(tmp_path, twin().state_dict(), "another network than --arch", overrides=["--config.model.variant=deepmind"])
     refused(tmp_path, twin().state_dict(), "another network than --arch", overrides=["--config.model.name=resnet"])
