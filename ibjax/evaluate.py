@@ -122,7 +122,8 @@ def evaluate(
     logits = jax.jit(victim)
     keys = draw_keys(trained.config.seed, len(split.labels))
     x = np.asarray(to_float(jnp.asarray(split.images[:256])))
-    warnings = checks.network(lambda x: logits(trained.variables, x, keys[: len(x)])[0], x, split.labels)
+    warnings = [*trained.facts.get("warnings", ())]  # of the data
+    warnings += checks.network(lambda x: logits(trained.variables, x, keys[: len(x)])[0], x, split.labels)
     with checkpoints.manager(workdir, read_only=True) as orbax:
         validation = checkpoints.metrics(orbax, trained.step)
 
@@ -261,9 +262,9 @@ def _scaled_step(settings, eps):
 
 def _common(trained, checkpoint, settings, split, validation, warnings):
     selected_on = {"best": trained.config.select_on, "last": "last"}.get(checkpoint, "step")
-    imported = {"imported": trained.facts["imported"]} if "imported" in trained.facts else {}
+    said = {key: trained.facts[key] for key in ("imported", "classes") if key in trained.facts}  # classes: by label
     return {
-        **imported,
+        **said,
         **run.provenance(trained, checkpoint),
         "dataset": trained.facts["label"],
         "norm": settings["norm"],
@@ -271,7 +272,7 @@ def _common(trained, checkpoint, settings, split, validation, warnings):
         "n": len(split.labels),
         "images": checkpoints.tree_digest(split),
         "dtype": "float32",
-        "selected_on": "unknown" if imported else selected_on,
+        "selected_on": "unknown" if "imported" in said else selected_on,
         "validation": validation,
         "config": config.plain(trained.config),
         "warnings": warnings,
