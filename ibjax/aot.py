@@ -292,8 +292,8 @@ def images_of(data: ConfigDict, shape: str | None, classes: int | None) -> tuple
     known, number = IMAGES.get(data.get("dataset", data.name), (None, None))
     if data.name == "synthetic":
         known, number = tuple(data.shape), data.num_classes
-    if "size" in data:
-        known = (data.size, data.size, 3)
+    if data.get("size") is not None:
+        known = (data.size, data.size, 1 if data.get("grey") else 3)
     if shape is not None:
         sides = shape.split(",")
         known = tuple(map(int, sides)) if len(sides) == 3 and all(side.isdigit() for side in sides) else None

@@ -135,7 +135,11 @@ def load_data(settings: ConfigDict) -> Arrays:
     They are read again where a file that they were read from has changed since.
     """
     section = json.dumps(config.plain(settings.data), sort_keys=True)
-    key = (section, os.getcwd(), *(os.environ.get(name) for name in ("HOME", "TFDS_DATA_DIR")))  # what a path depends on
+    key = (
+        section,
+        os.getcwd(),
+        *(os.environ.get(name) for name in ("HOME", "TFDS_DATA_DIR")),
+    )  # what a path depends on
     found = _loaded.pop(key, None)
     _loaded[key] = found if found is not None and unchanged(found) else _read_data(json.loads(section))
     for oldest in list(_loaded)[:-_KEPT]:

@@ -433,14 +433,18 @@ def test_stream_names_damage_and_what_cannot_be_read_at_random(pictures):
         stream.Pictures(again, "train", 16, 2)
 
 
-def test_counts_of_the_description_are_those_of_the_files(tmp_path):
-    """A description that promises more records than the shards hold."""
+@pytest.mark.parametrize("records", ["array_record", "tfrecord"])
+@pytest.mark.parametrize("promised", [70, 90])
+def test_a_description_that_promises_more_or_fewer_images_than_there_are_is_refused(records, promised, tmp_path):
     make(tmp_path)
-    path = builders.folder("cifar10", tmp_path) / "dataset_info.json"
+    folder = builders.folder("cifar10", tmp_path)
+    if records == "tfrecord":
+        to_tfrecord(folder)
+    path = folder / "dataset_info.json"
     info = json.loads(path.read_text())
-    info["splits"][0]["shardLengths"] = ["90"]
+    info["splits"][0]["shardLengths"] = [str(promised)]
     path.write_text(json.dumps(info))
-    with pytest.raises(DataError, match="train cannot be read"):
+    with pytest.raises(DataError, match=rf"train\.{records}\S+ (holds|has) 80 records.* {promised}.* make it again"):
         tfds.load(dataset="cifar10", data_dir=str(tmp_path))
 
 
