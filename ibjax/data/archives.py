@@ -137,7 +137,7 @@ def opened_zip(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def read_npy(content: bytes, where: str) -> Any:
-    """The array of a .npy file; objects, which would be unpickled, are refused, as is a header that leaves bytes over."""
+    """The array of a .npy file; refused are objects, which would be unpickled, and a header that leaves bytes over."""
     try:
         handle = io.BytesIO(content)
         array = np.lib.format.read_array(handle, allow_pickle=False)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ibjax import errors
 from ibjax.data import archives, builders
-from ibjax.data.builders import Recipe, cifar, cifar_c, mnist, svhn, tiny_imagenet
+from ibjax.data.builders import Recipe, cifar, cifar10_1, cifar_c, mnist, stl10, svhn, tiny_imagenet
 from ibjax.errors import DataError, nearest
 
 log = logging.getLogger(__name__)

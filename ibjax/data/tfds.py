@@ -136,15 +136,13 @@ def _how_to_make(dataset, root):
 
 
 def _tested(stored, other):
-    """`other`, if its images can be classified by what is trained on `stored`."""
+    """`other`, if its images can be classified by what is trained on `stored`; else DataError."""
     for what in ("shape", "num_classes", "classes"):
         ours, theirs = getattr(stored, what), getattr(other, what)
-        plain = what == "classes" and any(names == _numbers(len(names)) for names in (ours, theirs))
-        if ours != theirs and not plain:  # a stock copy may lack the names of the classes
-            differing = f"{listed(ours)}; {listed(theirs)}" if what == "classes" else f"{ours}; {theirs}"
-            raise DataError(
-                f"{other.folder} has other {what} than {stored.folder} ({differing}); give a set of the same"
-            )
+        unnamed = what == "classes" and _numbers(len(ours)) in (ours, theirs)  # as in stock copies without names
+        if ours != theirs and not unnamed:
+            said = [listed(value) if what == "classes" else str(value) for value in (theirs, ours)]
+            raise DataError(f"{other.folder} has {what} {said[0]}, {stored.folder} {said[1]}; give a set of the same")
     return other
 
 

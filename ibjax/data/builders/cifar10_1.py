@@ -1,7 +1,7 @@
-"""CIFAR-10.1 (Recht et al., ICML 2019): a second test set for CIFAR-10's classes, from two .npy files of its repository.
+"""CIFAR-10.1 (Recht et al., ICML 2019), a second test set for CIFAR-10's classes, from two .npy files.
 
-Version v6 has 2,000 images, balanced, and is the one that its authors recommend; v4 has 2,021 and is that of the paper's
-main tables. There is a split `test` only.
+Version v6 has 2,000 images, balanced, and is the one that its authors recommend; v4 has 2,021 and is that of the
+paper's main tables. There is a split `test` only.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""STL-10 (Coates et al., AISTATS 2011) from its binary archive: 96×96, 10 classes, 5,000 training and 8,000 test images.
+"""STL-10 (Coates et al., AISTATS 2011) from its binary archive: 10 classes, 96×96, 5,000 images and 8,000 to test.
 
 `*_X.bin` holds uint8 images, channel after channel, each column by column; `*_y.bin` a byte for each label, 1 to 10.
 The 100,000 unlabelled images, and the ten folds of the training set, are left out.
@@ -29,8 +29,8 @@ def _split(path, pixels, labels, num_classes):
     y = np.frombuffer(labels, np.uint8)
     if not len(y) or len(pixels) != len(y) * 3 * _SIDE * _SIDE or not (y.min() >= 1 and y.max() <= num_classes):
         raise DataError(
-            f"{path}: {len(pixels)} bytes of pixels and {len(y)} labels are not images of 3×{_SIDE}×{_SIDE} in classes 1 to "
-            f"{num_classes}; it is not official"
+            f"{path}: {len(pixels)} bytes of pixels and {len(y)} labels are not 3×{_SIDE}×{_SIDE} images of classes "
+            f"1 to {num_classes}; it is not official"
         )
     x = np.frombuffer(pixels, np.uint8).reshape(-1, 3, _SIDE, _SIDE).transpose(0, 3, 2, 1)
     return zip(x, y - 1, strict=True)
