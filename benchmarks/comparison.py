@@ -90,6 +90,7 @@ def recipe(name: str, epochs: int, options: dict[str, Any], network: str = "") -
     digits = main.load_config(f"{ROOT / 'configs' / 'digits.py'}")
     made = digits.contrast.undefended.copy_and_resolve_references()
     made.title = name
+    made.threat = digits.threat.copy_and_resolve_references()
     made.objective = dict(name=name, **options)
     if (network or name) in NETWORKS:
         made.model = NETWORKS[network or name](config.plain(made.model))
@@ -219,7 +220,7 @@ def compare(given: argparse.Namespace) -> None:
     results = {
         **origin("comparison.py"),
         "epochs": given.epochs,
-        "eps": recipe("pgd_at", given.epochs, {}).evaluate.eps,
+        "eps": recipe("pgd_at", given.epochs, {}).threat.eps,
         "attacks": list(ATTACKS),
         "methods": {name: {} for name in chosen},
         "seconds_per_step": {},

@@ -110,13 +110,13 @@ DATA = {
     "mnist": dict(
         data=dict(name="npz", label="MNIST", val_size=1000, split_seed=0),
         augment=dict(pad=2),
-        lengths=dict(eps="0.2", step_size="0.05"),
+        eps="0.2",
         scales=(28, 20, 14, 8),
     ),
     "cifar10": dict(
         data=dict(name="folder", label="CIFAR-10 (JPEG)", val_size=1000, split_seed=0),
         augment=dict(pad=4, flip=True),
-        lengths=dict(eps="8/255", step_size="2/255"),
+        eps="8/255",
         scales=(32, 24, 16, 8),
     ),
 }
@@ -137,9 +137,7 @@ def settings(name: str, seed: int, given: argparse.Namespace) -> ConfigDict:
         if "data" in changes:
             part.data = dict(**changes["data"], path=path)
             part.augment.update(changes["augment"])
-            for section in (part.attack, part.validate.attack, part.evaluate):
-                if section is not None:
-                    section.update(changes["lengths"])
+            part.threat.eps = changes["eps"]
         part.data.update(fraction=given.fraction)
         part.validate.every = given.epochs  # so that `best` is the last epoch: equal epochs for all
         part.evaluate.update(attacks=("pgd-20",), n=given.n)
@@ -270,7 +268,7 @@ def study(given: argparse.Namespace) -> None:
         "data": first.data.get("label", kind),
         "fraction": given.fraction,
         "epochs": given.epochs,
-        "eps": first.evaluate.eps,
+        "eps": first.threat.eps,
         "n": None,
         "runs": {name: {} for name in given.runs},
         "failed": {},

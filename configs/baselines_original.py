@@ -49,10 +49,11 @@ def get_config(arg=None):
 NARROW_CNN = dict(widths=((2,), (4,)), hidden=(8,))
 
 
-def threat(config, **changes):
-    """The same threat in training, selection and evaluation."""
+def threat(config, eps, step_size):
+    """The threat model, and one step size in training, selection and evaluation."""
+    config.threat.eps = eps
     for section in (config.attack, config.validate.attack, config.evaluate):
-        section.update(changes)
+        section.step_size = step_size
 
 
 def wide(config, depth, width):

@@ -94,26 +94,28 @@ def cifar(config, setting):
     config.model = dict(name="resnet", depth=18, dtype="bfloat16")
     if setting.startswith("wrn"):
         config.model = dict(name="wide_resnet", depth=34, width=10, dtype="bfloat16")
-    config.attack.update(eps="0.031", step_size="0.007", steps=20 if setting == "wrn100" else 10)
+    config.threat.eps = "0.031"
+    config.attack.update(step_size="0.007", steps=20 if setting == "wrn100" else 10)
     config.optimizer.weight_decay = 2e-4
     config.epochs = 120
     config.schedule.boundaries = (75, 90)
-    config.validate.attack.update(eps="0.031", step_size="0.007")
+    config.validate.attack.step_size = "0.007"
     config.validate.update(every=10, dense_from=74)
-    config.evaluate.update(attacks=("pgd-20", "pgd-40"), eps="0.031", step_size="0.003")
+    config.evaluate.update(attacks=("pgd-20", "pgd-40"), step_size="0.003")
 
 
 def mnist(config):
     config.data.dataset = "mnist"
     config.augment.update(pad=0, flip=False)
     config.model = dict(name="cnn")
-    config.attack.update(eps="0.3", step_size="0.01", steps=40)
+    config.threat.eps = "0.3"
+    config.attack.update(step_size="0.01", steps=40)
     config.optimizer.update(lr=0.01, weight_decay=5e-4)
     config.epochs = 100
     config.schedule.boundaries = (55, 75, 90)
-    config.validate.attack.update(eps="0.3", step_size="0.01", steps=40)
+    config.validate.attack.update(step_size="0.01", steps=40)
     config.validate.every = 5
-    config.evaluate.update(attacks=("pgd-20", "pgd-40"), eps="0.3", step_size="0.01")
+    config.evaluate.update(attacks=("pgd-20", "pgd-40"), step_size="0.01")
 
 
 def mart(config, setting):

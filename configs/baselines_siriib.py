@@ -13,10 +13,10 @@ any.
 | wrn (Table 5)                | 86.78 | 53.68  | 53.48   | 53.22  | 50.92      |
 | tiny (Table 6), eps 2/255    | 42.47 | 33.92  | 33.91   | 32.14  | 31.85      |
 
-The other rows are points of figures. For Table 7: `python -m ibjax.main --mode=eval` on the same workdir with
-`--config.evaluate.norm=l2 --config.evaluate.eps=0.5 --config.evaluate.step_size=0.1`. Not stated, ours: 200 epochs, β 6
-for TRADES, γ 0.01 for AWP on PGD training, TE on PGD training; `tiny` attacks with one step of 1.25·eps from a
-uniform start. Cost: 23 to 27 forward passes per image; 200 epochs of TE are 200·49,000·24·1.11 GFLOP = 0.26 EFLOP.
+The other rows are points of figures. For Table 7: `python -m ibjax.evaluate --workdir=runs/baselines_siriib/pgd_at
+--norm=l2 --eps=0.5 --step_size=0.1`. Not stated, ours: 200 epochs, β 6 for TRADES, γ 0.01 for AWP on PGD training, TE
+on PGD training; `tiny` attacks with one step of 1.25·eps from a uniform start. Cost: 23 to 27 forward passes per image;
+200 epochs of TE are 200·49,000·24·1.11 GFLOP = 0.26 EFLOP.
 """
 
 from ibjax.config import base, parse_arg, smoke
@@ -48,9 +48,8 @@ def get_config(arg=None):
         case "wrn":
             config.model = dict(name="wide_resnet", depth=28, width=10, dtype="bfloat16")
         case "tiny":
-            config.attack.update(eps="2/255", step_size="2.5/255", steps=1)
-            config.validate.attack.update(eps="2/255", step_size="0.5/255")
-            config.evaluate.update(eps="2/255", step_size="0.5/255")
+            config.threat.eps = "2/255"
+            config.attack.update(step_size="2.5/255", steps=1)
     if small:
         smoke(config, *IMAGES[data], dict(depth=10, width=1 if method == "wrn" else 4, dtype="float32"))
     return config

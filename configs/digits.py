@@ -6,9 +6,8 @@ Trains a TRADES teacher, an undefended network for contrast, and from the teache
 architecture; attacks all three at eps 2/16, two of the digits' grey levels. Two minutes on two CPU cores.
 """
 
-from ibjax.config import base, parse_arg, smoke
+from ibjax.config import base, held, parse_arg, smoke
 
-EPS, STEP = "2/16", "1/32"
 LADDER = ("1/16", "3/16", "4/16", "6/16")
 
 
@@ -17,8 +16,8 @@ def get_config(arg=None):
     config = recipe("IBD student")
     config.objective = dict(name="ibd", alpha=0.9, beta=0.8)
     config.attack.update(loss="kl", init="gaussian")
-    config.teacher.recipe = teacher()
-    config.contrast.undefended = undefended()
+    config.teacher.recipe = held(teacher())
+    config.contrast.undefended = held(undefended())
     if small:
         for part in (config, config.teacher.recipe, config.contrast.undefended):
             smoke(part, (8, 8, 1), 10, dict(widths=((4,), (4,))))
@@ -50,9 +49,8 @@ def recipe(title):
     config.batch_size = 64
     config.epochs = 40
     config.schedule = dict(name="cosine")
-    for attack in (config.attack, config.validate.attack):
-        attack.update(eps=EPS, step_size=STEP)
+    config.threat.eps = "2/16"
     config.validate.update(every=5, batch_size=256)
-    config.evaluate.update(eps=EPS, step_size=STEP, ladder=LADDER, batch_size=256)
+    config.evaluate.update(ladder=LADDER, batch_size=256)
     config.log_every = 19  # the steps of an epoch
     return config

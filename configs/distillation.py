@@ -31,7 +31,7 @@ The authors' own settings (ResNet-18, zero padding, weight decay 2e-4):
 are 200·49,000·(26·1.11 + 2·13.3) GFLOP = 0.54 EFLOP.
 """
 
-from ibjax.config import base, parse_arg, smoke
+from ibjax.config import base, held, parse_arg, smoke
 
 METHODS = {
     "ard": dict(name="ard"),
@@ -71,9 +71,9 @@ def get_config(arg=None):
         original(config, method)
     if small:
         smoke(config, (32, 32, 3), 10, dict(depth=10, width=4, dtype="float32"))
-        config.teacher.update(workdir="", recipe=small_teacher("trades"))
+        config.teacher.update(workdir="", recipe=held(small_teacher("trades")))
         if method == "iad_2":
-            config.assistant.update(workdir="", recipe=small_teacher("standard"))
+            config.assistant.update(workdir="", recipe=held(small_teacher("standard")))
     return config
 
 

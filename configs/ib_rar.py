@@ -197,9 +197,9 @@ def network(config, name):
 
 
 def threat(config, eps, step_size):
+    config.threat.eps = eps
     for attack in (config.attack, config.validate.attack):
-        attack.update(eps=eps, step_size=step_size)
-    config.evaluate.eps = eps
+        attack.step_size = step_size
 
 
 def mask(name):

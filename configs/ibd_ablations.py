@@ -45,7 +45,7 @@ Cost: as ibd_resnet18.py, 0.5 EFLOP a row, with the student WRN-34-10 as ibd_wrn
 the teacher per image are in that: 1.1 GFLOP each for PreActResNet-18, 13.3 for WRN-34-10, 78 for WRN-70-16.
 """
 
-from ibjax.config import base, parse_arg, smoke
+from ibjax.config import base, held, parse_arg, smoke
 
 ALPHAS = ("0.5", "0.6", "0.7", "0.8", "1.0")
 BETAS = ("0.2", "0.4", "0.6", "1.0", "1.2")
@@ -116,9 +116,9 @@ def get_config(arg=None):
     if small:
         shrunk = dict(depth=10, width=1) if student == "wrn" else dict(depth=10, width=4)
         smoke(config, (32, 32, 3), 10, dict(dtype="float32", **shrunk))
-        config.teacher.update(workdir="", recipe=small_teacher(teacher, "trades"))
+        config.teacher.update(workdir="", recipe=held(small_teacher(teacher, "trades")))
         if row == "labels-natural":
-            config.assistant.update(workdir="", recipe=small_teacher("resnet18", "standard"))
+            config.assistant.update(workdir="", recipe=held(small_teacher("resnet18", "standard")))
     return config
 
 

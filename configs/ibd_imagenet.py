@@ -33,7 +33,7 @@ Cost at 224 pixels: 8 forward passes of the student (Fast-AT 5) and 2 of the tea
 1.6 EFLOP.
 """
 
-from ibjax.config import base, parse_arg, smoke
+from ibjax.config import base, held, parse_arg, smoke
 
 ROWS = ("fast_ibd-2", "fast_ibd-4", "rslad-2", "rslad-4", "fast_at-2", "fast_at-4")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -48,7 +48,8 @@ def get_config(arg=None):
     config.data = dict(name="stream", dataset="imagenet2012", size=224, val_size=10_000, split_seed=0)
     config.augment.update(pad=0, flip=False)  # the crops are random as they are read
     config.model = dict(name="resnet", depth=50, stem="imagenet", mean=MEAN, std=STD, dtype="bfloat16")
-    config.attack = dict(name="fgsm", loss="kl", norm="linf", eps=eps, step_size=step_size, init="uniform")
+    config.threat.eps = eps
+    config.attack = dict(name="fgsm", loss="kl", step_size=step_size, init="uniform")
     match method:
         case "fast_ibd":
             config.objective = dict(name="ibd", alpha=0.9, beta=0.8, granularity="stage")
@@ -68,12 +69,12 @@ def get_config(arg=None):
     points = ((0.0, 0.0), (3.0, 1.0), (6.0, 0.1), (12.0, 0.01), (15.0, 0.001))
     config.schedule = dict(name="linear", points=points)
     for section in (config.validate.attack, config.evaluate):
-        section.update(eps=eps, step_size="1/255")
+        section.step_size = "1/255"
     config.evaluate.attacks = ("pgd-100",)
     if small:
         smoke(config, (32, 32, 3), 10, dict(depth=10, width=4, dtype="float32"))
         if method != "fast_at":
-            config.teacher.update(workdir="", recipe=small_teacher())
+            config.teacher.update(workdir="", recipe=held(small_teacher()))
     return config
 
 

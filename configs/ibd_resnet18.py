@@ -17,7 +17,7 @@ The paper selects on the test set; here the default is 1,000 held-out training i
 student and 2 of the teacher per image; 200 epochs are 200·49,000·(26·1.11 + 2·13.3) GFLOP = 0.54 EFLOP.
 """
 
-from ibjax.config import base, parse_arg, smoke
+from ibjax.config import base, held, parse_arg, smoke
 
 ROWS = ("paper", "code", "cifar100", "cifar100-code")
 
@@ -45,7 +45,7 @@ def get_config(arg=None):
         config.schedule.boundaries = (100, 125)
     if small:
         smoke(config, (32, 32, 3), 10, dict(depth=10, width=4, dtype="float32"))
-        config.teacher.update(workdir="", recipe=teacher())
+        config.teacher.update(workdir="", recipe=held(teacher()))
     return config
 
 

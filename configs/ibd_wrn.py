@@ -15,7 +15,7 @@ The paper selects on the test set; here the default is 1,000 held-out training i
 WRN-34-10 per image; 200 epochs are 200·49,000·28·13.3 GFLOP = 3.6 EFLOP, 2.9 hours at 350 TFLOP/s. AWP: 34 passes.
 """
 
-from ibjax.config import base, parse_arg, smoke
+from ibjax.config import base, held, parse_arg, smoke
 
 ROWS = ("ibd", "awp")
 
@@ -37,7 +37,7 @@ def get_config(arg=None):
         config.perturb = dict(name="awp", gamma=0.005, warmup=9)  # as TRADES-AWP: from the tenth epoch on
     if small:
         smoke(config, (32, 32, 3), 10, dict(depth=10, width=1, dtype="float32"))
-        config.teacher.update(workdir="", recipe=teacher())
+        config.teacher.update(workdir="", recipe=held(teacher()))
     return config
 
 

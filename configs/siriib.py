@@ -39,8 +39,8 @@ After `python -m ibjax.main`, on its workdir:
 
 - Table 4: `python -m ibjax.evaluate --workdir=runs/siriib/pgd_at --attacks=pgd-20,siriib-svd-20,siriib-info-20,
   siriib-ce-svd-20,siriib-ce-info-20,siriib-20`: 52.53, 82.64, 83.11, 52.56, 52.51 and 52.61.
-- Table 7: `python -m ibjax.main --mode=eval` with the same `--config` and `--workdir` and `--config.evaluate.norm=l2
-  --config.evaluate.eps=0.5 --config.evaluate.step_size=0.1 "--config.evaluate.attacks=('pgd-20','pgd-100','cw-100')"`.
+- Table 7: `python -m ibjax.evaluate --workdir=runs/siriib/pgd_at --norm=l2 --eps=0.5 --step_size=0.1
+  --attacks=pgd-20,pgd-100,cw-100`.
 - Table 8: `python -m ibjax.analysis.calibration --workdir=runs/siriib/isolated`. Its attacks do not know of the SR
   modules; the command also attacks through them.
 - Table 9: `python -m ibjax.analysis.corruptions --workdir=runs/siriib/isolated --data_dir=DIR`, and with
@@ -107,9 +107,8 @@ def get_config(arg=None):
             backbone = dict(name="wide_resnet", depth=28, width=10, dtype="bfloat16")
             config.model = dict(name="siriib", backbone=backbone, basic_blocks=bool(value), **EXTRACTORS[row])
         case "tiny":
-            config.attack.update(eps="2/255", step_size="2.5/255", steps=1)
-            config.validate.attack.update(eps="2/255", step_size="0.5/255")
-            config.evaluate.update(eps="2/255", step_size="0.5/255")
+            config.threat.eps = "2/255"
+            config.attack.update(step_size="2.5/255", steps=1)
         case "isolated":
             config.objective.lam = 1.0
             config.model.connections = 0

@@ -18,11 +18,11 @@ def get_config(arg=None):
         name="cnn", widths=((8, 8), (16, 16), (32, 32)), hidden=(), padding=1, batch_norm=True, pool="average"
     )
     config.objective = dict(name="pgd_at")
-    config.attack = dict(name="fgsm", loss="ce", norm="linf", eps="8/255", step_size="10/255", init="uniform")
+    config.attack = dict(name="fgsm", loss="ce", step_size="10/255", init="uniform")
     config.epochs = 3
     config.optimizer.lr = 0.05
     config.schedule = dict(name="cosine")
-    config.evaluate.update(eps="4/255", step_size="1/255", batch_size=256, n=1000)
+    config.evaluate.update(eps="4/255", batch_size=256, n=1000)
     if small:
         smoke(config, (32, 32, 3), 10, dict(widths=((4,), (4,))))
         config.evaluate.n = None

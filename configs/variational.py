@@ -65,10 +65,11 @@ def vib_vgg16(config):
     config.epochs = 60
     config.optimizer = dict(name="sgd", lr=0.01, momentum=0.9, weight_decay=0.0)
     config.schedule = dict(name="piecewise", boundaries=(20, 40), factor=0.2)
-    config.validate.attack.update(eps="0.03", step_size="0.0069")
+    config.threat.eps = "0.03"
+    config.validate.attack.step_size = "0.0069"
     config.validate.every = 10
     attacks = ("fgsm", "pgd-scaled-10", "nifgsm-10")
-    config.evaluate.update(attacks=attacks, eps="0.03", step_size="2/255", ladder=("8/255",))
+    config.evaluate.update(attacks=attacks, step_size="2/255", ladder=("8/255",))
 
 
 def vib_mnist(config):
@@ -83,5 +84,4 @@ def vib_mnist(config):
     config.optimizer = dict(name="adam", lr=1e-4, b1=0.5)
     config.schedule = dict(name="exponential", factor=0.97, every=2)
     config.ema_decay = 0.999
-    config.validate.attack.update(eps="0.1", step_size="0.025")
-    config.evaluate.update(eps="0.1", step_size="0.025")
+    config.threat.eps = "0.1"

@@ -17,12 +17,15 @@ from typing import Annotated, Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from ibjax.attacks import geometry
 from ibjax.errors import InputError, nearest
 
 TEACHERS = ("teacher", "assistant")
 # the types of options that are sections themselves: of a model, or an objective
 ModelSection = Annotated[Mapping[str, Any], "models"]
 ObjectiveSection = Annotated[Mapping[str, Any], "objectives"]
+_THREAT = ("norm", "eps")
+_ATTACKS = ("attack", "validate.attack", "evaluate")  # sections that take the threat model
 # kind of module -> the factory's name in it; None: the module's own name
 _FACTORIES = {"models": "Model", "data": "load", "objectives": None, "attacks": None}
 
@@ -38,8 +41,11 @@ def base() -> ConfigDict:
     config.augment = dict(pad=4, padding="zero", flip=True)  # padding: zero, edge or reflect
     config.model = dict(name="preact_resnet", depth=18)
     config.objective = dict(name="pgd_at")
-    # attack: the inner maximisation, None for training on clean images
-    config.attack = dict(name="pgd", loss="ce", norm="linf", eps="8/255", step_size="2/255", steps=10, init="uniform")
+    # threat: what may be done to an image, said once: the training attack, the validation attack and the evaluation
+    # take it where their own norm and eps are None. In the recipe of a teacher or contrast None is the holder's.
+    config.threat = dict(norm="linf", eps="8/255")
+    # attack: the inner maximisation, None for training on clean images. step_size=None: a quarter of eps
+    config.attack = dict(name="pgd", loss="ce", **_own_threat(), steps=10, init="uniform")
     config.attack_bn = "eval"  # or "train": batch-norm's mode in the training attack
     config.batch_size = 128  # global, over all devices
     # parts of a batch that are attacked and differentiated in turn, to save memory: see step.make_train_step
@@ -57,7 +63,7 @@ def base() -> ConfigDict:
     config.contrast = dict()  # name -> configuration of a run to train and report beside this one
     # validate: the attack on the validation split that selects `best`, every so many epochs, from `dense_from` on each
     config.validate = dict(
-        attack=dict(name="pgd", loss="ce", norm="linf", eps="8/255", step_size="2/255", steps=10, init="uniform"),
+        attack=dict(name="pgd", loss="ce", **_own_threat(), steps=10, init="uniform"),
         every=1,
         dense_from=placeholder(int),
         batch_size=500,
@@ -66,9 +72,7 @@ def base() -> ConfigDict:
     config.select_on = "val"  # or "test", as the papers do; every record then says so
     config.evaluate = dict(
         attacks=("fgsm", "pgd-20", "cw-20"),
-        norm="linf",
-        eps="8/255",
-        step_size="2/255",
+        **_own_threat(),
         ladder=(),  # more values of eps for the curve
         fixed_step=False,  # True: the ladder's steps are step_size too; False: they scale with eps
         n=placeholder(int),  # number of test images, each class in proportion; None: all
@@ -79,6 +83,11 @@ def base() -> ConfigDict:
     config.checkpoint_every = 10  # epochs between checkpoints, beside those of validation
     config.steps_per_dispatch = placeholder(int)  # None: 1 on CPU, log_every on accelerators
     return config
+
+
+def _own_threat():
+    """Norm, eps and step size of a section that departs in none of them from `threat`."""
+    return {key: placeholder(str) for key in (*_THREAT, "step_size")}
 
 
 # ---- checks ------------------------------------------------------------------------------------------------
@@ -112,7 +121,7 @@ _CHOICES = {
     "validate.stop_on_overfitting": (False, True),
     "evaluate.fixed_step": (False, True),
 }
-_CLOSED = ("augment", "validate", "evaluate", *TEACHERS, "head_optimizer")  # sections with keys of their own
+_CLOSED = ("augment", "threat", "validate", "evaluate", *TEACHERS, "head_optimizer")  # sections with keys of their own
 _SPLITTING = ("val_size", "split_seed", "fraction")  # of the data section, for load_splits, not for the source
 _CALLS = {
     "data": "data",
@@ -136,6 +145,9 @@ def check(config: ConfigDict) -> None:
     for section in _CALLS:
         if _given(config, section) and "name" not in _section(config, section):
             raise InputError(f"{section}.name is missing; it says which module to call")
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        _say_threat(config)
     for path, value in leaves(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{path}={value} is not a finite number")
@@ -159,9 +171,163 @@ def check(config: ConfigDict) -> None:
             raise InputError(f"{role}.checkpoint='{which}' is unknown; allowed: best, last or a step")
     for name, recipe in recipes(config):
         try:
+            _inherit(recipe, config)
             check(recipe)
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
+
+
+# ---- the threat model --------------------------------------------------------------------------------------
+
+
+def effective(config: ConfigDict) -> ConfigDict:
+    """A copy in which every attack states the norm, the eps and the step size that it runs with; nothing else changes.
+
+    Raises InputError where they are no threat model.
+    """
+    made = config.copy_and_resolve_references()
+    with made.unlocked():
+        _say_threats(made)
+    return made
+
+
+def _say_threats(config):
+    _say_threat(config)
+    for name, recipe in recipes(config):
+        try:
+            _inherit(recipe, config)
+            _say_threats(recipe)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+
+
+def _inherit(recipe, holder):
+    """Gives a recipe the threat model of the configuration that holds it, where it says none."""
+    for key in _THREAT:
+        if lookup(recipe, f"threat.{key}") is None:
+            recipe.threat[key] = holder.threat[key]
+
+
+def _say_threat(config):
+    """Writes norm, eps and step size into the sections of a configuration that take them and say none."""
+    for key in _THREAT:
+        if lookup(config, f"threat.{key}") is None:
+            raise InputError(f"threat.{key} is missing; give threat=dict(norm='linf', eps='8/255')")
+    check_length(config.threat.eps, config.threat.norm, "threat.eps")
+    for path in _ATTACKS:
+        section = lookup(config, path)
+        if section is None or not (takes := _lengths(path, section)).keys() >= set(_THREAT):
+            continue
+        norm = section.get("norm")
+        if section.get("eps") is None:
+            if norm not in (None, config.threat.norm):
+                raise InputError(
+                    f"{path}.norm={norm} with the eps of threat.norm={config.threat.norm} says nothing; set {path}.eps "
+                    f"too, or threat.norm and threat.eps for all"
+                )
+            section.eps = config.threat.eps
+        section.norm = config.threat.norm if norm is None else norm
+        check_length(section.eps, section.norm, f"{path}.eps")
+        if takes.get("step_size") and section.get("step_size") is None:
+            section.step_size = quarter(section.eps)
+        if section.get("step_size") is not None:
+            check_length(section.step_size, section.norm, f"{path}.step_size")
+
+
+def _lengths(path, section):
+    """norm, eps and step_size as far as a section takes them -> whether None stands for a value that we give."""
+    if path == "evaluate":
+        return dict.fromkeys((*_THREAT, "step_size"), True)
+    parameters, _ = signature(*_callable(path, section["name"]))
+    return {key: parameters[key].default is not None for key in (*_THREAT, "step_size") if key in parameters}
+
+
+def check_length(value: Any, norm: str, name: str) -> None:
+    """Raises InputError unless a value is a length above 0 on [0, 1] images, as "8/255" or a number."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise InputError(f"{name}={value!r} is not allowed; give a length above 0, as '8/255'")
+    if not geometry.radius(value, norm, name) > 0:
+        raise InputError(f"{name}={value} is not allowed; give a length above 0, as '8/255'")
+
+
+def quarter(eps: str | float) -> str | float:
+    """The step size that goes with a radius where none is given: "2/255" with "8/255"."""
+    if not isinstance(eps, str):
+        return eps / 4
+    numerator, slash, denominator = eps.partition("/")
+    return f"{float(numerator) / 4:.12g}{slash}{denominator}"
+
+
+def trained_threat(config: ConfigDict) -> dict[str, Any] | None:
+    """{"norm", "eps"} of the images that a run (`effective`) was trained on; None for clean ones.
+
+    Objectives that make their own adversarial images call their radius `eps` or `max_eps`; it is in l_inf.
+    """
+    if config.attack is not None:
+        return _said(config.attack)
+    parameters, _ = signature(factory("objectives", config.objective.name))
+    for key in ("eps", "max_eps"):
+        if key in parameters:
+            return {"norm": "linf", "eps": config.objective.get(key, parameters[key].default)}
+    return None
+
+
+def validated_threat(config: ConfigDict) -> dict[str, Any] | None:
+    """{"norm", "eps"} of the attack on validation images; None where it has none."""
+    return _said(config.validate.attack)
+
+
+def _said(section):
+    return None if None in (said := {key: section.get(key) for key in _THREAT}).values() else said
+
+
+def follow_threat(config: ConfigDict) -> ConfigDict:
+    """Undoes `effective`: where a section says what `threat` does, it says None, and changes with it."""
+    for path in _ATTACKS:
+        section = lookup(config, path)
+        if section is None or not set(_THREAT) <= set(section) or section.eps is None:
+            continue
+        if "step_size" in section and same_length(section.step_size, quarter(section.eps)):
+            section.step_size = None
+        if section.norm == config.threat.norm and same_length(section.eps, config.threat.eps):
+            section.update(norm=None, eps=None)
+    for _, recipe in recipes(config):
+        follow_threat(recipe)
+        if recipe.threat == config.threat:
+            recipe.threat.update(dict.fromkeys(_THREAT))
+    return config
+
+
+def upgrade(saved: ConfigDict) -> ConfigDict:
+    """Gives a saved configuration the keys that were not there when its run was made; the run stays the same.
+
+    All its attacks say their norm, eps and step size; `threat` is that of its evaluation.
+    """
+    reference = base()
+    for section in ("validate", "evaluate"):
+        for key, default in reference[section].items():
+            if key not in saved[section]:
+                saved[section][key] = default
+    if "threat" not in saved:
+        saved.threat = {key: saved.evaluate[key] for key in _THREAT}
+    for _, recipe in recipes(saved):
+        upgrade(recipe)
+    return saved
+
+
+def same(path: str, one: Any, other: Any) -> bool:
+    """Whether two values of a key are equal; lengths are as numbers, "1/32" and "0.5/16"."""
+    return one == other or (path.rpartition(".")[2] in ("eps", "step_size") and same_length(one, other))
+
+
+def same_length(one: Any, other: Any) -> bool:
+    """Whether two lengths are equal as numbers; None is equal to None only."""
+    if one is None or other is None:
+        return one is other
+    return bool(geometry.fraction(one) == geometry.fraction(other))
+
+
+# ---- parts of the checks -----------------------------------------------------------------------------------
 
 
 def _given(config, section):
@@ -346,6 +512,10 @@ def complete(config: ConfigDict) -> ConfigDict:
             continue
         if path == "data" and "fraction" not in section:
             section.fraction = 1.0
+        if path in _ATTACKS:  # before the call's own defaults, which are not this threat model's
+            for key in _lengths(path, section):
+                if section.get(key) is None:
+                    section[key] = placeholder(str)
         _complete(section, *_callable(path, section["name"]))
     for _, recipe in recipes(config):
         complete(recipe)
@@ -427,6 +597,12 @@ def _readable(hint):
 
 
 # ---- recipes -----------------------------------------------------------------------------------------------
+
+
+def held(recipe: ConfigDict) -> ConfigDict:
+    """Leaves the threat model of a teacher's or a contrast's recipe to the configuration that holds it."""
+    recipe.threat = {key: placeholder(str) for key in _THREAT}
+    return recipe
 
 
 def parse_arg(arg: str | None, rows: tuple[str, ...] = ()) -> tuple[str, bool]:

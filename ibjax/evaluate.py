@@ -49,13 +49,12 @@ def check_settings(settings: Any) -> None:
     for name in settings["attacks"]:
         named(name)
     for name in ("eps", "step_size"):
-        if not geometry.radius(settings[name], settings["norm"], f"evaluate.{name}") > 0:
-            raise InputError(f"evaluate.{name}={settings[name]} is not allowed; give a length above 0, as '8/255'")
+        config.check_length(settings[name], settings["norm"], f"evaluate.{name}")
     for name in settings["attacks"]:
         check(name, settings["norm"], settings["eps"], settings["step_size"])
     for eps in settings["ladder"]:
         geometry.radius(eps, settings["norm"], "evaluate.ladder eps")
-    for name in ("n", "samples"):
+    for name in ("n", "samples", "batch_size"):
         value = settings[name]
         if value is not None and (type(value) is not int or value < 1):
             raise InputError(f"evaluate.{name}={value!r} is not allowed; give a whole number of at least 1, or None")
@@ -92,6 +91,10 @@ def evaluate(
     attacks: Sequence[str] | None = None,
     n: int | None = None,
     samples: int | None = None,
+    norm: str | None = None,
+    eps: str | float | None = None,
+    step_size: str | float | None = None,
+    batch_size: int | None = None,
     surrogate: Path | None = None,
     keep: int = 10,
 ) -> list[dict[str, Any]]:
@@ -103,7 +106,8 @@ def evaluate(
       workdir: of the run.
       checkpoint: "best", "last" or a step.
       settings: an `evaluate` section; None takes the run's own.
-      attacks, n, samples: in place of the section's.
+      attacks, n, samples, norm, eps, step_size, batch_size: in place of the section's. Another norm needs its own eps;
+        without `step_size`, the step is the same share of another eps. Another norm or eps has no ladder.
       surrogate: workdir of a run whose network is attacked instead; what breaks it is then shown to this one.
       keep: how many adversarial images of each attack at the main eps to keep for the report.
 
@@ -111,8 +115,9 @@ def evaluate(
     """
     trained = run.load(workdir, checkpoint)
     settings = config.plain(trained.config.evaluate if settings is None else settings)
-    given = dict(attacks=None if attacks is None else tuple(attacks), n=n, samples=samples)
+    given = dict(attacks=None if attacks is None else tuple(attacks), n=n, samples=samples, batch_size=batch_size)
     settings |= {name: value for name, value in given.items() if value is not None}
+    settings |= _threat(settings, norm, eps, step_size)
     check_settings(settings)
     source = None if surrogate is None else _surrogate(surrogate, trained, settings)
     shown = settings if source is None else {**settings, "attacks": ()}
@@ -144,7 +149,7 @@ def evaluate(
             own = {"attack": label, "attack_settings": made, "eps": eps}
             own |= {"step_size": step_size, "samples": settings["samples"]}
             identity = {**common, **own, "main": eps == main, "bounded": attack.bounded}
-            file = folder / _file_name(name, eps, settings, source)
+            file = folder / _file_name(name, eps, settings, source, trained.config.evaluate)
             record = _existing(file, identity)
             if record is None:
                 wanted = keep if eps == main and source is None and not settings["samples"] else 0
@@ -159,6 +164,19 @@ def evaluate(
                     state.unlink(missing_ok=True)
             records.append(record)
     return records
+
+
+def _threat(settings, norm, eps, step_size):
+    """The norm, eps, step size and ladder of a section, in whose place those that are not None come."""
+    if (norm, eps, step_size) == (None, None, None):
+        return {}
+    if norm not in (None, settings["norm"]) and eps is None:
+        raise InputError(f"norm={norm} needs its own eps: {settings['eps']} is one of {settings['norm']}; give --eps")
+    eps = settings["eps"] if eps is None else eps
+    if step_size is None:
+        step_size = config.quarter(eps) if norm not in (None, settings["norm"]) else _scaled_step(settings, eps)
+    ladder = settings["ladder"] if (norm, eps) == (None, None) else ()
+    return dict(norm=norm or settings["norm"], eps=eps, step_size=step_size, ladder=ladder)
 
 
 # ---- the networks --------------------------------------------------------------------------------------------
@@ -240,22 +258,32 @@ def make_scorer(attack: Named, predict: Callable, settings: Any, mesh: Any, atta
 # ---- the files -----------------------------------------------------------------------------------------------
 
 
-def _file_name(attack, eps, settings, source=None):
+def _file_name(attack, eps, settings, source=None, own=None):
     """As "pgd-20.json"; "pgd-20@4_255.json" on the ladder; "pgd-20.n1000.json" on part of the test set.
 
-    Predictions that were drawn: "pgd-20.sampled12.json"; a transfer: "pgd-20~3fa1c2e4.json", the surrogate's digest.
+    Predictions that were drawn: "pgd-20.sampled12.json"; a transfer: "pgd-20~3fa1c2e4.json", the surrogate's digest;
+    under another threat model than that of `own`, the run's section: "pgd-20.l2.eps0.5.json".
     """
     surrogate = "" if source is None else f"~{source.says['weights'][:8]}"
-    ladder = "" if eps == settings["eps"] else f"@{str(eps).replace('/', '_')}"
+    threat = "" if own is None or settings["norm"] == own["norm"] else f".{settings['norm']}"
+    if own is not None and not config.same_length(settings["eps"], own["eps"]):
+        threat += f".eps{_in_name(settings['eps'])}"
+    ladder = "" if eps == settings["eps"] else f"@{_in_name(eps)}"
     samples = f".sampled{settings['samples']}" if settings["samples"] else ""
     part = "" if settings["n"] is None else f".n{settings['n']}"
-    return f"{attack}{surrogate}{ladder}{samples}{part}.json"
+    return f"{attack}{surrogate}{threat}{ladder}{samples}{part}.json"
+
+
+def _in_name(eps):
+    return str(eps).replace("/", "_")
 
 
 def _scaled_step(settings, eps):
     """The step for another eps: in the same proportion, so that every eps is within reach, unless it is fixed."""
     if eps == settings["eps"] or settings["fixed_step"]:
         return settings["step_size"]
+    if config.same_length(settings["step_size"], config.quarter(settings["eps"])):
+        return config.quarter(eps)
     main, step = geometry.fraction(settings["eps"]), geometry.fraction(settings["step_size"])
     return float(step * geometry.fraction(eps) / main)
 
@@ -268,6 +296,8 @@ def _common(trained, checkpoint, settings, split, validation, warnings):
         **run.provenance(trained, checkpoint),
         "dataset": trained.facts["label"],
         "norm": settings["norm"],
+        "train_threat": "unknown" if imported else config.trained_threat(trained.config),
+        "validate_threat": "unknown" if imported else config.validated_threat(trained.config),
         "fixed_step": settings["fixed_step"],
         "n": len(split.labels),
         "images": checkpoints.tree_digest(split),
@@ -296,9 +326,9 @@ def _existing(file, identity):
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None  # absent or damaged: computed again
     wanted = json.loads(json.dumps(identity))
-    if any(record.get(key) != wanted[key] for key in _IDENTITY):
+    if not all(config.same(key, record.get(key), wanted[key]) for key in _IDENTITY):
         return None
-    return {**record, **{key: wanted[key] for key in ("title", "config", "main")}}
+    return {**record, **{key: wanted[key] for key in ("title", "config", "main", "train_threat", "validate_threat")}}
 
 
 def _record(identity, flags):
@@ -332,13 +362,17 @@ def main() -> None:
     run.add_attacks(parser)
     parser.add_argument("--n", type=int, help="number of test images; default: all")
     parser.add_argument("--samples", type=int, help="judge the mean of so many drawn predictions; default: no draw")
+    parser.add_argument("--norm", help="linf, l2 or l1; another than the run's needs --eps")
+    parser.add_argument("--eps", help='radius, as "8/255"')
+    parser.add_argument("--step_size", help='of iterative attacks, as "2/255"; default: the run\'s share of eps')
+    parser.add_argument("--batch_size", type=int, help="images at a time")
     parser.add_argument("--surrogate", type=Path, help="workdir of the run whose network is attacked instead")
     given = parser.parse_args()
 
     def command():
         cluster.initialize()
-        options = dict(n=given.n, samples=given.samples, surrogate=given.surrogate)
-        records = evaluate(given.workdir, given.checkpoint, attacks=given.attacks, **options)
+        names = ("attacks", "n", "samples", "norm", "eps", "step_size", "batch_size", "surrogate")
+        records = evaluate(given.workdir, given.checkpoint, **{name: getattr(given, name) for name in names})
         if jax.process_index() == 0:
             print(report.table(records))
 

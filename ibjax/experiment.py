@@ -25,7 +25,7 @@ from ibjax.step import Net, Objective, TrainState, Variables, init_state, linen_
 class Experiment(NamedTuple):
     """What a configuration means, built and checked; nothing has been written or compiled."""
 
-    config: ConfigDict
+    config: ConfigDict  # `effective`
     data: Arrays
     facts: dict[str, Any]  # what identifies data and teacher, for config.json
     model: nn.Module
@@ -55,6 +55,7 @@ def build(
       mesh: the devices to train on; None takes all that are here.
     """
     config.check(settings)
+    settings = config.effective(settings)
     mesh = cluster.mesh() if mesh is None else mesh
     cluster.check_divides(settings.batch_size, "batch_size", mesh.size, settings.microbatches)
     data = run.load_data(settings)

@@ -19,7 +19,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from ibjax import cluster, config, errors, report, run, train
+from ibjax import cluster, config, errors, report, results, run, train
 from ibjax.errors import InputError, nearest
 from ibjax.evaluate import check_network, check_settings, evaluate
 from ibjax.experiment import build
@@ -147,6 +147,7 @@ class Job(NamedTuple):
 
 def jobs(settings: ConfigDict, workdir: Path) -> list[Job]:
     """Everything that one configuration stands for, in the order of training: teacher, contrasts, itself."""
+    settings = config.effective(settings)
     made, teachers = [], {}
     for role in config.TEACHERS:
         section = settings[role]
@@ -164,16 +165,23 @@ def jobs(settings: ConfigDict, workdir: Path) -> list[Job]:
 def execute(settings: ConfigDict, workdir: Path, mode: str = "train") -> list[dict]:
     """Trains and evaluates all runs of a configuration, writes the report; returns the records."""
     config.check(settings)
-    config.complete(settings)
+    settings = config.effective(config.complete(settings))
     check_settings(settings.evaluate)
     todo = jobs(settings, workdir)
+    for job in todo:
+        for text in _departures(job.settings, settings.evaluate):
+            log.warning("%s: %s", job.settings.title or job.workdir, text)
     for job in todo if mode == "train" else ():  # all before the first: a typo in the last must not cost the others
         train.check(job.settings, job.teachers)
         data = run.load_data(job.settings)
         model = run.build_model(job.settings.model, data.num_classes, "model")
         check_network(model, data.test.images.shape[1:], settings.evaluate)
-    if mode == "eval" and not run.has_checkpoint(workdir):
-        raise InputError(f"{workdir} holds no trained run; train it with --mode=train, or give another --workdir")
+    for job in todo if mode == "eval" else ():  # what is evaluated is the run that is there
+        if not run.has_checkpoint(job.workdir):
+            raise InputError(
+                f"{job.workdir} holds no trained run; train it with --mode=train, or give another --workdir"
+            )
+        run.refuse_other_run(job.workdir, run.read_config(job.workdir)[0], job.settings, ("model", "data"))
     with contextlib.ExitStack() as locks:
         for folder in {job.workdir.resolve(): job.workdir for job in todo}.values():
             locks.enter_context(run.lock(folder))
@@ -186,6 +194,12 @@ def execute(settings: ConfigDict, workdir: Path, mode: str = "train") -> list[di
         if jax.process_index() == 0:
             report.write([job.workdir for job in reversed(todo)], workdir / "report.html")
     return records
+
+
+def _departures(settings, evaluated):
+    """What a report will say of threat models that differ, before the training is paid for."""
+    threats = dict(train_threat=config.trained_threat(settings), validate_threat=config.validated_threat(settings))
+    return results.departures({"norm": evaluated.norm, "eps": evaluated.eps, **threats})
 
 
 def main() -> None:

@@ -153,7 +153,7 @@ def _read_metrics(file, problems):
 
 
 def _read_records(folder, problems):
-    """The records of all checkpoints, each (checkpoint, step, attack, eps, n, samples) once."""
+    """The records of all checkpoints, each (checkpoint, step, attack, norm, eps, n, samples) once."""
     found: dict[tuple, Record] = {}
     for file in sorted(folder.glob("eval/*/*.json")):  # "pgd-20.json" before "pgd-20@0.1.json"
         record = _read_json(file, problems)
@@ -166,7 +166,7 @@ def _read_records(folder, problems):
             problems.append(f"{_short(file)} is damaged ({missing}{error}); delete it and evaluate again")
             continue
         key = (file.parent.name, record.get("step"), record["attack"], fraction(record["eps"]), record["n"])
-        key += (record.get("samples"),)
+        key += (record.get("samples"), record["norm"])
         # the main eps of one evaluation may be on the ladder of an earlier one: the same numbers, kept once
         found.setdefault(key, {**record, "main": "@" not in file.stem})
     return list(found.values())

@@ -98,6 +98,29 @@ def attack_label(name: str) -> str:
     return f"{label}, transfer from {source}" if source else label
 
 
+def departures(record: Record) -> list[str]:
+    """Where training, validation and evaluation of a record's network had different threat models, as sentences.
+
+    Training on clean images has none, and of an imported network it is not known: neither is a difference.
+    """
+    evaluated = {"norm": record["norm"], "eps": record["eps"]}
+    found = []
+    for what, key in (("trained", "train_threat"), ("validated", "validate_threat")):
+        other = record.get(key)
+        if isinstance(other, dict) and not _same_threat(other, evaluated):
+            found.append(f"{what} in {_threat_in_words(other)}, evaluated in {_threat_in_words(evaluated)}")
+    return found
+
+
+def _same_threat(one, other):
+    return one["norm"] == other["norm"] and fraction(one["eps"]) == fraction(other["eps"])
+
+
+def _threat_in_words(threat):
+    norm = {"linf": "l_inf"}.get(threat["norm"], threat["norm"])
+    return f"{norm} at eps {threat['eps']}"
+
+
 def strength(attack: str) -> tuple:
     """Sorts one-step attacks before iterative ones, fewer steps before more, and transfer attacks after all others."""
     name, _, source = attack.partition(" from ")
@@ -232,6 +255,7 @@ def as_text(records: Iterable[Record]) -> str:
         title = f"{table.dataset}, {table.norm}, eps {table.eps}: accuracy in percent"
         texts.append("\n".join([title, *_aligned(cells(table), 2)]))
         texts += ["\n".join(_aligned(grid, 1)) for grid in stages(table, records)]
+    texts += ["\n".join(found)] if (found := _departed(records)) else []
     return "\n\n".join(texts) or "no records: nothing has been evaluated yet"
 
 
@@ -280,6 +304,7 @@ def checks(records: Sequence[Record], problems: Sequence[str] = ()) -> list[Chec
             [f"{title}: selected on the test set" for title, split in selected if split == "test"],
             "; ".join(f"{title}: {split}" for title, split in selected),
         ),
+        _threats(records),
         _cases("PGD is at least as strong as FGSM", _iterative(grouped), "no two of these attacks at one eps"),
         _cases("Accuracy under attack does not rise with eps", _rises(grouped)),
         _cases("The largest eps of the ladder at least halves accuracy", _falls(grouped), "evaluate.ladder is empty"),
@@ -290,7 +315,7 @@ def checks(records: Sequence[Record], problems: Sequence[str] = ()) -> list[Chec
     ]
     strongest = _strongest(grouped)
     if strongest:
-        found.insert(4, _cases("AutoAttack is at least as strong as every other attack", strongest))
+        found.insert(5, _cases("AutoAttack is at least as strong as every other attack", strongest))
     if not records:
         found[1:] = [check._replace(status="not checked", details=["no records"]) for check in found[1:]]
     return found
@@ -318,6 +343,18 @@ def _same_images(records):
     faults = images if len(images) > 1 else []
     faults += [f"{title}: the records of {name} are of several steps; evaluate again" for title, name in moved]
     return _facts("All records are on the same images", faults, "".join(images))
+
+
+def _threats(records):
+    """Warns where a network was trained or selected under another threat model than that of its main evaluation."""
+    return _facts(
+        "Training, validation and evaluation have one threat model", _departed(records), "no difference is recorded"
+    )
+
+
+def _departed(records):
+    mains = [record for record in records if is_main(record)]
+    return list(dict.fromkeys(f"{record['title']}: {text}" for record in mains for text in departures(record)))
 
 
 def _iterative(grouped):

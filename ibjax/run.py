@@ -30,8 +30,12 @@ from ibjax.errors import CheckpointError, InputError
 from ibjax.step import Variables, linen_net
 
 # Keys that change neither the training nor its result, and so may differ when a run is continued. The teacher is
-# compared by its weights, the data by its content: where they lie may change.
-_FREE_KEYS = ("title", "evaluate", "contrast", "log_every", "checkpoint_every", "steps_per_dispatch", *config.TEACHERS)
+# compared by its weights, the data by its content: where they lie may change. The threat model is compared in the
+# attacks that take it.
+_FREE_KEYS = (
+    *("title", "threat", "evaluate", "contrast", "log_every", "checkpoint_every", "steps_per_dispatch"),
+    *config.TEACHERS,
+)
 
 
 # what config.json says of the data beside its content, which the digests are of; runs of earlier versions lack it
@@ -244,7 +248,7 @@ def write_config(workdir: Path, given: ConfigDict, facts: dict[str, Any]) -> Non
     """
     if has_checkpoint(workdir):
         saved, saved_facts = read_config(workdir)
-        _refuse_other_run(workdir, saved, given)
+        refuse_other_run(workdir, saved, given)
         for name, value in config.plain({k: v for k, v in facts.items() if k not in DESCRIPTIONS}).items():
             if config.plain(saved_facts).get(name) != value:
                 raise InputError(
@@ -252,18 +256,23 @@ def write_config(workdir: Path, given: ConfigDict, facts: dict[str, Any]) -> Non
                     f"give another --workdir, or what it was trained with"
                 )
     if jax.process_index() == 0:
-        write_json(workdir / "config.json", {"config": config.plain(given), "data": facts})
+        write_json(workdir / "config.json", {"config": config.plain(config.effective(given)), "data": facts})
         write_json(workdir / "env.json", environment())
 
 
-def _refuse_other_run(workdir, saved, given):
-    parts = (config.complete(part.copy_and_resolve_references()) for part in (saved, given))
+def refuse_other_run(
+    workdir: Path, saved: ConfigDict, given: ConfigDict, sections: tuple[str, ...] | None = None
+) -> None:
+    """Raises InputError where two configurations differ in one of the `sections`; None: in what makes a training."""
+    parts = (config.complete(config.effective(part)) for part in (saved, given))
     old, new = (dict(config.leaves(config.plain(part))) for part in parts)
     for path in {**new, **old}:
-        if path.split(".")[0] not in _FREE_KEYS and old.get(path) != new.get(path):
+        section = path.split(".")[0]
+        compared = section not in _FREE_KEYS if sections is None else section in sections
+        if compared and not config.same(path, old.get(path), new.get(path)):
             raise InputError(
                 f"{workdir} holds a run with {path}={old.get(path)!r}, now {new.get(path)!r} is asked for; "
-                f"give another --workdir, or the same configuration to continue"
+                f"give another --workdir, or the configuration that it was made with"
             )
 
 
@@ -274,12 +283,9 @@ def read_config(workdir: Path) -> tuple[ConfigDict, dict[str, Any]]:
         raise CheckpointError(f"{workdir} holds no run (no config.json); train there first, or give another folder")
     try:
         content = json.loads(file.read_text())
-        saved, facts = ConfigDict(content["config"]), content["data"]
-        evaluated = saved.get("evaluate", {})
-        for key, default in config.base().evaluate.items():  # there may be more of them than when the run was made
-            if key not in evaluated:
-                evaluated[key] = default
+        saved, facts = config.upgrade(ConfigDict(content["config"])), content["data"]
         config.check(saved)
+        saved = config.effective(saved)
         if type(facts["num_classes"]) is not int or not all(type(size) is int for size in facts["input_shape"]):
             raise ValueError("its data section is not that of a run")
         return saved, facts

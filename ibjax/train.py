@@ -156,7 +156,7 @@ def _validator(experiment):
     """The scorer of the attack that selects checkpoints, with its eps and step size."""
     section = config.complete(experiment.config.copy_and_resolve_references()).validate.attack
     options = config.arguments("attacks", section, "validate.attack")
-    eps, step_size = options.pop("eps"), options.pop("step_size")
+    eps, step_size = options.pop("eps"), options.pop("step_size", None)
     attack = functools.partial(config.factory("attacks", section.name), **options)
     predict, size = experiment.bind_net(None).predict, experiment.config.validate.batch_size
     scorer = Scorer(lambda variables, x, keys: predict(variables, x), attack, experiment.mesh, size, section.norm)

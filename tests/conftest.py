@@ -87,6 +87,13 @@ def smoke_config(name, arg="smoke"):
     return _recipe(name).get_config(arg)
 
 
+def clean_recipe():
+    """The short digits recipe of the run on clean images, by itself: under the threat model of what holds it."""
+    from ibjax import config
+
+    return config.effective(smoke_config("digits")).contrast.undefended
+
+
 def config_rows(name):
     """The rows of a recipe; ("",) where it has one only."""
     return getattr(_recipe(name), "ROWS", ("",))

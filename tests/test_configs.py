@@ -103,7 +103,7 @@ def test_the_commands_of_the_page_name_what_there_is():
     for names in lists:
         assert all(named(name) for name in names.split(","))
     for flag in flags:
-        check_settings(main.override(smoke_config("ibd_resnet18", "paper"), [flag]).evaluate)
+        check_settings(config.effective(main.override(smoke_config("ibd_resnet18", "paper"), [flag])).evaluate)
     for name, row in rows:
         assert row in RECIPES[name] or row.isupper() or row == "METHOD-original", row
 

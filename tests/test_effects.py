@@ -32,7 +32,7 @@ def test_every_run_has_the_data_and_lengths_that_are_asked_for(name, data, tmp_p
     assert (made.seed, made.evaluate.n, made.title) == (2, 70, name)
     for part in (made, *(recipe for _, recipe in config.recipes(made))):
         longer = effects.RUNS[name].longer if part is not made else 1
-        assert (part.epochs, part.data.fraction, part.attack.eps, part.evaluate.eps) == (7 * longer, 0.5, eps, eps)
+        assert (part.epochs, part.data.fraction, part.threat.eps) == (7 * longer, 0.5, eps)
         assert part.validate.every == part.epochs and part.data.get("path", "digits") in data
 
 

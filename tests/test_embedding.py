@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import threadpoolctl
-from conftest import smoke_config
+from conftest import clean_recipe
 
 from ibjax import cluster, run, scoring, train
 from ibjax.analysis import embedding
@@ -33,7 +33,7 @@ def workdirs(tmp_path_factory):
     """Two undefended runs, of other seeds."""
     folders = []
     for seed in (0, 1):
-        settings = smoke_config("digits").contrast.undefended
+        settings = clean_recipe()
         settings.update(title=f"seed {seed}", seed=seed, epochs=1)
         settings.data.n_test = 40
         folders.append(tmp_path_factory.mktemp("runs") / "run")

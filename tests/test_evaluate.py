@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import smoke_config
+from conftest import clean_recipe
 from jax.sharding import AxisType
 
 from ibjax import cluster, evaluate, main, results, run, scoring
@@ -131,7 +131,8 @@ def test_names_stand_for_their_attacks():
 def test_the_ladder_scales_its_steps_unless_they_are_fixed():
     settings = dict(eps="8/255", step_size="2/255", fixed_step=False)
     assert evaluate._scaled_step(settings, "8/255") == "2/255"
-    np.testing.assert_allclose(evaluate._scaled_step(settings, "16/255"), 4 / 255)
+    assert evaluate._scaled_step(settings, "16/255") == "4/255"
+    np.testing.assert_allclose(evaluate._scaled_step({**settings, "step_size": "1/255"}, "16/255"), 2 / 255)
     assert evaluate._scaled_step({**settings, "fixed_step": True}, "16/255") == "2/255"
 
 
@@ -186,7 +187,7 @@ def test_what_makes_every_number_wrong_is_refused(network, labels, words):
 @pytest.fixture
 def trained(tmp_path):
     """A small trained run of which a test may change the folder."""
-    recipe = smoke_config("digits").contrast.undefended
+    recipe = clean_recipe()
     np.savez(tmp_path / "a.npz", x_train=RNG.integers(0, 256, (48, 8, 8, 1), dtype=np.uint8), y_train=np.arange(48) % 3,
              x_test=RNG.integers(0, 256, (21, 8, 8, 1), dtype=np.uint8), y_test=np.arange(21) // 7)  # fmt: skip
     recipe.data = dict(name="npz", path=str(tmp_path / "a.npz"), val_size=8, split_seed=0)

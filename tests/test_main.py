@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import smoke_config
+from conftest import clean_recipe, smoke_config
 
 from ibjax import config, errors, evaluate, main, run
 from ibjax.attacks.geometry import fraction
@@ -158,7 +158,7 @@ def test_a_teacher_of_another_class_count_or_image_size_is_refused(digits_run, t
 
 def test_float_images_outside_the_unit_interval_are_refused(tmp_path):
     float_images(tmp_path / "a.npz")
-    recipe = smoke_config("digits").contrast.undefended
+    recipe = clean_recipe()
     recipe.data = dict(name="npz", path=str(tmp_path / "a.npz"), val_size=8, split_seed=0)
     with pytest.raises(InputError, match=r"\[200, 200\].*divide by 255"):
         main.execute(recipe, tmp_path / "x", "train")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import smoke_config
+from conftest import clean_recipe, smoke_config
 from ml_collections import ConfigDict
 
 from ibjax import cluster, config, run, train
@@ -22,7 +22,7 @@ OPTIONS = dict(every=3, n=12)
 
 def recipe(**changes):
     """Two epochs of seven steps, up to four at a time, with averaged weights, which are then what is measured."""
-    settings = smoke_config("digits").contrast.undefended
+    settings = clean_recipe()
     settings.update(ema_decay=0.5, steps_per_dispatch=4, **changes)
     return settings
 

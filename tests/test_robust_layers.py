@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import smoke_config
+from conftest import clean_recipe
 
 import ibjax
 from ibjax import evaluate, main, metrics, run
@@ -87,7 +87,7 @@ def test_the_command_masks_the_channels_that_tell_least_of_the_label(undefended,
 
 
 def recipe():
-    settings = smoke_config("digits").contrast.undefended
+    settings = clean_recipe()
     settings.objective = dict(name="ib_rar", base="standard")
     settings.epochs, settings.model.widths = 1, ((4,),)
     return settings
@@ -132,4 +132,4 @@ def on_test(settings):
 
 def test_a_recipe_without_layers_to_choose_is_refused(tmp_path):
     with pytest.raises(InputError, match="'standard' has no layers"):
-        layers.choose(smoke_config("digits").contrast.undefended, tmp_path)
+        layers.choose(clean_recipe(), tmp_path)

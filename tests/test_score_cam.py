@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.spatial
-from conftest import smoke_config
+from conftest import clean_recipe
 from PIL import Image
 
 from ibjax import cluster, main, run
@@ -136,7 +136,7 @@ def test_the_last_map_is_found(model, size, last):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A small network trained on the digits as they are."""
-    settings = smoke_config("digits").contrast.undefended
+    settings = clean_recipe()
     settings.epochs, settings.model.widths = 1, ((4,), (4,))
     folder = tmp_path_factory.mktemp("runs") / "digits"
     main.execute(settings, folder, "train")

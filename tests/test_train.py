@@ -7,16 +7,15 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import smoke_config
+from conftest import clean_recipe
 
-from ibjax import checkpoint, cluster, feed, metrics, run, train
+from ibjax import checkpoint, cluster, config, feed, metrics, run, train
 from ibjax.errors import DivergedError, InputError, PreemptedError
 from ibjax.experiment import build, initial_state
 
 
 def settings(**changes):
-    made = smoke_config("digits")
-    recipe = made.contrast.undefended
+    recipe = clean_recipe()
     recipe.update(objective=dict(name="pgd_at"), epochs=3, log_every=3, checkpoint_every=1)
     recipe.data.n_train = 48  # 40 after validation: 5 steps an epoch
     recipe.attack = dict(name="pgd", eps="0.1", step_size="0.05", steps=1)
@@ -216,7 +215,7 @@ def test_the_configuration_comes_back_from_disk_as_it_was(tmp_path):
     recipe = settings(epochs=1)
     trained(tmp_path, recipe)
     saved, facts = run.read_config(tmp_path)
-    assert json.loads(json.dumps(recipe.to_dict())) == json.loads(json.dumps(saved.to_dict()))
+    assert json.loads(json.dumps(config.effective(recipe).to_dict())) == json.loads(json.dumps(saved.to_dict()))
     assert facts["num_classes"] == 10 and facts["n_train"] == 40
     assert dataclasses.is_dataclass(run.load(tmp_path).model)
 

@@ -54,7 +54,7 @@ def choose(settings: ConfigDict, workdir: Path, gain: float = 1.0) -> dict[str, 
 
     "layers" are the robust ones, by the `n` images of the split `selected_on`, "val" or "test".
     """
-    config.complete(settings)
+    settings = config.effective(config.complete(settings))
     pgd = next((name for name in settings.evaluate.attacks if name.startswith("pgd-")), "pgd-10")
     recipes = candidates(settings)
     for recipe in recipes.values():

@@ -85,7 +85,8 @@ def record(
     """
     check_range("--every", every, 1)
     check_range("--n", n, 2)
-    teachers = command_line.jobs(config.complete(settings), workdir)[-1].teachers
+    settings = config.effective(config.complete(settings))
+    teachers = command_line.jobs(settings, workdir)[-1].teachers
     train.check(settings, teachers)
     with run.lock(workdir):
         experiment = build(settings, teachers)
