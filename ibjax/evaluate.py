@@ -290,9 +290,10 @@ def _scaled_step(settings, eps):
 
 def _common(trained, checkpoint, settings, split, validation, warnings):
     selected_on = {"best": trained.config.select_on, "last": "last"}.get(checkpoint, "step")
-    said = {key: trained.facts[key] for key in ("imported", "classes") if key in trained.facts}  # classes: by label
+    imported, classes = ({key: trained.facts[key]} if key in trained.facts else {} for key in ("imported", "classes"))
     return {
-        **said,
+        **imported,
+        **classes,  # their names, by label
         **run.provenance(trained, checkpoint),
         "dataset": trained.facts["label"],
         "norm": settings["norm"],
@@ -302,7 +303,7 @@ def _common(trained, checkpoint, settings, split, validation, warnings):
         "n": len(split.labels),
         "images": checkpoints.tree_digest(split),
         "dtype": "float32",
-        "selected_on": "unknown" if "imported" in said else selected_on,
+        "selected_on": "unknown" if imported else selected_on,
         "validation": validation,
         "config": config.plain(trained.config),
         "warnings": warnings,
