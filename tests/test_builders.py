@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import shutil
 import struct
 import tarfile
 import zipfile
@@ -42,9 +43,9 @@ def cifar_records(x, *label_columns):
     return b"".join(rows)
 
 
-def make_cifar10(folder):
+def make_cifar10(folder, classes=tuple(f"class{i}" for i in range(10))):
     x, y = images(60), np.arange(60) % 10
-    members = {"batches.meta.txt": "\n".join(f"class{i}" for i in range(10)).encode() + b"\n\n"}
+    members = {"batches.meta.txt": "\n".join(classes).encode() + b"\n\n"}
     for i in range(5):
         members[f"data_batch_{i + 1}.bin"] = cifar_records(x[10 * i : 10 * i + 10], y[10 * i : 10 * i + 10])
     members["test_batch.bin"] = cifar_records(x[50:], y[50:])
@@ -189,15 +190,11 @@ def test_corrupted_cifar_has_one_split_for_each_corruption(num_classes, tmp_path
 
 @pytest.mark.parametrize("version", ["v4", "v6"])
 def test_a_second_test_set_takes_the_place_of_the_first(version, tmp_path):
-    splits, (x, y) = make_cifar10(tmp_path), make_cifar10_1(tmp_path, version)
+    splits, (x, y) = make_cifar10(tmp_path, cifar10_1._CLASSES), make_cifar10_1(tmp_path, version)
     name = {"v4": "cifar10_1_v4", "v6": "cifar10_1"}[version]
     for dataset in ("cifar10", name):
-        prepare.prepare(dataset, tmp_path, unverified=True, archives_dir=tmp_path)
+        prepare.prepare(dataset, tmp_path, tmp_path, unverified=True)
     stock = dict(dataset="cifar10", data_dir=str(tmp_path))
-    with pytest.raises(DataError, match=r"classes airplane, .*, .*class0, class1"):  # not CIFAR-10's own names
-        tfds.load(**stock, test=name)
-    labels = tmp_path / "cifar10/1.0.0/label.labels.txt"
-    labels.write_text("\n".join(cifar10_1._CLASSES) + "\n")
     data = load_splits(tfds.load, val_size=10, **stock, test=name)
     np.testing.assert_array_equal(data.test.images, x)
     np.testing.assert_array_equal(data.test.labels, y)
@@ -211,6 +208,11 @@ def test_a_second_test_set_takes_the_place_of_the_first(version, tmp_path):
     prepare.prepare("mnist", tmp_path, tmp_path, unverified=True)
     with pytest.raises(DataError, match=r"mnist\S+ has shape \(28, 28, 1\), \S+cifar10\S+ \(32, 32, 3\)"):
         tfds.load(**stock, test="mnist")
+    make_cifar10(tmp_path)  # other classes
+    shutil.rmtree(tmp_path / "cifar10")
+    prepare.prepare("cifar10", tmp_path, tmp_path, unverified=True)
+    with pytest.raises(DataError, match=r"classes airplane, .*, \S+cifar10\S+ class0, class1"):
+        tfds.load(**stock, test=name)
 
 
 def test_arrays_that_do_not_belong_together_are_refused(tmp_path):

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ibjax.data import Arrays, Split, listed, require_classes, stamps, tfrecord
+from ibjax.data import Arrays, Split, builders, listed, require_classes, stamps, tfrecord
 from ibjax.errors import DataError
 
 DEFAULT_DIR = "~/tensorflow_datasets"  # TFDS's own, unless TFDS_DATA_DIR says otherwise
@@ -45,13 +45,18 @@ class Stored(NamedTuple):
     keys: tuple[str, str]  # of image and label in a record
     shape: tuple[int, int, int] | None  # of every image; None where they differ
     classes: tuple[str, ...]  # their names, by label
-    counts: dict[str, int]  # images in each split
+    shards: dict[str, tuple[tuple[Path, int], ...]]  # of each split: files, and how many records they hold
     remake: str  # what to do when a file is damaged
 
     @property
     def num_classes(self) -> int:
         """How many labels there may be."""
         return len(self.classes)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Images in each split."""
+        return {split: sum(count for _, count in shards) for split, shards in self.shards.items()}
 
 
 def load(*, dataset: str, data_dir: str = "", test: str = "", label: str = "") -> Arrays:
@@ -112,11 +117,12 @@ def find(dataset: str, data_dir: str = "") -> Stored:
         features: Any = builder.info.features
         keys = tuple(builder.info.supervised_keys or ("image", "label"))[:2]
         image, target = (features[key] for key in keys)
-        counts = {name: int(split.num_examples) for name, split in builder.info.splits.items()}
+        shards = {name: _shards(split) for name, split in builder.info.splits.items()}
         classes, whole, kind = tuple(map(str, target.names)), tuple(image.shape), np.dtype(image.np_dtype)
-        label = (builder.info.metadata or {}).get("label") or _LABELS.get(dataset, dataset)
-        if not isinstance(label, str) or int(target.num_classes) != len(classes):
-            raise ValueError(f"label {label!r}, {target.num_classes} classes with {len(classes)} names")
+        if int(target.num_classes) != len(classes):
+            raise ValueError(f"{target.num_classes} classes with {len(classes)} names")
+        own = type(image) is tfds.features.Tensor  # stock builders have an Image
+        label = builders.label(builder.info.metadata, classes, own) or _LABELS.get(dataset, dataset)
     except Exception as error:  # TFDS raises whatever a damaged or foreign description leads it to
         reason = (str(error).splitlines() or [""])[0]
         raise DataError(
@@ -124,7 +130,11 @@ def find(dataset: str, data_dir: str = "") -> Stored:
         ) from None
     if kind != np.uint8 or len(whole) != 3:
         raise DataError(f"{folder} holds images of {kind} {whole}; expected uint8 of (height, width, channels)")
-    return Stored(builder, folder, label, keys, None if None in whole else whole, classes, counts, remake)
+    return Stored(builder, folder, label, keys, None if None in whole else whole, classes, shards, remake)
+
+
+def _shards(split):
+    return tuple((Path(str(file)), int(n)) for file, n in zip(split.filepaths, split.shard_lengths, strict=True))
 
 
 def _how_to_make(dataset, root):
@@ -185,13 +195,12 @@ def read(stored: Stored, split: str, start: int = 0, stop: int | None = None) ->
 
 def check_counts(stored: Stored, split: str) -> None:
     """Raises DataError unless each shard holds as many records as the description says: fewer would be left unread."""
-    info = stored.builder.info.splits[split]
     if stored.builder.info.file_format.value != "array_record":  # TFRecord files are counted as they are read
         return
     from array_record.python.array_record_module import ArrayRecordReader
 
     def count(shard):
-        reader = ArrayRecordReader(str(shard))
+        reader = ArrayRecordReader(str(shard[0]))
         try:
             return reader.num_records()
         finally:
@@ -199,21 +208,19 @@ def check_counts(stored: Stored, split: str) -> None:
 
     try:
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            pairs = list(zip(info.filepaths, info.shard_lengths, pool.map(count, info.filepaths), strict=True))
+            found = list(pool.map(count, stored.shards[split]))
     except Exception as error:
         raise damaged(stored, split, error) from None
-    for shard, promised, found in pairs:
-        if found != promised:
-            raise DataError(f"{shard} holds {found} records, its description says {promised}; {stored.remake}")
+    for (shard, promised), records in zip(stored.shards[split], found, strict=True):
+        if records != promised:
+            raise DataError(f"{shard} holds {records} records, its description says {promised}; {stored.remake}")
 
 
 def records(stored: Stored, split: str, indices: range) -> Iterable[dict[str, Any]]:
     """The decoded records, `_BATCH` at a time in memory; raises DataError naming the shard that is damaged."""
     features = stored.builder.info.features
     if stored.builder.info.file_format.value == "tfrecord":
-        info = stored.builder.info.splits[split]
-        pairs = zip(info.filepaths, info.shard_lengths, strict=True)
-        found = [raw for name, length in pairs for raw in _shard(stored, Path(str(name)), length)]
+        found = [raw for shard, length in stored.shards[split] for raw in _shard(stored, shard, length)]
         yield from (_decoded(stored, features, split, found[i]) for i in indices)
         return
     source = _opened(stored, split)
@@ -260,11 +267,11 @@ def damaged(stored, split, error):
     from array_record.python.array_record_module import ArrayRecordReader
 
     reason = " ".join(str(error).split())[:120] or type(error).__name__
-    for name in stored.builder.info.splits[split].filepaths:
+    for shard, _ in stored.shards[split]:
         try:
-            reader = ArrayRecordReader(str(name))
+            reader = ArrayRecordReader(str(shard))
             reader.read_all()
             reader.close()
         except Exception:
-            return DataError(f"{name} is missing, truncated or damaged ({reason}); {stored.remake}")
+            return DataError(f"{shard} is missing, truncated or damaged ({reason}); {stored.remake}")
     return DataError(f"{stored.folder}: {split} cannot be read ({reason}); {stored.remake}")
