@@ -295,8 +295,8 @@ def images_of(data: ConfigDict, shape: str | None, classes: int | None) -> tuple
     known, number = IMAGES.get(data.get("dataset", data.name), (None, None))
     if data.name == "synthetic":
         known, number = tuple(data.shape), data.num_classes
-    if "size" in data and data.size:
-        known = (data.size, data.size, 3)
+    if data.get("size") is not None:
+        known = (data.size, data.size, 1 if data.get("grey") else 3)
     number, reason = number if classes is None else classes, ""
     if shape is not None:
         sides = shape.split(",")

@@ -133,7 +133,7 @@ def evaluate(
     keys = draw_keys(trained.config.seed, len(split.labels))
     x = np.asarray(to_float(jnp.asarray(split.images[:256])))
     asked = checks.network(lambda x, keys: logits(trained.variables, x, keys)[0], x, split.labels, keys[: len(x)])
-    warnings = asked.warnings
+    warnings = [*trained.facts.get("warnings", ()), *asked.warnings]  # of the data, and of the network
     with checkpoints.manager(workdir, read_only=True) as orbax:
         validation = checkpoints.metrics(orbax, trained.step)
 
@@ -301,9 +301,10 @@ def _scaled_step(settings, eps):
 
 def _common(trained, checkpoint, settings, split, validation, warnings):
     selected_on = {"best": trained.config.select_on, "last": "last"}.get(checkpoint, "step")
-    imported = {"imported": trained.facts["imported"]} if "imported" in trained.facts else {}
+    imported, classes = ({key: trained.facts[key]} if key in trained.facts else {} for key in ("imported", "classes"))
     return {
         **imported,
+        **classes,  # their names, by label
         **run.provenance(trained, checkpoint),
         "dataset": trained.facts["label"],
         "norm": settings["norm"],

@@ -6,7 +6,6 @@ workdir/  config.json env.json metrics.jsonl checkpoints/<step>/ eval/<checkpoin
 import argparse
 import contextlib
 import fcntl
-import functools
 import importlib.metadata
 import json
 import os
@@ -20,12 +19,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
 from ibjax import checkpoint as checkpoints
 from ibjax import cluster, config
-from ibjax.data import Arrays, Split, load_splits, stratified, subset
+from ibjax.data import Arrays, Split, load_splits, stratified, subset, unchanged
 from ibjax.errors import CheckpointError, InputError
 from ibjax.step import Variables, linen_net
 
@@ -36,6 +36,10 @@ _FREE_KEYS = (
     *("title", "threat", "evaluate", "contrast", "log_every", "checkpoint_every", "steps_per_dispatch"),
     *config.TEACHERS,
 )
+
+
+# what config.json says of the data beside its content, which the digests are of; runs of earlier versions lack it
+DESCRIPTIONS = ("classes", "warnings")
 
 
 class Run(NamedTuple):
@@ -92,7 +96,32 @@ def load(workdir: str | os.PathLike, checkpoint: str | int = "best") -> Run:
     with checkpoints.manager(Path(workdir), read_only=True) as orbax:
         step, variables = checkpoints.restore_variables(orbax, checkpoint, abstract)
     predict = jax.jit(linen_net(model).predict)
-    return Run(model, variables, lambda x: predict(variables, x)[0], saved, facts, step, Path(workdir))
+
+    def logits_fn(x: Array) -> Array:
+        return predict(variables, pixels(x))[0]
+
+    return Run(model, variables, logits_fn, saved, facts, step, Path(workdir))
+
+
+def pixels(x: Any) -> Any:
+    """x as an array, if it is a batch of images with floats in [0, 1] (to 1e-6); else InputError.
+
+    Of an array inside a trace, shape and type are checked, which costs nothing when the program runs.
+    """
+    x = x if isinstance(x, jax.Array) else np.asarray(x)
+    if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise InputError(
+            f"images have shape {x.shape} and type {x.dtype}; give (N, height, width, channels), floats in [0, 1]: "
+            f"divide raw pixels by 255"
+        )
+    if x.size and not isinstance(x, jax.core.Tracer):
+        low, high = (float(value) for value in _extremes(x))
+        if not (low >= -1e-6 and high <= 1 + 1e-6):  # NaN fails too
+            raise InputError(f"images reach from {low} to {high}; give pixels in [0, 1]: divide raw ones by 255")
+    return x
+
+
+_extremes = jax.jit(lambda x: (x.min(), x.max()))
 
 
 def build_model(section: Any, num_classes: int, where: str) -> nn.Module:
@@ -100,14 +129,29 @@ def build_model(section: Any, num_classes: int, where: str) -> nn.Module:
     return config.build("models", section, where, num_classes=num_classes)
 
 
+_KEPT = 2  # data sets in memory
+_loaded: dict[tuple, Arrays] = {}
+
+
 def load_data(settings: ConfigDict) -> Arrays:
-    """The checked splits of a configuration; read once for all runs of a process that use them."""
-    return _load_data(json.dumps(config.plain(settings.data), sort_keys=True))
+    """The checked splits of a configuration, read once for all runs of a process that use them.
+
+    They are read again where a file that they were read from has changed since.
+    """
+    section = json.dumps(config.plain(settings.data), sort_keys=True)
+    key = (
+        section,
+        os.getcwd(),
+        *(os.environ.get(name) for name in ("HOME", "TFDS_DATA_DIR")),
+    )  # what a path depends on
+    found = _loaded.pop(key, None)
+    _loaded[key] = found if found is not None and unchanged(found) else _read_data(json.loads(section))
+    for oldest in list(_loaded)[:-_KEPT]:
+        del _loaded[oldest]
+    return _loaded[key]
 
 
-@functools.lru_cache(maxsize=2)
-def _load_data(section_text):
-    section = json.loads(section_text)
+def _read_data(section):
     split = dict(val_size=section.pop("val_size"), split_seed=section.pop("split_seed"))
     split["fraction"] = section.pop("fraction", 1.0)
     options = config.arguments("data", section, "data")
@@ -146,12 +190,13 @@ def _section_in_float32(section):
 
 
 def facts(data: Arrays) -> dict[str, Any]:
-    """What config.json says of the data: its name, shape, sizes, and a digest of each split."""
+    """What config.json says of the data: its name, shape, classes, sizes, warnings, and a digest of each split."""
     splits = {name: split for name in ("train", "val", "test") if (split := getattr(data, name)) is not None}
     return {
         "label": data.label,
         "input_shape": list(data.train.images.shape[1:]),
         "num_classes": data.num_classes,
+        **{name: list(value) for name in DESCRIPTIONS if (value := getattr(data, name))},
         **{f"n_{name}": len(split.labels) for name, split in splits.items()},
         "digests": {name: checkpoints.tree_digest(split) for name, split in splits.items()},
     }
@@ -204,7 +249,7 @@ def write_config(workdir: Path, given: ConfigDict, facts: dict[str, Any]) -> Non
     if has_checkpoint(workdir):
         saved, saved_facts = read_config(workdir)
         refuse_other_run(workdir, saved, given)
-        for name, value in config.plain(facts).items():
+        for name, value in config.plain({k: v for k, v in facts.items() if k not in DESCRIPTIONS}).items():
             if config.plain(saved_facts).get(name) != value:
                 raise InputError(
                     f"{workdir} was trained with another {name} ({saved_facts.get(name)}, now {value}); "

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import shutil
 import struct
 import tarfile
 import zipfile
@@ -14,7 +15,7 @@ import scipy.io
 from PIL import Image
 
 from ibjax.data import archives, builders, load_splits, prepare, tfds
-from ibjax.data.builders import Contents, cifar, cifar_c, mnist
+from ibjax.data.builders import Contents, cifar, cifar10_1, cifar_c, mnist, stl10
 from ibjax.errors import DataError
 
 RNG = np.random.default_rng(0)
@@ -42,9 +43,9 @@ def cifar_records(x, *label_columns):
     return b"".join(rows)
 
 
-def make_cifar10(folder):
+def make_cifar10(folder, classes=tuple(f"class{i}" for i in range(10))):
     x, y = images(60), np.arange(60) % 10
-    members = {"batches.meta.txt": "\n".join(f"class{i}" for i in range(10)).encode() + b"\n\n"}
+    members = {"batches.meta.txt": "\n".join(classes).encode() + b"\n\n"}
     for i in range(5):
         members[f"data_batch_{i + 1}.bin"] = cifar_records(x[10 * i : 10 * i + 10], y[10 * i : 10 * i + 10])
     members["test_batch.bin"] = cifar_records(x[50:], y[50:])
@@ -129,12 +130,32 @@ def make_cifar_c(folder, name="CIFAR-10-C", num_classes=10, corruptions=("fog", 
     return splits
 
 
+def make_stl10(folder):
+    members, splits = {"class_names.txt": b"airplane\nbird\ncar\n"}, {}
+    for split, n in (("train", 6), ("test", 9)):
+        x, y = images(n, 96), np.arange(n) % 3
+        members[f"{split}_X.bin"] = b"".join(x[i, :, :, c].T.tobytes() for i in range(n) for c in range(3))
+        members[f"{split}_y.bin"] = np.uint8(y + 1).tobytes()
+        splits[split] = x, y
+    members |= {"unlabeled_X.bin": images(1, 96).tobytes(), "fold_indices.txt": b"0 1 2"}
+    write_tar(folder / "stl10_binary.tar.gz", {f"stl10_binary/{k}": v for k, v in members.items()})
+    return splits
+
+
+def make_cifar10_1(folder, version="v6"):
+    x, y = images(20), np.arange(20) % 10
+    np.save(folder / f"cifar10.1_{version}_data.npy", x)
+    np.save(folder / f"cifar10.1_{version}_labels.npy", y)
+    return x, y
+
+
 MAKERS = {
     "cifar10": make_cifar10,
     "cifar100": make_cifar100,
     "mnist": make_mnist,
     "fashion_mnist": make_mnist,
     "svhn_cropped": make_svhn,
+    "stl10": make_stl10,
     "tiny_imagenet": make_tiny_imagenet,
 }
 
@@ -165,6 +186,51 @@ def test_corrupted_cifar_has_one_split_for_each_corruption(num_classes, tmp_path
     np.testing.assert_array_equal(third.labels, splits["fog"][1][40:60])
     with pytest.raises(DataError, match=r"test set only.*ibjax\.analysis\.corruptions"):
         tfds.load(dataset=f"cifar{num_classes}_c", data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("version", ["v4", "v6"])
+def test_a_second_test_set_takes_the_place_of_the_first(version, tmp_path):
+    splits, (x, y) = make_cifar10(tmp_path, cifar10_1._CLASSES), make_cifar10_1(tmp_path, version)
+    name = {"v4": "cifar10_1_v4", "v6": "cifar10_1"}[version]
+    for dataset in ("cifar10", name):
+        prepare.prepare(dataset, tmp_path, tmp_path, unverified=True)
+    stock = dict(dataset="cifar10", data_dir=str(tmp_path))
+    data = load_splits(tfds.load, val_size=10, **stock, test=name)
+    np.testing.assert_array_equal(data.test.images, x)
+    np.testing.assert_array_equal(data.test.labels, y)
+    assert len(data.train.labels) == 40 and data.val is not None
+    assert data.label.startswith("CIFAR-10 (unofficial archive), tested on CIFAR-10.1")
+    whole = load_splits(tfds.load, val_size=0, **stock)
+    np.testing.assert_array_equal(whole.test.images, splits["test"][0])
+    with pytest.raises(DataError, match=r"has splits test; needed: train.*test='cifar10_1'"):
+        tfds.load(dataset=name, data_dir=str(tmp_path))
+    make_mnist(tmp_path)
+    prepare.prepare("mnist", tmp_path, tmp_path, unverified=True)
+    with pytest.raises(DataError, match=r"mnist\S+ has shape \(28, 28, 1\), \S+cifar10\S+ \(32, 32, 3\)"):
+        tfds.load(**stock, test="mnist")
+    make_cifar10(tmp_path)  # other classes
+    shutil.rmtree(tmp_path / "cifar10")
+    prepare.prepare("cifar10", tmp_path, tmp_path, unverified=True)
+    with pytest.raises(DataError, match=r"classes airplane, .*, \S+cifar10\S+ class0, class1"):
+        tfds.load(**stock, test=name)
+
+
+def test_arrays_that_do_not_belong_together_are_refused(tmp_path):
+    make_cifar10_1(tmp_path)
+    data, labels = (tmp_path / f"cifar10.1_v6_{part}.npy" for part in ("data", "labels"))
+    np.save(labels, np.arange(19) % 10)
+    with pytest.raises(DataError, match=r"data\.npy holds uint8\[20, 32, 32, 3\], \S+labels\.npy int64\[19\]"):
+        cifar10_1.CIFAR10_1.read([data, labels])
+    content = bytearray(data.read_bytes())
+    content[8] -= 4  # a header that is four bytes shorter means other pixels
+    data.write_bytes(content)
+    with pytest.raises(DataError, match=r"data\.npy is no array of numbers \(4 bytes are left over\)"):
+        cifar10_1.CIFAR10_1.read([data, labels])
+    members = {"class_names.txt": b"a b", "train_X.bin": b"x" * 27648, "train_y.bin": b"\x03"}
+    members |= {"test_X.bin": b"x" * 27648, "test_y.bin": b"\x01"}
+    write_tar(tmp_path / "a.tar.gz", {f"stl10_binary/{name}": content for name, content in members.items()})
+    with pytest.raises(DataError, match=r"27648 bytes of pixels and 1 labels are not .* of classes 1 to 2"):
+        stl10.STL10.read([tmp_path / "a.tar.gz"])
 
 
 def test_classes_carry_their_names(tmp_path):

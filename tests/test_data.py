@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ibjax import config, run
 from ibjax.data import Split, augment, check, digits, folder, gallery, hold_out, load_splits, npz, synthetic
 from ibjax.errors import DataError, InputError
 
@@ -64,6 +65,8 @@ def test_npz_accepts_column_labels_and_unit_floats(tmp_path):
     "changes, words",
     [
         (dict(x_train=IMAGES.astype(np.float32)), "[0, 255]"),
+        (dict(x_train=IMAGES / 255.0**2), "divided by 255 twice"),
+        (dict(x_test=np.float32(IMAGES[:8] / 255.0) / 255), "test images are float32 and reach only 0.0039"),
         (dict(x_train=np.where(IMAGES > 250, np.nan, IMAGES / 255)), "nan"),
         (dict(x_train=IMAGES.transpose(0, 3, 1, 2)), "NCHW"),
         (dict(x_train=IMAGES.astype(np.int64)), "int64"),
@@ -80,6 +83,105 @@ def test_wrong_arrays_are_refused_in_one_line(tmp_path, changes, words):
     with pytest.raises(DataError) as caught:
         load_splits(npz.load, val_size=0, path=path)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+NO_CLASS_0 = "1 of 5 classes have no {} image: 0; if labels count from 1, subtract 1"
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        (dict(y_train=LABELS + 1, y_test=LABELS[:8] + 1), [NO_CLASS_0.format("training"), NO_CLASS_0.format("test")]),
+        (dict(y_train=LABELS + 2 * (LABELS == 3)), ["2 of 6 classes have no training image: 3, 4", "of 6"]),
+        (dict(y_test=np.zeros(8, int)), ["3 of 4 classes have no test image: 1, 2, 3"]),
+        ({}, []),
+    ],
+)
+def test_classes_without_an_image_are_named(tmp_path, caplog, changes, expected):
+    data = load_splits(npz.load, val_size=0, path=write_npz(tmp_path / "a.npz", **changes))
+    assert len(data.warnings) == len(expected)
+    for text, warning in zip(expected, data.warnings, strict=True):
+        assert text in warning and f"a: {warning}" in caplog.text
+    assert run.facts(data).get("warnings", []) == list(data.warnings)
+
+
+def test_classes_that_a_part_of_the_images_lacks_are_named(tmp_path):
+    """A validation split or a fraction can take a class's last image from training."""
+    labels = np.where(np.arange(40) == 7, 4, LABELS)
+    path = write_npz(tmp_path / "a.npz", y_train=labels, y_test=np.arange(8) % 5)
+    assert not load_splits(npz.load, val_size=0, path=path).warnings
+    lost = [load_splits(npz.load, val_size=0, fraction=0.5, split_seed=seed, path=path).warnings for seed in range(8)]
+    assert {("1 of 5 classes have no training image: 4",), ()} == set(lost)
+
+
+@pytest.mark.parametrize("label", [4, 5, 200, 2**62])
+def test_one_stray_label_does_not_make_classes(tmp_path, label):
+    labels = np.where(np.arange(40) == 7, label, LABELS)
+    path = write_npz(tmp_path / "a.npz", y_train=labels)
+    with pytest.raises(
+        DataError, match=rf"label {label} occurs once in y_train and never in y_test.*num_classes={label + 1}"
+    ):
+        load_splits(npz.load, val_size=0, path=path)
+    if label < 10:
+        data = load_splits(npz.load, val_size=0, path=path, num_classes=label + 1)
+        assert data.num_classes == label + 1  # it was meant
+
+
+def test_labels_that_leave_most_classes_empty_are_refused(tmp_path):
+    sparse = np.where(LABELS == 3, 255, LABELS)  # as masks mark what has no class
+    path = write_npz(tmp_path / "a.npz", y_train=sparse)
+    with pytest.raises(DataError, match=r"252 of 256 classes have no training image.*give data\.num_classes=256"):
+        load_splits(npz.load, val_size=0, path=path)
+    assert len(load_splits(npz.load, val_size=0, path=path, num_classes=256).warnings) == 2
+
+
+def test_digits_are_the_ones_that_they_were():
+    """Digests of an earlier version: the images, their order and their splits."""
+    assert run.facts(load_splits(digits.load, val_size=0))["digests"] == {
+        "train": "b86f5693b575116e88813dcc4d7010d4",
+        "val": "3207a4ed5f69ddd6ab1bad226af00866",
+        "test": "a6ee3894cca10d3759676c96504459c8",
+    }
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_wrong_bit_of_an_npz_is_named_or_unharmful(tmp_path, save):
+    """Among them those of the headers' lengths, which shift all values."""
+    path = tmp_path / "a.npz"
+    many = {"x_train": np.tile(IMAGES, (5, 1, 1, 1)), "y_train": np.tile(LABELS, 5)}  # more than zipfile reads ahead
+    save(path, **many, x_test=IMAGES, y_test=LABELS)
+    content, whole = bytearray(path.read_bytes()), npz.load(path=str(path))
+    lengths = [i + 8 for i in range(len(content)) if content[i : i + 6] == b"\x93NUMPY"]
+    assert len(lengths) == (4 if save is np.savez else 0)
+    for place in {*range(0, len(content), 97), *lengths}:
+        content[place] ^= 4
+        path.write_bytes(content)
+        content[place] ^= 4
+        try:
+            data = npz.load(path=str(path))
+        except DataError as error:
+            assert "a.npz" in str(error) and "\n" not in str(error)
+        else:
+            assert place not in lengths
+            jax.tree.map(np.testing.assert_array_equal, data[:3], whole[:3])
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=r"a\.npz"):
+        npz.load(path=str(path))
+
+
+def test_a_rewritten_file_is_read_again(tmp_path):
+    """In the same process, too: of the same size, within a second."""
+    settings = config.base()
+    path = write_npz(tmp_path / "a.npz")
+    settings.data = dict(name="npz", path=path, val_size=0, split_seed=0)
+    first = run.load_data(settings)
+    assert run.load_data(settings) is first
+    write_npz(tmp_path / "a.npz", x_train=IMAGES[::-1])
+    np.testing.assert_array_equal(run.load_data(settings).train.images, IMAGES[::-1])
+    for i in range(4):  # two are kept
+        settings.data.path = write_npz(tmp_path / f"{i}.npz")
+        run.load_data(settings)
+    assert len(run._loaded) == 2
 
 
 def test_damaged_and_malicious_npz_are_refused(tmp_path):

@@ -261,7 +261,6 @@ def test_other_test_images_than_the_run_was_made_with_are_refused(trained):
         arrays = dict(archive)
     arrays["x_test"] = arrays["x_test"][::-1]
     np.savez(source, **arrays)
-    evaluate.run._load_data.cache_clear()  # another process would read the file anew
     with pytest.raises(InputError, match="is not the one that"):
         evaluate.evaluate(trained)
 

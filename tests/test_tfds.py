@@ -236,16 +236,50 @@ def test_a_damaged_shard_is_named_with_how_to_make_it_again_or_unharmed(records,
     assert named >= 7
 
 
-@pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
+DESCRIPTION = ("dataset_info.json", "features.json", "metadata.json", "label.labels.txt")
+
+
+@pytest.mark.parametrize("file", DESCRIPTION)
 def test_a_damaged_description_is_named(file, tmp_path):
-    make(tmp_path)
+    """Cut or with a wrong bit: refused, or all that it says is what it was."""
+    make(tmp_path, n=20)
     path = builders.folder("cifar10", tmp_path) / file
-    content = path.read_text()
-    for damaged in (content[: len(content) // 2], "", "{}"):
-        path.write_text(damaged)
-        with pytest.raises(DataError, match=r"cifar10/1\.0\.0") as caught:
-            tfds.load(dataset="cifar10", data_dir=str(tmp_path))
-        assert "\n" not in str(caught.value)
+    whole, content = tfds.load(dataset="cifar10", data_dir=str(tmp_path)), path.read_bytes()
+    assert whole.label == "noise"
+    step = max(1, len(content) // 40)
+    cuts = [content[:i] for i in range(0, len(content) - 3, step)]
+    flips = [content[:i] + bytes([content[i] ^ 1 << i % 7]) + content[i + 1 :] for i in range(0, len(content), step)]
+    refused = 0
+    for damaged in (*cuts, *flips, b"{}"):
+        path.write_bytes(damaged)
+        try:
+            data = tfds.load(dataset="cifar10", data_dir=str(tmp_path))
+        except DataError as error:
+            assert "cifar10/1.0.0" in str(error) and "\n" not in str(error)
+            refused += 1
+        else:
+            assert (data.label, data.classes) == (whole.label, whole.classes)
+            np.testing.assert_array_equal(data.train.images, whole.train.images)
+            np.testing.assert_array_equal(data.train.labels, whole.train.labels)
+    assert refused > 0.8 * len(cuts + flips)
+
+
+def test_a_data_set_of_an_earlier_version_keeps_its_name(tmp_path):
+    """Its metadata.json has no digest; without its label it would count as the official data set."""
+    make(tmp_path)
+    path = builders.folder("cifar10", tmp_path) / "metadata.json"
+    path.write_text(json.dumps({"label": "CIFAR-10 (JPEG)", "archives": {}}))
+    assert tfds.load(dataset="cifar10", data_dir=str(tmp_path)).label == "CIFAR-10 (JPEG)"
+    path.write_text(json.dumps({"labem": "CIFAR-10 (JPEG)", "archives": {}}))
+    with pytest.raises(DataError, match=r"metadata\.json or the names of the classes are not as they were written"):
+        tfds.load(dataset="cifar10", data_dir=str(tmp_path))
+    path.unlink()
+    with pytest.raises(DataError, match=r"metadata\.json or the names of the classes are not as they were written"):
+        tfds.load(dataset="cifar10", data_dir=str(tmp_path))
+    stock = make_stock(tmp_path / "stock", "cifar10", {"train": examples(10), "test": examples(10)}) / "metadata.json"
+    for metadata in ({"source": "of a stock builder"}, {}):
+        stock.write_text(json.dumps(metadata))
+        assert tfds.load(dataset="cifar10", data_dir=str(tmp_path / "stock")).label == "CIFAR-10"
 
 
 def test_other_data_sets_are_refused(tmp_path):
@@ -433,14 +467,18 @@ def test_stream_names_damage_and_what_cannot_be_read_at_random(pictures):
         stream.Pictures(again, "train", 16, 2)
 
 
-def test_counts_of_the_description_are_those_of_the_files(tmp_path):
-    """A description that promises more records than the shards hold."""
+@pytest.mark.parametrize("records", ["array_record", "tfrecord"])
+@pytest.mark.parametrize("promised", [70, 90])
+def test_a_description_that_promises_more_or_fewer_images_than_there_are_is_refused(records, promised, tmp_path):
     make(tmp_path)
-    path = builders.folder("cifar10", tmp_path) / "dataset_info.json"
+    folder = builders.folder("cifar10", tmp_path)
+    if records == "tfrecord":
+        to_tfrecord(folder)
+    path = folder / "dataset_info.json"
     info = json.loads(path.read_text())
-    info["splits"][0]["shardLengths"] = ["90"]
+    info["splits"][0]["shardLengths"] = [str(promised)]
     path.write_text(json.dumps(info))
-    with pytest.raises(DataError, match="train cannot be read"):
+    with pytest.raises(DataError, match=rf"train\.{records}\S+ (holds|has) 80 records.* {promised}.* make it again"):
         tfds.load(dataset="cifar10", data_dir=str(tmp_path))
 
 

@@ -2,7 +2,7 @@
 
     digits      the 1,797 handwritten digits that scikit-learn ships, with a fixed split
     npz         one file in Keras's layout: x_train, y_train, x_test, y_test
-    folder      class folders: train/<class>/*.png|jpg, test/<class>/*
+    folder      class folders: train/<class>/*.jpg, test/<class>/*
     tfds        a data set of TensorFlow Datasets by name, without TensorFlow; `ibjax.data.prepare` makes the usual ones
     stream      a data set too large for memory, as ImageNet, read from TFDS's files while training
     synthetic   random images of a given shape, for smoke tests
@@ -10,19 +10,27 @@
 `load_splits` is the door: it loads, checks, holds out the validation split, and takes a fraction of the rest.
 """
 
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ibjax.errors import DataError
 
+log = logging.getLogger(__name__)
+
 # data.dataset, or data.name -> (shape of an image, classes); ImageNet's images have the recipe's size
 IMAGES: dict[str, tuple[tuple[int, int, int] | None, int]] = {
     "digits": ((8, 8, 1), 10),
     "mnist": ((28, 28, 1), 10),
+    "fashion_mnist": ((28, 28, 1), 10),
     "cifar10": ((32, 32, 3), 10),
     "cifar100": ((32, 32, 3), 100),
     "svhn_cropped": ((32, 32, 3), 10),
+    "stl10": ((96, 96, 3), 10),
     "tiny_imagenet": ((64, 64, 3), 200),
     "imagenet2012": (None, 1000),
 }
@@ -38,6 +46,26 @@ class Split(NamedTuple):
     labels: np.ndarray
 
 
+class Stamp(NamedTuple):
+    """A file or folder as it is at one moment: a file that is written again has another stamp."""
+
+    path: str
+    state: tuple[int, ...] | None  # size, times of change in ns, inode; None where there is nothing
+
+
+def stamps(paths: Iterable[Path | str]) -> tuple[Stamp, ...]:
+    """The stamps of files and folders. A source takes them before it reads, so that no later change is missed."""
+
+    def state(path):
+        try:
+            found = os.stat(path)
+        except OSError:
+            return None
+        return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+    return tuple(Stamp(os.path.abspath(path), state(path)) for path in paths)
+
+
 class Arrays(NamedTuple):
     """What a source returns. `val` is None where the source has no validation split of its own."""
 
@@ -46,6 +74,14 @@ class Arrays(NamedTuple):
     num_classes: int
     val: Split | None = None
     label: str = ""  # how results on it must be called, as "CIFAR-10 (JPEG)"
+    classes: tuple[str, ...] = ()  # their names, by label; none where there is nothing to name, as in noise
+    warnings: tuple[str, ...] = ()  # what casts doubt on the data; every record of a run on it repeats them
+    read: tuple[Stamp, ...] = ()  # the files and folders that it was read from, as they were then
+
+
+def unchanged(arrays: Arrays) -> bool:
+    """Whether the files that arrays were read from are still as they were."""
+    return stamps(stamp.path for stamp in arrays.read) == arrays.read
 
 
 def load_splits(source: Any, *, val_size: int, split_seed: int = 0, fraction: float = 1.0, **options: Any) -> Arrays:
@@ -54,9 +90,18 @@ def load_splits(source: Any, *, val_size: int, split_seed: int = 0, fraction: fl
     The validation split is stratified: each class gives its share. `val_size=0` leaves `val` empty (selection on the
     test set must then be asked for). Of what is left for training a stratified `fraction` is kept, in its order:
     smaller fractions lie within larger ones, and the validation split is the same for all. A batch's `index` counts in
-    this training split. Raises DataError with the file, what is wrong with it, and what to do.
+    this training split. Raises DataError with the file, what is wrong with it, and what to do; what only casts doubt
+    is logged, and stays in `warnings`.
     """
-    arrays = source(**options)
+    arrays = _split(source(**options), val_size, split_seed, fraction)
+    arrays = arrays._replace(warnings=(*arrays.warnings, *_classes_without_images(arrays)))
+    for warning in arrays.warnings:
+        log.warning("%s: %s", arrays.label, warning)
+    return arrays
+
+
+def _split(arrays, val_size, split_seed, fraction):
+    """The checked splits: training without what is held out of it."""
     arrays = arrays._replace(
         train=check(arrays.train, "train", arrays.num_classes),
         test=check(arrays.test, "test", arrays.num_classes),
@@ -76,6 +121,34 @@ def load_splits(source: Any, *, val_size: int, split_seed: int = 0, fraction: fl
         )
     train, val = hold_out(arrays.train, val_size, split_seed)
     return arrays._replace(train=part(train, fraction, split_seed), val=val)
+
+
+def require_classes(where: Path | str, labels: np.ndarray, num_classes: int, remedy: str) -> None:
+    """Raises DataError where more than half of the classes have no training image: it is their number that is wrong."""
+    missing = num_classes - len(np.unique(labels))
+    if 2 * missing > num_classes:
+        raise DataError(f"{where}: {missing} of {num_classes} classes have no training image; {remedy}")
+
+
+def _classes_without_images(arrays):
+    """A warning for each split in which classes lack images."""
+    for name, split in (("training", arrays.train), ("test", arrays.test)) if arrays.classes else ():
+        missing = np.flatnonzero(np.bincount(split.labels, minlength=arrays.num_classes) == 0)
+        if missing.size:
+            names = listed([_class_name(c, arrays.classes[c]) for c in missing])
+            one_based = missing.tolist() == [0] and arrays.classes[0] == "0"
+            hint = "; if labels count from 1, subtract 1" if one_based else ""
+            yield f"{len(missing)} of {arrays.num_classes} classes have no {name} image: {names}{hint}"
+
+
+def _class_name(label, name):
+    return name if name == str(label) else f"{label} ({name})"
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """As "a, b, c and 190 more": what one line can name."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def part(split: Split, fraction: float, seed: int) -> Split:
@@ -127,6 +200,9 @@ def check(split: Split, name: str, num_classes: int) -> Split:
     return Split(np.ascontiguousarray(images), labels.astype(np.int32))
 
 
+_NEARLY_BLACK = 2 / 255  # float images below it hold grey levels 0 and 1 only: they were divided by 255 once too often
+
+
 def _as_float_images(images, name):
     if not np.issubdtype(images.dtype, np.floating):
         raise DataError(f"{name} images have type {images.dtype}; expected uint8, or float in [0, 1]")
@@ -135,6 +211,11 @@ def _as_float_images(images, name):
         raise DataError(
             f"{name} images are {images.dtype} in [{low:g}, {high:g}], shape {images.shape}; float images must lie "
             f"in [0, 1]: divide by 255, or store uint8; the model normalises"
+        )
+    if high < _NEARLY_BLACK:
+        raise DataError(
+            f"{name} images are {images.dtype} and reach only {high:g}: nearly black, as if divided by 255 twice; "
+            f"divide once, or store uint8"
         )
     return images.astype(np.float32)
 

@@ -137,11 +137,16 @@ def opened_zip(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def read_npy(content: bytes, where: str) -> Any:
-    """The array of a .npy file; objects, which would be unpickled, are refused."""
+    """The array of a .npy file; refused are objects, which would be unpickled, and a header that leaves bytes over."""
     try:
-        return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{where} is no array of numbers ({error}); it is damaged or not official") from None
+        handle = io.BytesIO(content)
+        array = np.lib.format.read_array(handle, allow_pickle=False)
+        if left := len(handle.read()):  # a wrong length of the header shifts all values
+            raise ValueError(f"{left} bytes are left over")
+        return array
+    except Exception as error:  # NumPy raises many kinds on damaged bytes
+        reason = " ".join(str(error).split())[:120]
+        raise DataError(f"{where} is no array of numbers ({reason}); it is damaged or not official") from None
 
 
 def _refuse_unsafe(path, name):

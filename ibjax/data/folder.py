@@ -1,55 +1,273 @@
-"""Class folders: train/<class>/*.png|jpg and test/<class>/*; classes are numbered in sorted order."""
+"""Class folders: train/<class>/*.jpg and test/<class>/*.jpg; classes are numbered in sorted order, numbers by value.
 
+    data=dict(name="folder", path="DIR", size=64, fit="crop")    # images of different sizes: centre crops of 64×64
+
+A class has the images in and below its folder. The test folder is `test` or, where that has no labels, `val` or
+`validation`. In place of class folders there may be a table of labels, as Tiny-ImageNet's val/val_annotations.txt.
+Hidden files and folders are left out, other files that are no images are named. Images are turned as their EXIF
+orientation says.
+"""
+
+import collections
+import io
+import logging
+import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from ibjax.data import Arrays, Split
-from ibjax.errors import DataError
+from ibjax.data import Arrays, Split, listed, require_classes, stamps
+from ibjax.errors import DataError, InputError, check_range, nearest
 
-SUFFIXES = {".png", ".jpg", ".jpeg"}
+log = logging.getLogger(__name__)
+
+# What Pillow decodes by itself; for some of its other formats it runs a program, as Ghostscript for EPS.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "PPM", "GIF", "TIFF", "JPEG2000", "AVIF")
+TEST_FOLDERS = ("test", "val", "validation")
+FITS = {"crop": "centre crops of", "stretch": "stretched to"}  # option -> how results say it
+_LITTER = ("Thumbs.db", "desktop.ini", "__MACOSX")
+_ORIENTATION = 0x0112  # EXIF's tag; 1: as it is
+# a file of a known archive -> the data set that `ibjax.data.prepare` makes of it
+_KNOWN = {
+    "data_batch_1*": "cifar10",
+    "train.bin": "cifar100",
+    "*-idx3-ubyte*": "mnist",
+    "train_32x32.mat": "svhn_cropped",
+    "train_X.bin": "stl10",
+    "cifar10.1_v6_*.npy": "cifar10_1",
+}
 
 
-def load(*, path: str, label: str = "", grey: bool = False) -> Arrays:
-    """Reads every image under `path`, as RGB or, with `grey`, as one channel."""
+def load(*, path: str, label: str = "", grey: bool = False, size: int | None = None, fit: str = "crop") -> Arrays:
+    """Reads every image under `path` into memory.
+
+    Args:
+      path: of the folder that holds train/ and test/.
+      label: how results on it are called; empty: the folder's name. With `size` they say how images were fitted, too.
+      grey: one channel instead of RGB.
+      size: side of the images in pixels; None: all have one size already.
+      fit: what becomes the square: "crop", the largest one in an image's middle, or "stretch", the whole image.
+
+    Raises DataError with the file or folder, what is wrong with it, and what is wanted.
+    """
+    if size is not None:
+        check_range("data.size", size, 1)
+    if fit not in FITS:
+        raise InputError(f"data.fit='{fit}' is unknown; {nearest(fit, FITS)}")
     root = Path(path).expanduser()
-    if not (root / "train").is_dir() or not (root / "test").is_dir():
-        raise DataError(f"data.path={path} has no folders train/ and test/ with one folder per class")
-    classes = _folders(root / "train")
-    if not classes or classes != _folders(root / "test"):
-        raise DataError(f"{path}: train/ and test/ must have the same class folders, and at least one")
-    train, test = (_read(root / split, classes, grey) for split in ("train", "test"))
-    return Arrays(train, test, len(classes), label=label or root.name)
+    trees, splits = _splits(root)
+    classes = _numbered(splits[0])
+    if unknown := sorted(set(splits[1]) - set(classes)):
+        raise DataError(f"{trees[1].root} has classes that train/ lacks: {listed(unknown)}; there: {listed(classes)}")
+    files = [[(file, i) for i, c in enumerate(classes) for file in split.get(c, ())] for split in splits]
+    read = stamps([root, *(path for tree in trees for path in (*tree.folders, *tree.images))])
+    _say_what_is_left_out(root, trees)
+    for tree, split in zip(trees, files, strict=True):
+        if not split:
+            raise DataError(f"{tree.root} has no images; allowed: {', '.join(sorted(_suffixes()))}")
+    require_classes(root, np.array([i for _, i in files[0]]), len(classes), "fill their folders, or remove them")
+    name = label or root.name
+    if size is not None:
+        name += f", {FITS[fit]} {size}×{size}"
+    train, test = (_read(split, grey, size, fit) for split in files)
+    return Arrays(train, test, len(classes), label=name, classes=tuple(classes), read=read)
 
 
-def _folders(folder):
-    return sorted(child.name for child in folder.iterdir() if child.is_dir())
+def _numbered(names):
+    """Class names in the order of their labels."""
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
 
 
-def _read(folder, classes, grey):
-    files = [
-        (file, index)
-        for index, name in enumerate(classes)
-        for file in sorted((folder / name).iterdir())
-        if file.suffix.lower() in SUFFIXES
-    ]
-    if not files:
-        raise DataError(f"{folder} has no images; allowed: {', '.join(sorted(SUFFIXES))}")
-    with ThreadPoolExecutor() as pool:
-        images = list(pool.map(lambda pair: _image(pair[0], grey), files))
-    for (file, _), image in zip(files, images, strict=True):
-        if image.shape != images[0].shape:
-            raise DataError(f"{file} is {image.shape[:2]}, {files[0][0]} is {images[0].shape[:2]}; resize to one size")
-    return Split(np.stack(images), np.array([index for _, index in files]))
+# ---- which files -------------------------------------------------------------------------------------------
 
 
-def _image(file, grey):
+class _Tree(NamedTuple):
+    """What lies in and below a folder, sorted by path; nothing that is hidden, or in hidden folders."""
+
+    root: Path
+    folders: list[Path]
+    images: list[Path]
+    others: list[Path]
+    hidden: list[Path]
+
+
+def _walk(root):
+    def fail(error):
+        raise DataError(f"{error.filename} cannot be read ({error.strerror}); mend it, or remove it")
+
+    tree, suffixes = _Tree(root, [], [], [], []), _suffixes()
+    for parent, folders, files in os.walk(root, onerror=fail, followlinks=True):
+        at = Path(parent)
+        tree.folders.append(at)
+        tree.hidden.extend(at / name for name in sorted((*folders, *files)) if _hidden(name))
+        folders[:] = sorted(name for name in folders if not _hidden(name))
+        for name in sorted(name for name in files if not _hidden(name)):
+            (tree.images if Path(name).suffix.lower() in suffixes else tree.others).append(at / name)
+    return tree
+
+
+def _hidden(name):
+    return name.startswith(".") or name in _LITTER
+
+
+def _suffixes():
+    Image.init()
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS and kind in Image.OPEN}
+
+
+def _splits(root):
+    """(the trees of train and test, {class: its images} of each)."""
+    candidates = [root / name for name in TEST_FOLDERS if (root / name).is_dir()]
+    if not (root / "train").is_dir() or not candidates:
+        raise DataError(f"data.path={root} has no folders train/ and test/ with one folder per class{_hint(root)}")
+    tree = _walk(root / "train")
+    train = _by_class(tree)
+    if train is None:
+        raise DataError(_wanted(root / "train"))
+    for folder in candidates:
+        other = _walk(folder)
+        test = _by_class(other)
+        if test is not None:
+            return (tree, other), (train, test)
+    raise DataError(_wanted(candidates[0]))
+
+
+def _by_class(tree):
+    """{class: its images}; None where nothing says which class an image has."""
+    table = tree.root / f"{tree.root.name}_annotations.txt"
+    if table.is_file():
+        return _from_table(table, tree)
+    classes = {folder.name: [] for folder in tree.folders if folder.parent == tree.root}
+    if not classes or set(classes) == {"images"}:  # as Tiny-ImageNet's test/images, whose labels are not public
+        return None
+    for image in tree.images:
+        if image.parent == tree.root:
+            tree.others.append(image)
+        else:
+            classes[image.relative_to(tree.root).parts[0]].append(image)
+    return classes
+
+
+def _from_table(table, tree):
+    """{class: images} by the lines FILE<TAB>CLASS<TAB>… of a table; the files lie anywhere below its folder."""
     try:
-        with Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):
-                raise DataError(f"{file} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
-            return np.asarray(image.convert("L" if grey else "RGB"))
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise DataError(f"{file} is not a readable image ({error}); remove it or copy it again") from None
+        lines = table.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{table} cannot be read ({error}); copy it again") from None
+    images, classes = {image.name: image for image in tree.images}, collections.defaultdict(list)
+    for number, line in enumerate(lines, 1):
+        name, _, rest = line.partition("\t")
+        label = rest.partition("\t")[0].strip()
+        if not label or name not in images:
+            raise DataError(
+                f"{table}, line {number}: '{line[:60]}' is not FILE<TAB>CLASS of another file below {tree.root}"
+            )
+        classes[label].append(images.pop(name))
+    tree.folders.append(table)  # a change of it is one of the data
+    tree.others.extend(images.values())
+    return dict(classes)
+
+
+def _say_what_is_left_out(root, trees):
+    others, hidden = ([str(file.relative_to(root)) for tree in trees for file in tree[i]] for i in (3, 4))
+    if others:
+        log.warning("%s: %d files are left out, no images of a class: %s", root, len(others), listed(others, 3))
+    if hidden:
+        log.info("%s: hidden, and left out: %s", root, listed(hidden, 3))
+
+
+def _wanted(folder):
+    name = folder.name
+    imagenet = "; ImageNet itself is read as data.name='stream'" if any(folder.glob("ILSVRC2012_*")) else ""
+    return (
+        f"{folder} has no class folders; give {name}/<class>/*.jpg, or {name}/{name}_annotations.txt with a line "
+        f"FILE<TAB>CLASS for each image{imagenet}"
+    )
+
+
+def _hint(root):
+    for pattern, dataset in _KNOWN.items():
+        if root.is_dir() and any(root.glob(pattern)):
+            return f"; of its archive, python -m ibjax.data.prepare --dataset={dataset} makes data.name='tfds'"
+    return ""
+
+
+# ---- images ------------------------------------------------------------------------------------------------
+
+
+def _read(files: Sequence[tuple[Path, int]], grey, size, fit) -> Split:
+    """The images of (file, label) pairs, in their order."""
+    turned = []
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda pair: _image(pair[0], grey, size, fit), files)
+        for i, ((file, _), (image, was_turned)) in enumerate(zip(files, found, strict=True)):
+            if i == 0:
+                images = np.empty((len(files), *image.shape), np.uint8)
+            elif image.shape != images.shape[1:]:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise DataError(
+                    f"{file} is {image.shape[:2]}, {files[0][0]} is {images.shape[1:3]}; give data.size=PIXELS to make "
+                    f"them one size, or resize them"
+                )
+            images[i] = image
+            turned += [file] * was_turned
+    if turned:
+        log.info("%d images are turned as their EXIF orientation says, as %s", len(turned), turned[0])
+    return Split(images, np.array([label for _, label in files]))
+
+
+def _image(file, grey, size, fit):
+    """(an image (H, W) or (H, W, 3) uint8, whether it was turned); DataError naming the file."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}); mend it, or remove it") from None
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            if image.format == "PNG":  # the one format with checksums, which decoding alone does not compare
+                image.verify()
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            if problem := _unfit(image):
+                raise DataError(f"{file} {problem}")
+            upright = _upright(image)
+            pixels = upright.convert("L" if grey else "RGB")
+            return np.asarray(pixels if size is None else _fitted(pixels, size, fit)), upright is not image
+    except DataError:
+        raise
+    except Exception as error:  # Pillow raises whatever a damaged file leads its decoders to
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise DataError(f"{file} is not a readable image ({reason}); remove it or copy it again") from None
+
+
+def _unfit(image):
+    """Why an image cannot stand for one of a class as it is; empty where it can."""
+    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or np.inf):
+        return f"has {image.width}×{image.height} pixels, more than {Image.MAX_IMAGE_PIXELS:,}; make it smaller"
+    if image.mode.startswith(("I", "F")):
+        return f"has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits"
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a camera's JPEG with a preview behind it
+        return f"has {frames} frames; keep one of them"
+    return ""
+
+
+def _upright(image):
+    """The image as its EXIF orientation says; the image itself where there is none, or none that can be read."""
+    try:
+        turned = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
+    except Exception:  # EXIF data are damaged more often than images, and viewers then show these as they are
+        turned = False
+    return ImageOps.exif_transpose(image) if turned else image
+
+
+def _fitted(image, size, fit):
+    """A square of `size` pixels."""
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    box = (left, top, left + side, top + side) if fit == "crop" else (0, 0, width, height)
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)

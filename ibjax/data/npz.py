@@ -1,32 +1,51 @@
 """One `.npz` file in Keras's layout: x_train, y_train, x_test, y_test. Objects in it are never unpickled."""
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from ibjax.data import Arrays, Split
-from ibjax.errors import DataError
+from ibjax.data import Arrays, Split, require_classes, stamps
+from ibjax.errors import DataError, InputError
+from ibjax.files import read_npz
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 def load(*, path: str, label: str = "", num_classes: int | None = None) -> Arrays:
-    """Reads `path`; without `num_classes` there are as many classes as the largest training label says."""
+    """Reads `path`; without `num_classes` there are as many classes as the largest training label says.
+
+    Raises DataError: no such file, damaged, an array is missing, or a single stray label would add classes.
+    """
     file = Path(path).expanduser()
     if not file.is_file():
         raise DataError(f"data.path={path} is no file; give an .npz with {', '.join(KEYS)}")
+    read = stamps([file])
     try:
-        with file.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
-            missing = [key for key in KEYS if key not in archive]
-            if missing:
-                raise DataError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(archive.files) or 'nothing'}")
-            x_train, y_train, x_test, y_test = (archive[key] for key in KEYS)
-    except DataError:
-        raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, TypeError) as error:
-        raise DataError(f"{path} cannot be read ({error}); it is damaged or no .npz: copy it again") from None
+        archive = read_npz(file)
+    except InputError as error:
+        raise DataError(str(error)) from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); try again, or copy it") from None
+    if missing := [key for key in KEYS if key not in archive]:
+        raise DataError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(archive) or 'nothing'}")
+    x_train, y_train, x_test, y_test = (archive[key] for key in KEYS)
     if not np.issubdtype(y_train.dtype, np.integer) or y_train.size == 0:
         raise DataError(f"{path}: y_train has type {y_train.dtype} and {y_train.size} values; expected integer labels")
-    classes = int(y_train.max()) + 1 if num_classes is None else num_classes
-    return Arrays(Split(x_train, y_train), Split(x_test, y_test), classes, label=label or file.stem)
+    classes = _count(path, y_train, y_test) if num_classes is None else num_classes
+    names = tuple(str(c) for c in range(classes))
+    splits = Split(x_train, y_train), Split(x_test, y_test)
+    return Arrays(*splits, classes, label=label or file.stem, classes=names, read=read)
+
+
+def _count(path, y_train, y_test):
+    """One class more than the largest training label; DataError where that label looks like a slip."""
+    found, counts = np.unique(y_train, return_counts=True)
+    largest = int(found[-1])
+    if counts[-1] == 1 and np.median(counts) > 1 and not np.any(y_test == largest):
+        raise DataError(
+            f"{path}: label {largest} occurs once in y_train and never in y_test, and would make {largest + 1} "
+            f"classes; correct it, or where it is a class, give data.num_classes={largest + 1}"
+        )
+    remedy = f"correct the labels, or give data.num_classes={largest + 1} if there are so many"
+    require_classes(path, y_train, largest + 1, remedy)
+    return largest + 1

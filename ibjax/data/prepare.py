@@ -2,8 +2,9 @@
 
     python -m ibjax.data.prepare --dataset=cifar10 --archives=DIR --data_dir=DIR [--download] [--unverified]
 
-Data sets: cifar10 cifar100 svhn_cropped mnist fashion_mnist tiny_imagenet cifar10_c cifar100_c. The archives' digests
-are checked and recorded. The data set is there whole or not at all, and one that is there is left alone.
+Data sets: cifar10 cifar100 svhn_cropped mnist fashion_mnist stl10 tiny_imagenet cifar10_c cifar100_c cifar10_1
+cifar10_1_v4. The archives' digests are checked and recorded. The data set is there whole or not at all, and one that is
+there is left alone.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from ibjax import errors
 from ibjax.data import archives, builders
-from ibjax.data.builders import Recipe, cifar, cifar_c, mnist, svhn, tiny_imagenet
+from ibjax.data.builders import Recipe, cifar, cifar10_1, cifar_c, mnist, stl10, svhn, tiny_imagenet
 from ibjax.errors import DataError, nearest
 
 log = logging.getLogger(__name__)
@@ -24,9 +25,12 @@ RECIPES: dict[str, Recipe] = {
     "svhn_cropped": svhn.SVHN,
     "mnist": mnist.MNIST,
     "fashion_mnist": mnist.FASHION_MNIST,
+    "stl10": stl10.STL10,
     "tiny_imagenet": tiny_imagenet.TINY_IMAGENET,
     "cifar10_c": cifar_c.CIFAR10_C,
     "cifar100_c": cifar_c.CIFAR100_C,
+    "cifar10_1": cifar10_1.CIFAR10_1,
+    "cifar10_1_v4": cifar10_1.CIFAR10_1_V4,
 }
 
 

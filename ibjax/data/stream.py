@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ibjax import cluster
-from ibjax.data import Arrays, Split, tfds
+from ibjax.data import Arrays, Split, stamps, tfds
 from ibjax.errors import DataError, InputError, check_range
 
 _RESIZED = 256 / 224  # the shorter side of a test image, over the side of the crop that is shown
@@ -52,10 +52,14 @@ def load(*, dataset: str = "imagenet2012", data_dir: str = "", size: int = 224, 
         raise DataError(f"{stored.folder} has splits {', '.join(stored.counts)}; needed: train and validation")
 
     def split(name):
+        tfds.check_counts(stored, name)
         pictures = Pictures(stored, name, size, threads)
         return Split(pictures, pictures.labels())
 
-    return Arrays(split("train"), split("validation"), stored.num_classes, label=f"{stored.label}, {size} pixels")
+    read = stamps(tfds.files(stored))
+    splits, label = (split("train"), split("validation")), f"{stored.label}, {size} pixels"
+    tfds.require_labels(stored, splits[0].labels)
+    return Arrays(*splits, stored.num_classes, label=label, classes=stored.classes, read=read)
 
 
 class Pictures:

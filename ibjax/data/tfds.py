@@ -2,14 +2,17 @@
 
     data=dict(name="tfds", dataset="cifar10", data_dir="~/tensorflow_datasets")
 
+    data=dict(name="tfds", dataset="cifar10", test="cifar10_1")    # trained on CIFAR-10, tested on CIFAR-10.1
+
 Reads what `python -m ibjax.data.prepare` makes, and stock TFDS copies as they are, in ArrayRecord or TFRecord files,
 whose features are an image and a label. Images come in the data set's own order: where records carry an `id`, as those
 of stock CIFAR do, in the order of the ids.
 
 Guarantees (tests of the same names): TensorFlow is never imported; a damaged shard is named with how to make it again,
-or its images are unharmed.
+or its images are unharmed; a description that promises more or fewer images than there are is refused.
 """
 
+import concurrent.futures
 import os
 import re
 from collections.abc import Iterable
@@ -18,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ibjax.data import Arrays, Split, tfrecord
+from ibjax.data import Arrays, Split, builders, listed, require_classes, stamps, tfrecord
 from ibjax.errors import DataError
 
 DEFAULT_DIR = "~/tensorflow_datasets"  # TFDS's own, unless TFDS_DATA_DIR says otherwise
@@ -28,40 +31,9 @@ _LABELS = {
     "svhn_cropped": "SVHN",
     "mnist": "MNIST",
     "fashion_mnist": "Fashion-MNIST",
+    "stl10": "STL-10",
 }
 _BATCH = 4096  # records decoded at a time
-
-
-def load(*, dataset: str, data_dir: str = "", label: str = "") -> Arrays:
-    """Reads splits `train` and `test` (and `validation`, if there is one) of a data set into memory.
-
-    Where the labelled test images are a split named `validation`, as Tiny-ImageNet's, that is the test set.
-
-    Args:
-      dataset: name, or name/config, with a folder of that name in `data_dir`.
-      data_dir: TFDS's folder; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
-      label: how results on it are called; empty: what `prepare` recorded, or the usual name.
-
-    Raises DataError: not there, and what to run; not a set of images with labels; damaged, and which file.
-    """
-    if dataset.endswith("_c"):
-        raise DataError(
-            f"data.dataset='{dataset}' is a test set only: train on '{dataset[:-2]}', then evaluate the run with "
-            f"python -m ibjax.analysis.corruptions --workdir=DIR --data_dir={data_dir or DEFAULT_DIR}"
-        )
-    stored = find(dataset, data_dir)
-    if "train" not in stored.counts or not {"test", "validation"} & set(stored.counts):
-        raise DataError(f"{stored.folder} has splits {', '.join(stored.counts)}; needed: train, and test or validation")
-    if stored.shape is None:
-        raise DataError(
-            f"{stored.folder} has images of different sizes, which do not fit in one array; read them as "
-            f"data=dict(name='stream', dataset='{dataset}', size=…)"
-        )
-    splits = {name: read(stored, name) for name in ("train", "validation", "test") if name in stored.counts}
-    test = splits.get("test", splits.get("validation"))
-    assert test is not None
-    val = splits.get("validation") if "test" in splits else None
-    return Arrays(splits["train"], test, stored.num_classes, val, label or stored.label)
 
 
 class Stored(NamedTuple):
@@ -72,9 +44,61 @@ class Stored(NamedTuple):
     label: str
     keys: tuple[str, str]  # of image and label in a record
     shape: tuple[int, int, int] | None  # of every image; None where they differ
-    num_classes: int
-    counts: dict[str, int]  # images in each split
+    classes: tuple[str, ...]  # their names, by label
+    shards: dict[str, tuple[tuple[Path, int], ...]]  # of each split: files, and how many records they hold
     remake: str  # what to do when a file is damaged
+
+    @property
+    def num_classes(self) -> int:
+        """How many labels there may be."""
+        return len(self.classes)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Images in each split."""
+        return {split: sum(count for _, count in shards) for split, shards in self.shards.items()}
+
+
+def load(*, dataset: str, data_dir: str = "", test: str = "", label: str = "") -> Arrays:
+    """Reads splits `train` and `test` (and `validation`, if there is one) of a data set into memory.
+
+    Where the labelled test images are a split named `validation`, as Tiny-ImageNet's, that is the test set.
+
+    Args:
+      dataset: name, or name/config, with a folder of that name in `data_dir`.
+      data_dir: TFDS's folder; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+      test: another data set of the same classes and shape, whose test images take the place of its own.
+      label: how results on it are called; empty: what `prepare` recorded, or the usual name.
+
+    Raises DataError: not there, and what to run; not a set of images with labels; damaged, and which file.
+    """
+    for name in (dataset, test):
+        if name.endswith("_c"):
+            raise DataError(
+                f"'{name}' is a test set only, one for each corruption: train on '{name[:-2]}', then evaluate the "
+                f"run with python -m ibjax.analysis.corruptions --workdir=DIR --data_dir={data_dir or DEFAULT_DIR}"
+            )
+    stored = find(dataset, data_dir)
+    tested = _tested(stored, find(test, data_dir)) if test else stored
+    if "train" not in stored.counts or not {"test", "validation"} & set(tested.counts):
+        raise DataError(
+            f"{stored.folder} has splits {', '.join(stored.counts)}; needed: train, and test or validation. A set of "
+            f"test images goes with one to train on: data=dict(name='tfds', dataset='cifar10', test='cifar10_1')"
+        )
+    if stored.shape is None:
+        raise DataError(
+            f"{stored.folder} has images of different sizes, which do not fit in one array; read them as "
+            f"data=dict(name='stream', dataset='{dataset}', size=…)"
+        )
+    read_from = stamps(path for part in {stored.folder: stored, tested.folder: tested}.values() for path in files(part))
+    train = read(stored, "train")
+    require_labels(stored, train.labels)
+    shown = "test" if "test" in tested.counts else "validation"
+    own = tested is stored
+    val = read(stored, "validation") if "validation" in stored.counts and not (own and shown == "validation") else None
+    label = label or (stored.label if own else f"{stored.label}, tested on {tested.label}")
+    options = dict(label=label, classes=stored.classes, read=read_from)
+    return Arrays(train, read(tested, shown), stored.num_classes, val, **options)
 
 
 def find(dataset: str, data_dir: str = "") -> Stored:
@@ -93,21 +117,24 @@ def find(dataset: str, data_dir: str = "") -> Stored:
         features: Any = builder.info.features
         keys = tuple(builder.info.supervised_keys or ("image", "label"))[:2]
         image, target = (features[key] for key in keys)
-        counts = {name: int(split.num_examples) for name, split in builder.info.splits.items()}
-        num_classes = int(target.num_classes)
-        whole = tuple(image.shape)
+        shards = {name: _shards(split) for name, split in builder.info.splits.items()}
+        classes, whole, kind = tuple(map(str, target.names)), tuple(image.shape), np.dtype(image.np_dtype)
+        if int(target.num_classes) != len(classes):
+            raise ValueError(f"{target.num_classes} classes with {len(classes)} names")
+        own = type(image) is tfds.features.Tensor  # stock builders have an Image
+        label = builders.label(builder.info.metadata, classes, own) or _LABELS.get(dataset, dataset)
     except Exception as error:  # TFDS raises whatever a damaged or foreign description leads it to
         reason = (str(error).splitlines() or [""])[0]
         raise DataError(
             f"{folder} does not describe images with class labels ({type(error).__name__}: {reason}); {remake}"
         ) from None
-    if image.np_dtype != np.uint8 or len(whole) != 3:
-        kind = np.dtype(image.np_dtype)
+    if kind != np.uint8 or len(whole) != 3:
         raise DataError(f"{folder} holds images of {kind} {whole}; expected uint8 of (height, width, channels)")
-    recorded = builder.info.metadata or {}
-    name = recorded.get("label") or _LABELS.get(dataset, dataset)
-    shape = None if None in whole else whole
-    return Stored(builder, folder, name, keys, shape, num_classes, counts, remake)
+    return Stored(builder, folder, label, keys, None if None in whole else whole, classes, shards, remake)
+
+
+def _shards(split):
+    return tuple((Path(str(file)), int(n)) for file, n in zip(split.filepaths, split.shard_lengths, strict=True))
 
 
 def _how_to_make(dataset, root):
@@ -118,15 +145,46 @@ def _how_to_make(dataset, root):
     return f"pip install 'ibjax[prepare]' && tfds build {dataset} --file_format=array_record --data_dir={root}"
 
 
+def _tested(stored, other):
+    """`other`, if its images can be classified by what is trained on `stored`; else DataError."""
+    for what in ("shape", "num_classes", "classes"):
+        ours, theirs = getattr(stored, what), getattr(other, what)
+        unnamed = what == "classes" and _numbers(len(ours)) in (ours, theirs)  # as in stock copies without names
+        if ours != theirs and not unnamed:
+            said = [listed(value) if what == "classes" else str(value) for value in (theirs, ours)]
+            raise DataError(f"{other.folder} has {what} {said[0]}, {stored.folder} {said[1]}; give a set of the same")
+    return other
+
+
+def require_labels(stored: Stored, labels: np.ndarray) -> None:
+    """Raises DataError where most classes have no training image: the description is of another data set."""
+    require_classes(stored.folder, labels, stored.num_classes, f"correct its description, or {stored.remake}")
+
+
+def _numbers(count):
+    return tuple(str(i) for i in range(count))
+
+
+def files(stored: Stored) -> list[Path]:
+    """What a data set was read from: its files, and the folders in which a newer one would appear."""
+    return [stored.folder.parent, stored.folder, *sorted(stored.folder.iterdir())]
+
+
 def read(stored: Stored, split: str, start: int = 0, stop: int | None = None) -> Split:
     """Images (N, H, W, C) uint8 and labels (N,) of records `start` to `stop` of a split, in its order."""
+    check_counts(stored, split)
     stop = stored.counts[split] if stop is None else stop
     assert stored.shape is not None
     images = np.empty((stop - start, *stored.shape), np.uint8)
     labels = np.empty(stop - start, np.int64)
     identities, (image, label) = [], stored.keys
     for i, record in enumerate(records(stored, split, range(start, stop))):
-        images[i], labels[i] = record[image], record[label]
+        try:
+            if record[image].shape != stored.shape:
+                raise ValueError(f"record {start + i} is {record[image].shape}")
+            images[i], labels[i] = record[image], record[label]
+        except Exception as error:  # a record that is not of the described features
+            raise damaged(stored, split, error) from None
         if "id" in record:
             identities.append(record["id"])
     if len(identities) == len(images) and start == 0:
@@ -135,13 +193,34 @@ def read(stored: Stored, split: str, start: int = 0, stop: int | None = None) ->
     return Split(images, labels)
 
 
+def check_counts(stored: Stored, split: str) -> None:
+    """Raises DataError unless each shard holds as many records as the description says: fewer would be left unread."""
+    if stored.builder.info.file_format.value != "array_record":  # TFRecord files are counted as they are read
+        return
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    def count(shard):
+        reader = ArrayRecordReader(str(shard[0]))
+        try:
+            return reader.num_records()
+        finally:
+            reader.close()
+
+    try:
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            found = list(pool.map(count, stored.shards[split]))
+    except Exception as error:
+        raise damaged(stored, split, error) from None
+    for (shard, promised), records in zip(stored.shards[split], found, strict=True):
+        if records != promised:
+            raise DataError(f"{shard} holds {records} records, its description says {promised}; {stored.remake}")
+
+
 def records(stored: Stored, split: str, indices: range) -> Iterable[dict[str, Any]]:
     """The decoded records, `_BATCH` at a time in memory; raises DataError naming the shard that is damaged."""
     features = stored.builder.info.features
     if stored.builder.info.file_format.value == "tfrecord":
-        info = stored.builder.info.splits[split]
-        pairs = zip(info.filepaths, info.shard_lengths, strict=True)
-        found = [raw for name, length in pairs for raw in _shard(stored, Path(str(name)), length)]
+        found = [raw for shard, length in stored.shards[split] for raw in _shard(stored, shard, length)]
         yield from (_decoded(stored, features, split, found[i]) for i in indices)
         return
     source = _opened(stored, split)
@@ -188,11 +267,11 @@ def damaged(stored, split, error):
     from array_record.python.array_record_module import ArrayRecordReader
 
     reason = " ".join(str(error).split())[:120] or type(error).__name__
-    for name in stored.builder.info.splits[split].filepaths:
+    for shard, _ in stored.shards[split]:
         try:
-            reader = ArrayRecordReader(str(name))
+            reader = ArrayRecordReader(str(shard))
             reader.read_all()
             reader.close()
         except Exception:
-            return DataError(f"{name} is missing, truncated or damaged ({reason}); {stored.remake}")
+            return DataError(f"{shard} is missing, truncated or damaged ({reason}); {stored.remake}")
     return DataError(f"{stored.folder}: {split} cannot be read ({reason}); {stored.remake}")

@@ -5,7 +5,9 @@ archive's order, so that "the first 1,000 test images" are those of every paper.
 """
 
 import contextlib
+import hashlib
 import io
+import json
 import shutil
 import sys
 import tempfile
@@ -44,8 +46,27 @@ def folder(name: str, data_dir: Path) -> Path:
     return data_dir / name / VERSION
 
 
+def label(metadata: Any, classes: tuple[str, ...], own: bool) -> str:
+    """How results on a data set are called, by the metadata.json that `write` made; "" where it made none.
+
+    Raises ValueError where that of a data set of our `own` is missing or damaged: without it a copy would count as the
+    official data.
+    """
+    recorded = dict(metadata or {})
+    digest, name = recorded.pop("digest", None), recorded.get("label", "")  # earlier versions wrote no digest
+    nameless = own and digest is None and not name
+    if nameless or digest not in (None, _digest(recorded, classes)) or not isinstance(name, str):
+        raise ValueError("metadata.json or the names of the classes are not as they were written")
+    return name
+
+
+def _digest(metadata, classes):
+    text = json.dumps([metadata, classes], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def write(name: str, contents: Contents, data_dir: Path, metadata: dict[str, Any]) -> Path:
-    """Writes the data set whole or not at all, and returns its folder. `metadata` goes to metadata.json.
+    """Writes the data set whole or not at all, and returns its folder. `metadata` goes to metadata.json, with a digest.
 
     Raises DataError where an image or label is not what the contents promise.
     """
@@ -64,7 +85,7 @@ def write(name: str, contents: Contents, data_dir: Path, metadata: dict[str, Any
                 features=tfds.features.FeaturesDict({"image": image, "label": label}),
                 supervised_keys=("image", "label"),
                 disable_shuffling=True,  # the archive's order
-                metadata=tfds.core.MetadataDict(metadata),
+                metadata=tfds.core.MetadataDict({**metadata, "digest": _digest(metadata, contents.classes)}),
             )
 
         def _split_generators(self, dl_manager):
