@@ -20,6 +20,7 @@ import datetime
 import functools
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -32,12 +33,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ibjax import checkpoint as checkpoints
-from ibjax import cluster, config, errors, report, results, run
+from ibjax import cluster, config, disk, errors, report, results, run
 from ibjax.attacks import checks, geometry
 from ibjax.attacks.named import Named, check, named
-from ibjax.errors import InputError
+from ibjax.errors import InputError, UnreadableError
 from ibjax.scoring import Scorer, auto_attack, draw_keys, percent, sampling
 from ibjax.step import linen_net, to_float
+
+log = logging.getLogger(__name__)
 
 # ---- records ---------------------------------------------------------------------------------------------
 
@@ -123,12 +126,11 @@ def evaluate(
     keys = draw_keys(trained.config.seed, len(split.labels))
     x = np.asarray(to_float(jnp.asarray(split.images[:256])))
     warnings = checks.network(lambda x: logits(trained.variables, x, keys[: len(x)])[0], x, split.labels)
-    with checkpoints.manager(workdir, read_only=True) as orbax:
-        validation = checkpoints.metrics(orbax, trained.step)
+    warnings += run.doubts(trained.workdir)
 
     which = str(trained.step) if str(checkpoint).isdecimal() else str(checkpoint)
     folder = Path(workdir) / "eval" / which
-    common = _common(trained, which, settings, split, validation, warnings)
+    common = _common(trained, which, settings, split, warnings)
     mesh, records = cluster.mesh(), []
     main = settings["eps"]
     for name in settings["attacks"]:
@@ -145,7 +147,9 @@ def evaluate(
             identity = {**common, **own, "main": eps == main, "bounded": attack.bounded}
             file = folder / _file_name(name, eps, settings, source)
             record = _existing(file, identity)
+            cluster.agree("the records", {file.name: record is not None}, "give a --workdir that all processes share")
             if record is None:
+                run.check_writable(folder)
                 wanted = keep if eps == main and source is None and not settings["samples"] else 0
                 state = file.with_name(f".{file.stem}-{_state_digest(identity)}.npz")
                 flags, x_adv, more = execute(eps, step_size, f"{name} {eps}", wanted, state)
@@ -259,7 +263,7 @@ def _scaled_step(settings, eps):
     return float(step * geometry.fraction(eps) / main)
 
 
-def _common(trained, checkpoint, settings, split, validation, warnings):
+def _common(trained, checkpoint, settings, split, warnings):
     selected_on = {"best": trained.config.select_on, "last": "last"}.get(checkpoint, "step")
     imported = {"imported": trained.facts["imported"]} if "imported" in trained.facts else {}
     return {
@@ -272,7 +276,7 @@ def _common(trained, checkpoint, settings, split, validation, warnings):
         "images": checkpoints.tree_digest(split),
         "dtype": "float32",
         "selected_on": "unknown" if imported else selected_on,
-        "validation": validation,
+        "validation": trained.validation,
         "config": config.plain(trained.config),
         "warnings": warnings,
     }
@@ -290,10 +294,15 @@ def _state_digest(identity):
 def _existing(file, identity):
     """The record in `file`, under its present title, if it is of the same evaluation of the same weights."""
     try:
-        record = json.loads(file.read_text())
+        record = disk.read_json(file)
         results.validate(record)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None  # absent or damaged: computed again
+    except FileNotFoundError:
+        return None
+    except UnreadableError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        log.warning("%s is damaged (%s); it is computed again", file, error)
+        return None
     wanted = json.loads(json.dumps(identity))
     if any(record.get(key) != wanted[key] for key in _IDENTITY):
         return None
@@ -331,7 +340,7 @@ def main() -> None:
     run.add_attacks(parser)
     parser.add_argument("--n", type=int, help="number of test images; default: all")
     parser.add_argument("--samples", type=int, help="judge the mean of so many drawn predictions; default: no draw")
-    parser.add_argument("--surrogate", type=Path, help="workdir of the run whose network is attacked instead")
+    parser.add_argument("--surrogate", type=run.path, help="workdir of the run whose network is attacked instead")
     given = parser.parse_args()
 
     def command():

@@ -8,8 +8,6 @@ Guarantees (tests of the same names): a file that cannot be read is named, and t
 nothing outside itself; whatever stands in a file is escaped; a page is there whole or not at all.
 """
 
-import argparse
-import json
 import logging
 import os
 import zipfile
@@ -21,12 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ibjax import errors, metrics, results
+from ibjax import disk, errors, metrics, results
 from ibjax.attacks.geometry import fraction
 from ibjax.errors import InputError
 from ibjax.results import Record, strength
+from ibjax.run import bare_command_line, path
 
-_SKIPPED = ("checkpoints", "eval", "tensorboard")  # folders of a workdir in which no other run lies
+_SKIPPED = ("checkpoints", "damaged", "eval", "tensorboard")  # folders of a workdir in which no other run lies
 
 
 def table(records: Iterable[Record]) -> str:
@@ -123,13 +122,10 @@ def _state(config, facts, logged, problems):
 def _read_json(file, problems):
     """The object in a file; an empty one, and a problem, where there is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
-        return content
+        return disk.read_json(file)
     except FileNotFoundError:
         problems.append(f"{file.name} is missing")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         problems.append(f"{_short(file)} cannot be read ({error})")
     return {}
 
@@ -141,15 +137,13 @@ def _short(file):
 
 def _read_metrics(file, problems):
     try:
-        found = metrics.read(file)
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    except (OSError, ValueError) as error:
+        found, damaged = metrics.read_lines(file)
+    except (OSError, InputError) as error:
         problems.append(f"{file.name} cannot be read ({error})")
         return []
-    damaged = len(lines) - len(found) - (bool(lines) and not lines[-1].endswith("}"))  # a crash cuts the last line
-    if damaged > 0:
+    if damaged:
         problems.append(f"{file.name} has {damaged} damaged line(s), which are left out")
-    return [row for row in found if isinstance(row, dict) and type(row.get("step")) is int]
+    return found
 
 
 def _read_records(folder, problems):
@@ -206,10 +200,9 @@ def write(workdirs: Iterable[str | os.PathLike], out: str | os.PathLike) -> list
 
     runs, out = read(workdirs), Path(out)
     text = report_page.page(runs, out)
-    temporary = out.with_name(out.name + ".tmp")
     try:
-        temporary.write_text(text, encoding="utf-8", errors="replace")
-        temporary.replace(out)
+        with disk.replacing(out) as temporary:
+            temporary.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise InputError(f"{out} cannot be written ({error.strerror}); give another --out") from None
     return runs
@@ -217,13 +210,10 @@ def write(workdirs: Iterable[str | os.PathLike], out: str | os.PathLike) -> list
 
 def main() -> None:
     """The command line of this module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ibjax.report",
-        allow_abbrev=False,
-        description="Writes one HTML page on all runs in and below the folders, and prints their table.",
-    )
-    parser.add_argument("folder", metavar="DIR", type=Path, nargs="+", help="a workdir, or a folder above some")
-    parser.add_argument("--out", type=Path, help="the page to write; default: report.html in the first DIR")
+    text = "Writes one HTML page on all runs in and below the folders, and prints their table."
+    parser = bare_command_line("ibjax.report", text)
+    parser.add_argument("folder", metavar="DIR", type=path, nargs="+", help="a workdir, or a folder above some")
+    parser.add_argument("--out", type=path, help="the page to write; default: report.html in the first DIR")
     given = parser.parse_args()
 
     def command():

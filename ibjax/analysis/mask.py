@@ -57,14 +57,12 @@ def mask(workdir: Path, out: Path, tap: str, checkpoint: str = "best", share: fl
     inner = config.plain(settings.model)
     settings.model = dict(name="masked", backbone=inner, tap=tap, channels=channels)
     masked = dict(step=trained.step, weights=checkpoints.tree_digest(trained.variables), share=share)
-    with checkpoints.manager(workdir, read_only=True) as orbax:
-        selection = checkpoints.metrics(orbax, trained.step)  # of the network without its mask
     with run.lock(out):
-        run.write_config(out, settings, {**trained.facts, "masked": masked})
+        identity = run.write_config(out, settings, {**trained.facts, "masked": masked})
         variables = {kind: {"backbone": tree} if tree else {} for kind, tree in trained.variables.items()}
-        with checkpoints.manager(out) as orbax:
+        with checkpoints.manager(out, run=identity) as orbax:
             state = TrainState(jnp.int32(trained.step), variables, (), None)
-            checkpoints.save(orbax, state, {"selection": 0.0, **selection})
+            checkpoints.save(orbax, state, {"selection": 0.0, **trained.validation})  # of the network without its mask
         log = Path(workdir) / "metrics.jsonl"
         if jax.process_index() == 0 and log.is_file():
             shutil.copy(log, out / log.name)

@@ -201,7 +201,8 @@ def _train(experiment, workdir, about, measure):
 
 def _record(experiment, workdir, about, variables, steps, rows):
     logits_fn = linen_net(experiment.model).predict
-    network = run.Run(experiment.model, variables, logits_fn, experiment.config, experiment.facts, steps[-1], workdir)
+    about = (experiment.config, experiment.facts, steps[-1], workdir, {})
+    network = run.Run(experiment.model, variables, logits_fn, *about)
     values = np.round(np.array(rows, np.float64), 5)  # (records, 2, L)
     columns = {tap: dict(zip("xy", values[:, :, i].T.tolist(), strict=True)) for i, tap in enumerate(about["taps"])}
     finished = steps[-1] == experiment.config.epochs * experiment.steps_per_epoch
