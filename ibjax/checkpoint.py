@@ -217,7 +217,7 @@ def restore_latest(store: Store, like: TrainState, *, restart: bool = False) -> 
         except _DamagedError as error:
             damaged[step] = str(error)
     cluster.agree(
-        "the checkpoints",
+        "checkpoints",
         {"newest whole step": None if found is None else int(found.step), "damaged steps": sorted(damaged)},
         "give a --workdir that all processes share",
     )

@@ -7,7 +7,6 @@ import logging
 import math
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
@@ -62,8 +61,9 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
     return text + (f"; did you mean '{close[0]}'?" if close else "")
 
 
-# called with code and message where a command ends with an error: one of several processes tells the others
-at_failure: list[Callable[[int, str], None]] = []
+# called with code, message, and the exception where it is a bug, when a command ends with an error: one of several
+# processes tells the others
+at_failure: list[Callable[[int, str, Exception | None], None]] = []
 
 
 def prepare_streams() -> None:
@@ -86,9 +86,7 @@ def exit_with(command: Callable[[], None]) -> NoReturn:
     except Exception as error:
         code, message = _ending(error)
         if not message:
-            if at_failure:
-                traceback.print_exc()
-                _tell(1, f"{type(error).__name__}: {error}")
+            _tell(1, f"{type(error).__name__}: {error}", error)
             raise
     except KeyboardInterrupt:
         code, message = EXIT_INTERRUPTED, "interrupted; the same command continues from the last checkpoint"
@@ -100,9 +98,9 @@ def exit_with(command: Callable[[], None]) -> NoReturn:
     sys.exit(code)
 
 
-def _tell(code, message):
+def _tell(code, message, bug=None):
     for tell in at_failure:
-        tell(code, message)
+        tell(code, message, bug)
 
 
 def _ending(error):

@@ -147,7 +147,9 @@ def evaluate(
             identity = {**common, **own, "main": eps == main, "bounded": attack.bounded}
             file = folder / _file_name(name, eps, settings, source)
             record = _existing(file, identity)
-            cluster.agree("the records", {file.name: record is not None}, "give a --workdir that all processes share")
+            cluster.agree(
+                "records", {f"{file.name} is there": record is not None}, "give a --workdir that all processes share"
+            )
             if record is None:
                 run.check_writable(folder)
                 wanted = keep if eps == main and source is None and not settings["samples"] else 0

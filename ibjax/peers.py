@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,9 +78,7 @@ def _difference(own, index, other):
     for name in {**own["values"], **other["values"]}:
         here, there = own["values"].get(name), other["values"].get(name)
         if here != there:
-            return (
-                f"the processes do not agree on {own['topic']}: {name} is {here!r} in process 0, {there!r} in {index}"
-            )
+            return f"the processes see different {own['topic']}: {name}: {here!r} in process 0, {there!r} in {index}"
     return None
 
 
@@ -223,8 +222,13 @@ class _Watch:
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 self.client.key_value_set(f"ibjax/left/{self.me}", "", allow_overwrite=True)
 
-    def fail(self, code, message):
+    def fail(self, code, message, bug):
         """Tells the others of an error and ends; Python's own end would wait for them, who may wait for this one."""
+        if isinstance(bug, RuntimeError):  # as a collective raises it where another process is gone: that is the line
+            log.info("%s; looking for a process that is lost", " ".join(message.split())[:200])
+            self.done.wait(SILENCE + 4 * _INTERVAL)
+        if bug is not None:
+            traceback.print_exception(bug)
         with self.lock:
             self.done.set()
         self.witness.dismiss()

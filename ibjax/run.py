@@ -41,6 +41,7 @@ __all__ = ["replacing", "write_json"]  # of ibjax.disk, for the modules that wri
 _FREE_KEYS = ("title", "evaluate", "contrast", "log_every", "checkpoint_every", "steps_per_dispatch", *config.TEACHERS)
 
 
+_FREE_PATHS = ("data.path", "data.data_dir")
 _SOURCE = Path(__file__).resolve().parent.parent  # of ibjax, where it is not installed
 _PATHS = ("path", "data_dir")  # of a data section: `~` and $VARIABLES are expanded
 log = logging.getLogger(__name__)
@@ -229,8 +230,8 @@ def lock(workdir: Path) -> Iterator[None]:
         if problem := cluster.word_of_first("the lock of the workdir", problem):
             raise InputError(problem)
         token = cluster.word_of_first("the mark in the workdir", token)
-        there = {"the mark of process 0 there": _sees(workdir / ".lock", token)}
-        cluster.agree("the workdir", there, f"give a --workdir that all processes share, not {workdir}")
+        there = {"what process 0 has written is there": _sees(workdir / ".lock", token)}
+        cluster.agree("workdirs", there, f"give a --workdir that all processes share, not {workdir}")
         yield
     finally:
         if handle:
@@ -257,10 +258,7 @@ def check_writable(folder: Path) -> None:
             probe.write_text("", encoding="utf-8")
             probe.unlink()
         except OSError as error:
-            problem = (
-                f"{folder} cannot be written ({error.strerror}): its result would be lost; make it writable, or copy"
-            )
-            problem += " the run to a folder that is"
+            problem = f"{folder} cannot be written ({error.strerror}), and the result would be lost; make it writable"
     if problem := cluster.word_of_first("whether results can be written", problem):
         raise InputError(problem)
 
@@ -288,8 +286,8 @@ def write_config(workdir: Path, given: ConfigDict, facts: dict[str, Any], *, res
     """
     own, found = identity(given, facts), checkpoints.steps_in(workdir / "checkpoints")
     advice = "start all processes with one command and a --workdir that all of them share"
-    cluster.agree("the configuration and its data", own, advice)
-    cluster.agree("the workdir", {"the checkpoints there": found}, advice)
+    cluster.agree("configurations or data", own, advice)
+    cluster.agree("workdirs", {"steps in checkpoints/": found}, advice)
     if found:
         _refuse_other_run(workdir, given, facts, own)
     else:
@@ -308,7 +306,7 @@ def identity(settings: ConfigDict, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_free(path):
-    return path.split(".")[0] in _FREE_KEYS
+    return path.split(".")[0] in _FREE_KEYS or path in _FREE_PATHS
 
 
 def _refuse_other_run(workdir, given, facts, own):
