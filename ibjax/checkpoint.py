@@ -38,6 +38,7 @@ from ibjax.errors import CheckpointError, UnreadableError
 from ibjax.step import TrainState, evaluation_variables
 
 ITEMS = ("variables", "training")
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not committed, or that is being deleted
 KEEP_LATEST = 2  # so that a damaged newest step has one to fall back on
 log = logging.getLogger(__name__)
 
@@ -95,8 +96,10 @@ def manager(
         create=True,
         save_interval_steps=1,
         enable_async_checkpointing=jax.default_backend() != "cpu" if asynchronous is None else asynchronous,
-        cleanup_tmp_directories=True,
     )
+    if jax.process_index() == 0 and folder.is_dir():
+        for leftover in disk.patiently(lambda: [p for p in folder.iterdir() if _UNFINISHED in p.name], folder):
+            shutil.rmtree(leftover, ignore_errors=True)
     orbax = disk.patiently(lambda: ocp.CheckpointManager(folder, options=options), folder)
     store = Store(folder, run, orbax)
     if sorted(orbax.all_steps()) != store.all_steps():
@@ -164,7 +167,7 @@ def _delete_superseded(store):
         return
     for step in steps:
         if step not in keep:  # renamed first, to what the next start sweeps: a step is there whole or not at all
-            going = store.directory / f"{step}.superseded.orbax-checkpoint-tmp"
+            going = store.directory / f"{step}.superseded{_UNFINISHED}"
             with contextlib.suppress(OSError):  # it is superseded in either case
                 (store.directory / str(step)).rename(going)
             shutil.rmtree(going, ignore_errors=True)
@@ -201,7 +204,8 @@ def restore_latest(store: Store, like: TrainState, *, restart: bool = False) -> 
     """The newest good state, placed as `like` (arrays or ShapeDtypeStructs with shardings); None if there is none.
 
     Steps that a digest or the format proves damaged are moved to `damaged/`, with one line each, once a good one is
-    found. Where none is good, nothing is moved: CheckpointError; with `restart` all are moved, and None is returned.
+    found. Where none is good, nothing is moved: CheckpointError; with `restart` all are moved to `restarted-N/`, and
+    None is returned.
 
     Raises CheckpointError too when a step belongs to another network or run, or when the processes of a run do not see
     the same; UnreadableError when a step cannot be read just now. Nothing is moved then.
@@ -230,8 +234,10 @@ def restore_latest(store: Store, like: TrainState, *, restart: bool = False) -> 
         log.warning("%s; moved to damaged/", reason)
         if jax.process_index() == 0:
             _set_aside(store, step)
+    if found is None and damaged and jax.process_index() == 0:
+        retire(store.directory.parent)
     if damaged:
-        cluster.agree("the damaged checkpoints that were set aside", {})  # all wait for process 0
+        cluster.agree("damaged checkpoints set aside", {})  # all wait for process 0
         assert store.orbax is not None, "opened for reading"
         store.orbax.reload()
     return found
@@ -440,6 +446,16 @@ def _set_aside(store, step):
     target = next(above / name for name in names if not (above / name).exists())
     above.mkdir(exist_ok=True)
     shutil.move(store.directory / str(step), target)
+
+
+def retire(workdir: Path) -> Path:
+    """Moves what is left of a run that begins again, `damaged/` and metrics.jsonl, to a folder of its own."""
+    target = next(folder for n in range(1, 10**6) if not (folder := workdir / f"restarted-{n}").exists())
+    target.mkdir()
+    for name in ("damaged", "metrics.jsonl"):
+        with contextlib.suppress(FileNotFoundError):
+            shutil.move(workdir / name, target / name)
+    return target
 
 
 # ---- leaves ------------------------------------------------------------------------------------------------

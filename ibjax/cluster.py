@@ -48,6 +48,9 @@ def initialize() -> None:
     """
     if jax.distributed.is_initialized():
         return
+    if jax.config.jax_enable_x64:
+        log.warning("JAX_ENABLE_X64 is switched off for this command: networks and attacks compute in float32")
+        jax.config.update("jax_enable_x64", False)
     keep_compiled()
     with _without_proxies():
         _start_distributed()

@@ -58,7 +58,7 @@ def _resident(experiment, key, step):
     lengths = {n: cluster.replicate(np.int32(n), mesh) for n in range(1, capacity + 1)}
 
     def run(state, steps):
-        with jax.transfer_guard("disallow"):
+        with jax.transfer_guard("allow" if jax.config.jax_disable_jit else "disallow"):
             return dispatch(state, *data, key, experiment.frozen, lengths[steps])
 
     return Feed(capacity, run)
@@ -128,7 +128,7 @@ def _streaming(experiment, key, step):
 
     def run(state, steps):
         batch = ahead.pop()
-        with jax.transfer_guard("disallow"):
+        with jax.transfer_guard("allow" if jax.config.jax_disable_jit else "disallow"):
             result = dispatch(state, batch, key, experiment.frozen)
         ahead.append(placed(next(source)))  # while the devices compute
         return result

@@ -5,7 +5,7 @@
 Trains the teacher of the configuration first where it holds the recipe of one and its checkpoint is absent, then the
 runs it is contrasted with, then itself; evaluates all of them; writes report.html and prints its table. Run again, it
 continues where it stopped. Where the checkpoints of a run were lost, or all of them are damaged, it says so and ends:
---restart then begins that run again at step 0, with what is left of the old one in damaged/. A run that has a good
+--restart then begins that run again at step 0, with what is left of it in restarted-N/. A run that has a good
 checkpoint continues from it with --restart too. Exit codes: 0 done, 2 wrong input, 3 diverged or out of memory,
 69 another process of the run was lost, 75 preempted and saved, 130 interrupted.
 """
@@ -44,7 +44,7 @@ def parse(argv: list[str]) -> Command:
     flags.DEFINE_string("config", None, "the recipe, FILE.py[:arg]; --config.KEY=VALUE changes it", flag_values=values)
     flags.DEFINE_string("workdir", None, "folder of the run; made if absent", flag_values=values)
     flags.DEFINE_enum("mode", "train", ["train", "eval"], "train and evaluate, or only evaluate", flag_values=values)
-    text = "begin again at step 0 where checkpoints were lost or all are damaged; they go to damaged/"
+    text = "begin again at step 0 where checkpoints were lost or all are damaged; they go to restarted-N/"
     flags.DEFINE_bool("restart", False, text, flag_values=values)
     flags.DEFINE_bool("help", False, "show this", short_name="h", flag_values=values)
     overrides = [flag for flag in argv[1:] if flag.lstrip("-").startswith("config.")]

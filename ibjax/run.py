@@ -13,7 +13,6 @@ import logging
 import os
 import platform
 import secrets
-import shutil
 import subprocess
 import sys
 import time
@@ -337,7 +336,7 @@ def _refuse_other_run(workdir, given, facts, own):
 
 
 def _refuse_lost_checkpoints(workdir, restart):
-    """Refuses to begin at step 0 in silence where there was a checkpoint once; with `restart`, keeps the old rows."""
+    """Refuses to begin at step 0 in silence where there was a checkpoint once."""
     damaged = workdir / "damaged"
     aside = disk.patiently(lambda: sorted(p.name for p in damaged.iterdir()), damaged) if damaged.is_dir() else []
     saved = metrics.saved_step(workdir / "metrics.jsonl")
@@ -350,13 +349,9 @@ def _refuse_lost_checkpoints(workdir, restart):
         raise InputError(
             f"{text}; put the checkpoints back into checkpoints/, or give --restart to begin again at step 0"
         )
-    log.warning("%s; beginning again at step 0, as --restart says", text)
-    if jax.process_index() == 0 and saved is not None:
-        damaged.mkdir(exist_ok=True)
-        names = ("metrics.jsonl", *(f"metrics-{n}.jsonl" for n in range(2, 1000)))
-        free = next(damaged / name for name in names if not (damaged / name).exists())
-        shutil.move(workdir / "metrics.jsonl", free)
-    cluster.agree("the rows that were set aside", {})  # all wait for process 0
+    if jax.process_index() == 0:
+        log.warning("%s; beginning at step 0, with these in %s", text, checkpoints.retire(workdir))
+    cluster.agree("what was left of the run set aside", {})  # all wait for process 0
 
 
 def read_config(workdir: Path) -> tuple[ConfigDict, dict[str, Any]]:
@@ -407,6 +402,7 @@ def provenance(trained: Run, checkpoint: str) -> dict[str, Any]:
         "versions": versions(),
         "commit": commit(),
         "hardware": hardware(),
+        **jax_settings(),
     }
 
 
@@ -431,6 +427,14 @@ def own_version() -> str:
         return importlib.metadata.version("ibjax")
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
+
+
+def jax_settings() -> dict[str, Any]:
+    """{"jax_settings": those settings of JAX that change a number and are not its defaults}; empty where all are."""
+    usual = dict(default_matmul_precision=None, default_prng_impl="threefry2x32", threefry_partitionable=True)
+    found = {name: getattr(jax.config, f"jax_{name}") for name in (*usual, "enable_x64", "disable_jit")}
+    changed = {name: value for name, value in found.items() if value != usual.get(name, False)}
+    return {"jax_settings": changed} if changed else {}
 
 
 def hardware() -> str:
@@ -464,5 +468,5 @@ def commit() -> str:
 
 def environment() -> dict[str, Any]:
     """What env.json says."""
-    where = {"hardware": hardware(), "platform": platform.platform()}
+    where = {"hardware": hardware(), "platform": platform.platform(), **jax_settings()}
     return {"command": sys.argv, "versions": versions(), "commit": commit(), **where}

@@ -130,7 +130,7 @@ def test_all_damaged_is_an_error_and_nothing_is_moved_until_restart_is_asked_for
     with checkpoint.manager(tmp_path) as store:
         assert checkpoint.restore_latest(store, state(0), restart=True) is None
         checkpoint.save(store, state(1))
-    assert (tmp_path / "damaged" / "3" / "training").is_dir() and checkpoint.steps_in(folder) == [1]
+    assert (tmp_path / "restarted-1" / "damaged" / "3" / "training").is_dir() and checkpoint.steps_in(folder) == [1]
 
 
 @pytest.mark.parametrize(
