@@ -23,7 +23,7 @@ from ibjax import disk, errors, metrics, results
 from ibjax.attacks.geometry import fraction
 from ibjax.errors import InputError
 from ibjax.results import Record, strength
-from ibjax.run import bare_command_line, path
+from ibjax.run import bare_command_line, doubts, path
 
 _SKIPPED = ("checkpoints", "damaged", "eval", "tensorboard")  # folders of a workdir in which no other run lies
 
@@ -91,6 +91,7 @@ def _read_run(folder):
     env = _read_json(folder / "env.json", problems)
     logged = _read_metrics(folder / "metrics.jsonl", problems)
     steps_per_epoch = _state(config, facts, logged, problems)
+    problems += doubts(folder)
     found = _read_records(folder, problems)
     if not found:
         problems.append(f"it has no results yet; python -m ibjax.evaluate --workdir={folder}")
