@@ -13,7 +13,6 @@ bodies of other loops, as MMA's bisection, whose number is printed. Both are wha
 of one chip; the bounds assume its peak in bfloat16 and its bandwidth, so they are never reached.
 """
 
-import json
 import logging
 import os
 import re
@@ -38,7 +37,7 @@ from absl import flags  # noqa: E402
 from jax.sharding import AxisType, Mesh, NamedSharding  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
-from ibjax import cluster, config, cores, errors, feed, main, run  # noqa: E402
+from ibjax import cluster, config, cores, disk, errors, feed, main, run  # noqa: E402
 from ibjax.data import IMAGES  # noqa: E402
 from ibjax.errors import InputError, nearest  # noqa: E402
 from ibjax.experiment import build, initializer  # noqa: E402
@@ -345,7 +344,7 @@ def command() -> None:
         if values["json"].value:
             numbers = {**found, "collectives": [item._asdict() for item in found["collectives"]]}
             numbers |= {"topology": values["topology"].value, "config": values["config"].value}
-            Path(values["json"].value).write_text(json.dumps({**numbers, "versions": run.versions()}, indent=1) + "\n")
+            run.write_json(disk.path(values["json"].value), {**numbers, "versions": run.versions()})
 
     errors.exit_with(body)
 

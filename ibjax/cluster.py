@@ -48,7 +48,7 @@ def initialize() -> None:
     """
     if jax.distributed.is_initialized():
         return
-    if jax.config.jax_enable_x64:
+    if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
         log.warning("JAX_ENABLE_X64 is switched off for this command: networks and attacks compute in float32")
         jax.config.update("jax_enable_x64", False)
     keep_compiled()
@@ -120,16 +120,13 @@ def _common():
     return dict(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS, initialization_timeout=_START_SECONDS + 60)
 
 
-_held = []  # sockets that keep a port for this process, to its end
-
-
 def _start_alone():
     """One process, on a port that no other process is given as long as this one runs."""
     holder = socket.socket()
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # gRPC's own socket does the same
     holder.bind(("127.0.0.1", 0))
-    _held.append(holder)
     address = f"127.0.0.1:{holder.getsockname()[1]}"
+    holder.detach()  # it stays open to the end of the process
     jax.distributed.initialize(
         address, 1, 0, coordinator_bind_address=address, cluster_detection_method="deactivate", **_common()
     )

@@ -22,7 +22,6 @@ import contextlib
 import hashlib
 import importlib
 import inspect
-import json
 import math
 import os
 import re
@@ -36,7 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax import architectures, cluster, config, errors, run, torch_file
+from ibjax import architectures, cluster, config, disk, errors, run, torch_file
 from ibjax import checkpoint as checkpoints
 from ibjax.architectures import ARCHITECTURES
 from ibjax.data import Split, stratified
@@ -259,9 +258,9 @@ def to_torch(workdir: Path, to: Path, checkpoint: str | int = "best", *, n: int 
     with _whole_folder(to) as folder:
         tensors = {key: value.contiguous() for key, value in twin.state_dict().items() if value.is_floating_point()}
         (folder / "model.safetensors").write_bytes(save(tensors))
-        (folder / "model.py").write_text(_definition(known, trained))
+        (folder / "model.py").write_text(_definition(known, trained), encoding="utf-8")
         run.write_json(folder / "model_info.json", model_info(trained, str(checkpoint)))
-        (folder / "check.py").write_text((_DEFINITIONS / "check.py").read_text())
+        shutil.copyfile(_DEFINITIONS / "check.py", folder / "check.py")
         labels = logits.argmax(1) if side else split.labels  # of photographs what the network says itself
         np.savez_compressed(folder / "check.npz", x_test=split.images, y_test=labels, logits=logits)
     return delta
@@ -275,7 +274,7 @@ def _definition(known, trained):
     make = importlib.import_module(f"ibjax.torch_models.{known.torch}").Model
     options = {key: getattr(trained.model, key) for key in inspect.signature(make).parameters}
     arguments = "".join(f"\n        {key}={value!r}," for key, value in options.items() if value is not None)
-    source = (_DEFINITIONS / f"{known.torch}.py").read_text().replace("from torch import nn\n", _IMPORTS, 1)
+    source = (_DEFINITIONS / f"{known.torch}.py").read_text("utf-8").replace("from torch import nn\n", _IMPORTS, 1)
     return f"{source}{_LOAD.format(arguments=arguments)}"
 
 
@@ -299,7 +298,7 @@ def model_info(trained: run.Run, checkpoint: str) -> dict[str, Any]:
     weights, records = checkpoints.tree_digest(trained.variables), {}
     for file in sorted((trained.workdir / "eval" / checkpoint).glob("*.json")):
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            record = json.loads(file.read_text())
+            record = disk.read_json(file)
             if record["weights"] == weights and record["n"] == trained.facts.get("n_test") and record["main"]:
                 records[record["attack"]] = record
     attacked = records.get("autoattack")
@@ -353,12 +352,14 @@ def main() -> None:
     """The command line of this module."""
     parser = argparse.ArgumentParser(prog="python -m ibjax.convert", allow_abbrev=False, description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--workdir", type=Path, required=True, help="of the run: made by an import, read by an export")
-    parser.add_argument("--torch", type=Path, help="the file to import")
+    parser.add_argument(
+        "--workdir", type=disk.path, required=True, help="of the run: made by an import, read by an export"
+    )
+    parser.add_argument("--torch", type=disk.path, help="the file to import")
     parser.add_argument("--arch", help=f"which network it is: {', '.join(ARCHITECTURES)}")
     parser.add_argument("--clean_acc", type=float, help="its published clean accuracy in percent, to be checked")
     parser.add_argument("--photographs", type=int, metavar="SIDE", help="compare on photographs, not on a data set")
-    parser.add_argument("--to", type=Path, help="the folder to export to")
+    parser.add_argument("--to", type=disk.path, help="the folder to export to")
     parser.add_argument("--checkpoint", help="to export: best (the default), last or a step")
     parser.add_argument("--n", type=int, default=256, help="images that are compared")
     given, overrides = parser.parse_known_args()

@@ -4,6 +4,7 @@ Guarantees (tests of the same names): a file is there whole or not at all; a cha
 read that fails is tried again, and its failure is never taken for damage.
 """
 
+import argparse
 import contextlib
 import hashlib
 import json
@@ -124,15 +125,20 @@ def unseal(content: Mapping[str, Any]) -> dict[str, Any]:
 # ---- paths -------------------------------------------------------------------------------------------------
 
 
+class _PathError(InputError, argparse.ArgumentTypeError):
+    pass
+
+
 def path(text: str | os.PathLike) -> Path:
     """The path that a command line or a configuration names, with `~` and $VARIABLES expanded as a shell would.
 
-    Shells do not expand `--option=~/x`, and a folder called `~` invites `rm -r ~`. Raises InputError where a variable
-    is not set, there is no such home, or a folder `~` lies in the current folder already.
+    Shells do not expand `--option=~/x`, and a folder called `~` invites `rm -r ~`. Raises InputError, which argparse
+    shows where this is an argument's type, where a variable is not set, there is no such home, or a folder `~` lies in
+    the current folder already.
     """
     given = os.fspath(text)
     if given.startswith("~") and os.path.lexists("~"):
-        raise InputError(
+        raise _PathError(
             f"{given}: there is a folder called ~ in {os.getcwd()}, made by a command that did not expand it; move "
             f"what it holds with mv ./~ NAME (never rm -r ~), then run the same command"
         )
@@ -140,7 +146,7 @@ def path(text: str | os.PathLike) -> Path:
         return Path(given)
     expanded = os.path.expanduser(os.path.expandvars(given))
     if unknown := re.search(r"\$(\w+|\{[^}]*\})", expanded):
-        raise InputError(f"{given}: the variable {unknown[0]} is not set; set it, or write the path without it")
+        raise _PathError(f"{given}: the variable {unknown[0]} is not set; set it, or write the path without it")
     if expanded.startswith("~"):
-        raise InputError(f"{given}: there is no such home folder (is HOME set?); write the path without ~")
+        raise _PathError(f"{given}: there is no such home folder (is HOME set?); write the path without ~")
     return Path(expanded)

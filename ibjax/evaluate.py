@@ -342,7 +342,7 @@ def main() -> None:
     run.add_attacks(parser)
     parser.add_argument("--n", type=int, help="number of test images; default: all")
     parser.add_argument("--samples", type=int, help="judge the mean of so many drawn predictions; default: no draw")
-    parser.add_argument("--surrogate", type=run.path, help="workdir of the run whose network is attacked instead")
+    parser.add_argument("--surrogate", type=disk.path, help="workdir of the run whose network is attacked instead")
     given = parser.parse_args()
 
     def command():

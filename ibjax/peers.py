@@ -87,7 +87,7 @@ def _wait(client, key, index, topic):
     started = told = time.monotonic()
     while True:
         with _only_timeouts(index):
-            return client.blocking_key_value_get(key, 1000 * _INTERVAL)
+            return client.blocking_key_value_get(key, int(1000 * _INTERVAL))
         if ended := _ended(client):
             raise InputError(next(iter(ended.values())))
         now = time.monotonic()
@@ -264,8 +264,9 @@ class _Witness:
         )
         self.process = None
         with contextlib.suppress(OSError):
-            options = dict(stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
-            self.process = subprocess.Popen(["/bin/sh", "-c", script], **options)
+            self.process = subprocess.Popen(
+                ["/bin/sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+            )
             self.say(text)
 
     def say(self, text):

@@ -23,7 +23,7 @@ from ibjax import disk, errors, metrics, results
 from ibjax.attacks.geometry import fraction
 from ibjax.errors import InputError
 from ibjax.results import Record, strength
-from ibjax.run import bare_command_line, doubts, path
+from ibjax.run import bare_command_line, doubts
 
 _SKIPPED = ("checkpoints", "damaged", "eval", "tensorboard")  # folders of a workdir in which no other run lies
 
@@ -213,8 +213,8 @@ def main() -> None:
     """The command line of this module."""
     text = "Writes one HTML page on all runs in and below the folders, and prints their table."
     parser = bare_command_line("ibjax.report", text)
-    parser.add_argument("folder", metavar="DIR", type=path, nargs="+", help="a workdir, or a folder above some")
-    parser.add_argument("--out", type=path, help="the page to write; default: report.html in the first DIR")
+    parser.add_argument("folder", metavar="DIR", type=disk.path, nargs="+", help="a workdir, or a folder above some")
+    parser.add_argument("--out", type=disk.path, help="the page to write; default: report.html in the first DIR")
     given = parser.parse_args()
 
     def command():

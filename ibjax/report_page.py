@@ -238,7 +238,7 @@ def _commands(runs, out):
             f"# {' '.join(comment.split())}",  # one line, whatever a title holds: these are pasted into a shell
             "#   import json, pathlib, ml_collections",
             "#   def get_config():",
-            f"#       saved = json.loads(pathlib.Path({str(run.folder / 'config.json')!r}).read_text())",
+            f"#       saved = json.loads(pathlib.Path({str(run.folder / 'config.json')!r}).read_text('utf-8'))",
             '#       return ml_collections.ConfigDict(saved["config"])',
             f"python -m ibjax.main --config=again.py --workdir={shlex.quote(str(run.folder) + '-again')}",
             "",

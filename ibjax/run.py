@@ -65,7 +65,7 @@ class Run(NamedTuple):
 def command_line(module: str, description: str | None) -> argparse.ArgumentParser:
     """The command line of a module that reads a run: --workdir and --checkpoint, for it to add to."""
     parser = bare_command_line(module, description)
-    parser.add_argument("--workdir", type=path, required=True)
+    parser.add_argument("--workdir", type=disk.path, required=True)
     parser.add_argument("--checkpoint", default="best", help="best, last or a step")
     return parser
 
@@ -74,14 +74,6 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line on stderr, as for every other wrong input."""
         self.exit(errors.EXIT_INPUT, f"error: {message}; {self.prog} --help says what there is\n")
-
-
-def path(text: str) -> Path:
-    """The type of an argument that is a path: `~` and $VARIABLES are expanded (`disk.path`)."""
-    try:
-        return disk.path(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def bare_command_line(module: str, description: str | None) -> argparse.ArgumentParser:
@@ -452,18 +444,17 @@ def commit() -> str:
     A repository that merely encloses the package, as that of a project with a virtual environment in it, says nothing
     of ibjax.
     """
-    git = ["git", "-C", str(_SOURCE)]
-    options = dict(capture_output=True, encoding="utf-8", errors="replace", timeout=10)
-    try:
-        top, head = (
-            subprocess.run([*git, "rev-parse", *what], **options) for what in (["--show-toplevel"], ["--short", "HEAD"])
-        )
-        if not (top.returncode or head.returncode) and Path(top.stdout.strip()).resolve() == _SOURCE:
-            dirty = subprocess.run([*git, "status", "--porcelain", str(_SOURCE / "ibjax")], **options)
-            return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
-    except (OSError, subprocess.SubprocessError):
-        pass
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if Path(_git("rev-parse", "--show-toplevel")).resolve() == _SOURCE:
+            return _git("rev-parse", "--short", "HEAD") + "+" * bool(_git("status", "--porcelain", "ibjax"))
     return f"version {own_version()}"
+
+
+def _git(*arguments):
+    """What git prints of the repository that ibjax lies in; raises SubprocessError where there is none."""
+    command = ["git", "-C", str(_SOURCE), *arguments]
+    done = subprocess.run(command, capture_output=True, check=True, encoding="utf-8", errors="replace", timeout=10)
+    return done.stdout.strip()
 
 
 def environment() -> dict[str, Any]:

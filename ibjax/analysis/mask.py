@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ibjax import checkpoint as checkpoints
-from ibjax import cluster, config, errors, run
+from ibjax import cluster, config, disk, errors, run
 from ibjax.analysis.attacked import feature_shapes
 from ibjax.errors import InputError, nearest
 from ibjax.objectives.ib_rar import channel_information, permanent_mask
@@ -73,7 +73,7 @@ def main() -> None:
     """The command line of this module."""
     parser = run.command_line("ibjax.analysis.mask", __doc__)
     parser.add_argument("--tap", required=True, help="the feature, as stage5")
-    parser.add_argument("--out", type=Path, required=True, help="workdir of the masked run; made if absent")
+    parser.add_argument("--out", type=disk.path, required=True, help="workdir of the masked run; made if absent")
     parser.add_argument("--share", type=float, default=0.05, help="of the channels that are zeroed")
     given = parser.parse_args()
 

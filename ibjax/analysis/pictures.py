@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax import run
+from ibjax import disk, run
 from ibjax.errors import InputError
 from ibjax.results import attack_label
 from ibjax.step import to_float
@@ -23,7 +23,7 @@ _DPI = 140
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
     """Adds --picture, for `check` and then for drawing."""
-    parser.add_argument("--picture", type=Path, help="draw it into FILE.png")
+    parser.add_argument("--picture", type=disk.path, help="draw it into FILE.png")
 
 
 def check(file: Path | None) -> None:
