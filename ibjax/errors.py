@@ -1,5 +1,7 @@
 """Exceptions with a meaning to the user, and the one place that turns them into a line and an exit code."""
 
+import _thread
+import contextlib
 import difflib
 import errno
 import io
@@ -7,6 +9,7 @@ import logging
 import math
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
@@ -81,7 +84,8 @@ def exit_with(command: Callable[[], None]) -> NoReturn:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file it writes
     logging.getLogger("jax").setLevel(logging.ERROR)
     try:
-        command()
+        with _no_interrupt_lost():
+            command()
         code, message = 0, ""
     except Exception as error:
         code, message = _ending(error)
@@ -96,6 +100,23 @@ def exit_with(command: Callable[[], None]) -> NoReturn:
     if code not in (0, EXIT_PREEMPTED):  # of a preemption all processes know
         _tell(code, message)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _no_interrupt_lost():
+    """Ctrl-C that falls into a callback of the garbage collector, where Python ignores exceptions, comes again."""
+
+    def hook(unraisable):
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            threading.Timer(0.05, _thread.interrupt_main).start()  # once this hook, which would ignore it too, is left
+        else:
+            before(unraisable)
+
+    before, sys.unraisablehook = sys.unraisablehook, hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _tell(code, message, bug=None):
