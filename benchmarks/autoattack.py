@@ -14,7 +14,6 @@ Writes a JSON after every attack, from which the same command goes on, and the t
 
 import argparse
 import itertools
-import json
 import statistics
 import tempfile
 import time
@@ -31,7 +30,7 @@ import torchattacks
 import twin
 
 import ibjax
-from ibjax import cluster, run
+from ibjax import cluster, disk, run
 from ibjax.attacks import geometry
 from ibjax.attacks.apgd import iterative_apgd
 from ibjax.attacks.autoattack import autoattack
@@ -135,13 +134,13 @@ def table(found: Mapping[str, Any]) -> str:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True, help="of a run of configs/small_cnn.py")
+    parser.add_argument("--workdir", type=disk.path, required=True, help="of a run of configs/small_cnn.py")
     parser.add_argument("--n", type=int, default=256, help="test images, each class in proportion")
     parser.add_argument("--eps", default="4/255")
     parser.add_argument("--steps", type=int, default=100, help="of APGD and FAB")
     parser.add_argument("--queries", type=int, default=5000, help="of Square")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="default: results/autoattack-BACKEND-DATE.json")
+    parser.add_argument("--out", type=disk.path, help="default: results/autoattack-BACKEND-DATE.json")
     given = parser.parse_args()
     about = measuring.environment()
     about["versions"]["torchattacks"] = "3.5.1"
@@ -154,7 +153,7 @@ def main() -> None:
         "steps": given.steps,
         "queries": given.queries,
     }
-    found = json.loads(out.read_text()) if out.is_file() else {}
+    found = disk.read_json(out) if out.is_file() else {}
     if any(found.get(name) != value for name, value in asked.items()):
         found = {"benchmark": "autoattack", **about, **asked, "parts": {}}
     cluster.keep_memory()  # as `python -m ibjax.evaluate` does; PyTorch profits too
@@ -167,7 +166,7 @@ def main() -> None:
         f"{found['clean'][0]:.2f}; {given.steps} steps, {given.queries} queries; {given.rounds} round(s); "
         f"{measuring.provenance(about)}\n"
     )
-    out.with_suffix(".md").write_text(text)
+    out.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -18,7 +18,6 @@ fails or runs out of time is recorded with its last lines and stops no other.
 import argparse
 import datetime
 import importlib.util
-import json
 import os
 import platform
 import re
@@ -30,6 +29,8 @@ import time
 from pathlib import Path
 
 from parts import ROOT, started, update
+
+from ibjax import disk
 
 SHARES = {"step": 5, "throughput": 4, "autoattack": 3, "tests": 3}  # of what training leaves; unused time passes on
 PARTS = ("step", "throughput", "training", "autoattack", "tests")
@@ -168,7 +169,7 @@ def autoattack(given: argparse.Namespace) -> None:
 
 def affordable_images(given: argparse.Namespace) -> float:
     """How many images may pass through training in the time, at 0.85 of the rate of the bare step."""
-    rows = json.loads(given.out.read_text()).get("throughput", {}).get("rows", {})
+    rows = disk.read_json(given.out).get("throughput", {}).get("rows", {})
     rate = rows.get("PGD-10 PreActResNet-18", {}).get("images_per_s")
     if rate is None:
         import measuring
@@ -184,12 +185,12 @@ def affordable_images(given: argparse.Namespace) -> float:
 
 def collect_training(out: Path, workdir: Path) -> None:
     """What the training part has left in its folder, also where it was stopped."""
-    records = {file.stem: json.loads(file.read_text()) for file in sorted(workdir.glob("eval/*/*.json"))}
+    from ibjax import metrics
+
+    records = {file.stem: disk.read_json(file) for file in sorted(workdir.glob("eval/*/*.json"))}
     for record in records.values():
         del record["config"]  # stands beside the records already
-    log = workdir / "metrics.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")] if log.is_file() else []
-    update(out, "training", records=records, metrics=rows)
+    update(out, "training", records=records, metrics=metrics.read(workdir / "metrics.jsonl"))
 
 
 def collect_tests(out: Path, log: str) -> None:
@@ -221,7 +222,7 @@ def run_part(name: str, given: argparse.Namespace, limit: float, workdir: Path) 
         status = f"stopped after {limit:.0f} s"
     finally:
         update(given.out, name, status=status, seconds=round(time.perf_counter() - begun, 1))
-        text = log.read_text(errors="replace")
+        text = log.read_text(encoding="utf-8", errors="replace")
         if name == "tests":
             collect_tests(given.out, text)
         elif name == "training":
@@ -260,15 +261,15 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path("results") / f"device-{datetime.date.today()}.json"
-    parser.add_argument("--out", type=Path, default=default, help="the JSON file, written anew")
-    parser.add_argument("--data", type=Path, help="to train on: class folders, or an .npz in Keras's layout")
+    parser.add_argument("--out", type=disk.path, default=default, help="the JSON file, written anew")
+    parser.add_argument("--data", type=disk.path, help="to train on: class folders, or an .npz in Keras's layout")
     parser.add_argument("--minutes", type=float, help="for training, its compilation and evaluation; default 2.5")
     parser.add_argument("--total-minutes", type=float, default=9.5, help="for everything")
     parser.add_argument("--peak-tflops", type=float, help="of the accelerator in bf16; default: known for some")
     parser.add_argument("--parts", type=lambda text: text.split(","), default=PARTS, help=",".join(PARTS))
     parser.add_argument("--quick", action="store_true", help="tiny sizes and synthetic data, to try the script")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
-    parser.add_argument("--workdir", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--workdir", type=disk.path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if unknown := set(given.parts) - set(PARTS):
         parser.error(f"--parts {', '.join(unknown)} is unknown; allowed: {', '.join(PARTS)}")
@@ -284,7 +285,7 @@ def main() -> None:
         return
     import measuring
 
-    if "environment" not in json.loads(given.out.read_text()):
+    if "environment" not in disk.read_json(given.out):
         update(given.out, "environment", **measuring.environment())
     {"step": step, "throughput": throughput, "training": training, "autoattack": autoattack}[given.part](given)
 

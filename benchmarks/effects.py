@@ -30,7 +30,6 @@ import json
 import logging
 import math
 import statistics
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import comparison
@@ -41,7 +40,7 @@ from comparison import ROOT, Results, cell
 from ml_collections import ConfigDict
 from scipy import stats
 
-from ibjax import config, errors, run
+from ibjax import config, disk, errors, run
 from ibjax.attacks.pgd import pgd
 from ibjax.errors import DivergedError, InputError
 from ibjax.results import attack_label
@@ -167,7 +166,7 @@ def measure(name: str, seed: int, given: argparse.Namespace) -> Results:
     identity = {"config": config.plain(made), "commit": run.commit(), "versions": run.versions()}
     identity, file = json.loads(json.dumps(identity)), folder / "effects.json"
     if file.is_file():
-        known = json.loads(file.read_text())
+        known = disk.read_json(file)
         if {key: known[key] for key in identity} == identity:
             return known["found"]
     found = comparison.measure(made, folder)
@@ -284,7 +283,7 @@ def study(given: argparse.Namespace) -> None:
                 results["failed"][f"{name}, seed {seed}"] = str(error)
                 log.warning("%s, seed %d: %s", name, seed, error)
             run.write_json(out.with_suffix(".json"), results)
-            out.with_suffix(".md").write_text(page(results))
+            out.with_suffix(".md").write_text(page(results), encoding="utf-8")
     print(page(results))
 
 
@@ -293,9 +292,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", type=Path, required=True, help="folder of all runs")
+    parser.add_argument("--workdir", type=disk.path, required=True, help="folder of all runs")
     parser.add_argument("--data", default="digits", help="digits, mnist:FILE.npz or cifar10:FOLDER")
-    parser.add_argument("--out", type=Path, help="without suffix; default: results/effects-DATA")
+    parser.add_argument("--out", type=disk.path, help="without suffix; default: results/effects-DATA")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument(
         "--runs", type=lambda text: text.split(";"), default=list(RUNS), help="some, as named on the page"

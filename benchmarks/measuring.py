@@ -20,7 +20,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs
 import jax
 import numpy as np
 
-from ibjax import run
+from ibjax import disk, run
 
 BUSY = 0.1  # processors: more than that elsewhere disturbs a round
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "v5 lite": 197, "v5e": 197, "v6 lite": 918, "v6e": 918}  # bf16
@@ -90,7 +90,7 @@ def others_seconds() -> float:
     file = Path("/proc/stat")
     if not file.is_file():
         return 0.0
-    user, nice, system = map(int, file.read_text().split()[1:4])
+    user, nice, system = map(int, file.read_text(encoding="utf-8").split()[1:4])
     mine = os.times()
     return (user + nice + system) / os.sysconf("SC_CLK_TCK") - mine.user - mine.system
 
@@ -130,7 +130,7 @@ def in_new_process(script: str, work: dict[str, Any], environment: dict[str, str
     serves one process at a time.
     """
     command = [sys.executable, script, f"--child={json.dumps(work)}"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(environment or {})})
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env={**os.environ, **(environment or {})})
     if done.returncode == 0:
         return json.loads(done.stdout.strip().splitlines()[-1])
     lines = done.stderr.strip().splitlines() or [f"ended with {done.returncode}, without a word"]
@@ -153,7 +153,7 @@ def command_line(
         parser.add_argument("--repeats", type=int, default=5, help="rounds; every contestant runs once in each")
         parser.add_argument("--steps", type=int, default=1 if cpu else 10, help="steps per contestant and round")
         parser.add_argument("--quiet", action="store_true", help="wait for other processes to rest, repeat such rounds")
-    parser.add_argument("--out", type=Path, help="default: results/SCRIPT-BACKEND-DATE.json")
+    parser.add_argument("--out", type=disk.path, help="default: results/SCRIPT-BACKEND-DATE.json")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and one round, to try the script")
     return parser
 
@@ -182,7 +182,7 @@ class Page:
         about = "; ".join(part for part in (self.note, provenance(self.found)) if part)
         text = f"{self.table(self.records)}\n\n{about}\n" + "".join(f"\n- {warning}" for warning in warnings) + "\n"
         run.write_json(self.out, {"benchmark": self.benchmark, **self.found, "records": self.records})
-        self.out.with_suffix(".md").write_text(text)
+        self.out.with_suffix(".md").write_text(text, encoding="utf-8")
         print(*self.table([record]).splitlines()[2:], sep="\n", flush=True)
 
     def attempt(self, about: dict[str, Any], call: Callable[[], dict[str, Any]]) -> None:
@@ -205,7 +205,7 @@ def environment() -> dict[str, Any]:
     found = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **run.environment()}
     found["runtime"] = jax.devices()[0].client.platform_version.splitlines()[0]  # with CUDA's version on GPUs
     cpuinfo = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else []
+    models = re.findall(r"model name\s*: (.+)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.is_file() else []
     found["processor"] = models[0] if models else platform.processor()
     try:
         import torch

@@ -1,7 +1,6 @@
 """Long jobs in parts: each a process of its own, and one JSON file that is there whole at any time. Imports no JAX."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -9,24 +8,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ibjax import disk
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def update(out: Path, part: str, **values: Any) -> None:
     """Adds values to one part of the JSON file."""
-    content = json.loads(out.read_text()) if out.is_file() else {}
-    content[part] = {**content.get(part, {}), **values}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(out)
+    content = disk.read_json(out) if out.is_file() else {}
+    disk.write_json(out, {**content, part: {**content.get(part, {}), **values}})
 
 
 @contextlib.contextmanager
 def started(command: list[str], log: Path, environment: dict[str, str] | None = None) -> Iterator[subprocess.Popen]:
     """A process whose output goes to `log`; it and its children are gone when the block ends, however it ends."""
     options = dict(cwd=ROOT, env={**os.environ, **(environment or {})}, start_new_session=True)
-    with log.open("w") as stream:
+    with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, **options)
     try:
         yield process

@@ -14,7 +14,6 @@ of one chip; the bounds assume its peak in bfloat16 and its bandwidth, so they a
 """
 
 import argparse
-import json
 import logging
 import os
 import re
@@ -38,7 +37,7 @@ import numpy as np  # noqa: E402
 from jax.sharding import AxisType, Mesh, NamedSharding  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
-from ibjax import cluster, config, cores, errors, feed, main, run  # noqa: E402
+from ibjax import cluster, config, cores, disk, errors, feed, main, run  # noqa: E402
 from ibjax.data import IMAGES  # noqa: E402
 from ibjax.errors import InputError, nearest  # noqa: E402
 from ibjax.experiment import build, initializer  # noqa: E402
@@ -330,7 +329,7 @@ def command() -> None:
     parser.add_argument(
         "--images", type=int, default=50_000, help="of training, on every chip; streamed ones lie elsewhere"
     )
-    parser.add_argument("--json", type=Path, help="file for the numbers")
+    parser.add_argument("--json", type=disk.path, help="file for the numbers")
     given, recipe = main.parse_recipe(parser)
 
     def body():
@@ -349,7 +348,7 @@ def command() -> None:
         if given.json:
             numbers = {**found, "collectives": [item._asdict() for item in found["collectives"]]}
             numbers |= {"topology": given.topology, "config": given.config, "versions": run.versions()}
-            given.json.write_text(json.dumps(numbers, indent=1) + "\n")
+            run.write_json(given.json, numbers)
             print(f"numbers: {given.json}")
 
     errors.exit_with(body)

@@ -1,116 +1,180 @@
-"""Checkpoints: the only file that calls Orbax.
+"""Checkpoints: the only file that knows Orbax and what it writes.
 
 On disk, `checkpoints/<step>/` holds three items:
 
     variables   what is evaluated: {"params", "batch_stats"}, averaged parameters where the run has them
     training    the rest of the train state
-    manifest    shape, type and digest of every leaf of both, and the validation metrics of that step
+    manifest    shape, type and digest of every leaf of both, the validation metrics of that step, the run that it is of
+
+Orbax writes a step and commits it by renaming its folder, so a step is there whole or not at all. It is read here
+without Orbax: the bytes of every file first, which separates a failure of the disk from damage, then, in memory, the
+OCDBT database that they are (its own checksums tell a changed bit), then each leaf, whose digest is compared.
 
 Guarantees (tests of the same names): a save that is killed leaves the previous step restorable; a flipped byte is
-found and its leaf named; damaged steps are set aside and the newest good one is used; another architecture, class count
-or type is refused with the first differing leaves; restoring works on any number of devices; nothing is unpickled.
-Orbax commits a step by renaming its folder, so a step is there whole or not at all.
+found and its leaf named; damaged steps are set aside and the newest good one is used, but a step that cannot be read
+just now is left where it is; a changed manifest does not make another step the best in silence; another run,
+architecture, class count or type is refused with the first differences; restoring works on any number of devices;
+nothing is unpickled.
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
-from ibjax.errors import CheckpointError
+from ibjax import cluster, disk
+from ibjax.errors import CheckpointError, UnreadableError
 from ibjax.step import TrainState, evaluation_variables
 
 ITEMS = ("variables", "training")
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not committed, or that is being deleted
 KEEP_LATEST = 2  # so that a damaged newest step has one to fall back on
 log = logging.getLogger(__name__)
 
 
+class Store:
+    """The checkpoints of a workdir; `manager` opens it.
+
+    Attributes:
+      directory: `workdir/checkpoints`.
+      run: what identifies the run ({path in the configuration: value}, see `run.identity`): saved with every step and
+        compared with what a step was saved with; None compares nothing.
+    """
+
+    def __init__(self, directory: Path, run: Mapping[str, Any] | None, orbax: ocp.CheckpointManager | None):
+        self.directory, self.run, self.orbax = directory, run, orbax
+
+    def all_steps(self) -> list[int]:
+        """The committed steps, rising."""
+        return steps_in(self.directory)
+
+    def wait_until_finished(self) -> None:
+        """Returns when a save in the background is on disk."""
+        if self.orbax is not None:
+            self.orbax.wait_until_finished()
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The committed steps in a folder of checkpoints, rising; empty where there is no such folder."""
+    try:
+        return disk.patiently(lambda: sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()), folder)
+    except FileNotFoundError:
+        return []
+
+
 @contextlib.contextmanager
-def manager(workdir: Path, *, read_only: bool = False, asynchronous: bool | None = None) -> Iterator[Any]:
-    """Orbax's manager of `workdir/checkpoints`; on leaving, pending saves are finished.
+def manager(
+    workdir: Path,
+    *,
+    read_only: bool = False,
+    asynchronous: bool | None = None,
+    run: Mapping[str, Any] | None = None,
+) -> Iterator[Store]:
+    """The store of `workdir`; on leaving, pending saves are finished.
 
     `asynchronous=None` saves in the background on accelerators only: on CPU the arrays are the ones that the next
-    step overwrites. Opening for writing sweeps what a killed save has left.
+    step overwrites. Opening for writing sweeps what a killed save has left. `run`: see `Store`.
     """
     folder = Path(workdir).absolute() / "checkpoints"
-    if asynchronous is None:
-        asynchronous = jax.default_backend() != "cpu"
+    if read_only:
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} does not exist; train first, or give the workdir of a trained run")
+        yield Store(folder, run, None)
+        return
     options = ocp.CheckpointManagerOptions(
-        create=not read_only,
-        read_only=read_only,
-        save_interval_steps=0 if read_only else 1,
-        enable_async_checkpointing=asynchronous and not read_only,
-        cleanup_tmp_directories=not read_only,
+        create=True,
+        save_interval_steps=1,
+        enable_async_checkpointing=jax.default_backend() != "cpu" if asynchronous is None else asynchronous,
     )
-    if read_only and not folder.is_dir():
-        raise CheckpointError(f"{folder} does not exist; train first, or give the workdir of a trained run")
-    level = logging.getLogger("absl").level
-    logging.getLogger("absl").setLevel(logging.ERROR)  # it comments on every opening of a folder for reading
-    try:
-        orbax = ocp.CheckpointManager(folder, options=options)
-    finally:
-        logging.getLogger("absl").setLevel(level)
+    if jax.process_index() == 0 and folder.is_dir():
+        for leftover in disk.patiently(lambda: [p for p in folder.iterdir() if _UNFINISHED in p.name], folder):
+            shutil.rmtree(leftover, ignore_errors=True)
+    orbax = disk.patiently(lambda: ocp.CheckpointManager(folder, options=options), folder)
+    store = Store(folder, run, orbax)
+    if sorted(orbax.all_steps()) != store.all_steps():
+        raise UnreadableError(f"{folder} cannot be listed twice with the same result; run the same command again")
     try:
         with orbax:
-            yield orbax
+            yield store
     except Exception as error:  # a save in the background reports its failure at the next call, or here
-        raise _disk_full(error, orbax) or error from None
+        raise _disk_full(error, store) or error from None
 
 
 # ---- saving ------------------------------------------------------------------------------------------------
 
 
-def save(orbax: Any, state: TrainState, metrics: dict[str, float] | None = None) -> None:
+def save(store: Store, state: TrainState, metrics: dict[str, float] | None = None) -> None:
     """Saves the state as its step's checkpoint, then deletes all but the two latest and the best.
 
     `metrics` are the step's validation metrics, of which "selection" ranks it. A state with a NaN is never saved.
     Raises CheckpointError when the disk is full; earlier checkpoints stay.
     """
-    step = int(state.step)
+    step, orbax = int(state.step), store.orbax
+    assert orbax is not None, "opened for reading"
     if step in orbax.all_steps():
         return
     trees = dict(zip(ITEMS, split(state), strict=True))
     manifest: dict[str, Any] = {"step": step, "metrics": metrics or {}}
+    if store.run is not None:
+        manifest["run"] = dict(store.run)
     for item, tree in trees.items():
         host = jax.device_get(tree)
         manifest[item] = {path: _describe(leaf) for path, leaf in flatten(host).items()}
         bad = [path for path, leaf in flatten(host).items() if not _finite(leaf)]
         if bad:
             raise CheckpointError(f"step {step} has NaN or Inf in {item}/{bad[0]} and {len(bad) - 1} more; not saved")
-    manifest["digest"] = _manifest_digest(manifest)
     args = {item: ocp.args.StandardSave(_nest(flatten(tree))) for item, tree in trees.items()}
+    manifest_args = ocp.args.JsonSave(disk.seal(manifest))
     try:
-        orbax.save(step, args=ocp.args.Composite(**args, manifest=ocp.args.JsonSave(manifest)))
-        _delete_superseded(orbax)
+        if not orbax.save(step, args=ocp.args.Composite(**args, manifest=manifest_args)):
+            raise CheckpointError(
+                f"step {step} was not saved in {store.directory}: it holds later ones, {_text(store)}"
+            )
+        _delete_superseded(store)
     except Exception as error:
-        raise _disk_full(error, orbax) or error from None
+        raise _disk_full(error, store) or error from None
 
 
-def _disk_full(error, orbax):
+def _disk_full(error, store):
     """The CheckpointError to raise where `error` says that the disk is full; None for any other."""
     if isinstance(error, CheckpointError) or not ("No space left" in str(error) or getattr(error, "errno", 0) == 28):
         return None
-    latest = latest_step(orbax)
+    latest = latest_step(store)
     kept = "there is no earlier checkpoint" if latest is None else f"the last good checkpoint is step {latest}"
-    return CheckpointError(f"disk full while saving in {orbax.directory}; {kept}; free space, run the same command")
+    return CheckpointError(f"disk full while saving in {store.directory}; {kept}; free space, run the same command")
 
 
-def _delete_superseded(orbax):
-    steps = sorted(orbax.all_steps())
-    keep = {*steps[-KEEP_LATEST:], best_step(orbax)}
-    if superseded := [step for step in steps if step not in keep]:
-        orbax.wait_until_finished()
-        for step in superseded:
-            orbax.delete(step)
+def _delete_superseded(store):
+    """Deletes committed steps, so that one which is being saved in the background supersedes none yet."""
+    if jax.process_index() != 0:
+        return
+    steps = store.all_steps()
+    try:
+        keep = {*steps[-KEEP_LATEST:], best_step(store)}
+    except (CheckpointError, UnreadableError) as error:
+        log.warning("no superseded checkpoint is deleted: %s", error)
+        return
+    for step in steps:
+        if step not in keep:  # renamed first, to what the next start sweeps: a step is there whole or not at all
+            going = store.directory / f"{step}.superseded{_UNFINISHED}"
+            with contextlib.suppress(OSError):  # it is superseded in either case
+                (store.directory / str(step)).rename(going)
+            shutil.rmtree(going, ignore_errors=True)
+
+
+def _text(store):
+    return ", ".join(map(str, store.all_steps())) or "none"
 
 
 _OWN = ("head", "memory")  # what an objective adds to the network's variables
@@ -136,111 +200,232 @@ def join(evaluated: Any, rest: Any) -> TrainState:
 # ---- restoring ---------------------------------------------------------------------------------------------
 
 
-def restore_latest(orbax: Any, like: TrainState) -> TrainState | None:
+def restore_latest(store: Store, like: TrainState, *, restart: bool = False) -> TrainState | None:
     """The newest good state, placed as `like` (arrays or ShapeDtypeStructs with shardings); None if there is none.
 
-    Damaged steps are moved to `damaged/`, with one line each. Raises CheckpointError when a step belongs to another
-    network, or when steps exist and none is good.
+    Steps that a digest or the format proves damaged are moved to `damaged/`, with one line each, once a good one is
+    found. Where none is good, nothing is moved: CheckpointError; with `restart` all are moved to `restarted-N/`, and
+    None is returned.
+
+    Raises CheckpointError too when a step belongs to another network or run, or when the processes of a run do not see
+    the same; UnreadableError when a step cannot be read just now. Nothing is moved then.
     """
-    steps = sorted(orbax.all_steps(), reverse=True)
-    for step in steps:
+    found, damaged = None, {}
+    for step in reversed(store.all_steps()):
         try:
-            return join(
-                *(_restore_item(orbax, step, item, tree) for item, tree in zip(ITEMS, split(like), strict=True))
-            )
+            if found is None:
+                items = (_restore_item(store, step, item, tree) for item, tree in zip(ITEMS, split(like), strict=True))
+                found = join(*items)
+            else:
+                _manifest(store, step)  # it says whether the step is the best one
         except _DamagedError as error:
-            log.warning("%s; set aside, trying the step before", error)
-            _set_aside(orbax, step)
-    if steps:
-        raise CheckpointError(f"none of the checkpoints {sorted(steps)} in {orbax.directory} is whole; see damaged/")
-    return None
+            damaged[step] = str(error)
+    cluster.agree(
+        "checkpoints",
+        {"newest whole step": None if found is None else int(found.step), "damaged steps": sorted(damaged)},
+        "give a --workdir that all processes share",
+    )
+    if found is None and damaged and not restart:
+        raise CheckpointError(
+            f"none of the checkpoints {sorted(damaged)} in {store.directory} is whole ({damaged[max(damaged)]}); "
+            f"nothing was moved; restore them from a copy, or give --restart to set them aside and begin at step 0"
+        )
+    for step, reason in damaged.items():
+        log.warning("%s; moved to damaged/", reason)
+        if jax.process_index() == 0:
+            _set_aside(store, step)
+    if found is None and damaged and jax.process_index() == 0:
+        retire(store.directory.parent)
+    if damaged:
+        cluster.agree("damaged checkpoints set aside", {})  # all wait for process 0
+        assert store.orbax is not None, "opened for reading"
+        store.orbax.reload()
+    return found
 
 
-def restore_variables(orbax: Any, which: str | int, like: Any) -> tuple[int, Any]:
+def restore_variables(store: Store, which: str | int, like: Any) -> tuple[int, Any]:
     """(step, variables) of the checkpoint "best", "last" or a step, without the optimiser; placed as `like`."""
-    return restore_part(orbax, which, "variables", like)
+    return restore_part(store, which, "variables", like)
 
 
-def restore_part(orbax: Any, which: str | int, item: str, like: Any) -> tuple[int, Any]:
+def restore_part(store: Store, which: str | int, item: str, like: Any) -> tuple[int, Any]:
     """(step, one of `ITEMS`) of the checkpoint "best", "last" or a step; placed as `like`, that item of `split`."""
-    step = find_step(orbax, which)
-    try:
-        return step, _restore_item(orbax, step, item, like)
-    except _DamagedError as error:
-        others = sorted(set(orbax.all_steps()) - {step})
-        raise CheckpointError(f"{error}; other checkpoints: {others or 'none'}") from None
+    for _ in range(10):  # a run that trains deletes the steps that it supersedes
+        step = find_step(store, which)
+        try:
+            return step, _restore_item(store, step, item, like)
+        except _DamagedError as error:
+            others = sorted(set(store.all_steps()) - {step})
+            raise CheckpointError(f"{error}; other checkpoints: {others or 'none'}") from None
+        except _GoneError:
+            log.info("checkpoint %s was superseded while it was read; trying the present one", step)
+    raise CheckpointError(f"checkpoint '{which}' in {store.directory} is superseded again and again; give a step")
 
 
-def find_step(orbax: Any, which: str | int) -> int:
+def find_step(store: Store, which: str | int) -> int:
     """The step that "best", "last" or a number means; raises CheckpointError naming the steps there are."""
-    steps = sorted(orbax.all_steps())
+    steps = store.all_steps()
     if not steps:
-        raise CheckpointError(f"{orbax.directory} has no checkpoint; train first")
+        raise CheckpointError(f"{store.directory} has no checkpoint; train first")
     if which == "last":
         return steps[-1]
     if which == "best":
-        best = best_step(orbax)
+        best = best_step(store)
         if best is None:
-            raise CheckpointError(f"no checkpoint in {orbax.directory} was validated; use last, or one of {steps}")
+            raise CheckpointError(f"no checkpoint in {store.directory} was validated; use last, or one of {steps}")
         return best
     if not str(which).isdigit() or int(which) not in steps:
-        raise CheckpointError(f"checkpoint '{which}' is not in {orbax.directory}; allowed: best, last, {steps}")
+        raise CheckpointError(f"checkpoint '{which}' is not in {store.directory}; allowed: best, last, {steps}")
     return int(which)
 
 
-def best_step(orbax: Any) -> int | None:
-    """The step of highest validation "selection", the earliest among equals; None where none was validated."""
+def best_step(store: Store) -> int | None:
+    """The step of highest validation "selection", the earliest among equals; None where none was validated.
+
+    Raises CheckpointError where a step is damaged so that it cannot be known whether it was the best.
+    """
     scores = {}
-    for step in orbax.all_steps():
-        with contextlib.suppress(_DamagedError):
-            score = _manifest(orbax, step)["metrics"].get("selection")
-            if score is not None:
-                scores[step] = (score, -step)
+    for step in store.all_steps():
+        try:
+            score = _manifest(store, step)["metrics"].get("selection")
+        except _GoneError:
+            continue
+        except _DamagedError as error:
+            raise CheckpointError(
+                f"{error}, so that it cannot be told which checkpoint is the best; give --checkpoint=last or a step of "
+                f"{store.all_steps()}, or run the training command again, which sets it aside"
+            ) from None
+        if score is not None:
+            scores[step] = (score, -step)
     return max(scores, key=scores.__getitem__) if scores else None
 
 
-def latest_step(orbax: Any) -> int | None:
+def latest_step(store: Store) -> int | None:
     """The newest committed step; None where there is none."""
-    return max(orbax.all_steps(), default=None)
+    return max(store.all_steps(), default=None)
 
 
-def metrics(orbax: Any, step: int) -> dict[str, float]:
+def metrics(store: Store, step: int) -> dict[str, float]:
     """The validation metrics saved with a step; empty where it was not validated."""
-    return _manifest(orbax, step)["metrics"]
+    return _manifest(store, step)["metrics"]
 
 
-class _DamagedError(Exception):
-    """What is on disk is not what was saved."""
+def check_run(store: Store) -> None:
+    """Raises CheckpointError unless every step says that it is of `store.run`; damaged ones are not judged.
+
+    Without config.json this is how a run is known. Steps that were saved without it, by an older version, say nothing.
+    """
+    for step in store.all_steps():
+        with contextlib.suppress(_DamagedError, _GoneError):
+            if "run" not in _manifest(store, step):
+                raise CheckpointError(
+                    f"{store.directory} has no config.json beside it, and step {step} does not say of which run it is; "
+                    f"restore config.json from a copy, or give another --workdir"
+                )
 
 
-def _manifest(orbax, step):
+class _DamagedError(CheckpointError):
+    """What is on disk is not what was saved, by a digest or by its format."""
+
+
+class _GoneError(CheckpointError):
+    """The step was deleted while it was read."""
+
+
+def _manifest(store, step):
+    """What a step says of itself, once compared with the store's run."""
+    folder = store.directory / str(step)
     try:
-        manifest = orbax.restore(step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore()))["manifest"]
-        if manifest.pop("digest") != _manifest_digest(manifest):
-            raise ValueError("its digest differs from the saved one")
-        return manifest
-    except Exception as error:  # whatever a damaged file makes JSON, Orbax or the file system say
-        raise _DamagedError(f"checkpoint {step}: manifest unreadable ({_first_line(error)})") from None
+        manifest = disk.read_json(folder / "manifest" / "metadata", sealed=True)
+    except UnreadableError:
+        raise
+    except FileNotFoundError:
+        if not folder.is_dir():
+            raise _GoneError(f"checkpoint {step} is no longer in {store.directory}") from None
+        raise _DamagedError(f"checkpoint {step}: manifest is missing") from None
+    except (ValueError, NotADirectoryError, IsADirectoryError) as error:
+        raise _DamagedError(f"checkpoint {step}: manifest is damaged ({_first_line(error)})") from None
+    if manifest["step"] != step:
+        raise CheckpointError(f"{folder} holds the checkpoint of step {manifest['step']}; give the folder that name")
+    _refuse_other_run(store, step, manifest.get("run"))
+    return manifest
 
 
-def _manifest_digest(manifest):
-    return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16).hexdigest()
+def _refuse_other_run(store, step, saved):
+    if store.run is None or saved is None:  # steps of older versions do not say
+        return
+    now = json.loads(json.dumps(dict(store.run)))
+    differing = [f"{path}={value!r}, now {now.get(path)!r}" for path, value in saved.items() if now.get(path) != value]
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise CheckpointError(
+            f"checkpoint {step} in {store.directory} is of a run with {'; '.join(differing[:3])}{more}; give another "
+            f"--workdir, or the configuration and the data that it was trained with"
+        )
 
 
-def _restore_item(orbax, step, item, like):
-    saved = _manifest(orbax, step)[item]
+def _restore_item(store, step, item, like):
+    try:
+        return _restore_once(store, step, item, like)
+    except _DamagedError:  # read again before it is believed: a wrong byte may have come on the way
+        return _restore_once(store, step, item, like)
+
+
+def _restore_once(store, step, item, like):
+    saved = _manifest(store, step)[item]
     wanted = flatten(like)
     _refuse_other_network(step, saved, wanted)
-    abstract = {path: _abstract(leaf) for path, leaf in wanted.items()}
+    arrays = disk.patiently(lambda: _read_item(store.directory / str(step), item, saved), f"checkpoint {step}")
+    leaves = [_placed(arrays[path], leaf) for path, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _read_item(folder, item, saved):
+    """{path of a leaf: array} of an item of a step, as its manifest describes them."""
+    context = tensorstore.Context()
+    content = tensorstore.KvStore.open({"driver": "memory"}, context=context).result()
     try:
-        restore_args = ocp.args.Composite(**{item: ocp.args.StandardRestore(_nest(abstract))})
-        leaves = flatten(orbax.restore(step, args=restore_args)[item])
-    except Exception as error:  # truncated or missing files surface as errors of many libraries
-        raise _DamagedError(f"checkpoint {step}: {item} unreadable ({_first_line(error)})") from None
-    for path, leaf in leaves.items():
-        if _describe(jax.device_get(leaf)) != saved[path]:
-            raise _DamagedError(f"checkpoint {step}: {item}/{path} is damaged (its digest differs from the saved one)")
-    return jax.tree.unflatten(jax.tree.structure(like), [leaves[path] for path in wanted])
+        for name in _files(folder / item):
+            content.write(name, disk.read_bytes(folder / item / name)).result()
+    except FileNotFoundError:
+        if not folder.is_dir():
+            raise _GoneError(f"checkpoint {folder.name} is no longer in {folder.parent}") from None
+        raise _DamagedError(f"checkpoint {folder.name}: {item} is missing") from None
+    arrays = {}
+    for path, description in saved.items():
+        where = f"checkpoint {folder.name}: {item}/{path}"
+        base = {"driver": "ocdbt", "base": {"driver": "memory"}, "path": path.replace("/", ".") + "/"}
+        spec = {"driver": "zarr", "kvstore": base, "fill_missing_data_reads": False}
+        try:
+            array = tensorstore.open(spec, context=context, open=True, read=True).result().read().result()
+        except MemoryError:
+            raise
+        except Exception as error:  # nothing but memory was read: it is the format that refuses
+            raise _DamagedError(f"{where} is damaged ({_first_line(error)})") from None
+        if _describe(array) != description:
+            raise _DamagedError(f"{where} is damaged (its digest differs from the saved one)")
+        arrays[path] = array
+    return arrays
+
+
+def _files(folder):
+    """The paths of all files in a folder, relative to it."""
+
+    def refuse(error):
+        raise error
+
+    def walk():
+        found = [Path(above, name) for above, _, names in os.walk(folder, onerror=refuse) for name in names]
+        return [file.relative_to(folder).as_posix() for file in found]
+
+    return disk.patiently(walk, folder)
+
+
+def _placed(array, leaf):
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        return jnp.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
 
 def _refuse_other_network(step, saved, wanted):
@@ -254,18 +439,23 @@ def _refuse_other_network(step, saved, wanted):
         raise CheckpointError(f"checkpoint {step} is of another network or optimiser: {'; '.join(differing[:3])}{more}")
 
 
-def _abstract(leaf):
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+def _set_aside(store, step):
+    """Moves a step to `damaged/`, beside whatever was moved there before."""
+    above = store.directory.parent / "damaged"
+    names = (str(step), *(f"{step}-{n}" for n in range(2, 1000)))
+    target = next(above / name for name in names if not (above / name).exists())
+    above.mkdir(exist_ok=True)
+    shutil.move(store.directory / str(step), target)
 
 
-def _set_aside(orbax, step):
-    folder = Path(orbax.directory)
-    if jax.process_index() == 0:
-        target = folder.parent / "damaged" / str(step)
-        shutil.rmtree(target, ignore_errors=True)
-        target.parent.mkdir(exist_ok=True)
-        shutil.move(folder / str(step), target)
-    orbax.reload()
+def retire(workdir: Path) -> Path:
+    """Moves what is left of a run that begins again, `damaged/` and metrics.jsonl, to a folder of its own."""
+    target = next(folder for n in range(1, 10**6) if not (folder := workdir / f"restarted-{n}").exists())
+    target.mkdir()
+    for name in ("damaged", "metrics.jsonl"):
+        with contextlib.suppress(FileNotFoundError):
+            shutil.move(workdir / name, target / name)
+    return target
 
 
 # ---- leaves ------------------------------------------------------------------------------------------------
@@ -293,15 +483,13 @@ def digest(array: Any) -> str:
     """A 128-bit digest of an array's bytes, or what stands for one in place of an array."""
     if hasattr(array, "digest"):
         return array.digest()
-    return hashlib.blake2b(np.ascontiguousarray(array).tobytes(), digest_size=16).hexdigest()
+    return disk.digest(np.ascontiguousarray(array).tobytes())
 
 
 def tree_digest(tree: Any) -> str:
     """One digest of all leaves and their names: equal for bit-identical states only."""
-    total = hashlib.blake2b(digest_size=16)
-    for path, leaf in flatten(jax.device_get(tree)).items():
-        total.update(f"{path}:{digest(leaf)};".encode())
-    return total.hexdigest()
+    leaves = flatten(jax.device_get(tree)).items()
+    return disk.digest("".join(f"{path}:{digest(leaf)};" for path, leaf in leaves).encode())
 
 
 def _describe(leaf):
@@ -321,4 +509,5 @@ def _finite(leaf):
 
 
 def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    text = str(error).partition(" [tensorstore_spec")[0].strip()
+    return (text or type(error).__name__).splitlines()[0][:200]

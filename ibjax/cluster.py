@@ -1,24 +1,36 @@
-"""The one place where a process meets JAX: `jax.distributed`, the cache of compiled programs, the mesh, preemption."""
+"""The one place where a process meets JAX: `jax.distributed`, the platform, the mesh, preemption.
 
+What is compiled is kept by `ibjax.compiled`; how the processes of a run agree is in `ibjax.peers`.
+"""
+
+import contextlib
 import ctypes
-import hashlib
 import itertools
 import logging
 import os
 import platform
 import socket
-from pathlib import Path
+import sys
+import threading
+import time
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ibjax import errors, peers
+from ibjax.compiled import cache_folder
+from ibjax.compiled import keep as keep_compiled
 from ibjax.errors import InputError
+from ibjax.peers import agree, word_of_first
+
+__all__ = ["agree", "cache_folder", "keep_compiled", "word_of_first"]  # for the modules that know this one only
 
 BATCH = PartitionSpec("data")
 REPLICATED = PartitionSpec()
-_HEARTBEAT_SECONDS = 30  # a dead process is noticed by the others within this time
+_HEARTBEAT_SECONDS = 60  # JAX ends a process whose peer is silent for so long; `ibjax.peers` names it before
+_START_SECONDS = 300  # that a process waits for the others of its run to start
 
 _notices = itertools.count()
 log = logging.getLogger(__name__)
@@ -30,55 +42,159 @@ def initialize() -> None:
     `jax.distributed` also for one process: then SIGTERM is a notice and no end.
 
     Where the processes come from, in this order: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in the
-    environment (launch/local.sh sets them); a cluster that JAX knows (SLURM, TPU, Kubernetes, Open MPI); else alone.
+    environment (launch/local.sh sets them); the step of a SLURM job that srun has started; another cluster that JAX
+    knows (TPU, Kubernetes, Open MPI); else alone. Raises InputError where the environment contradicts itself, or names
+    a platform that is not there.
     """
     if jax.distributed.is_initialized():
         return
+    if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        log.warning("JAX_ENABLE_X64 is switched off for this command: networks and attacks compute in float32")
+        jax.config.update("jax_enable_x64", False)
     keep_compiled()
-    _start_distributed()
-    if jax.default_backend() == "cpu":
+    with _without_proxies():
+        _start_distributed()
+    if _platform() == "cpu":
         keep_memory()
+    peers.watch()
+
+
+def _platform():
+    """The name of the platform that is computed on."""
+    try:
+        return jax.default_backend()
+    except (RuntimeError, AssertionError, ValueError) as error:
+        wanted, reason = os.environ.get("JAX_PLATFORMS", ""), (str(error).strip() or "no such device").splitlines()[0]
+    if not wanted:
+        raise InputError(f"JAX finds no device it can use ({reason})")
+    jax.config.update("jax_platforms", "")
+    try:
+        there = sorted({device.platform for device in jax.devices()} | {"cpu"})
+    except (RuntimeError, AssertionError):
+        there = ["cpu"]
+    raise InputError(
+        f"JAX_PLATFORMS={wanted} cannot be used here ({reason[:200]}); there is {', '.join(there)}; set JAX_PLATFORMS "
+        f"to it, or unset it"
+    )
+
+
+# ---- the processes -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _without_proxies():
+    """No *_proxy variable in the environment: gRPC would send what one process says to another through the proxy."""
+    taken = {name: os.environ.pop(name) for name in list(os.environ) if name.lower().endswith("_proxy")}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
 
 
 def _start_distributed():
-    common = dict(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
     variables = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = [name for name in variables if os.environ.get(name)]
     if len(given) == len(variables):
         address, count, index = (os.environ[name] for name in variables)
         if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
             raise InputError(f"JAX_NUM_PROCESSES={count}, JAX_PROCESS_ID={index}: need 0 <= id < number of processes")
-        jax.distributed.initialize(address, int(count), int(index), **common)
-        return
-    if given:
+        port = address.rpartition(":")[2]
+        if not port.isdigit():
+            raise InputError(f"JAX_COORDINATOR_ADDRESS={address} has no port; give HOST:PORT")
+        _join(int(port), int(count), int(index), "JAX_COORDINATOR_ADDRESS", address, int(count), int(index))
+    elif given:
         raise InputError(f"{', '.join(given)} set without {', '.join(v for v in variables if v not in given)}")
-    try:
-        jax.distributed.initialize(**common)
-    except (ValueError, RuntimeError) as error:
-        if "should be defined" not in str(error) and "must be defined" not in str(error):
-            raise
-        address = f"localhost:{_free_port()}"
-        jax.distributed.initialize(address, 1, 0, coordinator_bind_address=address, **common)
+    elif "SLURM_JOB_ID" in os.environ and "SLURM_PROCID" in os.environ:
+        _join_slurm_step()
+    else:
+        try:
+            jax.distributed.initialize(**_common())
+        except (ValueError, RuntimeError) as error:
+            if "should be defined" not in str(error) and "must be defined" not in str(error):
+                raise
+            _start_alone()
 
 
-def keep_compiled() -> None:
-    """Compiled programs are kept in ~/.cache/ibjax, in a folder that only its user can read.
+def _common():
+    # past our own limit, JAX would end the process in C++
+    return dict(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS, initialization_timeout=_START_SECONDS + 60)
 
-    JAX_COMPILATION_CACHE_DIR in the environment names another folder, or, empty, none. Programs for a CPU are kept by
-    its instruction set: a home may be shared by machines of several kinds.
+
+def _start_alone():
+    """One process, on a port that no other process is given as long as this one runs."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # gRPC's own socket does the same
+    holder.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{holder.getsockname()[1]}"
+    holder.detach()  # it stays open to the end of the process
+    jax.distributed.initialize(
+        address, 1, 0, coordinator_bind_address=address, cluster_detection_method="deactivate", **_common()
+    )
+
+
+def _join_slurm_step():
+    """The tasks of a step that srun has started; alone, where it has started this process alone or not at all.
+
+    SLURM_NTASKS is that of the job in a batch script or an interactive shell, where nobody starts the others.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    step, tasks = os.environ.get("SLURM_STEP_ID", "0"), os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if not tasks.isdigit() or int(tasks) == 1:
+        if os.environ.get("SLURM_NTASKS", "1") != "1":
+            log.warning(
+                "SLURM_NTASKS=%s, but this process was not started as one of so many: it runs alone; srun starts all",
+                os.environ["SLURM_NTASKS"],
+            )
+        _start_alone()
         return
-    root = cache_folder()
-    folder = root / hashlib.sha256(_instruction_set().encode()).hexdigest()[:16]
+    if not os.environ.get("JAX_COORDINATOR_PORT"):  # JAX's own choice is one for all steps of a job
+        number = 31 * int(os.environ["SLURM_JOB_ID"]) + (int(step) if step.isdigit() else 0)
+        os.environ["JAX_COORDINATOR_PORT"] = str(61440 + number % 4096)
+    port = int(os.environ["JAX_COORDINATOR_PORT"])
+    _join(port, int(tasks), int(os.environ["SLURM_PROCID"]), "JAX_COORDINATOR_PORT")
+
+
+def _join(port, count, index, variable, *address):
+    """`jax.distributed.initialize(*address)`, with words while it waits, and an end to it."""
+    if index == 0:
+        _check_free(port, variable)
+    others = "process 0" if index else f"the other {count - 1} processes"
+    where = f"at port {port}" if not address else f"at {address[0]}"
+    joined = threading.Event()
+
+    def speak():
+        started, pause = time.monotonic(), 5
+        while not joined.wait(pause):
+            waited, pause = time.monotonic() - started, 20
+            if waited > _START_SECONDS:
+                text = f"{others} did not start within {_START_SECONDS} s, {where}"
+                print(
+                    f"error: process {index} of {count}: {text}; start all {count} processes",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(errors.EXIT_INPUT)
+            log.info("process %d of %d waits for %s, %s; %.0f s", index, count, others, where, waited)
+
+    if count > 1:
+        threading.Thread(target=speak, daemon=True).start()
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        root.chmod(0o700)
-    except OSError as error:
-        log.info("nothing compiled is kept: %s cannot be written (%s)", folder, error.strerror)
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        jax.distributed.initialize(*address, **_common())
+    finally:
+        joined.set()
+
+
+def _check_free(port, variable):
+    """Raises InputError where another process listens at the port: JAX would crash, or join what is there."""
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise InputError(
+                f"port {port} cannot be used for the processes of this run to meet ({error.strerror}); set {variable} "
+                f"to another one"
+            ) from None
 
 
 def keep_memory() -> None:
@@ -94,35 +210,9 @@ def keep_memory() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 
-def cache_folder() -> Path:
-    """Where what can be made again is kept: $XDG_CACHE_HOME/ibjax, or ~/.cache/ibjax."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ibjax"
-
-
-def _instruction_set():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        return platform.machine() + platform.processor()
-
-
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
 def preempted() -> bool:
     """Whether a preemption notice has reached all processes; every process calls it equally often."""
     return multihost_utils.reached_preemption_sync_point(next(_notices))
-
-
-def all_agree(here: bool) -> bool:
-    """Process 0's word, on all processes."""
-    if jax.process_count() == 1:
-        return here
-    return bool(multihost_utils.broadcast_one_to_all(np.int32(here)))
 
 
 def mesh() -> Mesh:

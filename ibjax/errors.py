@@ -1,10 +1,15 @@
 """Exceptions with a meaning to the user, and the one place that turns them into a line and an exit code."""
 
+import _thread
+import contextlib
 import difflib
 import errno
+import io
 import logging
 import math
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
@@ -22,6 +27,10 @@ class DataError(InputError):
 
 class CheckpointError(InputError):
     """A checkpoint that is missing, damaged, or of another network."""
+
+
+class UnreadableError(InputError):
+    """A file that could not be read, which says nothing of its content: nothing is thrown away for it."""
 
 
 def check_range(name: str, value: float, low: float, high: float = math.inf, *, below: bool = False) -> None:
@@ -42,6 +51,7 @@ class DivergedError(Exception):
 # 1 is Python's own, for bugs
 EXIT_INPUT = 2  # bad input: nothing was changed
 EXIT_DIVERGED = 3  # or out of memory; the last good checkpoint is kept
+EXIT_PEER_LOST = 69  # another process of the run has died or ended; the same command continues (EX_UNAVAILABLE)
 EXIT_PREEMPTED = 75  # state saved after SIGTERM; the same command continues (EX_TEMPFAIL)
 EXIT_INTERRUPTED = 130  # Ctrl-C; the same command continues from the last checkpoint
 
@@ -54,32 +64,82 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
     return text + (f"; did you mean '{close[0]}'?" if close else "")
 
 
+# called with code, message, and the exception where it is a bug, when a command ends with an error: one of several
+# processes tells the others
+at_failure: list[Callable[[int, str, Exception | None], None]] = []
+
+
+def prepare_streams() -> None:
+    """What a terminal or a log cannot show, in its encoding, it gets a replacement for."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def exit_with(command: Callable[[], None]) -> NoReturn:
     """Runs a command line's body; what the user can mend ends in one line on stderr and a code of its own."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as of here Ctrl-C is an exception: see ibjax/__init__.py
+    prepare_streams()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file it writes
     logging.getLogger("jax").setLevel(logging.ERROR)
-    code, message = 0, ""
     try:
-        command()
-    except InputError as error:
-        code, message = EXIT_INPUT, f"error: {error}"
-    except DivergedError as error:
-        code, message = EXIT_DIVERGED, f"diverged: {error}"
-    except PreemptedError as error:
-        code, message = EXIT_PREEMPTED, f"preempted: {error}; the same command continues"
+        with _no_interrupt_lost():
+            command()
+        code, message = 0, ""
+    except Exception as error:
+        code, message = _ending(error)
+        if not message:
+            _tell(1, f"{type(error).__name__}: {error}", error)
+            raise
     except KeyboardInterrupt:
         code, message = EXIT_INTERRUPTED, "interrupted; the same command continues from the last checkpoint"
-    except MemoryError as error:
-        code, message = EXIT_DIVERGED, f"out of memory: {error}"
-    except RuntimeError as error:  # outside the train loop, which names the batch
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        code, message = EXIT_DIVERGED, f"out of memory: lower the batch size ({' '.join(str(error).split())[:200]})"
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        code, message = EXIT_INPUT, f"error: disk full ({error.filename}); free space, run the same command"
     if message:
-        print(" ".join(message.split("\n")), file=sys.stderr)
+        message = " ".join(message.split("\n"))
+        print(message, file=sys.stderr)
+    if code not in (0, EXIT_PREEMPTED):  # of a preemption all processes know
+        _tell(code, message)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _no_interrupt_lost():
+    """Ctrl-C that falls into a callback of the garbage collector, where Python ignores exceptions, comes again."""
+
+    def hook(unraisable):
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            threading.Timer(0.05, _thread.interrupt_main).start()  # once this hook, which would ignore it too, is left
+        else:
+            before(unraisable)
+
+    before, sys.unraisablehook = sys.unraisablehook, hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+def _tell(code, message, bug=None):
+    for tell in at_failure:
+        tell(code, message, bug)
+
+
+def _ending(error):
+    """(exit code, line) of an error that the user can mend; (1, "") of a bug."""
+    if isinstance(error, InputError):
+        return EXIT_INPUT, f"error: {error}"
+    if isinstance(error, DivergedError):
+        return EXIT_DIVERGED, f"diverged: {error}"
+    if isinstance(error, PreemptedError):
+        return EXIT_PREEMPTED, f"preempted: {error}; the same command continues"
+    if isinstance(error, MemoryError):
+        return EXIT_DIVERGED, f"out of memory: {error}"
+    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(
+        error
+    ):  # outside the loop, which names the batch
+        return EXIT_DIVERGED, f"out of memory: lower the batch size ({' '.join(str(error).split())[:200]})"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return EXIT_INPUT, f"error: disk full ({error.filename}); free space, run the same command"
+    if isinstance(error, OSError) and error.errno and error.filename:
+        return EXIT_INPUT, f"error: {error.filename} cannot be used ({error.strerror}); then run the same command"
+    return 1, ""

@@ -33,11 +33,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ibjax import checkpoint as checkpoints
-from ibjax import cluster, config, errors, report, results, run
+from ibjax import cluster, config, disk, errors, report, results, run
 from ibjax.attacks import autoattack, checks, geometry
 from ibjax.attacks.named import Named, check, named
 from ibjax.data import first_of_each, subset
-from ibjax.errors import InputError
+from ibjax.errors import InputError, UnreadableError
 from ibjax.scoring import Scorer, auto_attack, draw_keys, nan_warnings, percent, sampling
 from ibjax.step import linen_net, to_float
 
@@ -133,13 +133,12 @@ def evaluate(
     keys = draw_keys(trained.config.seed, len(split.labels))
     x = np.asarray(to_float(jnp.asarray(split.images[:256])))
     asked = checks.network(lambda x, keys: logits(trained.variables, x, keys)[0], x, split.labels, keys[: len(x)])
-    warnings = [*trained.facts.get("warnings", ()), *asked.warnings]  # of the data, and of the network
-    with checkpoints.manager(workdir, read_only=True) as orbax:
-        validation = checkpoints.metrics(orbax, trained.step)
+    # of the data, of the network and of its checkpoints
+    warnings = [*trained.facts.get("warnings", ()), *asked.warnings, *run.doubts(trained.workdir)]
 
     which = str(trained.step) if str(checkpoint).isdecimal() else str(checkpoint)
     folder = Path(workdir) / "eval" / which
-    common = _common(trained, which, settings, split, validation, warnings)
+    common = _common(trained, which, settings, split, warnings)
     common |= {"fingerprint": asked.fingerprint.tolist(), "code": autoattack.code_digest()}
     common |= {"precision": autoattack.precision()}
     mesh, records = cluster.mesh(), []
@@ -158,7 +157,11 @@ def evaluate(
             identity = {**common, **own, "main": eps == main, "bounded": attack.bounded}
             file = folder / _file_name(name, eps, settings, source, trained.config.evaluate)
             record = _existing(file, identity)
+            cluster.agree(
+                "records", {f"{file.name} is there": record is not None}, "give a --workdir that all processes share"
+            )
             if record is None:
+                run.check_writable(folder)
                 pictured = keep > 0 and eps == main and source is None and not settings["samples"]
                 wanted = first_of_each(split.labels, keep) if pictured else 0
                 state = file.with_name(f".{file.stem}-{_state_digest(identity, settings['batch_size'])}.npz")
@@ -299,7 +302,7 @@ def _scaled_step(settings, eps):
     return float(step * geometry.fraction(eps) / main)
 
 
-def _common(trained, checkpoint, settings, split, validation, warnings):
+def _common(trained, checkpoint, settings, split, warnings):
     selected_on = {"best": trained.config.select_on, "last": "last"}.get(checkpoint, "step")
     imported, classes = ({key: trained.facts[key]} if key in trained.facts else {} for key in ("imported", "classes"))
     return {
@@ -316,7 +319,7 @@ def _common(trained, checkpoint, settings, split, validation, warnings):
         "images": checkpoints.tree_digest(split),
         "dtype": "float32",
         "selected_on": "unknown" if imported else selected_on,
-        "validation": validation,
+        "validation": trained.validation,
         "config": config.plain(trained.config),
         "warnings": warnings,
     }
@@ -335,10 +338,15 @@ def _state_digest(identity, batch_size):
 def _existing(file, identity):
     """The record in `file`, under its present title, if it is of the same evaluation of the same weights."""
     try:
-        record = json.loads(file.read_text())
+        record = disk.read_json(file)
         results.validate(record)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None  # absent or damaged: computed again
+    except FileNotFoundError:
+        return None
+    except UnreadableError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        log.warning("%s is damaged (%s); it is computed again", file, error)
+        return None
     wanted = json.loads(json.dumps(identity))
     changed = [key for key in _IDENTITY if not config.same(key, record.get(key), wanted[key])]
     changed += checks.differences(record.get("fingerprint"), wanted["fingerprint"])
@@ -383,7 +391,7 @@ def main() -> None:
     parser.add_argument("--eps", help='radius, as "8/255"')
     parser.add_argument("--step_size", help='of iterative attacks, as "2/255"; default: the run\'s share of eps')
     parser.add_argument("--batch_size", type=int, help="images at a time")
-    parser.add_argument("--surrogate", type=Path, help="workdir of the run whose network is attacked instead")
+    parser.add_argument("--surrogate", type=disk.path, help="workdir of the run whose network is attacked instead")
     given = parser.parse_args()
 
     def command():

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from ibjax import checkpoint as checkpoints
-from ibjax import cluster, config, optim, perturb, run
+from ibjax import cluster, config, disk, optim, perturb, run
 from ibjax.data import Arrays, augment
 from ibjax.errors import InputError
 from ibjax.information import placement
@@ -143,7 +143,7 @@ def _teacher(settings, role, data, folder, abstract, mesh):
             f"objective '{settings.objective.name}' needs a teacher; set {role}.workdir to the workdir of a trained "
             f"run, or {role}.recipe to a configuration that makes one"
         )
-    folder = Path(folder or section.workdir or role)
+    folder = disk.path(folder or section.workdir or role)
     if abstract and recipe is not None and not run.has_checkpoint(folder):
         taught = run.load_data(recipe)
         _check_teacher(folder, run.facts(taught), data)

@@ -46,6 +46,12 @@ def trace(experiment: Experiment, state: Any, key: Any) -> None:
     jax.eval_shape(make_dispatch(experiment, capacity=1), state, *shapes, key, experiment.frozen, n)
 
 
+def _nothing_transferred():
+    """Within it a transfer from the host is an error; not under JAX_DISABLE_JIT, where every operation is one."""
+    eager = jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue]
+    return jax.transfer_guard("allow" if eager else "disallow")
+
+
 # ---- in device memory --------------------------------------------------------------------------------------
 
 
@@ -58,7 +64,7 @@ def _resident(experiment, key, step):
     lengths = {n: cluster.replicate(np.int32(n), mesh) for n in range(1, capacity + 1)}
 
     def run(state, steps):
-        with jax.transfer_guard("disallow"):
+        with _nothing_transferred():
             return dispatch(state, *data, key, experiment.frozen, lengths[steps])
 
     return Feed(capacity, run)
@@ -128,7 +134,7 @@ def _streaming(experiment, key, step):
 
     def run(state, steps):
         batch = ahead.pop()
-        with jax.transfer_guard("disallow"):
+        with _nothing_transferred():
             result = dispatch(state, batch, key, experiment.frozen)
         ahead.append(placed(next(source)))  # while the devices compute
         return result

@@ -1,12 +1,14 @@
 """Train, evaluate and report from one configuration.
 
-    python -m ibjax.main --config=configs/NAME.py[:arg] --workdir=DIR [--config.a.b=v …] [--mode=train|eval]
+    python -m ibjax.main --config=configs/NAME.py[:arg] --workdir=DIR [--config.a.b=v …] [--mode=train|eval] [--restart]
     python -m ibjax.main --config=DIR/config.json --workdir=DIR2                    a run's own configuration again
 
 Trains the teacher of the configuration first where it holds the recipe of one and its checkpoint is absent, then the
 runs it is contrasted with, then itself; evaluates all of them; writes report.html and prints its table. Run again, it
-continues where it stopped. Exit codes: 0 done, 2 wrong input, 3 diverged or out of memory, 75 preempted and saved,
-130 interrupted.
+continues where it stopped. Where the checkpoints of a run were lost, or all of them are damaged, it says so and ends:
+--restart then begins that run again at step 0, with what is left of it in restarted-N/. A run that has a good
+checkpoint continues from it with --restart too. Exit codes: 0 done, 2 wrong input, 3 diverged or out of memory,
+69 another process of the run was lost, 75 preempted and saved, 130 interrupted.
 """
 
 import argparse
@@ -22,7 +24,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from ibjax import cluster, config, errors, report, results, run, train
+from ibjax import cluster, config, disk, errors, report, results, run, train
 from ibjax.errors import InputError, nearest
 from ibjax.evaluate import check_network, check_settings, evaluate
 from ibjax.experiment import build
@@ -36,6 +38,7 @@ class Command(NamedTuple):
     settings: ConfigDict
     workdir: Path
     mode: str
+    restart: bool = False
 
 
 def parse(argv: list[str]) -> Command:
@@ -49,6 +52,8 @@ def parse(argv: list[str]) -> Command:
     )
     flags.DEFINE_string("workdir", None, "folder of the run; made if absent", flag_values=values)
     flags.DEFINE_enum("mode", "train", ["train", "eval"], "train and evaluate, or only evaluate", flag_values=values)
+    text = "begin again at step 0 where checkpoints were lost or all are damaged; they go to restarted-N/"
+    flags.DEFINE_bool("restart", False, text, flag_values=values)
     flags.DEFINE_bool("help", False, "show this", short_name="h", flag_values=values)
     overrides = [flag for flag in argv[1:] if flag.lstrip("-").startswith("config.")]
     rest = _parsed(values, [flag for flag in argv if flag not in overrides])
@@ -56,13 +61,15 @@ def parse(argv: list[str]) -> Command:
         print(f"{__doc__}\n{values.main_module_help() or values.get_help()}")
         sys.exit(0)
     if len(rest) > 1:
-        raise InputError(f"'{rest[1]}' is no flag; flags are --config, --workdir, --mode and --config.KEY=VALUE")
+        raise InputError(
+            f"'{rest[1]}' is no flag; flags are --config, --workdir, --mode, --restart and --config.KEY=VALUE"
+        )
     for name in ("config", "workdir"):
         if not values[name].value:
             example = "python -m ibjax.main --config=configs/digits.py --workdir=runs/digits"
             raise InputError(f"--{name} is missing; for example: {example}")
     settings = override(load_config(values["config"].value), overrides)
-    return Command(settings, Path(values["workdir"].value), values["mode"].value)
+    return Command(settings, disk.path(values["workdir"].value), values["mode"].value, values["restart"].value)
 
 
 def _parsed(values, argv):
@@ -125,7 +132,7 @@ def load_config(value: str) -> ConfigDict:
     if Path(value).name == "config.json":
         return run.read_config(Path(value).parent)[0]
     name, _, arg = value.partition(":")
-    file = Path(name)
+    file = disk.path(name)
     if not file.is_file():
         there = sorted(p.name for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
         raise InputError(f"--config={file} is no file; in {file.parent}: {nearest(file.name, there)}")
@@ -182,7 +189,7 @@ def jobs(settings: ConfigDict, workdir: Path) -> list[Job]:
     for role in config.TEACHERS:
         section = settings[role]
         if section.workdir or section.recipe is not None:
-            teachers[role] = Path(section.workdir) if section.workdir else workdir / role
+            teachers[role] = disk.path(section.workdir) if section.workdir else workdir / role
         if section.recipe is not None:
             made += jobs(section.recipe, teachers[role])
     for name, recipe in settings.contrast.items():
@@ -192,8 +199,11 @@ def jobs(settings: ConfigDict, workdir: Path) -> list[Job]:
     return [*made, Job(settings, workdir, teachers)]
 
 
-def execute(settings: ConfigDict, workdir: Path, mode: str = "train") -> list[dict]:
-    """Trains and evaluates all runs of a configuration, writes the report; returns the records."""
+def execute(settings: ConfigDict, workdir: Path, mode: str = "train", restart: bool = False) -> list[dict]:
+    """Trains and evaluates all runs of a configuration, writes the report; returns the records.
+
+    `restart`: see the command line.
+    """
     config.check(settings)
     settings = config.effective(config.complete(settings))
     check_settings(settings.evaluate)
@@ -211,13 +221,13 @@ def execute(settings: ConfigDict, workdir: Path, mode: str = "train") -> list[di
             raise InputError(
                 f"{job.workdir} holds no trained run; train it with --mode=train, or give another --workdir"
             )
-        run.refuse_other_run(job.workdir, run.read_config(job.workdir)[0], job.settings, ("model", "data"))
+        run.refuse_other_options(job.workdir, run.read_config(job.workdir)[0], job.settings, ("model", "data"))
     with contextlib.ExitStack() as locks:
         for folder in {job.workdir.resolve(): job.workdir for job in todo}.values():
             locks.enter_context(run.lock(folder))
         if mode == "train":
             for job in todo:
-                train.train(build(job.settings, job.teachers), job.workdir)
+                train.train(build(job.settings, job.teachers), job.workdir, restart=restart)
         records = []
         for job in reversed(todo):  # the run itself first, then what it is contrasted with
             records += evaluate(job.workdir, "best", settings=settings.evaluate)

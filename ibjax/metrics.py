@@ -2,18 +2,27 @@
 
 "train" averages its metrics over the `steps` steps that end at `step`: every step is in one row; `compiles` counts
 the programs that were compiled meanwhile, which should be 0 after the first rows. "val" has the
-accuracies that select a checkpoint. "diverged" has the reason why training stopped.
+accuracies that select a checkpoint. "diverged" has the reason why training stopped, "preempted" the step that was
+saved. Every row ends with the CRC-32 of what stands before it in its line, as text; rows of older versions have none.
+
+Guarantees (tests of the same names): a line that is damaged is left out and told of, and stops nothing.
 """
 
-import contextlib
 import json
+import logging
 import os
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+
+from ibjax import disk
+
+_CRC = ', "crc": "'
+log = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -21,20 +30,27 @@ class MetricsLog:
 
     def __init__(self, workdir: Path, step: int):
         self.file = workdir / "metrics.jsonl"
-        kept = [row for row in read(self.file) if row["step"] <= step]
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        temporary.replace(self.file)
-        self.handle = self.file.open("a")
+        rows, damaged = read_lines(self.file)
+        kept = [row for row in rows if row["step"] <= step]
+        if damaged:
+            log.warning(
+                "%s: %d damaged lines are left out; %s",
+                self.file,
+                damaged,
+                _gap(kept) or "no step of training is missing",
+            )
+        with disk.replacing(self.file) as temporary:
+            temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
+        self.handle = self.file.open("a", encoding="utf-8")
         self.board = _tensorboard(workdir)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One row; it is on disk when this returns."""
-        self.handle.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self.handle.write(_line({"kind": kind, "step": step, **values}))
         self.handle.flush()
         os.fsync(self.handle.fileno())
         if self.board:
-            for name, value in values.items() if kind != "diverged" else ():
+            for name, value in values.items() if kind in ("train", "val") else ():
                 self.board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
@@ -42,6 +58,22 @@ class MetricsLog:
         self.handle.close()
         if self.board:
             self.board.close()
+
+
+def _line(row):
+    text = json.dumps(row)[:-1]
+    return f'{text}{_CRC}{zlib.crc32(text.encode()):08x}"}}\n'
+
+
+def _gap(rows):
+    """Which steps of training no row tells of; "" where there are none."""
+    last, missing = 0, []
+    for row in rows:
+        if row.get("kind") == "train" and type(row.get("steps")) is int:
+            first = row["step"] - row["steps"]
+            missing += [f"{last + 1} to {first}"] if first > last else []
+            last = row["step"]
+    return f"no row tells of steps {', '.join(missing)}" if missing else ""
 
 
 _compiled = []  # one entry for each program compiled in this process
@@ -80,12 +112,37 @@ class Window:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """All whole rows of a metrics file; a line cut by a crash is left out. Empty where there is no file."""
-    rows = []
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
+    """All whole rows of a metrics file; empty where there is no file."""
+    return read_lines(file)[0]
+
+
+def read_lines(file: Path) -> tuple[list[dict[str, Any]], int]:
+    """(whole rows, number of damaged lines); the last line, which a crash may have cut, is not counted as damaged."""
+    try:
+        lines = disk.read_bytes(file).split(b"\n")
+    except FileNotFoundError:
+        return [], 0
+    rows = [_row(line) for line in lines]
+    damaged = sum(row is None for line, row in zip(lines[:-1], rows, strict=False) if line.strip())
+    return [row for row in rows if row is not None], damaged
+
+
+def _row(line):
+    """The row of a line without its CRC; None where it is not what was written, or not a row."""
+    try:
+        text = line.decode("utf-8")
+        before, separator, rest = text.rpartition(_CRC)
+        if separator and rest.rstrip() != f'{zlib.crc32(before.encode()):08x}"}}':
+            return None
+        row = json.loads(before + "}" if separator else text)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def saved_step(file: Path) -> int | None:
+    """The last step at which, by its rows, a run has saved a checkpoint; None where it has come to none."""
+    return max((row["step"] for row in read(file) if row.get("kind") in ("val", "preempted")), default=None)
 
 
 def _tensorboard(workdir):

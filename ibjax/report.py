@@ -9,8 +9,6 @@ Guarantees (tests of the same names): a file that cannot be read is named, and t
 nothing outside itself; whatever stands in a file is escaped; a page is there whole or not at all.
 """
 
-import argparse
-import json
 import logging
 import os
 import zipfile
@@ -21,12 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ibjax import errors, metrics, report_checks, report_tables, results
+from ibjax import disk, errors, metrics, report_checks, report_tables, results
 from ibjax.attacks.geometry import fraction
 from ibjax.errors import InputError
 from ibjax.results import Record, strength
+from ibjax.run import bare_command_line, doubts
 
-_SKIPPED = ("checkpoints", "eval", "tensorboard")  # folders of a workdir in which no other run lies
+_SKIPPED = ("checkpoints", "damaged", "eval", "tensorboard")  # folders of a workdir in which no other run lies
 
 
 def table(records: Iterable[Record], each: bool = False) -> str:
@@ -105,6 +104,7 @@ def _read_run(folder):
     env = _read_json(folder / "env.json", problems)
     logged = _read_metrics(folder / "metrics.jsonl", problems)
     steps_per_epoch = _state(config, facts, logged, problems)
+    problems += doubts(folder)
     found = _read_records(folder, problems)
     if not found:
         problems.append(f"it has no results yet; python -m ibjax.evaluate --workdir={folder}")
@@ -136,13 +136,10 @@ def _state(config, facts, logged, problems):
 def _read_json(file, problems):
     """The object in a file; an empty one, and a problem, where there is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
-        return content
+        return disk.read_json(file)
     except FileNotFoundError:
         problems.append(f"{file.name} is missing")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         problems.append(f"{_short(file)} cannot be read ({error})")
     return {}
 
@@ -154,15 +151,13 @@ def _short(file):
 
 def _read_metrics(file, problems):
     try:
-        found = metrics.read(file)
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    except (OSError, ValueError) as error:
+        found, damaged = metrics.read_lines(file)
+    except (OSError, InputError) as error:
         problems.append(f"{file.name} cannot be read ({error})")
         return []
-    damaged = len(lines) - len(found) - (bool(lines) and not lines[-1].endswith("}"))  # a crash cuts the last line
-    if damaged > 0:
+    if damaged:
         problems.append(f"{file.name} has {damaged} damaged line(s), which are left out")
-    return [row for row in found if isinstance(row, dict) and type(row.get("step")) is int]
+    return found
 
 
 def _read_records(folder, problems):
@@ -221,10 +216,9 @@ def write(workdirs: Iterable[str | os.PathLike], out: str | os.PathLike, each: b
 
     runs, out = read(workdirs), Path(out)
     text = report_page.page(runs, out, each)
-    temporary = out.with_name(out.name + ".tmp")
     try:
-        temporary.write_text(text, encoding="utf-8", errors="replace")
-        temporary.replace(out)
+        with disk.replacing(out) as temporary:
+            temporary.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise InputError(f"{out} cannot be written ({error.strerror}); give another --out") from None
     return runs
@@ -232,13 +226,10 @@ def write(workdirs: Iterable[str | os.PathLike], out: str | os.PathLike, each: b
 
 def main() -> None:
     """The command line of this module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ibjax.report",
-        allow_abbrev=False,
-        description="Writes one HTML page on all runs in and below the folders, and prints their table.",
-    )
-    parser.add_argument("folder", metavar="DIR", type=Path, nargs="+", help="a workdir, or a folder above some")
-    parser.add_argument("--out", type=Path, help="the page to write; default: report.html in the first DIR")
+    text = "Writes one HTML page on all runs in and below the folders, and prints their table."
+    parser = bare_command_line("ibjax.report", text)
+    parser.add_argument("folder", metavar="DIR", type=disk.path, nargs="+", help="a workdir, or a folder above some")
+    parser.add_argument("--out", type=disk.path, help="the page to write; default: report.html in the first DIR")
     parser.add_argument("--each", action="store_true", help="a line for every seed of a recipe, not their mean")
     given = parser.parse_args()
 

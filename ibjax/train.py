@@ -53,17 +53,18 @@ def check(settings: ConfigDict, folders: Mapping[str, Path] | None = None) -> No
 # ---- the loop ----------------------------------------------------------------------------------------------
 
 
-def train(experiment: Experiment, workdir: Path) -> None:
+def train(experiment: Experiment, workdir: Path, *, restart: bool = False) -> None:
     """Trains to the last epoch, from the newest good checkpoint if there is one.
 
+    Where checkpoints were lost, or none is whole, `restart` begins at step 0; without it that is an InputError.
     Raises PreemptedError after saving when SIGTERM has come, DivergedError when the loss is not finite.
     """
     settings = experiment.config
     total = settings.epochs * experiment.steps_per_epoch
-    run.write_config(workdir, settings, experiment.facts)
-    with checkpoints.manager(workdir) as orbax:
+    identity = run.write_config(workdir, settings, experiment.facts, restart=restart)
+    with checkpoints.manager(workdir, run=identity) as orbax:
         state = initial_state(experiment)
-        state = checkpoints.restore_latest(orbax, state) or state
+        state = checkpoints.restore_latest(orbax, state, restart=restart) or state
         step = int(state.step)
         if step >= total:
             log.info("%s: already trained, %d steps", workdir, step)
@@ -119,6 +120,7 @@ def _loop(experiment, orbax, state, step, total, write):
                 window = Window(step)
             if preempted:
                 orbax.wait_until_finished()
+                write("preempted", step)
                 raise PreemptedError(f"saved step {step} of {total}")
 
 

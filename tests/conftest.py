@@ -68,15 +68,15 @@ def others_slow(names, quick):
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-def small_run(folder, shape=(8, 8, 1), attacks=("pgd-2",), **sections):
-    """`folder`, now the workdir of one epoch on synthetic images of 10 classes; `sections` of the configuration."""
+def small_run(folder, shape=(8, 8, 1), attacks=("pgd-2",), epochs=1, **sections):
+    """`folder`, now the workdir of a run on synthetic images of 10 classes; `sections` of the configuration."""
     from ibjax import config, main
 
     settings = config.base()
     for name, section in sections.items():
         settings[name] = section
     config.smoke(settings, shape, 10, {})
-    settings.epochs = 1
+    settings.epochs = epochs
     settings.evaluate.attacks = attacks
     main.execute(settings, folder)
     return folder

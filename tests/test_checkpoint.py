@@ -119,13 +119,18 @@ def test_each_kind_of_file_may_be_damaged(tmp_path, damage):
         assert checkpoint.tree_digest(latest(work)) in digests, file
 
 
-def test_all_damaged_is_an_error_and_nothing_is_deleted(tmp_path):
+def test_all_damaged_is_an_error_and_nothing_is_moved_until_restart_is_asked_for(tmp_path):
     folder = saved(tmp_path, steps=(2, 3))
     for step in (2, 3):
         shutil.rmtree(folder / str(step) / "variables")
-    with pytest.raises(CheckpointError, match=r"none of the checkpoints \[2, 3\]"):
-        latest(tmp_path)
-    assert (tmp_path / "damaged" / "3" / "training").is_dir()
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"none of the checkpoints \[2, 3\].* give --restart"):
+            latest(tmp_path)
+        assert checkpoint.steps_in(folder) == [2, 3] and not (tmp_path / "damaged").exists()
+    with checkpoint.manager(tmp_path) as store:
+        assert checkpoint.restore_latest(store, state(0), restart=True) is None
+        checkpoint.save(store, state(1))
+    assert (tmp_path / "restarted-1" / "damaged" / "3" / "training").is_dir() and checkpoint.steps_in(folder) == [1]
 
 
 @pytest.mark.parametrize(

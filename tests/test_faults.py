@@ -225,14 +225,14 @@ def test_kill_9_at_a_random_moment_of_saving_leaves_a_good_checkpoint(tmp_path, 
 
 def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(config_file, tmp_path, monkeypatch):
     """Orbax's own error of a full disk, raised in the save."""
-    with checkpoint.manager(tmp_path) as orbax:
-        checkpoint.save(orbax, state(1), {"selection": 1.0})
+    with checkpoint.manager(tmp_path) as store:
+        checkpoint.save(store, state(1), {"selection": 1.0})
 
         def full(*args, **kwargs):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(orbax, "save", full)
+        monkeypatch.setattr(store.orbax, "save", full)
         with pytest.raises(CheckpointError, match=r"disk full while saving in .* last good checkpoint is step 1"):
-            checkpoint.save(orbax, state(2), {"selection": 1.0})
+            checkpoint.save(store, state(2), {"selection": 1.0})
     with checkpoint.manager(tmp_path) as orbax:
         assert int(checkpoint.restore_latest(orbax, state(0)).step) == 1

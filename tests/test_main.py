@@ -227,6 +227,23 @@ def test_exit_codes_tell_the_endings_apart(error, code, capsys):
     assert caught.value.code == code and len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
+def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost(capsys):
+    class Ends:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def command():
+        thing = Ends()
+        del thing
+        for _ in range(10**8):
+            pass
+        raise AssertionError("it went on")
+
+    with pytest.raises(SystemExit) as caught:
+        errors.exit_with(command)
+    assert caught.value.code == 130 and "interrupted" in capsys.readouterr().err
+
+
 def test_a_bug_is_not_dressed_up_as_wrong_input():
     def body():
         raise ValueError("a bug")

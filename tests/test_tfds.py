@@ -415,11 +415,25 @@ def test_stream_splits_are_taken_without_reading_and_told_apart(streamed, tmp_pa
 def test_stream_labels_are_read_once(streamed, tmp_path, monkeypatch):
     monkeypatch.setattr(stream.Pictures, "_read_labels", lambda self: pytest.fail("they were kept"))
     np.testing.assert_array_equal(stream.load(data_dir=str(tmp_path), size=16).train.labels, streamed.train.labels)
-    kept = next((tmp_path / "cache").rglob("*.npy"))
-    kept.write_bytes(kept.read_bytes()[:50])
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("damage", ["a cut", "a bit of a label", "a bit of the digest", "no file"])
+def test_stream_labels_that_were_kept_and_damaged_are_read_again(streamed, tmp_path, caplog, damage):
+    kept = max((tmp_path / "cache").rglob("*.labels"), key=lambda file: file.stat().st_size)  # those of training
+    whole = bytearray(kept.read_bytes())
+    for place in {"a cut": range(50, len(whole)), "a bit of a label": (7,), "a bit of the digest": (-1,)}.get(
+        damage, ()
+    ):
+        whole[place] ^= 4
+    if damage == "no file":
+        kept.unlink()
+    else:
+        kept.write_bytes(whole[:50] if damage == "a cut" else whole)
     np.testing.assert_array_equal(stream.load(data_dir=str(tmp_path), size=16).train.labels, streamed.train.labels)
+    assert ("is damaged" in caplog.text) == (damage != "no file")
+    assert stream._kept_labels(kept, 40, 10) is not None  # written again
+    stream._keep_labels(kept, np.full(40, 10, np.int32))
+    assert stream._kept_labels(kept, 40, 10) is None  # a class that there is not
 
 
 def test_stream_training_goes_on_to_the_bit_and_is_evaluated(streamed, tmp_path, monkeypatch):

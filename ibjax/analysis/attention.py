@@ -62,7 +62,8 @@ def restore_head(experiment: Experiment, workdir: Path, step: int) -> Any:
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), checkpoints.split(state)[1]
     )
-    with checkpoints.manager(workdir, read_only=True) as orbax:
+    identity = run.identity(experiment.config, experiment.facts)
+    with checkpoints.manager(workdir, read_only=True, run=identity) as orbax:
         return checkpoints.restore_part(orbax, step, "training", like)[1]["head"]
 
 

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ibjax import cluster, errors, losses, run
+from ibjax import cluster, disk, errors, losses, run
 from ibjax.analysis import calibration, output
 from ibjax.data import Split, corruptions, stratified, tfds
 from ibjax.errors import DataError, InputError
@@ -152,7 +152,8 @@ def main() -> None:
 
     def command():
         cluster.initialize()
-        options = dict(data_dir=given.data_dir, generate=given.generate, calibrated=given.calibrated, n=given.n)
+        data_dir = str(disk.path(given.data_dir)) if given.data_dir else ""
+        options = dict(data_dir=data_dir, generate=given.generate, calibrated=given.calibrated, n=given.n)
         record = evaluate(given.workdir, given.checkpoint, **options)
         if jax.process_index() == 0:
             print("\n".join(lines(record)))

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax import cluster, errors, run
+from ibjax import cluster, disk, errors, run
 from ibjax.analysis import attacked, output, pictures
 from ibjax.errors import InputError, check_range, nearest
 from ibjax.results import attack_label
@@ -228,7 +228,7 @@ def _legend(drawn, names):
 def main() -> None:
     """The command line of this module."""
     parser = run.bare_command_line("ibjax.analysis.embedding", __doc__)
-    parser.add_argument("--workdir", type=Path, action="append", required=True, help="again for a run beside it")
+    parser.add_argument("--workdir", type=disk.path, action="append", required=True, help="again for a run beside it")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step")
     parser.add_argument("--attack", default=CLEAN, help="a name, as of an evaluation; default: the images as they are")
     parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ibjax import checkpoint as checkpoints
-from ibjax import cluster, config, errors, run
+from ibjax import cluster, config, disk, errors, run
 from ibjax.analysis.attacked import feature_shapes
 from ibjax.errors import InputError, nearest
 from ibjax.objectives.ib_rar import channel_information, permanent_mask
@@ -57,14 +57,12 @@ def mask(workdir: Path, out: Path, tap: str, checkpoint: str = "best", share: fl
     inner = config.plain(settings.model)
     settings.model = dict(name="masked", backbone=inner, tap=tap, channels=channels)
     masked = dict(step=trained.step, weights=checkpoints.tree_digest(trained.variables), share=share)
-    with checkpoints.manager(workdir, read_only=True) as orbax:
-        selection = checkpoints.metrics(orbax, trained.step)  # of the network without its mask
     with run.lock(out):
-        run.write_config(out, settings, {**trained.facts, "masked": masked})
+        identity = run.write_config(out, settings, {**trained.facts, "masked": masked})
         variables = {kind: {"backbone": tree} if tree else {} for kind, tree in trained.variables.items()}
-        with checkpoints.manager(out) as orbax:
+        with checkpoints.manager(out, run=identity) as orbax:
             state = TrainState(jnp.int32(trained.step), variables, (), None)
-            checkpoints.save(orbax, state, {"selection": 0.0, **selection})
+            checkpoints.save(orbax, state, {"selection": 0.0, **trained.validation})  # of the network without its mask
         log = Path(workdir) / "metrics.jsonl"
         if jax.process_index() == 0 and log.is_file():
             shutil.copy(log, out / log.name)
@@ -75,7 +73,7 @@ def main() -> None:
     """The command line of this module."""
     parser = run.command_line("ibjax.analysis.mask", __doc__)
     parser.add_argument("--tap", required=True, help="the feature, as stage5")
-    parser.add_argument("--out", type=Path, required=True, help="workdir of the masked run; made if absent")
+    parser.add_argument("--out", type=disk.path, required=True, help="workdir of the masked run; made if absent")
     parser.add_argument("--share", type=float, default=0.05, help="of the channels that are zeroed")
     given = parser.parse_args()
 

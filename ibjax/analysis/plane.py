@@ -36,7 +36,7 @@ from jax import Array
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ibjax import cluster, config, errors, feed, run, train
+from ibjax import cluster, config, disk, errors, feed, run, train
 from ibjax import main as command_line
 from ibjax.analysis import embedding, output, pictures
 from ibjax.attacks.named import named
@@ -116,7 +116,7 @@ def _finished(file, about):
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text())
+        found = disk.read_json(file)
         old, new = (dict(config.leaves({key: part[key] for key in _FIXED})) for part in (found, about))
         stopped = None if found["finished"] else found["step"][-1]
     except (ValueError, KeyError, TypeError) as error:
@@ -210,7 +210,8 @@ def _train(experiment, workdir, about, measure):
 
 def _record(experiment, workdir, about, variables, steps, rows):
     logits_fn = linen_net(experiment.model).predict
-    network = run.Run(experiment.model, variables, logits_fn, experiment.config, experiment.facts, steps[-1], workdir)
+    parts = (experiment.config, experiment.facts, steps[-1], workdir, {})
+    network = run.Run(experiment.model, variables, logits_fn, *parts)
     values = np.round(np.array(rows, np.float64), 5)  # (records, 2, L)
     columns = {tap: dict(zip("xy", values[:, :, i].T.tolist(), strict=True)) for i, tap in enumerate(about["taps"])}
     finished = steps[-1] == experiment.config.epochs * experiment.steps_per_epoch

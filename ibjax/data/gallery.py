@@ -7,13 +7,12 @@ Options are those of a configuration's `data` section. Prints a row of docs/data
 
 import argparse
 import ast
-from pathlib import Path
 
 import jax
 import numpy as np
 from PIL import Image
 
-from ibjax import config, errors
+from ibjax import config, disk, errors
 from ibjax.data import Arrays, Split, augment, load_splits
 from ibjax.errors import InputError
 from ibjax.step import to_float
@@ -50,7 +49,7 @@ def counts(data: Arrays) -> str:
 def main() -> None:
     """The command line of this module."""
     parser = argparse.ArgumentParser(prog="python -m ibjax.data.gallery", allow_abbrev=False, description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="the picture, a .png")
+    parser.add_argument("--out", type=disk.path, required=True, help="the picture, a .png")
     parser.add_argument("options", nargs="+", help="KEY=VALUE of a data section; name=… is needed")
     given = parser.parse_args()
 

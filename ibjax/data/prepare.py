@@ -12,7 +12,7 @@ import json
 import logging
 from pathlib import Path
 
-from ibjax import errors
+from ibjax import disk, errors
 from ibjax.data import archives, builders
 from ibjax.data.builders import Recipe, cifar, cifar10_1, cifar_c, mnist, stl10, svhn, tiny_imagenet
 from ibjax.errors import DataError, nearest
@@ -81,15 +81,15 @@ def prepare(
 
 
 def _info(folder):
-    return json.loads((folder / "dataset_info.json").read_text())
+    return json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
 
 
 def main() -> None:
     """The command line of this module."""
     parser = argparse.ArgumentParser(prog="python -m ibjax.data.prepare", allow_abbrev=False, description=__doc__)
     parser.add_argument("--dataset", required=True, help=", ".join(RECIPES))
-    parser.add_argument("--data_dir", type=Path, required=True, help="TFDS's folder of data sets")
-    parser.add_argument("--archives", type=Path, help="folder of the archives; default: DATA_DIR/downloads")
+    parser.add_argument("--data_dir", type=disk.path, required=True, help="TFDS's folder of data sets")
+    parser.add_argument("--archives", type=disk.path, help="folder of the archives; default: DATA_DIR/downloads")
     parser.add_argument("--download", action="store_true", help="fetch the archives that are missing")
     parser.add_argument("--unverified", action="store_true", help="accept archives that are not the official ones")
     parser.add_argument("--label", default="", help="how results on the data are called; default: its usual name")
@@ -97,8 +97,8 @@ def main() -> None:
     errors.exit_with(
         lambda: prepare(
             given.dataset,
-            given.data_dir.expanduser(),
-            given.archives and given.archives.expanduser(),
+            given.data_dir,
+            given.archives,
             download=given.download,
             unverified=given.unverified,
             label=given.label,

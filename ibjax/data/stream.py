@@ -11,9 +11,11 @@ read together what one would.
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import io
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -24,12 +26,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ibjax import cluster
+from ibjax import cluster, disk
 from ibjax.data import Arrays, Split, stamps, tfds
-from ibjax.errors import DataError, InputError, check_range
+from ibjax.errors import DataError, InputError, UnreadableError, check_range
 
 _RESIZED = 256 / 224  # the shorter side of a test image, over the side of the crop that is shown
 _FOREVER = 2**62
+_SEAL_BYTES = 16  # of the digest after the labels that are kept
+log = logging.getLogger(__name__)
 
 
 def load(*, dataset: str = "imagenet2012", data_dir: str = "", size: int = 224, threads: int = 16) -> Arrays:
@@ -127,23 +131,15 @@ class Pictures:
 
     def labels(self) -> np.ndarray:
         """(N,) int32; read from the records once, for which these have to be read whole."""
-        root = cluster.cache_folder() / "labels"
-        name = hashlib.blake2b(f"{self.stored.folder};{self._files()}".encode(), digest_size=16).hexdigest()
-        file = root / f"{name}.npy"
+        name = disk.digest(f"{self.stored.folder};{self._files()}".encode())
         try:
-            found = np.load(file, allow_pickle=False)
-            if found.shape == self.rows.shape and found.dtype == np.int32:
-                return found
-        except (OSError, ValueError):
-            pass  # not there yet, or cut off
-        found = self._read_labels()
-        try:
-            root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            temporary = file.with_name(f"{name}.{os.getpid()}.npy")
-            np.save(temporary, found)
-            temporary.replace(file)
-        except OSError:
-            pass  # read again next time
+            file = cluster.cache_folder() / "labels" / f"{name}.labels"
+        except RuntimeError:  # no home folder
+            return self._read_labels()
+        found = _kept_labels(file, len(self.rows), self.stored.num_classes)
+        if found is None:
+            found = self._read_labels()
+            _keep_labels(file, found)
         return found
 
     def _read_labels(self):
@@ -156,6 +152,34 @@ class Pictures:
         with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
             found = tqdm(pool.map(label, self.rows), f"labels of {self.split}", len(self.rows), disable=None)
             return np.fromiter(found, np.int32, len(self.rows))
+
+
+def _kept_labels(file, count, num_classes):
+    """The labels in a file of `_keep_labels`; None where there is none, or not as it was written."""
+    try:
+        content = disk.read_bytes(file)
+    except (OSError, UnreadableError):
+        return None  # not there yet, or out of reach: the records have them
+    values, seal = content[:-_SEAL_BYTES], content[-_SEAL_BYTES:]
+    if bytes.fromhex(disk.digest(values)) == seal and len(values) == 4 * count:
+        found = np.frombuffer(values, "<i4").astype(np.int32)
+        if not count or (found.min() >= 0 and found.max() < num_classes):
+            return found
+    log.warning("%s is damaged; the labels are read again from the records", file)
+    return None
+
+
+def _keep_labels(file, labels):
+    """Writes the labels with a digest after them; where that is not possible, they are read again next time."""
+    values = labels.astype("<i4").tobytes()
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        temporary = file.with_name(f"{file.name}.{os.getpid()}")
+        try:
+            temporary.write_bytes(values + bytes.fromhex(disk.digest(values)))
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def batches(

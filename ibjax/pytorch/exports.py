@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ibjax import architectures, run, torch_file
+from ibjax import architectures, disk, run, torch_file
 from ibjax import checkpoint as checkpoints
 from ibjax.architectures import ARCHITECTURES
 from ibjax.errors import InputError
@@ -84,7 +84,7 @@ def model_info(trained: run.Run, checkpoint: str) -> dict[str, Any]:
     weights, records = checkpoints.tree_digest(trained.variables), {}
     for file in sorted((trained.workdir / "eval" / checkpoint).glob("*.json")):
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            record = json.loads(file.read_text(encoding="utf-8"))
+            record = disk.read_json(file)
             if record["weights"] == weights and record["n"] == trained.facts.get("n_test") and record["main"]:
                 records[record["attack"]] = record
     attacked = records.get("autoattack")

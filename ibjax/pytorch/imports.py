@@ -92,8 +92,8 @@ def from_torch(
     if not photographs:
         imported["clean_acc"] = _clean_accuracy(logits, images.split.labels, clean_acc)
     with folders.whole(workdir) as folder:
-        run.write_config(folder, network.settings, {**images.facts, "imported": imported})
-        with checkpoints.manager(folder) as orbax:
+        identity = run.write_config(folder, network.settings, {**images.facts, "imported": imported})
+        with checkpoints.manager(folder, run=identity) as orbax:
             arrays = jax.tree.map(jnp.asarray, variables)
             checkpoints.save(orbax, TrainState(jnp.zeros((), jnp.int32), arrays, (), None), {"selection": 0.0})
     return imported

@@ -6,6 +6,7 @@ logits are not ibjax's to 1e-4.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -19,8 +20,9 @@ FOLDER = Path(__file__).parent
 def main():
     """The command line; exits with 1 where the logits are not ibjax's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=FOLDER / "check.npz")
-    with np.load(parser.parse_args().data, allow_pickle=False) as archive:
+    parser.add_argument("--data", default=str(FOLDER / "check.npz"))
+    file = os.path.expanduser(os.path.expandvars(parser.parse_args().data))  # as a shell would, but for --data=~/x
+    with np.load(file, allow_pickle=False) as archive:
         images, labels, expected = archive["x_test"], archive["y_test"].reshape(-1), archive.get("logits")
     logits = predict(model.load(FOLDER), images)
     print(f"clean accuracy {accuracy(logits, labels):.2f} % of {len(labels)} images")

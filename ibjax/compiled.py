@@ -1,0 +1,121 @@
+"""The cache of compiled programs, each entry with a digest that is compared before it is used.
+
+JAX writes no checksum of its own. Under zstd, which it takes where Python has it, a flipped bit goes into the program:
+wrong numbers, or the end of the process by a signal. So every entry `KEY-cache` has a file `KEY-digest` beside it; an
+entry without one, or with another one, is removed and compiled again. The entries themselves stay as JAX writes them.
+"""
+
+import hashlib
+import importlib.util
+import logging
+import os
+import platform
+from pathlib import Path
+
+import jax
+
+from ibjax import disk
+from ibjax.errors import UnreadableError
+
+log = logging.getLogger(__name__)
+
+
+def keep() -> None:
+    """Compiled programs are kept in ~/.cache/ibjax, in a folder that only its user can read.
+
+    JAX_COMPILATION_CACHE_DIR in the environment names another folder, or, empty, none. Programs for a CPU are kept by
+    its instruction set: a home may be shared by machines of several kinds.
+    """
+    verify()
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    try:
+        root = cache_folder()
+        folder = root / hashlib.sha256(_instruction_set().encode()).hexdigest()[:16]
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        root.chmod(0o700)
+    except (OSError, RuntimeError) as error:
+        log.info("nothing compiled is kept: there is no folder for it (%s)", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $XDG_CACHE_HOME/ibjax, or ~/.cache/ibjax.
+
+    Raises RuntimeError where there is no home folder.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ibjax"
+
+
+def _instruction_set():
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.machine() + platform.processor()
+
+
+def verify() -> None:
+    """Has this process compare an entry's digest before it uses it, in whatever folder JAX keeps them."""
+    try:
+        from jax._src import compilation_cache
+        from jax._src.compilation_cache_interface import CacheInterface
+
+        opened, before = compilation_cache.get_file_cache, compilation_cache._cache
+    except (ImportError, AttributeError):  # another version of JAX: these names are not its public ones
+        if any(importlib.util.find_spec(name) for name in ("zstandard", "compression")):  # else zlib: it has a checksum
+            log.info("nothing compiled is kept: this version of JAX does not let its entries be verified")
+            jax.config.update("jax_enable_compilation_cache", False)
+        return
+    if hasattr(opened, "verified"):
+        return
+    Checked = _checked(CacheInterface)
+
+    def open_checked(path):
+        found = opened(path)
+        return found and (Checked(found[0]), found[1])
+
+    open_checked.verified = True
+    compilation_cache.get_file_cache = open_checked
+    if before is not None:  # a program was compiled before this was called
+        compilation_cache._cache = Checked(before)
+
+
+def _checked(interface):
+    class Checked(interface):
+        """JAX's cache in a folder, with a digest beside each entry."""
+
+        def __init__(self, cache):
+            self._cache, self._path = cache, cache._path
+
+        def get(self, key):
+            entry = self._cache.get(key)
+            if entry is None:
+                return None
+            try:
+                expected = disk.read_bytes(self._digest(key)).decode(errors="replace")
+            except (FileNotFoundError, UnreadableError):
+                expected = ""  # the entry of another program, or of a process that was killed
+            if expected == disk.digest(entry):
+                return entry
+            if expected:
+                log.warning("%s holds a damaged compiled program; it is removed and compiled again", self._path)
+            self._remove(key)
+            return None
+
+        def put(self, key, value):
+            self._remove(key)  # JAX never replaces an entry
+            self._cache.put(key, value)
+            with disk.replacing(self._digest(key)) as temporary:
+                temporary.write_text(disk.digest(value), encoding="utf-8")
+
+        def _digest(self, key):
+            return self._path / f"{key}-digest"
+
+        def _remove(self, key):
+            for name in (f"{key}-cache", f"{key}-digest"):
+                (self._path / name).unlink(missing_ok=True)
+
+    return Checked

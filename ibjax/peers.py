@@ -1,0 +1,280 @@
+"""The processes of one run: they agree before they compute together, and notice when one of them is gone.
+
+Everything goes through the key-value store of `jax.distributed`, whose service is in process 0; no device takes part.
+With one process there is nobody to ask, and every function returns at once.
+
+Guarantees (tests of the same names): processes that see different things end, each naming the difference; a process
+that waits says for whom; a process that dies, is stopped or ends with an error is named by the others, which end too.
+"""
+
+import atexit
+import contextlib
+import itertools
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from ibjax import errors
+from ibjax.errors import InputError
+
+PATIENCE = 300  # seconds that a process waits for the others to come to the same point
+SILENCE = 30  # seconds without a sign of life after which a process counts as lost
+_INTERVAL = 2  # seconds between signs of life
+_GRACE = 10  # seconds that the others have to end by themselves once one has ended with an error
+_topics = itertools.count()
+log = logging.getLogger(__name__)
+
+
+# ---- agreement ---------------------------------------------------------------------------------------------
+
+
+def agree(topic: str, values: Mapping[str, Any], advice: str = "start all processes with one command") -> None:
+    """Raises InputError, in every process, unless all of them call this with equal values; all wait for the last.
+
+    The message names the first value that differs and who has which, and ends with `advice`.
+    """
+    client = _client()
+    if client is None:
+        return
+    key, me = f"ibjax/agree/{next(_topics)}", jax.process_index()
+    client.key_value_set(f"{key}/{me}", json.dumps({"topic": topic, "values": dict(values)}, sort_keys=True))
+    if me == 0:
+        own = json.loads(_wait(client, f"{key}/0", 0, topic))
+        others = range(1, jax.process_count())
+        said = ((index, json.loads(_wait(client, f"{key}/{index}", index, topic))) for index in others)
+        problem = next(filter(None, (_difference(own, index, other) for index, other in said)), "")
+        client.key_value_set(f"{key}/verdict", problem)
+    else:
+        problem = _wait(client, f"{key}/verdict", 0, topic)
+    if problem:
+        raise InputError(f"{problem}; {advice}")
+
+
+def word_of_first(topic: str, word: str = "") -> str:
+    """What process 0 gives as `word`, in all processes."""
+    client = _client()
+    if client is None:
+        return word
+    key = f"ibjax/word/{next(_topics)}"
+    if jax.process_index() == 0:
+        client.key_value_set(key, word)
+        return word
+    return _wait(client, key, 0, topic)
+
+
+def _difference(own, index, other):
+    if own["topic"] != other["topic"]:
+        return f"processes 0 and {index} are not at the same point: '{own['topic']}' and '{other['topic']}'"
+    for name in {**own["values"], **other["values"]}:
+        here, there = own["values"].get(name), other["values"].get(name)
+        if here != there:
+            return f"the processes see different {own['topic']}: {name}: {here!r} in process 0, {there!r} in {index}"
+    return None
+
+
+def _wait(client, key, index, topic):
+    """The value of a key that process `index` sets; says for whom it waits."""
+    started = told = time.monotonic()
+    while True:
+        with _only_timeouts(index):
+            return client.blocking_key_value_get(key, int(1000 * _INTERVAL))
+        if ended := _ended(client):
+            raise InputError(next(iter(ended.values())))
+        now = time.monotonic()
+        if now - started > PATIENCE:
+            raise InputError(f"{_name(client, index)} has not come to '{topic}' within {PATIENCE} s")
+        if now - told > 2 * _INTERVAL:
+            log.info("waiting for %s to come to '%s', %.0f s", _name(client, index), topic, now - started)
+            told = now + 3 * _INTERVAL
+
+
+@contextlib.contextmanager
+def _only_timeouts(index):
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise InputError(f"process {index} cannot be reached ({str(error).splitlines()[0][:120]})") from None
+
+
+def _client():
+    """The client of the key-value store; None where there is one process."""
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return None
+    from jax._src import distributed  # not public, but what Orbax uses too
+
+    return distributed.global_state.client
+
+
+def _name(client, index):
+    """As "process 1 of 4 (node3, pid 4711)"."""
+    return _known(client, f"ibjax/name/{index}") or f"process {index} of {jax.process_count()}"
+
+
+def _known(client, key):
+    try:
+        return client.key_value_try_get(key)
+    except jax.errors.JaxRuntimeError:  # not there
+        return ""
+
+
+def _ended(client):
+    """{process: what is to be said} of those that have ended with an error."""
+    return {int(key.rpartition("/")[2]): text for key, text in client.key_value_dir_get("ibjax/ended/")}
+
+
+# ---- signs of life -----------------------------------------------------------------------------------------
+
+
+def watch() -> None:
+    """From here on this process gives signs of life, and ends where another one does not, or ends with an error."""
+    client = _client()
+    if client is None:
+        return
+    me = jax.process_index()
+    name = f"process {me} of {jax.process_count()} ({socket.gethostname()}, pid {os.getpid()})"
+    client.key_value_set(f"ibjax/name/{me}", name)
+    _Watch(client, me, _Witness(name)).start()
+
+
+class _Watch:
+    """The threads that give signs of life and look for those of the others.
+
+    Process 0 compares them; the others ask it for its verdict, so that the traffic grows with their number only.
+    """
+
+    def __init__(self, client, me, witness):
+        self.client, self.me, self.witness = client, me, witness
+        self.others = set(range(jax.process_count())) - {me}
+        self.heard = time.monotonic()  # when process 0 has answered last
+        self.done = threading.Event()
+        self.lock = threading.Lock()
+
+    def start(self):
+        atexit.register(self.leave)  # before JAX's own, which waits for the others to end
+        errors.at_failure.append(self.fail)
+        for loop in (self.talk, self.listen):
+            threading.Thread(target=loop, daemon=True).start()
+
+    def talk(self):
+        """Signs of life out, verdicts in."""
+        last, failed = {}, {}
+        for beat in itertools.count():
+            if self.done.wait(_INTERVAL):
+                return
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # `listen` says so when it lasts
+                self.client.key_value_set(f"ibjax/beat/{self.me}", str(beat), allow_overwrite=True)
+                if self.me == 0:
+                    self.judge(last)
+                if lost := _known(self.client, "ibjax/lost"):
+                    self.end(lost)
+                for index, text in _ended(self.client).items():
+                    if time.monotonic() - failed.setdefault(index, time.monotonic()) > _GRACE:
+                        self.end(text)
+                self.heard = time.monotonic()
+
+    def listen(self):
+        """Notices when process 0 no longer answers: a call to it returns late, or never."""
+        while not self.done.wait(_INTERVAL):
+            if time.monotonic() - self.heard > SILENCE:
+                self.end(f"{_first(self)} has not answered for {SILENCE} s: it has died or is stopped")
+
+    def judge(self, last):
+        now = time.monotonic()
+        beats = {int(key.rpartition("/")[2]): beat for key, beat in self.client.key_value_dir_get("ibjax/beat/")}
+        gone = {int(key.rpartition("/")[2]) for key, _ in self.client.key_value_dir_get("ibjax/left/")}
+        for index in self.others - gone:
+            beat, since = last.get(index, (None, now))
+            last[index] = (beats.get(index), now if beats.get(index) != beat else since)
+            if now - last[index][1] > SILENCE:
+                text = (
+                    f"{_name(self.client, index)} has given no sign of life for {SILENCE} s: it has died or is stopped"
+                )
+                self.client.key_value_set("ibjax/lost", text, allow_overwrite=True)
+                time.sleep(2 * _INTERVAL)  # for the others to read it
+                self.end(text)
+
+    def end(self, text):
+        """Ends this process, whatever its main thread waits for."""
+        with self.lock:
+            if self.done.is_set():
+                return
+            self.done.set()
+            print(f"error: {text}; the same command continues from the last checkpoint", file=sys.stderr, flush=True)
+            self.witness.dismiss()
+            os._exit(errors.EXIT_PEER_LOST)
+
+    def leave(self):
+        """This process has come to its end; the others may take longer."""
+        if not self.done.is_set():
+            self.done.set()
+            self.witness.dismiss()
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                self.client.key_value_set(f"ibjax/left/{self.me}", "", allow_overwrite=True)
+
+    def fail(self, code, message, bug):
+        """Tells the others of an error and ends; Python's own end would wait for them, who may wait for this one."""
+        if isinstance(bug, RuntimeError):  # as a collective raises it where another process is gone: that is the line
+            log.info("%s; looking for a process that is lost", " ".join(message.split())[:200])
+            self.done.wait(SILENCE + 4 * _INTERVAL)
+        if bug is not None:
+            traceback.print_exception(bug)
+        with self.lock:
+            self.done.set()
+        self.witness.dismiss()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            text = f"{_name(self.client, self.me)} has ended: {message}"
+            self.client.key_value_set(f"ibjax/ended/{self.me}", text, allow_overwrite=True)
+            deadline = time.monotonic() + _GRACE + 2 * _INTERVAL
+            while self.me == 0 and time.monotonic() < deadline:  # its service goes when it goes
+                left = {int(key.rpartition("/")[2]) for key, _ in self.client.key_value_dir_get("ibjax/left/")}
+                if self.others <= left | set(_ended(self.client)):
+                    break
+                time.sleep(0.2)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _first(watch):
+    return f"process 0, at {os.environ.get('JAX_COORDINATOR_ADDRESS') or 'the coordinator address'},"
+
+
+class _Witness:
+    """A shell that says a last line for this process where it ends without a word: killed, or aborted.
+
+    Where process 0 is killed, JAX's C++ code aborts the others at once, before any of their Python code can run.
+    """
+
+    def __init__(self, name):
+        script = 'read -r line; if read -r end; then exit; fi; echo "$line" >&2'
+        text = (
+            f"error: {name} has ended without a word: it was killed, or crashed, or lost its connection to process 0; "
+            f"the same command continues from the last checkpoint\n"
+        )
+        self.process = None
+        with contextlib.suppress(OSError):
+            self.process = subprocess.Popen(
+                ["/bin/sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+            )
+            self.say(text)
+
+    def say(self, text):
+        if self.process and self.process.stdin:
+            with contextlib.suppress(OSError):
+                self.process.stdin.write(text.encode())
+                self.process.stdin.flush()
+
+    def dismiss(self):
+        """This process says itself what there is to say."""
+        self.say("end\n")

@@ -1,0 +1,84 @@
+"""The cache of compiled programs: a digest per entry, compared before it is used."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src import compilation_cache
+
+from ibjax import compiled
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty cache, whose entries have no checksum of their own, as those under zstd."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    for name in ("compress_executable", "decompress_executable"):
+        monkeypatch.setattr(compilation_cache, name, lambda content: content)
+    for name, value in zip(names, (str(tmp_path), 0.0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    compiled.verify()
+    yield tmp_path
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def compute():
+    """A program's result, compiled or read from the cache."""
+    jax.clear_caches()
+    compilation_cache.reset_cache()
+    x = jnp.arange(12.0).reshape(3, 4)
+    return np.asarray(jax.jit(lambda x: jnp.tanh(x) @ x.T + 1)(x))
+
+
+def entries(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_damaged_entry_is_removed_told_of_and_compiled_again(folder, caplog):
+    right = compute()
+    whole = entries(folder)
+    assert whole and {name.rpartition("-")[0] for name in whole if name.endswith("-cache")} == {
+        name.rpartition("-")[0] for name in whole if name.endswith("-digest")
+    }
+    np.testing.assert_array_equal(compute(), right)
+    assert not caplog.text and entries(folder) == whole  # read, not compiled
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        for file in sorted(folder.glob("*-cache")):
+            content = bytearray(file.read_bytes())
+            content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+            file.write_bytes(content)
+        caplog.clear()
+        np.testing.assert_array_equal(compute(), right)
+        assert "holds a damaged compiled program" in caplog.text
+        caplog.clear()
+        np.testing.assert_array_equal(compute(), right)
+        assert not caplog.text  # it was written anew
+
+
+@pytest.mark.parametrize("damage", ["no digest", "a cut digest", "no entry"])
+def test_an_entry_without_its_digest_is_not_used(folder, damage):
+    right = compute()
+    for file in sorted(folder.glob("*-cache" if damage == "no entry" else "*-digest")):
+        if damage == "a cut digest":
+            file.write_bytes(file.read_bytes()[:7])
+        else:
+            file.unlink()
+    np.testing.assert_array_equal(compute(), right)
+    names = {name.rpartition("-")[0] for name in entries(folder)}
+    assert all((folder / f"{name}-cache").exists() and (folder / f"{name}-digest").exists() for name in names)
+
+
+def test_another_version_of_jax_keeps_nothing_that_cannot_be_verified(monkeypatch):
+    monkeypatch.delattr(compilation_cache, "get_file_cache")
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: name == "zstandard")
+    before = jax.config.jax_enable_compilation_cache
+    try:
+        compiled.verify()
+        assert not jax.config.jax_enable_compilation_cache
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)

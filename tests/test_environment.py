@@ -1,0 +1,254 @@
+"""What surrounds a command: paths, encodings, platforms, clusters, other people's repositories."""
+
+import ast
+import io
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from test_faults import environment
+
+from ibjax import cluster, disk, errors, main, run
+from ibjax.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+LINE = "IBD – ε ≥ 8/255"
+
+
+# ---- paths -------------------------------------------------------------------------------------------------
+
+
+def test_paths_expand_as_a_shell_would(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("RUNS", "/data/runs")
+    for given, wanted in (
+        ("~/x", tmp_path / "home/x"),
+        ("~", tmp_path / "home"),
+        ("$RUNS/a", Path("/data/runs/a")),
+        ("${RUNS}/a", Path("/data/runs/a")),
+        ("~/$RUNS", tmp_path / "home/data/runs"),
+        ("a/~/b", Path("a/~/b")),
+        (Path("plain"), Path("plain")),
+    ):
+        assert disk.path(given) == wanted
+    (tmp_path / "a$RUNS").touch()
+    assert disk.path("a$RUNS") == Path("a$RUNS")  # it is there, under this very name
+    for given, words in (("$NO/x", r"\$NO is not set"), ("~nobody-here/x", "no such home folder")):
+        with pytest.raises(InputError, match=words):
+            disk.path(given)
+
+
+def test_a_folder_called_tilde_is_refused_before_anyone_removes_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "~").mkdir()
+    with pytest.raises(InputError, match=r"a folder called ~ in .*mv \./~ NAME \(never rm -r ~\)"):
+        disk.path("~/x")
+    assert disk.path("x") == Path("x")
+
+
+def test_every_path_of_a_command_is_expanded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CONFIGS", str(ROOT / "configs"))
+    given = main.parse(["main", "--config=$CONFIGS/digits.py:smoke", "--workdir=~/runs/x", "--restart"])
+    assert given.workdir == tmp_path / "runs/x" and given.restart
+    given.settings.teacher.workdir = "~/teacher"
+    assert main.jobs(given.settings, given.workdir)[-1].teachers == {"teacher": tmp_path / "teacher"}
+    parsed = run.command_line("ibjax.x", None).parse_args(["--workdir=~/runs/x"])
+    assert parsed.workdir == tmp_path / "runs/x"
+    with pytest.raises(SystemExit) as caught:
+        run.command_line("ibjax.x", None).parse_args(["--workdir=$NO/x"])
+    assert caught.value.code == 2 and capsys.readouterr().err.startswith(
+        "error: argument --workdir: $NO/x: the variable"
+    )
+
+
+def test_every_option_that_is_a_path_has_the_type_that_expands_it():
+    """A plain `Path` takes `~/x` for a folder called `~`."""
+    found = [
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for file, node in calls("add_argument")
+        for word in node.keywords
+        if word.arg == "type" and isinstance(word.value, ast.Name) and word.value.id == "Path"
+    ]
+    assert not found
+
+
+def calls(*names):
+    for folder in ("ibjax", "benchmarks", "configs"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in names:
+                    yield file, node
+
+
+# ---- encodings ---------------------------------------------------------------------------------------------
+
+
+def test_files_are_utf_8_whatever_the_locale():
+    """No call that reads or writes text leaves the encoding to the locale."""
+    found = []
+    for file, node in calls("read_text", "write_text", "open"):
+        modes = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        if node.func.attr == "open":
+            writes_text = bool(modes) and modes[-1] in ("r", "w", "a", "a+", "x")
+        else:
+            writes_text = modes != ["utf-8"]
+        if writes_text and "encoding" not in {word.arg for word in node.keywords}:
+            found.append(f"{file.relative_to(ROOT)}:{node.lineno}")
+    assert not found
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_gets_a_replacement_for_what_it_cannot_show(monkeypatch, encoding):
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+
+    def command():
+        print(LINE)
+        logging.getLogger("ibjax").info(LINE)
+        raise InputError(LINE)
+
+    with pytest.raises(SystemExit) as caught:
+        errors.exit_with(command)
+    for stream in streams.values():
+        stream.flush()
+    shown = {name: stream.buffer.getvalue().decode(encoding) for name, stream in streams.items()}
+    wanted = LINE.encode(encoding, "replace").decode(encoding)
+    assert caught.value.code == 2 and shown == {"stdout": f"{wanted}\n", "stderr": f"{wanted}\nerror: {wanted}\n"}
+
+
+# ---- platforms and settings of JAX -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("platform", ["cuda", "cpuu"])
+def test_a_platform_that_is_not_there_is_one_line(tmp_path, platform):
+    command = [sys.executable, "-m", "ibjax.evaluate", f"--workdir={tmp_path}"]
+    done = subprocess.run(command, env=environment(JAX_PLATFORMS=platform), capture_output=True, text=True, timeout=120)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith(f"error: JAX_PLATFORMS={platform} cannot be used here")
+    assert "there is cpu" in line
+
+
+def test_settings_that_change_a_number_are_in_the_record(monkeypatch):
+    assert run.jax_settings() == {}
+    with jax.default_matmul_precision("bfloat16"):
+        assert run.jax_settings() == {"jax_settings": {"default_matmul_precision": "bfloat16"}}
+
+
+# ---- clusters ----------------------------------------------------------------------------------------------
+
+SLURM = dict(SLURM_JOB_ID="77", SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_STEP_NODELIST="localhost")
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """(variables) -> (arguments, options, environment) with which JAX is started."""
+    made = []
+
+    def initialize(*arguments, **options):
+        made.append((arguments, options, dict(os.environ)))
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "JAX_CO", "JAX_NUM_P", "JAX_PROCESS_ID")):
+            monkeypatch.delenv(name)
+
+    def start(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with cluster._without_proxies():
+            cluster._start_distributed()
+        return made[-1]
+
+    return start
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        dict(SLURM_NTASKS="4"),  # in a batch script: nobody starts the other three
+        dict(SLURM_NTASKS="4", SLURM_STEP_ID="4294967290", SLURM_STEP_NUM_TASKS="1"),  # in an interactive shell
+        dict(SLURM_NTASKS="1", SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="1"),  # one of two commands in a job
+    ],
+)
+def test_a_command_that_slurm_has_started_alone_runs_alone_on_a_port_of_its_own(started, caplog, variables):
+    (first, options, _), (second, _, _) = (started(**SLURM, **variables) for _ in range(2))
+    assert first[1:] == second[1:] == (1, 0) and first[0] != second[0]
+    assert options["cluster_detection_method"] == "deactivate"  # SLURM_LOCALID would hide all devices but one
+    assert ("it runs alone" in caplog.text) == (variables["SLURM_NTASKS"] == "4")
+
+
+def test_two_steps_of_one_slurm_job_meet_at_two_ports(started):
+    ports = []
+    for step in ("0", "1"):
+        os.environ.pop("JAX_COORDINATOR_PORT", None)
+        variables = dict(SLURM_NTASKS="2", SLURM_STEP_NUM_TASKS="2", SLURM_STEP_ID=step)
+        arguments, options, seen = started(**{**SLURM, **variables, "SLURM_PROCID": "1"})
+        assert not arguments and "cluster_detection_method" not in options  # JAX reads SLURM itself
+        ports.append(int(seen["JAX_COORDINATOR_PORT"]))
+    os.environ.pop("JAX_COORDINATOR_PORT")
+    assert ports[0] != ports[1] and all(61440 <= port < 65536 for port in ports)
+
+
+def test_no_proxy_is_asked_where_processes_meet(started, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://10.0.0.1:1")
+    _, _, seen = started(HTTPS_PROXY="http://10.0.0.1:1", **SLURM)
+    assert not [name for name in seen if name.lower().endswith("_proxy")]
+    assert os.environ["http_proxy"] and os.environ["HTTPS_PROXY"]
+
+
+def test_a_port_in_use_is_one_line(started):
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        address = dict(JAX_COORDINATOR_ADDRESS=f"localhost:{port}", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="0")
+        with pytest.raises(InputError, match=f"port {port} cannot be used .*set JAX_COORDINATOR_ADDRESS to another"):
+            started(**address)
+    started(**address)
+    with pytest.raises(InputError, match="has no port; give HOST:PORT"):
+        started(**{**address, "JAX_COORDINATOR_ADDRESS": "localhost"})
+
+
+# ---- the program and its repository ------------------------------------------------------------------------
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=x", "-c", "user.email=x@y"]
+    subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True)
+
+
+def test_the_commit_is_that_of_ibjax_never_of_a_repository_around_it(tmp_path, monkeypatch):
+    own = tmp_path / "project" / "lib" / "ibjax-source"
+    (own / "ibjax").mkdir(parents=True)
+    (own / "pyproject.toml").write_text('[project]\nname = "ibjax"\nversion = "9.8.7"\n', encoding="utf-8")
+    (own / "ibjax" / "a.py").touch()
+    monkeypatch.setattr(run, "_SOURCE", own.resolve())
+    git(tmp_path, "init", "project")
+    git(tmp_path / "project", "add", ".")
+    git(tmp_path / "project", "commit", "-m", "the user's own")
+    assert run.commit() == "version 9.8.7" and run.versions()["ibjax"] == "9.8.7"
+    git(own, "init", ".")
+    assert run.commit() == "version 9.8.7"  # a repository without a commit
+    git(own, "add", ".")
+    git(own, "commit", "-m", "ibjax's")
+    commit = run.commit()
+    assert len(commit) >= 7 and not commit.endswith("+")
+    (own / "ibjax" / "a.py").write_text("changed", encoding="utf-8")
+    assert run.commit() == f"{commit}+"
+    monkeypatch.setenv("PATH", "")
+    assert run.commit() == "version 9.8.7"  # git is not installed
+
+
+def test_ctrl_c_while_a_command_imports_is_one_line():
+    code = f"import sys; sys.argv = ['-m']; import ibjax, os; os.kill(os.getpid(), {int(signal.SIGINT)}); import jax"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    code = "import signal, ibjax; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler; ibjax.load"
+    subprocess.run([sys.executable, "-c", code], env=environment(), check=True, timeout=60)

@@ -1,0 +1,138 @@
+"""A disk that fails for a moment, or for good: `open` and `read` fail below Python, nothing is thrown away for it."""
+
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_checkpoint import state
+from test_faults import environment
+
+from ibjax import checkpoint, config, disk, metrics, run
+from ibjax.errors import InputError, UnreadableError
+
+HERE = Path(__file__).parent
+ERRORS = {"EIO": 5, "ENOMEM": 12, "EACCES": 13, "EMFILE": 24, "ESTALE": 116}
+FACTS = {"num_classes": 4, "input_shape": [8, 8, 1]}
+
+
+def begin(workdir):
+    """What training does before its first step: the restored step."""
+    identity = run.write_config(workdir, config.base(), FACTS)
+    with checkpoint.manager(workdir, run=identity) as store:
+        found = checkpoint.restore_latest(store, state(0))
+    step = 0 if found is None else int(found.step)
+    metrics.MetricsLog(workdir, step).close()
+    return step
+
+
+def content(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def inject(workdir, times):
+    """Begins `times` times on a failing disk, for a moment and for good in turn; {outcome: how often}."""
+    disk._WAITS = (0.001, 0.001, 0.001)
+    fault, libc = ctypes.CDLL(os.environ["LD_PRELOAD"]), ctypes.CDLL(None)
+
+    def say(**settings):
+        for name, value in settings.items():
+            libc.setenv(f"FAIL_{name}".encode(), str(value).encode(), 1)
+        fault.fail_reset()
+
+    before, outcomes, trial = content(workdir), {}, 0
+    while sum(outcomes.values()) < times:
+        error = list(ERRORS)[trial % len(ERRORS)]
+        say(CALLS=("open", "read")[trial // 5 % 2], PATH=workdir, ERRNO=ERRORS[error],
+            COUNT=(1, 10**6)[trial // 10 % 2], FIRST=trial // 20 % 14)  # fmt: skip
+        try:
+            outcome = f"step {begin(workdir)}"
+        except UnreadableError as error:
+            assert "\n" not in str(error) and "nothing was moved" in str(error)
+            outcome = "ended in one line"
+        except OSError as error:  # a file that could not be written: exit_with makes a line of it
+            assert error.filename
+            outcome = "ended in one line"
+        hits = fault.fail_hits()
+        say(CALLS="")
+        after = content(workdir)
+        changed = {name for name in {**before, **after} if before.get(name) != after.get(name)} - {"env.json"}
+        assert not changed, (error, outcome, changed)
+        outcomes[outcome] = outcomes.get(outcome, 0) + bool(hits)
+        trial += 1
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    if not (sys.platform == "linux" and shutil.which("gcc")):
+        pytest.skip("needs Linux and gcc")
+    made = tmp_path_factory.mktemp("library") / "failing_disk.so"
+    subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-o", made, HERE / "failing_disk.c", "-ldl"], check=True)
+    return made
+
+
+def test_after_a_hundred_failed_opens_and_reads_nothing_is_moved_and_nothing_restarted(tmp_path, library):
+    workdir = tmp_path / "run"
+    identity = run.write_config(workdir, config.base(), FACTS)
+    with checkpoint.manager(workdir, run=identity) as store:
+        for step in (2, 3):
+            checkpoint.save(store, state(step), {"selection": 1.0})
+    log = metrics.MetricsLog(workdir, 3)
+    log.write("val", 3, clean_acc=50.0)
+    log.close()
+    call = f"t.inject(pathlib.Path('{workdir}'), 100)"
+    code = f"import conftest, json, pathlib, test_failing_disk as t; print(json.dumps({call}))"
+    variables = environment(LD_PRELOAD=library, PYTHONPATH=f"{HERE.parent}:{HERE}")
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    outcomes = json.loads(done.stdout.splitlines()[-1])
+    assert set(outcomes) == {"step 3", "ended in one line"} and min(outcomes.values()) > 20, outcomes
+    assert begin(workdir) == 3
+
+
+def test_a_read_that_fails_is_tried_again_and_its_failure_is_never_taken_for_damage(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "_WAITS", (0.0, 0.0))
+    failures = [OSError(116, "Stale file handle"), MemoryError()]
+
+    def read():
+        if failures:
+            raise failures.pop(0)
+        return b"content"
+
+    assert disk.patiently(read, "it") == b"content"
+    failures[:] = [OSError(5, "Input/output error")] * 3
+    with pytest.raises(UnreadableError, match=r"it cannot be read \(Input/output error; tried 3 times\)"):
+        disk.patiently(read, "it")
+    with pytest.raises(FileNotFoundError):
+        disk.read_bytes(tmp_path / "absent")
+
+
+def test_lost_checkpoints_are_told_and_only_restart_begins_at_step_0(tmp_path):
+    identity = run.write_config(tmp_path, config.base(), FACTS)
+    with checkpoint.manager(tmp_path, run=identity) as store:
+        checkpoint.save(store, state(3), {"selection": 1.0})
+    log = metrics.MetricsLog(tmp_path, 0)
+    log.write("train", 1, steps=1)
+    log.close()
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert begin(tmp_path) == 0  # ended before its first checkpoint: nothing was lost
+    log = metrics.MetricsLog(tmp_path, 3)
+    log.write("val", 3, clean_acc=50.0)
+    log.close()
+    other = config.base()
+    other.seed = 1
+    for settings in (config.base(), other):
+        with pytest.raises(InputError, match=r"no checkpoint any more, but metrics.jsonl tells of step 3; .*--restart"):
+            run.write_config(tmp_path, settings, FACTS)
+    assert [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [3]
+    run.write_config(tmp_path, config.base(), FACTS, restart=True)
+    assert metrics.read(tmp_path / "restarted-1" / "metrics.jsonl") and not (tmp_path / "metrics.jsonl").exists()
+    assert begin(tmp_path) == 0  # and it stays so, whatever ends the new run
+    (tmp_path / "damaged" / "3").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"damaged/ holds steps 3; .*--restart"):
+        run.write_config(tmp_path, config.base(), FACTS)

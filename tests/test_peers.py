@@ -1,0 +1,129 @@
+"""Several real processes: they agree, they say for whom they wait, and the lost one is named."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from test_faults import environment
+
+from ibjax import peers
+
+BEGIN = """
+import sys, time
+import jax
+from ibjax import cluster, errors, peers
+peers.SILENCE, peers._INTERVAL, peers._GRACE = 3, 0.3, 2
+
+def command():
+    cluster.initialize()
+    me = jax.process_index()
+    print("begun", flush=True)
+{body}
+
+errors.exit_with(command)
+"""
+
+
+def start(body, count=2):
+    """Real processes that run `body`, in which `me` is the process's number."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    code = BEGIN.format(body="\n".join(f"    {line}" for line in body.strip().splitlines()))
+    common = dict(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=count)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return [
+        subprocess.Popen([sys.executable, "-c", code], env=environment(**common, JAX_PROCESS_ID=i), **pipes)
+        for i in range(count)
+    ]
+
+
+def finish(processes, timeout=90):
+    return [(process.communicate(timeout=timeout)[0], process.returncode) for process in processes]
+
+
+def test_one_process_has_nobody_to_ask(monkeypatch):
+    monkeypatch.setattr(peers, "_client", lambda: None)
+    peers.agree("numbers", {"a": 1})
+    assert peers.word_of_first("word", "mine") == "mine"
+    peers.watch()
+
+
+def test_processes_agree_or_end_naming_the_difference_and_say_for_whom_they_wait():
+    results = finish(
+        start(
+            """
+            cluster.agree("numbers", {"a": (1, 2), "b": None})
+            assert cluster.word_of_first("word", f"of {me}") == "of 0"
+            time.sleep(3 * me)
+            cluster.agree("workdirs", {"steps in checkpoints/": [1, 2][: 2 - me]}, "give another --workdir")
+            """.replace(" " * 12, "")
+        )
+    )
+    words = "error: the processes see different workdirs: steps in checkpoints/: [1, 2] in process 0, [1] in 1; give"
+    for output, code in results:
+        assert code == 2 and words in output and "Traceback" not in output, output
+    assert "waiting for process 1 of 2" in results[0][0] and "to come to 'workdirs'" in results[0][0]
+
+
+@pytest.mark.slow
+def test_processes_at_different_points_end():
+    for output, code in finish(start("cluster.agree(f'topic {me}', {})")):
+        assert code == 2 and "processes 0 and 1 are not at the same point: 'topic 0' and 'topic 1'" in output, output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["InputError", "KeyError"])
+def test_an_error_in_one_process_ends_the_others_which_name_it(how):
+    body = f"if me == 1: raise {'errors.InputError' if how == 'InputError' else how}('its own trouble')\ntime.sleep(60)"
+    (other, other_code), (failed, code) = finish(start(body))
+    assert code == (2 if how == "InputError" else 1) and "its own trouble" in failed
+    assert ("Traceback" in failed) == (how == "KeyError")
+    assert other_code == 69 and "error: process 1 of 2 (" in other and "its own trouble" in other, other
+    assert "the same command continues" in other and "Traceback" not in other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_dies_or_is_stopped_is_named_by_the_others_which_end(victim, how):
+    processes = start("time.sleep(60)")
+    assert [process.stdout.readline() for process in processes] == ["begun\n"] * 2
+    time.sleep(1)
+    processes[victim].send_signal(how)
+    began = time.monotonic()
+    ((output, code),) = finish([processes[1 - victim]])
+    assert time.monotonic() - began < 30
+    processes[victim].kill()
+    ((last, _),) = finish([processes[victim]])
+    if (victim, how) == (0, signal.SIGKILL):  # JAX's C++ code aborts at once: the shell beside it has the word
+        assert code not in (0, 75) and "lost its connection to process 0" in output, output
+    else:
+        assert code == 69 and f"error: process {victim}" in output and "it has died or is stopped" in output, output
+    assert f"error: process {victim} of 2 (" in last and "has ended without a word" in last
+
+
+@pytest.mark.slow
+def test_processes_that_end_well_say_nothing_and_wait_for_each_other():
+    body = "time.sleep(8 * me)\nprint('ended', me)"  # longer than a silence that would count
+    for i, (output, code) in enumerate(finish(start(body))):
+        lines = [line for line in output.splitlines() if "Gloo" not in line]
+        assert (code, lines) == (0, ["begun", f"ended {i}"]), output
+
+
+@pytest.mark.slow
+def test_a_process_whose_others_never_start_says_so_and_ends():
+    body = "pass"
+    code = BEGIN.format(body=f"    {body}").replace("def command", "cluster._START_SECONDS = 3\n\ndef command")
+    for index, words in ((0, "the other 1 processes did not start"), (1, "process 0 did not start")):
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            address = f"localhost:{probe.getsockname()[1]}"
+        variables = dict(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=2, JAX_PROCESS_ID=index)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment(**variables), capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 2 and words in done.stderr and address in done.stderr, done.stderr
