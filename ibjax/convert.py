@@ -18,7 +18,6 @@ accuracy, shows whether they are right. After an import one line says what was t
 """
 
 import argparse
-from pathlib import Path
 
 from ibjax import cluster, disk, errors, torch_file
 from ibjax.architectures import ARCHITECTURES
