@@ -408,3 +408,23 @@ def test_the_command_prints_one_line_and_a_code(tmp_path, monkeypatch, capsys):
     assert caught.value.code == 0
     assert "CIFAR-10 (noise), 50 train, 10 test" in capsys.readouterr().err
     assert tfds.find("cifar10", str(tmp_path / "tfds")).label == "CIFAR-10 (noise)"
+
+
+def test_no_wrong_byte_of_an_archive_ends_in_a_traceback(tmp_path):
+    """A zip shows the most places where its reader raises something else than it should."""
+    make_tiny_imagenet(tmp_path)
+    path = tmp_path / "tiny-imagenet-200.zip"
+    content = path.read_bytes()
+    index = content.rindex(b"PK\x01\x02", 0, len(content) - 3000)  # the entry of a member, then more of them
+    places = [*range(index, index + 60), *range(len(content) - 22, len(content), 2)]
+    damaged = [content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :] for at in places]
+    refused = 0
+    for archive in damaged:
+        path.write_bytes(archive)
+        try:
+            contents = prepare.RECIPES["tiny_imagenet"].read([path])
+            _ = [list(split) for split in contents.splits.values()]
+        except DataError as error:
+            assert path.name in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > 0.6 * len(damaged)

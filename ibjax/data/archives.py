@@ -5,6 +5,7 @@ archive is refused; links and devices are refused; .npy with objects is never un
 """
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import io
@@ -12,7 +13,6 @@ import tarfile
 import urllib.error
 import urllib.request
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -90,12 +90,22 @@ def opened(path: Path, content: bool = False) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def damage(path: Path) -> Iterator[None]:
-    """Turns the many errors of a damaged archive into one line."""
+    """Turns the many errors of a damaged archive into one line: its readers raise whatever wrong bytes lead them to."""
     try:
         yield
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, gzip.BadGzipFile) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise DataError(f"{path} is truncated or damaged ({reason}); delete it and download it again") from None
+    except DataError:
+        raise
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):  # EINVAL: a seek to where damage says
+            raise DataError(f"{path} cannot be read ({error.strerror}); try again, or download it again") from None
+        raise _damaged(path, error) from None
+    except Exception as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path, error):
+    reason = " ".join(str(error).split())[:120] or type(error).__name__
+    return DataError(f"{path} is truncated or damaged ({reason}); delete it and download it again")
 
 
 # ---- members -----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ibjax.data.archives import Archive, damage, opened_zip
 from ibjax.data.builders import Contents, Recipe
@@ -36,11 +36,11 @@ def _read(paths: list[Path]) -> Contents:
                 if parts[2] not in label:
                     raise DataError(f"{path}: '{name}' is of a class that wnids.txt lacks; it is not official")
                 train.append((label[parts[2]], int(parts[4].split("_")[1].removesuffix(".JPEG")), name))
-    test = [(row.split("\t")[0], row.split("\t")[1]) for row in rows if row]
+        test = [(row.split("\t")[0], label[row.split("\t")[1]]) for row in rows if row]
     first_word = {line.split("\t")[0]: line.split("\t")[1].split(",")[0] for line in words if "\t" in line}
     splits = {
         "train": _images(path, [(name, label) for label, _, name in sorted(train)]),
-        "validation": _images(path, [(f"{_ROOT}/val/images/{name}", label[wordnet_id]) for name, wordnet_id in test]),
+        "validation": _images(path, [(f"{_ROOT}/val/images/{name}", label) for name, label in test]),
     }
     classes = tuple(f"{wordnet_id} {first_word.get(wordnet_id, '')}".strip() for wordnet_id in sorted(ids))
     return Contents((64, 64, 3), classes, splits)
@@ -52,8 +52,9 @@ def _images(path: Path, files: list[tuple[str, int]]) -> Iterator[tuple[np.ndarr
             try:
                 with Image.open(io.BytesIO(archive.read(name))) as image:
                     yield np.asarray(image.convert("RGB")), label
-            except (KeyError, OSError, UnidentifiedImageError, SyntaxError) as error:
-                raise DataError(f"{path}: '{name}' is missing or no image ({error}); download it again") from None
+            except Exception as error:  # zipfile and Pillow raise whatever a damaged file leads them to
+                reason = " ".join(str(error).split())[:120]
+                raise DataError(f"{path}: '{name}' is missing or no image ({reason}); download it again") from None
 
 
 TINY_IMAGENET = Recipe(
