@@ -69,10 +69,11 @@ def manager(workdir: Path, *, read_only: bool = False, asynchronous: bool | None
 # ---- saving ------------------------------------------------------------------------------------------------
 
 
-def save(orbax: Any, state: TrainState, metrics: dict[str, float] | None = None) -> None:
+def save(orbax: Any, state: TrainState, metrics: dict[str, Any] | None = None) -> None:
     """Saves the state as its step's checkpoint, then deletes all but the two latest and the best.
 
-    `metrics` are the step's validation metrics, of which "selection" ranks it. A state with a NaN is never saved.
+    `metrics` are the step's validation metrics, of which "selection" ranks it and "select" says what that is. A state
+    with a NaN is never saved.
     Raises CheckpointError when the disk is full; earlier checkpoints stay.
     """
     step = int(state.step)
@@ -189,13 +190,16 @@ def find_step(orbax: Any, which: str | int) -> int:
 
 
 def best_step(orbax: Any) -> int | None:
-    """The step of highest validation "selection", the earliest among equals; None where none was validated."""
+    """The step of highest validation "selection"; among equals that of higher clean accuracy, then the latest.
+
+    None where none was validated.
+    """
     scores = {}
     for step in orbax.all_steps():
         with contextlib.suppress(_DamagedError):
-            score = _manifest(orbax, step)["metrics"].get("selection")
-            if score is not None:
-                scores[step] = (score, -step)
+            scored = _manifest(orbax, step)["metrics"]
+            if scored.get("selection") is not None:
+                scores[step] = (scored["selection"], scored.get("clean_acc", 0.0), step)
     return max(scores, key=scores.__getitem__) if scores else None
 
 
@@ -204,7 +208,7 @@ def latest_step(orbax: Any) -> int | None:
     return max(orbax.all_steps(), default=None)
 
 
-def metrics(orbax: Any, step: int) -> dict[str, float]:
+def metrics(orbax: Any, step: int) -> dict[str, Any]:
     """The validation metrics saved with a step; empty where it was not validated."""
     return _manifest(orbax, step)["metrics"]
 

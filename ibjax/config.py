@@ -61,8 +61,11 @@ def base() -> ConfigDict:
     for role in TEACHERS:  # the assistant is a second teacher, of the methods that have two
         config[role] = dict(workdir="", checkpoint="best", recipe=None, made_by="")
     config.contrast = dict()  # name -> configuration of a run to train and report beside this one
-    # validate: the attack on the validation split that selects `best`, every so many epochs, from `dense_from` on each
+    # validate: the attack on the validation split, every so many epochs, from `dense_from` on each. select: the
+    # accuracy that `best` is the best in, "robust" (under the attack), "clean" or their "mean"; None: "robust" of what
+    # is trained on adversarial images, "clean" of others
     config.validate = dict(
+        select=placeholder(str),
         attack=dict(name="pgd", loss="ce", **_own_threat(), steps=10, init="uniform"),
         every=1,
         dense_from=placeholder(int),
@@ -117,6 +120,7 @@ _NUMBERS = {
 _CHOICES = {
     "attack_bn": ("eval", "train"),
     "select_on": ("val", "test"),
+    "validate.select": (None, "robust", "clean", "mean"),
     "augment.flip": (False, True),
     "validate.stop_on_overfitting": (False, True),
     "evaluate.fixed_step": (False, True),
@@ -154,8 +158,8 @@ def check(config: ConfigDict) -> None:
     for path, (kind, low, high) in _NUMBERS.items():
         _check_number(config, path, kind, low, high, optional=lookup(reference, path, "") is None)
     for path, allowed in _CHOICES.items():
-        if lookup(config, path) not in allowed:
-            raise InputError(f"{path}={lookup(config, path)!r} is unknown; {nearest('', map(str, allowed))}")
+        if (given := lookup(config, path)) not in allowed:
+            raise InputError(f"{path}={given!r} is unknown; {nearest(str(given), map(str, allowed))}")
     for section in _CALLS:
         if _given(config, section):
             _check_call(section, lookup(config, section))

@@ -302,6 +302,7 @@ def _common(trained, checkpoint, settings, split, validation, warnings):
         "images": checkpoints.tree_digest(split),
         "dtype": "float32",
         "selected_on": "unknown" if imported else selected_on,
+        "select": validation.get("select", "robust") if checkpoint == "best" and not imported else None,
         "validation": validation,
         "config": config.plain(trained.config),
         "warnings": warnings,
@@ -327,7 +328,10 @@ def _existing(file, identity):
     wanted = json.loads(json.dumps(identity))
     if not all(config.same(key, record.get(key), wanted[key]) for key in _IDENTITY):
         return None
-    return {**record, **{key: wanted[key] for key in ("title", "config", "main", "train_threat", "validate_threat")}}
+    return {
+        **record,
+        **{key: wanted[key] for key in ("title", "config", "main", "train_threat", "validate_threat", "select")},
+    }
 
 
 def _record(identity, flags):

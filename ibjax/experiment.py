@@ -38,6 +38,16 @@ class Experiment(NamedTuple):
     steps_per_epoch: int
     mesh: Any
 
+    @property
+    def attacked(self) -> bool:
+        """Whether it is trained on adversarial images."""
+        return self.config.attack is not None or self.objective.attack is not None
+
+    @property
+    def select(self) -> str:
+        """The validation accuracy that `best` is the best in: "robust", "clean" or "mean" of both."""
+        return self.config.validate.select or ("robust" if self.attacked else "clean")
+
 
 def build(
     settings: ConfigDict,
@@ -78,6 +88,11 @@ def build(
     }
     modules, frozen = ({role: parts[i] for role, parts in taught.items()} for i in (0, 1))
     optimizer, learning_rate = _optimizer(settings, steps_per_epoch)
+    if settings.validate.stop_on_overfitting and settings.attack is None and objective.attack is None:
+        raise InputError(
+            "validate.stop_on_overfitting looks at the robust accuracy that adversarial training loses; this run "
+            "trains on clean images, set it to False"
+        )
 
     def bind_net(frozen):
         return linen_net(model, modules, frozen)

@@ -68,7 +68,8 @@ def train(experiment: Experiment, workdir: Path) -> None:
         if step >= total:
             log.info("%s: already trained, %d steps", workdir, step)
             return
-        if step and settings.validate.stop_on_overfitting and _overfitted(orbax, checkpoints.metrics(orbax, step)):
+        validated = checkpoints.metrics(orbax, step) if step else {}
+        if settings.validate.stop_on_overfitting and _overfitted(experiment, orbax, validated):
             log.info("%s: stopped at step %d by catastrophic overfitting", workdir, step)
             return
         if step:
@@ -112,8 +113,8 @@ def _loop(experiment, orbax, state, step, total, write):
                 if scores:
                     write("val", step, epoch=step / per_epoch, **scores)
                     _tell(settings, epoch, scores, (time.perf_counter() - began) / (step - first) * (total - step))
-                overfitted = scores is not None and _overfitted(orbax, scores)
-                _save(orbax, state, scores)
+                overfitted = scores is not None and _overfitted(experiment, orbax, scores)
+                _save(orbax, state, scores and {**scores, "select": experiment.select})
                 if overfitted and _alarm(settings, epoch):
                     return
                 window = Window(step)
@@ -168,13 +169,14 @@ def _validate(experiment, validator, state):
     (scorer, size), split = validator, _selection_split(experiment)
     flags, _ = scorer(checkpoints.split(state)[0], split, experiment.config.seed, **size)
     clean, robust = (100 * float(np.mean(part)) for part in (flags.clean, flags.robust))
-    return {"clean_acc": clean, "robust_acc": robust, "selection": robust}
+    selection = {"robust": robust, "clean": clean, "mean": (clean + robust) / 2}[experiment.select]
+    return {"clean_acc": clean, "robust_acc": robust, "selection": selection}
 
 
-def _overfitted(orbax, scores):
-    """Whether robust accuracy has fallen catastrophically from the best checkpoint's."""
+def _overfitted(experiment, orbax, scores):
+    """Whether the robust accuracy that was trained for has fallen catastrophically from the best checkpoint's."""
     best = checkpoints.best_step(orbax)
-    if best is None or "robust_acc" not in scores:
+    if best is None or "robust_acc" not in scores or not experiment.attacked:
         return False
     return checkpoints.metrics(orbax, best)["robust_acc"] - scores["robust_acc"] > _CATASTROPHE
 

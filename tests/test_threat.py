@@ -140,6 +140,13 @@ def test_an_objective_that_makes_its_own_images_says_their_radius():
     assert config.trained_threat(recipe) == {"norm": "linf", "eps": "0.3"}
 
 
+def test_a_record_says_by_which_accuracy_its_checkpoint_was_selected(digits):
+    """Checkpoints from before there was a choice were selected by robust accuracy."""
+    found = [evaluate.evaluate(folder)[0]["select"] for folder in (digits, digits / "undefended")]
+    assert found == ["robust", "clean"]
+    assert evaluate.evaluate(digits, "last", attacks=("fgsm",))[0]["select"] is None
+
+
 # ---- another threat model in one evaluation ----------------------------------------------------------------------
 
 
