@@ -56,7 +56,7 @@ def get_config(arg=None):
     if row == "sat-resnet18":
         config.seed = 1  # a surrogate shares no randomness with what it attacks
     config.validate.update(every=10, dense_from=95)
-    config.evaluate.attacks = ("fgsm", "pgd-100", "cw-100")
+    config.evaluate.attacks = ("fgsm", "pgd-100", "margin-100")
     if small:
         shrunk = dict(depth=10, width=1) if "wrn" in row else dict(depth=10, width=4)
         smoke(config, (32, 32, 3), 10, dict(dtype="float32", **shrunk))

@@ -25,7 +25,7 @@ def get_config(arg=None):
     config.objective = dict(name="trades", beta=6.0)
     config.attack.update(loss="kl", init="gaussian")
     config.validate.update(every=10, dense_from=95)
-    config.evaluate.attacks = ("fgsm", "pgd-100", "cw-100")
+    config.evaluate.attacks = ("fgsm", "pgd-100", "margin-100")
     if row == "original":
         config.objective.forwards = 3
         config.attack.update(eps="0.031", step_size="0.007")

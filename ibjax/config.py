@@ -7,8 +7,10 @@ its factory with the rest. Printing a configuration and pasting it back gives th
 
 import importlib
 import inspect
+import logging
 import math
 import pkgutil
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,6 +22,7 @@ from ml_collections.config_dict import placeholder
 from ibjax.attacks import geometry
 from ibjax.errors import InputError, nearest
 
+log = logging.getLogger(__name__)
 TEACHERS = ("teacher", "assistant")
 # the types of options that are sections themselves: of a model, or an objective
 ModelSection = Annotated[Mapping[str, Any], "models"]
@@ -74,7 +77,7 @@ def base() -> ConfigDict:
     )
     config.select_on = "val"  # or "test", as the papers do; every record then says so
     config.evaluate = dict(
-        attacks=("fgsm", "pgd-20", "cw-20"),
+        attacks=("fgsm", "pgd-20", "margin-20"),
         **_own_threat(),
         ladder=(),  # more values of eps for the curve
         fixed_step=False,  # True: the ladder's steps are step_size too; False: they scale with eps
@@ -138,6 +141,7 @@ _CALLS = {
     "perturb": "perturb",
 }
 OPTIONAL = ("attack", "perturb")  # sections that may be None
+_HELD = re.compile(rf"^(({'|'.join(TEACHERS)})\.recipe\.|contrast\.[^.]+\.)+")  # where a configuration holds another
 
 
 def check(config: ConfigDict) -> None:
@@ -549,15 +553,49 @@ def rename(config: ConfigDict, path: str, name: str | None) -> None:
         return
     section = parent[last]
     section.name = name
-    local = path.rpartition("recipe.")[2] if "recipe." in path else path
-    if local in _CALLS:
-        call, context = _callable(local, name)
+    if (inside := local(path)) in _CALLS:
+        call, context = _callable(inside, name)
         parameters, hints = signature(call, context)
         for key in set(section) - {"name", *_SPLITTING, "lr", "stepping", *parameters}:
             del section[key]
         for key, parameter in parameters.items():
             if key not in section and parameter.default is inspect.Parameter.empty:
                 section[key] = _default(None, hints.get(key))
+
+
+def local(path: str) -> str:
+    """A key's path within the recipe that it is of: "attack.eps" of "teacher.recipe.attack.eps"."""
+    return _HELD.sub("", path)
+
+
+def may_be_none(config: ConfigDict, path: str) -> bool:
+    """Whether None is a value of this key: it is in `base`, or the option's call takes it."""
+    inside = local(path)
+    reference, section, key = base(), *_parted(inside)
+    if inside in OPTIONAL or lookup(reference, inside, "") is None:
+        return True
+    if section not in _CALLS or (called := lookup(config, path.rpartition(".")[0], None)) is None:
+        return False
+    parameters, hints = signature(*_callable(section, called.name))
+    return key in parameters and (parameters[key].default is None or _fits(None, hints.get(key, int)))
+
+
+def _parted(path):
+    section, _, key = path.rpartition(".")
+    return section, key
+
+
+def loosen(config: ConfigDict) -> ConfigDict:
+    """Gives the keys that are None the type that may replace it: what `base` has, and JSON has not."""
+    reference = base()
+    for path, value in leaves(reference):
+        if value is None and not path.endswith("recipe") and path not in OPTIONAL and lookup(config, path, 0) is None:
+            section, key = _parted(path)
+            inside, typed = ((lookup(part, section) if section else part) for part in (config, reference))
+            inside[key] = placeholder(typed.get_type(key))
+    for _, recipe in recipes(config):
+        loosen(recipe)
+    return config
 
 
 def recipes(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
@@ -611,13 +649,16 @@ def held(recipe: ConfigDict) -> ConfigDict:
 
 def parse_arg(arg: str | None, rows: tuple[str, ...] = ()) -> tuple[str, bool]:
     """(row, smoke) of a recipe's argument, as "", "smoke", "ROW" or "ROW,smoke"; the first row is the default."""
-    words = [word for word in (arg or "").split(",") if word]
+    words = [word.strip() for word in (arg or "").split(",") if word.strip()]
     chosen = [word for word in words if word != "smoke"]
+    takes = f"it takes {'a row, smoke, or ROW,smoke' if rows else 'smoke alone'}"
     for word in chosen:
         if word not in rows:
-            raise InputError(f"config argument '{word}' is unknown; {nearest(word, ('smoke', *rows))}")
+            raise InputError(f"the recipe's argument '{word}' is unknown; {takes}; {nearest(word, ('smoke', *rows))}")
     if len(chosen) > 1:
-        raise InputError(f"config arguments {', '.join(chosen)} exclude each other; give one")
+        raise InputError(f"the recipe's arguments {', '.join(chosen)} exclude each other; {takes}")
+    if len(rows) > 1 and not chosen:
+        log.info("row '%s' of this recipe; its others are %s", rows[0], ", ".join(rows[1:]))
     return (chosen[0] if chosen else rows[0] if rows else ""), "smoke" in words
 
 
@@ -630,5 +671,5 @@ def smoke(config: ConfigDict, shape: tuple[int, int, int], num_classes: int, mod
         if attack is not None and "steps" in attack:
             attack.steps = 2
     config.validate.update(every=1, batch_size=8)
-    config.evaluate.update(attacks=("fgsm", "pgd-2", "cw-2"), ladder=(), batch_size=8)
+    config.evaluate.update(attacks=("fgsm", "pgd-2", "margin-2"), ladder=(), batch_size=8)
     return config

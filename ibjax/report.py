@@ -23,6 +23,7 @@ import numpy as np
 
 from ibjax import errors, metrics, results
 from ibjax.attacks.geometry import fraction
+from ibjax.attacks.names import canonical
 from ibjax.errors import InputError
 from ibjax.results import Record, strength
 
@@ -161,6 +162,7 @@ def _read_records(folder, problems):
             continue
         try:
             results.validate(record)
+            record["attack"] = canonical(record["attack"])
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             missing = "it lacks " if isinstance(error, KeyError) else ""
             problems.append(f"{_short(file)} is damaged ({missing}{error}); delete it and evaluate again")

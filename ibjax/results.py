@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ibjax.attacks.geometry import fraction
+from ibjax.attacks.names import parse, with_options
 
 Record = dict[str, Any]  # accuracies in percent
 TOLERANCE = 0.5  # percentage points by which the weaker of two attacks may do better before a check warns
 _NAMES = {
     "fgsm": "FGSM",
     "pgd": "PGD",
-    "cw": "margin PGD",
+    "margin": "margin PGD",
     "square": "Square",
     "fab": "FAB",
     "apgd": "APGD",
@@ -89,12 +90,18 @@ def is_transfer(attack: str) -> bool:
 
 
 def attack_label(name: str) -> str:
-    """As "margin PGD-20" for "cw-20", "PGD-100, transfer from teacher" for "pgd-100 from teacher"."""
+    """As "PGD-20 (restarts 5)" for "pgd-20(restarts=5)", "PGD-9, transfer from teacher" for "pgd-9 from teacher"."""
     name, _, source = name.partition(" from ")
-    family, dash, steps = name.partition("-")
+    base, options = parse(name)
+    count = options.pop("count", "both")
+    family, dash, steps = base.partition("-")
     label = _NAMES.get(family, family) + dash + steps
-    if name.startswith("cw-l2-"):
-        label = f"C&W l2-{name.removeprefix('cw-l2-')} (any size)"
+    said = [f"{option} {value}" for option, value in options.items()]
+    if base.startswith("cw-l2-"):
+        label, said = f"C&W l2-{base.removeprefix('cw-l2-')}", ["any size", *said]
+    if count == "attacked":
+        said.append("counts images wrong as they are")
+    label += f" ({', '.join(said)})" if said else ""
     return f"{label}, transfer from {source}" if source else label
 
 
@@ -124,10 +131,11 @@ def _threat_in_words(threat):
 def strength(attack: str) -> tuple:
     """Sorts one-step attacks before iterative ones, fewer steps before more, and transfer attacks after all others."""
     name, _, source = attack.partition(" from ")
-    family, _, steps = name.partition("-")
+    base, options = parse(name)
+    family, _, steps = base.partition("-")
     known = list(_NAMES)
     rank = known.index(family) if family in known else len(known)
-    return bool(source), rank, family, int(steps) if steps.isdigit() else 0, steps, source
+    return bool(source), rank, family, int(steps) if steps.isdigit() else 0, steps, with_options("", options), source
 
 
 def network_label(record: Record) -> str:
@@ -427,5 +435,6 @@ def _agreement(grouped):
             )
             name = f"{row.label}, {attack_label(record['attack'])}, eps {record['eps']}"
             text = f"{name}: {stated:.4f} stated, {counted:.4f} counted, {clean:.4f} clean"
-            cases.append((min(0.001 - abs(counted - stated), clean + 0.001 - stated), text))
+            most = 100.0 if "count=attacked" in record["attack"] else clean
+            cases.append((min(0.001 - abs(counted - stated), most + 0.001 - stated), text))
     return cases

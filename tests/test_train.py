@@ -1,8 +1,11 @@
 """The loop: data order, resuming to the bit, what stops it."""
 
 import dataclasses
+import io
 import itertools
 import json
+import logging
+import sys
 
 import jax
 import numpy as np
@@ -162,6 +165,44 @@ def test_a_nan_stops_the_run_and_the_last_good_checkpoint_stays(tmp_path):
     assert "step 8" in str(caught.value) and "last good checkpoint is step 5" in str(caught.value)
     with checkpoint.manager(tmp_path, read_only=True) as orbax:
         assert list(orbax.all_steps()) == [5]
+
+
+def test_weights_that_break_after_the_last_loss_are_told_as_a_loss_that_does(tmp_path, monkeypatch):
+    """The loss is of the weights before the step; those behind it are what is validated and saved."""
+    made = build(settings())
+
+    def poisoned(state, batch, key, teacher):
+        state, values = made.train_step(state, batch, key, teacher)
+        params = jax.tree.map(lambda w: jax.numpy.where(state.step == 10, jax.numpy.inf, w), state.variables["params"])
+        return state._replace(variables={**state.variables, "params": params}), values
+
+    with pytest.raises(DivergedError, match=r"variables/.* became NaN or Inf in the batch of step 10 \(gradient norms"):
+        train.train(made._replace(train_step=poisoned), tmp_path / "inf")
+    reason = metrics.read(tmp_path / "inf/metrics.jsonl")[-1]["reason"]
+    assert "last good checkpoint is step 5; lower optimizer.lr" in reason
+
+    def validate(experiment, validator, state):
+        raise InputError("the network's gradient is NaN or infinite on 8 images")
+
+    monkeypatch.setattr(train, "_validate", validate)  # weights that are finite, and too large for their products
+    with pytest.raises(DivergedError, match=r"validation accuracy .* batch of step 5 \(.*gradient is NaN"):
+        train.train(made, tmp_path / "large")
+
+
+def test_a_validation_is_told_on_a_terminal_as_in_a_pipe(tmp_path, monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stream in (Terminal(), io.StringIO()):
+        handler = logging.StreamHandler(stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(logging.root, "handlers", [handler])
+        monkeypatch.setattr(logging.root, "level", logging.INFO)
+        train.train(build(settings(epochs=1)), tmp_path / type(stream).__name__)
+        text = stream.getvalue()
+        assert "epoch 1 of 1, validation clean" in text
+        assert ("5/5" in text) == stream.isatty()
 
 
 def test_a_high_learning_rate_diverges_with_one_line(tmp_path):

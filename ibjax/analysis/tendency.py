@@ -20,6 +20,7 @@ import numpy as np
 
 from ibjax import cluster, errors, run
 from ibjax.analysis import attacked
+from ibjax.attacks.names import canonical, in_file_name
 from ibjax.errors import InputError
 from ibjax.results import attack_label
 from ibjax.step import linen_net
@@ -61,7 +62,7 @@ def evaluate(
         "counts": counts(split.labels, classes, trained.facts["num_classes"]).tolist(),
     }
     if jax.process_index() == 0:
-        run.write_json(workdir / "tendency" / f"{checkpoint}.{attack}.json", record)
+        run.write_json(workdir / "tendency" / f"{checkpoint}.{in_file_name(attack)}.json", record)
     return record
 
 
@@ -84,7 +85,7 @@ def lines(record: dict[str, Any], top: int = 4, names: list[str] | None = None) 
 def main() -> None:
     """The command line of this module."""
     parser = run.command_line("ibjax.analysis.tendency", __doc__)
-    parser.add_argument("--attack", default="pgd-10", help="a name, as of an evaluation")
+    parser.add_argument("--attack", type=canonical, default="pgd-10", help="a name, as of an evaluation")
     parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")
     parser.add_argument("--top", type=int, default=4, help="wrong classes in a row")
     attacked.add_class_names(parser)
