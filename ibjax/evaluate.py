@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ibjax import checkpoint as checkpoints
-from ibjax import cluster, config, errors, report, results, run
+from ibjax import cluster, config, errors, report, results, run, threat
 from ibjax.attacks import checks, geometry, names
 from ibjax.attacks.named import Named, check, named, takes_step_size
 from ibjax.data import Split
@@ -51,7 +51,7 @@ def check_settings(settings: Any) -> None:
     for name in settings["attacks"]:
         named(name)
     for name in ("eps", "step_size"):
-        config.check_length(settings[name], settings["norm"], f"evaluate.{name}")
+        threat.check_length(settings[name], settings["norm"], f"evaluate.{name}")
     for name in settings["attacks"]:
         check(name, settings["norm"], settings["eps"], settings["step_size"])
     for eps in settings["ladder"]:
@@ -221,10 +221,10 @@ def _threat(settings, norm, eps, step_size):
     if norm not in (None, settings["norm"]) and eps is None:
         raise InputError(f"norm={norm} needs its own eps: {settings['eps']} is one of {settings['norm']}; give --eps")
     eps = settings["eps"] if eps is None else eps
-    usual = config.quarter(eps) if norm not in (None, settings["norm"]) else _scaled_step(settings, eps)
+    usual = threat.quarter(eps) if norm not in (None, settings["norm"]) else _scaled_step(settings, eps)
     attacks, norm = settings["attacks"], norm or settings["norm"]
-    if step_size is not None and not config.same_length(step_size, usual):
-        config.check_length(step_size, norm, "step_size")
+    if step_size is not None and not threat.same_length(step_size, usual):
+        threat.check_length(step_size, norm, "step_size")
         attacks = tuple(names.add(name, step_size=step_size) if takes_step_size(name) else name for name in attacks)
     ladder = settings["ladder"] if (norm, eps) == (settings["norm"], settings["eps"]) else ()
     return dict(norm=norm, eps=eps, step_size=usual, ladder=ladder, attacks=attacks)
@@ -317,13 +317,13 @@ def _file_name(attack, eps, settings, source=None, own=None):
     under another threat model than that of `own`, the run's section: "pgd-20.l2.eps0.5.json".
     """
     surrogate = "" if source is None else f"~{source.says['weights'][:8]}"
-    threat = "" if own is None or settings["norm"] == own["norm"] else f".{settings['norm']}"
-    if own is not None and not config.same_length(settings["eps"], own["eps"]):
-        threat += f".eps{names.in_file_name(settings['eps'])}"
+    other = "" if own is None or settings["norm"] == own["norm"] else f".{settings['norm']}"
+    if own is not None and not threat.same_length(settings["eps"], own["eps"]):
+        other += f".eps{names.in_file_name(settings['eps'])}"
     ladder = "" if eps == settings["eps"] else f"@{names.in_file_name(eps)}"
     samples = f".sampled{settings['samples']}" if settings["samples"] else ""
     part = "" if settings["n"] is None else f".n{settings['n']}"
-    return f"{names.in_file_name(attack)}{surrogate}{threat}{ladder}{samples}{part}.json"
+    return f"{names.in_file_name(attack)}{surrogate}{other}{ladder}{samples}{part}.json"
 
 
 def _step_size(attack, settings, eps):
@@ -339,8 +339,8 @@ def _scaled_step(settings, eps):
     """The step for another eps: in the same proportion, so that every eps is within reach, unless it is fixed."""
     if eps == settings["eps"] or settings["fixed_step"]:
         return settings["step_size"]
-    if config.same_length(settings["step_size"], config.quarter(settings["eps"])):
-        return config.quarter(eps)
+    if threat.same_length(settings["step_size"], threat.quarter(settings["eps"])):
+        return threat.quarter(eps)
     main, step = geometry.fraction(settings["eps"]), geometry.fraction(settings["step_size"])
     return float(step * geometry.fraction(eps) / main)
 
@@ -353,8 +353,8 @@ def _common(trained, checkpoint, settings, split, validation, warnings):
         **run.provenance(trained, checkpoint),
         "dataset": trained.facts["label"],
         "norm": settings["norm"],
-        "train_threat": "unknown" if imported else config.trained_threat(trained.config),
-        "validate_threat": "unknown" if imported else config.validated_threat(trained.config),
+        "train_threat": "unknown" if imported else threat.trained(trained.config),
+        "validate_threat": "unknown" if imported else threat.validated(trained.config),
         "fixed_step": settings["fixed_step"],
         "n": len(split.labels),
         "images": checkpoints.tree_digest(split),

@@ -25,7 +25,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from ibjax import cluster, config, errors, report, results, run, train
+from ibjax import cluster, config, errors, report, results, run, threat, train
 from ibjax.attacks import names
 from ibjax.errors import InputError, nearest
 from ibjax.evaluate import check_images, check_network, check_settings, evaluate
@@ -194,7 +194,7 @@ def _of_run(file, arg):
         raise InputError(f"--config={file} is a run's configuration and takes no argument; leave ':{arg}' out")
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))["config"]
-        return config.loosen(config.follow_threat(config.upgrade(ConfigDict(config.plain(saved)))))
+        return config.loosen(threat.follow(config.upgrade(ConfigDict(config.plain(saved)))))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"--config={file} is not the config.json of a run ({_last_line(error)}); give that, or FILE.py"
@@ -288,7 +288,7 @@ def _check_results(page, folders):
 
 def _departures(settings, evaluated):
     """What a report will say of threat models that differ, before the training is paid for."""
-    threats = dict(train_threat=config.trained_threat(settings), validate_threat=config.validated_threat(settings))
+    threats = dict(train_threat=threat.trained(settings), validate_threat=threat.validated(settings))
     return results.departures({"norm": evaluated.norm, "eps": evaluated.eps, **threats})
 
 

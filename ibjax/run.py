@@ -25,7 +25,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from ibjax import checkpoint as checkpoints
-from ibjax import cluster, config
+from ibjax import cluster, config, threat
 from ibjax.attacks.names import split
 from ibjax.data import Arrays, Split, load_splits, stratified, subset
 from ibjax.errors import CheckpointError, InputError
@@ -56,8 +56,8 @@ class Run(NamedTuple):
         shape, classes = tuple(self.facts["input_shape"]), self.facts["num_classes"]
         weights = sum(leaf.size for leaf in jax.tree.leaves(self.variables["params"]))
         model, objective = (_in_words(self.config[section]) for section in ("model", "objective"))
-        threat = config.trained_threat(self.config)
-        trained = "clean images" if threat is None else f"adversarial images in {threat['norm']} at eps {threat['eps']}"
+        seen = threat.trained(self.config)
+        trained = "clean images" if seen is None else f"adversarial images in {seen['norm']} at eps {seen['eps']}"
         lines = {
             "workdir": f"{self.workdir}, step {self.step}",
             "model": f"{model}, {weights:,} parameters",

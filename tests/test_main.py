@@ -179,7 +179,7 @@ def test_what_get_config_may_return_and_take(tmp_path, command):
         assert code == 2 and words in message and "\n" not in message
 
 
-def test_a_recipe_says_what_it_takes(command, tmp_path, caplog):
+def test_a_recipe_says_what_it_takes(command, tmp_path):
     recipe = ROOT / "configs/ibd_wrn.py"
     for arg, words in (
         ("smok", "ROW,smoke; allowed: awp, ibd, smoke"),
@@ -187,8 +187,11 @@ def test_a_recipe_says_what_it_takes(command, tmp_path, caplog):
     ):
         code, message = command(f"--config={recipe}:{arg}", f"--workdir={tmp_path}")
         assert code == 2 and words in message
+
+
+def test_a_recipe_says_which_row_it_takes_and_which_there_are(caplog):
     with caplog.at_level("INFO"):
-        main.load_config(f"{recipe}:smoke")
+        main.load_config(f"{ROOT / 'configs/ibd_wrn.py'}:smoke")
     assert "row 'ibd' of this recipe; its others are awp" in caplog.text
 
 
