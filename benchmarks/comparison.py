@@ -49,7 +49,7 @@ OPTIONS = {
 }
 
 
-ATTACKS = ("pgd-20", "cw-20", "autoattack")  # from the weakest to the strongest
+ATTACKS = ("pgd-20", "margin-20", "autoattack")  # from the weakest to the strongest
 # what a method puts in place of the digits' network, or around it
 NETWORKS = {
     **dict.fromkeys(("vib", "shared_information"), lambda cnn: dict(name="stochastic", backbone=cnn, latent=32)),

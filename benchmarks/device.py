@@ -127,7 +127,7 @@ def training(given: argparse.Namespace) -> None:
     n = len(run.load_data(settings).train.labels) if not given.quick else 128
     settings.epochs = 2 if given.quick else max(1, int(affordable_images(given) / n))
     settings.validate.update(every=settings.epochs, batch_size=min(1000, settings.batch_size * 2))
-    settings.evaluate.update(attacks=("fgsm", "pgd-20", "cw-20"), batch_size=min(1000, settings.batch_size * 2))
+    settings.evaluate.update(attacks=("fgsm", "pgd-20", "margin-20"), batch_size=min(1000, settings.batch_size * 2))
     update(given.out, "training", epochs=settings.epochs, n_train=n, config=config.plain(settings))
 
     begun = time.perf_counter()

@@ -52,7 +52,7 @@ def get_config(arg=None):
         config.objective = dict(name="hbar", base="standard", lambda_x=0.006, lambda_y=0.05)
         config.attack = None
     config.validate.update(every=10, dense_from=95)
-    config.evaluate.attacks = ("fgsm", "pgd-100", "cw-100")
+    config.evaluate.attacks = ("fgsm", "pgd-100", "margin-100")
     if small:
         smoke(config, (32, 32, 3), 100 if data == "cifar100" else 10, dict(depth=10, width=4, dtype="float32"))
     return config

@@ -35,7 +35,7 @@ def get_config(arg=None):
     config.data.dataset = data
     config.model = dict(name="resnet", depth=18, dtype="bfloat16")
     config.validate.update(every=10, dense_from=95)
-    config.evaluate.attacks = ("pgd-20", "pgd-100", "cw-100")
+    config.evaluate.attacks = ("pgd-20", "pgd-100", "margin-100")
     match method:
         case "trades":
             config.objective = dict(name="trades", beta=6.0)

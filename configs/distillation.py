@@ -68,7 +68,7 @@ def get_config(arg=None):
     if method == "iad_2":
         teach(config.assistant, "natural-resnet18", "teachers.py:natural-resnet18")
     config.validate.update(every=10, dense_from=95)
-    config.evaluate.attacks = ("fgsm", "pgd-100", "cw-100")
+    config.evaluate.attacks = ("fgsm", "pgd-100", "margin-100")
     if form == "original":
         original(config, method)
     if small:

@@ -89,7 +89,7 @@ def get_config(arg=None):
     config.objective = dict(name="ibd", alpha=0.9, beta=0.8)
     config.attack.update(loss="kl", init="gaussian")
     config.validate.update(every=10, dense_from=95)
-    config.evaluate.attacks = ("fgsm", "pgd-100", "cw-100")
+    config.evaluate.attacks = ("fgsm", "pgd-100", "margin-100")
     teacher, student = "wrn34_10", "resnet18"
     kind, _, value = row.partition("-")
     if row in PAIRS:

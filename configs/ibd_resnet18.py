@@ -38,7 +38,7 @@ def get_config(arg=None):
         made_by = "python -m ibjax.main --config=configs/teachers.py:{0} --workdir=runs/{0}"
         config.teacher.made_by = made_by.format("trades-wrn-cifar100")
     config.validate.update(every=10, dense_from=95)
-    config.evaluate.attacks = ("fgsm", "pgd-100", "cw-100")
+    config.evaluate.attacks = ("fgsm", "pgd-100", "margin-100")
     if "code" in row:
         config.objective.update(alpha=0.8, teacher_features="nat", teacher_noise=0.001)
         config.epochs = 150

@@ -31,7 +31,7 @@ def get_config(arg=None):
     config.teacher.workdir = "runs/trades_wrn"
     config.teacher.made_by = "python -m ibjax.main --config=configs/trades_wrn.py --workdir=runs/trades_wrn"
     config.validate.update(every=10, dense_from=95)
-    config.evaluate.attacks = ("fgsm", "pgd-100", "cw-100")
+    config.evaluate.attacks = ("fgsm", "pgd-100", "margin-100")
     if row == "awp":
         config.title += " + AWP"
         config.perturb = dict(name="awp", gamma=0.005, warmup=9)  # as TRADES-AWP: from the tenth epoch on

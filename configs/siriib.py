@@ -40,7 +40,7 @@ After `python -m ibjax.main`, on its workdir:
 - Table 4: `python -m ibjax.evaluate --workdir=runs/siriib/pgd_at --attacks=pgd-20,siriib-svd-20,siriib-info-20,
   siriib-ce-svd-20,siriib-ce-info-20,siriib-20`: 52.53, 82.64, 83.11, 52.56, 52.51 and 52.61.
 - Table 7: `python -m ibjax.evaluate --workdir=runs/siriib/pgd_at --norm=l2 --eps=0.5 --step_size=0.1
-  --attacks=pgd-20,pgd-100,cw-100`.
+  --attacks=pgd-20,pgd-100,margin-100`.
 - Table 8: `python -m ibjax.analysis.calibration --workdir=runs/siriib/isolated`. Its attacks do not know of the SR
   modules; the command also attacks through them.
 - Table 9: `python -m ibjax.analysis.corruptions --workdir=runs/siriib/isolated --data_dir=DIR`, and with
@@ -90,7 +90,7 @@ def get_config(arg=None):
     config.model = dict(name="siriib", backbone=dict(name="resnet", depth=18, dtype="bfloat16"))
     config.objective = dict(name="siriib", base=kind if kind in ("trades", "te") else "pgd_at", lam=20.0)
     config.validate.update(every=10, dense_from=95)
-    config.evaluate.attacks = ("pgd-20", "pgd-100", "cw-100", "autoattack")
+    config.evaluate.attacks = ("pgd-20", "pgd-100", "margin-100", "autoattack")
     match kind:
         case "trades":
             config.attack.update(loss="kl", init="gaussian")

@@ -63,7 +63,7 @@ def get_config(arg=None):
         config.objective = dict(name="pgd_at", passes="clean,adv")
         config.seed = 1  # a surrogate shares no randomness with what it attacks
     config.validate.update(every=10, dense_from=95)
-    config.evaluate.attacks = ("fgsm", "pgd-100", "cw-100")
+    config.evaluate.attacks = ("fgsm", "pgd-100", "margin-100")
     if row.startswith("iad"):
         config.model.name = "resnet"
         config.augment.padding = "zero"

@@ -26,7 +26,7 @@ def get_config(arg=None):
     config.objective = dict(name="trades", beta=6.0)
     config.attack.update(loss="kl", init="gaussian")
     config.validate.update(every=10, dense_from=95)
-    config.evaluate.attacks = ("fgsm", "pgd-100", "cw-100")
+    config.evaluate.attacks = ("fgsm", "pgd-100", "margin-100")
     if row == "original":
         config.objective.passes = "clean,adv,clean"
         config.threat.eps = "0.031"

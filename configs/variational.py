@@ -32,7 +32,7 @@ def get_config(arg=None):
     config = base()
     config.title = row.upper()
     config.data.dataset = "cifar100" if row == "ceb-cifar100" else "cifar10"
-    config.evaluate.attacks = ("fgsm", "pgd-100", "cw-100")
+    config.evaluate.attacks = ("fgsm", "pgd-100", "margin-100")
     shape, shrunk = (32, 32, 3), dict(name="preact_resnet", depth=10, width=4)
     if row.startswith("ceb"):
         ceb(config, row)
@@ -69,7 +69,7 @@ def vib_vgg16(config):
     config.threat.eps = "0.03"
     config.validate.attack.step_size = "0.0069"
     config.validate.every = 10
-    attacks = ("fgsm", "pgd-scaled-10", "nifgsm-10")
+    attacks = ("fgsm(count=attacked)", "pgd-scaled-10(count=attacked)", "nifgsm-10(count=attacked)")  # as ib_rar.py's
     config.evaluate.update(attacks=attacks, step_size="2/255", ladder=("8/255",))
 
 

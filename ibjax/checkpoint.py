@@ -114,10 +114,11 @@ def manager(
 # ---- saving ------------------------------------------------------------------------------------------------
 
 
-def save(store: Store, state: TrainState, metrics: dict[str, float] | None = None) -> None:
+def save(store: Store, state: TrainState, metrics: dict[str, Any] | None = None) -> None:
     """Saves the state as its step's checkpoint, then deletes all but the two latest and the best.
 
-    `metrics` are the step's validation metrics, of which "selection" ranks it. A state with a NaN is never saved.
+    `metrics` are the step's validation metrics, of which "selection" ranks it and "select" says what that is. A state
+    with a NaN is never saved.
     Raises CheckpointError when the disk is full; earlier checkpoints stay.
     """
     step, orbax = int(state.step), store.orbax
@@ -280,14 +281,15 @@ def find_step(store: Store, which: str | int) -> int:
 
 
 def best_step(store: Store) -> int | None:
-    """The step of highest validation "selection", the earliest among equals; None where none was validated.
+    """The step of highest validation "selection"; among equals that of higher clean accuracy, then the latest.
 
+    None where none was validated.
     Raises CheckpointError where a step is damaged so that it cannot be known whether it was the best.
     """
     scores = {}
     for step in store.all_steps():
         try:
-            score = _manifest(store, step)["metrics"].get("selection")
+            scored = _manifest(store, step)["metrics"]
         except _GoneError:
             continue
         except _DamagedError as error:
@@ -295,8 +297,8 @@ def best_step(store: Store) -> int | None:
                 f"{error}, so that it cannot be told which checkpoint is the best; give --checkpoint=last or a step of "
                 f"{store.all_steps()}, or run the training command again, which sets it aside"
             ) from None
-        if score is not None:
-            scores[step] = (score, -step)
+        if scored.get("selection") is not None:
+            scores[step] = (scored["selection"], scored.get("clean_acc", 0.0), step)
     return max(scores, key=scores.__getitem__) if scores else None
 
 
@@ -305,7 +307,7 @@ def latest_step(store: Store) -> int | None:
     return max(store.all_steps(), default=None)
 
 
-def metrics(store: Store, step: int) -> dict[str, float]:
+def metrics(store: Store, step: int) -> dict[str, Any]:
     """The validation metrics saved with a step; empty where it was not validated."""
     return _manifest(store, step)["metrics"]
 

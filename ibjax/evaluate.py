@@ -4,13 +4,14 @@
     python -m ibjax.evaluate --workdir=DIR --surrogate=DIR2 --attacks=fgsm,pgd-100         transfer from another run
     python -m ibjax.evaluate --workdir=DIR --samples=12 --attacks=pgd-20,autoattack-rand   of a stochastic network
 
-An attack's name is one of `attacks/named.py`: `fgsm`, `pgd-STEPS` (cross-entropy), `cw-STEPS` (PGD on the margin loss),
-`autoattack` and its parts, adaptive attacks. An image counts as robust when it is classified correctly both as it is
-and under attack. AutoAttack runs at the main eps only, and goes on where it was ended.
+An attack's name is one of `attacks/named.py`: `fgsm`, `pgd-STEPS` (cross-entropy), `margin-STEPS` (PGD on the margin
+loss), `autoattack` and its parts, adaptive attacks, with options as in `--attacks="fgsm, cw-l2-200(c=0.1,lr=0.1)"`. An
+image counts as robust when it is classified correctly both as it is and under attack. AutoAttack runs at the main eps
+only, and goes on where it was ended.
 
 Stochastic networks are judged on the mean of their latent variable, without `samples`; with it, on the mean of so many
-drawn softmaxes, which every attack climbs too (`scoring.sampling`). Transfer attacks are those of a surrogate's `best`
-checkpoint, at the main eps. Records and reports say either.
+drawn softmaxes, which every attack climbs too (`scoring.sampling`). Transfer attacks are those of a surrogate, of its
+`--surrogate_checkpoint`, at the main eps. Records and reports say either.
 
 Guarantee (test of the same name): a record that is there is not computed again.
 """
@@ -33,10 +34,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ibjax import checkpoint as checkpoints
-from ibjax import cluster, config, disk, errors, report, results, run
-from ibjax.attacks import autoattack, checks, geometry
-from ibjax.attacks.named import Named, check, named
-from ibjax.data import first_of_each, subset
+from ibjax import cluster, config, disk, errors, report, results, run, threat
+from ibjax.attacks import autoattack, checks, geometry, names
+from ibjax.attacks.named import Named, check, named, takes_step_size
+from ibjax.data import Split, first_of_each, subset
 from ibjax.errors import InputError, UnreadableError
 from ibjax.scoring import Scorer, auto_attack, draw_keys, nan_warnings, percent, sampling
 from ibjax.step import linen_net, to_float
@@ -49,11 +50,11 @@ log = logging.getLogger(__name__)
 def check_settings(settings: Any) -> None:
     """Raises InputError where an `evaluate` section asks for what there is not, or for a length that is none."""
     if not settings["attacks"]:
-        raise InputError("evaluate.attacks is empty; give names as ('fgsm', 'pgd-20', 'cw-20')")
+        raise InputError("evaluate.attacks is empty; give names as ('fgsm', 'pgd-20', 'margin-20')")
     for name in settings["attacks"]:
         named(name)
     for name in ("eps", "step_size"):
-        config.check_length(settings[name], settings["norm"], f"evaluate.{name}")
+        threat.check_length(settings[name], settings["norm"], f"evaluate.{name}")
     for name in settings["attacks"]:
         check(name, settings["norm"], settings["eps"], settings["step_size"])
     for eps in settings["ladder"]:
@@ -70,6 +71,15 @@ def check_settings(settings: Any) -> None:
             raise InputError(f"attack '{name}' is on features of a deterministic network; give it without samples")
 
 
+def check_images(test: Split, label: str, settings: Any) -> None:
+    """Raises InputError where an `evaluate` section asks for more test images than there are."""
+    if settings["n"] is not None and settings["n"] > len(test.labels):
+        raise InputError(
+            f"evaluate.n={settings['n']} is not allowed; the test set of {label} has {len(test.labels)} images, None "
+            f"takes them all"
+        )
+
+
 def check_network(model: nn.Module, input_shape: Sequence[int], settings: Any) -> None:
     """Raises InputError where a network does not sample but should, or lacks features that an attack needs."""
     if settings["samples"] and not hasattr(model, "sample_at_test"):
@@ -77,14 +87,36 @@ def check_network(model: nn.Module, input_shape: Sequence[int], settings: Any) -
             f"evaluate.samples={settings['samples']}: this network draws nothing; give a model=dict(name='stochastic', "
             f"…), or None"
         )
-    if all(named(name).features is None for name in settings["attacks"]):
+    on_features = [name for name in settings["attacks"] if named(name).features is not None]
+    if not on_features:
         return
     x = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
     features = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x)[0][1], x)
-    for name in settings["attacks"]:
+    for name in on_features:
         for feature in named(name).features or ():
             if feature not in features:
                 raise InputError(f"attack '{name}' needs the feature '{feature}', which this network does not have")
+        _trace(name, model, input_shape, settings)
+
+
+def _trace(name, model, input_shape, settings):
+    """Traces an attack that climbs features: whether it has all that it looks at. Nothing is computed."""
+    attack, predict = named(name), linen_net(model).predict
+    assert attack.make is not None
+    lengths = dict(eps=settings["eps"], step_size=attack.step_size(settings["eps"], settings["step_size"]))
+    climb = attack.make(norm=settings["norm"], **lengths)
+
+    def attacked(x, labels, guide):
+        variables = model.init(jax.random.key(0), x[:1])
+        variables = {"batch_stats": {}, **variables}
+        target = (labels, guide) if attack.guided else labels
+        return climb(jax.random.split(jax.random.key(0), len(x)), lambda x: predict(variables, x), x, target)
+
+    x = jax.ShapeDtypeStruct((max(attack.group, 2), *input_shape), jnp.float32)
+    try:
+        jax.eval_shape(attacked, x, jax.ShapeDtypeStruct(x.shape[:1], jnp.int32), x)
+    except InputError as error:
+        raise InputError(f"attack '{name}' is not for this network: {error}") from None
 
 
 def evaluate(
@@ -100,6 +132,7 @@ def evaluate(
     step_size: str | float | None = None,
     batch_size: int | None = None,
     surrogate: Path | None = None,
+    surrogate_checkpoint: str | int = "best",
     keep: int = 10,
 ) -> list[dict[str, Any]]:
     """Attacks a trained run's test set and writes `eval/<checkpoint>/<attack>.json`; returns the records.
@@ -112,7 +145,8 @@ def evaluate(
       settings: an `evaluate` section; None takes the run's own.
       attacks, n, samples, norm, eps, step_size, batch_size: in place of the section's. Another norm needs its own eps;
         without `step_size`, the step is the same share of another eps. Another norm or eps has no ladder.
-      surrogate: workdir of a run whose network is attacked instead; what breaks it is then shown to this one.
+      surrogate: workdir of a run whose network is attacked instead, at `surrogate_checkpoint`; what breaks it is then
+        shown to this one.
       keep: how many adversarial images of each attack at the main eps to keep for the report, of as many classes.
 
     A record on disk is read, not computed again, where all that it depends on is the same: weights, images, attack with
@@ -122,9 +156,11 @@ def evaluate(
     settings = config.plain(trained.config.evaluate if settings is None else settings)
     given = dict(attacks=None if attacks is None else tuple(attacks), n=n, samples=samples, batch_size=batch_size)
     settings |= {name: value for name, value in given.items() if value is not None}
+    check_settings(settings)  # a name that is none is told as it was given
+    settings["attacks"] = tuple(dict.fromkeys(map(names.canonical, settings["attacks"])))
     settings |= _threat(settings, norm, eps, step_size)
     check_settings(settings)
-    source = None if surrogate is None else _surrogate(surrogate, trained, settings)
+    source = None if surrogate is None else _surrogate(surrogate, surrogate_checkpoint, trained, settings)
     shown = settings if source is None else {**settings, "attacks": ()}
     check_network(trained.model, trained.facts["input_shape"], shown)
     victim = _victim(trained, settings["samples"])
@@ -142,54 +178,69 @@ def evaluate(
     common |= {"fingerprint": asked.fingerprint.tolist(), "code": autoattack.code_digest()}
     common |= {"precision": autoattack.precision()}
     mesh, records = cluster.mesh(), []
+    main, plan = settings["eps"], list(_plan(settings, trained, source))
+
+    @functools.lru_cache(maxsize=1)  # of one attack after the other: its program serves its whole ladder
+    def executor(name):
+        return _executor(named(name, trained.config.objective), victim, source, trained, split, settings, mesh)
+
+    for number, (name, attack, eps) in enumerate(plan, 1):
+        label, made = name, attack.settings
+        if source is not None:
+            label, made = f"{name} from {source.says['title']}", {**made, "surrogate": source.says}
+        step_size = _step_size(attack, settings, eps)
+        own = {"attack": label, "attack_settings": made, "eps": eps}
+        own |= {"step_size": step_size, "samples": settings["samples"]}
+        identity = {**common, **own, "main": eps == main, "bounded": attack.bounded}
+        file = folder / _file_name(name, eps, settings, source, trained.config.evaluate)
+        record = _existing(file, identity)
+        cluster.agree(
+            "records", {f"{file.name} is there": record is not None}, "give a --workdir that all processes share"
+        )
+        if record is None:
+            run.check_writable(folder)
+            pictured = keep > 0 and eps == main and source is None and not settings["samples"]
+            wanted = first_of_each(split.labels, keep) if pictured else 0
+            state = file.with_name(f".{file.stem}-{_state_digest(identity, settings['batch_size'])}.npz")
+            title = f"{common['title']}: {results.attack_label(label)}, eps {eps}, {number} of {len(plan)}"
+            flags, x_adv, more = executor(name)(eps, step_size, title, wanted, state)
+            doubts = list(dict.fromkeys([*warnings, *more["warnings"]]))
+            record = _record({**identity, **more, "warnings": doubts}, flags)
+            if pictured:
+                _save_examples(file.with_suffix(".examples.npz"), subset(split, wanted), x_adv, trained)
+            if jax.process_index() == 0:
+                if not pictured:  # those that are there are of another evaluation
+                    file.with_suffix(".examples.npz").unlink(missing_ok=True)
+                run.write_json(file, record)
+                state.unlink(missing_ok=True)
+        records.append(record)
+    return records
+
+
+def _plan(settings, trained, source):
+    """(name, attack, eps) of every evaluation: an attack at the main eps, then where it has one on the ladder."""
     main = settings["eps"]
     for name in settings["attacks"]:
         attack = named(name, trained.config.objective)
         ladder = settings["ladder"] if attack.make and attack.bounded and source is None else ()
-        execute = _executor(attack, victim, source, trained, split, settings, mesh)
-        label, made = name, attack.settings
-        if source is not None:
-            label, made = f"{name} from {source.says['title']}", {**made, "surrogate": source.says}
         for eps in (main, *(eps for eps in ladder if eps != main)):
-            step_size = attack.step_size(eps, _scaled_step(settings, eps)) if attack.make else None
-            own = {"attack": label, "attack_settings": made, "eps": eps}
-            own |= {"step_size": step_size, "samples": settings["samples"]}
-            identity = {**common, **own, "main": eps == main, "bounded": attack.bounded}
-            file = folder / _file_name(name, eps, settings, source, trained.config.evaluate)
-            record = _existing(file, identity)
-            cluster.agree(
-                "records", {f"{file.name} is there": record is not None}, "give a --workdir that all processes share"
-            )
-            if record is None:
-                run.check_writable(folder)
-                pictured = keep > 0 and eps == main and source is None and not settings["samples"]
-                wanted = first_of_each(split.labels, keep) if pictured else 0
-                state = file.with_name(f".{file.stem}-{_state_digest(identity, settings['batch_size'])}.npz")
-                flags, x_adv, more = execute(eps, step_size, f"{name} {eps}", wanted, state)
-                doubts = list(dict.fromkeys([*warnings, *more["warnings"]]))
-                record = _record({**identity, **more, "warnings": doubts}, flags)
-                if pictured:
-                    _save_examples(file.with_suffix(".examples.npz"), subset(split, wanted), x_adv, trained)
-                if jax.process_index() == 0:
-                    if not pictured:  # those that are there are of another evaluation
-                        file.with_suffix(".examples.npz").unlink(missing_ok=True)
-                    run.write_json(file, record)
-                    state.unlink(missing_ok=True)
-            records.append(record)
-    return records
+            yield name, attack, eps
 
 
 def _threat(settings, norm, eps, step_size):
-    """The norm, eps, step size and ladder of a section, in whose place those that are not None come."""
+    """What another norm, eps or step size changes in a section: these, the ladder, with a step the attacks' names."""
     if (norm, eps, step_size) == (None, None, None):
         return {}
     if norm not in (None, settings["norm"]) and eps is None:
         raise InputError(f"norm={norm} needs its own eps: {settings['eps']} is one of {settings['norm']}; give --eps")
     eps = settings["eps"] if eps is None else eps
-    if step_size is None:
-        step_size = config.quarter(eps) if norm not in (None, settings["norm"]) else _scaled_step(settings, eps)
-    ladder = settings["ladder"] if (norm, eps) == (None, None) else ()
-    return dict(norm=norm or settings["norm"], eps=eps, step_size=step_size, ladder=ladder)
+    usual = threat.quarter(eps) if norm not in (None, settings["norm"]) else _scaled_step(settings, eps)
+    attacks, norm = settings["attacks"], norm or settings["norm"]
+    if step_size is not None and not threat.same_length(step_size, usual):
+        threat.check_length(step_size, norm, "step_size")
+        attacks = tuple(names.add(name, step_size=step_size) if takes_step_size(name) else name for name in attacks)
+    ladder = settings["ladder"] if (norm, eps) == (settings["norm"], settings["eps"]) else ()
+    return dict(norm=norm, eps=eps, step_size=usual, ladder=ladder, attacks=attacks)
 
 
 # ---- the networks --------------------------------------------------------------------------------------------
@@ -203,8 +254,8 @@ class Surrogate(NamedTuple):
     says: dict[str, Any]  # what records say of it
 
 
-def _surrogate(workdir, trained, settings):
-    loaded = run.load(workdir)
+def _surrogate(workdir, checkpoint, trained, settings):
+    loaded = run.load(workdir, checkpoint)
     for name in ("input_shape", "num_classes"):
         if loaded.facts[name] != trained.facts[name]:
             raise InputError(
@@ -233,9 +284,9 @@ def _executor(attack: Named, victim, source, trained, split, settings, mesh):
     attacked = None if source is None else lambda x, keys: source.predict(source.variables, x)[0]
     if attack.make is None:
         return lambda eps, step_size, title, keep, state: auto_attack(
-            lambda x, keys: victim(trained.variables, x, keys)[0], split, seed, attack.settings,
+            lambda x, keys: victim(trained.variables, x, keys)[0], split, seed, attack.of_autoattack(),
             norm=norm, eps=eps, batch_size=batch_size, title=title, keep=keep, state=state,
-            attacked=attacked,
+            attacked=attacked, count=attack.count,
         )  # fmt: skip
     surrogate = None if source is None else lambda variables, x, keys: source.predict(variables[1], x)
     scorer = make_scorer(attack, lambda variables, x, keys: victim(variables[0], x, keys), settings, mesh, surrogate)
@@ -265,6 +316,7 @@ def make_scorer(attack: Named, predict: Callable, settings: Any, mesh: Any, atta
         bounded=attack.bounded,
         features=attack.features is not None,
         guided=attack.guided,
+        count=attack.count,
         attacked=attacked,
     )
 
@@ -279,25 +331,30 @@ def _file_name(attack, eps, settings, source=None, own=None):
     under another threat model than that of `own`, the run's section: "pgd-20.l2.eps0.5.json".
     """
     surrogate = "" if source is None else f"~{source.says['weights'][:8]}"
-    threat = "" if own is None or settings["norm"] == own["norm"] else f".{settings['norm']}"
-    if own is not None and not config.same_length(settings["eps"], own["eps"]):
-        threat += f".eps{_in_name(settings['eps'])}"
-    ladder = "" if eps == settings["eps"] else f"@{_in_name(eps)}"
+    other = "" if own is None or settings["norm"] == own["norm"] else f".{settings['norm']}"
+    if own is not None and not threat.same_length(settings["eps"], own["eps"]):
+        other += f".eps{names.in_file_name(settings['eps'])}"
+    ladder = "" if eps == settings["eps"] else f"@{names.in_file_name(eps)}"
     samples = f".sampled{settings['samples']}" if settings["samples"] else ""
     part = "" if settings["n"] is None else f".n{settings['n']}"
-    return f"{attack}{surrogate}{threat}{ladder}{samples}{part}.json"
+    return f"{names.in_file_name(attack)}{surrogate}{other}{ladder}{samples}{part}.json"
 
 
-def _in_name(eps):
-    return str(eps).replace("/", "_")
+def _step_size(attack, settings, eps):
+    """Of an attack at the main eps or on the ladder; None where AutoAttack sees to it."""
+    if attack.make is None:
+        return None
+    main = settings["step_size"] if attack.length is None else attack.length
+    scaled = _scaled_step({**settings, "step_size": main}, eps)
+    return attack._replace(length=None).step_size(eps, scaled)
 
 
 def _scaled_step(settings, eps):
     """The step for another eps: in the same proportion, so that every eps is within reach, unless it is fixed."""
     if eps == settings["eps"] or settings["fixed_step"]:
         return settings["step_size"]
-    if config.same_length(settings["step_size"], config.quarter(settings["eps"])):
-        return config.quarter(eps)
+    if threat.same_length(settings["step_size"], threat.quarter(settings["eps"])):
+        return threat.quarter(eps)
     main, step = geometry.fraction(settings["eps"]), geometry.fraction(settings["step_size"])
     return float(step * geometry.fraction(eps) / main)
 
@@ -311,14 +368,15 @@ def _common(trained, checkpoint, settings, split, warnings):
         **run.provenance(trained, checkpoint),
         "dataset": trained.facts["label"],
         "norm": settings["norm"],
-        "train_threat": "unknown" if imported else config.trained_threat(trained.config),
-        "validate_threat": "unknown" if imported else config.validated_threat(trained.config),
+        "train_threat": "unknown" if imported else threat.trained(trained.config),
+        "validate_threat": "unknown" if imported else threat.validated(trained.config),
         "fixed_step": settings["fixed_step"],
         "n": len(split.labels),
         "chance_acc": percent(split.labels == np.bincount(split.labels).argmax()),  # of the most frequent class
         "images": checkpoints.tree_digest(split),
         "dtype": "float32",
         "selected_on": "unknown" if imported else selected_on,
+        "select": trained.validation.get("select", "robust") if checkpoint == "best" and not imported else None,
         "validation": trained.validation,
         "config": config.plain(trained.config),
         "warnings": warnings,
@@ -336,10 +394,16 @@ def _state_digest(identity, batch_size):
 
 
 def _existing(file, identity):
-    """The record in `file`, under its present title, if it is of the same evaluation of the same weights."""
+    """The record in `file`, under its present title, if it is of the same evaluation of the same weights.
+
+    An attack that has been renamed may have its record under the old name.
+    """
+    if not file.exists():
+        file = file.with_name(names.old(file.name))
     try:
         record = disk.read_json(file)
         results.validate(record)
+        record["attack"] = names.canonical(record["attack"])
     except FileNotFoundError:
         return None
     except UnreadableError:
@@ -353,7 +417,10 @@ def _existing(file, identity):
     if changed:
         log.info("%s is of other %s: computed again", file, ", ".join(changed))
         return None
-    return {**record, **{key: wanted[key] for key in ("title", "config", "main", "train_threat", "validate_threat")}}
+    return {
+        **record,
+        **{key: wanted[key] for key in ("title", "config", "main", "train_threat", "validate_threat", "select")},
+    }
 
 
 def _record(identity, flags):
@@ -392,12 +459,15 @@ def main() -> None:
     parser.add_argument("--step_size", help='of iterative attacks, as "2/255"; default: the run\'s share of eps')
     parser.add_argument("--batch_size", type=int, help="images at a time")
     parser.add_argument("--surrogate", type=disk.path, help="workdir of the run whose network is attacked instead")
+    parser.add_argument("--surrogate_checkpoint", default="best", help="of that run: best, last or a step")
     given = parser.parse_args()
 
     def command():
         cluster.initialize()
-        names = ("attacks", "n", "samples", "norm", "eps", "step_size", "batch_size", "surrogate")
-        records = evaluate(given.workdir, given.checkpoint, **{name: getattr(given, name) for name in names})
+        names.tell_of_old(given.attacks or ())
+        options = ("attacks", "n", "samples", "norm", "eps", "step_size", "batch_size", "surrogate")
+        options += ("surrogate_checkpoint",)
+        records = evaluate(given.workdir, given.checkpoint, **{name: getattr(given, name) for name in options})
         if jax.process_index() == 0:
             print(report.table(records))
 

@@ -38,6 +38,16 @@ class Experiment(NamedTuple):
     steps_per_epoch: int
     mesh: Any
 
+    @property
+    def attacked(self) -> bool:
+        """Whether it is trained on adversarial images."""
+        return self.config.attack is not None or self.objective.attack is not None
+
+    @property
+    def select(self) -> str:
+        """The validation accuracy that `best` is the best in: "robust", "clean" or "mean" of both."""
+        return self.config.validate.select or ("robust" if self.attacked else "clean")
+
 
 def build(
     settings: ConfigDict,
@@ -61,6 +71,7 @@ def build(
     data = run.load_data(settings)
     if settings.select_on == "val" and data.val is None:
         raise InputError("data.val_size=0 leaves nothing to select on; hold some out, or set select_on='test'")
+    _check_padding(settings.augment.pad, data.train.images.shape[1:3])
     steps_per_epoch = len(data.train.labels) // settings.batch_size
     if not steps_per_epoch:
         raise InputError(f"batch_size={settings.batch_size} exceeds the {len(data.train.labels)} training images")
@@ -78,6 +89,11 @@ def build(
     }
     modules, frozen = ({role: parts[i] for role, parts in taught.items()} for i in (0, 1))
     optimizer, learning_rate = _optimizer(settings, steps_per_epoch)
+    if settings.validate.stop_on_overfitting and settings.attack is None and objective.attack is None:
+        raise InputError(
+            "validate.stop_on_overfitting looks at the robust accuracy that adversarial training loses; this run "
+            "trains on clean images, set it to False"
+        )
 
     def bind_net(frozen):
         return linen_net(model, modules, frozen)
@@ -112,6 +128,15 @@ def build(
         steps_per_epoch=steps_per_epoch,
         mesh=mesh,
     )
+
+
+def _check_padding(pad, size):
+    """A crop must hold some of its image: one pixel at least, when it is moved by `pad` in both directions."""
+    if pad >= min(size):
+        raise InputError(
+            f"augment.pad={pad} is not allowed with images of {size[0]}×{size[1]} pixels: crops would miss the image; "
+            f"give less than {min(size)}, 4 is usual for 32×32"
+        )
 
 
 def _check_attack(settings, objective):

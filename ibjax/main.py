@@ -1,7 +1,7 @@
 """Train, evaluate and report from one configuration.
 
     python -m ibjax.main --config=configs/NAME.py[:arg] --workdir=DIR [--config.a.b=v …] [--mode=train|eval] [--restart]
-    python -m ibjax.main --config=DIR/config.json --workdir=DIR2                    a run's own configuration again
+    python -m ibjax.main --config=OTHER/config.json --workdir=DIR [--config.a.b=v …]        as another run was made
 
 Trains the teacher of the configuration first where it holds the recipe of one and its checkpoint is absent, then the
 runs it is contrasted with, then itself; evaluates all of them; writes report.html and prints its table. Run again, it
@@ -13,20 +13,26 @@ checkpoint continues from it with --restart too. Exit codes: 0 done, 2 wrong inp
 
 import argparse
 import contextlib
+import errno
+import inspect
+import json
 import logging
+import os
 import runpy
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from ibjax import cluster, config, disk, errors, report, results, run, train
+from ibjax import cluster, config, disk, errors, report, results, run, threat, train
+from ibjax.attacks import names
 from ibjax.errors import InputError, nearest
-from ibjax.evaluate import check_network, check_settings, evaluate
+from ibjax.evaluate import check_images, check_network, check_settings, evaluate
 from ibjax.experiment import build
 
 log = logging.getLogger(__name__)
@@ -85,13 +91,10 @@ def override(settings: ConfigDict, overrides: list[str]) -> ConfigDict:
     `--config.attack=None` takes an optional section away, `--config.perturb.name=awp` brings one.
     """
     overrides = [flag for flag in overrides if not _decides(settings, *_pair(flag))]
-    pairs = [_pair(flag) for flag in overrides]
     config.complete(settings)
-    paths = [path for path, _ in config.leaves(settings)]
-    for path, value in pairs:
-        if path not in paths:
-            section = [p for p in paths if p.rpartition(".")[0] == path.rpartition(".")[0]]
-            raise InputError(f"config key '{path}' is unknown; {nearest(path, section or paths)}")
+    overrides = [flag for flag in overrides if not _is_none(settings, *_pair(flag))]
+    for path, value in map(_pair, overrides):
+        _check_key(settings, path)
         if value is None:
             raise InputError(f"--config.{path} has no value; write --config.{path}=VALUE")
     values = flags.FlagValues()
@@ -109,13 +112,39 @@ def _pair(flag):
 def _decides(settings, path, value):
     """Applies a flag that decides which options there are, a section's name or its absence; says whether it did."""
     section, _, key = path.rpartition(".")
-    if key == "name" and value and (section in config.OPTIONAL or config.lookup(settings, path, None) is not None):
+    optional = config.local(section) in config.OPTIONAL and config.lookup(settings, section, 0) != 0
+    if key == "name" and value and (optional or config.lookup(settings, path, None) is not None):
         config.rename(settings, section, value)
-    elif path in config.OPTIONAL and value == "None":
+    elif config.local(path) in config.OPTIONAL and value == "None" and config.lookup(settings, path, 0) != 0:
         config.rename(settings, path, None)
     else:
         return False
     return True
+
+
+def _is_none(settings, path, value):
+    """Applies a flag whose value is None, where the key may be; says whether it did."""
+    section, _, key = path.rpartition(".")
+    parent = config.lookup(settings, section, {}) if section else settings
+    if value != "None" or key not in parent or not config.may_be_none(settings, path):
+        return False
+    parent[key] = None
+    return True
+
+
+def _check_key(settings, path):
+    """Raises InputError unless a path is that of one value."""
+    paths = [path for path, _ in config.leaves(settings)]
+    below = (p.removeprefix(f"{path}.").partition(".")[0] for p in paths if p.startswith(f"{path}."))
+    inside = list(dict.fromkeys(below))
+    if inside or config.local(path) in config.OPTIONAL:
+        name = "" if inside and "name" not in inside else f"; another one by --config.{path}.name=NAME"
+        none = ", none by None" if config.local(path) in config.OPTIONAL else ""
+        keys = f"; its keys are {', '.join(inside)}" if inside else ""
+        raise InputError(f"config key '{path}' is a section, not a value{name}{none}{keys}")
+    if path not in paths:
+        section = [p for p in paths if p.rpartition(".")[0] == path.rpartition(".")[0]]
+        raise InputError(f"config key '{path}' is unknown; {nearest(path, section or paths)}")
 
 
 @contextlib.contextmanager
@@ -128,24 +157,62 @@ def _argv(argv):
 
 
 def load_config(value: str) -> ConfigDict:
-    """The configuration of FILE.py[:arg], or a run's own in its config.json; InputError if it is missing or fails."""
-    if Path(value).name == "config.json":
-        return run.read_config(Path(value).parent)[0]
+    """The configuration of FILE.py[:arg], or of a run's config.json; raises InputError when it is missing or fails."""
     name, _, arg = value.partition(":")
     file = disk.path(name)
     if not file.is_file():
-        there = sorted(p.name for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
-        raise InputError(f"--config={file} is no file; in {file.parent}: {nearest(file.name, there)}")
-    try:
-        made = runpy.run_path(str(file))["get_config"](*([arg] if arg else []))
-    except InputError:
-        raise
-    except Exception as error:  # a configuration is the user's Python
-        raise InputError(f"{file} fails with {type(error).__name__}: {_last_line(error)}") from None
-    if not isinstance(made, ConfigDict):
-        raise InputError(f"get_config of {file} returns a {type(made).__name__}; return ibjax.config.base(), changed")
+        raise InputError(f"--config={file} is no file; {_instead(file)}")
+    made = _of_run(file, arg) if file.suffix == ".json" else _of_recipe(file, arg)
     config.check(made)
     return made
+
+
+def _instead(file):
+    """What to give in place of a file that is not there."""
+    folder = file if file.is_dir() else file.parent
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    there = sorted(p.name for pattern in ("*.py", "config.json") for p in folder.glob(pattern))
+    return (
+        f"in {folder}: {nearest(file.name, there)}" if there else f"{folder} holds no recipe (*.py) and no config.json"
+    )
+
+
+def _of_recipe(file, arg):
+    try:
+        make = runpy.run_path(str(file))["get_config"]
+    except KeyError as error:
+        if error.args != ("get_config",):
+            raise InputError(f"{file} fails with KeyError: {_last_line(error)}") from None
+        raise InputError(f"{file} has no get_config(arg); define it, returning ibjax.config.base(), changed") from None
+    except Exception as error:  # a configuration is the user's Python
+        raise InputError(f"{file} fails with {type(error).__name__}: {_last_line(error)}") from None
+    if arg and not inspect.signature(make).parameters:
+        raise InputError(f"{file} takes no argument, its get_config() has no parameter; leave ':{arg}' out")
+    try:
+        made = make(*([arg] if arg else []))
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{file} fails with {type(error).__name__}: {_last_line(error)}") from None
+    if isinstance(made, FrozenConfigDict):
+        made = made.as_configdict()
+    if not isinstance(made, ConfigDict):
+        raise InputError(f"get_config of {file} returns a {type(made).__name__}; return ibjax.config.base(), changed")
+    return made
+
+
+def _of_run(file, arg):
+    """The configuration that a run was made with, for the same run or a changed one."""
+    if arg:
+        raise InputError(f"--config={file} is a run's configuration and takes no argument; leave ':{arg}' out")
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))["config"]
+        return config.loosen(threat.follow(config.upgrade(ConfigDict(config.plain(saved)))))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"--config={file} is not the config.json of a run ({_last_line(error)}); give that, or FILE.py"
+        ) from None
 
 
 def _last_line(error):
@@ -207,6 +274,7 @@ def execute(settings: ConfigDict, workdir: Path, mode: str = "train", restart: b
     config.check(settings)
     settings = config.effective(config.complete(settings))
     check_settings(settings.evaluate)
+    names.tell_of_old(settings.evaluate.attacks)
     todo = jobs(settings, workdir)
     for job in todo:
         for text in _departures(job.settings, settings.evaluate):
@@ -214,6 +282,7 @@ def execute(settings: ConfigDict, workdir: Path, mode: str = "train", restart: b
     for job in todo if mode == "train" else ():  # all before the first: a typo in the last must not cost the others
         train.check(job.settings, job.teachers)
         data = run.load_data(job.settings)
+        check_images(data.test, data.label, settings.evaluate)
         model = run.build_model(job.settings.model, data.num_classes, "model")
         check_network(model, data.test.images.shape[1:], settings.evaluate)
     for job in todo if mode == "eval" else ():  # what is evaluated is the run that is there
@@ -225,6 +294,7 @@ def execute(settings: ConfigDict, workdir: Path, mode: str = "train", restart: b
     with contextlib.ExitStack() as locks:
         for folder in {job.workdir.resolve(): job.workdir for job in todo}.values():
             locks.enter_context(run.lock(folder))
+        _check_results(workdir / "report.html", [job.workdir / "eval" for job in todo])
         if mode == "train":
             for job in todo:
                 train.train(build(job.settings, job.teachers), job.workdir, restart=restart)
@@ -236,9 +306,26 @@ def execute(settings: ConfigDict, workdir: Path, mode: str = "train", restart: b
     return records
 
 
+def _check_results(page, folders):
+    """Raises InputError where what comes of the training could not be written."""
+    if jax.process_index() != 0:
+        return
+    try:
+        if page.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        for folder in (page.parent, *(folder for folder in folders if folder.exists())):
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-"):
+                pass
+    except OSError as error:
+        where = page if page.is_dir() else folder
+        raise InputError(
+            f"{where} cannot be written ({error.strerror}); results would be lost; make way for them"
+        ) from None
+
+
 def _departures(settings, evaluated):
     """What a report will say of threat models that differ, before the training is paid for."""
-    threats = dict(train_threat=config.trained_threat(settings), validate_threat=config.validated_threat(settings))
+    threats = dict(train_threat=threat.trained(settings), validate_threat=threat.validated(settings))
     return results.departures({"norm": evaluated.norm, "eps": evaluated.eps, **threats})
 
 

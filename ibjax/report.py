@@ -21,6 +21,7 @@ import numpy as np
 
 from ibjax import disk, errors, metrics, report_checks, report_tables, results
 from ibjax.attacks.geometry import fraction
+from ibjax.attacks.names import canonical
 from ibjax.errors import InputError
 from ibjax.results import Record, strength
 from ibjax.run import bare_command_line, doubts
@@ -169,6 +170,7 @@ def _read_records(folder, problems):
             continue
         try:
             results.validate(record)
+            record["attack"] = canonical(record["attack"])
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             missing = "it lacks " if isinstance(error, KeyError) else ""
             problems.append(f"{_short(file)} is damaged ({missing}{error}); delete it and evaluate again")

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from ibjax.attacks.geometry import fraction
+from ibjax.attacks.names import parse, with_options
 
 Record = dict[str, Any]  # accuracies in percent
 _NAMES = {
     "fgsm": "FGSM",
     "pgd": "PGD",
-    "cw": "margin PGD",
+    "margin": "margin PGD",
     "square": "Square",
     "fab": "FAB",
     "apgd": "APGD",
@@ -82,12 +83,18 @@ def is_transfer(attack: str) -> bool:
 
 
 def attack_label(name: str) -> str:
-    """As "margin PGD-20" for "cw-20", "PGD-100, transfer from teacher" for "pgd-100 from teacher"."""
+    """As "PGD-20 (restarts 5)" for "pgd-20(restarts=5)", "PGD-9, transfer from teacher" for "pgd-9 from teacher"."""
     name, _, source = name.partition(" from ")
-    family, dash, steps = name.partition("-")
+    base, options = parse(name)
+    count = options.pop("count", "both")
+    family, dash, steps = base.partition("-")
     label = _NAMES.get(family, family) + dash + steps
-    if name.startswith("cw-l2-"):
-        label = f"C&W l2-{name.removeprefix('cw-l2-')} (any size)"
+    said = [f"{option} {value}" for option, value in options.items()]
+    if base.startswith("cw-l2-"):
+        label, said = f"C&W l2-{base.removeprefix('cw-l2-')}", ["any size", *said]
+    if count == "attacked":
+        said.append("counts images wrong as they are")
+    label += f" ({', '.join(said)})" if said else ""
     return f"{label}, transfer from {source}" if source else label
 
 
@@ -123,10 +130,11 @@ def departed(records: Iterable[Record]) -> list[str]:
 def strength(attack: str) -> tuple:
     """Sorts one-step attacks before iterative ones, fewer steps before more, and transfer attacks after all others."""
     name, _, source = attack.partition(" from ")
-    family, _, steps = name.partition("-")
+    base, options = parse(name)
+    family, _, steps = base.partition("-")
     known = list(_NAMES)
     rank = known.index(family) if family in known else len(known)
-    return bool(source), rank, family, int(steps) if steps.isdigit() else 0, steps, source
+    return bool(source), rank, family, int(steps) if steps.isdigit() else 0, steps, with_options("", options), source
 
 
 def network_label(record: Record) -> str:

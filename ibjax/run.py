@@ -14,6 +14,7 @@ import platform
 import secrets
 import subprocess
 import sys
+import textwrap
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +29,8 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from ibjax import checkpoint as checkpoints
-from ibjax import cluster, config, disk, errors, metrics
+from ibjax import cluster, config, disk, errors, metrics, threat
+from ibjax.attacks.names import split
 from ibjax.data import Arrays, Split, load_splits, stratified, subset, unchanged
 from ibjax.disk import replacing, write_json
 from ibjax.errors import CheckpointError, InputError, UnreadableError
@@ -66,8 +68,32 @@ class Run(NamedTuple):
     workdir: Path
     validation: dict[str, float]  # the metrics that the checkpoint was saved with; empty where it was not validated
 
+    # ---- command lines -----------------------------------------------------------------------------------------
 
-# ---- command lines -----------------------------------------------------------------------------------------
+    def __repr__(self) -> str:
+        """On one screen: what it is, how it was trained, what can be done with it."""
+        shape, classes = tuple(self.facts["input_shape"]), self.facts["num_classes"]
+        weights = sum(leaf.size for leaf in jax.tree.leaves(self.variables["params"]))
+        model, objective = (_in_words(self.config[section]) for section in ("model", "objective"))
+        seen = threat.trained(self.config)
+        trained = "clean images" if seen is None else f"adversarial images in {seen['norm']} at eps {seen['eps']}"
+        lines = {
+            "workdir": f"{self.workdir}, step {self.step}",
+            "model": f"{model}, {weights:,} parameters",
+            "data": f"{self.facts['label']}, images {shape}, {classes} classes",
+            "trained": "elsewhere, imported" if "imported" in self.facts else f"{objective} on {trained}",
+        }
+        title = self.config.title or self.workdir.resolve().name
+        fields = ", ".join(f".{field}" for field in self._fields)
+        return "\n".join(
+            [f"Run: {title}", *(f"  {key:8} {text}" for key, text in lines.items()), f"  fields   {fields}"]
+        )
+
+
+def _in_words(section):
+    """A section of a configuration as "trades(beta=3.0)", shortened where it is long."""
+    options = ", ".join(f"{key}={value}" for key, value in config.plain(section).items() if key != "name")
+    return textwrap.shorten(f"{section.name}({options})", 80, placeholder=" …)")
 
 
 def command_line(module: str, description: str | None) -> argparse.ArgumentParser:
@@ -98,13 +124,15 @@ def bare_command_line(module: str, description: str | None) -> argparse.Argument
 def add_attacks(parser: argparse.ArgumentParser) -> None:
     """Adds --attacks, in place of those of the run's `evaluate` section."""
     parser.add_argument(
-        "--attacks", type=names, help="names, separated by commas; default: those of the run's configuration"
+        "--attacks",
+        type=names,
+        help='names, separated by commas, as "fgsm, pgd-20(restarts=5)"; default: those of the run\'s configuration',
     )
 
 
 def names(text: str) -> list[str]:
-    """The type of an argument that lists names, separated by commas."""
-    return text.split(",")
+    """The type of an argument that lists names, separated by commas; those within parentheses belong to a name."""
+    return split(text)
 
 
 # ---- a trained network -------------------------------------------------------------------------------------

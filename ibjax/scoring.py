@@ -1,6 +1,7 @@
 """Scoring: one attack on one network over a split, with a flag for each image.
 
-An image counts as robust when it is classified correctly both as it is and under attack. A network is called as
+An image counts as robust when it is classified correctly both as it is and under attack; with `count="attacked"`, as
+some papers count, when it is under attack. A network is called as
 `predict(variables, x, keys)`, with a key per image for what it draws; most draw nothing.
 
 Guarantees (tests of the same names): batch size and number of devices change no flag; every x_adv lies in the eps-ball
@@ -37,7 +38,7 @@ class Flags(NamedTuple):
     """Per image of the split, in its order."""
 
     clean: np.ndarray  # (N,) bool: classified correctly as it is
-    robust: np.ndarray  # (N,) bool: and under the attack
+    robust: np.ndarray  # (N,) bool: and under the attack, or with count="attacked" under the attack
     loss: np.ndarray  # (N,) float32: cross-entropy under the attack; NaN where the logits are
     distance: np.ndarray  # (N,) float32: size of the perturbation, in the attack's norm
 
@@ -67,6 +68,7 @@ class Scorer:
       bounded: whether the attack keeps to eps; where not, only the box is checked.
       features: whether it is shown (logits, features), not the logits alone.
       guided: whether its target is (labels, for each image another one, of another class).
+      count: which images are robust, "both" or "attacked": see above.
       attacked: a surrogate, which is attacked in place of `predict`; called as it is.
     """
 
@@ -81,6 +83,7 @@ class Scorer:
         bounded: bool = True,
         features: bool = False,
         guided: bool = False,
+        count: str = "both",
         attacked: Callable | None = None,
     ):
         self.bounded, self.guided = bounded, guided
@@ -103,7 +106,9 @@ class Scorer:
             in_box = jnp.all((x_adv >= 0) & (x_adv <= 1), axis=(1, 2, 3))
             distance = jnp.where(in_box, geometry.distance(x_adv, x, norm), jnp.inf)
             distance = jnp.where(jnp.all(jnp.isfinite(x_adv), axis=(1, 2, 3)), distance, jnp.nan)
-            robust = correct & losses.correct(logits, labels)
+            robust = losses.correct(logits, labels)
+            if count == "both":
+                robust &= correct
             return Flags(correct, robust, losses.cross_entropy(logits, labels), distance), x_adv
 
         replicated = NamedSharding(mesh, cluster.REPLICATED)
@@ -185,13 +190,14 @@ def auto_attack(
     keep: int | np.ndarray = 0,
     state: Path | None = None,
     attacked: Callable | None = None,
+    count: str = "both",
 ) -> tuple[Flags, np.ndarray, dict[str, Any]]:
     """(flags of the whole split, the adversarial images `keep`, as of `Scorer`, what the record says of each attack).
 
     `network` is (x, keys) -> logits; only version "rand" has keys for it. `state` is a file that keeps the progress;
     with it, the same call goes on where it was ended. `attacked` is a surrogate, (x, keys) -> logits: AutoAttack runs
     on it, and `network` is shown what it finds; images that withstand on the surrogate, or are wrong there, stay as
-    they are.
+    they are. `count` as for `Scorer`; on the network itself AutoAttack leaves alone what is wrong as it is.
 
     Of version "rand" the record's accuracies are means over fresh draws, the flags are those of the first of these, and
     `reference` says what the authors' code counts: see autoattack.py.
@@ -225,7 +231,7 @@ def auto_attack(
             more |= drawn_record(result)
     else:
         clean = judge(x)[0]
-        flags, more = Flags(clean, clean & withstood, loss, distance), {}
+        flags, more = Flags(clean, withstood if count == "attacked" else clean & withstood, loss, distance), {}
     more |= {
         "seconds_of": result.seconds,
         "seconds": round(sum(result.seconds.values()), 2),

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ibjax import checkpoint as checkpoints
 from ibjax import cluster, config, feed, run
-from ibjax.errors import CheckpointError, DivergedError, InputError, PreemptedError
+from ibjax.errors import DivergedError, InputError, PreemptedError
 from ibjax.experiment import Experiment, build, initial_state, initializer, run_key
 from ibjax.metrics import MetricsLog, Window
 from ibjax.scoring import Scorer, nan_warnings
@@ -69,7 +70,8 @@ def train(experiment: Experiment, workdir: Path, *, restart: bool = False) -> No
         if step >= total:
             log.info("%s: already trained, %d steps", workdir, step)
             return
-        if step and settings.validate.stop_on_overfitting and _overfitted(orbax, checkpoints.metrics(orbax, step)):
+        validated = checkpoints.metrics(orbax, step) if step else {}
+        if settings.validate.stop_on_overfitting and _overfitted(experiment, orbax, validated):
             log.info("%s: stopped at step %d by catastrophic overfitting", workdir, step)
             return
         if step:
@@ -101,7 +103,10 @@ def _loop(experiment, orbax, state, step, total, write):
             preempted = cluster.preempted()
             if saved or preempted or step % settings.log_every == 0:
                 values = window.fetch()
-                if reason := _divergence(values, window.first, orbax):
+                reason = _divergence(values, window.first, orbax)
+                if not reason and (saved or preempted) and (broken := _first_broken(state)):
+                    reason = _in_words(broken, step, values["grad_norm"], orbax)
+                if reason:
                     write("diverged", step, reason=reason)
                     raise DivergedError(reason)
                 row = window.row(values, step, settings.batch_size)
@@ -109,12 +114,17 @@ def _loop(experiment, orbax, state, step, total, write):
                 bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['images_per_s']:.0f} images/s")
                 window = Window(step)
             if saved or preempted:
-                scores = _validate(experiment, validator, state) if validated else None
+                try:
+                    scores = _validate(experiment, validator, state) if validated else None
+                except InputError as error:  # weights so large that nothing can be told of the network
+                    reason = _in_words("validation accuracy", step, values["grad_norm"], orbax, str(error))
+                    write("diverged", step, reason=reason)
+                    raise DivergedError(reason) from None
                 if scores:
                     write("val", step, epoch=step / per_epoch, **scores)
                     _tell(settings, epoch, scores, (time.perf_counter() - began) / (step - first) * (total - step))
-                overfitted = scores is not None and _overfitted(orbax, scores)
-                _save(orbax, state, scores)
+                overfitted = scores is not None and _overfitted(experiment, orbax, scores)
+                checkpoints.save(orbax, state, scores and {**scores, "select": experiment.select})
                 if overfitted and _alarm(settings, epoch):
                     return
                 window = Window(step)
@@ -172,13 +182,14 @@ def _validate(experiment, validator, state):
     for text in nan_warnings(flags):
         log.warning("%s: validation: %s", _name(experiment.config), text)
     clean, robust = (100 * float(np.mean(part)) for part in (flags.clean, flags.robust))
-    return {"clean_acc": clean, "robust_acc": robust, "selection": robust}
+    selection = {"robust": robust, "clean": clean, "mean": (clean + robust) / 2}[experiment.select]
+    return {"clean_acc": clean, "robust_acc": robust, "selection": selection}
 
 
-def _overfitted(orbax, scores):
-    """Whether robust accuracy has fallen catastrophically from the best checkpoint's."""
+def _overfitted(experiment, orbax, scores):
+    """Whether the robust accuracy that was trained for has fallen catastrophically from the best checkpoint's."""
     best = checkpoints.best_step(orbax)
-    if best is None or "robust_acc" not in scores:
+    if best is None or "robust_acc" not in scores or not experiment.attacked:
         return False
     return checkpoints.metrics(orbax, best)["robust_acc"] - scores["robust_acc"] > _CATASTROPHE
 
@@ -205,32 +216,43 @@ def _divergence(values, first, orbax):
     if not broken:
         return None
     name = min(broken, key=lambda name: (broken[name], name != "loss"))
-    norms = values["grad_norm"][: broken[name]][-2:].tolist()
+    return _in_words(name, first + broken[name] + 1, values["grad_norm"][: broken[name]], orbax)
+
+
+def _in_words(name, step, norms, orbax, why=""):
     good = checkpoints.latest_step(orbax)
     return (
-        f"{name} became NaN or Inf in the batch of step {first + broken[name] + 1} (gradient norms before: {norms}); "
-        f"the last good checkpoint is {'none' if good is None else f'step {good}'}; lower optimizer.lr"
+        f"{name} became NaN or Inf in the batch of step {step} ({why}{'; ' * bool(why)}gradient norms before: "
+        f"{norms[-2:].tolist()}); the last good checkpoint is {'none' if good is None else f'step {good}'}; lower "
+        f"optimizer.lr"
     )
 
 
-def _save(orbax, state, scores):
-    try:
-        checkpoints.save(orbax, state, scores)
-    except CheckpointError as error:
-        if "NaN" in str(error):
-            raise DivergedError(str(error)) from None
-        raise
+def _first_broken(state):
+    """The name of the first leaf of the state that is not finite; "" where all are."""
+    finite = checkpoints.flatten(jax.device_get(_finite(state)))
+    return next((path for path, value in finite.items() if not value), "")
 
 
+@jax.jit
+def _finite(state):
+    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), state)
+
+
+@contextlib.contextmanager
 def _progress(settings, total, step):
-    """A bar with the time left, on a terminal."""
+    """A bar with the time left, on a terminal; what is logged meanwhile stands above it."""
     visible = sys.stderr.isatty() and jax.process_index() == 0
-    return tqdm(total=total, initial=step, desc=_name(settings), unit="step", disable=not visible, mininterval=0.5)
+    with (
+        tqdm(total=total, initial=step, desc=_name(settings), unit="step", disable=not visible, mininterval=0.5) as bar,
+        logging_redirect_tqdm() if visible else contextlib.nullcontext(),
+    ):
+        yield bar
 
 
 def _tell(settings, epoch, scores, seconds_left):
-    """One line for each validation, where there is no terminal to draw a bar on."""
-    if not sys.stderr.isatty() and jax.process_index() == 0:
+    """One line for each validation."""
+    if jax.process_index() == 0:
         log.info(
             "%s: epoch %d of %d, validation clean %.2f %%, robust %.2f %%, %.0f s left",
             _name(settings),

@@ -89,7 +89,7 @@ def test_images_that_cannot_be_separated_are_left_out():
 
 
 def test_attacks_of_two_classes_pass_on_a_linear_network():
-    names = ("cw-5", "spsa-15", "apgd-t")
+    names = ("margin-5", "spsa-15", "apgd-t")
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam
         found = run(linear, [*names, "noise"])
     assert {name for name in names if not found.broken[name].all()} == set()

@@ -32,7 +32,8 @@ def state(step, seed=0, width=6, dtype=jnp.float32, ema=False):
 def saved(folder, steps=(1, 2, 3), **options):
     with checkpoint.manager(folder) as orbax:
         for step in steps:
-            checkpoint.save(orbax, state(step, **options), {"selection": {1: 10.0, 2: 30.0}.get(step, 20.0)})
+            scores = {"selection": {1: 10.0, 2: 30.0}.get(step, 20.0), "clean_acc": 90.0 if step == 6 else 80.0}
+            checkpoint.save(orbax, state(step, **options), scores)
     return folder / "checkpoints"
 
 
@@ -47,14 +48,15 @@ def test_what_is_restored_is_what_was_saved(tmp_path, ema):
     assert checkpoint.tree_digest(latest(tmp_path, state(0, ema=ema))) == checkpoint.tree_digest(state(3, ema=ema))
 
 
-def test_the_two_latest_and_the_best_are_kept_the_earliest_of_equals(tmp_path):
+def test_the_two_latest_and_the_best_are_kept_of_equals_the_cleaner_then_the_later(tmp_path):
     saved(tmp_path, steps=(1, 2, 3, 4, 5))
     with checkpoint.manager(tmp_path, read_only=True) as orbax:
         assert sorted(orbax.all_steps()) == [2, 4, 5]
         assert checkpoint.find_step(orbax, "best") == 2 and checkpoint.find_step(orbax, "last") == 5
-    saved(tmp_path / "ties", steps=(3, 4))
-    with checkpoint.manager(tmp_path / "ties", read_only=True) as orbax:
-        assert checkpoint.find_step(orbax, "best") == 3
+    for name, steps, best in (("ties", (3, 4), 4), ("cleaner", (5, 6, 7), 6)):
+        saved(tmp_path / name, steps=steps)
+        with checkpoint.manager(tmp_path / name, read_only=True) as orbax:
+            assert checkpoint.find_step(orbax, "best") == best
 
 
 def test_evaluation_restores_the_averaged_parameters_alone(tmp_path):

@@ -56,8 +56,8 @@ def test_the_page_ranks_by_the_worst_attack_and_says_what_that_means():
 
 def test_each_is_ranked_by_what_hurts_it_most():
     content = results(a=[50.0], b=[40.0])
-    content["attacks"].append("cw-20")
-    content["methods"]["a"]["0"]["cw-20"], content["methods"]["b"]["0"]["cw-20"] = 30.0, 45.0
+    content["attacks"].append("margin-20")
+    content["methods"]["a"]["0"]["margin-20"], content["methods"]["b"]["0"]["margin-20"] = 30.0, 45.0
     rows = [line for line in comparison.page(content).splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows[2:]] == ["| b", "| a"]
 

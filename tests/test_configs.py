@@ -11,6 +11,7 @@ from conftest import config_rows, smoke_config
 
 from ibjax import config, main, metrics, train
 from ibjax.attacks.named import named
+from ibjax.attacks.names import split
 from ibjax.evaluate import check_settings
 
 ROOT = Path(__file__).parent.parent
@@ -96,12 +97,12 @@ def test_no_two_rows_of_a_recipe_are_the_same(name):
 
 def test_the_commands_of_the_page_name_what_there_is():
     text = (ROOT / "configs" / "README.md").read_text()
-    lists = re.findall(r"--attacks=([^\s`]+)", text)
+    lists = re.findall(r"--attacks=([^\s`\"]+)", text)
     flags = re.findall(r"--config\.evaluate\.[^\s`\"]+", text)
     rows = re.findall(r"`(?:configs/)?(\w+)\.py:([\w.-]+)`", text)
     assert lists and flags and rows
     for names in lists:
-        assert all(named(name) for name in names.split(","))
+        assert all(named(name) for name in split(names))
     for flag in flags:
         check_settings(config.effective(main.override(smoke_config("ibd_resnet18", "paper"), [flag])).evaluate)
     for name, row in rows:

@@ -122,7 +122,7 @@ def test_a_gradient_that_is_no_number_stops_the_evaluation():
 
 
 def test_names_stand_for_their_attacks():
-    assert named("cw-30").settings == dict(loss="margin", init="uniform", steps=30, restarts=1)
+    assert named("margin-30").settings == dict(loss="margin", init="uniform", steps=30, restarts=1)
     assert named("pgd-7").settings["loss"] == "ce" and named("pgd-7").step_size(0.5, "2/255") == "2/255"
     assert named("fgsm").settings == dict(loss="ce", init="none", steps=1, restarts=1)
     assert named("fgsm").step_size("8/255", "2/255") == "8/255"
@@ -269,6 +269,21 @@ def test_what_a_checkpoint_was_selected_on_is_recorded(trained):
     steps = {which: evaluate.evaluate(trained, which)[0] for which in ("best", "last", "10", "010")}
     assert steps["best"]["selected_on"] == "val" and steps["last"]["selected_on"] == "last"
     assert steps["10"]["selected_on"] == "step" and not (trained / "eval/010").exists()
+
+
+def test_a_bar_names_the_run_the_attack_and_how_many_there_are(trained, monkeypatch):
+    seen, original = [], scoring.tqdm
+
+    def spy(**options):
+        seen.append(options["desc"])
+        return original(**options)
+
+    monkeypatch.setattr(scoring, "tqdm", spy)
+    evaluate.evaluate(trained, attacks=("pgd-1", "fgsm", "pgd-2(restarts=2)"))  # there is a record of fgsm
+    assert seen == [
+        "undefended: PGD-1, eps 2/16, 1 of 3",
+        "undefended: PGD-2 (restarts 2), eps 2/16, 3 of 3",
+    ]
 
 
 def test_flags_of_a_record_are_its_accuracy(trained):

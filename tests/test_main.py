@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import clean_recipe, smoke_config
 
-from ibjax import config, errors, evaluate, main, run
+from ibjax import config, errors, evaluate, main, run, train
 from ibjax.attacks.geometry import fraction
 from ibjax.errors import DivergedError, InputError, PreemptedError
 
@@ -57,6 +57,23 @@ WRONG = {
     "momentum below zero": (["--config.optimizer.momentum=-5"], ["momentum=-5", "at least 0"]),
     "groups that do not divide": (["--config.model.bn_groups=3"], ["bn_groups=3"]),
     "a dtype that is none": (["--config.model.dtype=bfloat15"], ["did you mean 'bfloat16'?"]),
+    "a padding as wide as the image": (["--config.augment.pad=8"], ["augment.pad=8", "8×8"]),
+    "a section as a value": (["--config.schedule=cosine"], ["'schedule' is a section", "--config.schedule.name=NAME"]),
+    "an absent section as a value": (
+        ["--config.perturb=awp"],
+        ["'perturb' is a section", "--config.perturb.name=NAME"],
+    ),
+    "a held section as a value": (["--config.teacher.recipe.model=cnn"], ["is a section", "its keys are", "widths"]),
+    "None for what must be said": (["--config.epochs=None"], ["epochs", "None"]),
+    "more test images than there are": (["--config.evaluate.n=99"], ["evaluate.n=99", "16 images", "None takes them"]),
+    "an attack that is not for the network": (
+        ["--config.evaluate.attacks=('siriib-2',)"],
+        ["'siriib-2' needs the feature 'x_avg'"],
+    ),
+    "an attack on a tap that is not there": (
+        ["--config.evaluate.attacks=('ib_rar-10(layers=stage9)',)"],
+        ["'ib_rar-10(layers=stage9)' is not for this network", "stage9"],
+    ),
     "an unknown padding": (["--config.augment.padding=edges"], ["'edges'", "did you mean 'edge'?"]),
 }
 
@@ -96,6 +113,100 @@ def test_flags_reach_every_option_and_bring_and_take_sections():
     assert plain.attack is None and plain.objective.to_dict() == {"name": "standard"}
 
 
+def test_flags_reach_what_other_recipes_hold_and_what_may_be_none():
+    changed = main.override(
+        smoke_config("digits"),
+        [
+            "--config.evaluate.n=None",
+            "--config.evaluate.samples=None",
+            "--config.ema_decay=None",
+            "--config.attack.step_size=None",
+            "--config.attack.unroll=None",
+            "--config.teacher.recipe.attack=None",
+            "--config.teacher.recipe.objective.name=standard",
+            "--config.contrast.undefended.attack.name=pgd",
+            "--config.contrast.undefended.objective.name=pgd_at",
+            "--config.contrast.undefended.perturb.name=awp",
+        ],
+    )
+    assert changed.evaluate.n is changed.evaluate.samples is changed.ema_decay is changed.attack.unroll is None
+    assert changed.teacher.recipe.attack is None and changed.contrast.undefended.perturb.gamma == 0.01
+    config.check(changed)
+    limited = main.override(main.load_config(str(ROOT / "configs/small_cnn.py")), ["--config.evaluate.n=None"])
+    assert limited.evaluate.n is None
+    assert main.override(smoke_config("digits"), ["--config.teacher.recipe=None"]).teacher.recipe is None
+
+
+def test_a_runs_own_configuration_can_be_given(digits_run, tmp_path, command):
+    file = digits_run / "config.json"
+    same = main.load_config(str(file))
+    assert config.effective(same) == run.read_config(digits_run)[0]
+    changed = main.override(same, ["--config.threat.eps=4/16", "--config.evaluate.n=9", "--config.ema_decay=0.9"])
+    for part in (changed, changed.teacher.recipe):
+        part = config.effective(changed) if part is changed else config.effective(changed).teacher.recipe
+        assert part.attack.eps == part.evaluate.eps == "4/16" and part.attack.step_size == "1/16"
+    assert (changed.evaluate.n, changed.ema_decay) == (9, 0.9)
+    assert len(main.execute(main.load_config(str(file)), digits_run, "train")) == 9  # nothing to do
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    (tmp_path / "cut.json").write_text(file.read_text()[:99])
+    for name in ("other.json", "cut.json"):
+        code, message = command(f"--config={tmp_path / name}", f"--workdir={tmp_path / 'x'}")
+        assert code == 2 and "is not the config.json of a run" in message and "\n" not in message
+    code, message = command(f"--config={file}:smoke", f"--workdir={tmp_path / 'x'}")
+    assert code == 2 and "takes no argument" in message
+
+
+RECIPES = {
+    "frozen": "return FrozenConfigDict(config.base())",
+    "no argument": "pass",
+    "a dict": "return dict(config.base())",
+}
+
+
+def test_what_get_config_may_return_and_take(tmp_path, command):
+    head = "from ml_collections import FrozenConfigDict\nfrom ibjax import config\n"
+    for name, body in RECIPES.items():
+        (tmp_path / f"{name}.py").write_text(f"{head}def get_config():\n    {body}\n")
+    made = main.override(main.load_config(str(tmp_path / "frozen.py")), ["--config.epochs=3", "--config.evaluate.n=5"])
+    assert (made.epochs, made.evaluate.n, made.attack.name) == (3, 5, "pgd")
+    (tmp_path / "none.py").write_text("x = 1\n")
+    for name, arg, words in (
+        ("a dict", "", "returns a dict"),
+        ("no argument", ":smoke", "leave ':smoke' out"),
+        ("none", "", "has no get_config"),
+    ):
+        code, message = command(f"--config={tmp_path / name}.py{arg}", f"--workdir={tmp_path / 'x'}")
+        assert code == 2 and words in message and "\n" not in message
+
+
+def test_a_recipe_says_what_it_takes(command, tmp_path):
+    recipe = ROOT / "configs/ibd_wrn.py"
+    for arg, words in (
+        ("smok", "ROW,smoke; allowed: awp, ibd, smoke"),
+        ("ibd,awp", "exclude each other; it takes a row"),
+    ):
+        code, message = command(f"--config={recipe}:{arg}", f"--workdir={tmp_path}")
+        assert code == 2 and words in message
+
+
+def test_a_recipe_says_which_row_it_takes_and_which_there_are(caplog):
+    with caplog.at_level("INFO"):
+        main.load_config(f"{ROOT / 'configs/ibd_wrn.py'}:smoke")
+    assert "row 'ibd' of this recipe; its others are awp" in caplog.text
+
+
+def test_what_cannot_be_written_is_told_before_the_first_step(tmp_path, monkeypatch):
+    recipe = clean_recipe()
+    monkeypatch.setattr(train, "train", lambda *args, **kwargs: pytest.fail("it trained"))
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(InputError, match=r"report\.html cannot be written \(Is a directory\)"):
+        main.execute(recipe, tmp_path)
+    (tmp_path / "report.html").rmdir()
+    (tmp_path / "eval").write_text("")
+    with pytest.raises(InputError, match="eval cannot be written"):
+        main.execute(recipe, tmp_path)
+
+
 def test_missing_files_and_flags(command, tmp_path):
     code, message = command(f"--config={ROOT / 'configs/digit.py'}", f"--workdir={tmp_path}")
     assert code == 2 and "did you mean 'digits.py'?" in message
@@ -103,6 +214,9 @@ def test_missing_files_and_flags(command, tmp_path):
     assert command(f"--workdir={tmp_path}") == (2, main_missing("config"))
     code, message = command(f"{DIGITS}smok", f"--workdir={tmp_path / 'x'}")
     assert code == 2 and "did you mean 'smoke'?" in message
+    for file, words in (("none/x.py", f"there is no folder {tmp_path / 'none'}"), ("x.py", "holds no recipe")):
+        code, message = command(f"--config={tmp_path / file}", f"--workdir={tmp_path / 'x'}")
+        assert code == 2 and words in message and "nothing is allowed" not in message
     broken = tmp_path / "broken.py"
     broken.write_text("def get_config():\n    return 1 / 0\n")
     code, message = command(f"--config={broken}", f"--workdir={tmp_path / 'x'}")
@@ -195,6 +309,15 @@ def test_a_record_says_where_its_numbers_come_from(digits_run):
         record["selected_on"] == "val" and record["n"] == 16 and 0 <= record["robust_acc"] <= record["clean_acc"] <= 100
     )
     assert record["max_distance"] <= fraction(record["eps"]) + 1e-6
+
+
+def test_a_run_is_shown_on_one_screen(digits_run):
+    import ibjax
+
+    for folder, words in ((digits_run, "eps 2/16"), (digits_run / "undefended", "on clean images")):
+        text = repr(ibjax.load(folder))
+        assert len(text.splitlines()) <= 8 and max(map(len, text.splitlines())) <= 160
+        assert words in text and str(folder) in text and ".logits_fn" in text and "parameters" in text
 
 
 def test_load_returns_a_working_network(digits_run):

@@ -70,7 +70,7 @@ def test_other_networks_and_attacks_without_a_loss_are_refused():
     with pytest.raises(InputError, match="has no x_avg"):
         modulation.check(resnet.Model(10), None)
     apart, joined = (siriib.Model(10, connections=count, **SIZES) for count in (0, 1))
-    assert modulation.check(apart, None) == ("pgd-20", "cw-20", "siriib-svd-20")
+    assert modulation.check(apart, None) == ("pgd-20", "margin-20", "siriib-svd-20")
     assert modulation.check(joined, None) == modulation.ATTACKS
     assert modulation.check(joined, ["siriib-info-3"]) == ("siriib-info-3",)
     with pytest.raises(InputError, match="'siriib-info-3' climbs L_info"):

@@ -22,7 +22,7 @@ N = 8
 FLAGS = {  # the images that are robust at the main eps; images 2 and 3 withstand all three attacks
     "fgsm": [1, 1, 1, 1, 1, 0, 0, 0],
     "pgd-2": [0, 1, 1, 1, 0, 0, 0, 0],
-    "cw-2": [1, 0, 1, 1, 0, 0, 0, 0],
+    "margin-2": [1, 0, 1, 1, 0, 0, 0, 0],
 }
 
 
@@ -135,7 +135,7 @@ def lines(records, each=False):
 
 def test_the_worst_case_counts_the_images_that_withstand_every_attack():
     # neither the smallest accuracy (37.5) nor a product of them
-    assert report_tables.worst_case([record("pgd-2"), record("cw-2")]) == 25.0
+    assert report_tables.worst_case([record("pgd-2"), record("margin-2")]) == 25.0
     assert report_tables.worst_case([record("pgd-2")]) is None
 
 
@@ -267,16 +267,16 @@ def test_surrogates_of_one_title_are_told_apart(tmp_path):
 
 
 def test_runs_of_one_title_are_told_apart():
-    labels = [row.label for row in report_tables.rows([record(seed=0), record(seed=1), record("cw-2", seed=1)])]
+    labels = [row.label for row in report_tables.rows([record(seed=0), record(seed=1), record("margin-2", seed=1)])]
     assert labels == ["student, seed 0", "student, seed 1"]
     other = {"model": {"name": "cnn"}, "evaluate": {}}
     assert len({row.label for row in report_tables.rows([record(), record(config=other)])}) == 2
 
 
 def test_attacks_are_sorted_by_strength_and_curves_by_eps():
-    shuffled = [record(attack, flags=[1] * N) for attack in ("cw-2", "pgd-100", "fgsm", "pgd-20", "autoattack")]
+    shuffled = [record(attack, flags=[1] * N) for attack in ("margin-2", "pgd-100", "fgsm", "pgd-20", "autoattack")]
     (table,) = report_tables.tables(shuffled)
-    assert table.attacks == ["fgsm", "pgd-20", "pgd-100", "cw-2", "autoattack"]
+    assert table.attacks == ["fgsm", "pgd-20", "pgd-100", "margin-2", "autoattack"]
     (row,) = report_tables.rows([record(eps=eps) for eps in ("16/255", "2/255", "8/255")])
     assert [text for _, text, _ in report_tables.ladders(row)["pgd-2"]] == ["0", "2/255", "8/255", "16/255"]
     assert report_tables.ladders(row)["pgd-2"][0] == (0.0, "0", 87.5)
@@ -301,10 +301,10 @@ def test_a_healthy_run_passes_every_check():
         ("same images", record(dataset="coins"), "coins"),
         (
             "same images",
-            [record(images="aa"), record("cw-2", images="bb")],
+            [record(images="aa"), record("margin-2", images="bb")],
             "n = 8 (images aa) | dice, n = 8 (images b",
         ),
-        ("same images", record("cw-2", step=2), "several steps"),
+        ("same images", record("margin-2", step=2), "several steps"),
         ("test set", record(selected_on="test"), "student: selected on the test set"),
         ("warning", record(warnings=["gradients may vanish"]), "gradients may vanish (1 records)"),
         ("flags", record(robust_acc=50.0), "50.0000 stated, 37.5000 counted"),
@@ -425,19 +425,19 @@ def test_the_name_of_a_file_says_which_eps_is_the_main_one(tmp_path):
         lambda file: file.write_text(file.read_text()[:40]),
         lambda file: file.write_bytes(b"\xff\xfe\x00"),
         lambda file: file.write_text("[1, 2]"),
-        lambda file: file.write_text(json.dumps({**record("cw-2"), "robust_acc": float("nan")})),
-        lambda file: file.write_text(json.dumps({**record("cw-2"), "eps": "eight"})),
-        lambda file: file.write_text(json.dumps({**record("cw-2"), "robust_flags": "AA"})),
-        lambda file: file.write_text(json.dumps({**record("cw-2"), "n": 800})),
-        lambda file: file.write_text(json.dumps({**record("cw-2"), "config": 3})),
-        lambda file: file.write_text(json.dumps({k: v for k, v in record("cw-2").items() if k != "norm"})),
+        lambda file: file.write_text(json.dumps({**record("margin-2"), "robust_acc": float("nan")})),
+        lambda file: file.write_text(json.dumps({**record("margin-2"), "eps": "eight"})),
+        lambda file: file.write_text(json.dumps({**record("margin-2"), "robust_flags": "AA"})),
+        lambda file: file.write_text(json.dumps({**record("margin-2"), "n": 800})),
+        lambda file: file.write_text(json.dumps({**record("margin-2"), "config": 3})),
+        lambda file: file.write_text(json.dumps({k: v for k, v in record("margin-2").items() if k != "norm"})),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_and_the_rest_is_shown(tmp_path, damage):
     folder = write_run(tmp_path / "run", healthy())
-    damage(folder / "eval" / "best" / "cw-2.json")
+    damage(folder / "eval" / "best" / "margin-2.json")
     text = page_of(folder)
-    assert "eval/best/cw-2.json" in text
+    assert "eval/best/margin-2.json" in text
     assert "37.50" in text and "PGD-2" in text
     run = report.read([folder])[0]
     assert len(run.records) == 5 and len(run.problems) == 1

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import clean_recipe, smoke_config
 
-from ibjax import config, evaluate, main, report_checks, report_tables, results, run
+from ibjax import config, evaluate, main, report_checks, report_tables, results, run, threat
 from ibjax.errors import InputError
 
 
@@ -38,7 +38,7 @@ def test_what_a_section_says_itself_stays_and_the_rest_follows():
     settings.attack = dict(name="fgsm", loss="ce", init="none")  # its step is its eps, where none is given
     assert said(config.effective(settings))[0] == ("linf", "8/255", None)
     settings.attack = dict(name="cw")  # any size: no threat model
-    assert "norm" not in config.effective(settings).attack and config.trained_threat(config.effective(settings)) is None
+    assert "norm" not in config.effective(settings).attack and threat.trained(config.effective(settings)) is None
     once = config.effective(config.complete(config.base()))
     assert config.effective(once) == once
 
@@ -47,7 +47,7 @@ def test_what_a_section_says_itself_stays_and_the_rest_follows():
     "eps, expected", [("8/255", "2/255"), ("2/255", "0.5/255"), ("2/16", "0.5/16"), ("0.3", "0.075"), (0.5, 0.125)]
 )
 def test_a_step_is_a_quarter_of_eps(eps, expected):
-    assert config.quarter(eps) == expected
+    assert threat.quarter(eps) == expected
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_only_a_recipe_that_is_held_may_leave_its_threat_model_open():
 
 def test_a_saved_configuration_is_the_same_run_and_still_follows_its_threat_model():
     given = config.effective(config.complete(smoke_config("digits")))
-    loose = config.follow_threat(given.copy_and_resolve_references())
+    loose = threat.follow(given.copy_and_resolve_references())
     assert loose.attack.eps is loose.evaluate.norm is loose.teacher.recipe.threat.eps is None
     assert config.effective(loose) == given
     loose.threat.eps = "4/16"
@@ -135,9 +135,16 @@ def test_one_threat_model_is_no_difference_and_neither_is_training_on_clean_imag
 def test_an_objective_that_makes_its_own_images_says_their_radius():
     recipe = clean_recipe()
     recipe.objective = dict(name="mma")
-    assert config.trained_threat(recipe) == {"norm": "linf", "eps": "12/255"}
+    assert threat.trained(recipe) == {"norm": "linf", "eps": "12/255"}
     recipe.objective.max_eps = "0.3"
-    assert config.trained_threat(recipe) == {"norm": "linf", "eps": "0.3"}
+    assert threat.trained(recipe) == {"norm": "linf", "eps": "0.3"}
+
+
+def test_a_record_says_by_which_accuracy_its_checkpoint_was_selected(digits):
+    """Checkpoints from before there was a choice were selected by robust accuracy."""
+    found = [evaluate.evaluate(folder)[0]["select"] for folder in (digits, digits / "undefended")]
+    assert found == ["robust", "clean"]
+    assert evaluate.evaluate(digits, "last", attacks=("fgsm",))[0]["select"] is None
 
 
 # ---- another threat model in one evaluation ----------------------------------------------------------------------

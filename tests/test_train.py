@@ -1,8 +1,11 @@
 """The loop: data order, resuming to the bit, what stops it."""
 
 import dataclasses
+import io
 import itertools
 import json
+import logging
+import sys
 
 import jax
 import numpy as np
@@ -12,6 +15,7 @@ from conftest import clean_recipe
 from ibjax import checkpoint, cluster, config, feed, metrics, run, train
 from ibjax.errors import DivergedError, InputError, PreemptedError
 from ibjax.experiment import build, initial_state
+from ibjax.scoring import Flags
 
 
 def settings(**changes):
@@ -163,6 +167,44 @@ def test_a_nan_stops_the_run_and_the_last_good_checkpoint_stays(tmp_path):
         assert list(orbax.all_steps()) == [5]
 
 
+def test_weights_that_break_after_the_last_loss_are_told_as_a_loss_that_does(tmp_path, monkeypatch):
+    """The loss is of the weights before the step; those behind it are what is validated and saved."""
+    made = build(settings())
+
+    def poisoned(state, batch, key, teacher):
+        state, values = made.train_step(state, batch, key, teacher)
+        params = jax.tree.map(lambda w: jax.numpy.where(state.step == 10, jax.numpy.inf, w), state.variables["params"])
+        return state._replace(variables={**state.variables, "params": params}), values
+
+    with pytest.raises(DivergedError, match=r"variables/.* became NaN or Inf in the batch of step 10 \(gradient norms"):
+        train.train(made._replace(train_step=poisoned), tmp_path / "inf")
+    reason = metrics.read(tmp_path / "inf/metrics.jsonl")[-1]["reason"]
+    assert "last good checkpoint is step 5; lower optimizer.lr" in reason
+
+    def validate(experiment, validator, state):
+        raise InputError("the network's gradient is NaN or infinite on 8 images")
+
+    monkeypatch.setattr(train, "_validate", validate)  # weights that are finite, and too large for their products
+    with pytest.raises(DivergedError, match=r"validation accuracy .* batch of step 5 \(.*gradient is NaN"):
+        train.train(made, tmp_path / "large")
+
+
+def test_a_validation_is_told_on_a_terminal_as_in_a_pipe(tmp_path, monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stream in (Terminal(), io.StringIO()):
+        handler = logging.StreamHandler(stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(logging.root, "handlers", [handler])
+        monkeypatch.setattr(logging.root, "level", logging.INFO)
+        train.train(build(settings(epochs=1)), tmp_path / type(stream).__name__)
+        text = stream.getvalue()
+        assert "epoch 1 of 1, validation clean" in text
+        assert ("5/5" in text) == stream.isatty()
+
+
 def test_a_high_learning_rate_diverges_with_one_line(tmp_path):
     recipe = settings(objective=dict(name="standard"), attack=None)
     recipe.optimizer.lr = 999.0
@@ -240,6 +282,59 @@ def test_best_is_chosen_by_robust_not_by_clean_accuracy(tmp_path, monkeypatch):
     with checkpoint.manager(tmp_path, read_only=True) as orbax:
         assert checkpoint.best_step(orbax) == 10
     assert run.load(tmp_path, "best").step == 10 and run.load(tmp_path, "last").step == 15
+
+
+def scripted_flags(monkeypatch, scores):
+    """The same before an accuracy is selected: each validation's images are (clean, robust) percent right."""
+    pairs = iter(scores)
+
+    def flags(self, variables, split, *args, **kwargs):
+        clean, robust = (np.arange(100) < count for count in next(pairs))
+        return Flags(clean, robust, np.zeros(100), np.zeros(100)), None
+
+    monkeypatch.setattr(train.Scorer, "__call__", flags)
+
+
+@pytest.mark.parametrize(
+    "changes, select, best",
+    [
+        (dict(), "robust", 10),
+        (dict(objective=dict(name="standard"), attack=None), "clean", 15),
+        (dict(objective=dict(name="mma"), attack=None), "robust", 10),
+        (dict(select="clean"), "clean", 15),
+        (dict(select="mean"), "mean", 10),
+        (dict(objective=dict(name="standard"), attack=None, select="robust"), "robust", 10),
+    ],
+)
+def test_best_is_chosen_by_robust_accuracy_where_it_is_trained_for_and_else_by_clean(
+    tmp_path, monkeypatch, changes, select, best
+):
+    recipe = settings(**{key: value for key, value in changes.items() if key != "select"})
+    recipe.validate.select = changes.get("select")
+    scripted_flags(monkeypatch, [(60, 40), (61, 45), (75, 30)])
+    trained(tmp_path, recipe)
+    with checkpoint.manager(tmp_path, read_only=True) as orbax:
+        assert checkpoint.best_step(orbax) == best
+        assert checkpoint.metrics(orbax, best)["select"] == select
+
+
+def test_a_network_that_withstands_nothing_is_its_best_and_not_its_first(tmp_path, monkeypatch, caplog):
+    """What clean training loses in robust accuracy is no catastrophe, and no alarm."""
+    scripted_flags(monkeypatch, [(43, 30), (95, 0), (95, 0)])
+    trained(tmp_path, settings(objective=dict(name="standard"), attack=None))
+    assert run.load(tmp_path, "best").step == 15
+    assert "catastrophic" not in caplog.text
+
+
+def test_the_accuracy_that_selects_is_checked():
+    recipe = settings()
+    recipe.validate.select = "robut"
+    with pytest.raises(InputError, match=r"validate\.select='robut' is unknown; allowed: .*did you mean 'robust'"):
+        config.check(recipe)
+    recipe = settings(objective=dict(name="standard"), attack=None)
+    recipe.validate.stop_on_overfitting = True
+    with pytest.raises(InputError, match="stop_on_overfitting"):
+        build(recipe)
 
 
 def test_selection_looks_at_the_validation_split_or_where_asked_at_the_test_set(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import numpy as np
 
 from ibjax import cluster, config, losses, run
 from ibjax.attacks.named import named
+from ibjax.attacks.names import canonical
 from ibjax.data import Split
 from ibjax.errors import InputError
 from ibjax.evaluate import check_network, check_settings, make_scorer
@@ -27,7 +28,7 @@ def load(
     """
     trained = run.load(workdir, checkpoint)
     settings = config.plain(trained.config.evaluate) | {"samples": None}
-    settings |= {} if attacks is None else {"attacks": tuple(attacks)}
+    settings["attacks"] = tuple(map(canonical, settings["attacks"] if attacks is None else attacks))
     settings |= {} if n is None else {"n": n}
     check_settings(settings)
     check_network(trained.model, trained.facts["input_shape"], settings)
@@ -42,9 +43,8 @@ def attack(
     norm, eps, batch_size = settings["norm"], settings["eps"], settings["batch_size"]
     if chosen.make is None:
         options = dict(norm=norm, eps=eps, batch_size=batch_size, title=name, keep=total)
-        return auto_attack(lambda x, keys: predict(trained.variables, x)[0], split, seed, chosen.settings, **options)[
-            :2
-        ]
+        network, made = lambda x, keys: predict(trained.variables, x)[0], chosen.of_autoattack()
+        return auto_attack(network, split, seed, made, **options)[:2]
     scorer = make_scorer(chosen, lambda variables, x, keys: predict(variables, x), settings, cluster.mesh())
     step_size = chosen.step_size(eps, settings["step_size"])
     return scorer(trained.variables, split, seed, eps=eps, step_size=step_size, progress=name, keep=total)

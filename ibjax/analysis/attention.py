@@ -28,6 +28,7 @@ from jax.sharding import Mesh, NamedSharding
 from ibjax import checkpoint as checkpoints
 from ibjax import cluster, config, errors, run
 from ibjax.analysis import attacked, output, pictures
+from ibjax.attacks.names import canonical
 from ibjax.errors import InputError
 from ibjax.experiment import Experiment, build, initializer
 from ibjax.main import jobs
@@ -169,7 +170,7 @@ def draw(record: dict[str, Any], file: Path) -> None:
 def main() -> None:
     """The command line of this module."""
     parser = run.command_line("ibjax.analysis.attention", __doc__)
-    parser.add_argument("--attack", default="pgd-10", help="a name, as of an evaluation")
+    parser.add_argument("--attack", type=canonical, default="pgd-10", help="a name, as of an evaluation")
     parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")
     pictures.add_argument(parser)
     given = parser.parse_args()

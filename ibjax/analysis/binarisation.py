@@ -50,7 +50,6 @@ from tqdm import tqdm
 from ibjax import cluster, errors, losses, run
 from ibjax.analysis import attacked, output
 from ibjax.attacks import Attack, geometry
-from ibjax.attacks.autoattack import sub_attacks
 from ibjax.attacks.iterative import as_attack
 from ibjax.attacks.named import named
 from ibjax.errors import InputError, PreemptedError
@@ -281,7 +280,7 @@ def attack_of(name: str, *, norm: str, eps: "str | float", step_size: "str | flo
         return chosen.make(norm=norm, eps=eps, step_size=chosen.step_size(eps, step_size)), []
     if chosen.settings["version"] == "rand":
         raise InputError(f"attack '{name}' is for random networks, the test for deterministic ones; give 'autoattack'")
-    plan, warnings = sub_attacks(chosen.settings["version"], norm, eps, 2, chosen.settings["attacks"])
+    plan, warnings = chosen.parts(norm, eps, 2)
     return _in_turn([as_attack(part) for part in plan.values()]), warnings
 
 

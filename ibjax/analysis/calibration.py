@@ -1,6 +1,6 @@
 """How much of an attack the singular regularisation takes out of an image: Table 8 of SiRIIB.
 
-    python -m ibjax.analysis.calibration --workdir=DIR [--checkpoint=best] [--attacks=pgd-20,cw-100] [--n=1000]
+    python -m ibjax.analysis.calibration --workdir=DIR [--checkpoint=best] [--attacks=pgd-20,margin-100] [--n=1000]
 
 | row        | the classifier sees  | the attack sees |                                                     |
 |------------|----------------------|-----------------|-----------------------------------------------------|

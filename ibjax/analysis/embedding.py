@@ -30,6 +30,7 @@ import numpy as np
 
 from ibjax import cluster, disk, errors, run
 from ibjax.analysis import attacked, output, pictures
+from ibjax.attacks.names import canonical
 from ibjax.errors import InputError, check_range, nearest
 from ibjax.results import attack_label
 from ibjax.scoring import percent
@@ -230,7 +231,9 @@ def main() -> None:
     parser = run.bare_command_line("ibjax.analysis.embedding", __doc__)
     parser.add_argument("--workdir", type=disk.path, action="append", required=True, help="again for a run beside it")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step")
-    parser.add_argument("--attack", default=CLEAN, help="a name, as of an evaluation; default: the images as they are")
+    parser.add_argument(
+        "--attack", type=canonical, default=CLEAN, help="a name, as of an evaluation; default: the images as they are"
+    )
     parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")
     parser.add_argument("--tap", default="pre_logits", help="the feature, as stage4")
     parser.add_argument("--seed", type=int, default=33, help="of t-SNE")

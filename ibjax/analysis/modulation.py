@@ -1,7 +1,7 @@
 """What SiRIIB's calibration makes of attacked images, seen and measured: Figures 4 and 9 to 11 of SiRIIB.
 
     python -m ibjax.analysis.modulation --workdir=DIR [--checkpoint=best] [--n=1000] [--picture=FILE.pdf]
-                                        [--attacks=pgd-20,cw-20,siriib-svd-20,siriib-info-20]
+                                        [--attacks=pgd-20,margin-20,siriib-svd-20,siriib-info-20]
 
     passed = mean ‖x_avg(x') − x_avg(x)‖ / ‖x' − x‖         how much of a perturbation passes, over images that moved
     σ      = mean ‖σ(x') − σ(x)‖                            change of the singular values of a colour channel
@@ -38,7 +38,7 @@ from ibjax.models import siriib
 from ibjax.results import attack_label
 from ibjax.step import linen_net, to_float
 
-ATTACKS = ("pgd-20", "cw-20", "siriib-svd-20", "siriib-info-20")
+ATTACKS = ("pgd-20", "margin-20", "siriib-svd-20", "siriib-info-20")
 OTHER = "another image"
 SHOWN = 8  # images in the picture at most
 

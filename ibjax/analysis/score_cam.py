@@ -33,6 +33,7 @@ import numpy as np
 
 from ibjax import cluster, errors, run
 from ibjax.analysis import attacked, output, pictures
+from ibjax.attacks.names import canonical
 from ibjax.data import stratified
 from ibjax.errors import InputError, nearest
 from ibjax.models import layers
@@ -181,7 +182,7 @@ def draw(record: dict[str, Any], arrays: dict[str, np.ndarray], file: Path, name
 def main() -> None:
     """The command line of this module."""
     parser = run.command_line("ibjax.analysis.score_cam", __doc__)
-    parser.add_argument("--attack", default="pgd-20", help="a name, as of an evaluation")
+    parser.add_argument("--attack", type=canonical, default="pgd-20", help="a name, as of an evaluation")
     parser.add_argument("--n", type=int, default=8, help="number of test images")
     parser.add_argument("--tap", help="the feature, as stage4; default: the last map of more than one pixel")
     pictures.add_argument(parser)

@@ -1,7 +1,7 @@
 """Whether an attack lies in the singular values of an image: Figures 1 and 2 of SiRIIB.
 
-    python -m ibjax.analysis.singular --workdir=DIR [--checkpoint=best] [--attacks=pgd-20,cw-20,autoattack] [--n=1000]
-                                      [--picture=FILE.pdf]
+    python -m ibjax.analysis.singular --workdir=DIR [--checkpoint=best] [--attacks=pgd-20,margin-20,autoattack]
+                                      [--n=1000] [--picture=FILE.pdf]
 
     x = U Σ Vᵀ,   x' = U' Σ' V'ᵀ                               of each channel, an H×W matrix; values descending
 

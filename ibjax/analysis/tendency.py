@@ -20,6 +20,7 @@ import numpy as np
 
 from ibjax import cluster, errors, run
 from ibjax.analysis import attacked, output
+from ibjax.attacks.names import canonical, in_file_name
 from ibjax.errors import InputError
 from ibjax.results import attack_label
 from ibjax.step import linen_net
@@ -60,7 +61,7 @@ def evaluate(
         **{key: settings[key] for key in ("norm", "eps", "step_size")},
         "counts": counts(split.labels, classes, trained.facts["num_classes"]).tolist(),
     }
-    output.record(workdir / "tendency", f"{checkpoint}.{attack}", record)
+    output.record(workdir / "tendency", f"{checkpoint}.{in_file_name(attack)}", record)
     return record
 
 
@@ -83,7 +84,7 @@ def lines(record: dict[str, Any], top: int = 4, names: list[str] | None = None) 
 def main() -> None:
     """The command line of this module."""
     parser = run.command_line("ibjax.analysis.tendency", __doc__)
-    parser.add_argument("--attack", default="pgd-10", help="a name, as of an evaluation")
+    parser.add_argument("--attack", type=canonical, default="pgd-10", help="a name, as of an evaluation")
     parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")
     parser.add_argument("--top", type=int, default=4, help="wrong classes in a row")
     attacked.add_class_names(parser)

@@ -95,11 +95,16 @@ class Result(NamedTuple):
 
 
 def sub_attacks(
-    version: str, norm: str, eps: "str | float", num_classes: int, attacks: Sequence[str] | None = None
+    version: str,
+    norm: str,
+    eps: "str | float",
+    num_classes: int,
+    attacks: Sequence[str] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Iterative], list[str]]:
     """({name: attack}, warnings) of a version, or of the names in `attacks` with the version's settings.
 
-    Raises InputError on an unknown version, name or norm.
+    `options` of the attacks come in place of the version's. Raises InputError on an unknown version, name or norm.
     """
     warnings: list[str] = []
     restarts, targets, eot, larger_eps = 1, 9, None, False
@@ -113,6 +118,8 @@ def sub_attacks(
     if version == "rand":
         eot = SAMPLES
 
+    own = dict(options or {})
+
     def apgd(name, loss, restarts, targets):
         if num_classes < FEWEST_CLASSES.get(loss, 0):
             instead = loss.replace("dlr", "margin")
@@ -120,15 +127,16 @@ def sub_attacks(
                 f"{name}: DLR needs {FEWEST_CLASSES[loss]} classes, there are {num_classes}: {instead} used"
             )
             loss = instead
-        return iterative_apgd(loss, norm, eps, 100, restarts, targets, larger_eps, eot)
+        made = dict(steps=100, restarts=restarts, targets=targets) | own
+        return iterative_apgd(loss, norm, eps, larger_eps=larger_eps, eot=eot, **made)
 
     make = {
         "apgd-ce": lambda name: apgd(name, "ce", restarts, 1),
         "apgd-dlr": lambda name: apgd(name, "dlr", restarts, 1),
         "apgd-t": lambda name: apgd(name, "dlr_targeted", 1, targets),
-        "fab": lambda name: iterative_fab(norm, eps, 100, restarts),
-        "fab-t": lambda name: iterative_fab(norm, eps, 100, 1, 9),
-        "square": lambda name: iterative_square(norm, eps, 5000),
+        "fab": lambda name: iterative_fab(norm, eps, **(dict(steps=100, restarts=restarts) | own)),
+        "fab-t": lambda name: iterative_fab(norm, eps, **(dict(steps=100, restarts=1, targets=9) | own)),
+        "square": lambda name: iterative_square(norm, eps, **(dict(queries=5000) | own)),
     }
     names = _VERSIONS[version] if attacks is None else tuple(attacks)
     if not names or len(set(names)) < len(names):
@@ -158,6 +166,7 @@ def autoattack(
     version: str = "standard",
     *,
     attacks: "Sequence[str] | Mapping[str, Iterative] | None" = None,
+    options: Mapping[str, Any] | None = None,
     batch_size: int = 256,
     state: "str | Path | None" = None,
     restart: bool = False,
@@ -178,6 +187,7 @@ def autoattack(
       version: "standard", "plus" or "rand".
       attacks: run these in this order, in place of the version's: names, or {name: attack} with settings of its own, as
         `{"square": iterative_square("linf", "8/255", queries=1000)}`.
+      options: of the attacks that `attacks` names, in place of the version's, as `{"queries": 1000}`.
       batch_size: images at once, on all devices together.
       state: file that keeps the progress, about every 30 s; with it, the same call goes on where it was ended. It is
         refused where anything that the result depends on has changed since, the network's gradient among it.
@@ -214,7 +224,7 @@ def autoattack(
         plan, notes = dict(attacks), []
         _check_plan(plan, norm, eps, random)
     else:
-        plan, notes = sub_attacks(version, norm, eps, logits.shape[1], attacks)
+        plan, notes = sub_attacks(version, norm, eps, logits.shape[1], attacks, options)
     settings = dict(version=version, batch_size=batch_size, draws=draws if random else None, dtype=asked.dtype)
     settings |= _identity(plan, runner)
     file = Path(state) if state else None

@@ -2,7 +2,7 @@
 
 | name                         | attack                                                                              |
 |------------------------------|-------------------------------------------------------------------------------------|
-| pgd-STEPS, cw-STEPS          | PGD on cross-entropy, on the margin                                                 |
+| pgd-STEPS, margin-STEPS      | PGD on cross-entropy, on the margin (`cw-STEPS` is its old name)                    |
 | pgd-scaled-STEPS             | PGD in steps of 2.3·eps/STEPS, as IB-RAR's authors evaluate                         |
 | bim-, mim-, nifgsm-, spsa-   | with STEPS behind, as `cw-l2-STEPS`; see the files of these names                   |
 | fgsm, noise, noise-sign      |                                                                                     |
@@ -10,6 +10,24 @@
 | ara-STEPS                    | the representation attack, guided by images of other classes                        |
 | ib_rar-STEPS                 | IB-RAR's adaptive attack, on the run's own α and β or the defaults                  |
 | siriib-STEPS, siriib-TERMS-STEPS | SiRIIB's, on CE, L_svd and L_info or some of them, as `siriib-ce-svd-20`        |
+
+Options stand in parentheses, as in `cw-l2-200(c=0.1,lr=0.1)`, and so in every record:
+
+| name                              | options, with their defaults                                                   |
+|-----------------------------------|--------------------------------------------------------------------------------|
+| pgd, margin, bim, pgd-scaled, fgsm| loss, init, restarts=1; the first three step_size                              |
+| mim, nifgsm                       | loss=ce, decay=1, init=none, step_size                                         |
+| spsa                              | loss=margin, samples=128, delta=0.01, lr=0.01                                  |
+| cw-l2                             | c=1, kappa=0, lr=0.01, torchattacks_compat=False                               |
+| apgd-ce, apgd-dlr, fab            | steps=100, restarts=1                                                          |
+| apgd-t, fab-t; square             | steps=100, targets=9; queries=5000, restarts=1, p_init=0.8                     |
+| ib_rar                            | alpha, beta, layers=all, y_kernel=gaussian, init=uniform, group=100            |
+| siriib                            | lam=1, the weight λ₁ of L_svd and L_info; restarts=1, step_size                |
+| all                               | count=both or attacked, see below                                              |
+
+With count=both an image is robust that is classified correctly both as it is and under the attack, with count=attacked
+one that is under the attack, as some papers count. AutoAttack as a whole has no other option: it is a standard. In l1
+its parts have the settings of l1 where an option is not given.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,14 +40,18 @@ from jax import Array
 from ibjax.attacks import Attack, geometry
 from ibjax.attacks.autoattack import DRAWS, sub_attacks
 from ibjax.attacks.cw import cw
+from ibjax.attacks.iterative import Iterative
 from ibjax.attacks.mim import mim
+from ibjax.attacks.names import parse
 from ibjax.attacks.nifgsm import nifgsm
 from ibjax.attacks.noise import noise
 from ibjax.attacks.pgd import pgd
 from ibjax.attacks.representation import ara
 from ibjax.attacks.spsa import spsa
-from ibjax.errors import InputError, nearest
+from ibjax.errors import InputError, check_range, nearest
 from ibjax.objectives import ib_rar, siriib
+
+COUNTS = ("both", "attacked")
 
 
 class Named(NamedTuple):
@@ -38,16 +60,43 @@ class Named(NamedTuple):
     settings: dict[str, Any]  # as the record states them
     make: Callable[..., Attack] | None  # (norm=, eps=, step_size=) -> attack; None: autoattack(**settings) runs it
     step: float | None = None  # the step as a share of eps, whatever `evaluate.step_size` says
+    length: str | float | None = None  # the step at the main eps, in place of `evaluate.step_size`
     bounded: bool = True  # False: it looks for the smallest perturbation, of whatever size
     features: tuple[str, ...] | None = None  # it is shown (logits, features) and needs these; None: the logits alone
     guided: bool = False  # its target is (labels, for each image another one, of another class)
     group: int = 1  # images that it couples: the first so many, then the next
+    count: str = "both"  # robust: right as it is and under the attack; "attacked": under the attack
 
     def step_size(self, eps: Any, otherwise: Any) -> Any:
-        """The step at this eps, `otherwise` where the attack leaves it open."""
+        """The step at this eps, the main one where the name says a length; `otherwise` where it is left open."""
         if self.step is None:
-            return otherwise
+            return otherwise if self.length is None else self.length
         return eps if self.step == 1 else self.step * geometry.fraction(eps)
+
+    def of_autoattack(self) -> dict[str, Any]:
+        """The arguments of `autoattack` that its settings are."""
+        return {key: value for key, value in self.settings.items() if key != "count"}
+
+    def parts(self, norm: str, eps: Any, num_classes: int) -> tuple[dict[str, Iterative], list[str]]:
+        """Of AutoAttack and its parts, those that run in turn, and warnings."""
+        made = {key: self.settings[key] for key in ("version", "attacks", "options") if key in self.settings}
+        return sub_attacks(norm=norm, eps=eps, num_classes=num_classes, **made)
+
+
+class _Form(NamedTuple):
+    """What names of one form have in common."""
+
+    make: Callable[..., Named]  # of the settings
+    settings: dict[str, Any]  # with their defaults
+    more: dict[str, Any] = {}  # noqa: RUF012 - options whose defaults a record does not state
+
+    def options(self) -> dict[str, Any]:
+        """Those that a name may have, with values of their type."""
+        fixed = ("kind", "terms", "version", "attacks")  # by the name
+        return {key: value for key, value in {**self.settings, **self.more}.items() if key not in fixed}
+
+
+_LENGTH = {"step_size": "2/255"}  # of forms that leave the step to `evaluate.step_size`
 
 
 def _own(factory, **settings):
@@ -63,8 +112,11 @@ def _unbounded(factory, **settings):
     return Named(settings, lambda *, norm, eps, step_size: factory(**settings), bounded=False)
 
 
-def _auto(version, attacks=None, **options):
-    return Named(dict(version=version, attacks=attacks, **options), None)
+def _auto(*, version, attacks, draws=None, **options):
+    given = {"draws": draws, "options": options}
+    return Named(
+        dict(version=version, attacks=attacks, **{name: value for name, value in given.items() if value}), None
+    )
 
 
 def _ara(steps):
@@ -84,80 +136,137 @@ def _ara(steps):
     return Named(dict(steps=steps), make, features=("pre_logits",), guided=True)
 
 
-def _ib_rar(steps, *, alpha=0.008, beta=0.08):
+def _ib_rar(steps, group, **settings):
     """Groups of 100 images and a step of 2.3·eps/steps, as the authors' code."""
-    size, settings = 100, dict(alpha=alpha, beta=beta, layers="all", y_kernel="gaussian", steps=steps)
+    check_range("group", group, 2)  # HSIC is of several images
 
     def make(*, norm, eps, step_size):
         geometry.check_norm(norm, ("linf",))
-        return in_groups(ib_rar.adaptive_attack(eps=eps, step_size=step_size, **settings), size)
+        return in_groups(ib_rar.adaptive_attack(eps=eps, step_size=step_size, steps=steps, **settings), group)
 
-    return Named({**settings, "group": size}, make, step=2.3 / steps, features=(), group=size)
+    made = {**settings, "steps": steps, "group": group}
+    return Named(made, make, step=2.3 / steps, features=(), group=group)
 
 
-def _siriib(steps, *terms):
-    settings = dict(terms=terms or ("ce", "svd", "info"), steps=steps)
+def _siriib(terms, steps, lam=1.0, **options):
+    weights = tuple(1.0 if term == "ce" else lam for term in terms)
+    settings = dict(terms=terms, steps=steps, **({} if lam == 1.0 else {"lam": lam}), **options)
 
     def make(*, norm, eps, step_size):
         geometry.check_norm(norm, ("linf",))
-        return siriib.adaptive_attack(eps=eps, step_size=step_size, **settings)
+        return siriib.adaptive_attack(
+            terms=terms, weights=weights, eps=eps, step_size=step_size, steps=steps, **options
+        )
 
     return Named(settings, make, features=("x_avg",))
 
 
-# family -> (steps -> Named), for names as "pgd-20"
-FAMILIES: dict[str, Callable[..., Named]] = {
-    "pgd": lambda steps: _own(pgd, loss="ce", init="uniform", steps=steps, restarts=1),
-    "pgd-scaled": lambda steps: FAMILIES["pgd"](steps)._replace(step=2.3 / steps),
-    "cw": lambda steps: _own(pgd, loss="margin", init="uniform", steps=steps, restarts=1),
-    "cw-l2": lambda steps: _unbounded(cw, c=1.0, kappa=0.0, lr=0.01, steps=steps),
-    "bim": lambda steps: _own(pgd, loss="ce", init="none", steps=steps, restarts=1),
-    "mim": lambda steps: _own(mim, loss="ce", decay=1.0, steps=steps),
-    "nifgsm": lambda steps: _own(nifgsm, loss="ce", decay=1.0, steps=steps),
-    "spsa": lambda steps: _sized(spsa, loss="margin", samples=128, delta=0.01, lr=0.01, steps=steps),
-    "ara": _ara,
-    "ib_rar": _ib_rar,
-    "siriib": _siriib,
+def _pgd(loss="ce", init="uniform"):
+    return _Form(partial(_own, pgd), dict(loss=loss, init=init, restarts=1), _LENGTH)
+
+
+def _scaled(steps, **settings):
+    return _own(pgd, steps=steps, **settings)._replace(step=2.3 / steps)
+
+
+def _fgsm(**settings):
+    return _own(pgd, steps=1, **settings)._replace(step=1.0)
+
+
+# family -> its form, for names with the number of steps behind, as "pgd-20"
+FAMILIES: dict[str, _Form] = {
+    "pgd": _pgd(),
+    "pgd-scaled": _Form(_scaled, _pgd().settings),
+    "margin": _pgd(loss="margin"),
+    "cw-l2": _Form(partial(_unbounded, cw), dict(c=1.0, kappa=0.0, lr=0.01), dict(torchattacks_compat=False)),
+    "bim": _pgd(init="none"),
+    "mim": _Form(partial(_own, mim), dict(loss="ce", decay=1.0), dict(init="none", **_LENGTH)),
+    "nifgsm": _Form(partial(_own, nifgsm), dict(loss="ce", decay=1.0), dict(init="none", **_LENGTH)),
+    "spsa": _Form(partial(_sized, spsa), dict(loss="margin", samples=128, delta=0.01, lr=0.01)),
+    "ara": _Form(_ara, {}),
+    "ib_rar": _Form(
+        _ib_rar, dict(alpha=0.008, beta=0.08, layers="all", y_kernel="gaussian", group=100), dict(init="uniform")
+    ),
     **{
-        f"siriib-{'-'.join(terms)}": lambda steps, terms=terms: _siriib(steps, *terms)
-        for terms in (("ce",), ("svd",), ("info",), ("ce", "svd"), ("ce", "info"))
+        "-".join(("siriib", *named)): _Form(
+            _siriib, dict(terms=named or ("ce", "svd", "info")), dict(lam=1.0, restarts=1, **_LENGTH)
+        )
+        for named in ((), ("ce",), ("svd",), ("info",), ("ce", "svd"), ("ce", "info"))
     },
 }
-ATTACKS = {
-    "fgsm": _own(pgd, loss="ce", init="none", steps=1, restarts=1)._replace(step=1.0),
-    "noise": _sized(noise, kind="uniform"),
-    "noise-sign": _sized(noise, kind="sign"),
-    "autoattack": _auto("standard"),
-    "autoattack-plus": _auto("plus"),
-    "autoattack-rand": _auto("rand", draws=DRAWS),
-    **{name: _auto("standard", [name]) for name in ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")},
+_PARTS = {
+    **{name: dict(steps=100, restarts=1) for name in ("apgd-ce", "apgd-dlr", "fab")},
+    **{name: dict(steps=100, targets=9) for name in ("apgd-t", "fab-t")},
+    "square": dict(queries=5000, restarts=1, p_init=0.8),
+}
+ATTACKS: dict[str, _Form] = {
+    "fgsm": _Form(_fgsm, dict(loss="ce", init="none", restarts=1)),
+    "noise": _Form(partial(_sized, noise), dict(kind="uniform")),
+    "noise-sign": _Form(partial(_sized, noise), dict(kind="sign")),
+    "autoattack": _Form(_auto, dict(version="standard", attacks=None)),
+    "autoattack-plus": _Form(_auto, dict(version="plus", attacks=None)),
+    "autoattack-rand": _Form(_auto, dict(version="rand", attacks=None, draws=DRAWS)),
+    **{name: _Form(_auto, dict(version="standard", attacks=[name]), more) for name, more in _PARTS.items()},
 }
 
 
 def named(name: str, objective: Mapping[str, Any] | None = None) -> Named:
-    """The attack of a name as "fgsm", "pgd-20" or "autoattack"; raises InputError on others.
+    """The attack of a name as "fgsm", "pgd-20(restarts=5)" or "autoattack"; raises InputError on others.
 
     `objective`, the section of the run that is attacked, has the values that an adaptive attack takes from it.
     """
-    if name in ATTACKS:
-        return ATTACKS[name]
-    family, _, steps = name.rpartition("-")
-    if family in FAMILIES and steps.isascii() and steps.isdecimal() and int(steps) > 0:
-        own = {}
-        if objective is not None and objective["name"] == family == "ib_rar":
-            own = {key: objective[key] for key in ("alpha", "beta") if key in objective}
-        return FAMILIES[family](int(steps), **(own if any(own.values()) else {}))
-    examples = (*ATTACKS, *(f"{family}-20" for family in FAMILIES))
-    raise InputError(f"attack '{name}' is unknown; {nearest(name, examples)}")
+    base, given = parse(name)
+    if base in ATTACKS:
+        form, family, steps = ATTACKS[base], base, {}
+    else:
+        family, _, number = base.rpartition("-")
+        if family not in FAMILIES or not (number.isascii() and number.isdecimal() and int(number) > 0):
+            examples = (*ATTACKS, *(f"{family}-20" for family in FAMILIES))
+            raise InputError(f"attack '{name}' is unknown; {nearest(base, examples)}")
+        form, steps = FAMILIES[family], {"steps": int(number)}
+    _check_options(name, family, given, form.options(), bool(steps))
+    count, length = given.pop("count", COUNTS[0]), given.pop("step_size", None)
+    own = {}
+    if objective is not None and objective["name"] == family == "ib_rar":
+        own = {key: objective[key] for key in ("alpha", "beta") if key in objective}
+    made = form.make(**{**form.settings, **(own if any(own.values()) else {}), **steps, **given})
+    said = {key: value for key, value in dict(step_size=length, count=count).items() if value not in (None, COUNTS[0])}
+    return made._replace(settings={**made.settings, **said}, length=length, count=count)
+
+
+def _check_options(name, family, given, allowed, has_steps):
+    allowed = {**allowed, "count": COUNTS[0]}
+    for key, value in given.items():
+        if key == "steps" and has_steps:
+            raise InputError(f"attack '{name}' has its steps in its name; write {family}-{value}")
+        if key not in allowed:
+            raise InputError(f"attack '{name}' has no option '{key}'; {nearest(key, allowed)}")
+        default = allowed[key]
+        kinds = {float: (int, float), int: (int,)}.get(type(default), (type(default),))
+        kinds = (int, float, str) if key in _LENGTH else kinds
+        if type(value) not in kinds:
+            raise InputError(f"attack '{name}': {key}={value} is not allowed; give it as {key}={default}")
+    if given.get("count", COUNTS[0]) not in COUNTS:
+        raise InputError(f"attack '{name}': count={given['count']} is unknown; {nearest(given['count'], COUNTS)}")
+
+
+def takes_step_size(name: str) -> bool:
+    """Whether the step of a name's attack is `evaluate.step_size`: it could say one, and does not."""
+    base, given = parse(name)
+    form = ATTACKS.get(base) or FAMILIES[base.rpartition("-")[0]]
+    return "step_size" in form.options() and "step_size" not in given
 
 
 def check(name: str, norm: str, eps: Any, step_size: Any) -> None:
     """Raises InputError where a name's attack cannot be made for this norm and these lengths."""
     attack = named(name)
     if attack.make is None:
-        sub_attacks(attack.settings["version"], norm, eps, 10, attack.settings["attacks"])
-    else:
-        attack.make(norm=norm, eps=eps, step_size=attack.step_size(eps, step_size))
+        attack.parts(norm, eps, 10)
+        return
+    step = attack.step_size(eps, step_size)
+    if not geometry.radius(step, norm, f"{name}: step_size") > 0:
+        raise InputError(f"attack '{name}': step_size={step} is not allowed; give a length above 0, as '2/255'")
+    attack.make(norm=norm, eps=eps, step_size=step)
 
 
 def in_groups(attack: Attack, size: int) -> Attack:
