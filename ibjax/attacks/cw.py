@@ -56,7 +56,7 @@ def cw(
     eps: "str | float | Array | None" = None,
     torchattacks_compat: bool = False,
 ) -> Attack:
-    """An attack `(key, logits_fn, x, target) -> x_adv`; it draws nothing from `key`.
+    """An attack `(key, logits_fn, x, target) -> x_adv`; `key` is not looked at.
 
     Args:
       c: weight of the classification term.
@@ -106,7 +106,7 @@ def cw(
         first = _State(jnp.int32(0), w, optimizer.init(w), x, smallest, jnp.float32(jnp.inf), jnp.bool(False))
         return lax.while_loop(lambda s: (s.step < steps) & ~s.stopped, step, first).x_best
 
-    return checked(attack, SOFT_LABELS)
+    return checked(attack, SOFT_LABELS, draws=False)
 
 
 def _lead(logits, labels):

@@ -32,7 +32,9 @@ DISTRIBUTIONS = "distributions or labels"  # one-hot rows too
 ANYTHING = "anything"  # the loss is the caller's, or there is none
 
 
-def checked(attack: Attack, target: str = LABELS, *, network: bool = True, stochastic: bool = False) -> Attack:
+def checked(
+    attack: Attack, target: str = LABELS, *, network: bool = True, stochastic: bool = False, draws: bool = True
+) -> Attack:
     """`attack` behind its entrance.
 
     Args:
@@ -40,27 +42,28 @@ def checked(attack: Attack, target: str = LABELS, *, network: bool = True, stoch
       target: what it takes, one of the constants above.
       network: whether it calls `logits_fn` at all.
       stochastic: whether it calls `logits_fn(x, keys)`, with a key per image.
+      draws: whether it draws anything; else its key may be anything, None too.
     """
 
     @functools.wraps(attack)
     def entered(key: Any, logits_fn: Callable, x: Any, goal: Any) -> Array:
         asked = logits_fn if network else None
-        key, x, goal = enter(key, asked, x, goal, target, stochastic=stochastic)
+        key, x, goal = enter(key, asked, x, goal, target, stochastic=stochastic, draws=draws)
         return attack(key, logits_fn, x, goal)
 
     return entered
 
 
 def enter(
-    key: Any, logits_fn: Any, x: Any, target: Any, kind: str = LABELS, *, stochastic: bool = False
+    key: Any, logits_fn: Any, x: Any, target: Any, kind: str = LABELS, *, stochastic: bool = False, draws: bool = True
 ) -> tuple[Array, Array, Any]:
-    """(key, x, target) as an attack computes with them; `kind` of target and `stochastic` as in `checked`.
+    """(key, x, target) as an attack computes with them; `kind` is the target's, all else as in `checked`.
 
     `logits_fn` None is not looked at. Raises InputError on what an attack cannot take.
     """
     x = images(x)
     classes = None if logits_fn is None else classes_of(logits_fn, x, kind, stochastic)
-    return as_key(key, x), x, target_of(target, len(x), classes, kind)
+    return as_key(key, x) if draws else key, x, target_of(target, len(x), classes, kind)
 
 
 def has_values(array: Any) -> bool:

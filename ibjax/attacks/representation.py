@@ -29,7 +29,7 @@ from ibjax.errors import InputError, check_count
 
 
 def ara(*, eps: "str | float | Array" = "10/255", steps: int = 20) -> Attack:
-    """An attack `(key, features_fn, x, guide) -> x_adv`; it draws nothing from `key`.
+    """An attack `(key, features_fn, x, guide) -> x_adv`; `key` is not looked at.
 
     `features_fn` maps (B, H, W, C) to features (B, …), each image by itself; `guide` holds an image for each of x.
 
@@ -58,7 +58,7 @@ def ara(*, eps: "str | float | Array" = "10/255", steps: int = 20) -> Attack:
 
         return geometry.project(jax.vmap(one)(x, wanted, lower, upper), x, "linf", eps)
 
-    return checked(attack, ANYTHING)
+    return checked(attack, ANYTHING, draws=False)
 
 
 def guides(labels: np.ndarray, seed: int = 0) -> np.ndarray:
