@@ -7,11 +7,12 @@ import errno
 import io
 import logging
 import math
+import numbers
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from typing import NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 
 class InputError(ValueError):
@@ -33,11 +34,23 @@ class UnreadableError(InputError):
     """A file that could not be read, which says nothing of its content: nothing is thrown away for it."""
 
 
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether `value` is one real number, Python's or NumPy's; truth values are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def check_range(name: str, value: float, low: float, high: float = math.inf, *, below: bool = False) -> None:
-    """Raises InputError unless low <= value <= high (value < high with `below`); NaN fails."""
-    if not (low <= value <= high) or (below and value == high):
+    """Raises InputError unless low <= value <= high (value < high with `below`); NaN and what is no number fail."""
+    if not is_number(value) or not (low <= value <= high) or (below and value == high):
+        given = f"{value:g}" if is_number(value) else repr(value)
         upper = "" if high == math.inf else f" and {'below' if below else 'at most'} {high:g}"
-        raise InputError(f"{name}={value:g} is not allowed; give a number of at least {low:g}{upper}")
+        raise InputError(f"{name}={given} is not allowed; give a number of at least {low:g}{upper}")
+
+
+def check_count(name: str, value: int, low: int = 1) -> None:
+    """Raises InputError unless `value` is a whole number of at least `low`, as an int."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < low:
+        raise InputError(f"{name}={value!r} is not allowed; give a whole number of at least {low}")
 
 
 class PreemptedError(Exception):

@@ -367,7 +367,7 @@ def test_versions_are_those_of_the_authors():
 
 # ---- input ---------------------------------------------------------------------------------------------------
 
-NAN_PIXEL = np.where(np.arange(48).reshape(4, 4, 3) == 7, np.float32(np.nan), X)
+NAN_PIXEL = np.where(np.arange(N * 48).reshape(X.shape) == 7, np.float32(np.nan), X)
 
 
 def nan_for_the_last(x):
@@ -381,7 +381,7 @@ def centred(x):
 BAD = {
     "images above 1": (dict(x=X * 255), "reach from"),
     "images below 0": (dict(x=X - 0.5), "reach from"),
-    "a NaN pixel": (dict(x=NAN_PIXEL), "reach from nan"),
+    "a NaN pixel": (dict(x=NAN_PIXEL), "1 of 41 images hold NaN"),
     "bytes": (dict(x=np.uint8(X * 255)), "divide by 255"),
     "channels first": (dict(x=np.zeros((N, 3, 32, 32), np.float32)), "channels first"),
     "no images": (dict(x=X[:0], y=Y[:0]), "at least one image"),
@@ -400,7 +400,10 @@ BAD = {
     "an unknown version": (dict(version="strong", attacks=None), "version 'strong'"),
     "an unknown attack": (dict(attacks=["apgd"]), "did you mean 'apgd-"),
     "an attack twice": (dict(attacks=["square", "square"]), "each once"),
-    "a number as key": (dict(key=0), "jax.random.key"),
+    "a fraction as key": (dict(key=0.5), "jax.random.key"),
+    "several keys": (dict(key=jax.random.split(KEY, N)), "one JAX key"),
+    "a batch and a half": (dict(batch_size=2.5), "batch_size=2.5"),
+    "a network in NumPy": (dict(network=lambda x: np.asarray(x).reshape(N, -1) @ WEIGHTS), "cannot trace"),
     "no batch": (dict(batch_size=0), "batch_size=0"),
     "no attacks": (dict(attacks={}), "at least one"),
     "an attack of another norm": (dict(norm="l2", eps=0.5, attacks=short()), "made for linf"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from ibjax import evaluate, report, results, run, scoring
+from ibjax import evaluate, report, report_tables, results, run, scoring
 from ibjax.attacks import names
 from ibjax.attacks.autoattack import sub_attacks
 from ibjax.attacks.cw import cw
@@ -235,7 +235,7 @@ def test_options_are_in_records_files_and_tables(digits):
     ladder = json.loads((folder / "pgd-2(step_size=1_255)@4_16.json").read_text())
     assert np.isclose(ladder["step_size"], 2 / 255)  # twice the eps, twice the step
     (table,) = report_tables.tables(records)
-    assert results.cells(table)[0][4:8] == [
+    assert report_tables.cells(table)[0][4:8] == [
         "FGSM (counts images wrong as they are)", "PGD-2", "PGD-2 (restarts 2)", "PGD-2 (step_size 1/255)"
     ]  # fmt: skip
     (found,) = (part for part in report.read([digits]) if part.folder == digits)

@@ -53,21 +53,41 @@ def test_sides_shrink_as_the_paper_has_them():
 
 
 def test_sides_never_exceed_the_image():
-    assert schedule(image=(8, 3)).max() == 3 and schedule(norm="l2", image=(8, 4)).max() == 3
+    assert schedule(image=(8, 3)).max() == 3 and schedule(norm="l2", image=(8, 4)).max() == 4
 
 
 def test_a_bump_is_two_pyramids_of_opposite_sign():
-    """Side 3, by hand: one row, and two of the other sign; the rings weigh 1 and 1/4."""
-    eta = bump(3)
-    # a pyramid of 1×3: the middle pixel is in rings 1 and 2, the outer ones in ring 2 only
-    np.testing.assert_allclose(eta[0] / eta[0, 0], [1, 5, 1], rtol=1e-5)
-    # of 2×3: its middle is (1, 1); ring 2 holds all of it
-    np.testing.assert_allclose(eta[1:] / eta[1, 0], [[1, 1, 1], [1, 5, 1]], rtol=1e-5)
-    for side in (3, 5, 7, 29):
-        half = side // 2
-        np.testing.assert_allclose(np.sum(bump(side) ** 2), 1, rtol=1e-5)
-        np.testing.assert_allclose(np.sum(bump(side)[:half] ** 2), 0.5, rtol=1e-5)
-        assert np.all(bump(side)[:half] > 0) and np.all(bump(side)[half:] < 0)
+    """Side 3, by hand: one row, and two of the other sign; the rings weigh 1 and 1/4, in l1 1 and 1/16."""
+    for norm, middle in (("l2", 5), ("l1", 17)):
+        eta = bump(3, norm)
+        # a pyramid of 1×3: the middle pixel is in rings 1 and 2, the outer ones in ring 2 only
+        np.testing.assert_allclose(eta[0] / eta[0, 0], [1, middle, 1], rtol=1e-5)
+        # of 2×3: its middle is (1, 1); ring 2 holds all of it
+        np.testing.assert_allclose(eta[1:] / eta[1, 0], [[1, 1, 1], [1, middle, 1]], rtol=1e-5)
+    for norm, power in (("l2", 2), ("l1", 1)):
+        for side in (3, 5, 7, 29):
+            eta, half = bump(side, norm), side // 2
+            np.testing.assert_allclose(np.sum(np.abs(eta) ** power), 1, rtol=1e-5)
+            np.testing.assert_allclose(np.sum(np.abs(eta[:half]) ** power), 0.5, rtol=1e-5)
+            assert np.all(eta[:half] > 0) and np.all(eta[half:] < 0)
+
+
+def test_in_l1_new_and_old_mass_weigh_the_same():
+    """All mass is in one pixel, where the bump's is e: 1 + e of 2, or 1 − e of 2 − 2e, are there afterwards.
+
+    A bump of l2 length 1 would have more mass than the old perturbation, and bury what was found.
+    """
+    x, y = jnp.full((200, 9, 9, 1), 0.5), jnp.zeros(200, jnp.int32)
+    attack = iterative_square("l1", 0.4, p_init=0.12)
+    start = attack.init(jax.random.split(jax.random.key(0), len(x)), 0, x, y)
+    state = start._replace(x_best=x.at[:, 4, 4].add(0.4), margin=jnp.full(len(x), 2.0))
+    delta = np.abs(jax.jit(lambda s: attack.step(1, liked, x, y, y, s))(state).x_best - x)[..., 0]
+    np.testing.assert_allclose(delta.sum((1, 2)), 0.4, rtol=1e-4)
+    beside = 1 - delta[:, 4, 4] / delta.sum((1, 2))
+    mixed = (beside > 1e-3) & (beside < 1 - 1e-3)  # elsewhere the first square does not hold the pixel
+    shares = [0.5, *(1 - np.unique(np.abs(bump(3, "l1")))) / 2]
+    assert 10 < mixed.sum() < 100
+    np.testing.assert_allclose(np.min(np.abs(beside[mixed][:, None] - np.array(shares)), axis=1), 0, atol=1e-4)
 
 
 def run(attack, steps, keys=None, x=X, y=Y):

@@ -41,7 +41,7 @@ from jax import Array, lax
 from ibjax import losses
 from ibjax.attacks import Attack, geometry
 from ibjax.attacks.iterative import Iterative, as_attack
-from ibjax.errors import InputError, nearest
+from ibjax.errors import InputError, check_count, nearest
 
 LOSSES = {"ce": losses.cross_entropy, "dlr": losses.dlr, "margin": losses.margin}
 TARGETED_LOSSES = {"dlr_targeted": losses.dlr_targeted, "margin_targeted": losses.margin_targeted}
@@ -113,14 +113,14 @@ def iterative_apgd(
     eot: int | None = None,
 ) -> Iterative:
     """APGD in its parts; arguments as `apgd`."""
-    largest = geometry.one_radius(eps, norm)
+    norm, largest = geometry.check_norm(norm), geometry.one_radius(eps, norm)
     if loss not in LOSSES and loss not in TARGETED_LOSSES:
         raise InputError(f"apgd's loss '{loss}' is unknown; {nearest(loss, [*LOSSES, *TARGETED_LOSSES])}")
     if larger_eps and norm != "l1":
         raise InputError(f"larger_eps is the schedule of l1; the norm is {norm}")
     for name, value in dict(steps=steps, restarts=restarts, targets=targets, eot=eot).items():
-        if value is not None and value < 1:
-            raise InputError(f"apgd's {name}={value} is not allowed; give at least 1")
+        if value is not None or name != "eot":
+            check_count(f"apgd's {name}", value)
     if larger_eps and steps < 2:
         raise InputError(f"apgd's steps={steps} is not allowed with larger_eps; give at least 2")
     stages = larger_eps_stages(largest, steps) if larger_eps else [(largest, steps)]

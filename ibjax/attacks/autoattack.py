@@ -46,14 +46,14 @@ from jax import Array
 from tqdm import tqdm
 
 from ibjax import cluster, losses
-from ibjax.attacks import checks, geometry
+from ibjax.attacks import checks, entrance, geometry
 from ibjax.attacks.apgd import FEWEST_CLASSES, iterative_apgd
 from ibjax.attacks.fab import iterative_fab
 from ibjax.attacks.iterative import Iterative, other_classes
 from ibjax.attacks.progress import Progress
 from ibjax.attacks.runner import Runner, passes
 from ibjax.attacks.square import iterative_square
-from ibjax.errors import InputError, PreemptedError, nearest
+from ibjax.errors import InputError, PreemptedError, check_count, nearest
 from ibjax.files import content_digest
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def sub_attacks(
     """
     warnings: list[str] = []
     restarts, targets, eot, larger_eps = 1, 9, None, False
-    geometry.one_radius(eps, norm)
+    norm, eps = geometry.check_norm(norm), geometry.one_radius(eps, norm)
     if version not in _VERSIONS:
         raise InputError(f"AutoAttack's version '{version}' is unknown; {nearest(version, _VERSIONS)}")
     if version == "standard" and norm == "l1":
@@ -202,18 +202,20 @@ def autoattack(
         state of another evaluation: one line that says what to do.
     """
     checks.outside_traces(key, x, y, eps)
-    eps = geometry.one_radius(eps, norm)
+    norm, eps = geometry.check_norm(norm), geometry.one_radius(eps, norm)
     if not eps > 0:
         raise InputError("eps=0 is not allowed; AutoAttack takes a radius above 0")
-    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0):
-        raise InputError("key is not one JAX key; give jax.random.key(0)")
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size} is not allowed; give at least 1")
-    x, y = np.asarray(x), np.asarray(y)
-    checks.images_and_labels(x, y)
+    check_count("batch_size", batch_size)
+    x, y = checks.images_and_labels(np.asarray(x), np.asarray(y))
+    key = entrance.as_key(key, x)
+    if key.ndim:
+        raise InputError(
+            f"key is {key.shape[0]} keys; give one JAX key, jax.random.key(0): AutoAttack folds in each image"
+        )
     random = version == "rand"
     if random and draws < 2:
         raise InputError(f"draws={draws} is not allowed; give at least 2, for a mean and its standard error")
+    entrance.classes_of(logits_fn, x[:64], entrance.ANYTHING, stochastic=random)
     asked = _check_network(logits_fn, x, y, random, allow_randomized)
 
     runner = Runner(key, logits_fn, x, y, norm=norm, eps=eps, batch_size=batch_size, randomized=random)

@@ -1,6 +1,6 @@
 """Checks before any robustness is reported: what makes every number wrong is refused, what casts doubt is a warning."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,22 +17,65 @@ _DIFFERENTIATED, _PRINTED = 16, 8  # images whose gradient is asked for, and who
 # By how much an answer may differ, as a share of its length, where nothing but rounding should: other batch sizes and
 # devices choose other algorithms, and a gradient jumps where rounding turns a ReLU.
 _LOGITS, _GRADIENT = 1e-2, 5e-2
+_OVERSHOOT = 1e-6  # of pixels outside [0, 1] by rounding
 
 
-def images_and_labels(x: np.ndarray, y: np.ndarray) -> None:
-    """Raises InputError unless x is (N, H, W, C) float32 in [0, 1] and y (N,) integers."""
+def images_and_labels(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(x, y) where x is (N, H, W, C) float32 in [0, 1], and y (N,) integers.
+
+    What rounding has left up to 1e-6 outside [0, 1] is clipped. Raises InputError on anything else.
+    """
+    kind_of_images(x)
+    kind_of_labels(y, len(x))
+    return in_the_box(x), y
+
+
+def kind_of_images(x: Any, name: str = "images", dtypes: Sequence[str] = ("float32",)) -> None:
+    """Raises InputError unless x has the shape (N, H, W, C) and the type of images; looks at no value."""
+    if not isinstance(x, jax.Array | np.ndarray):
+        raise InputError(
+            f"{name} are a {type(x).__name__}; give an array (N, height, width, channels), float32 in [0, 1]"
+        )
     if x.ndim != 4 or not len(x):
-        raise InputError(f"images have shape {x.shape}; give (N, height, width, channels) with at least one image")
+        raise InputError(f"{name} have shape {x.shape}; give (N, height, width, channels) with at least one image")
     if x.shape[1] in (1, 3) and x.shape[3] not in (1, 3):
-        raise InputError(f"images have shape {x.shape}, channels first; transpose them to (N, height, width, channels)")
-    if x.dtype != np.float32:
-        divide = "; divide by 255" if np.issubdtype(x.dtype, np.integer) else ""
-        raise InputError(f"images are {x.dtype}; give float32 in [0, 1]{divide}")
-    low, high = float(np.min(x)), float(np.max(x))
-    if not (low >= 0 and high <= 1):  # NaN fails too
-        raise InputError(f"images reach from {low:g} to {high:g}; give pixels in [0, 1], normalise inside logits_fn")
-    if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer):
-        raise InputError(f"labels have shape {y.shape} and type {y.dtype}; give integers of shape ({len(x)},)")
+        raise InputError(f"{name} have shape {x.shape}, channels first; transpose them to (N, height, width, channels)")
+    if x.dtype not in dtypes:
+        grey = jnp.issubdtype(x.dtype, jnp.integer)
+        how = f"; divide by 255: {name}.astype('float32') / 255" if grey else f": {name}.astype('float32')"
+        raise InputError(f"{name} are {x.dtype}; give float32 in [0, 1]{how}")
+
+
+def in_the_box(x: np.ndarray, name: str = "images") -> np.ndarray:
+    """x in [0, 1], clipped where rounding has left it up to 1e-6 outside; raises InputError where it is farther."""
+    low, high = x.min(), x.max()
+    if low >= 0 and high <= 1:
+        return x
+    if low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT:
+        return np.clip(x, 0, 1)
+    if not np.isfinite(low + high):
+        count = int(np.sum(~np.isfinite(x).all(axis=(1, 2, 3))))
+        raise InputError(f"{count} of {len(x)} {name} hold NaN or Inf; give pixels in [0, 1]")
+    instead = "divide by 255" if low >= 0 and high > 2 else "normalise inside logits_fn"
+    raise InputError(f"{name} reach from {low!s} to {high!s}; give pixels in [0, 1], {instead}")
+
+
+def kind_of_labels(y: Any, count: int) -> None:
+    """Raises InputError unless y has the shape (N,) and the type of labels; looks at no value."""
+    if not isinstance(y, jax.Array | np.ndarray):
+        raise InputError(f"labels are a {type(y).__name__}; give an array of integers of shape ({count},)")
+    if y.ndim == 2 and len(y) == count:
+        raise InputError(
+            f"labels have shape {y.shape}, one-hot perhaps; give integers of shape ({count},): labels.argmax(axis=1)"
+        )
+    if y.shape != (count,) or not jnp.issubdtype(y.dtype, jnp.integer):
+        raise InputError(f"labels have shape {y.shape} and type {y.dtype}; give integers of shape ({count},)")
+
+
+def in_classes(y: np.ndarray, classes: int) -> None:
+    """Raises InputError unless the labels are among the classes of the network."""
+    if y.min() < 0 or y.max() >= classes:
+        raise InputError(f"labels reach from {y.min()} to {y.max()}; the network has {classes} classes")
 
 
 class Asked(NamedTuple):

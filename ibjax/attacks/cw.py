@@ -33,7 +33,8 @@ from jax import Array, lax
 
 from ibjax import losses
 from ibjax.attacks import Attack, geometry
-from ibjax.errors import check_range
+from ibjax.attacks.entrance import SOFT_LABELS, checked
+from ibjax.errors import check_count, check_range
 
 
 class _State(NamedTuple):
@@ -55,7 +56,7 @@ def cw(
     eps: "str | float | Array | None" = None,
     torchattacks_compat: bool = False,
 ) -> Attack:
-    """An attack `(key, logits_fn, x, target) -> x_adv`; it draws nothing from `key`.
+    """An attack `(key, logits_fn, x, target) -> x_adv`; `key` is not looked at.
 
     Args:
       c: weight of the classification term.
@@ -69,8 +70,9 @@ def cw(
       InputError: an eps that is no l2 radius on [0, 1] images, numbers out of range.
     """
     radius = jnp.inf if eps is None else geometry.radius(eps, "l2")
-    for name, number, low in (("c", c, 0), ("kappa", kappa, 0), ("steps", steps, 1), ("lr", lr, 0)):
-        check_range(name, number, low)
+    for name, number in (("c", c), ("kappa", kappa), ("lr", lr)):
+        check_range(name, number, 0)
+    check_count("steps", steps)
     limit, lead = (1.0, _zero_masked_lead) if torchattacks_compat else (1 - 1e-6, _lead)
     optimizer, check_every = optax.adam(lr), max(steps // 10, 1)
 
@@ -104,7 +106,7 @@ def cw(
         first = _State(jnp.int32(0), w, optimizer.init(w), x, smallest, jnp.float32(jnp.inf), jnp.bool(False))
         return lax.while_loop(lambda s: (s.step < steps) & ~s.stopped, step, first).x_best
 
-    return attack
+    return checked(attack, SOFT_LABELS, draws=False)
 
 
 def _lead(logits, labels):

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ibjax.attacks import Attack
-from ibjax.attacks.pgd import first, fold_in, loss_function
-from ibjax.errors import check_range
+from ibjax.attacks.entrance import as_key, enter, first, images
+from ibjax.attacks.pgd import fold_in, loss_function, target_kind
+from ibjax.errors import check_count
 
 Stochastic = Callable[[Array, Array], Any]  # (one key, x (B, H, W, C)) -> logits (B, classes), or (logits, …)
 StochasticAttack = Callable[[Array, Stochastic, Array, Array], Array]
@@ -48,20 +49,24 @@ def eot(
     ascend = attack(loss=mean_loss, **options)
 
     def expected(key: Array, stochastic: Stochastic, x: Array, target: Array) -> Array:
-        return ascend(key, sampled(fold_in(key, _NOISE), stochastic, samples), x, target)
+        key = as_key(key, images(x))
+        network = sampled(fold_in(key, _NOISE), stochastic, samples)
+        key, x, target = enter(key, network, x, target, target_kind(loss))
+        return ascend(key, network, x, target)
 
     return expected
 
 
 def sampled(key: Array, stochastic: Stochastic, samples: int) -> Callable[[Array], tuple[Array, Any]]:
     """x -> (mean logits (B, classes), all outputs with a leading axis of `samples`); `key` is one or one per image."""
-    check_range("samples", samples, 1)
+    check_count("samples", samples)
 
     def forward(x):
-        at_x = _fold_in_point(key, x)
+        typed = as_key(key, x)
+        at_x = _fold_in_point(typed, x)
 
         def draw(s):
-            if key.ndim == 0:
+            if typed.ndim == 0:
                 return stochastic(fold_in(at_x, s), x)
             alone = jax.vmap(lambda k, image: jax.tree.map(lambda z: z[0], stochastic(k, image[None])))
             return alone(fold_in(at_x, s), x)

@@ -32,7 +32,7 @@ from jax import Array, lax
 from ibjax import losses
 from ibjax.attacks import Attack, geometry
 from ibjax.attacks.iterative import Iterative, as_attack
-from ibjax.errors import InputError
+from ibjax.errors import check_count
 
 _ALPHA_MAX, _ETA, _BETA = 0.1, 1.05, 0.9
 
@@ -68,9 +68,9 @@ class State(NamedTuple):
 
 def iterative_fab(norm: str, eps: "str | float", steps: int = 100, restarts: int = 1, targets: int = 0) -> Iterative:
     """FAB in its parts; arguments as `fab`."""
-    radius = geometry.one_radius(eps, norm)
-    if steps < 1 or restarts < 1 or targets < 0:
-        raise InputError(f"fab's steps={steps}, restarts={restarts}, targets={targets}: give 1, 1, 0 or more")
+    norm, radius = geometry.check_norm(norm), geometry.one_radius(eps, norm)
+    for name, value, least in (("steps", steps, 1), ("restarts", restarts, 1), ("targets", targets, 0)):
+        check_count(f"fab's {name}", value, least)
     slopes = _slope_to if targets else _nearest_boundary
 
     def init(keys, restart, x, y):

@@ -3,8 +3,8 @@
 Images are (B, H, W, C) float32 in [0, 1]; eps is a radius in the same units, per attack or per image (B,).
 """
 
-import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +12,27 @@ import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 
-from ibjax.errors import InputError, nearest
+from ibjax.errors import InputError, is_number, nearest
 
 NORMS = ("linf", "l2", "l1")
 # No published threat model on [0, 1] images reaches these; an eps in 0..255 units does.
 _LARGEST_EPS = {"linf": 1.0, "l2": 8.0, "l1": 256.0}
 
 
+def check_norm(norm: Any, allowed: Sequence[str] = NORMS) -> str:
+    """The norm's name in NORMS, from any spelling: "linf", "Linf", "L_inf", "inf", np.inf; "l2", "L2", "2", 2; "L1", 1.
+
+    Raises InputError unless it is one of the allowed ones.
+    """
+    text = str(norm).lower().replace("_", "").removeprefix("l").removesuffix(".0")
+    name = f"l{text}"
+    if name not in allowed:
+        raise InputError(f"norm '{norm}' is unknown{' here' * (name in NORMS)}; {nearest(name, allowed)}")
+    return name
+
+
 def fraction(value: "str | float | Array") -> "float | Array":
-    """ "8/255" -> 0.0313…; numbers and arrays pass unchanged. Raises InputError on anything else."""
+    """ "8/255" -> 0.0313…; numbers and arrays pass unchanged. Raises InputError on a text that is no number."""
     if not isinstance(value, str):
         return value
     try:
@@ -33,41 +45,49 @@ def fraction(value: "str | float | Array") -> "float | Array":
 def radius(eps: "str | float | Array", norm: str, name: str = "eps") -> "float | Array":
     """The length that `eps` means, checked: eps=8 is refused, since images live in [0, 1].
 
-    Arrays (one length, or one per image) are checked where their values are known, not inside `jit`.
+    A 0-d array is a number; an array (B,) has a length for each image. Arrays are checked where their values are known,
+    not inside `jit`.
     """
-    check_norm(norm)
-    eps = fraction(eps)
-    if isinstance(eps, Tracer):
-        return eps
+    norm, eps = check_norm(norm), fraction(eps)
     if isinstance(eps, jax.Array | np.ndarray):
-        for value in (float(np.min(eps)), float(np.max(eps))):
-            radius(value, norm, name)
-        return jnp.asarray(eps)
-    if not (math.isfinite(eps) and 0 <= eps < _LARGEST_EPS[norm]):
+        if eps.ndim > 1 or not eps.size:
+            raise InputError(f"{name} has shape {eps.shape}; give one number, or an array (B,), one for each image")
+        if isinstance(eps, Tracer):
+            return eps
+        if eps.ndim == 1:
+            for value in (np.min(eps), np.max(eps)):
+                radius(value.item(), norm, name)
+            eps = jnp.asarray(eps)
+            return eps if jnp.issubdtype(eps.dtype, jnp.floating) else eps.astype(float)
+        eps = eps.item()
+    if not is_number(eps):
+        raise InputError(
+            f"{name}={eps!r} is no length; give a number, as '8/255', or an array (B,), one for each image"
+        )
+    if not 0 <= eps < _LARGEST_EPS[norm]:  # NaN and Inf too
         raise InputError(
             f"{name}={eps:g} is outside [0, {_LARGEST_EPS[norm]:g}) for {norm}: images are in [0, 1]; "
             f"write 8 grey levels as '8/255'"
         )
-    return eps
+    return float(eps)
 
 
 def one_radius(eps: "str | float", norm: str) -> float:
-    """`radius` for attacks whose programs are made for one length: no array, no tracer."""
+    """`radius` for attacks whose programs are made for one length: no array but a 0-d one, no tracer."""
     length = radius(eps, norm)
     if isinstance(length, jax.Array):
         raise InputError("eps is an array; this attack takes one number for all images, as '8/255'")
-    return float(length)
-
-
-def check_norm(norm: str, allowed: Sequence[str] = NORMS) -> None:
-    """Raises InputError unless `norm` is one of the allowed ones."""
-    if norm not in allowed:
-        raise InputError(f"norm '{norm}' is unknown{' here' * (norm in NORMS)}; {nearest(norm, allowed)}")
+    return length
 
 
 def per_image(value: "float | Array", x: Array) -> "float | Array":
-    """Shapes a value per image (B,) so that it broadcasts against x (B, H, W, C); scalars pass unchanged."""
+    """Shapes a value per image (B,) so that it broadcasts against x (B, H, W, C); scalars pass unchanged.
+
+    Raises InputError where there are as many values as neither one nor images.
+    """
     if isinstance(value, jax.Array) and value.ndim == 1:
+        if value.shape[0] not in (1, x.shape[0]):
+            raise InputError(f"{value.shape[0]} lengths are given for {x.shape[0]} images; give one, or one for each")
         return value.reshape((-1,) + (1,) * (x.ndim - 1))
     return value
 
@@ -84,7 +104,7 @@ def l2_norm(x: Array) -> Array:
 
 def size(delta: Array, norm: str) -> Array:
     """The norm of each image, kept broadcastable: (B, 1, 1, 1)."""
-    axes = tuple(range(1, delta.ndim))
+    norm, axes = check_norm(norm), tuple(range(1, delta.ndim))
     if norm == "linf":
         return jnp.max(jnp.abs(delta), axis=axes, keepdims=True)
     return l2_norm(delta) if norm == "l2" else jnp.sum(jnp.abs(delta), axis=axes, keepdims=True)
@@ -102,7 +122,7 @@ def project(x_adv: Array, x: Array, norm: str, eps: "float | Array") -> Array:
     Clipping moves every pixel towards x, which is in the box, so the result lies in both. In l1 it is the exact
     projection onto ball and box together.
     """
-    eps = per_image(eps, x)
+    norm, eps = check_norm(norm), per_image(eps, x)
     if norm == "l1":
         return _project_l1(x_adv, x, eps)
     if norm == "linf":
@@ -141,7 +161,7 @@ def _project_l1(x_adv, x, eps):
 
 def ascent_direction(gradient: Array, norm: str) -> Array:
     """The unit step of steepest ascent: sign(g) for l_inf, g/||g|| per image for l2."""
-    if norm == "linf":
+    if check_norm(norm, ("linf", "l2")) == "linf":
         return jnp.sign(gradient)
     return gradient / (l2_norm(gradient) + 1e-10)
 
@@ -212,8 +232,8 @@ STARTS = {
 
 
 def start(key: Array, x: Array, norm: str, eps: "float | Array", init: str) -> Array:
-    """The attack's first point, by the name of a rule in STARTS."""
-    return STARTS[init](key, x, norm, eps)
+    """The attack's first point, by the name of a rule in STARTS; `norm` is "linf" or "l2"."""
+    return STARTS[init](key, x, check_norm(norm, ("linf", "l2")), eps)
 
 
 def check_start(init: str) -> None:

@@ -14,6 +14,7 @@ from jax import Array, lax
 
 from ibjax import losses
 from ibjax.attacks import Attack, geometry
+from ibjax.attacks.entrance import checked
 
 State = Any
 _ANSWERS = 1 << 20  # folded into keys for what a random network answers, apart from those of the passes
@@ -81,4 +82,4 @@ def as_attack(attack: Iterative) -> Attack:
 
         return lax.fori_loop(0, passes, once, (x, ~losses.correct(clean, y)))[0]
 
-    return run
+    return checked(run, stochastic=attack.eot is not None)

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ibjax.attacks import Attack, geometry
-from ibjax.attacks.pgd import loss_function, loss_gradient, unrolled
-from ibjax.errors import check_range
+from ibjax.attacks.entrance import checked
+from ibjax.attacks.pgd import loss_function, loss_gradient, target_kind, unrolled
+from ibjax.errors import check_count, check_range
 
 
 def mim(
@@ -56,11 +57,11 @@ def momentum_ascent(
     lookahead: bool,
 ) -> Attack:
     """MIM, or with `lookahead` NI-FGSM: the gradient is taken at x_t + μ · step_size · g_t."""
-    geometry.check_norm(norm, ("linf", "l2"))
+    norm = geometry.check_norm(norm, ("linf", "l2"))
     value, eps = loss_function(loss), geometry.radius(eps, norm)
     step_size = geometry.radius(step_size, norm, "step_size")
     geometry.check_start(init)
-    check_range("steps", steps, 1)
+    check_count("steps", steps)
     check_range("decay", decay, 0)
 
     def attack(key: Array, logits_fn: Callable, x: Array, target: Array) -> Array:
@@ -77,7 +78,7 @@ def momentum_ascent(
         first = (geometry.start(key, x, norm, eps, init), jnp.zeros_like(x))
         return lax.fori_loop(0, steps, step, first, unroll=unrolled(unroll))[0]
 
-    return attack
+    return checked(attack, target_kind(loss))
 
 
 def _of_unit_mean(gradient):

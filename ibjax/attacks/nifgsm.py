@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from jax import Array
 
-from ibjax.attacks import Attack
+from ibjax.attacks import Attack, geometry
 from ibjax.attacks.mim import momentum_ascent
 from ibjax.errors import InputError
 
@@ -41,6 +41,6 @@ def nifgsm(
     Raises:
       InputError: as `mim`, and for a norm other than "linf": the length of the look-ahead is defined for signs only.
     """
-    if norm != "linf":
+    if geometry.check_norm(norm) != "linf":
         raise InputError(f"norm '{norm}' is not allowed; NI-FGSM is defined for linf, use mim for other norms")
     return momentum_ascent(loss, norm, eps, step_size, steps, decay, init, unroll, lookahead=True)

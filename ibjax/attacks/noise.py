@@ -10,6 +10,7 @@ import jax
 from jax import Array
 
 from ibjax.attacks import Attack, geometry
+from ibjax.attacks.entrance import ANYTHING, checked
 from ibjax.errors import InputError, nearest
 
 KINDS = ("uniform", "sign")
@@ -25,7 +26,7 @@ def noise(*, kind: str = "uniform", norm: str = "linf", eps: "str | float | Arra
     Raises:
       InputError: an eps that is no radius on [0, 1] images, an unknown kind or norm.
     """
-    geometry.check_norm(norm, ("linf", "l2"))
+    norm = geometry.check_norm(norm, ("linf", "l2"))
     eps = geometry.radius(eps, norm)
     if kind not in KINDS:
         raise InputError(f"noise kind '{kind}' is unknown; {nearest(kind, KINDS)}")
@@ -36,4 +37,4 @@ def noise(*, kind: str = "uniform", norm: str = "linf", eps: "str | float | Arra
         signs = geometry.draw(jax.random.rademacher, key, x)
         return geometry.project(x + geometry.per_image(eps, x) * signs, x, norm, eps)
 
-    return attack
+    return checked(attack, ANYTHING, network=False)

@@ -37,7 +37,8 @@ from jax import Array, lax
 
 from ibjax import cores, losses
 from ibjax.attacks import Attack, StatefulAttack, geometry
-from ibjax.errors import InputError, nearest
+from ibjax.attacks.entrance import ANYTHING, DISTRIBUTIONS, SOFT_LABELS, checked, enter, first
+from ibjax.errors import InputError, check_count, nearest
 
 LOSSES = {"ce": losses.cross_entropy, "kl": losses.kl, "margin": losses.margin}
 
@@ -76,10 +77,9 @@ def pgd(
       InputError: an eps that is no radius on [0, 1] images, an unknown loss, norm or init, a loss of another shape.
     """
     threat = dict(norm=norm, eps=eps, step_size=step_size)
-    ascend = stateful_pgd(loss=loss, steps=steps, init=init, clip_input=clip_input, unroll=unroll, **threat)
+    ascend = _ascent(loss=loss, steps=steps, init=init, clip_input=clip_input, unroll=unroll, **threat)
     value = loss_function(loss)
-    if restarts < 1:
-        raise InputError(f"restarts={restarts} is not allowed; at least 1 run is needed")
+    check_count("restarts", restarts)
 
     def once(key, logits_fn, x, target):
         return ascend(key, lambda x, state: (logits_fn(x), state), x, target, ())[0]
@@ -103,7 +103,7 @@ def pgd(
         none_yet = (x, (jnp.zeros(batch, bool), jnp.full(batch, -jnp.inf)))
         return lax.fori_loop(0, restarts, run, none_yet, unroll=unrolled(unroll))[0]
 
-    return attack
+    return checked(attack, target_kind(loss))
 
 
 def stateful_pgd(
@@ -122,12 +122,23 @@ def stateful_pgd(
     `forward(x, state) -> (output, state)`. Rice et al., ARD and IAD attack in batch-norm's training mode, so each
     step of theirs moves the running statistics; here these are the state. Arguments as `pgd`.
     """
-    geometry.check_norm(norm, ("linf", "l2"))
+    threat = dict(norm=norm, eps=eps, step_size=step_size)
+    ascend = _ascent(loss=loss, steps=steps, init=init, clip_input=clip_input, unroll=unroll, **threat)
+
+    def attack(key: Array, forward: Callable, x: Array, target: Any, state: Any) -> tuple[Array, Any]:
+        key, x, target = enter(key, lambda x: forward(x, state)[0], x, target, target_kind(loss))
+        return ascend(key, forward, x, target, state)
+
+    return attack
+
+
+def _ascent(*, loss, norm, eps, step_size, steps, init, clip_input, unroll):
+    """`stateful_pgd` without its entrance."""
+    norm = geometry.check_norm(norm, ("linf", "l2"))
     value, eps = loss_function(loss), geometry.radius(eps, norm)
     step_size = geometry.radius(step_size, norm, "step_size")
     geometry.check_start(init)
-    if steps < 1:
-        raise InputError(f"steps={steps} is not allowed; at least 1 step is needed")
+    check_count("steps", steps)
 
     def attack(key, forward, x, target, state):
         def shown(x_adv, state):
@@ -158,7 +169,7 @@ def loss_function(loss: "str | Callable") -> Callable:
             raise InputError(f"attack loss '{loss}' is unknown; {nearest(loss, LOSSES)}")
         return lambda output, target: LOSSES[loss](first(output), first(target))
 
-    def checked(output, target):
+    def per_image(output, target):
         value = loss(output, target)
         if value.ndim > 1:
             raise InputError(
@@ -166,7 +177,7 @@ def loss_function(loss: "str | Callable") -> Callable:
             )
         return value
 
-    return checked
+    return per_image
 
 
 def loss_gradient(value: Callable, forward: Callable, x: Array, target: Array, state: Any) -> tuple[Array, Any]:
@@ -184,12 +195,9 @@ def loss_gradient(value: Callable, forward: Callable, x: Array, target: Array, s
     return jnp.where(geometry.per_image(broken, x), 0.0, gradient), state
 
 
-def first(tree: Any) -> Array:
-    """The logits of a network's output, or the labels of a target: itself, or the first of a tuple."""
-    found = tree[0] if isinstance(tree, tuple) else tree
-    if not hasattr(found, "dtype"):
-        raise InputError(f"the attack was given a {type(tree).__name__}; give an array, or a tuple that begins with it")
-    return found
+def target_kind(loss: "str | Callable") -> str:
+    """What the target of a loss may be, as the entrance names it."""
+    return ANYTHING if callable(loss) else DISTRIBUTIONS if loss == "kl" else SOFT_LABELS
 
 
 def fold_in(key: Array, data: "int | Array") -> Array:

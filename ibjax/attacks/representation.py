@@ -24,11 +24,12 @@ from jax import Array
 
 from ibjax import lbfgsb
 from ibjax.attacks import Attack, geometry
-from ibjax.errors import InputError, check_range
+from ibjax.attacks.entrance import ANYTHING, checked, images
+from ibjax.errors import InputError, check_count
 
 
 def ara(*, eps: "str | float | Array" = "10/255", steps: int = 20) -> Attack:
-    """An attack `(key, features_fn, x, guide) -> x_adv`; it draws nothing from `key`.
+    """An attack `(key, features_fn, x, guide) -> x_adv`; `key` is not looked at.
 
     `features_fn` maps (B, H, W, C) to features (B, …), each image by itself; `guide` holds an image for each of x.
 
@@ -38,11 +39,12 @@ def ara(*, eps: "str | float | Array" = "10/255", steps: int = 20) -> Attack:
       InputError: an eps that is no radius on [0, 1] images, steps < 1, guides of another shape.
     """
     eps = geometry.radius(eps, "linf")
-    check_range("steps", steps, 1)
+    check_count("steps", steps)
 
     def attack(key: Array, features_fn: Callable, x: Array, guide: Array) -> Array:
-        if guide.shape != x.shape:
-            raise InputError(f"guides have shape {guide.shape}; give one image for each of x, {x.shape}")
+        if np.shape(guide) != x.shape:
+            raise InputError(f"guides have shape {np.shape(guide)}; give one image for each of x, {x.shape}")
+        guide = images(guide, "guides")
         wanted = features_fn(guide)
         radius = geometry.per_image(eps, x)
         lower, upper = jnp.maximum(x - radius, 0.0), jnp.minimum(x + radius, 1.0)
@@ -56,7 +58,7 @@ def ara(*, eps: "str | float | Array" = "10/255", steps: int = 20) -> Attack:
 
         return geometry.project(jax.vmap(one)(x, wanted, lower, upper), x, "linf", eps)
 
-    return attack
+    return checked(attack, ANYTHING, draws=False)
 
 
 def guides(labels: np.ndarray, seed: int = 0) -> np.ndarray:

@@ -25,8 +25,9 @@ import optax
 from jax import Array, lax
 
 from ibjax.attacks import Attack, geometry
-from ibjax.attacks.pgd import fold_in, loss_function
-from ibjax.errors import InputError, check_range
+from ibjax.attacks.entrance import checked
+from ibjax.attacks.pgd import fold_in, loss_function, target_kind
+from ibjax.errors import InputError, check_count, check_range
 
 
 def spsa(
@@ -52,10 +53,12 @@ def spsa(
     Raises:
       InputError: an eps that is no radius on [0, 1] images, an unknown loss or norm, numbers out of range.
     """
-    geometry.check_norm(norm, ("linf", "l2"))
+    norm = geometry.check_norm(norm, ("linf", "l2"))
     value, eps, optimizer = loss_function(loss), geometry.radius(eps, norm), optax.adam(lr)
-    for name, number, low in (("delta", delta, 1e-6), ("samples", samples, 1), ("lr", lr, 0), ("steps", steps, 1)):
-        check_range(name, number, low)
+    check_range("delta", delta, 1e-6)
+    check_range("lr", lr, 0)
+    check_count("samples", samples)
+    check_count("steps", steps)
 
     def attack(key: Array, logits_fn: Callable, x: Array, target: Array) -> Array:
         def loss_at(x):
@@ -80,4 +83,4 @@ def spsa(
 
         return lax.fori_loop(0, steps, step, (x, optimizer.init(x)))[0]
 
-    return attack
+    return checked(attack, target_kind(loss))

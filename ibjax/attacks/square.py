@@ -5,7 +5,7 @@ attack via random search", ECCV 2020; in l1: Croce & Hein, "Mind the box", ICML 
     each query: a random square of side s is filled anew, the result projected onto ball and box; it replaces x_t where
     the margin z_y − max_{k≠y} z_k is smaller, or is ≤ 0, which ends the search
 
-    s = max( round(√(p·H·W)), 1 )          l2, l1: at least 3, and odd
+    s = max( round(√(p·H·W)), 1 )          l2, l1: at least 3, and odd; never above the image's shorter side
 
 | symbol | code    | default |
 |--------|---------|---------|
@@ -14,11 +14,14 @@ attack via random search", ECCV 2020; in l1: Croce & Hein, "Mind the box", ICML 
 |        | rescale | False   | True: the schedule is for 10,000 queries, and shrunk to N (the paper's)
 
 l_inf: the square gets ±2ε, one sign per channel. l2 and l1: a bump η of the square's size, plus the perturbation that
-was there, takes up the mass of the square, of a second square, which is set to zero, and what the ball had left.
+was there, takes up the mass of the square, of a second square, which is set to zero, and what the ball had left. Bump
+and old perturbation each have length 1, in the attack's own norm, before they are added. The k-th ring of a bump weighs
+1/k² in l2 and 1/k⁴ in l1. What l1 changes in the l2 form, the first point included, is taken from the authors' code
+(fra31/auto-attack, a392200).
 
-One deviation from the authors' code: it draws one square for a whole batch of images, so that results depend on what
-else is in the batch; here each image draws from its own key. Both choose uniformly, and neither ever
-chooses the last possible row or column.
+Deviations from the authors' code: it draws one square and one turn of the bump for a whole batch of images, so that
+results depend on what else is in the batch; here each image draws from its own key. Both choose uniformly, and neither
+ever chooses the last possible row or column.
 
 Guarantees (tests of the same names): x_adv lies in the eps-ball and in [0, 1]; the margin never rises; each image's
 result is independent of the others in its batch.
@@ -34,7 +37,7 @@ from jax import Array
 from ibjax import losses
 from ibjax.attacks import Attack, geometry
 from ibjax.attacks.iterative import Iterative, as_attack
-from ibjax.errors import InputError, check_range
+from ibjax.errors import check_count, check_range
 
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
@@ -84,10 +87,10 @@ def iterative_square(
     rescale: bool = False,
 ) -> Iterative:
     """Square in its parts; arguments as `square`. Its step 0 only evaluates the first point."""
-    radius = geometry.one_radius(eps, norm)
+    norm, radius = geometry.check_norm(norm), geometry.one_radius(eps, norm)
     check_range("square's p_init", p_init, 0, 1)
-    if queries < 1 or restarts < 1:
-        raise InputError(f"square's queries={queries}, restarts={restarts}: give at least 1")
+    check_count("square's queries", queries)
+    check_count("square's restarts", restarts)
     shares = p_init / 2 ** halvings(queries, rescale)
 
     def init(keys, restart, x, y):
@@ -133,8 +136,7 @@ def side_lengths(shares: np.ndarray, image: tuple[int, int], norm: str) -> np.nd
     sides = np.maximum(np.round(np.sqrt(shares * height * width)).astype(int), least)
     if norm != "linf":
         sides += sides % 2 == 0
-    limit = min(image)
-    return np.minimum(sides, limit if norm == "linf" or limit % 2 else limit - 1)
+    return np.minimum(sides, min(image))
 
 
 # ---- l_inf ---------------------------------------------------------------------------------------------------
@@ -181,31 +183,43 @@ def _squares(keys, x, x_best, norm, eps, sides, query):
 # ---- l2 and l1 -----------------------------------------------------------------------------------------------
 
 
-def bump(side: int) -> np.ndarray:
-    """η of the paper: two halves of opposite sign, each a pyramid of 1/k² on the k-th ring; (s, s), l2 norm 1."""
+_RING_POWER = {"l2": 2, "l1": 4}
+
+
+def bump(side: int, norm: str) -> np.ndarray:
+    """η of the paper: two halves of opposite sign, each a pyramid of 1/k² (l1: 1/k⁴) on the k-th ring.
+
+    (s, s) float32; its length in `norm` is 1.
+    """
+
+    def of_length_one(value):
+        return value / (np.sqrt(np.sum(value**2)) if norm == "l2" else np.sum(np.abs(value)))
 
     def pyramid(height, width):
         middle, total = (height // 2, width // 2), np.zeros((height, width))
         for ring in range(max(height // 2, width // 2) + 1):
             rows = slice(max(middle[0] - ring, 0), middle[0] + ring + 1)
             columns = slice(max(middle[1] - ring, 0), middle[1] + ring + 1)
-            total[rows, columns] += 1 / (ring + 1) ** 2
-        return total / np.sqrt(np.sum(total**2))
+            total[rows, columns] += 1 / (ring + 1) ** _RING_POWER[norm]
+        return of_length_one(total)
 
     top = side // 2
     halves = np.concatenate([pyramid(top, side), -pyramid(side - top, side)] if top else [-pyramid(1, 1)])
-    return (halves / np.sqrt(np.sum(halves**2))).astype(np.float32)
+    return of_length_one(halves).astype(np.float32)
 
 
 def _scaled(delta, norm, x, eps):
-    """x + delta at the length ε, inside the box."""
+    """x + delta inside the box: in l2 at the length ε, in l1 the nearest point of the ball."""
     if norm == "l1":
         return geometry.project(x + delta, x, norm, eps)
     return geometry.project(x + eps * delta / (geometry.l2_norm(delta) + 1e-12), x, norm, eps)
 
 
 def _bumps(keys, x, norm, eps):
-    """A grid of five by five bumps, each turned by chance, with a random sign per channel."""
+    """A grid of five by five bumps, each turned by chance, with a random sign per channel.
+
+    In l1 each bump has length 1 in each channel before all are projected onto the ball, which may be larger than that.
+    """
     _, height, width, channels = x.shape
     side = max(height // 5, 1)
     first = (height - 5 * side) // 2
@@ -215,12 +229,12 @@ def _bumps(keys, x, norm, eps):
     place = [np.arange(length) - max(first, 0) for length in (height, width)]
     tile = [np.clip(p // side, 0, n - 1) for p, n in zip(place, shape, strict=True)]
     covered = [(p >= 0) & (p < n * side) for p, n in zip(place, shape, strict=True)]
-    value = bump(side)[place[0][:, None] % side, place[1][None] % side]
-    other = bump(side).T[place[0][:, None] % side, place[1][None] % side]
+    value = bump(side, norm)[place[0][:, None] % side, place[1][None] % side]
+    other = bump(side, norm).T[place[0][:, None] % side, place[1][None] % side]
     at = np.ix_(*tile)
     eta = jnp.where(turned[:, at[0], at[1]], other[None], value[None])[..., None] * signs[:, at[0], at[1]]
     delta = eta * np.float32(covered[0][:, None] & covered[1][None])[None, :, :, None]
-    return _scaled(10 * eps * delta if norm == "l1" else delta, norm, x, eps)
+    return _scaled(delta, norm, x, eps)
 
 
 def _moved_mass(keys, x, x_best, norm, eps, sides, query):
@@ -228,7 +242,7 @@ def _moved_mass(keys, x, x_best, norm, eps, sides, query):
     kinds = np.unique(sides)
     table = np.zeros((len(kinds), kinds.max(), kinds.max()), np.float32)
     for row, kind in zip(table, kinds, strict=True):
-        row[:kind, :kind] = bump(kind)
+        row[:kind, :kind] = bump(kind, norm)
     kind = jnp.asarray(np.searchsorted(kinds, sides))[jnp.maximum(query, 0)]
     side, eta = jnp.asarray(kinds)[kind], jnp.asarray(table)[kind]
 

@@ -15,7 +15,8 @@ from ibjax.attacks import Attack
 def transfer(*, attack: Attack, surrogate: Callable[[Array], Array]) -> Attack:
     """`attack`, computed on `surrogate`, a `logits_fn` (B, H, W, C) -> (B, classes), whatever network it is given.
 
-    A surrogate that closes over its weights bakes them into a program that is jitted around the attack.
+    A surrogate that closes over its weights bakes them into a program that is jitted around the attack. `attack` checks
+    what it is given, labels against the surrogate's classes.
     """
 
     def on_surrogate(key: Array, logits_fn: Callable, x: Array, target: Array) -> Array:

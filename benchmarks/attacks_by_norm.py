@@ -1,0 +1,450 @@
+"""Every attack in every norm that it offers, beside an independent implementation: robust accuracy at equal effort.
+
+    pip install torch scipy && pip install --no-deps torchattacks==3.5.1
+    pip install git+https://github.com/fra31/auto-attack@a39220048b3c9f2cca9a4d3a54604793c68eca7e
+    python benchmarks/attacks_by_norm.py [--only=square] [--repeats=5] [--out=results/attacks-by-norm.json]
+
+A network of one tanh layer with random weights, and the images that it is asked about, come from NumPy's generator, so
+that they are the same everywhere; the labels are its own answers. Each row attacks with the same steps, samples or
+queries on both sides, so few that the strength of a step shows, and at an eps that leaves part of the images robust.
+Attacks that draw run `--repeats` times on both sides.
+
+Oracles: fra31/auto-attack and torchattacks; scipy's L-BFGS-B; and where neither has the attack in this norm, its
+formula as a loop in PyTorch or NumPy, below. Randomised networks are judged on their mean weights, transferred images
+on the network that was not attacked, and C&W's only within eps.
+
+`tests/test_attacks_by_norm.py` runs our side of each row again and asks for at most 2 points of difference from the
+oracle's mean in the file that this writes.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ibjax.attacks import geometry
+from ibjax.attacks.apgd import apgd
+from ibjax.attacks.cw import cw
+from ibjax.attacks.eot import eot
+from ibjax.attacks.fab import fab
+from ibjax.attacks.fgsm import fgsm
+from ibjax.attacks.mim import mim
+from ibjax.attacks.nifgsm import nifgsm
+from ibjax.attacks.noise import noise
+from ibjax.attacks.pgd import pgd
+from ibjax.attacks.representation import ara, guides
+from ibjax.attacks.spsa import spsa
+from ibjax.attacks.square import square
+from ibjax.attacks.transfer import transfer
+
+RESULTS = Path(__file__).parent.parent / "results" / "attacks-by-norm.json"
+N, SHAPE, HIDDEN, CLASSES, SIGMA = 512, (16, 16, 3), 64, 10, 0.7
+_RNG = np.random.default_rng(0)
+X = _RNG.uniform(size=(N, *SHAPE)).astype(np.float32)
+_D = X[0].size
+
+
+class Weights(NamedTuple):
+    """tanh(x W + b) V; NumPy, JAX and PyTorch compute it alike."""
+
+    w: np.ndarray  # (D, hidden); hidden units have mean 0 and deviation 1.5 before the tanh
+    b: np.ndarray
+    v: np.ndarray  # (hidden, classes)
+
+
+def _weights():
+    w = _RNG.normal(size=(_D, HIDDEN)) * 1.5 * np.sqrt(12 / _D)
+    return Weights(*(a.astype(np.float32) for a in (w, -w.sum(0) / 2, _RNG.normal(size=(HIDDEN, CLASSES)))))
+
+
+VICTIM = _weights()
+SURROGATE = Weights(*(a + 0.3 * b for a, b in zip(VICTIM, _weights(), strict=True)))
+
+
+def logits_fn(x: Any, net: Weights = VICTIM) -> Any:
+    """(B, classes) of NumPy's or JAX's images."""
+    return _hidden(x, net) @ net.v
+
+
+def _hidden(x, net=VICTIM):
+    array = np if isinstance(x, np.ndarray) else jnp
+    return array.tanh(x.reshape(len(x), -1) @ net.w + net.b)
+
+
+def randomised(key: jax.Array, x: jax.Array) -> jax.Array:
+    """The network with noise on its last weights, drawn from one key."""
+    return _hidden(x) @ (VICTIM.v + SIGMA * jax.random.normal(key, VICTIM.v.shape))
+
+
+def randomised_each(x: jax.Array, keys: jax.Array) -> jax.Array:
+    """The same, with a draw for each image."""
+    return jax.vmap(lambda key, x: randomised(key, x[None])[0])(keys, x)
+
+
+Y = logits_fn(X).argmax(1).astype(np.int32)
+GUIDES = X[guides(Y)]
+
+
+class Row(NamedTuple):
+    """One attack in one norm, on both sides (numbers of images (N, H, W, C) in and out)."""
+
+    attack: str
+    norm: str
+    eps: float
+    settings: str  # as the table prints them
+    ours: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (key, x, y) -> x_adv
+    oracle: str
+    theirs: Callable[[int, np.ndarray, np.ndarray], np.ndarray]  # (seed, x, y) -> x_adv
+    draws: bool = True
+    slow: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the row, unique."""
+        return f"{self.attack} {self.norm}{f' {self.settings}' * bool(self.settings)}"
+
+
+def robust_accuracy(x_adv: Any, row: Row) -> float:
+    """Percent of images that are still classified correctly, or whose perturbation is longer than eps."""
+    x_adv = np.asarray(x_adv)
+    far = np.asarray(geometry.distance(jnp.asarray(x_adv), jnp.asarray(X), row.norm)) > row.eps * (1 + 1e-4)
+    return 100 * float(np.mean((logits_fn(x_adv).argmax(1) == Y) | far))
+
+
+def run_ours(row: Row, count: int) -> list[float]:
+    """Our robust accuracy of a row, with the seeds 0 … count − 1."""
+    attack, x, y = jax.jit(row.ours), jnp.asarray(X), jnp.asarray(Y)
+    return [robust_accuracy(attack(jax.random.key(seed), x, y), row) for seed in range(count)]
+
+
+# ---- the oracles ---------------------------------------------------------------------------------------------
+
+
+def _network(net=VICTIM, sigma=0.0):
+    """The network as PyTorch's, for images (B, C, H, W)."""
+    import torch
+
+    w = torch.from_numpy(net.w.reshape(*SHAPE, -1).transpose(2, 0, 1, 3).reshape(_D, -1).copy())  # rows by channel
+    b, v = (torch.from_numpy(a) for a in (net.b, net.v))
+
+    class Network(torch.nn.Module):
+        def forward(self, x):
+            noise = sigma * torch.randn(v.shape) if sigma else 0.0
+            return torch.tanh(x.flatten(1) @ w + b) @ (v + noise)
+
+    return Network().eval()
+
+
+def _in_torch(attack, seed, x, y):
+    """NumPy's images through an attack of PyTorch's, (x, y) -> x_adv, and back."""
+    import torch
+
+    torch.manual_seed(seed)
+    x_adv = attack(torch.from_numpy(np.moveaxis(x, -1, 1).copy()), torch.from_numpy(y.astype(np.int64)))
+    return np.moveaxis(x_adv.detach().numpy(), 1, -1)
+
+
+def torchattacks_(name: str, net: Weights = VICTIM, sigma: float = 0.0, **options: Any) -> Callable:
+    """An attack of torchattacks by its class's name."""
+
+    def run(seed, x, y):
+        import torchattacks
+
+        attack = getattr(torchattacks, name)(_network(net, sigma), **options)
+        attack.set_device("cpu")
+        return _in_torch(attack, seed, x, y)
+
+    return run
+
+
+def auto_attack(kind: str, norm: str, eps: float, sigma: float = 0.0, **options: Any) -> Callable:
+    """A part of fra31/auto-attack: "apgd", "apgd-t", "fab", "square"; or "standard", all of them."""
+
+    def run(seed, x, y):
+        here = Path(__file__).parent
+        sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != here]  # its autoattack.py is another
+        from autoattack import AutoAttack
+        from autoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+        from autoattack.fab_pt import FABAttack_PT
+        from autoattack.square import SquareAttack
+
+        settings = dict(norm=norm.capitalize(), eps=eps, seed=seed, device="cpu", verbose=False, **options)
+        network = _network(sigma=sigma)
+        if kind == "standard":
+            whole = AutoAttack(network, version="standard", **settings)
+            return _in_torch(whole.run_standard_evaluation, seed, x, y)
+        parts = {"apgd": APGDAttack, "apgd-t": APGDAttack_targeted, "fab": FABAttack_PT, "square": SquareAttack}
+        return _in_torch(parts[kind](network, **settings).perturb, seed, x, y)
+
+    return run
+
+
+def climb(
+    norm: str,
+    eps: float,
+    step_size: float,
+    steps: int,
+    *,
+    loss: str = "ce",
+    momentum: float | None = None,
+    start: bool = False,
+    sigma: float = 0.0,
+    samples: int = 1,
+    net: Weights = VICTIM,
+) -> Callable:
+    """Projected ascent as its papers write it, a loop in PyTorch: PGD, or with `momentum` MIM; of `samples` draws."""
+
+    def run(seed, x, y):
+        import torch
+
+        network = _network(net, sigma)
+
+        def length(a):
+            return a.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
+
+        def value(z, y):
+            if loss == "ce":
+                return torch.nn.functional.cross_entropy(z, y, reduction="sum")
+            true = torch.nn.functional.one_hot(y, CLASSES).bool()
+            return (z.masked_fill(true, -torch.inf).amax(1) - z[true]).sum()
+
+        def attack(x, y):
+            delta, g = torch.zeros_like(x), torch.zeros_like(x)
+            if start and norm == "linf":
+                delta = eps * (2 * torch.rand_like(x) - 1)
+            elif start:
+                direction = torch.randn_like(x)
+                delta = eps * torch.rand(len(x), 1, 1, 1) * direction / length(direction)
+            for _ in range(steps):
+                x_adv = (x + delta).clamp(0, 1).requires_grad_()
+                total = sum(value(network(x_adv), y) for _ in range(samples))
+                slope = torch.autograd.grad(total, x_adv)[0]
+                g = slope if momentum is None else momentum * g + slope / slope.abs().mean((1, 2, 3), keepdim=True)
+                x_adv = x_adv.detach() + step_size * (g.sign() if norm == "linf" else g / length(g))
+                delta = x_adv - x
+                delta = delta.clamp(-eps, eps) if norm == "linf" else delta * (eps / length(delta)).clamp(max=1)
+                delta = (x + delta).clamp(0, 1) - x
+            return x + delta
+
+        return _in_torch(attack, seed, x, y)
+
+    return run
+
+
+def spsa_l2(eps: float, delta: float, samples: int, lr: float, steps: int) -> Callable:
+    """SPSA of Uesato et al. with the projection of l2, a loop in NumPy; Adam as Kingma & Ba write it."""
+
+    def run(seed, x, y):
+        rng = np.random.default_rng(seed)
+        x_adv, m, v = x.astype(np.float64), 0.0, 0.0
+
+        def loss(x):
+            z, rows = logits_fn(x.astype(np.float32)).astype(np.float64), np.arange(len(x))
+            true = z[rows, y]
+            z[rows, y] = -np.inf
+            return z.max(1) - true
+
+        for t in range(1, steps + 1):
+            g = np.zeros_like(x_adv)
+            for _ in range(samples):
+                signs = rng.choice([-1.0, 1.0], size=x.shape)
+                difference = loss(x_adv + delta * signs) - loss(x_adv - delta * signs)
+                g += difference[:, None, None, None] * signs / (2 * delta * samples)
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+            x_adv = x_adv + lr * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+            moved = x_adv - x
+            length = np.sqrt(np.sum(moved**2, axis=(1, 2, 3), keepdims=True))
+            x_adv = np.clip(x + moved * np.minimum(1, eps / np.maximum(length, 1e-12)), 0, 1)
+        return x_adv.astype(np.float32)
+
+    return run
+
+
+def draws(kind: str, norm: str, eps: float) -> Callable:
+    """Noise, drawn by NumPy."""
+
+    def run(seed, x, y):
+        rng = np.random.default_rng(seed)
+        if kind == "sign":
+            v = rng.choice([-1.0, 1.0], size=x.shape)
+            delta = eps * v if norm == "linf" else eps * v / np.sqrt(_D)
+        elif norm == "linf":
+            delta = rng.uniform(-eps, eps, x.shape)
+        else:
+            v = rng.normal(size=x.shape)
+            v /= np.sqrt(np.sum(v**2, axis=(1, 2, 3), keepdims=True))
+            delta = eps * rng.uniform(size=(len(x), 1, 1, 1)) * v
+        return np.clip(x + delta, 0, 1).astype(np.float32)
+
+    return run
+
+
+def ara_scipy(eps: float, steps: int) -> Callable:
+    """Scipy's L-BFGS-B towards the guide's hidden layer, image by image."""
+
+    def run(seed, x, y):
+        from scipy.optimize import Bounds, minimize
+
+        w, b = VICTIM.w.astype(np.float64), VICTIM.b.astype(np.float64)
+        wanted, found = np.tanh(GUIDES.reshape(N, -1) @ w + b), []
+        for flat, goal in zip(x.reshape(N, -1).astype(np.float64), wanted, strict=True):
+
+            def distance(u, goal=goal):
+                h = np.tanh(u @ w + b)
+                return np.sum((h - goal) ** 2), w @ (2 * (h - goal) * (1 - h**2))
+
+            bounds = Bounds(np.maximum(flat - eps, 0), np.minimum(flat + eps, 1))
+            result = minimize(distance, flat, jac=True, method="L-BFGS-B", bounds=bounds, options=dict(maxiter=steps))
+            found.append(result.x)
+        return np.array(found, np.float32).reshape(x.shape)
+
+    return run
+
+
+# ---- the rows ------------------------------------------------------------------------------------------------
+
+AUTO, TORCH, LOOP = "auto-attack", "torchattacks", "PyTorch loop"
+ROLLED = dict(unroll=False)
+LINF, L2, L1 = 0.007, 0.16, 1.5  # radii that leave part of the images robust
+
+
+def on_network(attack: Callable, network: Callable = logits_fn) -> Callable:
+    """An attack as a row has it."""
+    return lambda key, x, y: attack(key, network, x, y)
+
+
+def rows() -> list[Row]:
+    """The whole table."""
+    table: list[Row] = []
+
+    def add(attack, norm, eps, settings, ours, oracle, theirs, **options):
+        table.append(Row(attack, norm, eps, settings, on_network(ours), oracle, theirs, **options))
+
+    fixed, ta = dict(draws=False), torchattacks_
+    linf, l2 = dict(norm="linf", eps=LINF, step_size=LINF / 4), dict(norm="l2", eps=L2, step_size=L2 / 4)
+    their_linf, their_l2 = dict(eps=LINF, alpha=LINF / 4), dict(eps=L2, alpha=L2 / 4)
+
+    add("fgsm", "linf", LINF, "", fgsm(eps=LINF), TORCH, ta("FGSM", eps=LINF), **fixed)
+    one_step = ta("PGDL2", eps=L2, alpha=L2, steps=1, random_start=False)
+    add("fgsm", "l2", L2, "", fgsm(norm="l2", eps=L2), TORCH, one_step, **fixed)
+    for norm, ball, theirs in (
+        ("linf", linf, ta("PGD", steps=5, **their_linf)),
+        ("l2", l2, ta("PGDL2", steps=5, **their_l2)),
+    ):
+        eps, step = ball["eps"], ball["step_size"]
+        add("pgd", norm, eps, "5 steps", pgd(steps=5, **ball, **ROLLED), TORCH, theirs)
+        margin = pgd(loss="margin", steps=5, **ball, **ROLLED)
+        add("pgd", norm, eps, "margin, 5 steps", margin, LOOP, climb(norm, eps, step, 5, loss="margin", start=True))
+        bim = ta("BIM", steps=5, **their_linf) if norm == "linf" else climb(norm, eps, step, 5)
+        oracle = TORCH if norm == "linf" else LOOP
+        add("bim", norm, eps, "5 steps", pgd(init="none", steps=5, **ball, **ROLLED), oracle, bim, **fixed)
+        momentum = ta("MIFGSM", steps=5, **their_linf) if norm == "linf" else climb(norm, eps, step, 5, momentum=1.0)
+        add("mim", norm, eps, "5 steps", mim(steps=5, **ball, **ROLLED), oracle, momentum, **fixed)
+        noisy = eot(attack=pgd, samples=4, steps=5, **ball, **ROLLED)
+        eot_pgd = ta("EOTPGD", sigma=SIGMA, steps=5, eot_iter=4, **their_linf)
+        if norm == "l2":
+            eot_pgd = climb(norm, eps, step, 5, start=True, sigma=SIGMA, samples=4)
+        ours = on_network(noisy, randomised)
+        table.append(Row("eot(pgd)", norm, eps, "5 steps, 4 samples", ours, oracle, eot_pgd))
+        noisy = eot(attack=mim, samples=4, steps=5, **ball, **ROLLED)
+        ours, theirs = on_network(noisy, randomised), climb(norm, eps, step, 5, momentum=1.0, sigma=SIGMA, samples=4)
+        table.append(Row("eot(mim)", norm, eps, "5 steps, 4 samples", ours, LOOP, theirs))
+        surrogate = partial(logits_fn, net=SURROGATE)
+        moved = transfer(attack=pgd(steps=5, **ball, **ROLLED), surrogate=surrogate)
+        other = (
+            ta("PGD", SURROGATE, steps=5, **their_linf)
+            if norm == "linf"
+            else ta("PGDL2", SURROGATE, steps=5, **their_l2)
+        )
+        add("transfer(pgd)", norm, eps, "5 steps", moved, TORCH, other)
+        for kind in ("uniform", "sign"):
+            far = 4 * eps
+            add("noise", norm, far, kind, noise(kind=kind, norm=norm, eps=far), "NumPy", draws(kind, norm, far))
+
+    target = jax.nn.softmax(jnp.asarray(logits_fn(X)))
+    trades = pgd(loss="kl", init="gaussian", steps=10, **linf, **ROLLED)
+    table.append(Row("pgd", "linf", LINF, "KL, 10 steps", lambda key, x, y: trades(key, logits_fn, x, target), TORCH,
+                     ta("TPGD", steps=10, **their_linf)))  # fmt: skip
+    lookahead = nifgsm(steps=5, **linf, **ROLLED)
+    add("nifgsm", "linf", LINF, "5 steps", lookahead, TORCH, ta("NIFGSM", steps=5, **their_linf), **fixed)
+
+    adam = dict(delta=0.01, lr=0.01)
+    add("spsa", "linf", LINF, "4 steps, 32 samples", spsa(eps=LINF, steps=4, samples=32, **adam), TORCH,
+        ta("SPSA", eps=LINF, nb_iter=4, nb_sample=32, **adam))  # fmt: skip
+    add("spsa", "l2", L2, "4 steps, 32 samples", spsa(norm="l2", eps=L2, steps=4, samples=32, **adam), "NumPy loop",
+        spsa_l2(L2, steps=4, samples=32, **adam))  # fmt: skip
+    c_and_w = dict(c=1.0, steps=30, lr=0.01)
+    for compat in (False, True):
+        ours, text = cw(torchattacks_compat=compat, **c_and_w), "compat, 30 steps" if compat else "30 steps"
+        add("cw", "l2", L2, text, ours, TORCH, ta("CW", **c_and_w), **fixed)
+    climb_to_guide = ara(eps=LINF, steps=6)
+    ours = lambda key, x, y: climb_to_guide(key, _hidden, x, jnp.asarray(GUIDES))  # noqa: E731
+    table.append(Row("ara", "linf", LINF, "6 iterations", ours, "scipy", ara_scipy(LINF, 6), draws=False))
+
+    for norm, eps in (("linf", LINF), ("l2", L2), ("l1", L1)):
+        ball, same = dict(norm=norm, eps=eps), partial(auto_attack, norm=norm, eps=eps)
+        for loss in ("ce", "dlr"):
+            add("apgd", norm, eps, f"{loss}, 10 steps", apgd(loss=loss, steps=10, **ball), AUTO,
+                same("apgd", loss=loss, n_iter=10))  # fmt: skip
+        add("apgd-t", norm, eps, "10 steps, 3 targets", apgd(loss="dlr_targeted", steps=10, targets=3, **ball), AUTO,
+            same("apgd-t", n_iter=10, n_target_classes=3))  # fmt: skip
+        noisy = on_network(apgd(steps=10, eot=4, **ball), randomised_each)
+        table.append(Row("apgd", norm, eps, "ce, 10 steps, 4 samples", noisy, AUTO,
+                         same("apgd", sigma=SIGMA, loss="ce", n_iter=10, eot_iter=4)))  # fmt: skip
+        add("fab", norm, eps, "5 steps", fab(steps=5, **ball), AUTO, same("fab", n_iter=5), **fixed)
+        add("fab-t", norm, eps, "5 steps, 3 targets", fab(steps=5, targets=3, **ball), AUTO,
+            same("fab", n_iter=5, targeted=True, n_target_classes=3), **fixed)  # fmt: skip
+        add("fab", norm, eps, "5 steps, 2 restarts", fab(steps=5, restarts=2, **ball), AUTO,
+            same("fab", n_iter=5, n_restarts=2))  # fmt: skip
+    add("apgd", "l1", L1, "ce, 20 steps, from 3 eps", apgd(norm="l1", eps=L1, steps=20, larger_eps=True), AUTO,
+        auto_attack("apgd", "l1", L1, loss="ce", n_iter=20, use_largereps=True))  # fmt: skip
+    for norm, eps in (("linf", 1.5 * LINF), ("l2", 3 * L2), ("l1", 2 * L1)):
+        for rescale in (False, True):
+            text = f"150 queries{', rescaled' * rescale}"
+            ours = square(norm=norm, eps=eps, queries=150, rescale=rescale)
+            theirs = auto_attack("square", norm, eps, n_queries=150, resc_schedule=rescale)
+            add("square", norm, eps, text, ours, AUTO, theirs)
+    return table
+
+
+def table(records: list[dict]) -> str:
+    """The records as Markdown."""
+    import measuring
+
+    heads = ("attack", "norm", "eps", "settings", "oracle", "theirs", "ours", "difference")
+    lines = []
+    for record in records:
+        theirs, ours = (np.mean(record[side]) for side in ("theirs", "ours"))
+        cells = [record[key] for key in ("attack", "norm", "eps", "settings", "oracle")]
+        lines.append((*cells, f"{theirs:.1f}", f"{ours:.1f}", f"{ours - theirs:+.1f}"))
+    return measuring.markdown(heads, lines)
+
+
+def main() -> None:
+    """The command line."""
+    import measuring
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="rows whose names begin so")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each attack that draws")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    page = measuring.Page("attacks_by_norm", given.out, table, f"{N} images; robust accuracy in percent")
+    for row in rows():
+        if row.name.startswith(given.only):
+            count = given.repeats if row.draws else 1
+            theirs = [robust_accuracy(row.theirs(seed, X, Y), row) for seed in range(count)]
+            ours = run_ours(row, count)
+            about = {key: getattr(row, key) for key in ("name", "attack", "norm", "eps", "settings", "oracle")}
+            page.add({**about, "theirs": theirs, "ours": ours})
+    page.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
