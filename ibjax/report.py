@@ -11,8 +11,6 @@ nothing outside itself; whatever stands in a file is escaped; a page is there wh
 
 import logging
 import os
-import zipfile
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +21,7 @@ from ibjax import disk, errors, metrics, report_checks, report_tables, results
 from ibjax.attacks.geometry import fraction
 from ibjax.attacks.names import canonical
 from ibjax.errors import InputError
+from ibjax.files import read_npz
 from ibjax.results import Record, strength
 from ibjax.run import bare_command_line, doubts
 
@@ -189,8 +188,8 @@ def _read_examples(folder, problems):
     best_last = sorted(files, key=lambda f: (files[f].startswith("pgd-"), f.parent.name == "best", strength(files[f])))
     for file in reversed(best_last):
         try:
-            with np.load(file, allow_pickle=False) as arrays:
-                found = {name: arrays[name] for name in ("x", "x_adv", "label", "predicted", "predicted_adv")}
+            arrays = read_npz(file)
+            found = {name: arrays[name] for name in ("x", "x_adv", "label", "predicted", "predicted_adv")}
             shape = found["x"].shape
             if len(shape) != 4 or shape[-1] not in (1, 3) or found["x_adv"].shape != shape:
                 raise ValueError(f"images of shapes {shape} and {found['x_adv'].shape}")
@@ -198,7 +197,7 @@ def _read_examples(folder, problems):
                 if labels.shape != shape[:1] or not np.issubdtype(labels.dtype, np.integer):
                     raise ValueError(f"labels of shape {labels.shape} and type {labels.dtype}")
             return {**found, "attack": files[file], "checkpoint": file.parent.name}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, ValueError, KeyError) as error:  # an InputError is a ValueError
             problems.append(f"{_short(file)} cannot be read ({error})")
     return None
 

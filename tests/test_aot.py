@@ -152,6 +152,13 @@ def test_images_are_those_of_the_recipe(data, shape, classes):
     assert aot.images_of(ConfigDict(data), "20,20,3", 7) == ((20, 20, 3), 7)
 
 
+def test_class_folders_say_their_size_where_images_are_fitted():
+    fitted = dict(name="folder", path="nowhere", size=24, grey=True)
+    assert aot.images_of(ConfigDict(fitted), None, 3) == ((24, 24, 1), 3)
+    with pytest.raises(InputError, match="does not say what its images are"):
+        aot.images_of(ConfigDict({**fitted, "size": None}), None, 3)
+
+
 def test_images_that_nobody_knows_are_asked_for():
     for shape, classes in ((None, 3), ("8,8,1", None), ("8,8", 3), ("8,8,x", 3), ("8,8,0", 3), ("8,8,1", 0)):
         with pytest.raises(InputError, match="--shape=HEIGHT,WIDTH,CHANNELS and --classes"):

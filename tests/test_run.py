@@ -1,6 +1,7 @@
 """A run and its data: what its files say of them, old ones included, and what its logits_fn takes."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ibjax import config, main, run
+from ibjax import config, main, report, run
 from ibjax.errors import InputError
 from ibjax.step import linen_net
 
@@ -93,3 +94,25 @@ def test_logits_fn_takes_pixels_in_the_unit_interval_and_nothing_else(trained):
     assert gradient.shape == x.shape
     with pytest.raises(InputError, match="uint8"):  # a type is known inside a trace, too
         jax.jit(loaded.logits_fn)(images)
+
+
+def test_a_damaged_picture_of_examples_is_named_and_the_page_made_without_it(trained, tmp_path):
+    """Cut anywhere, or with wrong bits: named, or the same images."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained[1], folder)
+    file = folder / "eval/best/fgsm.examples.npz"
+    content, whole = file.read_bytes(), report.read([folder])[0].examples
+    assert whole is not None
+    step = len(content) // 60
+    cuts = [content[:i] for i in range(0, len(content), step)]
+    flips = [content[:i] + bytes([content[i] ^ 255]) + content[i + 1 :] for i in range(0, len(content), step)]
+    index = content.rindex(b"PK\x01\x02")
+    flips += [content[:i] + bytes([content[i] ^ 255]) + content[i + 1 :] for i in range(index, index + 46)]
+    for damaged in cuts + flips:
+        file.write_bytes(damaged)
+        found = report.read([folder])[0]
+        if found.examples is None:
+            assert any("fgsm.examples.npz" in problem and "\n" not in problem for problem in found.problems)
+        else:
+            for name in ("x", "x_adv", "label", "predicted", "predicted_adv"):
+                np.testing.assert_array_equal(found.examples[name], whole[name])
