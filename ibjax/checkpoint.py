@@ -23,6 +23,7 @@ import logging
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -97,9 +98,7 @@ def manager(
         save_interval_steps=1,
         enable_async_checkpointing=jax.default_backend() != "cpu" if asynchronous is None else asynchronous,
     )
-    if jax.process_index() == 0 and folder.is_dir():
-        for leftover in disk.patiently(lambda: [p for p in folder.iterdir() if _UNFINISHED in p.name], folder):
-            shutil.rmtree(leftover, ignore_errors=True)
+    _sweep(folder)
     orbax = disk.patiently(lambda: ocp.CheckpointManager(folder, options=options), folder)
     store = Store(folder, run, orbax)
     if sorted(orbax.all_steps()) != store.all_steps():
@@ -108,7 +107,17 @@ def manager(
         with orbax:
             yield store
     except Exception as error:  # a save in the background reports its failure at the next call, or here
+        for _ in range(10):  # what else was being written goes on for a moment
+            _sweep(folder)
+            time.sleep(0.1)
         raise _disk_full(error, store) or error from None
+
+
+def _sweep(folder):
+    """Removes what a save that was killed or failed has left."""
+    if jax.process_index() == 0 and folder.is_dir():
+        for leftover in disk.patiently(lambda: [p for p in folder.iterdir() if _UNFINISHED in p.name], folder):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 # ---- saving ------------------------------------------------------------------------------------------------

@@ -81,10 +81,22 @@ def replacing(file: Path) -> Iterator[Path]:
     """A temporary path that becomes `file` when the block ends well: `file` is there whole or not at all."""
     temporary = file.with_name(file.name + ".tmp")
     try:
-        yield temporary
-        temporary.replace(file)
+        with naming(file):
+            yield temporary
+            temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """An OSError that says on which file, as those of a write or a flush do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(file)
+        raise
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -1,9 +1,9 @@
 """Exceptions with a meaning to the user, and the one place that turns them into a line and an exit code."""
 
 import _thread
-import contextlib
 import difflib
 import errno
+import inspect
 import io
 import logging
 import math
@@ -93,12 +93,13 @@ def exit_with(command: Callable[[], None]) -> NoReturn:
     """Runs a command line's body; what the user can mend ends in one line on stderr and a code of its own."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # as of here Ctrl-C is an exception: see ibjax/__init__.py
     prepare_streams()
+    _set_hooks()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file it writes
+    for name in ("absl", "asyncio"):  # Orbax reports every file that it writes, and errors that it raises too
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     logging.getLogger("jax").setLevel(logging.ERROR)
     try:
-        with _no_interrupt_lost():
-            command()
+        command()
         code, message = 0, ""
     except Exception as error:
         code, message = _ending(error)
@@ -115,21 +116,29 @@ def exit_with(command: Callable[[], None]) -> NoReturn:
     sys.exit(code)
 
 
-@contextlib.contextmanager
-def _no_interrupt_lost():
-    """Ctrl-C that falls into a callback of the garbage collector, where Python ignores exceptions, comes again."""
+def _set_hooks():
+    """For exceptions that no code can catch.
 
-    def hook(unraisable):
-        if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            threading.Timer(0.05, _thread.interrupt_main).start()  # once this hook, which would ignore it too, is left
-        else:
-            before(unraisable)
+    Ctrl-C that falls into a callback of the garbage collector, where Python ignores exceptions, comes again. Where one
+    of the writes of a checkpoint fails, which is an error of its own, Orbax leaves the others without an event loop.
+    """
 
-    before, sys.unraisablehook = sys.unraisablehook, hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
+    def unraisable(found):
+        if issubclass(found.exc_type, KeyboardInterrupt):  # once this hook, which would ignore it too, is left
+            threading.Timer(0.05, _thread.interrupt_main).start()
+        elif not (inspect.iscoroutine(found.object) or _is_of_closed_loop(found.exc_value)):
+            unraisable_before(found)
+
+    def uncaught(kind, error, trace):
+        if not _is_of_closed_loop(error):
+            uncaught_before(kind, error, trace)
+
+    unraisable_before, uncaught_before = sys.unraisablehook, sys.excepthook
+    sys.unraisablehook, sys.excepthook = unraisable, uncaught
+
+
+def _is_of_closed_loop(error):
+    return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
 
 def _tell(code, message, bug=None):

@@ -8,6 +8,7 @@ saved. Every row ends with the CRC-32 of what stands before it in its line, as t
 Guarantees (tests of the same names): a line that is damaged is left out and told of, and stops nothing.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -46,16 +47,18 @@ class MetricsLog:
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One row; it is on disk when this returns."""
-        self.handle.write(_line({"kind": kind, "step": step, **values}))
-        self.handle.flush()
-        os.fsync(self.handle.fileno())
+        with disk.naming(self.file):
+            self.handle.write(_line({"kind": kind, "step": step, **values}))
+            self.handle.flush()
+            os.fsync(self.handle.fileno())
         if self.board:
             for name, value in values.items() if kind in ("train", "val") else ():
                 self.board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        """Closes the file."""
-        self.handle.close()
+        """Closes the file; what a full disk did not take was told of when it was written."""
+        with contextlib.suppress(OSError):
+            self.handle.close()
         if self.board:
             self.board.close()
 

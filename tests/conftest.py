@@ -35,13 +35,18 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
+from ibjax import compiled  # noqa: E402
+
+compiled.verify()
+
 
 @pytest.fixture(autouse=True)
 def own_logging():
-    """A command line configures logging for its process; a test must not do so for the next."""
-    before = logging.root.handlers[:], logging.root.level
+    """A command line configures logging and hooks for its process; a test must not do so for the next."""
+    before, hooks = (logging.root.handlers[:], logging.root.level), (sys.unraisablehook, sys.excepthook)
     yield
     logging.root.handlers[:], logging.root.level = before
+    sys.unraisablehook, sys.excepthook = hooks
 
 
 @pytest.fixture(scope="session")

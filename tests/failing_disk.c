@@ -1,5 +1,5 @@
-// Preloaded, makes chosen calls of open, read and opendir fail:
-//   FAIL_CALLS  "open", "read" or both; FAIL_PATH  part of the path; FAIL_ERRNO  the error
+// Preloaded, makes chosen calls of open, opendir, read and write fail:
+//   FAIL_CALLS  "open", "read", "write" or several; FAIL_PATH  part of the path; FAIL_ERRNO  the error
 //   FAIL_FIRST  how many such calls pass before; FAIL_COUNT  how many fail
 // fail_reset() begins to count anew, fail_hits() says how many have failed.
 #define _GNU_SOURCE
@@ -34,15 +34,15 @@ static int fails(const char *call, const char *path) {
   return 1;
 }
 
-static int read_fails(int fd) {
+static int fd_fails(const char *call, int fd) {
   char link[64], path[4096];
   const char *calls = getenv("FAIL_CALLS");
-  if (!calls || !strstr(calls, "read")) return 0;
+  if (!calls || !strstr(calls, call)) return 0;
   snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
   ssize_t size = readlink(link, path, sizeof path - 1);
   if (size < 0) return 0;
   path[size] = 0;
-  return fails("read", path);
+  return fails(call, path);
 }
 
 #define REAL(type, name, ...)           \
@@ -69,7 +69,7 @@ static int read_fails(int fd) {
 #define PREAD(name, offset)                                                  \
   ssize_t name(int fd, void *buffer, size_t size, offset at) {               \
     REAL(ssize_t, name, int, void *, size_t, offset);                        \
-    return read_fails(fd) ? -1 : real(fd, buffer, size, at);                 \
+    return fd_fails("read", fd) ? -1 : real(fd, buffer, size, at);                 \
   }
 OPEN(open)
 OPEN(open64)
@@ -80,7 +80,12 @@ PREAD(pread64, off64_t)
 
 ssize_t read(int fd, void *buffer, size_t size) {
   REAL(ssize_t, read, int, void *, size_t);
-  return read_fails(fd) ? -1 : real(fd, buffer, size);
+  return fd_fails("read", fd) ? -1 : real(fd, buffer, size);
+}
+
+ssize_t write(int fd, const void *buffer, size_t size) {
+  REAL(ssize_t, write, int, const void *, size_t);
+  return fd_fails("write", fd) ? -1 : real(fd, buffer, size);
 }
 
 DIR *opendir(const char *path) {

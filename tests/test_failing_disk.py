@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from test_checkpoint import state
-from test_faults import environment
+from test_faults import CONFIG, environment, finish, start
 
 from ibjax import checkpoint, config, disk, metrics, run
 from ibjax.errors import InputError, UnreadableError
@@ -93,6 +93,20 @@ def test_after_a_hundred_failed_opens_and_reads_nothing_is_moved_and_nothing_res
     outcomes = json.loads(done.stdout.splitlines()[-1])
     assert set(outcomes) == {"step 3", "ended in one line"} and min(outcomes.values()) > 20, outcomes
     assert begin(workdir) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [0, 3, 12, 25])
+def test_a_full_disk_ends_in_one_line_and_leaves_nothing_half_written(tmp_path, library, first):
+    """Of all writes into the checkpoints those from the `first` on fail, in the first save or in the second."""
+    workdir, config_file = tmp_path / "run", tmp_path / "config.py"
+    config_file.write_text(CONFIG, encoding="utf-8")
+    full = dict(LD_PRELOAD=library, FAIL_CALLS="write", FAIL_ERRNO=28, FAIL_PATH=workdir / "checkpoints")
+    code, output = finish(start(config_file, workdir, "--config.epochs=3", **full, FAIL_FIRST=first, FAIL_COUNT=10**6))
+    assert code == 2 and output.splitlines()[-1].startswith("error: disk full while saving in"), output
+    assert "Traceback" not in output and not list(workdir.rglob("*tmp*")), output
+    code, output = finish(start(config_file, workdir, "--config.epochs=3"))
+    assert code == 0, output
 
 
 def test_a_read_that_fails_is_tried_again_and_its_failure_is_never_taken_for_damage(tmp_path, monkeypatch):
