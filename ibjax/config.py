@@ -5,7 +5,6 @@ Sections with a `name` are calls (`ibjax.calls`); what the attacks share is `ibj
 pasting it back gives the same run.
 """
 
-import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -38,8 +37,6 @@ from ibjax.calls import (  # noqa: F401 - some of them for those who take them f
 )
 from ibjax.errors import InputError, nearest
 from ibjax.threat import effective, held, inherit, own, same_length, say  # noqa: F401
-
-log = logging.getLogger(__name__)
 
 
 def base() -> ConfigDict:
@@ -270,9 +267,9 @@ def may_be_none(config: ConfigDict, path: str) -> bool:
     reference, section, key = base(), *_parted(inside)
     if inside in OPTIONAL or lookup(reference, inside, "") is None:
         return True
-    if section not in CALLS or (called := lookup(config, path.rpartition(".")[0], None)) is None:
+    if section not in CALLS or (given := lookup(config, path.rpartition(".")[0], None)) is None:
         return False
-    parameters, hints = signature(*called(section, called.name))
+    parameters, hints = signature(*called(section, given.name))
     return key in parameters and (parameters[key].default is None or fits(None, hints.get(key, int)))
 
 
@@ -299,8 +296,6 @@ def parse_arg(arg: str | None, rows: tuple[str, ...] = ()) -> tuple[str, bool]:
             raise InputError(f"the recipe's argument '{word}' is unknown; {takes}; {nearest(word, ('smoke', *rows))}")
     if len(chosen) > 1:
         raise InputError(f"the recipe's arguments {', '.join(chosen)} exclude each other; {takes}")
-    if len(rows) > 1 and not chosen:
-        log.info("row '%s' of this recipe; its others are %s", rows[0], ", ".join(rows[1:]))
     return (chosen[0] if chosen else rows[0] if rows else ""), "smoke" in words
 
 

@@ -155,10 +155,8 @@ def evaluate(
     trained = run.load(workdir, checkpoint)
     settings = config.plain(trained.config.evaluate if settings is None else settings)
     given = dict(attacks=None if attacks is None else tuple(attacks), n=n, samples=samples, batch_size=batch_size)
-    settings |= {name: value for name, value in given.items() if value is not None}
-    check_settings(settings)  # a name that is none is told as it was given
-    settings["attacks"] = tuple(dict.fromkeys(map(names.canonical, settings["attacks"])))
-    settings |= _threat(settings, norm, eps, step_size)
+    settings = _changed(settings | {name: value for name, value in given.items() if value is not None},
+                        norm, eps, step_size)  # fmt: skip
     check_settings(settings)
     source = None if surrogate is None else _surrogate(surrogate, surrogate_checkpoint, trained, settings)
     shown = settings if source is None else {**settings, "attacks": ()}
@@ -227,20 +225,28 @@ def _plan(settings, trained, source):
             yield name, attack, eps
 
 
-def _threat(settings, norm, eps, step_size):
-    """What another norm, eps or step size changes in a section: these, the ladder, with a step the attacks' names."""
+def _changed(settings, norm, eps, step_size):
+    """A section with another norm, eps or step size, and its names as records have them, each once.
+
+    The ladder goes with norm and eps. A step other than the usual one becomes an option of the attacks that leave it
+    open: what differs has another name.
+    """
+    for name in settings["attacks"]:
+        named(name)  # one that is none is told as it was given
+    attacks = tuple(dict.fromkeys(map(names.canonical, settings["attacks"])))
     if (norm, eps, step_size) == (None, None, None):
-        return {}
+        return settings | {"attacks": attacks}
     if norm not in (None, settings["norm"]) and eps is None:
         raise InputError(f"norm={norm} needs its own eps: {settings['eps']} is one of {settings['norm']}; give --eps")
     eps = settings["eps"] if eps is None else eps
+    threat.check_length(eps, norm or settings["norm"], "eps")
     usual = threat.quarter(eps) if norm not in (None, settings["norm"]) else _scaled_step(settings, eps)
-    attacks, norm = settings["attacks"], norm or settings["norm"]
+    norm = norm or settings["norm"]
     if step_size is not None and not threat.same_length(step_size, usual):
         threat.check_length(step_size, norm, "step_size")
         attacks = tuple(names.add(name, step_size=step_size) if takes_step_size(name) else name for name in attacks)
     ladder = settings["ladder"] if (norm, eps) == (settings["norm"], settings["eps"]) else ()
-    return dict(norm=norm, eps=eps, step_size=usual, ladder=ladder, attacks=attacks)
+    return settings | dict(norm=norm, eps=eps, step_size=usual, ladder=ladder, attacks=attacks)
 
 
 # ---- the networks --------------------------------------------------------------------------------------------

@@ -155,11 +155,11 @@ def test_an_evaluation_under_another_threat_model_stands_beside_the_runs_own(dig
     wider = evaluate.evaluate(digits, attacks=("pgd-2",), eps="4/16")
     assert len(wider) == 1 and (wider[0]["eps"], wider[0]["step_size"], wider[0]["main"]) == ("4/16", "1/16", True)
     other = evaluate.evaluate(digits, attacks=("pgd-2",), norm="l2", eps="0.5", step_size="0.1")[0]
-    assert (other["norm"], other["eps"], other["step_size"]) == ("l2", "0.5", "0.1")
+    assert (other["norm"], other["eps"], other["step_size"]) == ("l2", "0.5", 0.1)
     assert (digits / "eval/best/pgd-2.json").read_bytes() == own
     assert {file.name for file in (digits / "eval/best").glob("*eps*.json")} == {
         "pgd-2.eps4_16.json",
-        "pgd-2.l2.eps0.5.json",
+        "pgd-2(step_size=0.1).l2.eps0.5.json",
     }
     titles = [
         line for line in report_tables.as_text([json.loads(own), *wider, other]).splitlines() if "accuracy in" in line
@@ -178,7 +178,15 @@ def test_the_same_length_in_other_words_is_the_runs_own(digits):
 def test_another_norm_needs_its_own_eps(digits):
     with pytest.raises(InputError, match="give --eps"):
         evaluate.evaluate(digits, norm="l2")
-    for changes, words in ((dict(step_size="0"), "step_size"), (dict(batch_size=0), "batch_size=0")):
+    changed = evaluate._changed({**run.load(digits).config.evaluate.to_dict(), "norm": "l2"}, "linf", "0.1", None)
+    evaluate.check_settings({**changed, "attacks": ("nifgsm-2",)})  # for l_inf only, which the run's own is not
+    for changes, words in (
+        (dict(step_size="0"), "step_size"),
+        (dict(batch_size=0), "batch_size=0"),
+        (dict(eps="wide"), "'wide' is not a number"),
+        (dict(eps="8"), "eps=8"),
+        (dict(norm="l3", eps="1"), "'l3' is unknown"),
+    ):
         with pytest.raises(InputError, match=words):
             evaluate.evaluate(digits, **changes)
 
