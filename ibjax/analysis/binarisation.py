@@ -100,7 +100,7 @@ def binarisation(
 
     Raises InputError on an eps or a count that is none, and on features that are not finite.
     """
-    radius = geometry.one_radius(eps, norm)
+    norm, radius = geometry.check_norm(norm), geometry.one_radius(eps, norm)
     if not radius > 0:
         raise InputError(f"eps={eps} is not allowed; give a radius above 0, as '8/255'")
     for name, value in dict(inner=inner, batch_size=batch_size).items():
