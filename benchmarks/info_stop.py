@@ -6,10 +6,12 @@
 Trains SiRIIB on PGD-AT with λ₁ = 20 on the network of `effects.py`, in batches of 64 at a constant learning rate, with
 `info_stop=False` and `True`, from the same weights and on the same images, and notes L_info and accuracy on the way. A
 run has diverged at the first step whose loss or gradient is not finite; it ends there. Writes OUT.json after every run,
-and the table beside it as Markdown.
+and the table beside it as Markdown; the same command with the same --out continues where it was stopped.
 """
 
 import argparse
+import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +51,8 @@ def train(given: argparse.Namespace, data: str, fraction: float, steps: int, see
             break
         for name, values in rows.items():
             values.append(found[name])
-    return {
-        "data": data.partition(":")[0],
-        "fraction": fraction,
-        "info_stop": stop,
-        "seed": seed,
-        "lr": given.lr,
-        "lam": given.lam,
-        "steps": steps,
-        "diverged_at": diverged,
-        "metrics": {name: [float(f"{value:.5g}") for value in values] for name, values in rows.items()},
-    }
+    metrics = {name: [float(f"{value:.5g}") for value in values] for name, values in rows.items()}
+    return {"diverged_at": diverged, "metrics": metrics}
 
 
 def table(records: list[dict]) -> str:
@@ -97,10 +90,12 @@ def main() -> None:
         f"the last 20 steps that were finite"
     )
     page = measuring.Page("info_stop", given.out, table, note)
-    for data, fraction, steps in sets:
-        for seed in range(given.seeds):
-            for stop in (False, True):
-                page.add(train(given, data, fraction, steps, seed, stop))
+    known = json.loads(page.out.read_text())["records"] if page.out.is_file() else []
+    for (data, fraction, steps), seed, stop in itertools.product(sets, range(given.seeds), (False, True)):
+        about = dict(data=data.partition(":")[0], fraction=fraction, info_stop=stop, seed=seed)
+        about |= dict(lr=given.lr, lam=given.lam, steps=steps)
+        found = next((record for record in known if about.items() <= record.items()), None)
+        page.add(found or {**about, **train(given, data, fraction, steps, seed, stop)})
     page.finish()
 
 

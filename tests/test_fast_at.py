@@ -7,7 +7,7 @@ import pytest
 from conftest import smoke_config
 from test_objectives import BATCH, MODEL, NET, VARIABLES
 
-from ibjax import optim
+from ibjax import config, optim
 from ibjax.attacks import geometry
 from ibjax.attacks.pgd import pgd, stateful_pgd
 from ibjax.errors import InputError
@@ -117,8 +117,18 @@ def test_the_recipe_stops_on_catastrophic_overfitting():
     assert settings.validate.stop_on_overfitting and settings.validate.every == 1 and settings.attack_bn == "train"
 
 
+def test_the_recipes_rates_and_momentum_are_their_authors():
+    """On ImageNet the first phase rises for one epoch; on CIFAR-10 momentum moves as PyTorch's CyclicLR has it."""
+    settings = config.plain(smoke_config("ibd_imagenet", "fast_at-4"))
+    found = rates([99, 599, 1199, 1499], lr=settings["optimizer"]["lr"], epochs=15, **settings["schedule"])
+    np.testing.assert_allclose(found, [0.4, 0.04, 0.004, 0.0004], rtol=1e-5)
+    assert not settings["optimizer"]["decay_norm"] and "decay_norm_and_bias" not in settings["optimizer"]
+    optimizer = smoke_config("baselines_original", "fast_at").optimizer
+    assert (optimizer.momentum, optimizer.momentum_at_peak) == (0.9, 0.8)
+
+
 def test_on_imagenet_the_network_sees_the_box_of_an_unclipped_start_in_training_mode():
-    settings = smoke_config("ibd_imagenet", "fast_at-4")
+    settings = config.effective(smoke_config("ibd_imagenet", "fast_at-4"))
     attack = settings.attack
     assert attack.steps == 1 and attack.init == "uniform_unclipped" and attack.clip_input
     assert (attack.eps, attack.step_size, settings.attack_bn) == ("4/255", "5/255", "train")
