@@ -354,7 +354,7 @@ def _manifest(store, step):
         if not folder.is_dir():
             raise _GoneError(f"checkpoint {step} is no longer in {store.directory}") from None
         raise _DamagedError(f"checkpoint {step}: manifest is missing") from None
-    except (ValueError, NotADirectoryError, IsADirectoryError) as error:
+    except (ValueError, IsADirectoryError) as error:
         raise _DamagedError(f"checkpoint {step}: manifest is damaged ({_first_line(error)})") from None
     if manifest["step"] != step:
         raise CheckpointError(f"{folder} holds the checkpoint of step {manifest['step']}; give the folder that name")

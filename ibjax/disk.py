@@ -52,8 +52,11 @@ def patiently(read: Callable[[], _T], what: Any) -> _T:
 
 
 def read_bytes(file: Path) -> bytes:
-    """The content of a file, `patiently`."""
-    return patiently(file.read_bytes, file)
+    """The content of a file, `patiently`; raises FileNotFoundError where there is none."""
+    try:
+        return patiently(file.read_bytes, file)
+    except NotADirectoryError as error:  # what should be a folder above it is a file
+        raise FileNotFoundError(error.errno, error.strerror, str(file)) from None
 
 
 def read_json(file: Path, *, sealed: bool = False) -> dict[str, Any]:

@@ -449,7 +449,7 @@ def read_config(workdir: Path) -> tuple[ConfigDict, dict[str, Any]]:
         if type(facts["num_classes"]) is not int or not all(type(size) is int for size in facts["input_shape"]):
             raise ValueError("its data section is not that of a run")
         return saved, facts
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         if checkpoints.steps_in(workdir / "checkpoints"):
             raise CheckpointError(
                 f"{file} is missing beside checkpoints; the training command writes it again, or restore it from a copy"

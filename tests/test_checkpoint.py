@@ -179,6 +179,34 @@ def test_a_state_with_nan_is_never_saved(tmp_path):
         assert not orbax.all_steps()
 
 
+@pytest.mark.parametrize("when", ["before the manifest", "before the arrays", "among the files"])
+def test_a_step_that_training_supersedes_while_it_is_read_gives_way_to_the_present_one(tmp_path, monkeypatch, when):
+    folder = saved(tmp_path, steps=(1, 2))
+    shutil.copytree(folder, tmp_path / "newer/checkpoints")
+    with checkpoint.manager(tmp_path / "newer") as store:
+        checkpoint.save(store, state(5))
+    called = {"before the manifest": "_manifest", "before the arrays": "_read_item", "among the files": "_files"}[when]
+    real, pending = getattr(checkpoint, called), [None]
+
+    def training_goes_on(*arguments):
+        found = real(*arguments) if when == "among the files" else None
+        if pending:
+            pending.pop()
+            shutil.rmtree(folder / "2")
+            shutil.move(tmp_path / "newer/checkpoints/5", folder / "5")
+        return found or real(*arguments)
+
+    monkeypatch.setattr(checkpoint, called, training_goes_on)
+    like = {name: state(0).variables[name] for name in ("params", "batch_stats")}
+    with checkpoint.manager(tmp_path, read_only=True) as store:
+        step, variables = checkpoint.restore_variables(store, "last", like)
+        assert step == 5 and checkpoint.metrics(store, step) == {}
+        np.testing.assert_array_equal(variables["params"]["b"], state(5).variables["params"]["b"])
+        shutil.rmtree(folder / "5")
+        with pytest.raises(CheckpointError, match="no longer in"):
+            checkpoint.metrics(store, 5)
+
+
 def test_unknown_checkpoints_name_the_known(tmp_path):
     saved(tmp_path)
     with checkpoint.manager(tmp_path, read_only=True) as orbax:

@@ -209,6 +209,21 @@ def test_a_record_without_a_digest_is_read(trained, tmp_path):
     assert file.stat().st_mtime_ns == before
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_the_attack_not_after_it(trained, tmp_path, monkeypatch):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    known = evaluate.evaluate(workdir)
+    (workdir / "eval/best").rename(tmp_path / "kept")
+    shutil.rmtree(workdir / "eval")
+    (workdir / "eval").touch()  # no folder can be made here, as on a disk that is mounted for reading
+    monkeypatch.setattr(evaluate.Scorer, "__call__", lambda *arguments, **options: pytest.fail("it was attacked"))
+    with pytest.raises(InputError, match=r"eval/best cannot be written .* the result would be lost"):
+        evaluate.evaluate(workdir)
+    (workdir / "eval").unlink()
+    shutil.copytree(tmp_path / "kept", workdir / "eval/best")
+    monkeypatch.setattr(run, "check_writable", lambda folder: pytest.fail("nothing has to be written"))
+    assert evaluate.evaluate(workdir)[0]["robust_acc"] == known[0]["robust_acc"]
+
+
 # ---- metrics.jsonl -----------------------------------------------------------------------------------------
 
 BAD = {

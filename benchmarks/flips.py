@@ -1,0 +1,409 @@
+"""Flips random bits in everything that a number depends on, one at a time, and looks at what a user would then see.
+
+    python benchmarks/flips.py [--trials=1000] [--processes=20] [--seed=0] [--out=results/flips-DATE.json]
+
+One run of configs/digits.py:smoke is made, with its teacher and the undefended network beside it, on an npz file; a
+data set of TFDS whose labels are kept; and a cache of compiled programs. A trial chooses one of all files, each as
+often as any other, flips one of its bits, and does what reads it: loads a network and attacks test images, evaluates
+with the records that are there, reads the report, begins to train again, reads the streamed images and their labels,
+compiles. Then everything is as before. Its outcome is one of
+
+    nothing             every number is the right one, and nothing was said
+    computed again      every number is the right one, and a line named what was damaged
+    refused             one line named what was damaged, and no number was shown
+    traceback           an exception that is no line
+    wrong               a number was another one, and nothing was said
+
+--processes more trials start the command itself anew: `ibjax.main` again, as a user would.
+"""
+
+import argparse
+import contextlib
+import datetime
+import functools
+import io
+import itertools
+import json
+import logging
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ibjax import checkpoint, compiled, disk, errors, evaluate, experiment, main, metrics, report, run
+from ibjax.attacks.pgd import pgd
+from ibjax.data import stream
+from ibjax.step import linen_net, to_float
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTCOMES = ("nothing", "computed again", "refused", "traceback", "wrong")
+
+
+class Wrong(Exception):
+    """A number is another one, and nothing was said."""
+
+
+# ---- what is flipped -----------------------------------------------------------------------------------------
+
+
+def make(root: Path) -> None:
+    """The run, its data and its caches, below `root`."""
+    rng = np.random.default_rng(0)
+    images = {split: rng.integers(0, 256, (n, 8, 8, 1), dtype=np.uint8) for split, n in (("train", 64), ("test", 16))}
+    labels = {f"y_{split}": np.arange(len(x), dtype=np.int64) % 10 for split, x in images.items()}
+    np.savez_compressed(root / "data.npz", **{f"x_{split}": x for split, x in images.items()}, **labels)
+    main.execute(settings(root), root / "run")
+    _make_stream(root / "tfds", rng)
+    stream.load(dataset="tiny", data_dir=str(root / "tfds"), size=8, threads=2)
+
+
+def settings(root: Path) -> Any:
+    """The configuration of the run."""
+    made = runpy.run_path(str(ROOT / "configs" / "digits.py"))["get_config"]("smoke")
+    for part in (made, made.teacher.recipe, made.contrast.undefended):
+        part.data = dict(name="npz", path=str(root / "data.npz"), num_classes=10, val_size=8, split_seed=0)
+        part.evaluate.attacks = ("fgsm", "pgd-2")
+    return made
+
+
+def _make_stream(folder, rng):
+    """Encoded images of different sizes, as TFDS stores them."""
+    import tensorflow_datasets as catalogue
+    from PIL import Image
+
+    def encoded(i):
+        file, size = io.BytesIO(), (10 + i % 5, 12)
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(file, "PNG")
+        return file.getvalue()
+
+    class Tiny(catalogue.core.GeneratorBasedBuilder, skip_registration=True):
+        name, VERSION = "tiny", catalogue.core.Version("1.0.0")
+
+        def _info(self):
+            parts = {"image": catalogue.features.Image(shape=(None, None, 3), encoding_format="png")}
+            parts["label"] = catalogue.features.ClassLabel(num_classes=10)
+            return catalogue.core.DatasetInfo(builder=self, features=catalogue.features.FeaturesDict(parts))
+
+        def _split_generators(self, manager):
+            return {split: self._generate_examples(n) for split, n in (("train", 20), ("validation", 10))}
+
+        def _generate_examples(self, n):
+            for i in range(n):
+                yield str(i), {"image": io.BytesIO(encoded(i)), "label": i % 10}
+
+    with contextlib.redirect_stderr(io.StringIO()):
+        Tiny(data_dir=str(folder), file_format="array_record").download_and_prepare()
+
+
+# ---- what reads it -------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _attacked(model, variables, x, y, key):
+    """Logits of the images, and under an attack; compiled once for all trials."""
+
+    def logits_fn(x):
+        return linen_net(model).predict(variables, x)[0]
+
+    return logits_fn(x), logits_fn(pgd(eps=0.1, step_size=0.05, steps=2)(key, logits_fn, x, y))
+
+
+class Use(NamedTuple):
+    """What a user does with a part of the files."""
+
+    reads: tuple[str, ...]  # folders or files below the root; what lies in another folder named here is not meant
+    numbers: Callable[[], dict[str, Any]]  # what they then see
+
+
+class Reader:
+    """Does what a user would do, below `root`, as cheaply as it can be done a thousand times."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.jobs = {job.workdir: job for job in main.jobs(settings(root), root / "run")}
+        self.experiments = {}
+        for workdir, job in self.jobs.items():
+            made = experiment.build(run.read_config(workdir)[0], job.teachers)
+            self.experiments[workdir] = made, jax.eval_shape(lambda made=made: experiment.initial_state(made))
+
+    def loaded(self, workdir: Path) -> dict[str, Any]:
+        trained = run.load(workdir)
+        test = run.test_split(trained)
+        x = to_float(jnp.asarray(test.images))
+        logits = _attacked(trained.model, trained.variables, x, jnp.asarray(test.labels), jax.random.key(0))
+        evaluated = trained.config.evaluate.to_dict()
+        return {"logits": [np.asarray(part).tolist() for part in logits], "settings": evaluated, "step": trained.step}
+
+    def evaluated(self, workdir: Path) -> dict[str, Any]:
+        records = evaluate.evaluate(workdir)
+        return {f"{r['attack']} {r['eps']}": _result(r) for r in records}
+
+    def reported(self, workdir: Path) -> dict[str, Any]:
+        found, *_ = report.read([workdir])
+        for problem in found.problems:
+            logging.getLogger("ibjax").warning("%s", problem)
+        shown = {f"{r['attack']} {r['eps']} {r['main']}": _result(r) for r in found.records}
+        rows = {f"{row['kind']} {row['step']}": row for row in found.metrics}
+        parts = {"config": found.config, "facts": found.facts, "env": found.env}
+        pictures = {name: np.asarray(value).tolist() for name, value in (found.examples or {}).items()}
+        return shown | rows | {name: part for name, part in parts.items() if part} | pictures
+
+    def continued(self, workdir: Path) -> dict[str, Any]:
+        """What training does before its first step."""
+        made, like = self.experiments[workdir]
+        identity = run.write_config(workdir, made.config, {**made.facts, **run.facts(run.load_data(made.config))})
+        with checkpoint.manager(workdir, run=identity) as store:
+            state = checkpoint.restore_latest(store, like)
+            best = checkpoint.best_step(store)
+        step = 0 if state is None else int(state.step)
+        metrics.MetricsLog(workdir, step).close()
+        return {"step": step, "best": best, "state": state and checkpoint.tree_digest(state)}
+
+    def trained_on(self) -> dict[str, Any]:
+        return self.loaded(self.root / "run") | self.continued(self.root / "run")
+
+    def streamed(self) -> dict[str, Any]:
+        data = stream.load(dataset="tiny", data_dir=str(self.root / "tfds"), size=8, threads=2)
+        return {
+            name: [split.labels.tolist(), checkpoint.digest(split.images[:])]
+            for name, split in (("train", data.train), ("test", data.test))
+        } | {"classes": data.num_classes}
+
+    def compiled_again(self) -> dict[str, Any]:
+        from jax._src import compilation_cache
+
+        jax.clear_caches()
+        compilation_cache.reset_cache()
+        return self.loaded(self.root / "run")
+
+    def uses(self, file: Path) -> list[Callable[[], dict[str, Any]]]:
+        """What reads a file."""
+        name = file.relative_to(self.root).as_posix()
+        if name == "data.npz":
+            return [self.trained_on]
+        if name.startswith("tfds/") or file.suffix == ".labels":
+            return [self.streamed]
+        if name.startswith("cache/"):
+            return [self.compiled_again]
+        workdir = max((folder for folder in self.jobs if folder in file.parents), key=lambda folder: len(folder.parts))
+        return [functools.partial(use, workdir) for use in (self.loaded, self.evaluated, self.reported, self.continued)]
+
+
+def _result(record):
+    names = ("clean_acc", "robust_acc", "selected_on", "robust_flags", "step", "n", "eps", "seed", "weights", "title")
+    return {name: record[name] for name in names}
+
+
+# ---- trials --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def said() -> Iterator[list[str]]:
+    """The lines of warnings that ibjax logs meanwhile."""
+    lines: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            lines.append(record.getMessage())
+
+    handler, log = Keep(logging.WARNING), logging.getLogger("ibjax")
+    log.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        log.removeHandler(handler)
+
+
+def outcome(use: Callable[[], dict], right: dict[str, Any]) -> tuple[str, str]:
+    """(one of OUTCOMES, what was said) of one use."""
+    with said() as lines:
+        try:
+            found = json.loads(json.dumps(use()))
+        except Exception as error:
+            _, line = errors._ending(error)
+            if line:
+                return ("traceback" if "\n" in line else "refused"), line
+            return "traceback", f"{type(error).__name__}: {error}"
+    missing, differing = set(right) - set(found), [name for name in found if found[name] != right.get(name)]
+    text = "; ".join(lines)
+    if (differing or missing) and not lines:
+        return "wrong", f"missing {sorted(missing)}, another {differing}"
+    if differing and not _told(differing, text):
+        return "wrong", f"another {differing}, though: {text}"
+    return ("computed again" if lines else "nothing"), text
+
+
+def _told(differing, text):
+    """Whether what was said explains the other numbers: a step that was set aside makes another one newest or best."""
+    return set(differing) <= {"step", "best", "state", "logits"} and "moved to damaged/" in text
+
+
+def trial(reader: Reader, file: Path, bit: int, right: dict[str, dict]) -> tuple[str, str]:
+    """The worst outcome of all uses of a file with one bit flipped; everything is as before afterwards."""
+    content = bytearray(file.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    found = []
+    for use in reader.uses(file):
+        file.write_bytes(content)
+        with _unchanged(reader.root, file):
+            found.append(outcome(use, right[_key(use)]))
+    return max(found, key=lambda pair: OUTCOMES.index(pair[0]))
+
+
+def _key(use):
+    return repr((use.func.__name__, str(use.args[0]))) if isinstance(use, functools.partial) else use.__name__
+
+
+@contextlib.contextmanager
+def _unchanged(root, file):
+    """The folder that the file belongs to is put back."""
+    top = root / file.relative_to(root).parts[0]
+    kept = root.parent / "kept" / top.name
+    try:
+        yield
+    finally:
+        if top.is_dir():
+            shutil.rmtree(top)
+            shutil.copytree(kept, top)
+        else:
+            shutil.copy(kept, top)
+
+
+def command_trial(root: Path, file: Path, bit: int, table: str) -> tuple[str, str]:
+    """The outcome of the whole command, started anew."""
+    content = bytearray(file.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(content)
+    config = root.parent / "config.py"
+    config.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r})\nimport pathlib, flips\n"
+        f"def get_config(): return flips.settings(pathlib.Path({str(root)!r}))\n",
+        encoding="utf-8",
+    )
+    command = [sys.executable, "-m", "ibjax.main", f"--config={config}", f"--workdir={root / 'run'}"]
+    with _unchanged(root, file):
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", cwd=ROOT)
+    lines = [line for line in done.stderr.splitlines() if "damaged" in line or line.startswith("error")]
+    text = "; ".join(lines)
+    if "Traceback" in done.stderr or done.returncode not in (0, 2):
+        return "traceback", f"exit code {done.returncode}: {done.stderr[-500:]}"
+    if done.returncode == 2:
+        return "refused", text
+    if done.stdout != table and "moved to damaged/" not in text:
+        return "wrong", f"{done.stdout} {text}"
+    return ("computed again" if lines else "nothing"), text
+
+
+def kind(root: Path, file: Path) -> str:
+    """What the table calls a file."""
+    name = file.relative_to(root).as_posix()
+    if name == "data.npz":
+        return "the data set, .npz"
+    if name.startswith("tfds/"):
+        return "the streamed data set"
+    if file.suffix == ".labels":
+        return "labels that are kept"
+    if name.startswith("cache/"):
+        return "compiled programs"
+    if "checkpoints" in file.parts:
+        return "checkpoints: manifests" if file.parent.name == "manifest" else "checkpoints: the rest"
+    if "eval" in file.parts:
+        return "records" if file.suffix == ".json" else "adversarial images"
+    return file.name
+
+
+def page(found: dict[str, Any]) -> str:
+    """The Markdown table."""
+    grid = [["file", "flips", *OUTCOMES]]
+    grid += [[name, sum(row.values()), *(row.get(key, 0) for key in OUTCOMES)] for name, row in found["kinds"].items()]
+    total = Counter()
+    for row in found["kinds"].values():
+        total.update(row)
+    grid.append(["**all**", sum(total.values()), *(total.get(key, 0) for key in OUTCOMES)])
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in grid]
+    return "\n".join([lines[0], "|---" * len(grid[0]) + "|", *lines[1:]])
+
+
+def command_line() -> None:
+    """The command line of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=1000, help="flips in this process")
+    parser.add_argument("--processes", type=int, default=20, help="flips with the command started anew")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=disk.path, help="default: results/flips-DATE.json; what it holds is added to")
+    given = parser.parse_args()
+    out = given.out or ROOT / "results" / f"flips-{datetime.date.today()}.json"
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory() as folder:
+        found = flip(Path(folder) / "root", given.trials, given.processes, given.seed)
+    before = disk.read_json(out) if out.is_file() else {"kinds": {}, "bad": []}
+    kinds = {
+        name: dict(Counter(before["kinds"].get(name, {})) + Counter(found["kinds"].get(name, {})))
+        for name in sorted({**before["kinds"], **found["kinds"]})
+    }
+    disk.write_json(out, {"kinds": kinds, "bad": before["bad"] + found["bad"], "run": run.environment()})
+    out.with_suffix(".md").write_text(page({"kinds": kinds}) + "\n", encoding="utf-8")
+    print(page({"kinds": kinds}))
+    for line in found["bad"]:
+        print(line)
+    sys.exit(1 if found["bad"] else 0)
+
+
+def flip(root: Path, trials: int, processes: int, seed: int) -> dict[str, Any]:
+    """{"kinds": {kind of file: {outcome: how often}}, "bad": lines}."""
+    root.mkdir(parents=True)
+    os.environ["XDG_CACHE_HOME"] = str(root / "cache")
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+    compiled.keep()
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    make(root)
+    reader = Reader(root)
+    files = sorted(file for file in root.rglob("*") if file.is_file() and file.stat().st_size and file.name != ".lock")
+    uses = {_key(use): use for file in files for use in reader.uses(file)}
+    right = {key: json.loads(json.dumps(use())) for key, use in uses.items()}
+    files = sorted(file for file in root.rglob("*") if file.is_file() and file.stat().st_size and file.name != ".lock")
+    shutil.copytree(root, root.parent / "kept", dirs_exist_ok=True)
+    rng, kinds, bad = np.random.default_rng(seed), {}, []
+    tries = [functools.partial(trial, reader, right=right)] * trials
+    if processes:
+        table = subprocess.run(
+            [sys.executable, "-c", _PRINT.format(root=str(root), benchmarks=str(ROOT / "benchmarks"))],
+            capture_output=True, encoding="utf-8", check=True, cwd=ROOT,
+        ).stdout  # fmt: skip
+        tries += [functools.partial(command_trial, root, table=table)] * processes
+    for number, attempt in zip(itertools.count(1), tries, strict=False):
+        file = files[rng.integers(len(files))]
+        bit = int(rng.integers(8 * file.stat().st_size))
+        ended, text = attempt(file=file, bit=bit)
+        name = kind(root, file)
+        kinds.setdefault(name, Counter())[ended] += 1
+        if ended in ("traceback", "wrong"):
+            bad.append(f"{ended}: bit {bit} of {file.relative_to(root)}: {text[:600]}")
+        if number % 100 == 0:
+            print(number, dict(sum(kinds.values(), Counter())), flush=True)
+    return {"kinds": {name: dict(row) for name, row in sorted(kinds.items())}, "bad": bad}
+
+
+_PRINT = """
+import sys; sys.path.insert(0, {benchmarks!r})
+import pathlib, flips
+root = pathlib.Path({root!r})
+from ibjax import cluster, report
+cluster.initialize()
+records = flips.main.execute(flips.settings(root), root / "run")
+print(report.table(records))
+print(f"report: {{root / 'run' / 'report.html'}}")
+"""
+
+if __name__ == "__main__":
+    command_line()
