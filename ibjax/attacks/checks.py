@@ -120,8 +120,11 @@ def _dependence(network):
         ("gradients", network.gradients, min(count, _DIFFERENTIATED), _GRADIENT),
     ):
         rows = np.arange(most)
+        halves = [rows[: most // 2], rows[-(most // 2) :]]
+        if what == "gradients":  # each half twice: one program is compiled for all
+            halves = [np.resize(half, most) for half in halves]
         before = answers(rows)
-        for other in (rows[::-1], np.random.default_rng(0).permutation(most), rows[: most // 2], rows[-(most // 2) :]):
+        for other in (rows[::-1], np.random.default_rng(0).permutation(most), *halves):
             if _distance(answers(other), before[other]) > tolerance:
                 same = answers(np.zeros(most, int))  # one image in every place: nothing but the place can differ
                 if _distance(same, same[:1]) > tolerance:
@@ -163,8 +166,9 @@ def fingerprint(logits_fn: Callable, x: Any, keys: Array | None = None) -> np.nd
 
 def _fingerprint(network):
     rows = np.arange(min(network.count, _PRINTED))
+    repeated = np.resize(rows, min(network.count, _DIFFERENTIATED))  # as many as `_dependence` takes: one program
     short = []
-    for answers in (network.logits(rows), network.gradients(rows)):
+    for answers in (network.logits(rows), network.gradients(repeated)[: len(rows)]):
         directions = np.random.default_rng(1).standard_normal((answers.shape[1], _PROJECTIONS))
         short.append(np.concatenate([np.linalg.norm(answers, axis=1, keepdims=True), answers @ directions], axis=1))
     return np.stack(short, axis=1).astype(np.float32)
