@@ -66,19 +66,20 @@ def network(logits_fn: Callable, x: np.ndarray, y: np.ndarray, keys: Array | Non
         warnings.append("the network returns probabilities, not logits: gradients of attacks may vanish")
     if len(images) > 1 and np.ptp(logits, axis=0).max() < 1e-6:
         warnings.append("the network returns the same logits for every image")
-    if _randomised(network, np.arange(min(len(images), _REPEATED))):
-        warnings.append("two passes over the same images differ: the network is randomised, use EOT attacks")
-    else:
-        warnings += _dependence(network)
+    warnings += [_DRAWS] if _randomised(network) else _dependence(network)
     return Asked(warnings, _fingerprint(network), str(answer.dtype))
 
 
-def _randomised(network, rows):
-    """Whether one of four more passes moves an image's logits by more than 1e-4 of their length."""
+_DRAWS = "two passes over the same images differ: the network is randomised, use EOT attacks"
+
+
+def _randomised(network, passes=4):
+    """Whether one of so many more passes moves an image's logits by more than 1e-4 of their length."""
+    rows = np.arange(min(network.count, _REPEATED))
     logits = network.logits(rows)
     length = np.linalg.norm(logits, axis=1, keepdims=True) + 1e-12
-    passes = (network.logits(rows) for _ in range(4))
-    return any(np.max(np.linalg.norm((again - logits) / length, axis=1)) > 1e-4 for again in passes)
+    again = (network.logits(rows) for _ in range(passes))
+    return any(np.max(np.linalg.norm((other - logits) / length, axis=1)) > 1e-4 for other in again)
 
 
 def outside_traces(*values: Any) -> None:
@@ -106,9 +107,10 @@ def independent(logits_fn: Callable, x: Any, keys: Array | None = None) -> list[
       keys: (N,), a key per image, which goes with its image.
 
     Returns:
-      A warning where there is one image only, of which nothing can be found out this way.
+      A warning where nothing can be found out this way: of one image, or where two passes over the same batch differ.
     """
-    return _dependence(_Network(logits_fn, x, keys, _PROBED))
+    network = _Network(logits_fn, x, keys, _PROBED)
+    return [_DRAWS] if _randomised(network, passes=1) else _dependence(network)
 
 
 def _dependence(network):
