@@ -113,6 +113,12 @@ def test_of_one_image_it_is_said_that_nothing_could_be_checked():
     assert warnings[0] in autoattack(jax.random.key(0), network, X[:1], Y[:1], "linf", 0.1, attacks=few).warnings
 
 
+def test_of_a_network_that_draws_anew_in_each_call_it_is_said():
+    keys = iter(jax.random.split(jax.random.key(0), 99))
+    drawing = lambda x: network(x) + noise(next(keys), network(x))  # noqa: E731
+    assert ["randomised" in text for text in checks.independent(drawing, X)] == [True]
+
+
 def test_a_network_without_derivative_can_be_attacked_by_queries():
     attacks = {"square": iterative_square("linf", 0.1, 5)}
     result = autoattack(jax.random.key(0), INDEPENDENT["not differentiable"], X, Y, "linf", 0.1, attacks=attacks)

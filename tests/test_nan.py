@@ -100,7 +100,7 @@ def test_an_image_whose_logits_become_nan_is_not_robust_and_named(network, attac
 
 def test_validation_counts_them_as_not_robust_and_says_so(caplog):
     settings = SimpleNamespace(seed=0, select_on="val", title="a run")
-    experiment = SimpleNamespace(config=settings, data=SimpleNamespace(val=Split(IMAGES, Y)))
+    experiment = SimpleNamespace(config=settings, data=SimpleNamespace(val=Split(IMAGES, Y)), select="robust")
     variables = {"params": {}, "batch_stats": {}}
     state = SimpleNamespace(variables=variables, ema_params=None, step=1, opt_state={})
     caplog.set_level(logging.WARNING)

@@ -109,19 +109,20 @@ def network(logits_fn: Callable, x: np.ndarray, y: np.ndarray, keys: Array | Non
         warnings.append("the network returns probabilities, not logits: gradients of attacks may vanish")
     if len(images) > 1 and np.ptp(logits, axis=0).max() < 1e-6:
         warnings.append("the network returns the same logits for every image")
-    if _randomised(network, np.arange(min(len(images), _REPEATED))):
-        warnings.append("two passes over the same images differ: the network is randomised, use EOT attacks")
-    else:
-        warnings += _dependence(network)
+    warnings += [_DRAWS] if _randomised(network) else _dependence(network)
     return Asked(warnings, _fingerprint(network), str(answer.dtype))
 
 
-def _randomised(network, rows):
-    """Whether one of four more passes moves an image's logits by more than 1e-4 of their length."""
+_DRAWS = "two passes over the same images differ: the network is randomised, use EOT attacks"
+
+
+def _randomised(network, passes=4):
+    """Whether one of so many more passes moves an image's logits by more than 1e-4 of their length."""
+    rows = np.arange(min(network.count, _REPEATED))
     logits = network.logits(rows)
     length = np.linalg.norm(logits, axis=1, keepdims=True) + 1e-12
-    passes = (network.logits(rows) for _ in range(4))
-    return any(np.max(np.linalg.norm((again - logits) / length, axis=1)) > 1e-4 for again in passes)
+    again = (network.logits(rows) for _ in range(passes))
+    return any(np.max(np.linalg.norm((other - logits) / length, axis=1)) > 1e-4 for other in again)
 
 
 def outside_traces(*values: Any) -> None:
@@ -149,9 +150,10 @@ def independent(logits_fn: Callable, x: Any, keys: Array | None = None) -> list[
       keys: (N,), a key per image, which goes with its image.
 
     Returns:
-      A warning where there is one image only, of which nothing can be found out this way.
+      A warning where nothing can be found out this way: of one image, or where two passes over the same batch differ.
     """
-    return _dependence(_Network(logits_fn, x, keys, _PROBED))
+    network = _Network(logits_fn, x, keys, _PROBED)
+    return [_DRAWS] if _randomised(network, passes=1) else _dependence(network)
 
 
 def _dependence(network):
@@ -163,8 +165,11 @@ def _dependence(network):
         ("gradients", network.gradients, min(count, _DIFFERENTIATED), _GRADIENT),
     ):
         rows = np.arange(most)
+        halves = [rows[: most // 2], rows[-(most // 2) :]]
+        if what == "gradients":  # each half twice: one program is compiled for all
+            halves = [np.resize(half, most) for half in halves]
         before = answers(rows)
-        for other in (rows[::-1], np.random.default_rng(0).permutation(most), rows[: most // 2], rows[-(most // 2) :]):
+        for other in (rows[::-1], np.random.default_rng(0).permutation(most), *halves):
             if _distance(answers(other), before[other]) > tolerance:
                 same = answers(np.zeros(most, int))  # one image in every place: nothing but the place can differ
                 if _distance(same, same[:1]) > tolerance:
@@ -206,8 +211,9 @@ def fingerprint(logits_fn: Callable, x: Any, keys: Array | None = None) -> np.nd
 
 def _fingerprint(network):
     rows = np.arange(min(network.count, _PRINTED))
+    repeated = np.resize(rows, min(network.count, _DIFFERENTIATED))  # as many as `_dependence` takes: one program
     short = []
-    for answers in (network.logits(rows), network.gradients(rows)):
+    for answers in (network.logits(rows), network.gradients(repeated)[: len(rows)]):
         directions = np.random.default_rng(1).standard_normal((answers.shape[1], _PROJECTIONS))
         short.append(np.concatenate([np.linalg.norm(answers, axis=1, keepdims=True), answers @ directions], axis=1))
     return np.stack(short, axis=1).astype(np.float32)
