@@ -1,7 +1,6 @@
 """Data sets of TensorFlow Datasets by name, read without TensorFlow.
 
     data=dict(name="tfds", dataset="cifar10", data_dir="~/tensorflow_datasets")
-
     data=dict(name="tfds", dataset="cifar10", test="cifar10_1")    # trained on CIFAR-10, tested on CIFAR-10.1
 
 Reads what `python -m ibjax.data.prepare` makes, and stock TFDS copies as they are, in ArrayRecord or TFRecord files,
