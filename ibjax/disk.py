@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -81,8 +82,11 @@ def read_json(file: Path, *, sealed: bool = False) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A temporary path that becomes `file` when the block ends well: `file` is there whole or not at all."""
-    temporary = file.with_name(file.name + ".tmp")
+    """A temporary path that becomes `file` when the block ends well: `file` is there whole or not at all.
+
+    The path is this process's own: two that write one file, as an entry of a shared cache, do not disturb each other.
+    """
+    temporary = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with naming(file):
             yield temporary
