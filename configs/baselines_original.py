@@ -124,7 +124,7 @@ def mma(config, max_eps):
     config.epochs = 142  # 50,000 steps of 351 an epoch; drops at 20, 30 and 40 thousand
     config.schedule = dict(name="piecewise", boundaries=(57, 85.5, 114), factor=(0.3, 1 / 3, 0.3), stepping="step")
     config.validate.update(every=5, dense_from=None)
-    config.evaluate.attacks = ("pgd-100", "cw-100")
+    config.evaluate.attacks = ("pgd-100(restarts=5)", "margin-100(restarts=5)")
 
 
 def mma_mnist(config):
@@ -136,7 +136,7 @@ def mma_mnist(config):
     config.optimizer = dict(name="adam", lr=1e-4)
     config.epochs = 91  # 100,000 steps
     config.schedule = dict(name="constant")
-    config.evaluate.update(attacks=("pgd-100", "cw-100"), step_size="0.0075")
+    config.evaluate.update(attacks=("pgd-100(restarts=5)", "margin-100(restarts=5)"), step_size="0.0075")
 
 
 def te(config, base="pgd_at"):
@@ -157,7 +157,7 @@ def fast_at(config):
     config.schedule = dict(name="one_cycle", peak=0.5)
     config.validate.update(every=1, dense_from=None, stop_on_overfitting=True)
     config.validate.attack.steps = 5
-    config.evaluate.attacks = ("pgd-50",)
+    config.evaluate.attacks = ("pgd-50(restarts=10)",)
 
 
 def fast_at_mnist(config):
@@ -168,7 +168,7 @@ def fast_at_mnist(config):
     config.epochs = 10
     config.optimizer = dict(name="adam", lr=5e-3)
     config.schedule = dict(name="one_cycle", peak=0.4, stepping="next_step")
-    config.evaluate.attacks = ("pgd-50",)
+    config.evaluate.attacks = ("pgd-50(restarts=10)",)
 
 
 def label_smoothing(config):

@@ -97,7 +97,7 @@ def original(config, method):
     if method.startswith("iad"):
         config.objective.passes = "code"
         teach(config.teacher, "iad-at-resnet18", "teachers.py:iad-at-resnet18")
-        config.evaluate.attacks = ("fgsm", "pgd-20", "cw-30")
+        config.evaluate.attacks = ("fgsm", "pgd-20", "margin-30")
     if method == "iad":
         config.objective.weight_teacher_term = False
     if method == "iad_2":

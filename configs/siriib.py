@@ -49,7 +49,7 @@ After `python -m ibjax.main`, on its workdir:
 
 What the text leaves open is an option: `--config.model.fourier=amp_phase` or `reim`, `--config.model.fuse=concat`,
 `--config.model.penalty=full`, `--config.objective.distance=l2_per_image` or `fro_batch`. All rows let L_info's gradient
-flow to the clean f_i; `--config.objective.info_stop=True` makes them a target, with which training diverged (see
+flow to the clean f_i; `--config.objective.info_stop=True` makes them a target, with which training may diverge (see
 ibjax/objectives/siriib.py).
 
 Not stated, ours: λ₁ = 1 for `isolated`, 200 epochs, β 6 for TRADES, γ 0.01 for AWP on PGD training, TE on PGD

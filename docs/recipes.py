@@ -78,7 +78,7 @@ def aspects(made: ConfigDict) -> dict[str, str]:
         "optimizer": _optimizer(made),
         "schedule": _schedule(made),
         "weights": _weights(made),
-        "best": _best(made),
+        "best": _best(made, made.attack is not None or objective.attack is not None),
         "evaluate": _evaluate(made.evaluate),
     }
 
@@ -199,13 +199,15 @@ def _weights(made):
     return ", ".join(parts) or "none"
 
 
-def _best(made):
+def _best(made, attacked):
     validate = made.validate
+    select = validate.select or ("robust" if attacked else "clean")
     every = "each epoch" if validate.every == 1 else f"every {validate.every} epochs"
     dense = "" if validate.dense_from is None else f", each from {validate.dense_from} on"
     stop = ", stops on overfitting" if validate.stop_on_overfitting else ""
-    section = validate.attack
-    return f"{_attack(section)} at {_threat(section)}; {every}{dense}{stop}"
+    robust = f"{_attack(validate.attack)} at {_threat(validate.attack)}"
+    by = {"robust": robust, "clean": "clean accuracy", "mean": f"the mean of clean accuracy and {robust}"}[select]
+    return f"{by}; {every}{dense}{stop}"
 
 
 def _text(value):
