@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 
 from ibjax import checkpoint as checkpoints
 from ibjax import cluster, config, disk, errors, metrics, threat
+from ibjax.attacks import entrance
 from ibjax.attacks.names import split
 from ibjax.data import Arrays, Split, load_splits, stratified, subset, unchanged
 from ibjax.disk import replacing, write_json
@@ -141,6 +142,9 @@ def names(text: str) -> list[str]:
 def load(workdir: str | os.PathLike, checkpoint: str | int = "best") -> Run:
     """Restores a trained network: `checkpoint` is "best" (on validation), "last" or a step.
 
+    Its `logits_fn` takes images as the attacks do: values are looked at where there are some, inside a trace shape and
+    type.
+
     Raises CheckpointError when there is none, it is damaged, or it is of another network, run or data set. Where a run
     has several processes, all of them call this, and InputError is raised unless they see the same.
     """
@@ -157,30 +161,11 @@ def load(workdir: str | os.PathLike, checkpoint: str | int = "best") -> Run:
     predict = jax.jit(linen_net(model).predict)
 
     def logits_fn(x: Array) -> Array:
-        return predict(variables, pixels(x))[0]
+        if isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.floating):
+            x = x.astype(np.float32)  # as JAX does
+        return predict(variables, entrance.images(x))[0]
 
     return Run(model, variables, logits_fn, saved, facts, step, workdir, validation)
-
-
-def pixels(x: Any) -> Any:
-    """x as an array, if it is a batch of images with floats in [0, 1] (to 1e-6); else InputError.
-
-    Of an array inside a trace, shape and type are checked, which costs nothing when the program runs.
-    """
-    x = x if isinstance(x, jax.Array) else np.asarray(x)
-    if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise InputError(
-            f"images have shape {x.shape} and type {x.dtype}; give (N, height, width, channels), floats in [0, 1]: "
-            f"divide raw pixels by 255"
-        )
-    if x.size and not isinstance(x, jax.core.Tracer):
-        low, high = (float(value) for value in _extremes(x))
-        if not (low >= -1e-6 and high <= 1 + 1e-6):  # NaN fails too
-            raise InputError(f"images reach from {low} to {high}; give pixels in [0, 1]: divide raw ones by 255")
-    return x
-
-
-_extremes = jax.jit(lambda x: (x.min(), x.max()))
 
 
 def build_model(section: Any, num_classes: int, where: str) -> nn.Module:

@@ -77,14 +77,15 @@ def test_logits_fn_takes_pixels_in_the_unit_interval_and_nothing_else(trained):
     with_nan = x.copy()
     with_nan[0, 0, 0] = np.nan
     for wrong, words in (
-        (images, "uint8.*divide raw pixels by 255"),
+        (images, "uint8.*divide by 255"),
         (jnp.asarray(images), "uint8"),
         (np.float32(images), r"reach from \d+\.0 to \d+\.0;"),
         (jnp.float32(images), r"reach from"),
         (x - 0.5, r"reach from -0\.5"),
-        (with_nan, "nan"),
+        (with_nan, "1 of 8 images hold NaN"),
         (x[0], r"shape \(8, 8, 1\)"),
         (x > 0.5, "bool"),
+        (x.tolist(), "list"),
     ):
         with pytest.raises(InputError, match=words) as caught:
             loaded.logits_fn(wrong)

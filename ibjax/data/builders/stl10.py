@@ -18,13 +18,14 @@ _SIDE = 96
 def _read(paths: list[Path]) -> Contents:
     path = paths[0]
     names = ["class_names.txt", "train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin"]
-    text, *parts = read_members(path, [f"stl10_binary/{name}" for name in names])
+    text, x_train, y_train, x_test, y_test = read_members(path, [f"stl10_binary/{name}" for name in names])
     classes = tuple(text.decode("ascii", "replace").split())
-    train, test = (_split(path, *parts[i : i + 2], len(classes)) for i in (0, 2))
-    return Contents((_SIDE, _SIDE, 3), classes, {"train": train, "test": test})
+    splits = {"train": (x_train, y_train), "test": (x_test, y_test)}
+    pairs = {split: _pairs(path, pixels, labels, len(classes)) for split, (pixels, labels) in splits.items()}
+    return Contents((_SIDE, _SIDE, 3), classes, pairs)
 
 
-def _split(path, pixels, labels, num_classes):
+def _pairs(path, pixels, labels, num_classes):
     """(image, label) pairs; DataError where the two files do not belong together."""
     y = np.frombuffer(labels, np.uint8)
     if not len(y) or len(pixels) != len(y) * 3 * _SIDE * _SIDE or not (y.min() >= 1 and y.max() <= num_classes):
