@@ -3,10 +3,11 @@
     python benchmarks/flips.py [--trials=1000] [--processes=20] [--seed=0] [--out=results/flips-DATE.json]
 
 One run of configs/digits.py:smoke is made, with its teacher and the undefended network beside it, on an npz file; a
-data set of TFDS whose labels are kept; and a cache of compiled programs. A trial chooses one of all files, each as
-often as any other, flips one of its bits, and does what reads it: loads a network and attacks test images, evaluates
-with the records that are there, reads the report, begins to train again, reads the streamed images and their labels,
-compiles. Then everything is as before. Its outcome is one of
+data set of TFDS whose labels are kept; and a cache of compiled programs. A trial chooses one of all files (in turn each
+as often as any other, and each kind as often as any other), flips one of its bits, and does what reads it: loads a
+network and attacks test images, evaluates with the records that are there, reads the report, begins to train again,
+reads the streamed images and their labels, compiles, where a bit of every program is flipped, since few are used. Then
+everything is as before. Its outcome is one of
 
     nothing             every number is the right one, and nothing was said
     computed again      every number is the right one, and a line named what was damaged
@@ -184,7 +185,7 @@ class Reader:
 
         jax.clear_caches()
         compilation_cache.reset_cache()
-        return self.loaded(self.root / "run")
+        return {workdir.name: self.loaded(workdir) for workdir in self.jobs}
 
     def uses(self, file: Path) -> list[Callable[[], dict[str, Any]]]:
         """What reads a file."""
@@ -200,7 +201,7 @@ class Reader:
 
 
 def _result(record):
-    names = ("clean_acc", "robust_acc", "selected_on", "robust_flags", "step", "n", "eps", "seed", "weights", "title")
+    names = ("clean_acc", "robust_acc", "selected_on", "robust_flags", "step", "n", "eps", "seed", "weights")
     return {name: record[name] for name in names}
 
 
@@ -218,6 +219,7 @@ def said() -> Iterator[list[str]]:
 
     handler, log = Keep(logging.WARNING), logging.getLogger("ibjax")
     log.addHandler(handler)
+    log.propagate = False
     try:
         yield lines
     finally:
@@ -255,9 +257,20 @@ def trial(reader: Reader, file: Path, bit: int, right: dict[str, dict]) -> tuple
     found = []
     for use in reader.uses(file):
         file.write_bytes(content)
+        if file.name.endswith("-cache"):
+            _flip_others(file, bit)
         with _unchanged(reader.root, file):
             found.append(outcome(use, right[_key(use)]))
     return max(found, key=lambda pair: OUTCOMES.index(pair[0]))
+
+
+def _flip_others(file, bit):
+    """Flips a bit of every other compiled program too."""
+    for other in file.parent.glob("*-cache"):
+        if other != file:
+            content = bytearray(other.read_bytes())
+            content[bit // 8 % len(content)] ^= 1 << bit % 8
+            other.write_bytes(content)
 
 
 def _key(use):
@@ -373,7 +386,10 @@ def flip(root: Path, trials: int, processes: int, seed: int) -> dict[str, Any]:
     right = {key: json.loads(json.dumps(use())) for key, use in uses.items()}
     files = sorted(file for file in root.rglob("*") if file.is_file() and file.stat().st_size and file.name != ".lock")
     shutil.copytree(root, root.parent / "kept", dirs_exist_ok=True)
-    rng, kinds, bad = np.random.default_rng(seed), {}, []
+    of_kind: dict[str, list[Path]] = {}
+    for file in files:
+        of_kind.setdefault(kind(root, file), []).append(file)
+    names, rng, kinds, bad = sorted(of_kind), np.random.default_rng(seed), {}, []
     tries = [functools.partial(trial, reader, right=right)] * trials
     if processes:
         table = subprocess.run(
@@ -382,7 +398,8 @@ def flip(root: Path, trials: int, processes: int, seed: int) -> dict[str, Any]:
         ).stdout  # fmt: skip
         tries += [functools.partial(command_trial, root, table=table)] * processes
     for number, attempt in zip(itertools.count(1), tries, strict=False):
-        file = files[rng.integers(len(files))]
+        among = files if number % 2 else of_kind[names[rng.integers(len(names))]]
+        file = among[rng.integers(len(among))]
         bit = int(rng.integers(8 * file.stat().st_size))
         ended, text = attempt(file=file, bit=bit)
         name = kind(root, file)

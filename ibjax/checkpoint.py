@@ -39,6 +39,7 @@ from ibjax.errors import CheckpointError, UnreadableError
 from ibjax.step import TrainState, evaluation_variables
 
 ITEMS = ("variables", "training")
+_DATABASE = "manifest.ocdbt"  # the root of an item's database
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not committed, or that is being deleted
 KEEP_LATEST = 2  # so that a damaged newest step has one to fall back on
 log = logging.getLogger(__name__)
@@ -396,12 +397,15 @@ def _read_item(folder, item, saved):
     context = tensorstore.Context()
     content = tensorstore.KvStore.open({"driver": "memory"}, context=context).result()
     try:
-        for name in _files(folder / item):
+        names = _files(folder / item)
+        for name in names:
             content.write(name, disk.read_bytes(folder / item / name)).result()
     except FileNotFoundError:
         if not folder.is_dir():
             raise _GoneError(f"checkpoint {folder.name} is no longer in {folder.parent}") from None
         raise _DamagedError(f"checkpoint {folder.name}: {item} is missing") from None
+    if _DATABASE not in names:
+        raise _DamagedError(f"checkpoint {folder.name}: {item}/{_DATABASE} is missing")
     arrays = {}
     for path, description in saved.items():
         where = f"checkpoint {folder.name}: {item}/{path}"
