@@ -468,6 +468,19 @@ def test_damage_anywhere_in_the_images_is_named(tmp_path):
     assert named > 40
 
 
+def test_a_value_of_another_type_stops_no_page(tmp_path):
+    """Whatever stands where a record or a configuration has something else: it is named, or shown as it is."""
+    record_values = dict(weights=[1], select={"a": 1}, count=[1], samples={"a": 1}, seed=[1], step=[1], images={"a": 1})
+    record_values |= dict(attack_settings=3, num_classes="x", chance_acc=[1], commit=[1], seconds="x")
+    made = dict(loss=[1], init=3, steps="x", restarts=None, surrogate=dict(title=[1], weights=3))
+    records = [record(**record_values), record("fgsm", attack_settings=made), record("cw-2", warnings=3)]
+    sections = dict(seed=[1], teacher=3, attack=[1], validate="x", threat=3, evaluate=[1])
+    for folder in "ab":
+        write_run(tmp_path / "runs" / folder, records, data={"classes": 3, "num_classes": [1]}, **sections)
+    text = page_of(tmp_path / "runs")
+    assert "62.50" in text and "eval/best/cw-2.json is damaged" in text
+
+
 def test_an_unfinished_run_says_so(tmp_path):
     rows = [{"kind": "train", "step": 2, "epoch": 1.0, "loss": 1.0}]
     text = page_of(write_run(tmp_path / "run", rows=rows))
