@@ -33,7 +33,11 @@ def blocks(runs: Sequence[Any], out: Path, each: bool) -> list[Block]:
         heading = f"{run.title}: train again" + (f", with the teacher in {taught}" if taught else "")
         again = _command("main", config=run.folder / "config.json", workdir=f"{run.folder}-again")
         found.append(Block(heading, [again]))
-    sources = {weights: run.folder for run in runs for record in run.records if (weights := weights_of(record))}
+    sources: dict[str, tuple[Path, str]] = {}  # weights -> (workdir, checkpoint)
+    for run in runs:
+        for record in sorted(run.records, key=lambda record: record["checkpoint"] != "best"):
+            if weights := weights_of(record):
+                sources.setdefault(weights, (run.folder, record["checkpoint"]))
     for run in runs:
         commands, missing = _evaluations(run, sources)
         if commands:
@@ -74,8 +78,11 @@ def _evaluations(run, sources):
         names = sorted({record["attack"].partition(" from ")[0] for record in group}, key=results.strength)
         options = dict(workdir=run.folder, checkpoint=checkpoint, attacks=",".join(names))
         options |= {} if n == run.facts.get("n_test") else {"n": n}
-        options |= _threat(run.config, norm, eps, group)
-        commands.append(_command("evaluate", **options, samples=samples, surrogate=sources.get(source)))
+        options |= {**_threat(run.config, norm, eps, group), "samples": samples}
+        if source is not None:
+            folder, name = sources[source]
+            options |= {"surrogate": folder, **({} if name == "best" else {"surrogate_checkpoint": name})}
+        commands.append(_command("evaluate", **options))
     return commands, missing
 
 

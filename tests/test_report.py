@@ -772,13 +772,14 @@ def test_a_shell_splits_each_command_into_the_arguments_that_are_meant(tmp_path)
 
 def test_the_commands_say_all_that_the_numbers_depend_on(tmp_path):
     folder = tmp_path / "run"
-    transfer = transferred("teacher", "student", "bb")
+    transfer, from_last = transferred("teacher", "student", "bb"), transferred("teacher", "student", "cc")
     lost = transferred("elsewhere", "student", "dd")
     write_run(folder, [record(samples=3)], evaluate={**EVALUATE, "step_size": "2/255"})
-    for i, each in enumerate([transfer, lost, record(norm="l2", eps="128/255", step_size="32/255")]):
+    for i, each in enumerate([transfer, lost, record(norm="l2", eps="128/255", step_size="32/255"), from_last]):
         (folder / f"eval/best/{i}.json").write_text(json.dumps(each))
     # its student's settings attacked it: another eps than its own
-    write_run(folder / "teacher", [record(weights="bb")], "teacher", evaluate={"eps": "4/255", "norm": "linf"})
+    teacher = [record(weights="bb"), record("fgsm", weights="cc", checkpoint="last", selected_on="last", step=9)]
+    write_run(folder / "teacher", teacher, "teacher", evaluate={"eps": "4/255", "norm": "linf"})
     write_run(folder / "same", [record()], "same", evaluate={}, threat={"eps": 8 / 255, "norm": "linf"})
     report.write([folder], tmp_path / "page.html", each=True)
     text = (tmp_path / "page.html").read_text()
@@ -786,9 +787,11 @@ def test_the_commands_say_all_that_the_numbers_depend_on(tmp_path):
     assert options == [
         ["--checkpoint=best", "--attacks=pgd-2", f"--surrogate={folder}/teacher"],
         ["--checkpoint=best", "--attacks=pgd-2", "--norm=l2", "--eps=128/255", "--step_size=32/255"],
+        ["--checkpoint=best", "--attacks=pgd-2", f"--surrogate={folder}/teacher", "--surrogate_checkpoint=last"],
         ["--checkpoint=best", "--attacks=pgd-2", "--samples=3"],
         ["--checkpoint=best", "--attacks=pgd-2"],
         ["--checkpoint=best", "--attacks=pgd-2", "--norm=linf", "--eps=8/255", "--step_size=2/255"],
+        ["--checkpoint=last", "--attacks=fgsm", "--norm=linf", "--eps=8/255"],
     ]
     assert "its attacks from elsewhere need that run, which is not on this page" in text
     assert pasted(text, tmp_path)[-1][1:] == ["ibjax.report", str(folder), "--each", f"--out={tmp_path}/page.html"]
