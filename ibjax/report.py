@@ -64,7 +64,7 @@ def read(workdirs: Iterable[str | os.PathLike]) -> list[RunResults]:
 def _with_title(run, namesakes):
     """The run under a title of its own: of seeds of one recipe with the seed, of others with the folder."""
     recipes = {report_tables.without_seed(other.config, "") for other in namesakes}
-    seeds = {other.config.get("seed") for other in namesakes}
+    seeds = {str(other.config.get("seed")) for other in namesakes}
     title, folder = run.name, str(run.folder)
     if len(namesakes) > 1:
         seed = f"{title}, seed {run.config.get('seed')}"

@@ -109,7 +109,7 @@ def _same_images(records):
         for text, known in sorted(digests.items())
         for digest in sorted(known) or [""]
     ]
-    steps = {(run_label(record), record["checkpoint"], record.get("step")) for record in records}
+    steps = {(run_label(record), record["checkpoint"], str(record.get("step"))) for record in records}
     moved = [key for key, count in Counter((title, name) for title, name, _ in steps).items() if count > 1]
     faults = named if len(named) > 1 else []
     faults += [f"{title}: the records of {name} are of several steps; evaluate again" for title, name in moved]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ibjax import results
 from ibjax.attacks.geometry import fraction
-from ibjax.results import Record, is_transfer
+from ibjax.results import Record, is_transfer, surrogate_of, weights_of
 
 
 class Block(NamedTuple):
@@ -29,11 +29,15 @@ def blocks(runs: Sequence[Any], out: Path, each: bool) -> list[Block]:
         if "imported" in run.facts:
             found.append(Block(f"{run.title}: {imported_from(run)}", []))
             continue
-        taught = (run.config.get("teacher") or {}).get("workdir")
+        taught = _section(run.config, "teacher").get("workdir")
         heading = f"{run.title}: train again" + (f", with the teacher in {taught}" if taught else "")
         again = _command("main", config=run.folder / "config.json", workdir=f"{run.folder}-again")
         found.append(Block(heading, [again]))
-    sources = {record["weights"]: run.folder for run in runs for record in run.records if "weights" in record}
+    sources: dict[str, tuple[Path, str]] = {}  # weights -> (workdir, checkpoint)
+    for run in runs:
+        for record in sorted(run.records, key=lambda record: record["checkpoint"] != "best"):
+            if weights := weights_of(record):
+                sources.setdefault(weights, (run.folder, record["checkpoint"]))
     for run in runs:
         commands, missing = _evaluations(run, sources)
         if commands:
@@ -46,7 +50,7 @@ def blocks(runs: Sequence[Any], out: Path, each: bool) -> list[Block]:
 
 def imported_from(run: Any) -> str:
     """Where an imported network comes from."""
-    source = dict(run.facts["imported"])
+    source = _section(run.facts, "imported")
     return f"imported by ibjax.convert from {source.get('file')}, sha256 {source.get('sha256')}"
 
 
@@ -60,11 +64,11 @@ def _evaluations(run, sources):
     """(commands, what cannot be one): the main records of a run, those of one checkpoint and setting in one command."""
     groups: dict[tuple, list[Record]] = {}
     for record in filter(results.is_main, run.records):
-        made = record.get("attack_settings")
-        source = (made.get("surrogate") or {}).get("weights") if isinstance(made, dict) else None
+        source = weights_of(surrogate_of(record) or {})
         if is_transfer(record["attack"]) and source not in sources:
             source = record["attack"].partition(" from ")[2]  # its name; the weights say no more
-        key = record["checkpoint"], record["n"], record["norm"], str(record["eps"]), record.get("samples"), source
+        samples = str(record["samples"]) if record.get("samples") else None
+        key = record["checkpoint"], record["n"], record["norm"], str(record["eps"]), samples, source
         groups.setdefault(key, []).append(record)
     commands, missing = [], []
     for (checkpoint, n, norm, eps, samples, source), group in groups.items():
@@ -74,24 +78,29 @@ def _evaluations(run, sources):
         names = sorted({record["attack"].partition(" from ")[0] for record in group}, key=results.strength)
         options = dict(workdir=run.folder, checkpoint=checkpoint, attacks=",".join(names))
         options |= {} if n == run.facts.get("n_test") else {"n": n}
-        options |= _threat(run.config, norm, eps, group)
-        commands.append(_command("evaluate", **options, samples=samples, surrogate=sources.get(source)))
+        options |= {**_threat(run.config, norm, eps, group), "samples": samples}
+        if source is not None:
+            folder, name = sources[source]
+            options |= {"surrogate": folder, **({} if name == "best" else {"surrogate_checkpoint": name})}
+        commands.append(_command("evaluate", **options))
     return commands, missing
 
 
 def _threat(configuration, norm, eps, group):
     """The options of a threat model that is not the run's own, as of a teacher that its student's settings attacked."""
-    own = {**(configuration.get("threat") or {}), **_given(configuration.get("evaluate") or {})}
+    evaluated = {name: value for name, value in _section(configuration, "evaluate").items() if value is not None}
+    own = {**_section(configuration, "threat"), **evaluated}
     same = norm == own.get("norm") and _length(eps) == _length(own.get("eps"))
-    steps = {str(record["step_size"]) for record in group if _takes_step(record)}
+    steps = {str(record.get("step_size")) for record in group if _takes_step(record)}
     step = steps.pop() if len(steps) == 1 else None
     if same and (step is None or own.get("step_size") is None or _length(step) == _length(own["step_size"])):
         return {}
     return {**({} if same else {"norm": norm, "eps": eps}), "step_size": step}
 
 
-def _given(section: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in section.items() if value is not None}
+def _section(configuration: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = configuration.get(name)
+    return section if isinstance(section, dict) else {}
 
 
 def _takes_step(record):

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ibjax import report_tables, results
+from ibjax import config, report_tables, results
 from ibjax.report_tables import Family
 from ibjax.results import attack_label
 
@@ -236,8 +236,10 @@ def _training_figure(group, name):
     legend = _legend([(curve.colour, curve.symbol, curve.text) for curve in shown if curve.text])
     marked = dict.fromkeys(f"{' and '.join(names)} (step {step})" for (_, step), names in evaluated.items())
     caption = f"Evaluated, dotted: {'; '.join(marked)}. " if marked else ""
-    sections = {"training": first.config.get("attack"), chosen: (first.config.get("validate") or {}).get("attack")}
-    caption += "".join(f"Attack on {name} images: {_in_words(given)}. " for name, given in sections.items() if given)
+    sections = {"training": first.config.get("attack"), chosen: config.lookup(first.config, "validate.attack", None)}
+    caption += "".join(
+        f"Attack on {name} images: {_in_words(given)}. " for name, given in sections.items() if isinstance(given, dict)
+    )
     return picture, legend, escape(caption)
 
 

@@ -185,7 +185,7 @@ def _selected(record):
 
 
 def _weights(record):
-    return f", weights {record['weights'][:8]}" if isinstance(record.get("weights"), str) else ""
+    return f", weights {weights[:8]}" if (weights := results.weights_of(record)) else ""
 
 
 def _number(value):
@@ -195,23 +195,23 @@ def _number(value):
 def _describe(record):
     """An attack's constants, as its record states them."""
     made, label = record.get("attack_settings"), attack_label(record["attack"])
-    if not made:
+    if not isinstance(made, dict) or not made:
         return label
     if record.get("samples"):
         label += f", on the mean of {record['samples']} drawn predictions"
     if "version" in made:
-        parts = ", ".join(made["attacks"] or record.get("robust_after", {}))
+        parts = ", ".join(map(str, made.get("attacks") or record.get("robust_after", {})))
         return f"{label}: AutoAttack {made['version']}, {parts}"
     if made.keys() >= {"loss", "init", "steps", "restarts"}:
-        loss = {"ce": "cross-entropy", "margin": "margin loss"}.get(made["loss"], made["loss"])
+        loss = {"ce": "cross-entropy", "margin": "margin loss"}.get(str(made["loss"]), made["loss"])
         start = "no random start" if made["init"] == "none" else f"{made['init']} random start"
         steps = "1 step" if made["steps"] == 1 else f"{made['steps']} steps"
-        text = f"{steps} of {record['step_size']} on the {loss}, {start}, {made['restarts']} restart(s)"
+        text = f"{steps} of {record.get('step_size')} on the {loss}, {start}, {made['restarts']} restart(s)"
     else:
         settings = {name: value for name, value in made.items() if name != "surrogate"}
         text = ", ".join(f"{name} {value}" for name, value in settings.items())
-    if source := made.get("surrogate"):
-        text += f"; on the network of {source['title']}, step {source['step']}, weights {source['weights'][:8]}"
+    if source := results.surrogate_of(record):
+        text += f"; on the network of {source.get('title')}, step {source.get('step')}{_weights(source)}"
     return f"{label}: {text}"
 
 

@@ -25,6 +25,8 @@ from ibjax.results import (
     robust_flags,
     run_label,
     strength,
+    surrogate_of,
+    weights_of,
 )
 
 # ---- rows --------------------------------------------------------------------------------------------------
@@ -73,8 +75,8 @@ def rows(records: Iterable[Record]) -> list[Row]:
 
 def _which(record):
     """What says that two records are of one network: the weights, or the step of a run, or its checkpoint."""
-    if "weights" in record:
-        return record["weights"]
+    if weights := weights_of(record):
+        return weights
     step = record.get("step")
     return [run_label(record), record["checkpoint"] if step is None else step]
 
@@ -125,14 +127,14 @@ def sources_told_apart(records: Iterable[Record]) -> list[Record]:
     As "pgd-20 from WRN (step 8, weights 3fa1c2e4)"; one that is itself among the records has the name of its run.
     """
     records = list(records)
-    sources = [made for record in records if (made := _surrogate(record))]
-    names = {source["weights"]: str(source["title"]) for source in sources}
-    names |= {record["weights"]: run_label(record) for record in records if "weights" in record}
+    sources = [source for record in records if (source := surrogate_of(record))]
+    names = {source["weights"]: str(source.get("title")) for source in sources}
+    names |= {weights: run_label(record) for record in records if (weights := weights_of(record))}
     counts = Counter(names.values())
-    others = {record["title"] for record in records if "weights" not in record}
+    others = {record["title"] for record in records if not weights_of(record)}
 
     def told(record):
-        if not (source := _surrogate(record)):
+        if not (source := surrogate_of(record)):
             return record
         name = names[source["weights"]]
         if counts[name] > 1 or name in others:
@@ -140,13 +142,6 @@ def sources_told_apart(records: Iterable[Record]) -> list[Record]:
         return {**record, "attack": f"{record['attack'].partition(' from ')[0]} from {name}"}
 
     return [told(record) for record in records]
-
-
-def _surrogate(record):
-    """What a record says of the network that was attacked in place of its own; None where there was none."""
-    made = record.get("attack_settings")
-    source = made.get("surrogate") if isinstance(made, dict) else None
-    return source if isinstance(source, dict) and {"title", "weights"} <= source.keys() else None
 
 
 def families(records: Iterable[Record], each: bool = False) -> list[Family]:
@@ -161,7 +156,7 @@ def families(records: Iterable[Record], each: bool = False) -> list[Family]:
     for group in alike.values():
         for name in dict.fromkeys(name for row in group for name in row.checkpoints):
             same = [row for row in group if name in row.checkpoints]
-            seeds = {row.records[0].get("seed") for row in same}
+            seeds = {str(row.records[0].get("seed")) for row in same}
             for members in [same] if len(seeds) == len(same) else [[row] for row in same]:  # no seed counts twice
                 family = found.setdefault(tuple(row.label for row in members), Family("", members, ()))
                 found[tuple(row.label for row in members)] = family._replace(checkpoints=(*family.checkpoints, name))
@@ -241,12 +236,15 @@ def tables(records: Iterable[Record], each: bool = False) -> list[Table]:
                 of_row.setdefault((record["dataset"], record["norm"], str(record["eps"])), []).append(record)
             for key, group in of_row.items():
                 groups.setdefault(key, []).append(group)
-        for key, runs in groups.items():
+        for (dataset, norm, eps), runs in groups.items():
             line = _line(family, runs)
             bounded = {record["attack"] for record in itertools.chain(*runs) if is_bounded(record)}
-            before = found.get(key, Table(*key, [], frozenset(), []))
-            attacks = sorted({*before.attacks, *line.robust}, key=strength)
-            found[key] = Table(*key, attacks, before.bounded | bounded, [*before.lines, line])
+            table = found.get((dataset, norm, eps), Table(dataset, norm, eps, [], frozenset(), []))
+            found[dataset, norm, eps] = table._replace(
+                attacks=sorted({*table.attacks, *line.robust}, key=strength),
+                bounded=table.bounded | bounded,
+                lines=[*table.lines, line],
+            )
     return list(found.values())
 
 

@@ -4,7 +4,7 @@ A record is what evaluate.py writes for one network under one attack at one eps.
 """
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,19 @@ def is_main(record: Record) -> bool:
 def is_bounded(record: Record) -> bool:
     """Whether its attack stays within eps; one that looks for the smallest perturbation does not."""
     return record.get("bounded", True)
+
+
+def weights_of(says: Mapping[str, Any]) -> str | None:
+    """The digest of the weights that a record, or what it says of a surrogate, is of; None where it says none."""
+    weights = says.get("weights")
+    return weights if isinstance(weights, str) else None
+
+
+def surrogate_of(record: Record) -> dict[str, Any] | None:
+    """What a record says of the network that was attacked in place of its own; None where there was none."""
+    made = record.get("attack_settings")
+    source = made.get("surrogate") if isinstance(made, dict) else None
+    return source if isinstance(source, dict) and weights_of(source) else None
 
 
 def is_transfer(attack: str) -> bool:

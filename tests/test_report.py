@@ -174,7 +174,8 @@ def test_no_line_loses_its_worst_case_because_another_one_has_more_attacks():
     # a run under one attack only is bounded by it, and one under none has nothing to show
     assert [line[-1] for line in lines([*healthy(), record(title="other")])] == ["25.00", "≤ 37.50"]
     unbounded = record("cw-l2-9", title="other", flags=[0] * N, bounded=False)
-    assert lines([*healthy(), unbounded])[1][2:] == ["87.50", "–", "–", "0.00", "–", "–"]
+    clean, *attacked, worst = lines([*healthy(), unbounded])[1][2:]
+    assert (clean, sorted(attacked), worst) == ("87.50", ["0.00", "–", "–", "–"], "–")
     # an attack of any size adds a column and no bound
     assert [line[-1] for line in lines([*healthy(), unbounded, *other])] == ["25.00", "25.00"]
 
@@ -468,6 +469,20 @@ def test_damage_anywhere_in_the_images_is_named(tmp_path):
     assert named > 40
 
 
+def test_a_value_of_another_type_stops_no_page(tmp_path):
+    """Whatever stands where a record or a configuration has something else: it is named, or shown as it is."""
+    record_values = dict(weights=[1], select={"a": 1}, count=[1], samples={"a": 1}, seed=[1], step=[1], images={"a": 1})
+    record_values |= dict(attack_settings=3, num_classes="x", chance_acc=[1], commit=[1], seconds="x")
+    made = dict(loss=[1], init=3, steps="x", restarts=None, surrogate=dict(title=[1], weights=3))
+    *_, third = FLAGS
+    records = [record(**record_values), record("fgsm", attack_settings=made), record(third, warnings=3)]
+    sections = dict(seed=[1], teacher=3, attack=[1], validate="x", threat=3, evaluate=[1])
+    for folder in "ab":
+        write_run(tmp_path / "runs" / folder, records, data={"classes": 3, "num_classes": [1]}, **sections)
+    text = page_of(tmp_path / "runs")
+    assert "62.50" in text and f"eval/best/{third}.json is damaged" in text
+
+
 def test_an_unfinished_run_says_so(tmp_path):
     rows = [{"kind": "train", "step": 2, "epoch": 1.0, "loss": 1.0}]
     text = page_of(write_run(tmp_path / "run", rows=rows))
@@ -757,13 +772,14 @@ def test_a_shell_splits_each_command_into_the_arguments_that_are_meant(tmp_path)
 
 def test_the_commands_say_all_that_the_numbers_depend_on(tmp_path):
     folder = tmp_path / "run"
-    transfer = transferred("teacher", "student", "bb")
+    transfer, from_last = transferred("teacher", "student", "bb"), transferred("teacher", "student", "cc")
     lost = transferred("elsewhere", "student", "dd")
     write_run(folder, [record(samples=3)], evaluate={**EVALUATE, "step_size": "2/255"})
-    for i, each in enumerate([transfer, lost, record(norm="l2", eps="128/255", step_size="32/255")]):
+    for i, each in enumerate([transfer, lost, record(norm="l2", eps="128/255", step_size="32/255"), from_last]):
         (folder / f"eval/best/{i}.json").write_text(json.dumps(each))
     # its student's settings attacked it: another eps than its own
-    write_run(folder / "teacher", [record(weights="bb")], "teacher", evaluate={"eps": "4/255", "norm": "linf"})
+    teacher = [record(weights="bb"), record("fgsm", weights="cc", checkpoint="last", selected_on="last", step=9)]
+    write_run(folder / "teacher", teacher, "teacher", evaluate={"eps": "4/255", "norm": "linf"})
     write_run(folder / "same", [record()], "same", evaluate={}, threat={"eps": 8 / 255, "norm": "linf"})
     report.write([folder], tmp_path / "page.html", each=True)
     text = (tmp_path / "page.html").read_text()
@@ -771,9 +787,11 @@ def test_the_commands_say_all_that_the_numbers_depend_on(tmp_path):
     assert options == [
         ["--checkpoint=best", "--attacks=pgd-2", f"--surrogate={folder}/teacher"],
         ["--checkpoint=best", "--attacks=pgd-2", "--norm=l2", "--eps=128/255", "--step_size=32/255"],
+        ["--checkpoint=best", "--attacks=pgd-2", f"--surrogate={folder}/teacher", "--surrogate_checkpoint=last"],
         ["--checkpoint=best", "--attacks=pgd-2", "--samples=3"],
         ["--checkpoint=best", "--attacks=pgd-2"],
         ["--checkpoint=best", "--attacks=pgd-2", "--norm=linf", "--eps=8/255", "--step_size=2/255"],
+        ["--checkpoint=last", "--attacks=fgsm", "--norm=linf", "--eps=8/255"],
     ]
     assert "its attacks from elsewhere need that run, which is not on this page" in text
     assert pasted(text, tmp_path)[-1][1:] == ["ibjax.report", str(folder), "--each", f"--out={tmp_path}/page.html"]
