@@ -39,6 +39,13 @@ from ibjax import compiled  # noqa: E402
 
 compiled.verify()
 
+# The suite with products as an accelerator rounds them: IBJAX_TEST_PRODUCTS=tensorfloat32 (a GPU) or bfloat16 (a TPU)
+if "IBJAX_TEST_PRODUCTS" in os.environ:
+    from rounding import rounded
+
+    as_an_accelerator = rounded(os.environ["IBJAX_TEST_PRODUCTS"])  # kept: what is collected ends
+    as_an_accelerator.__enter__()
+
 
 @pytest.fixture(autouse=True)
 def own_logging():
