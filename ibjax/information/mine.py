@@ -11,7 +11,11 @@ The gradient of the logarithm of a minibatch mean is biased; with the moving ave
 |          | projection | None       | a linear map of the pair (z, z') to so many numbers comes before them
 | M        | decay      | 0.99       |
 |          | tap        | required   | the feature that is Z
+
+Features become float32, and the products of T are true float32, as those of all estimators of this package.
 """
+
+import functools
 
 import flax.linen as nn
 import jax
@@ -49,11 +53,12 @@ class Mine(nn.Module):
         t = jnp.concatenate(
             [jnp.concatenate([z, z], 0), jnp.concatenate([z_other, z_other[partner]], 0)], 1
         )  # (2B, 2K)
+        linear = functools.partial(Dense, precision=lax.Precision.HIGHEST)
         if self.projection is not None:
-            t = Dense(self.projection, name="projection")(t)
+            t = linear(self.projection, name="projection")(t)
         for i, width in enumerate(self.widths, 1):
-            t = nn.relu(Dense(width, name=f"dense{i}")(t))
-        joint, marginal = jnp.split(Dense(1, name="out")(t)[:, 0], 2)
+            t = nn.relu(linear(width, name=f"dense{i}")(t))
+        joint, marginal = jnp.split(linear(1, name="out")(t)[:, 0], 2)
 
         log_mean = jax.nn.logsumexp(marginal) - jnp.log(float(batch))  # log E_marginal[e^T]
         log_average = self.variable("batch_stats", "log_average", jnp.zeros, ())

@@ -1,7 +1,9 @@
 """Layers as PyTorch has them: initialisation, padding, batch-norm; input normalisation; and the taps.
 
 Parameters, batch statistics and logits are float32; `dtype` is what convolutions and activations compute in. The
-first convolution always computes in float32: bfloat16 pixels would swallow small perturbations, as a start of 0.001·N.
+first convolution always takes float32: bfloat16 pixels would swallow small perturbations, as a start of 0.001·N. These
+are types of arrays: how an accelerator rounds the operands of float32 products is the caller's choice, JAX's default
+TensorFloat-32 on a GPU and bfloat16 on a TPU (docs/precision.md).
 """
 
 import functools
@@ -131,6 +133,7 @@ class Dense(nn.Module):
     kernel_init: Any = torch_uniform
     bias_init: Any = None  # None: PyTorch's default
     dtype: Any = jnp.float32
+    precision: lax.PrecisionLike = None  # of the product; None: JAX's default
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -141,6 +144,7 @@ class Dense(nn.Module):
             kernel_init=self.kernel_init,
             bias_init=bias_init,
             dtype=self.dtype,
+            precision=self.precision,
             name="dense",
         )(x)
 
