@@ -246,8 +246,14 @@ def outcome(use: Callable[[], dict], right: dict[str, Any]) -> tuple[str, str]:
 
 
 def _told(differing, text):
-    """Whether what was said explains the other numbers: a step that was set aside makes another one newest or best."""
-    return set(differing) <= {"step", "best", "state", "logits"} and "moved to damaged/" in text
+    """Whether what was said explains what is shown in place of what is damaged.
+
+    A step that was set aside makes another one the newest or best; of the attacks whose images are whole, the next one
+    is pictured, under its own name.
+    """
+    moved = set(differing) <= {"step", "best", "state", "logits"} and "moved to damaged/" in text
+    pictured = set(differing) <= {"attack", "x_adv", "predicted_adv"} and ".examples.npz cannot be read" in text
+    return moved or (pictured and "attack" in differing)
 
 
 def trial(reader: Reader, file: Path, bit: int, right: dict[str, dict]) -> tuple[str, str]:
