@@ -57,7 +57,7 @@ def read(workdirs: Iterable[str | os.PathLike]) -> list[RunResults]:
 
     A file that cannot be read does not stop the rest: it is named in the `problems` of its run.
     """
-    runs = [_read_run(folder) for folder in _folders([Path(workdir) for workdir in workdirs])]
+    runs = [_read_run(folder) for folder in _folders([disk.path(workdir) for workdir in workdirs])]
     return [_with_title(run, [other for other in runs if other.name == run.name]) for run in runs]
 
 
@@ -215,7 +215,7 @@ def write(workdirs: Iterable[str | os.PathLike], out: str | os.PathLike, each: b
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it reports every font that it finds
     from ibjax import report_page  # loads matplotlib, of which training has no need
 
-    runs, out = read(workdirs), Path(out)
+    runs, out = read(workdirs), disk.path(out)
     text = report_page.page(runs, out, each)
     try:
         with disk.replacing(out) as temporary:
