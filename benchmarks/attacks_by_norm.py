@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax import run
+from ibjax import disk, run
 from ibjax.attacks import geometry
 from ibjax.attacks.apgd import apgd
 from ibjax.attacks.cw import cw
@@ -444,9 +444,9 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose names begin so; the file keeps its others")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=disk.path, default=RESULTS)
     given = parser.parse_args()
-    before = json.loads(given.out.read_text())["records"] if given.out.is_file() else []
+    before = json.loads(given.out.read_text(encoding="utf-8"))["records"] if given.out.is_file() else []
     records, found = {record["name"]: record for record in before}, measuring.environment()
     for row in rows():
         if not row.name.startswith(given.only):
@@ -458,7 +458,7 @@ def main() -> None:
         ordered = [records[other.name] for other in rows() if other.name in records]
         run.write_json(given.out, {"benchmark": "attacks_by_norm", "n": N, **found, "records": ordered})
         note = f"{N} images; robust accuracy in percent, the mean of the runs\n{measuring.provenance(found)}"
-        given.out.with_suffix(".md").write_text(f"{table(ordered)}\n\n{note}\n")
+        given.out.with_suffix(".md").write_text(f"{table(ordered)}\n\n{note}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

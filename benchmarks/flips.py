@@ -35,7 +35,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,13 +119,6 @@ def _attacked(model, variables, x, y, key):
     return logits_fn(x), logits_fn(pgd(eps=0.1, step_size=0.05, steps=2)(key, logits_fn, x, y))
 
 
-class Use(NamedTuple):
-    """What a user does with a part of the files."""
-
-    reads: tuple[str, ...]  # folders or files below the root; what lies in another folder named here is not meant
-    numbers: Callable[[], dict[str, Any]]  # what they then see
-
-
 class Reader:
     """Does what a user would do, below `root`, as cheaply as it can be done a thousand times."""
 
@@ -196,7 +189,12 @@ class Reader:
             return [self.streamed]
         if name.startswith("cache/"):
             return [self.compiled_again]
-        workdir = max((folder for folder in self.jobs if folder in file.parents), key=lambda folder: len(folder.parts))
+        return self.of_run(
+            max((folder for folder in self.jobs if folder in file.parents), key=lambda folder: len(folder.parts))
+        )
+
+    def of_run(self, workdir: Path) -> list[Callable[[], dict[str, Any]]]:
+        """What reads a run."""
         return [functools.partial(use, workdir) for use in (self.loaded, self.evaluated, self.reported, self.continued)]
 
 
@@ -230,7 +228,7 @@ def outcome(use: Callable[[], dict], right: dict[str, Any]) -> tuple[str, str]:
     """(one of OUTCOMES, what was said) of one use."""
     with said() as lines:
         try:
-            found = json.loads(json.dumps(use()))
+            found = plain(use())
         except Exception as error:
             _, line = errors._ending(error)
             if line:
@@ -246,8 +244,14 @@ def outcome(use: Callable[[], dict], right: dict[str, Any]) -> tuple[str, str]:
 
 
 def _told(differing, text):
-    """Whether what was said explains the other numbers: a step that was set aside makes another one newest or best."""
-    return set(differing) <= {"step", "best", "state", "logits"} and "moved to damaged/" in text
+    """Whether what was said explains what is shown in place of what is damaged.
+
+    A step that was set aside makes another one the newest or best; of the attacks whose images are whole, the next one
+    is pictured, under its own name.
+    """
+    moved = set(differing) <= {"step", "best", "state", "logits"} and "moved to damaged/" in text
+    pictured = set(differing) <= {"attack", "x_adv", "predicted_adv"} and ".examples.npz cannot be read" in text
+    return moved or (pictured and "attack" in differing)
 
 
 def trial(reader: Reader, file: Path, bit: int, right: dict[str, dict]) -> tuple[str, str]:
@@ -260,7 +264,7 @@ def trial(reader: Reader, file: Path, bit: int, right: dict[str, dict]) -> tuple
         if file.name.endswith("-cache"):
             _flip_others(file, bit)
         with _unchanged(reader.root, file):
-            found.append(outcome(use, right[_key(use)]))
+            found.append(outcome(use, right[key(use)]))
     return max(found, key=lambda pair: OUTCOMES.index(pair[0]))
 
 
@@ -273,7 +277,13 @@ def _flip_others(file, bit):
             other.write_bytes(content)
 
 
-def _key(use):
+def plain(numbers: dict[str, Any]) -> dict[str, Any]:
+    """Numbers as JSON keeps them, for comparison."""
+    return json.loads(json.dumps(numbers))
+
+
+def key(use: Callable[[], dict[str, Any]]) -> str:
+    """The name of a use."""
     return repr((use.func.__name__, str(use.args[0]))) if isinstance(use, functools.partial) else use.__name__
 
 
@@ -335,16 +345,28 @@ def kind(root: Path, file: Path) -> str:
     return file.name
 
 
-def page(found: dict[str, Any]) -> str:
-    """The Markdown table."""
-    grid = [["file", "flips", *OUTCOMES]]
-    grid += [[name, sum(row.values()), *(row.get(key, 0) for key in OUTCOMES)] for name, row in found["kinds"].items()]
-    total = Counter()
-    for row in found["kinds"].values():
-        total.update(row)
-    grid.append(["**all**", sum(total.values()), *(total.get(key, 0) for key in OUTCOMES)])
+def page(first: tuple[str, str], rows: dict[str, dict[str, int]], outcomes: tuple[str, ...]) -> str:
+    """The Markdown table of {what: {outcome: how often}}, with its two first heads."""
+    total = sum(map(Counter, rows.values()), Counter())
+    grid = [[*first, *outcomes]]
+    for name, row in {**rows, "**all**": total}.items():
+        grid.append([name, sum(row.values()), *(row.get(outcome, 0) for outcome in outcomes)])
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in grid]
     return "\n".join([lines[0], "|---" * len(grid[0]) + "|", *lines[1:]])
+
+
+def compression() -> str:
+    """How JAX compresses the programs that it keeps: zlib has a checksum, zstd as JAX calls it has none."""
+    from jax._src import compilation_cache
+
+    with_zstd = any(getattr(compilation_cache, name, None) for name in ("zstd", "zstandard"))
+    return "zstd" if with_zstd else "zlib"
+
+
+def provenance(about: dict[str, Any]) -> str:
+    """Where the numbers were made, in a line."""
+    used = ", ".join(f"{name} {about['versions'][name]}" for name in ("python", "jax", "orbax-checkpoint"))
+    return f"{about['hardware']}, {used}, commit {about['commit']}; compiled programs under {about['compression']}."
 
 
 def command_line() -> None:
@@ -359,31 +381,38 @@ def command_line() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
         found = flip(Path(folder) / "root", given.trials, given.processes, given.seed)
-    before = disk.read_json(out) if out.is_file() else {"kinds": {}, "bad": []}
+    before = disk.read_json(out) if out.is_file() else {"kinds": {}, "bad": [], "seeds": []}
     kinds = {
         name: dict(Counter(before["kinds"].get(name, {})) + Counter(found["kinds"].get(name, {})))
         for name in sorted({**before["kinds"], **found["kinds"]})
     }
-    disk.write_json(out, {"kinds": kinds, "bad": before["bad"] + found["bad"], "run": run.environment()})
-    out.with_suffix(".md").write_text(page({"kinds": kinds}) + "\n", encoding="utf-8")
-    print(page({"kinds": kinds}))
+    about, table = {**run.environment(), "compression": compression()}, page(("file", "flips"), kinds, OUTCOMES)
+    both = {"bad": before["bad"] + found["bad"], "seeds": [*before["seeds"], given.seed]}
+    disk.write_json(out, {"kinds": kinds, **both, "run": about})
+    out.with_suffix(".md").write_text(f"{table}\n\nOne wrong bit each. {provenance(about)}\n", encoding="utf-8")
+    print(table)
     for line in found["bad"]:
         print(line)
     sys.exit(1 if found["bad"] else 0)
 
 
-def flip(root: Path, trials: int, processes: int, seed: int) -> dict[str, Any]:
-    """{"kinds": {kind of file: {outcome: how often}}, "bad": lines}."""
+def prepare(root: Path) -> Reader:
+    """Makes the run, its data and its caches below `root`, which is made; returns what reads them."""
     root.mkdir(parents=True)
     os.environ["XDG_CACHE_HOME"] = str(root / "cache")
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
     compiled.keep()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     make(root)
-    reader = Reader(root)
+    return Reader(root)
+
+
+def flip(root: Path, trials: int, processes: int, seed: int) -> dict[str, Any]:
+    """{"kinds": {kind of file: {outcome: how often}}, "bad": lines}."""
+    reader = prepare(root)
     files = sorted(file for file in root.rglob("*") if file.is_file() and file.stat().st_size and file.name != ".lock")
-    uses = {_key(use): use for file in files for use in reader.uses(file)}
-    right = {key: json.loads(json.dumps(use())) for key, use in uses.items()}
+    uses = {key(use): use for file in files for use in reader.uses(file)}
+    right = {name: plain(use()) for name, use in uses.items()}
     files = sorted(file for file in root.rglob("*") if file.is_file() and file.stat().st_size and file.name != ".lock")
     shutil.copytree(root, root.parent / "kept", dirs_exist_ok=True)
     of_kind: dict[str, list[Path]] = {}

@@ -20,7 +20,7 @@ import measuring
 import numpy as np
 from ml_collections import ConfigDict
 
-from ibjax import feed
+from ibjax import disk, feed
 from ibjax.experiment import build, initial_state, run_key
 
 SHOWN = (10, 50, 100, 200, 400)  # the steps whose L_info the table shows
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--lam", type=float, default=20.0, help="λ₁")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, …")
-    parser.add_argument("--out", type=Path, help="default: results/info_stop-BACKEND-DATE.json")
+    parser.add_argument("--out", type=disk.path, help="default: results/info_stop-BACKEND-DATE.json")
     given = parser.parse_args()
     if not len(given.data) == len(given.fraction) == len(given.steps):
         parser.error("give as many values of --fraction and --steps as of --data")
@@ -90,7 +90,7 @@ def main() -> None:
         f"the last 20 steps that were finite"
     )
     page = measuring.Page("info_stop", given.out, table, note)
-    known = json.loads(page.out.read_text())["records"] if page.out.is_file() else []
+    known = json.loads(page.out.read_text(encoding="utf-8"))["records"] if page.out.is_file() else []
     for (data, fraction, steps), seed, stop in itertools.product(sets, range(given.seeds), (False, True)):
         about = dict(data=data.partition(":")[0], fraction=fraction, info_stop=stop, seed=seed)
         about |= dict(lr=given.lr, lam=given.lam, steps=steps)

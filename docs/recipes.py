@@ -290,7 +290,7 @@ def compare(entry: dict[str, Any], paper: dict[str, Any], ours: dict[str, dict[s
 
 def page() -> str:
     """The text of docs/recipes.md."""
-    table = tomllib.loads(PAPERS.read_text())
+    table = tomllib.loads(PAPERS.read_text(encoding="utf-8"))
     known, rows, problems = papers(table), recipes(), []
     parts = [table["head"]["text"].strip()]
     for name, of_recipe in entries(table, rows).items():
@@ -366,10 +366,10 @@ def main() -> None:
     except InputError as error:
         sys.exit(str(error))
     if "--check" in sys.argv[1:]:
-        if not PAGE.is_file() or PAGE.read_text() != text:
+        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
             sys.exit("docs/recipes.md is not current; write it with: python docs/recipes.py")
         return
-    PAGE.write_text(text)
+    PAGE.write_text(text, encoding="utf-8")
     print(PAGE)
 
 

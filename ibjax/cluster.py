@@ -107,8 +107,9 @@ def _start_distributed():
     elif "SLURM_JOB_ID" in os.environ and "SLURM_PROCID" in os.environ:
         _join_slurm_step()
     else:
-        try:
-            jax.distributed.initialize(**_common())
+        try:  # what the cluster says of the processes only JAX knows
+            with _speaking("this process", "the others that its cluster tells of", "start all processes"):
+                jax.distributed.initialize(**_common())
         except (ValueError, RuntimeError) as error:
             if "should be defined" not in str(error) and "must be defined" not in str(error):
                 raise
@@ -159,6 +160,14 @@ def _join(port, count, index, variable, *address):
         _check_free(port, variable)
     others = "process 0" if index else f"the other {count - 1} processes"
     where = f"at port {port}" if not address else f"at {address[0]}"
+    told = _speaking(f"process {index} of {count}", f"{others} {where}", f"start all {count} processes")
+    with told if count > 1 else contextlib.nullcontext():
+        jax.distributed.initialize(*address, **_common())
+
+
+@contextlib.contextmanager
+def _speaking(who, whom, advice):
+    """Says in between for whom a process waits, and ends it where they do not come."""
     joined = threading.Event()
 
     def speak():
@@ -166,19 +175,14 @@ def _join(port, count, index, variable, *address):
         while not joined.wait(pause):
             waited, pause = time.monotonic() - started, 20
             if waited > _START_SECONDS:
-                text = f"{others} did not start within {_START_SECONDS} s, {where}"
-                print(
-                    f"error: process {index} of {count}: {text}; start all {count} processes",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                text = f"error: {who}: {whom} did not start within {_START_SECONDS} s; {advice}"
+                print(text, file=sys.stderr, flush=True)
                 os._exit(errors.EXIT_INPUT)
-            log.info("process %d of %d waits for %s, %s; %.0f s", index, count, others, where, waited)
+            log.info("%s waits for %s; %.0f s", who, whom, waited)
 
-    if count > 1:
-        threading.Thread(target=speak, daemon=True).start()
+    threading.Thread(target=speak, daemon=True).start()
     try:
-        jax.distributed.initialize(*address, **_common())
+        yield
     finally:
         joined.set()
 

@@ -27,7 +27,9 @@ def keep() -> None:
     its instruction set: a home may be shared by machines of several kinds.
     """
     verify()
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    if (given := os.environ.get("JAX_COMPILATION_CACHE_DIR")) is not None:
+        if given and str(disk.path(given)) != given:  # of ~/x JAX would make a folder called ~
+            jax.config.update("jax_compilation_cache_dir", str(disk.path(given)))
         return
     try:
         root = cache_folder()
@@ -46,7 +48,8 @@ def cache_folder() -> Path:
 
     Raises RuntimeError where there is no home folder.
     """
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ibjax"
+    named = os.environ.get("XDG_CACHE_HOME")
+    return (disk.path(named) if named else Path.home() / ".cache") / "ibjax"
 
 
 def _instruction_set():

@@ -138,6 +138,10 @@ def unseal(content: Mapping[str, Any]) -> dict[str, Any]:
     plain = {key: value for key, value in content.items() if key != _SEAL}
     if _SEAL in content and content[_SEAL] != json_digest(plain):
         raise ValueError("its content is not what was written: the digest differs")
+    if _SEAL not in content and plain:
+        *rest, (name, last) = plain.items()
+        if last == json_digest(dict(rest)):
+            raise ValueError(f"its content is not what was written: '{name}' is its digest under another name")
     return plain
 
 

@@ -152,6 +152,7 @@ def evaluate(
     A record on disk is read, not computed again, where all that it depends on is the same: weights, images, attack with
     its settings and code, eps, norm, seed, precision, and the network's logits and gradients on a few images.
     """
+    workdir = disk.path(workdir)
     trained = run.load(workdir, checkpoint)
     settings = config.plain(trained.config.evaluate if settings is None else settings)
     given = dict(attacks=None if attacks is None else tuple(attacks), n=n, samples=samples, batch_size=batch_size)
@@ -171,7 +172,7 @@ def evaluate(
     warnings = [*trained.facts.get("warnings", ()), *asked.warnings, *run.doubts(trained.workdir)]
 
     which = str(trained.step) if str(checkpoint).isdecimal() else str(checkpoint)
-    folder = Path(workdir) / "eval" / which
+    folder = workdir / "eval" / which
     common = _common(trained, which, settings, split, warnings)
     common |= {"fingerprint": asked.fingerprint.tolist(), "code": autoattack.code_digest()}
     common |= {"precision": autoattack.precision()}

@@ -271,6 +271,7 @@ def execute(settings: ConfigDict, workdir: Path, mode: str = "train", restart: b
 
     `restart`: see the command line.
     """
+    workdir = disk.path(workdir)
     config.check(settings)
     settings = config.effective(config.complete(settings))
     check_settings(settings.evaluate)

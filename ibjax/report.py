@@ -9,6 +9,7 @@ Guarantees (tests of the same names): a file that cannot be read is named, and t
 nothing outside itself; whatever stands in a file is escaped; a page is there whole or not at all.
 """
 
+import errno
 import logging
 import os
 from collections.abc import Iterable
@@ -57,7 +58,7 @@ def read(workdirs: Iterable[str | os.PathLike]) -> list[RunResults]:
 
     A file that cannot be read does not stop the rest: it is named in the `problems` of its run.
     """
-    runs = [_read_run(folder) for folder in _folders([Path(workdir) for workdir in workdirs])]
+    runs = [_read_run(folder) for folder in _folders([disk.path(workdir) for workdir in workdirs])]
     return [_with_title(run, [other for other in runs if other.name == run.name]) for run in runs]
 
 
@@ -215,12 +216,14 @@ def write(workdirs: Iterable[str | os.PathLike], out: str | os.PathLike, each: b
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it reports every font that it finds
     from ibjax import report_page  # loads matplotlib, of which training has no need
 
-    runs, out = read(workdirs), Path(out)
+    runs, out = read(workdirs), disk.path(out)
     text = report_page.page(runs, out, each)
     try:
         with disk.replacing(out) as temporary:
             temporary.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # a full disk is told as everywhere else
         raise InputError(f"{out} cannot be written ({error.strerror}); give another --out") from None
     return runs
 

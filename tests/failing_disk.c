@@ -1,7 +1,7 @@
 // Preloaded, makes chosen calls of open, opendir, read and write fail:
 //   FAIL_CALLS  "open", "read", "write" or several; FAIL_PATH  part of the path; FAIL_ERRNO  the error
 //   FAIL_FIRST  how many such calls pass before; FAIL_COUNT  how many fail
-// fail_reset() begins to count anew, fail_hits() says how many have failed.
+// fail_reset() begins to count anew, fail_hits() says how many have failed, fail_seen() how many there were.
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <dlfcn.h>
@@ -18,6 +18,7 @@ static int seen, hits;
 
 void fail_reset(void) { seen = hits = 0; }
 int fail_hits(void) { return hits; }
+int fail_seen(void) { return seen; }
 
 static int number(const char *name, int otherwise) {
   const char *text = getenv(name);

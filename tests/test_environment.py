@@ -11,10 +11,14 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from test_faults import environment
 
-from ibjax import cluster, disk, errors, main, run
+import ibjax
+from ibjax import cluster, compiled, config, convert, disk, errors, evaluate, main, report, run
+from ibjax.attacks import autoattack
+from ibjax.data import folder, npz, tfds
 from ibjax.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -75,14 +79,67 @@ def test_every_option_that_is_a_path_has_the_type_that_expands_it():
         f"{file.relative_to(ROOT)}:{node.lineno}"
         for file, node in calls("add_argument")
         for word in node.keywords
-        if word.arg == "type" and isinstance(word.value, ast.Name) and word.value.id == "Path"
+        if word.arg == "type" and ast.unparse(word.value) in ("Path", "pathlib.Path")
     ]
     assert not found
 
 
+def test_paths_in_python_are_expanded_as_on_a_command_line(tmp_path, monkeypatch):
+    """Nothing is read from, or written into, a folder called `~`."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("HOME", "RUNS"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    there = str(tmp_path / "home/none")
+    for path in ("~/none", "$RUNS/none"):
+        for call in (
+            lambda path=path: ibjax.load(path),
+            lambda path=path: evaluate.evaluate(path),
+            lambda path=path: report.read([path]),
+            lambda path=path: convert.from_torch(path, "resnet18", "~/made"),
+            lambda path=path: convert.to_torch(path, "~/made"),
+            lambda path=path: npz.load(path=path),
+            lambda path=path: folder.load(path=path),
+            lambda path=path: tfds.load(dataset="cifar10", data_dir=path),
+        ):
+            with pytest.raises(InputError, match=there):
+                call()
+        monkeypatch.setenv("XDG_CACHE_HOME", path)
+        assert compiled.cache_folder() == Path(there) / "ibjax"
+        monkeypatch.setenv("TFDS_DATA_DIR", path)
+        with pytest.raises(InputError, match=there):
+            tfds.load(dataset="cifar10")
+
+    class Seen(Exception):
+        pass
+
+    def show(*arguments, **options):
+        raise Seen(*arguments)
+
+    monkeypatch.setattr(main, "jobs", show)
+    with pytest.raises(Seen, match=there):
+        main.execute(config.base(), "~/none")
+    monkeypatch.setattr(autoattack, "Progress", show)
+    x, weights = np.linspace(0, 1, 64, dtype=np.float32).reshape(4, 2, 2, 4), np.eye(16, 4, dtype=np.float32)
+    logits_fn = jax.jit(lambda x: x.reshape(len(x), 16) @ weights)
+    with pytest.raises(Seen, match=there):
+        autoattack.autoattack(jax.random.key(0), logits_fn, x, np.arange(4), norm="linf", eps=0.1, state="~/none")
+    assert not (tmp_path / "~").exists()
+
+
+def test_the_environments_cache_of_compiled_programs_is_expanded(tmp_path, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "~/kept")
+    try:
+        compiled.keep()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "kept")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
 def calls(*names):
-    for folder in ("ibjax", "benchmarks", "configs"):
-        for file in sorted((ROOT / folder).rglob("*.py")):
+    for part in ("ibjax", "benchmarks", "configs", "docs"):
+        for file in sorted((ROOT / part).rglob("*.py")):
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in names:
                     yield file, node

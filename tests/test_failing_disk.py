@@ -12,7 +12,7 @@ import pytest
 from test_checkpoint import state
 from test_faults import CONFIG, environment, finish, start
 
-from ibjax import checkpoint, config, disk, metrics, run
+from ibjax import checkpoint, config, disk, errors, metrics, report, run
 from ibjax.errors import InputError, UnreadableError
 
 HERE = Path(__file__).parent
@@ -107,6 +107,20 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing_half_written(tmp_path, 
     assert "Traceback" not in output and not list(workdir.rglob("*tmp*")), output
     code, output = finish(start(config_file, workdir, "--config.epochs=3"))
     assert code == 0, output
+
+
+def test_a_page_that_a_full_disk_does_not_take_is_told_as_such(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, "read", lambda workdirs: [])
+    monkeypatch.setattr("ibjax.report_page.page", lambda *arguments: "text")
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError) as caught:
+        report.write([], tmp_path / "report.html")
+    assert errors._ending(caught.value) == (
+        2, f"error: disk full ({tmp_path / 'report.html'}); free space, run the same command"
+    )  # fmt: skip
 
 
 def test_a_read_that_fails_is_tried_again_and_its_failure_is_never_taken_for_damage(tmp_path, monkeypatch):

@@ -118,7 +118,7 @@ def test_processes_that_end_well_say_nothing_and_wait_for_each_other():
 def test_a_process_whose_others_never_start_says_so_and_ends():
     body = "pass"
     code = BEGIN.format(body=f"    {body}").replace("def command", "cluster._START_SECONDS = 3\n\ndef command")
-    for index, words in ((0, "the other 1 processes did not start"), (1, "process 0 did not start")):
+    for index, words in ((0, "the other 1 processes at localhost"), (1, "process 0 at localhost")):
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             address = f"localhost:{probe.getsockname()[1]}"
@@ -126,4 +126,16 @@ def test_a_process_whose_others_never_start_says_so_and_ends():
         done = subprocess.run(
             [sys.executable, "-c", code], env=environment(**variables), capture_output=True, text=True, timeout=60
         )
-        assert done.returncode == 2 and words in done.stderr and address in done.stderr, done.stderr
+        assert done.returncode == 2 and words in done.stderr and f"{address} did not start" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_a_process_whose_cluster_tells_of_others_that_never_start_says_so_and_ends():
+    """As one of four of Open MPI, whose variables JAX reads, started without mpirun."""
+    code = BEGIN.format(body="    pass").replace("def command", "cluster._START_SECONDS = 3\n\ndef command")
+    variables = dict(OMPI_MCA_orte_hnp_uri="1234567.0;tcp://127.0.0.1:1", OMPI_COMM_WORLD_SIZE=4)
+    variables |= dict(OMPI_COMM_WORLD_RANK=0, OMPI_COMM_WORLD_LOCAL_RANK=0)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(**variables), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and "the others that its cluster tells of did not start within" in done.stderr

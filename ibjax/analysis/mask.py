@@ -47,6 +47,7 @@ def information(trained: run.Run, tap: str, batches: int = BATCHES) -> np.ndarra
 
 def mask(workdir: Path, out: Path, tap: str, checkpoint: str = "best", share: float = 0.05) -> tuple[int, ...]:
     """Writes the masked run into `out`; returns the channels that are zero in it."""
+    out = disk.path(out)
     trained = run.load(workdir, checkpoint)
     with_y = information(trained, tap)
     channels = tuple(np.flatnonzero(np.asarray(permanent_mask(jnp.asarray(with_y), share)) == 0).tolist())
@@ -63,7 +64,7 @@ def mask(workdir: Path, out: Path, tap: str, checkpoint: str = "best", share: fl
         with checkpoints.manager(out, run=identity) as orbax:
             state = TrainState(jnp.int32(trained.step), variables, (), None)
             checkpoints.save(orbax, state, {"selection": 0.0, **trained.validation})  # of the network without its mask
-        log = Path(workdir) / "metrics.jsonl"
+        log = trained.workdir / "metrics.jsonl"
         if jax.process_index() == 0 and log.is_file():
             shutil.copy(log, out / log.name)
     return channels

@@ -1,9 +1,8 @@
 """One `.npz` file in Keras's layout: x_train, y_train, x_test, y_test. Objects in it are never unpickled."""
 
-from pathlib import Path
-
 import numpy as np
 
+from ibjax import disk
 from ibjax.data import Arrays, Split, require_classes, stamps
 from ibjax.errors import DataError, InputError
 from ibjax.files import read_npz
@@ -16,22 +15,22 @@ def load(*, path: str, label: str = "", num_classes: int | None = None) -> Array
 
     Raises DataError: no such file, damaged, an array is missing, or a single stray label would add classes.
     """
-    file = Path(path).expanduser()
+    file = disk.path(path)
     if not file.is_file():
-        raise DataError(f"data.path={path} is no file; give an .npz with {', '.join(KEYS)}")
+        raise DataError(f"data.path={file} is no file; give an .npz with {', '.join(KEYS)}")
     read = stamps([file])
     try:
         archive = read_npz(file)
     except InputError as error:
         raise DataError(str(error)) from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); try again, or copy it") from None
+        raise DataError(f"{file} cannot be read ({error.strerror}); try again, or copy it") from None
     if missing := [key for key in KEYS if key not in archive]:
-        raise DataError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(archive) or 'nothing'}")
+        raise DataError(f"{file} lacks {', '.join(missing)}; it holds {', '.join(archive) or 'nothing'}")
     x_train, y_train, x_test, y_test = (archive[key] for key in KEYS)
     if not np.issubdtype(y_train.dtype, np.integer) or y_train.size == 0:
-        raise DataError(f"{path}: y_train has type {y_train.dtype} and {y_train.size} values; expected integer labels")
-    classes = _count(path, y_train, y_test) if num_classes is None else num_classes
+        raise DataError(f"{file}: y_train has type {y_train.dtype} and {y_train.size} values; expected integer labels")
+    classes = _count(file, y_train, y_test) if num_classes is None else num_classes
     names = tuple(str(c) for c in range(classes))
     splits = Split(x_train, y_train), Split(x_test, y_test)
     return Arrays(*splits, classes, label=label or file.stem, classes=names, read=read)

@@ -30,6 +30,7 @@ def to_torch(
     Raises InputError, CheckpointError or DataError; then nothing is written.
     """
     torch_file.modules()
+    to = disk.path(to)
     folders.refuse_existing(to)
     trained = run.load(workdir, checkpoint)
     name = _names(trained, arch)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ibjax import architectures, config, errors, run, torch_file
+from ibjax import architectures, config, disk, errors, run, torch_file
 from ibjax import checkpoint as checkpoints
 from ibjax.architectures import ARCHITECTURES, Shape
 from ibjax.errors import CheckpointError, InputError, nearest
@@ -73,6 +73,7 @@ def from_torch(
 
     Raises InputError, CheckpointError or DataError; then nothing is written.
     """
+    file, workdir = disk.path(file), disk.path(workdir)
     folders.refuse_existing(workdir)
     _check_clean_acc(clean_acc, photographs)
     said = Said(key, mean, std, no_normalisation, sha256, tuple(overrides or ()))

@@ -1,0 +1,129 @@
+"""Lets `open` and `read` fail below Python, one trial at a time, and looks at what a user would then see.
+
+    python benchmarks/failures.py [--trials=100] [--seed=0] [--out=results/failures.json]
+
+The run, its data, its caches and what reads them are those of `flips.py`. A trial draws what is done, a call of `open`
+(with `opendir`) or `read` in it, one of five errors, and whether that call alone fails or all from it on; it counts
+where a call has failed. Its outcome is one of
+
+    the right numbers   what failed was tried again, or a line said that it was computed anew
+    refused             one line named what could not be read, and no number was shown
+    traceback           an exception that is no line
+    wrong               a number was another one
+    changed             a file of the run or of its data is not what it was: moved, removed, or written again
+
+Needs Linux and gcc, for `tests/failing_disk.c`.
+"""
+
+import argparse
+import ctypes
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flips
+import numpy as np
+
+from ibjax import disk, run
+
+ERRORS = {"EIO": 5, "ENOMEM": 12, "EACCES": 13, "EMFILE": 24, "ESTALE": 116}
+OUTCOMES = ("the right numbers", "refused", "traceback", "wrong", "changed")
+_ALL = 10**6
+_FREE = ("env.json", ".lock")  # written by every start of a training
+
+
+class Failing:
+    """The preloaded library: which calls fail from here on."""
+
+    def __init__(self, path: Path):
+        self.library, self.libc = ctypes.CDLL(os.environ["LD_PRELOAD"]), ctypes.CDLL(None)
+        self._set(PATH=path)
+
+    def _set(self, **settings):
+        for name, value in settings.items():
+            self.libc.setenv(f"FAIL_{name}".encode(), str(value).encode(), 1)
+
+    def during(self, calls: str, error: int, first: int, count: int, use: Callable[[], Any]) -> tuple[Any, int, int]:
+        """(what `use` returns, how many such calls there were, how many of them failed)."""
+        self._set(CALLS=calls, ERRNO=error, FIRST=first, COUNT=count)
+        self.library.fail_reset()
+        try:
+            found = use()
+        finally:
+            self._set(CALLS="")
+        return found, self.library.fail_seen(), self.library.fail_hits()
+
+
+def content(root: Path) -> dict[str, bytes]:
+    """All files of the run and of its data; of a cache nothing has to stay."""
+    files = (file for part in ("run", "tfds") for file in sorted((root / part).rglob("*")))
+    kept = {str(file.relative_to(root)): file.read_bytes() for file in files if file.is_file()}
+    return {name: text for name, text in kept.items() if Path(name).name not in _FREE}
+
+
+def inject(root: Path, trials: int, seed: int) -> dict[str, Any]:
+    """{"rows": {"open, EIO, once": {outcome: how often}}, "bad": lines}."""
+    reader, failing = flips.prepare(root), Failing(root)
+    workdirs = list(reader.jobs)
+    uses = [use for workdir in workdirs for use in reader.of_run(workdir)] + [reader.trained_on, reader.streamed]
+    right = {flips.key(use): flips.plain(use()) for use in uses}
+    calls = {}
+    for use in uses:
+        for call in ("open", "read"):
+            _, calls[flips.key(use), call], _ = failing.during(call, 0, _ALL, 0, use)
+    before, rng, rows, bad = content(root), np.random.default_rng(seed), {}, []
+    while sum(map(Counter.total, rows.values())) < trials:
+        use, call = uses[rng.integers(len(uses))], ("open", "read")[rng.integers(2)]
+        error, count = list(ERRORS)[rng.integers(len(ERRORS))], (1, _ALL)[rng.integers(2)]
+        first = int(rng.integers(max(calls[flips.key(use), call], 1)))
+        (ended, text), _, hits = failing.during(
+            call, ERRORS[error], first, count, lambda use=use: flips.outcome(use, right[flips.key(use)])
+        )
+        if not hits:
+            continue
+        after = content(root)
+        if changed := sorted(name for name in {**before, **after} if before.get(name) != after.get(name)):
+            ended, text, before = "changed", f"{', '.join(changed[:5])}; {text}", after
+        ended = OUTCOMES[0] if ended in ("nothing", "computed again") else ended
+        row = f"{call}, {error}, {'once' if count == 1 else 'for good'}"
+        rows.setdefault(row, Counter())[ended] += 1
+        if ended not in OUTCOMES[:2]:
+            bad.append(f"{ended}: {row} at call {first} of {flips.key(use)}: {text[:600]}")
+    return {"rows": {name: dict(row) for name, row in sorted(rows.items())}, "bad": bad}
+
+
+def command_line() -> None:
+    """The command line of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=disk.path, default=flips.ROOT / "results" / "failures.json")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if "FAIL_PATH" not in os.environ:  # once more, with the library preloaded
+            library = Path(folder) / "failing_disk.so"
+            source = flips.ROOT / "tests" / "failing_disk.c"
+            subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+            variables = {**os.environ, "LD_PRELOAD": str(library), "FAIL_PATH": "nothing yet"}
+            sys.exit(subprocess.run([sys.executable, *sys.argv], env=variables).returncode)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        disk._WAITS = (0.001, 0.001, 0.001)
+        found = inject(Path(folder) / "root", given.trials, given.seed)
+    about = {**run.environment(), "compression": flips.compression()}
+    table = flips.page(("failure", "injected"), found["rows"], OUTCOMES)
+    disk.write_json(given.out, {**found, "run": about})
+    given.out.with_suffix(".md").write_text(f"{table}\n\n{flips.provenance(about)}\n", encoding="utf-8")
+    print(table)
+    for line in found["bad"]:
+        print(line)
+    sys.exit(1 if found["bad"] else 0)
+
+
+if __name__ == "__main__":
+    command_line()
