@@ -77,7 +77,7 @@ def logits_fn(x: Any, net: Weights = VICTIM) -> Any:
 
 def _hidden(x, net=VICTIM):
     array = np if isinstance(x, np.ndarray) else jnp
-    return array.tanh(x.reshape(len(x), -1) @ net.w + net.b)
+    return array.tanh(x.reshape(len(x), -1) @ net.w + net.b[None])
 
 
 def randomised(key: jax.Array, x: jax.Array) -> jax.Array:
