@@ -24,6 +24,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ def logits_fn(x: Any, net: Weights = VICTIM) -> Any:
 
 def _hidden(x, net=VICTIM):
     array = np if isinstance(x, np.ndarray) else jnp
-    return array.tanh(x.reshape(len(x), -1) @ net.w + net.b)
+    return array.tanh(x.reshape(len(x), -1) @ net.w + net.b[None])
 
 
 def randomised(key: jax.Array, x: jax.Array) -> jax.Array:
@@ -165,12 +166,15 @@ def torchattacks_(name: str, net: Weights = VICTIM, sigma: float = 0.0, **option
 
 
 def auto_attack(kind: str, norm: str, eps: float, sigma: float = 0.0, **options: Any) -> Callable:
-    """A part of fra31/auto-attack: "apgd", "apgd-t", "fab", "square"; or "standard", all of them."""
+    """A part of fra31/auto-attack: "apgd", "apgd-t", "fab", "square"; or "standard", all of them.
+
+    On a random network its APGD counts pixels as moved in l1 only where they moved by more than rounding (`_l0`).
+    """
 
     def run(seed, x, y):
         here = Path(__file__).parent
         sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != here]  # its autoattack.py is another
-        from autoattack import AutoAttack
+        from autoattack import AutoAttack, autopgd_base
         from autoattack.autopgd_base import APGDAttack, APGDAttack_targeted
         from autoattack.fab_pt import FABAttack_PT
         from autoattack.square import SquareAttack
@@ -181,10 +185,21 @@ def auto_attack(kind: str, norm: str, eps: float, sigma: float = 0.0, **options:
             whole = AutoAttack(network, version="standard", **settings)
             return _in_torch(whole.run_standard_evaluation, seed, x, y)
         parts = {"apgd": APGDAttack, "apgd-t": APGDAttack_targeted, "fab": FABAttack_PT, "square": SquareAttack}
-        x_adv = _in_torch(parts[kind](network, **settings).perturb, seed, x, y)
+        with mock.patch.object(autopgd_base, "L0_norm", _l0 if sigma else autopgd_base.L0_norm):
+            x_adv = _in_torch(parts[kind](network, **settings).perturb, seed, x, y)
         return _confirmed(x_adv, network, x, y) if sigma else x_adv
 
     return run
+
+
+def _l0(delta):
+    """How many pixels moved, by more than rounding.
+
+    Its own count takes what x + t + δ leaves of pixels that the projection puts back, 320 of 768 at the start where 8
+    moved. A step moves a share of that count. On a fixed network the first steps end it, since their point has a larger
+    loss; noise makes the first point the best one for long, and robust accuracy in l1 is 87 instead of 71.
+    """
+    return (delta.abs() > 1e-6).flatten(1).sum(1).float()
 
 
 def _confirmed(x_adv, network, x, y):
@@ -408,7 +423,7 @@ def rows() -> list[Row]:
             same("apgd-t", n_iter=10, n_target_classes=3))  # fmt: skip
         noisy = on_network(apgd(steps=10, eot=4, **ball), randomised_each)
         table.append(Row("apgd", norm, eps, "ce, 10 steps, 4 samples", noisy, AUTO,
-                         same("apgd", sigma=SIGMA, loss="ce", n_iter=10, eot_iter=4)))  # fmt: skip
+                         same("apgd", sigma=SIGMA, loss="ce", n_iter=10, eot_iter=4), runs=20))  # fmt: skip
         add("fab", norm, eps, "5 steps", fab(steps=5, **ball), AUTO, same("fab", n_iter=5), **fixed)
         add("fab-t", norm, eps, "5 steps, 3 targets", fab(steps=5, targets=3, **ball), AUTO,
             same("fab", n_iter=5, targeted=True, n_target_classes=3), **fixed)  # fmt: skip

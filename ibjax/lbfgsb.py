@@ -92,6 +92,25 @@ def _model(s, y):
     return _Model(theta, jnp.concatenate([y, theta * s], axis=1), k)
 
 
+def _solve(a, b):
+    """a⁻¹b by Gauss-Jordan elimination with pivoting, (n, n) and (n,) or (n, k).
+
+    Not by LAPACK: under `vmap` a call for many matrices waits on XLA's threads for its own parts, and two such calls at a
+    time hang for good on two cores (`ibjax.information.linalg`).
+    """
+    n, rows = len(a), jnp.concatenate([a, b.reshape(len(a), -1)], axis=1)
+
+    def eliminate(i, rows):
+        here = jnp.arange(n) == i
+        column = jnp.where(jnp.arange(n) < i, -1.0, jnp.abs(rows[:, i]))
+        pivot = jnp.argmax(column)
+        swapped = rows.at[pivot].set(rows[i]).at[i].set(rows[pivot])
+        row = swapped[i] / swapped[i, i]
+        return jnp.where(here[:, None], row[None], swapped - swapped[:, i, None] * row[None])
+
+    return lax.fori_loop(0, n, eliminate, rows)[:, n:].reshape(b.shape)
+
+
 def _cauchy_point(x, g, lower, upper, model):
     """The first minimum of m along P(x − t g), a parabola between the times t at which a variable meets its bound.
 
@@ -107,7 +126,7 @@ def _cauchy_point(x, g, lower, upper, model):
     size, p = still_free[:, 0], still_free[:, 1:]  # (D + 1,), (D + 1, 2m): of each segment
     start = jnp.concatenate([jnp.zeros_like(times[:1]), times])
     c = jnp.concatenate([jnp.zeros_like(p[:1]), jnp.cumsum(jnp.diff(start)[:, None] * p[:-1], axis=0)])
-    k_p = jnp.linalg.solve(model.k, p.T).T
+    k_p = _solve(model.k, p.T).T
     slope = -size + model.theta * start * size - jnp.sum(k_p * c, axis=1)
     curvature = model.theta * size - jnp.sum(k_p * p, axis=1)
     step = jnp.where(slope < 0, -slope / jnp.maximum(curvature, jnp.finfo(x.dtype).tiny), 0.0)
@@ -124,9 +143,9 @@ def _subspace_minimum(x, g, cauchy, lower, upper, model):
     """
     theta, free = model.theta, (lower < cauchy) & (cauchy < upper)
     w = jnp.where(free[:, None], model.w, 0.0)
-    k_c = jnp.linalg.solve(model.k, _matmul(model.w.T, cauchy - x))
+    k_c = _solve(model.k, _matmul(model.w.T, cauchy - x))
     r = jnp.where(free, g + theta * (cauchy - x) - _matmul(model.w, k_c), 0.0)
-    inner = jnp.linalg.solve(model.k - _matmul(w.T, w) / theta, _matmul(w.T, r))
+    inner = _solve(model.k - _matmul(w.T, w) / theta, _matmul(w.T, r))
     d = -r / theta - _matmul(w, inner) / theta**2
     projected = jnp.clip(cauchy + d, lower, upper)
     room = jnp.where(d > 0, upper - cauchy, lower - cauchy) / jnp.where(d == 0, 1.0, d)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from ibjax.attacks import checks
-from ibjax.attacks.apgd import iterative_apgd
+from ibjax.attacks.apgd import apgd, iterative_apgd
 from ibjax.attacks.autoattack import autoattack
+from ibjax.attacks.eot import eot
+from ibjax.attacks.pgd import pgd
 from ibjax.attacks.square import iterative_square
 from ibjax.errors import InputError
 
@@ -61,6 +63,9 @@ DEPENDENT = {
 }
 
 
+PGD = pgd(eps=0.1, step_size=0.05, steps=2)
+
+
 @pytest.mark.parametrize("case", list(DEPENDENT))
 def test_a_network_whose_answer_to_an_image_depends_on_its_batch_is_refused(case):
     dependent, words = DEPENDENT[case]
@@ -68,6 +73,7 @@ def test_a_network_whose_answer_to_an_image_depends_on_its_batch_is_refused(case
         lambda: checks.independent(dependent, X),
         lambda: checks.independent(jax.jit(dependent), jnp.asarray(X)),
         lambda: autoattack(jax.random.key(0), dependent, X, Y, "linf", 0.1),
+        lambda: PGD(jax.random.key(0), dependent, X, Y),
     ):
         with pytest.raises(InputError, match=words) as caught:
             attempt()
@@ -104,6 +110,29 @@ INDEPENDENT = {
 def test_a_network_that_sees_each_image_by_itself_passes(case, count):
     with jax.numpy_dtype_promotion("standard"):
         assert checks.independent(INDEPENDENT[case], X[:count]) == []
+
+
+def test_an_attack_by_itself_asks_each_network_once_and_none_inside_a_trace(monkeypatch):
+    asked, ask = [], checks.independent
+    monkeypatch.setattr(checks, "independent", lambda *arguments: asked.append(1) or ask(*arguments))
+    key, own = jax.random.key(0), lambda x: network(x)
+    for _ in range(2):
+        PGD(key, own, X, Y)
+    assert len(asked) == 1
+    PGD(key, lambda x: network(x), X[:1], Y[:1])  # nothing to compare with
+    jax.jit(lambda x: PGD(key, DEPENDENT["batch statistics"][0], x, Y))(X)
+    assert len(asked) == 1
+
+
+def test_a_random_network_attacked_by_itself_is_asked_with_a_key_for_each_image():
+    key = jax.random.key(0)
+    by_image = lambda x, keys: network(x + 0.1 * jax.vmap(noise)(keys, x))  # noqa: E731
+    apgd(steps=2, eps=0.1, eot=2)(key, by_image, X, Y)
+    with pytest.raises(InputError, match=OTHERS):
+        apgd(steps=2, eps=0.1, eot=2)(key, lambda x, keys: normalised(x), X, Y)
+    draws = lambda key, x: network(x + 0.1 * noise(key, x))  # noqa: E731 - by place, as eot's may
+    for keys in (key, KEYS):
+        eot(attack=pgd, samples=2, eps=0.1, step_size=0.05, steps=2)(keys, draws, X, Y)
 
 
 def test_of_one_image_it_is_said_that_nothing_could_be_checked():

@@ -110,3 +110,14 @@ def test_what_cannot_be_improved_stays():
     ):
         np.testing.assert_array_equal(lbfgsb.minimize(fun, x, *box, steps=3)[0], x)
     np.testing.assert_array_equal(lbfgsb.minimize(jnp.sum, x, x, x, steps=3)[0], x)
+
+
+def test_many_problems_at_once_call_no_lapack():
+    """A batched call of it waits on XLA's threads for its own parts: on two cores 512 images hung for good."""
+    fun, x, lower, upper = (jnp.asarray(a, jnp.float32) if i else a for i, a in enumerate(PROBLEMS["representation"]))
+
+    def one(x):
+        return lbfgsb.minimize(fun, x, lower, upper, steps=2)
+
+    program = jax.jit(jax.vmap(one)).lower(jnp.stack([x, x])).as_text()
+    assert "lapack" not in program

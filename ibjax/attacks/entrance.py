@@ -8,12 +8,14 @@
 | target    | labels (B,), classes that the network has; where the loss takes them, distributions (B, classes)     |
 
 Everything else is refused in one line. Called with arrays that have values, the attack looks at those once, on the
-host. Inside a trace (jit, vmap, a train step), and where parts of an array lie with other processes, it looks at shapes
+host, and asks the network whether its answer about an image depends on the rest of the batch, once for each function
+that it is given. Inside a trace (jit, vmap, a train step), and where parts of an array lie with other processes, it looks at shapes
 and types only, in Python: the compiled program is that of the attack without an entrance.
 """
 
 import functools
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -30,6 +32,8 @@ LABELS = "labels"  # (B,) integers
 SOFT_LABELS = "labels or distributions"  # (B,) integers, or (B, classes) rows that sum to 1, but not one-hot rows
 DISTRIBUTIONS = "distributions or labels"  # one-hot rows too
 ANYTHING = "anything"  # the loss is the caller's, or there is none
+
+_known: weakref.WeakSet[Hashable] = weakref.WeakSet()  # networks that have been asked, or need not be
 
 
 def checked(
@@ -55,15 +59,50 @@ def checked(
 
 
 def enter(
-    key: Any, logits_fn: Any, x: Any, target: Any, kind: str = LABELS, *, stochastic: bool = False, draws: bool = True
+    key: Any,
+    logits_fn: Any,
+    x: Any,
+    target: Any,
+    kind: str = LABELS,
+    *,
+    stochastic: bool = False,
+    draws: bool = True,
+    coupled: bool = False,
 ) -> tuple[Array, Array, Any]:
     """(key, x, target) as an attack computes with them; `kind` is the target's, all else as in `checked`.
 
-    `logits_fn` None is not looked at. Raises InputError on what an attack cannot take.
+    `logits_fn` None is not looked at; where it is `coupled`, its answers may depend on the batch and on the place in it.
+    Raises InputError on what an attack cannot take.
     """
     x = images(x)
     classes = None if logits_fn is None else classes_of(logits_fn, x, kind, stochastic)
-    return as_key(key, x) if draws else key, x, target_of(target, len(x), classes, kind)
+    key, target = as_key(key, x) if draws else key, target_of(target, len(x), classes, kind)
+    if coupled:
+        _remember(logits_fn)
+    elif logits_fn is not None and has_values(x):
+        _ask(logits_fn, x, stochastic)
+    return key, x, target
+
+
+def _ask(logits_fn, x, stochastic):
+    """Raises InputError where a network's answer about an image depends on the others, the first time that it is seen.
+
+    A batch of one image has no others, and what is no (B, classes) is no answer about images.
+    """
+    if len(x) < 2 or (isinstance(logits_fn, Hashable) and logits_fn in _known):
+        return
+    keys = jax.random.split(jax.random.key(0), len(x)) if stochastic else None
+    found = first(jax.eval_shape(logits_fn, x, *([] if keys is None else [keys])))
+    if found.ndim == 2 and len(found) == len(x):
+        checks.independent(logits_fn, x, keys)
+        _remember(logits_fn)
+
+
+def _remember(network):
+    try:
+        _known.add(network)
+    except TypeError:  # it cannot be hashed or referred to weakly: it will be asked again
+        pass
 
 
 def has_values(array: Any) -> bool:
@@ -132,7 +171,6 @@ def classes_of(logits_fn: Any, x: Any, kind: str = LABELS, stochastic: bool = Fa
         raise InputError(f"logits_fn is a {given.__name__}; give a function (B, H, W, C) -> (B, classes)")
     if not has_values(x):
         return None
-    # What else is asked of the network of an attack that is called alone has its place here: this runs once in a call.
     keys = [jax.random.split(jax.random.key(0), len(x))] if stochastic else []
     try:
         output = jax.eval_shape(logits_fn, x, *keys)

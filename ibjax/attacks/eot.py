@@ -51,7 +51,8 @@ def eot(
     def expected(key: Array, stochastic: Stochastic, x: Array, target: Array) -> Array:
         key = as_key(key, images(x))
         network = sampled(fold_in(key, _NOISE), stochastic, samples)
-        key, x, target = enter(key, network, x, target, target_kind(loss))
+        # an image's draws are those of its place in the batch
+        key, x, target = enter(key, network, x, target, target_kind(loss), coupled=True)
         return ascend(key, network, x, target)
 
     return expected

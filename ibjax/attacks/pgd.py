@@ -126,7 +126,8 @@ def stateful_pgd(
     ascend = _ascent(loss=loss, steps=steps, init=init, clip_input=clip_input, unroll=unroll, **threat)
 
     def attack(key: Array, forward: Callable, x: Array, target: Any, state: Any) -> tuple[Array, Any]:
-        key, x, target = enter(key, lambda x: forward(x, state)[0], x, target, target_kind(loss))
+        network = lambda x: forward(x, state)[0]  # noqa: E731 - with batch statistics, in training
+        key, x, target = enter(key, network, x, target, target_kind(loss), coupled=True)
         return ascend(key, forward, x, target, state)
 
     return attack
