@@ -3,7 +3,8 @@
     python benchmarks/published.py --folder=FOLDER --data=mnist.npz [--only=LPD_MLP_B_0.1,WK17a] [--n=1000]
         [--attacks=clean,pgd-40,autoattack] [--state=FOLDER] [--out=results/published-cpu.json]
 
-FOLDER has, anywhere below it, any of these files of PyTorch; none is unpickled. Images are MNIST's test set / 255.
+FOLDER has, anywhere below it, any of these files of PyTorch. None is unpickled, and a file of another SHA-256 is
+refused. Images are MNIST's test set / 255.
 
 | file                                  | network               | known                        | source |
 |---------------------------------------|-----------------------|------------------------------|--------|
@@ -21,11 +22,10 @@ judged, since the published numbers are not of these. PGD-40 climbs cross-entrop
 authors evaluate, which gives the numbers of [2] too.
 
 AutoAttack keeps its progress in --state, and an interrupted command goes on there. --out is a JSON file with the table
-beside it as Markdown; records of other networks that it has, with the same --n, stay in it.
+beside it as Markdown; records of other networks that it has stay in it, each with the number of its images.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -109,6 +109,7 @@ class Published(NamedTuple):
     """A network and what is published of it: accuracies in percent on all 10,000 test images, l_inf."""
 
     file: str
+    sha256: str  # its first 16 digits
     network: Callable[[Weights, Array], Array]
     eps: float
     clean: float
@@ -118,12 +119,12 @@ class Published(NamedTuple):
 
 
 NETWORKS = {
-    "WK17a": Published("WK17a_linf0.1.pth", kw, 0.1, 98.11, 95.89, 95.62),
-    "LPD_MLP_B_0.1": Published("LPD_MLP_B_0.1.pth", mlp_b, 0.1, 95.91, 86.61, 85.55),
-    "LPD_MLP_B_0.2": Published("LPD_MLP_B_0.2.pth", mlp_b, 0.2, 84.28, 66.15, 63.67),
-    "LPD_MLP_B_0.3": Published("LPD_MLP_B_0.3.pth", mlp_b, 0.3, 60.78, 42.71, 40.15),
-    "LPD_MLP_B_0.4": Published("LPD_MLP_B_0.4.pth", mlp_b, 0.4, 32.03, 18.15, 16.83),
-    "TRADES": Published("model_mnist_smallcnn.pt", small_cnn, 0.3, 99.48, 96.07, None, 92.81),
+    "WK17a": Published("WK17a_linf0.1.pth", "665cce40af979286", kw, 0.1, 98.11, 95.89, 95.62),
+    "LPD_MLP_B_0.1": Published("LPD_MLP_B_0.1.pth", "6f01f9174008be5c", mlp_b, 0.1, 95.91, 86.61, 85.55),
+    "LPD_MLP_B_0.2": Published("LPD_MLP_B_0.2.pth", "a9f2c3d5c9dedf82", mlp_b, 0.2, 84.28, 66.15, 63.67),
+    "LPD_MLP_B_0.3": Published("LPD_MLP_B_0.3.pth", "ebcc878152e7a463", mlp_b, 0.3, 60.78, 42.71, 40.15),
+    "LPD_MLP_B_0.4": Published("LPD_MLP_B_0.4.pth", "faa72446a52dadaf", mlp_b, 0.4, 32.03, 18.15, 16.83),
+    "TRADES": Published("model_mnist_smallcnn.pt", "5b99888064f69204", small_cnn, 0.3, 99.48, 96.07, None, 92.81),
 }
 
 
@@ -132,8 +133,8 @@ def load(folder: Path, published: Published) -> Callable[[Array], Array]:
     found = sorted(folder.rglob(published.file))
     if not found:
         raise InputError(f"--folder={folder} has no {published.file}; give the folder that it was downloaded to")
-    arrays, _ = torch_file.read(found[0])
-    weights = {name: jnp.asarray(array) for name, array in arrays.items()}
+    (node,) = torch_file.read(found[0], published.sha256).nodes
+    weights = {name: jnp.asarray(torch_file.array(found[0], name, tensor)) for name, tensor in node.tensors.items()}
     return lambda x: published.network(weights, x)
 
 
@@ -243,10 +244,9 @@ def table(records: list[dict]) -> str:
     return measuring.markdown((*heads, "contradictions"), rows)
 
 
-def kept(out: Path, n: int) -> dict[str, dict]:
-    """The records of a file that is there, by network; none where they are of another number of images."""
-    records = json.loads(out.read_text(encoding="utf-8"))["records"] if out.is_file() else []
-    return {record["network"]: record for record in records if record["n"] == n}
+def kept(out: Path) -> dict[str, dict]:
+    """The records of a file that is there, by network."""
+    return {record["network"]: record for record in disk.read_json(out)["records"]} if out.is_file() else {}
 
 
 def save(out: Path, records: list[dict]) -> None:
@@ -278,7 +278,7 @@ def main() -> None:
         cluster.keep_compiled()
         cluster.keep_memory()
         x, y = images(given.data, given.n)
-        records = {} if given.out is None else kept(given.out, len(x))
+        records = {} if given.out is None else kept(given.out)
         for name in given.only:
             records[name] = measure(name, given.attacks, given.folder, x, y, given.state)
             print(table([records[name]]), flush=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import small_run
 
-from ibjax import evaluate, run, scoring
+from ibjax import disk, evaluate, run, scoring
 from ibjax.analysis import calibration, corruptions
 from ibjax.attacks.pgd import pgd
 from ibjax.errors import InputError
@@ -95,7 +95,7 @@ def test_corrupted_images_can_be_calibrated(workdir, parts, monkeypatch):
         split = source.split("fog", severity)
         predicted = logits(x_avg(to_float(jnp.asarray(split.images)))).argmax(1)
         assert value == calibration.percent(np.asarray(predicted) == split.labels)
-    assert record == json.loads((workdir / "corruptions" / "best.calibrated.json").read_text())
+    assert record == disk.read_json(workdir / "corruptions" / "best.calibrated.json")
     assert not (workdir / "corruptions" / "best.json").exists()
 
 

@@ -210,7 +210,9 @@ ATTACKS = {
     **in_each(noise, TWO),
     **in_each(fab, steps=2),
     **in_each(square, queries=2),
-    **{key: value for loss in ("ce", "dlr", "dlr_targeted") for key, value in in_each(apgd, loss=loss, steps=2).items()},
+    **{
+        key: value for loss in ("ce", "dlr", "dlr_targeted") for key, value in in_each(apgd, loss=loss, steps=2).items()
+    },
     "nifgsm": nifgsm(eps=0.1, steps=2),
     "cw": cw(steps=2),
     "eot": eot(attack=pgd, samples=2, eps=0.1, steps=1),

@@ -1,6 +1,6 @@
 """benchmarks/published.py: its networks are PyTorch's of the same files, and what cannot be is a fault."""
 
-import json
+import hashlib
 import sys
 from pathlib import Path
 
@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch", reason="the oracle is PyTorch (pip install 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import published  # noqa: E402
 
+from ibjax import disk  # noqa: E402
 from ibjax.errors import InputError  # noqa: E402
 
 nn = torch.nn
@@ -52,20 +53,27 @@ def made(name):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """All networks with random weights, and data of MNIST's shape."""
+    """All networks with random weights in place of the published ones, and data of MNIST's shape."""
     folder = tmp_path_factory.mktemp("published")
     rng = np.random.default_rng(0)
     for name, about in published.NETWORKS.items():
-        (folder / name).mkdir()
-        torch.save(made(name).state_dict(), folder / name / about.file)
+        file = folder / name / about.file
+        file.parent.mkdir()
+        torch.save(made(name).state_dict(), file)
     x, y = rng.integers(0, 256, (10_000, 28, 28), dtype=np.uint8), rng.integers(0, 10, 10_000, dtype=np.uint8)
     np.savez(folder / "mnist.npz", x_test=x, y_test=y)
     return folder
 
 
+def expected(folder, name):
+    """A network's row with the digest of the file that stands in for the published one."""
+    about = published.NETWORKS[name]
+    return about._replace(sha256=hashlib.sha256((folder / name / about.file).read_bytes()).hexdigest()[:16])
+
+
 @pytest.mark.parametrize("name", ["WK17a", "LPD_MLP_B_0.3", "TRADES"])
 def test_each_network_has_the_logits_of_pytorch(folder, name):
-    network = published.load(folder, published.NETWORKS[name])
+    network = published.load(folder, expected(folder, name))
     x, _ = published.images(folder / "mnist.npz", 5)
     with torch.no_grad():
         wanted = made(name)(torch.tensor(x.transpose(0, 3, 1, 2))).numpy()
@@ -100,17 +108,25 @@ def test_numbers_below_the_exact_one_or_a_point_above_are_faults():
         assert words in fault
 
 
+@pytest.mark.parametrize("name", list(published.NETWORKS))
+def test_another_file_of_a_published_name_is_refused(folder, name):
+    with pytest.raises(InputError, match="SHA-256"):
+        published.load(folder, published.NETWORKS[name])
+
+
 def test_the_command_line_keeps_records_of_other_networks(folder, tmp_path, monkeypatch):
     out = tmp_path / "found.json"
-    for name in ("LPD_MLP_B_0.2", "LPD_MLP_B_0.1"):
-        arguments = [f"--folder={folder}", f"--data={folder / 'mnist.npz'}", f"--only={name}", "--n=4", f"--out={out}"]
+    for name, n in (("LPD_MLP_B_0.2", 4), ("LPD_MLP_B_0.1", 5)):
+        monkeypatch.setitem(published.NETWORKS, name, expected(folder, name))
+        arguments = [f"--folder={folder}", f"--data={folder / 'mnist.npz'}", f"--only={name}", f"--n={n}"]
+        arguments += [f"--out={out}"]
         monkeypatch.setattr(sys, "argv", ["published.py", *arguments, "--attacks=clean,pgd-40"])
         monkeypatch.setattr(published.cluster, "keep_compiled", lambda: None)
         with pytest.raises(SystemExit) as ended:
             published.main()
         assert ended.value.code == 0
-    records = json.loads(out.read_text())["records"]
-    assert [record["network"] for record in records] == ["LPD_MLP_B_0.1", "LPD_MLP_B_0.2"]
+    records = disk.read_json(out)["records"]
+    assert [(record["network"], record["n"]) for record in records] == [("LPD_MLP_B_0.1", 5), ("LPD_MLP_B_0.2", 4)]
     for record in records:
         assert record["ours"].keys() == {"clean", "pgd-40"} and record["ours"]["pgd-40"] <= record["ours"]["clean"]
     assert "85.55" in out.with_suffix(".md").read_text()

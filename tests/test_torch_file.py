@@ -119,7 +119,7 @@ def test_the_digest_is_compared_with_the_callers_and_with_the_published_one(netw
     digest = torch_file.read(file).sha256
     assert torch_file.read(file).compared == "compared with none"
     assert torch_file.read(file, digest[:16].upper()).compared == "agrees with --sha256"
-    with pytest.raises(CheckpointError, match=f"has the SHA-256 {digest}, --sha256 says {'0' * 64}: download it again"):
+    with pytest.raises(CheckpointError, match=f"has the SHA-256 {digest}, wanted is {'0' * 64}: download it again"):
         torch_file.read(file, "0" * 64)
     with pytest.raises(InputError, match="--sha256=xyz is no SHA-256; give its 64 hexadecimal digits"):
         torch_file.read(file, "xyz")

@@ -33,7 +33,7 @@ def compare(name: str, digest: str, given: str | None) -> str:
         if not re.fullmatch(r"[0-9a-f]{8,64}", given.lower()):
             raise InputError(f"--sha256={given} is no SHA-256; give its 64 hexadecimal digits, or the first 8 or more")
         if not digest.startswith(given.lower()):
-            raise CheckpointError(f"{name} has the SHA-256 {digest}, --sha256 says {given}: download it again")
+            raise CheckpointError(f"{name} has the SHA-256 {digest}, wanted is {given}: download it again")
         return "agrees with --sha256"
     known = expected(name)
     if known is None:
