@@ -95,8 +95,8 @@ def _model(s, y):
 def _solve(a, b):
     """a⁻¹b by Gauss-Jordan elimination with pivoting, (n, n) and (n,) or (n, k).
 
-    Not by LAPACK: under `vmap` a call for many matrices waits on XLA's threads for its own parts, and two such calls at a
-    time hang for good on two cores (`ibjax.information.linalg`).
+    Not by LAPACK: under `vmap` a call for many matrices waits on XLA's threads for its own parts, and two such calls at
+    a time hang for good on two cores (`ibjax.information.linalg`).
     """
     n, rows = len(a), jnp.concatenate([a, b.reshape(len(a), -1)], axis=1)
 

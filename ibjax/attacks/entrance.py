@@ -9,10 +9,11 @@
 
 Everything else is refused in one line. Called with arrays that have values, the attack looks at those once, on the
 host, and asks the network whether its answer about an image depends on the rest of the batch, once for each function
-that it is given. Inside a trace (jit, vmap, a train step), and where parts of an array lie with other processes, it looks at shapes
-and types only, in Python: the compiled program is that of the attack without an entrance.
+that it is given. Inside a trace (jit, vmap, a train step), and where parts of an array lie with other processes, it
+looks at shapes and types only, in Python: the compiled program is that of the attack without an entrance.
 """
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Hashable
@@ -71,7 +72,7 @@ def enter(
 ) -> tuple[Array, Array, Any]:
     """(key, x, target) as an attack computes with them; `kind` is the target's, all else as in `checked`.
 
-    `logits_fn` None is not looked at; where it is `coupled`, its answers may depend on the batch and on the place in it.
+    `logits_fn` None is not looked at; where it is `coupled`, its answers may depend on the batch and on the place there.
     Raises InputError on what an attack cannot take.
     """
     x = images(x)
@@ -99,10 +100,8 @@ def _ask(logits_fn, x, stochastic):
 
 
 def _remember(network):
-    try:
+    with contextlib.suppress(TypeError):  # it cannot be hashed or referred to weakly: it will be asked again
         _known.add(network)
-    except TypeError:  # it cannot be hashed or referred to weakly: it will be asked again
-        pass
 
 
 def has_values(array: Any) -> bool:
