@@ -72,7 +72,7 @@ def enter(
 ) -> tuple[Array, Array, Any]:
     """(key, x, target) as an attack computes with them; `kind` is the target's, all else as in `checked`.
 
-    `logits_fn` None is not looked at; where it is `coupled`, its answers may depend on the batch and on the place there.
+    `logits_fn` None is not looked at; where it is `coupled`, its answers may depend on the batch and on its place.
     Raises InputError on what an attack cannot take.
     """
     x = images(x)
