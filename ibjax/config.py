@@ -36,7 +36,7 @@ from ibjax.calls import (  # noqa: F401 - some of them for those who take them f
     signature,
 )
 from ibjax.errors import InputError, nearest
-from ibjax.threat import effective, held, inherit, own, same_length, say  # noqa: F401
+from ibjax.threat import effective, held, in_each_recipe, own, same_length, say  # noqa: F401
 
 
 def base() -> ConfigDict:
@@ -165,12 +165,7 @@ def check(config: ConfigDict) -> None:
         which = str(config[role].checkpoint)
         if which not in ("best", "last") and not which.isdecimal():
             raise InputError(f"{role}.checkpoint='{which}' is unknown; allowed: best, last or a step")
-    for name, recipe in recipes(config):
-        try:
-            inherit(recipe, config)
-            check(recipe)
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from None
+    in_each_recipe(config, check)
 
 
 def _given(config, section):

@@ -20,7 +20,6 @@ import logging
 import os
 import runpy
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -309,19 +308,11 @@ def execute(settings: ConfigDict, workdir: Path, mode: str = "train", restart: b
 
 def _check_results(page, folders):
     """Raises InputError where what comes of the training could not be written."""
-    if jax.process_index() != 0:
-        return
-    try:
-        if page.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        for folder in (page.parent, *(folder for folder in folders if folder.exists())):
-            with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-"):
-                pass
-    except OSError as error:
-        where = page if page.is_dir() else folder
+    if page.is_dir():
         raise InputError(
-            f"{where} cannot be written ({error.strerror}); results would be lost; make way for them"
-        ) from None
+            f"{page} cannot be written ({os.strerror(errno.EISDIR)}); results would be lost; make way for it"
+        )
+    run.check_writable(page.parent, *(folder for folder in folders if folder.exists()))
 
 
 def _departures(settings, evaluated):

@@ -301,10 +301,13 @@ def _sees(file, token):
     return False
 
 
-def check_writable(folder: Path) -> None:
-    """Raises InputError where a result could not be written into a folder, which is made if it is absent."""
+def check_writable(*folders: Path) -> None:
+    """Raises InputError, on every process, where the first could not write a result into one of the folders.
+
+    A folder that is absent is made.
+    """
     problem = ""
-    if jax.process_index() == 0:
+    for folder in folders if jax.process_index() == 0 else ():
         probe = folder / f".writable-{os.getpid()}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -312,6 +315,7 @@ def check_writable(folder: Path) -> None:
             probe.unlink()
         except OSError as error:
             problem = f"{folder} cannot be written ({error.strerror}), and the result would be lost; make it writable"
+            break
     if problem := cluster.word_of_first("whether results can be written", problem):
         raise InputError(problem)
 

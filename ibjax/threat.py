@@ -8,6 +8,7 @@ Guarantees (tests of the same names): the threat model of the command line is th
 section says itself stays and the rest follows.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -42,10 +43,15 @@ def effective(config: ConfigDict) -> ConfigDict:
 
 def _say_all(config):
     say(config)
+    in_each_recipe(config, _say_all)
+
+
+def in_each_recipe(config: ConfigDict, act: Callable[[ConfigDict], None]) -> None:
+    """`act(recipe)` for each that a configuration holds, which has inherited its threat model; errors name it."""
     for name, recipe in recipes(config):
         try:
             inherit(recipe, config)
-            _say_all(recipe)
+            act(recipe)
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
 

@@ -246,7 +246,7 @@ class _Network:
 
     def logits(self, rows: np.ndarray) -> np.ndarray:
         """(B, classes) float64, 0 where they are NaN or infinite."""
-        return np.nan_to_num(np.asarray(_first(self.answer(rows)), np.float64), posinf=0.0, neginf=0.0)
+        return np.nan_to_num(np.asarray(first(self.answer(rows)), np.float64), posinf=0.0, neginf=0.0)
 
     def gradients(self, rows: np.ndarray) -> np.ndarray:
         """Of a random combination of each image's logits, (B, H·W·C) float64; 0 where there are none.
@@ -266,10 +266,10 @@ class _Network:
         logits_fn = unjitted(self.logits_fn)
 
         def pull(weights, x, *keys):
-            logits, back = jax.vjp(lambda x: _first(logits_fn(x, *keys)), x)
+            logits, back = jax.vjp(lambda x: first(logits_fn(x, *keys)), x)
             return back(weights.astype(logits.dtype))[0]
 
-        classes = jax.eval_shape(lambda *a: _first(logits_fn(*a)), *arguments).shape[-1]
+        classes = jax.eval_shape(lambda *a: first(logits_fn(*a)), *arguments).shape[-1]
         weights = np.random.default_rng(3).standard_normal((_DIFFERENTIATED, classes)).astype(np.float32)
         try:
             program, constants, _ = hoisted(pull, jnp.asarray(weights[: len(arguments[0])]), *arguments)
@@ -282,5 +282,9 @@ class _Network:
         return () if self.keys is None else (self.keys[: self.count][rows],)
 
 
-def _first(output):
-    return output[0] if isinstance(output, tuple) else output
+def first(tree: Any) -> Array:
+    """The logits of a network's output, or the labels of a target: itself, or the first of a tuple."""
+    found = tree[0] if isinstance(tree, tuple) else tree
+    if not hasattr(found, "dtype"):
+        raise InputError(f"the attack was given a {type(tree).__name__}; give an array, or a tuple that begins with it")
+    return found

@@ -26,6 +26,7 @@ from jax import Array
 from jax.core import Tracer
 
 from ibjax.attacks import Attack, checks
+from ibjax.attacks.checks import first
 from ibjax.errors import InputError
 
 # what an attack's target may be
@@ -187,14 +188,6 @@ def classes_of(logits_fn: Any, x: Any, kind: str = LABELS, stochastic: bool = Fa
     if found.ndim != 2 or len(found) != len(x) or found.shape[1] < 2:
         raise InputError(f"logits have shape {found.shape}; give ({len(x)}, classes), with at least two classes")
     return found.shape[1]
-
-
-def first(tree: Any) -> Array:
-    """The logits of a network's output, or the labels of a target: itself, or the first of a tuple."""
-    found = tree[0] if isinstance(tree, tuple) else tree
-    if not hasattr(found, "dtype"):
-        raise InputError(f"the attack was given a {type(tree).__name__}; give an array, or a tuple that begins with it")
-    return found
 
 
 def target_of(target: Any, count: int, classes: int | None, kind: str) -> Any:

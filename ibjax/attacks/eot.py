@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ibjax.attacks import Attack
-from ibjax.attacks.entrance import as_key, enter, first, images
+from ibjax.attacks.checks import first
+from ibjax.attacks.entrance import as_key, enter, images
 from ibjax.attacks.pgd import fold_in, loss_function, target_kind
 from ibjax.errors import check_count
 

@@ -37,7 +37,8 @@ from jax import Array, lax
 
 from ibjax import cores, losses
 from ibjax.attacks import Attack, StatefulAttack, geometry
-from ibjax.attacks.entrance import ANYTHING, DISTRIBUTIONS, SOFT_LABELS, checked, enter, first
+from ibjax.attacks.checks import first
+from ibjax.attacks.entrance import ANYTHING, DISTRIBUTIONS, SOFT_LABELS, checked, enter
 from ibjax.errors import InputError, check_count, nearest
 
 LOSSES = {"ce": losses.cross_entropy, "kl": losses.kl, "margin": losses.margin}
