@@ -107,6 +107,7 @@ def chosen(parser: argparse.ArgumentParser, text: str) -> tuple[str, ...]:
 
 def build(given: ConfigDict, teacher: Section, *, dtype: str = "float32", unroll: bool | None = None) -> Case:
     """The parts of a configuration of `settings`, for ten classes; `unroll` is that of its attack."""
+    given = config.effective(given)
     made = config.build("objectives", given.objective, "objective")
     attack = None
     if given.attack is not None:

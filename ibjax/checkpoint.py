@@ -34,7 +34,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from ibjax import cluster, disk
+from ibjax import cluster, config, disk
 from ibjax.errors import CheckpointError, UnreadableError
 from ibjax.step import TrainState, evaluation_variables
 
@@ -367,7 +367,11 @@ def _refuse_other_run(store, step, saved):
     if store.run is None or saved is None:  # steps of older versions do not say
         return
     now = json.loads(json.dumps(dict(store.run)))
-    differing = [f"{path}={value!r}, now {now.get(path)!r}" for path, value in saved.items() if now.get(path) != value]
+    differing = [
+        f"{path}={value!r}, now {now.get(path)!r}"
+        for path, value in saved.items()
+        if not config.same(path, value, now.get(path))
+    ]
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise CheckpointError(

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from test_ibd import attention_oracle
 
-from ibjax import checkpoint, run, scoring
+from ibjax import checkpoint, disk, run, scoring
 from ibjax.analysis import attention
 from ibjax.attacks.pgd import pgd
 from ibjax.errors import CheckpointError, InputError
@@ -25,8 +25,8 @@ def workdir(digits_run, tmp_path):
 
 
 def edit(workdir, **changes):
-    """Changes config.json: `objective__beta=0` is config.objective.beta."""
-    content = json.loads((workdir / "config.json").read_text())
+    """Changes config.json, and of which run the checkpoints are: `objective__beta=0` is config.objective.beta."""
+    content = disk.read_json(workdir / "config.json")
     for path, value in changes.items():
         *sections, key = path.split("__")
         section = content["config"]
@@ -34,6 +34,9 @@ def edit(workdir, **changes):
             section = section[name]
         section[key] = value
     (workdir / "config.json").write_text(json.dumps(content))
+    own = run.identity(*run.read_config(workdir))
+    for file in (workdir / "checkpoints").glob("*/manifest/metadata"):
+        disk.write_json(file, {**disk.read_json(file), "run": own})
 
 
 def test_the_matching_is_that_of_the_checkpoint(digits_run):
@@ -94,7 +97,7 @@ def test_the_record_is_the_formula_over_attacked_images(sees, changes, workdir, 
     np.testing.assert_allclose(record["mean"], expected.mean(0), atol=1e-4)
     np.testing.assert_allclose(record["std"], expected.std(0), atol=1e-4)
     np.testing.assert_allclose(np.sum(record["mean"], 1), 1, atol=1e-6)  # over the student's layers
-    assert json.loads((workdir / "attention" / "best.json").read_text()) == record
+    assert disk.read_json(workdir / "attention" / "best.json") == record
 
 
 def test_what_the_teacher_sees_and_the_size_of_batches(digits_run):
@@ -117,7 +120,7 @@ def test_it_is_run_from_the_command_line(workdir, monkeypatch, capsys):
     monkeypatch.setattr(attention.cluster, "initialize", lambda: None)  # it must come before all of JAX
     with pytest.raises(SystemExit, match="0"):
         attention.main()
-    record = json.loads((workdir / "attention" / "last.json").read_text())
+    record = disk.read_json(workdir / "attention" / "last.json")
     assert record["n"] == 11 and record["attack"] == "fgsm"
     printed = capsys.readouterr()
     assert f"written: {workdir / 'attention' / 'last.json'}" in printed.err and f"written: {picture}" in printed.err

@@ -1,7 +1,5 @@
 """Calibrated images before a plain classifier: each row of the table by hand, and its command."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,7 +77,7 @@ def test_it_is_evaluated_from_the_command_line(attack, workdir, monkeypatch, cap
     with pytest.raises(SystemExit) as caught:
         calibration.main()
     assert caught.value.code == 0
-    record = json.loads((workdir / "calibration" / "best.json").read_text())
+    record = disk.read_json(workdir / "calibration" / "best.json")
     assert record["n"] == 10 and list(record["acc"]) == list(calibration.ROWS)
     for row in ("image", "through"):
         assert record["acc"][row][attack] <= record["acc"][row]["clean"]

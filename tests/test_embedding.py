@@ -11,7 +11,7 @@ import pytest
 import threadpoolctl
 from conftest import clean_recipe
 
-from ibjax import cluster, run, scoring, train
+from ibjax import cluster, disk, run, scoring, train
 from ibjax.analysis import embedding
 from ibjax.attacks.pgd import pgd
 from ibjax.errors import InputError
@@ -132,7 +132,7 @@ def test_runs_are_drawn_beside_each_other_from_the_command_line(workdirs, tmp_pa
         embedding.main()
     shown = capsys.readouterr().out
     for seed, workdir in enumerate(workdirs):
-        record = json.loads((workdir / "embedding/best.pgd-2.stage2.json").read_text())
+        record = disk.read_json(workdir / "embedding/best.pgd-2.stage2.json")
         arrays = np.load(workdir / "embedding/best.pgd-2.stage2.npz")
         assert record["n"] == 35 and record["tsne_seed"] == 33 and "scikit-learn" in record["versions"]
         assert arrays["coordinates"].shape == (35, 2) and arrays["labels"].shape == arrays["predictions"].shape == (35,)
@@ -201,7 +201,7 @@ def test_bad_input_is_refused_in_a_line(flags, words, workdirs, capsys, monkeypa
 
 
 def test_runs_of_other_test_images_are_refused(workdirs, tmp_path):
-    content = json.loads((workdirs[0] / "config.json").read_text())
+    content = disk.read_json(workdirs[0] / "config.json")
     content["data"]["digests"]["test"] = "another"
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="differ in their test images"):

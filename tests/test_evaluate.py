@@ -10,7 +10,7 @@ import pytest
 from conftest import clean_recipe
 from jax.sharding import AxisType
 
-from ibjax import cluster, evaluate, main, report_tables, results, run, scoring
+from ibjax import cluster, disk, evaluate, main, report_tables, results, run, scoring
 from ibjax.attacks import autoattack, checks, geometry
 from ibjax.attacks.named import named
 from ibjax.attacks.pgd import pgd
@@ -219,7 +219,7 @@ def test_records_are_reused_for_the_same_weights_and_images_only(trained):
 def test_a_record_is_of_the_network_the_code_and_the_precision_that_made_it(trained, caplog):
     """The same weights with another activation, or another version's attack, give other numbers."""
     file = trained / "eval/best/fgsm.json"
-    record = json.loads(file.read_text())
+    record = disk.read_json(file)
     rounded = (np.array(record["fingerprint"]) * (1 + 1e-4)).tolist()
     other = (np.array(record["fingerprint"]) * [[[1.0], [-1.0]]]).tolist()  # the same logits, another gradient
     caplog.set_level("INFO", "ibjax.evaluate")

@@ -11,7 +11,7 @@ import pytest
 from conftest import smoke_config
 from jax.sharding import AxisType
 
-from ibjax import evaluate, main, report_page, report_tables, results, run, scoring
+from ibjax import disk, evaluate, main, report_page, report_tables, results, run, scoring
 from ibjax.attacks import autoattack, geometry
 from ibjax.attacks.named import in_groups, named
 from ibjax.attacks.pgd import pgd
@@ -255,7 +255,7 @@ def test_a_surrogate_that_is_the_run_itself_is_the_white_box(digits):
     before = [file.stat().st_mtime_ns for file in files]
     evaluate.evaluate(digits, attacks=names, surrogate=digits)  # reads what is there
     assert len(files) == 2 and [file.stat().st_mtime_ns for file in files] == before
-    assert json.loads((digits / "eval/best/pgd-2.json").read_text())["attack"] == "pgd-2"
+    assert disk.read_json(digits / "eval/best/pgd-2.json")["attack"] == "pgd-2"
 
     other = evaluate.evaluate(digits, attacks=("pgd-2",), surrogate=digits / "undefended")[0]
     assert other["robust_acc"] >= white[1]["robust_acc"]
@@ -289,7 +289,7 @@ def test_parts_of_autoattack_transfer_too(digits):
 
 
 def test_a_run_that_is_older_than_an_option_of_evaluation_can_be_evaluated(digits):
-    content = json.loads((digits / "config.json").read_text())
+    content = disk.read_json(digits / "config.json")
     del content["config"]["evaluate"]["samples"]
     (digits / "config.json").write_text(json.dumps(content))
     assert run.load(digits).config.evaluate.samples is None

@@ -105,7 +105,7 @@ def test_flags_reach_every_option_and_bring_and_take_sections():
             "--config.contrast.undefended.seed=3",
         ],
     )
-    assert changed.objective.to_dict() == {"name": "trades", "beta": 2.0, "passes": "clean,adv"}
+    assert changed.objective.to_dict() == {"name": "trades", "beta": 2.0, "passes": "clean,adv", "forwards": 2}
     assert changed.optimizer.nesterov is True and changed.schedule.boundaries == (1,) and changed.ema_decay == 0.5
     assert changed.perturb.to_dict() == {"name": "awp", "gamma": 0.005, "warmup": 0}
     assert changed.teacher.recipe.objective.beta == 4.0 and changed.contrast.undefended.seed == 3

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from ibjax import evaluate, report, report_tables, results, run, scoring
+from ibjax import disk, evaluate, report, report_tables, results, run, scoring
 from ibjax.attacks import names
 from ibjax.attacks.autoattack import sub_attacks
 from ibjax.attacks.cw import cw
@@ -31,7 +31,7 @@ KEY = jax.random.key(0)
 OTHER = dict(
     loss="margin", init="gaussian", restarts=2, step_size="1/255", decay=0.5, samples=3, delta=0.02, lr=0.1, c=0.1,
     kappa=1.0, torchattacks_compat=True, steps=7, targets=2, queries=9, p_init=0.3, alpha=0.1, beta=0.2,
-    layers="pre_logits", y_kernel="linear", group=4, lam=20.0, count="attacked",
+    layers="pre_logits", y_kernel="linear", group=4, lam=20.0, count="attacked", draws=9,
 )  # fmt: skip
 FORMS = {**ATTACKS, **{f"{name}-3": form for name, form in FAMILIES.items()}}
 
@@ -254,7 +254,7 @@ def test_what_was_called_cw_is_read_reused_and_called_margin(digits, caplog):
     folder = digits / "eval/best"
     for file in folder.glob("margin-2*"):  # as a run from before has it
         if file.suffix == ".json":
-            file.write_text(json.dumps({**json.loads(file.read_text()), "attack": "cw-2"}))
+            file.write_text(json.dumps({**disk.read_json(file), "attack": "cw-2"}))
         file.rename(file.with_name(file.name.replace("margin", "cw")))
     before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
     assert [record["attack"] for record in evaluate.evaluate(digits, attacks=("cw-2",))] == ["margin-2"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ibjax import disk
 from ibjax.analysis import output, pictures
 from ibjax.errors import InputError
 
@@ -68,4 +69,8 @@ def test_records_and_arrays_say_where_they_are(tmp_path, caplog):
         output.arrays(tmp_path / "maps", "best", {"x": np.arange(3)})
     record, arrays = tmp_path / "tendency" / "best.pgd-20(eps=1_16).json", tmp_path / "maps" / "best.npz"
     assert said(caplog) == [f"written: {record}", f"written: {arrays}"]
-    assert record.read_text() == '{\n "n": 1\n}\n' and np.load(arrays)["x"].tolist() == [0, 1, 2]
+    assert (
+        disk.read_json(record) == {"n": 1}
+        and record.read_text().startswith('{\n "n": 1')
+        and np.load(arrays)["x"].tolist() == [0, 1, 2]
+    )

@@ -1,6 +1,5 @@
 """The information plane: its coordinates by explicit traces, the training that it watches, its file, its command."""
 
-import json
 import re
 import shutil
 import sys
@@ -12,7 +11,7 @@ import pytest
 from conftest import clean_recipe, smoke_config
 from ml_collections import ConfigDict
 
-from ibjax import cluster, config, run, train
+from ibjax import cluster, config, disk, run, train
 from ibjax.analysis import attacked, plane
 from ibjax.errors import DivergedError, InputError, PreemptedError
 from ibjax.experiment import build, initial_state
@@ -109,7 +108,7 @@ def test_a_finished_one_is_read_and_never_replaced(made):
     found, folder, _ = made
     file = folder / "plane.json"
     before = file.stat().st_mtime_ns
-    assert plane.record(recipe(), folder, **OPTIONS) == found == json.loads(file.read_text())
+    assert plane.record(recipe(), folder, **OPTIONS) == found == disk.read_json(file)
     for changes, options, words in (
         ({}, dict(every=4, n=12), "with every=3, now 4 is asked for"),
         ({}, dict(every=3, n=11), "with n=12, now 11 is asked for"),
@@ -127,7 +126,7 @@ def test_one_that_was_stopped_starts_again(made, tmp_path, monkeypatch):
     monkeypatch.setattr(cluster, "preempted", lambda: next(notices, False))
     with pytest.raises(PreemptedError, match="stopped at step 3 of 14"):
         plane.record(recipe(), tmp_path, **OPTIONS)
-    part = json.loads((tmp_path / "plane.json").read_text())
+    part = disk.read_json(tmp_path / "plane.json")
     assert not part["finished"] and part["step"] == [0, 3]
     again = plane.record(recipe(), tmp_path, **OPTIONS)
     assert again["nhsic"] == found["nhsic"] and again["weights"] == found["weights"]
@@ -172,7 +171,7 @@ def test_it_is_recorded_and_drawn_from_the_command_line(tmp_path, capsys, monkey
     picture = tmp_path / "plane.png"
     flags = ("--every=5", "--n=12", "--taps=stage2,pre_logits", "--config.epochs=1", f"--picture={picture}")
     assert command(tmp_path, monkeypatch, *flags) == 0
-    found = json.loads((tmp_path / "run" / "plane.json").read_text())
+    found = disk.read_json(tmp_path / "run" / "plane.json")
     assert found["step"] == [0, 5, 7] and found["taps"] == ["stage2", "pre_logits"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     x, y = (found["nhsic"]["stage2"][axis] for axis in "xy")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ibjax import config, main, report, report_checks, report_figures, report_tables, results
+from ibjax import config, disk, main, report, report_checks, report_figures, report_tables, results
 from ibjax.data import first_of_each
 from ibjax.errors import InputError
 
@@ -413,7 +413,7 @@ def test_the_name_of_a_file_says_which_eps_is_the_main_one(tmp_path):
     own = {"evaluate": {"eps": "16/255"}}
     folder = write_run(tmp_path / "a", [{**each, "config": own} for each in healthy()])
     for file in folder.glob("eval/best/*.json"):
-        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "main"}))
+        file.write_text(json.dumps({k: v for k, v in disk.read_json(file).items() if k != "main"}))
     assert [(each["eps"], each["main"]) for each in report.read([folder])[0].records] == [
         ("8/255", True),
         ("16/255", False),
@@ -803,7 +803,7 @@ def test_the_command_that_trains_again_has_the_run_s_own_configuration(digits_ru
     assert len(calls) == 1  # which trains teacher and contrast too
     asked = main.parse(["main", *calls[0][2:]])
     assert asked.workdir == Path(f"{digits_run}-again")
-    assert config.plain(asked.settings) == json.loads((digits_run / "config.json").read_text())["config"]
+    assert config.plain(asked.settings) == disk.read_json(digits_run / "config.json")["config"]
     assert main.parse(["main", *calls[0][2:], "--config.seed=9"]).settings.seed == 9
     with pytest.raises(InputError, match="holds no run"):
         main.load_config(str(tmp_path / "config.json"))

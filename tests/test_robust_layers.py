@@ -1,6 +1,5 @@
 """IB-RAR's permanent mask as a network, and the two commands: the mask of a run, the choice of robust layers."""
 
-import json
 import shutil
 
 import jax
@@ -10,7 +9,7 @@ import pytest
 from conftest import clean_recipe
 
 import ibjax
-from ibjax import evaluate, main, metrics, run
+from ibjax import disk, evaluate, main, metrics, run
 from ibjax.analysis import layers, mask
 from ibjax.errors import InputError
 from ibjax.models import masked
@@ -100,7 +99,7 @@ def test_the_choice_of_layers_trains_each_alone_and_goes_on_where_it_was(tmp_pat
     saved = {name: run.read_config(tmp_path / name)[0].objective for name in found["accuracy"]}
     assert (saved["none"].alpha, saved["none"].beta) == (0.0, 0.0)
     assert saved["stage1"].layers == "stage1" and saved["stage1"].beta == 0.08
-    assert json.loads((tmp_path / "layers.json").read_text()) == found
+    assert disk.read_json(tmp_path / "layers.json") == found
     assert "validation images" in layers.table(found).splitlines()[0]
 
     # the last checkpoint was validated too, by an attack of its own: the clean accuracies are of the same images

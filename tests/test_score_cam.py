@@ -1,6 +1,5 @@
 """Score-CAM: the maps against NumPy in float64, what they must find, and the command."""
 
-import json
 import sys
 
 import jax
@@ -11,7 +10,7 @@ import scipy.spatial
 from conftest import clean_recipe
 from PIL import Image
 
-from ibjax import cluster, main, run
+from ibjax import cluster, disk, main, run
 from ibjax.analysis import score_cam
 from ibjax.models import cnn, siriib, vgg, wide_resnet
 from ibjax.step import linen_net, to_float
@@ -160,7 +159,7 @@ def test_it_is_run_from_the_command_line(workdir, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(run, "load", lambda *_: trained)
     picture, flags = tmp_path / "new" / "maps.png", ("--attack=pgd-10", "--n=16", "--names=a,b,c,d,e,f,g,h,i,$j$")
     assert command(monkeypatch, f"--workdir={workdir}", *flags, f"--picture={picture}") == 0
-    record = json.loads((workdir / "score_cam" / "best.json").read_text())
+    record = disk.read_json(workdir / "score_cam" / "best.json")
     with np.load(workdir / "score_cam" / "best.npz") as file:
         stored = dict(file)
     assert f"| x and its x' | {record['cosine']:.3f} |" in capsys.readouterr().out
@@ -197,9 +196,11 @@ def test_maps_are_drawn_in_a_perceptually_uniform_scale(tmp_path, monkeypatch):
         arrays |= {f"x{suffix}": images, f"map{suffix}": maps, f"predicted{suffix}": classes}
     record = dict(title="t", dataset="d", n=2, attack="pgd-2", norm="linf", eps="8/255", tap="stage1")
     score_cam.draw(record, arrays, tmp_path / "a.png", ["one", "two"])
-    scales = {panel.images[-1].get_cmap() for panel in figures[0].axes if len(panel.images) == 2}
-    (scale,) = scales
-    red, green, blue = (np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) for c in scale.colors.T)
+    scale, *others = (panel.images[-1].get_cmap() for panel in figures[0].axes if len(panel.images) == 2)
+    assert all(other == scale for other in others)
+    red, green, blue = (
+        np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) for c in np.array(scale.colors).T
+    )
     luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
     lightness = 116 * np.where(luminance > 0.008856, np.cbrt(luminance), 7.787 * luminance + 16 / 116) - 16  # CIE L*
     steps = np.diff(lightness[::16])

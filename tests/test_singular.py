@@ -1,7 +1,5 @@
 """Singular values of x in x': the swap against its definition, the record by hand, and the command."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 import scipy.linalg
 from PIL import Image
 
-from ibjax import evaluate, run, scoring
+from ibjax import disk, evaluate, run, scoring
 from ibjax.analysis import attacked, singular
 from ibjax.attacks.pgd import pgd
 from ibjax.data import Split
@@ -154,7 +152,7 @@ def test_it_is_run_from_the_command_line(digits_run, tmp_path, monkeypatch, caps
     monkeypatch.setattr(singular.cluster, "initialize", lambda: None)  # it must come before all of JAX
     with pytest.raises(SystemExit, match="0"):
         singular.main()
-    record = json.loads((digits_run / "singular" / "best.json").read_text())
+    record = disk.read_json(digits_run / "singular" / "best.json")
     assert record["n"] == 11 and list(record["acc"]) == ["image", *singular.SEEN]
     for known in evaluate.evaluate(digits_run, attacks=("fgsm", "pgd-2"), n=11):
         if known["main"]:

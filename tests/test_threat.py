@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import clean_recipe, smoke_config
 
-from ibjax import config, evaluate, main, report_checks, report_tables, results, run, threat
+from ibjax import config, disk, evaluate, main, report_checks, report_tables, results, run, threat
 from ibjax.errors import InputError
 
 
@@ -88,7 +88,7 @@ def test_a_saved_configuration_is_the_same_run_and_still_follows_its_threat_mode
 def test_a_run_from_before_there_was_a_threat_model_loads_and_continues(digits_run, tmp_path):
     folder = shutil.copytree(digits_run, tmp_path / "old", ignore=shutil.ignore_patterns(".lock"))
     for file in folder.rglob("config.json"):
-        content = json.loads(file.read_text())
+        content = disk.read_json(file)
         parts = [content["config"], content["config"]["teacher"]["recipe"], *content["config"]["contrast"].values()]
         for part in filter(None, parts):
             del part["threat"]

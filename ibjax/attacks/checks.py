@@ -125,9 +125,14 @@ def _randomised(network, passes=4):
     return any(np.max(np.linalg.norm((other - logits) / length, axis=1)) > 1e-4 for other in again)
 
 
+def inside_a_trace(*values: Any) -> bool:
+    """Whether one of the values is traced, or all that is computed now is, as in `jax.jit(lambda: …)`."""
+    return any(isinstance(value, Tracer) for value in (*values, jnp.zeros(())))
+
+
 def outside_traces(*values: Any) -> None:
-    """Raises InputError where a value is traced, or everything is: what is steered from the host cannot run there."""
-    if any(isinstance(value, Tracer) for value in (*values, jnp.zeros(()))):
+    """Raises InputError inside a trace: what is steered from the host cannot run there."""
+    if inside_a_trace(*values):
         raise InputError(
             "autoattack cannot run inside jax.jit, vmap, grad or a loop of lax: it steers its programs from the host; "
             "call it outside, or use apgd, fab or square there"

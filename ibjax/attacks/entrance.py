@@ -81,7 +81,7 @@ def enter(
     key, target = as_key(key, x) if draws else key, target_of(target, len(x), classes, kind)
     if coupled:
         _remember(logits_fn)
-    elif logits_fn is not None and has_values(x):
+    elif logits_fn is not None and has_values(x) and not checks.inside_a_trace():
         _ask(logits_fn, x, stochastic)
     return key, x, target
 
