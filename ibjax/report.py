@@ -9,7 +9,6 @@ Guarantees (tests of the same names): a file that cannot be read is named, and t
 nothing outside itself; whatever stands in a file is escaped; a page is there whole or not at all.
 """
 
-import errno
 import logging
 import os
 from collections.abc import Iterable
@@ -222,8 +221,6 @@ def write(workdirs: Iterable[str | os.PathLike], out: str | os.PathLike, each: b
         with disk.replacing(out) as temporary:
             temporary.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise  # a full disk is told as everywhere else
         raise InputError(f"{out} cannot be written ({error.strerror}); give another --out") from None
     return runs
 

@@ -189,7 +189,7 @@ def test_weights_that_break_after_the_last_loss_are_told_as_a_loss_that_does(tmp
         train.train(made, tmp_path / "large")
 
 
-def test_a_validation_is_told_on_a_terminal_as_in_a_pipe(tmp_path, monkeypatch, capsys):
+def test_a_validation_is_told_on_a_terminal_as_in_a_pipe(tmp_path, monkeypatch, capsys, caplog):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
@@ -198,7 +198,7 @@ def test_a_validation_is_told_on_a_terminal_as_in_a_pipe(tmp_path, monkeypatch, 
         handler = logging.StreamHandler(stream)
         monkeypatch.setattr(sys, "stderr", stream)
         monkeypatch.setattr(logging.root, "handlers", [handler])
-        monkeypatch.setattr(logging.root, "level", logging.INFO)
+        caplog.set_level(logging.INFO)  # which has loggers forget what they knew of another level
         train.train(build(settings(epochs=1)), tmp_path / type(stream).__name__)
         text = stream.getvalue()
         assert "epoch 1 of 1, validation clean" in text
