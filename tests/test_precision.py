@@ -137,7 +137,7 @@ PROMISED = {
     "nHSIC of channels and labels": lambda: with_gradient(
         lambda x: hsic.nhsic_channels(hsic.label_operator(LABELS, 3)[None], x), normal(N, 3, 2)
     ),
-    "kernel width": lambda: (jax.jit(lambda x: hsic.knn_width(x, k=1)), normal(N, 9)),
+    "kernel width": lambda: (jax.jit(lambda x: hsic.knn_width(x, k=1)), normal(N, 2)),
     "MIGE": lambda: (jax.jit(mige.score), normal(N, 4)),
     "MINE": mutual_information,
     "singular values and polar factor": lambda: with_gradient(svd.singular_values_and_polar, MATRICES),
@@ -193,8 +193,8 @@ def network(x):
     return jnp.sum(jnp.square(x)[:, None] * PLANES[None], axis=(2, 3, 4))
 
 
-def stochastic(x, keys):
-    return network(x) + jax.vmap(lambda key: jax.random.normal(key, (CLASSES,)))(keys)
+def stochastic(key, x):
+    return network(x) + jax.random.normal(key, (1, CLASSES))
 
 
 def in_each(factory, norms=geometry.NORMS, **options):

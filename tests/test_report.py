@@ -806,5 +806,5 @@ def test_the_command_that_trains_again_has_the_run_s_own_configuration(digits_ru
     saved = disk.read_json(digits_run / "config.json")["config"]
     assert config.plain(config.effective(asked.settings)) == config.plain(saved)
     assert main.parse(["main", *calls[0][2:], "--config.seed=9"]).settings.seed == 9
-    with pytest.raises(InputError, match="holds no recipe .* and no config"):
+    with pytest.raises(InputError, match=r"holds no recipe .* and no config"):
         main.load_config(str(tmp_path / "config.json"))
