@@ -116,10 +116,10 @@ def test_a_page_that_a_full_disk_does_not_take_is_told_as_such(tmp_path, monkeyp
     monkeypatch.setattr(report, "read", lambda workdirs: [])
     monkeypatch.setattr("ibjax.report_page.page", lambda *arguments: "text")
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(InputError) as caught:
         report.write([], tmp_path / "report.html")
     assert errors._ending(caught.value) == (
-        2, f"error: disk full ({tmp_path / 'report.html'}); free space, run the same command"
+        2, f"error: {tmp_path / 'report.html'} cannot be written (No space left on device); give another --out"
     )  # fmt: skip
 
 

@@ -89,12 +89,18 @@ def enter(
 def _ask(logits_fn, x, stochastic):
     """Raises InputError where a network's answer about an image depends on the others, the first time that it is seen.
 
-    A batch of one image has no others, and what is no (B, classes) is no answer about images.
+    A batch of one image has no others, a network that takes one number of images only has no other batch, and what is
+    no (B, classes) is no answer about images.
     """
     if len(x) < 2 or (isinstance(logits_fn, Hashable) and logits_fn in _known):
         return
     keys = jax.random.split(jax.random.key(0), len(x)) if stochastic else None
-    found = first(jax.eval_shape(logits_fn, x, *([] if keys is None else [keys])))
+    whole = [x] if keys is None else [x, keys]
+    found = first(jax.eval_shape(logits_fn, *whole))
+    try:
+        jax.eval_shape(logits_fn, *(part[: len(x) // 2] for part in whole))
+    except Exception:  # of whatever kind: the function is the caller's
+        return
     if found.ndim == 2 and len(found) == len(x):
         checks.independent(logits_fn, x, keys)
         _remember(logits_fn)
