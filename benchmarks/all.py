@@ -36,7 +36,7 @@ from typing import NamedTuple
 
 from parts import ROOT, started, update
 
-from ibjax import disk
+from ibjax import files
 
 HERE = Path(__file__).resolve().parent
 
@@ -111,7 +111,7 @@ def run_part(name: str, given: argparse.Namespace, backend: str) -> str:
     with started(line, log, dict(pair.split("=") for pair in environment)) as process:
         code = process.wait()
     status = "done" if code == 0 else f"failed, exit code {code}"
-    record = disk.read_json(found) if found.is_file() else {}
+    record = files.read_json(found) if found.is_file() else {}
     table = found.with_suffix(".md")
     record |= {"table": table.read_text(encoding="utf-8")} if table.is_file() else {}
     tail = {} if code == 0 else {"tail": log.read_text(encoding="utf-8", errors="replace")[-2000:]}
@@ -150,8 +150,8 @@ def main() -> None:
     parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS), help=",".join(PARTS))
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the scripts")
     parser.add_argument("--quiet", action="store_true", help="wait for other processes to rest while timing")
-    parser.add_argument("--workdir", type=disk.path, help="of a run of configs/small_cnn.py, for the parts on attacks")
-    parser.add_argument("--out", type=disk.path, help="default: results/benchmarks-BACKEND-DATE.json")
+    parser.add_argument("--workdir", type=files.path, help="of a run of configs/small_cnn.py, for the parts on attacks")
+    parser.add_argument("--out", type=files.path, help="default: results/benchmarks-BACKEND-DATE.json")
     given = parser.parse_args()
     if unknown := set(given.parts) - set(PARTS):
         parser.error(f"--parts: {', '.join(sorted(unknown))} is unknown; allowed: {', '.join(PARTS)}")
@@ -164,7 +164,7 @@ def main() -> None:
     if given.quick:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads wait for each other on a busy machine
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    known = disk.read_json(given.out) if given.out.is_file() else {}
+    known = files.read_json(given.out) if given.out.is_file() else {}
     if known and known["run"]["quick"] != given.quick:
         parser.error(
             f"--out={given.out} holds a run with{'' if known['run']['quick'] else 'out'} --quick; give another"
@@ -180,7 +180,7 @@ def main() -> None:
             update(given.out, name, status=f"left out: {reason}")
         else:
             failed |= run_part(name, given, backend) != "done"
-        content = disk.read_json(given.out)
+        content = files.read_json(given.out)
         given.out.with_suffix(".md").write_text(page(content), encoding="utf-8")
         print(f"{name}: {content[name]['status']}", flush=True)
     print(given.out.with_suffix(".md"))

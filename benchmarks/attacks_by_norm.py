@@ -30,7 +30,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax import disk, run
+from ibjax import files
+from ibjax.runs import run
 from ibjax.attacks import geometry
 from ibjax.attacks.apgd import apgd
 from ibjax.attacks.cw import cw
@@ -459,7 +460,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose names begin so; the file keeps its others")
-    parser.add_argument("--out", type=disk.path, default=RESULTS)
+    parser.add_argument("--out", type=files.path, default=RESULTS)
     given = parser.parse_args()
     before = json.loads(given.out.read_text(encoding="utf-8"))["records"] if given.out.is_file() else []
     records, found = {record["name"]: record for record in before}, measuring.environment()
@@ -471,7 +472,7 @@ def main() -> None:
         records[row.name] = {**about, "theirs": theirs, "ours": run_ours(row)}
         print(table([records[row.name]]).splitlines()[-1], flush=True)
         ordered = [records[other.name] for other in rows() if other.name in records]
-        run.write_json(given.out, {"benchmark": "attacks_by_norm", "n": N, **found, "records": ordered})
+        files.write_json(given.out, {"benchmark": "attacks_by_norm", "n": N, **found, "records": ordered})
         note = f"{N} images; robust accuracy in percent, the mean of the runs\n{measuring.provenance(found)}"
         given.out.with_suffix(".md").write_text(f"{table(ordered)}\n\n{note}\n", encoding="utf-8")
 

@@ -28,7 +28,8 @@ import twin
 from torch import nn
 
 import ibjax
-from ibjax import disk, losses, run
+from ibjax import files, losses
+from ibjax.runs import run
 from ibjax.attacks import Attack, geometry
 from ibjax.attacks.cw import cw
 from ibjax.attacks.fgsm import fgsm
@@ -141,13 +142,13 @@ def page(found: dict, records: list[dict]) -> str:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=disk.path, required=True, help="of a run of configs/small_cnn.py")
+    parser.add_argument("--workdir", type=files.path, required=True, help="of a run of configs/small_cnn.py")
     parser.add_argument("--eps", default="4/255", help="l_inf radius; in l2 it is 0.5, in steps of 0.1")
     parser.add_argument("--step-size", default="1/255")
     parser.add_argument("--n", type=int, default=256, help="test images, each class in proportion")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each random attack")
     parser.add_argument("--only", help="attacks whose names begin so")
-    parser.add_argument("--out", type=disk.path, help="default: results/attacks-BACKEND-DATE.json")
+    parser.add_argument("--out", type=files.path, help="default: results/attacks-BACKEND-DATE.json")
     given = parser.parse_args()
     eps, step_size = (geometry.fraction(value) for value in (given.eps, given.step_size))
     trained = ibjax.load(given.workdir)
@@ -168,7 +169,7 @@ def main() -> None:
         if row.name.startswith(given.only or ""):
             records.append(compare(row, logits_fn, network, x, y, given.repeats))
             print(table(records[-1:]).splitlines()[-1], flush=True)
-            run.write_json(out, {"benchmark": "attacks_vs_torch", **found, **settings, "records": records})
+            files.write_json(out, {"benchmark": "attacks_vs_torch", **found, **settings, "records": records})
     text = page(found | settings, records)
     out.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

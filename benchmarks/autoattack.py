@@ -30,7 +30,9 @@ import torchattacks
 import twin
 
 import ibjax
-from ibjax import cluster, disk, run
+from ibjax.devices import cluster
+from ibjax import files
+from ibjax.runs import run
 from ibjax.attacks import geometry
 from ibjax.attacks.apgd import iterative_apgd
 from ibjax.attacks.autoattack import autoattack
@@ -134,13 +136,13 @@ def table(found: Mapping[str, Any]) -> str:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=disk.path, required=True, help="of a run of configs/small_cnn.py")
+    parser.add_argument("--workdir", type=files.path, required=True, help="of a run of configs/small_cnn.py")
     parser.add_argument("--n", type=int, default=256, help="test images, each class in proportion")
     parser.add_argument("--eps", default="4/255")
     parser.add_argument("--steps", type=int, default=100, help="of APGD and FAB")
     parser.add_argument("--queries", type=int, default=5000, help="of Square")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--out", type=disk.path, help="default: results/autoattack-BACKEND-DATE.json")
+    parser.add_argument("--out", type=files.path, help="default: results/autoattack-BACKEND-DATE.json")
     given = parser.parse_args()
     about = measuring.environment()
     about["versions"]["torchattacks"] = "3.5.1"
@@ -153,14 +155,14 @@ def main() -> None:
         "steps": given.steps,
         "queries": given.queries,
     }
-    found = disk.read_json(out) if out.is_file() else {}
+    found = files.read_json(out) if out.is_file() else {}
     if any(found.get(name) != value for name, value in asked.items()):
         found = {"benchmark": "autoattack", **about, **asked, "parts": {}}
     cluster.keep_memory()  # as `python -m ibjax.evaluate` does; PyTorch profits too
     with tempfile.TemporaryDirectory() as folder:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        compare(given.workdir, found, given.rounds, lambda: run.write_json(out, found))
+        compare(given.workdir, found, given.rounds, lambda: files.write_json(out, found))
     text = (
         f"{table(found)}\n\nrobust accuracy in percent of {given.n} images, l_inf, eps {given.eps}, clean "
         f"{found['clean'][0]:.2f}; {given.steps} steps, {given.queries} queries; {given.rounds} round(s); "

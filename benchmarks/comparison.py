@@ -29,10 +29,12 @@ import measuring
 import numpy as np
 from ml_collections import ConfigDict
 
-from ibjax import config, disk, errors, feed, main, objectives, run
+from ibjax import config, files, errors, main, objectives
+from ibjax.training import feed
+from ibjax.runs import run
 from ibjax.errors import DivergedError, InputError
-from ibjax.experiment import build, initial_state
-from ibjax.results import attack_label
+from ibjax.training.experiment import build, initial_state
+from ibjax.evaluation.results import attack_label
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
@@ -236,21 +238,21 @@ def compare(given: argparse.Namespace) -> None:
             except (InputError, DivergedError) as error:
                 results["failed"][name] = f"seed {seed}: {error}"
                 log.warning("%s: %s", name, error)
-            run.write_json(given.out.with_suffix(".json"), results)
+            files.write_json(given.out.with_suffix(".json"), results)
             given.out.with_suffix(".md").write_text(page(results), encoding="utf-8")
     finished = {
         name: settings(name, given.epochs, 0, given.workdir) for name, runs in results["methods"].items() if runs
     }
     results["seconds_per_step"] = step_times(finished, given.workdir)
-    run.write_json(given.out.with_suffix(".json"), results)
+    files.write_json(given.out.with_suffix(".json"), results)
     given.out.with_suffix(".md").write_text(page(results), encoding="utf-8")
     print(page(results))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
-    parser.add_argument("--workdir", type=disk.path, required=True, help="folder of all runs")
-    parser.add_argument("--out", type=disk.path, default=ROOT / "results" / "comparison-digits", help="without suffix")
+    parser.add_argument("--workdir", type=files.path, required=True, help="folder of all runs")
+    parser.add_argument("--out", type=files.path, default=ROOT / "results" / "comparison-digits", help="without suffix")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, …")
     parser.add_argument("--only", default="", help="names of objectives, separated by commas; default: all")

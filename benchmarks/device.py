@@ -30,7 +30,7 @@ from pathlib import Path
 
 from parts import ROOT, started, update
 
-from ibjax import disk
+from ibjax import files
 
 SHARES = {"step": 5, "throughput": 4, "autoattack": 3, "tests": 3}  # of what training leaves; unused time passes on
 PARTS = ("step", "throughput", "training", "autoattack", "tests")
@@ -112,9 +112,11 @@ def throughput(given: argparse.Namespace) -> None:
 
 def training(given: argparse.Namespace) -> None:
     """A short PGD-AT run through `experiment.build`, its epochs chosen from the measured rate, and its evaluation."""
-    from ibjax import config, run, train
+    from ibjax import config
+    from ibjax.runs import run
+    from ibjax.training import loop
     from ibjax.evaluate import evaluate
-    from ibjax.experiment import build
+    from ibjax.training.experiment import build
 
     settings = config.base()
     settings.title = "PGD-AT PreActResNet-18, short"
@@ -131,7 +133,7 @@ def training(given: argparse.Namespace) -> None:
     update(given.out, "training", epochs=settings.epochs, n_train=n, config=config.plain(settings))
 
     begun = time.perf_counter()
-    train.train(build(settings), given.workdir)
+    loop.train(build(settings), given.workdir)
     update(given.out, "training", training_s=round(time.perf_counter() - begun, 1))
     evaluate(given.workdir, "last")
 
@@ -148,14 +150,15 @@ def autoattack(given: argparse.Namespace) -> None:
     """Trains the network of configs/small_cnn.py and attacks it from both sides, twice: the first round compiles."""
     import autoattack as comparison
 
-    from ibjax import main, train
-    from ibjax.experiment import build
+    from ibjax import main
+    from ibjax.training import loop
+    from ibjax.training.experiment import build
 
     settings = main.load_config(str(ROOT / "configs" / "small_cnn.py") + (":smoke" if given.quick else ""))
     settings.data = data_section(given)
     settings.validate.every = settings.epochs
     workdir = given.workdir.with_name("small_cnn")
-    train.train(build(settings), workdir)
+    loop.train(build(settings), workdir)
     size = dict(n=16, steps=2, queries=5) if given.quick else dict(n=1000, steps=20, queries=500)
     found = dict(eps="4/255", parts={}, **size)
 
@@ -169,7 +172,7 @@ def autoattack(given: argparse.Namespace) -> None:
 
 def affordable_images(given: argparse.Namespace) -> float:
     """How many images may pass through training in the time, at 0.85 of the rate of the bare step."""
-    rows = disk.read_json(given.out).get("throughput", {}).get("rows", {})
+    rows = files.read_json(given.out).get("throughput", {}).get("rows", {})
     rate = rows.get("PGD-10 PreActResNet-18", {}).get("images_per_s")
     if rate is None:
         import measuring
@@ -185,9 +188,9 @@ def affordable_images(given: argparse.Namespace) -> float:
 
 def collect_training(out: Path, workdir: Path) -> None:
     """What the training part has left in its folder, also where it was stopped."""
-    from ibjax import metrics
+    from ibjax.runs import metrics
 
-    records = {file.stem: disk.read_json(file) for file in sorted(workdir.glob("eval/*/*.json"))}
+    records = {file.stem: files.read_json(file) for file in sorted(workdir.glob("eval/*/*.json"))}
     for record in records.values():
         del record["config"]  # stands beside the records already
     update(out, "training", records=records, metrics=metrics.read(workdir / "metrics.jsonl"))
@@ -261,15 +264,15 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path("results") / f"device-{datetime.date.today()}.json"
-    parser.add_argument("--out", type=disk.path, default=default, help="the JSON file, written anew")
-    parser.add_argument("--data", type=disk.path, help="to train on: class folders, or an .npz in Keras's layout")
+    parser.add_argument("--out", type=files.path, default=default, help="the JSON file, written anew")
+    parser.add_argument("--data", type=files.path, help="to train on: class folders, or an .npz in Keras's layout")
     parser.add_argument("--minutes", type=float, help="for training, its compilation and evaluation; default 2.5")
     parser.add_argument("--total-minutes", type=float, default=9.5, help="for everything")
     parser.add_argument("--peak-tflops", type=float, help="of the accelerator in bf16; default: known for some")
     parser.add_argument("--parts", type=lambda text: text.split(","), default=PARTS, help=",".join(PARTS))
     parser.add_argument("--quick", action="store_true", help="tiny sizes and synthetic data, to try the script")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
-    parser.add_argument("--workdir", type=disk.path, help=argparse.SUPPRESS)
+    parser.add_argument("--workdir", type=files.path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if unknown := set(given.parts) - set(PARTS):
         parser.error(f"--parts {', '.join(unknown)} is unknown; allowed: {', '.join(PARTS)}")
@@ -285,7 +288,7 @@ def main() -> None:
         return
     import measuring
 
-    if "environment" not in disk.read_json(given.out):
+    if "environment" not in files.read_json(given.out):
         update(given.out, "environment", **measuring.environment())
     {"step": step, "throughput": throughput, "training": training, "autoattack": autoattack}[given.part](given)
 

@@ -40,10 +40,11 @@ from comparison import ROOT, Results, cell
 from ml_collections import ConfigDict
 from scipy import stats
 
-from ibjax import config, disk, errors, run
+from ibjax import config, files, errors
+from ibjax.runs import run
 from ibjax.attacks.pgd import pgd
 from ibjax.errors import DivergedError, InputError
-from ibjax.results import attack_label
+from ibjax.evaluation.results import attack_label
 from ibjax.step import Objective, linen_net, to_float
 
 log = logging.getLogger(__name__)
@@ -166,7 +167,7 @@ def measure(name: str, seed: int, given: argparse.Namespace) -> Results:
     identity = {"config": config.plain(made), "commit": run.commit(), "versions": run.versions()}
     identity, file = json.loads(json.dumps(identity)), folder / "effects.json"
     if file.is_file():
-        known = disk.read_json(file)
+        known = files.read_json(file)
         if {key: known[key] for key in identity} == identity:
             return known["found"]
     found = comparison.measure(made, folder)
@@ -174,7 +175,7 @@ def measure(name: str, seed: int, given: argparse.Namespace) -> Results:
     if objective:
         built = config.build("objectives", dict(name=objective), "objective")
         found |= terms(run.load(folder, "last"), built, tuple(TERMS[objective]), given.n)
-    run.write_json(file, {**identity, "found": found})
+    files.write_json(file, {**identity, "found": found})
     return found
 
 
@@ -282,7 +283,7 @@ def study(given: argparse.Namespace) -> None:
             except (InputError, DivergedError) as error:
                 results["failed"][f"{name}, seed {seed}"] = str(error)
                 log.warning("%s, seed %d: %s", name, seed, error)
-            run.write_json(out.with_suffix(".json"), results)
+            files.write_json(out.with_suffix(".json"), results)
             out.with_suffix(".md").write_text(page(results), encoding="utf-8")
     print(page(results))
 
@@ -292,9 +293,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", type=disk.path, required=True, help="folder of all runs")
+    parser.add_argument("--workdir", type=files.path, required=True, help="folder of all runs")
     parser.add_argument("--data", default="digits", help="digits, mnist:FILE.npz or cifar10:FOLDER")
-    parser.add_argument("--out", type=disk.path, help="without suffix; default: results/effects-DATA")
+    parser.add_argument("--out", type=files.path, help="without suffix; default: results/effects-DATA")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument(
         "--runs", type=lambda text: text.split(";"), default=list(RUNS), help="some, as named on the page"

@@ -30,7 +30,8 @@ from typing import Any
 import flips
 import numpy as np
 
-from ibjax import disk, run
+from ibjax import files
+from ibjax.runs import run
 
 ERRORS = {"EIO": 5, "ENOMEM": 12, "EACCES": 13, "EMFILE": 24, "ESTALE": 116}
 OUTCOMES = ("the right numbers", "refused", "traceback", "wrong", "changed")
@@ -103,7 +104,7 @@ def command_line() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=disk.path, default=flips.ROOT / "results" / "failures.json")
+    parser.add_argument("--out", type=files.path, default=flips.ROOT / "results" / "failures.json")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if "FAIL_PATH" not in os.environ:  # once more, with the library preloaded
@@ -113,11 +114,11 @@ def command_line() -> None:
             variables = {**os.environ, "LD_PRELOAD": str(library), "FAIL_PATH": "nothing yet"}
             sys.exit(subprocess.run([sys.executable, *sys.argv], env=variables).returncode)
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        disk._WAITS = (0.001, 0.001, 0.001)
+        files._WAITS = (0.001, 0.001, 0.001)
         found = inject(Path(folder) / "root", given.trials, given.seed)
     about = {**run.environment(), "compression": flips.compression()}
     table = flips.page(("failure", "injected"), found["rows"], OUTCOMES)
-    disk.write_json(given.out, {**found, "run": about})
+    files.write_json(given.out, {**found, "run": about})
     given.out.with_suffix(".md").write_text(f"{table}\n\n{flips.provenance(about)}\n", encoding="utf-8")
     print(table)
     for line in found["bad"]:

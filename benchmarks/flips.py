@@ -41,7 +41,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax import checkpoint, compiled, disk, errors, evaluate, experiment, main, metrics, report, run
+from ibjax.runs import checkpoint, metrics, run
+from ibjax.devices import compiled
+from ibjax import files, errors, evaluate, main, report
+from ibjax.training import experiment
 from ibjax.attacks.pgd import pgd
 from ibjax.data import stream
 from ibjax.step import linen_net, to_float
@@ -375,20 +378,20 @@ def command_line() -> None:
     parser.add_argument("--trials", type=int, default=1000, help="flips in this process")
     parser.add_argument("--processes", type=int, default=20, help="flips with the command started anew")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=disk.path, help="default: results/flips-DATE.json; what it holds is added to")
+    parser.add_argument("--out", type=files.path, help="default: results/flips-DATE.json; what it holds is added to")
     given = parser.parse_args()
     out = given.out or ROOT / "results" / f"flips-{datetime.date.today()}.json"
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
         found = flip(Path(folder) / "root", given.trials, given.processes, given.seed)
-    before = disk.read_json(out) if out.is_file() else {"kinds": {}, "bad": [], "seeds": []}
+    before = files.read_json(out) if out.is_file() else {"kinds": {}, "bad": [], "seeds": []}
     kinds = {
         name: dict(Counter(before["kinds"].get(name, {})) + Counter(found["kinds"].get(name, {})))
         for name in sorted({**before["kinds"], **found["kinds"]})
     }
     about, table = {**run.environment(), "compression": compression()}, page(("file", "flips"), kinds, OUTCOMES)
     both = {"bad": before["bad"] + found["bad"], "seeds": [*before["seeds"], given.seed]}
-    disk.write_json(out, {"kinds": kinds, **both, "run": about})
+    files.write_json(out, {"kinds": kinds, **both, "run": about})
     out.with_suffix(".md").write_text(f"{table}\n\nOne wrong bit each. {provenance(about)}\n", encoding="utf-8")
     print(table)
     for line in found["bad"]:

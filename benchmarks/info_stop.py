@@ -20,8 +20,9 @@ import measuring
 import numpy as np
 from ml_collections import ConfigDict
 
-from ibjax import disk, feed
-from ibjax.experiment import build, initial_state, run_key
+from ibjax import files
+from ibjax.training import feed
+from ibjax.training.experiment import build, initial_state, run_key
 
 SHOWN = (10, 50, 100, 200, 400)  # the steps whose L_info the table shows
 
@@ -79,7 +80,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--lam", type=float, default=20.0, help="λ₁")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, …")
-    parser.add_argument("--out", type=disk.path, help="default: results/info_stop-BACKEND-DATE.json")
+    parser.add_argument("--out", type=files.path, help="default: results/info_stop-BACKEND-DATE.json")
     given = parser.parse_args()
     if not len(given.data) == len(given.fraction) == len(given.steps):
         parser.error("give as many values of --fraction and --steps as of --data")

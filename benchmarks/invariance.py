@@ -27,7 +27,8 @@ import measuring
 import numpy as np
 
 import ibjax
-from ibjax import disk, run
+from ibjax import files
+from ibjax.runs import run
 from ibjax.attacks.autoattack import autoattack
 
 _KILLED_AFTER = (20, 45, 60, 45)  # seconds of each process, its start included; then one runs to its end
@@ -88,10 +89,10 @@ def table(records: list[dict]) -> str:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=disk.path, help="of a trained network with test data")
+    parser.add_argument("--workdir", type=files.path, help="of a trained network with test data")
     parser.add_argument("--n", type=int, default=256, help="test images, each class in proportion")
     parser.add_argument("--eps", default="4/255")
-    parser.add_argument("--out", type=disk.path, help="default: results/invariance-BACKEND-DATE.json")
+    parser.add_argument("--out", type=files.path, help="default: results/invariance-BACKEND-DATE.json")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:

@@ -20,7 +20,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs
 import jax
 import numpy as np
 
-from ibjax import disk, run
+from ibjax import files
+from ibjax.runs import run
 
 BUSY = 0.1  # processors: more than that elsewhere disturbs a round
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "v5 lite": 197, "v5e": 197, "v6 lite": 918, "v6e": 918}  # bf16
@@ -153,7 +154,7 @@ def command_line(
         parser.add_argument("--repeats", type=int, default=5, help="rounds; every contestant runs once in each")
         parser.add_argument("--steps", type=int, default=1 if cpu else 10, help="steps per contestant and round")
         parser.add_argument("--quiet", action="store_true", help="wait for other processes to rest, repeat such rounds")
-    parser.add_argument("--out", type=disk.path, help="default: results/SCRIPT-BACKEND-DATE.json")
+    parser.add_argument("--out", type=files.path, help="default: results/SCRIPT-BACKEND-DATE.json")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and one round, to try the script")
     return parser
 
@@ -181,7 +182,7 @@ class Page:
         warnings = dict.fromkeys(warning for found in self.records for warning in found.get("warnings", ()))
         about = "; ".join(part for part in (self.note, provenance(self.found)) if part)
         text = f"{self.table(self.records)}\n\n{about}\n" + "".join(f"\n- {warning}" for warning in warnings) + "\n"
-        run.write_json(self.out, {"benchmark": self.benchmark, **self.found, "records": self.records})
+        files.write_json(self.out, {"benchmark": self.benchmark, **self.found, "records": self.records})
         self.out.with_suffix(".md").write_text(text, encoding="utf-8")
         print(*self.table([record]).splitlines()[2:], sep="\n", flush=True)
 

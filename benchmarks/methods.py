@@ -17,7 +17,8 @@ from jax.sharding import AxisType, NamedSharding
 from measuring import Steps, noise
 from ml_collections import ConfigDict
 
-from ibjax import cluster, config, optim, step
+from ibjax.devices import cluster
+from ibjax import config, optim, step
 from ibjax.attacks import Attack
 from ibjax.perturb import awp
 from ibjax.step import Net, Objective, Perturb, TrainState, Variables

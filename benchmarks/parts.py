@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ibjax import disk
+from ibjax import files
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def update(out: Path, part: str, **values: Any) -> None:
     """Adds values to one part of the JSON file."""
-    content = disk.read_json(out) if out.is_file() else {}
-    disk.write_json(out, {**content, part: {**content.get(part, {}), **values}})
+    content = files.read_json(out) if out.is_file() else {}
+    files.write_json(out, {**content, part: {**content.get(part, {}), **values}})
 
 
 @contextlib.contextmanager

@@ -39,7 +39,10 @@ import measuring
 import numpy as np
 from jax import Array, lax
 
-from ibjax import cluster, disk, losses, run, torch_file
+from ibjax.devices import cluster
+from ibjax import files, losses
+from ibjax.runs import run
+from ibjax.pytorch import torch_file
 from ibjax.attacks.autoattack import autoattack
 from ibjax.attacks.pgd import pgd
 from ibjax.errors import DataError, InputError, exit_with
@@ -246,14 +249,14 @@ def table(records: list[dict]) -> str:
 
 def kept(out: Path) -> dict[str, dict]:
     """The records of a file that is there, by network."""
-    return {record["network"]: record for record in disk.read_json(out)["records"]} if out.is_file() else {}
+    return {record["network"]: record for record in files.read_json(out)["records"]} if out.is_file() else {}
 
 
 def save(out: Path, records: list[dict]) -> None:
     """Writes the JSON file and the table beside it, with where each record was made."""
     made = "\n".join(dict.fromkeys(f"- {measuring.provenance(record['about'])}" for record in records))
     warnings = "\n".join(f"- {text}" for record in records for text in record.get("warnings", ()))
-    run.write_json(out, {"benchmark": "published", "records": records})
+    files.write_json(out, {"benchmark": "published", "records": records})
     text = f"{table(records)}\n\nAccuracies in percent, l_inf, one key.\n\n{made}\n\n{warnings}".rstrip()
     out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
 
@@ -262,13 +265,13 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     listed = partial(str.split, sep=",")
-    parser.add_argument("--folder", type=disk.path, required=True, help="with the published files, anywhere below it")
-    parser.add_argument("--data", type=disk.path, required=True, help="MNIST as an .npz in Keras's layout")
+    parser.add_argument("--folder", type=files.path, required=True, help="with the published files, anywhere below it")
+    parser.add_argument("--data", type=files.path, required=True, help="MNIST as an .npz in Keras's layout")
     parser.add_argument("--only", type=listed, default=list(NETWORKS), help=f"of {', '.join(NETWORKS)}")
     parser.add_argument("--attacks", type=listed, default=list(ATTACKS), help=f"of {', '.join(ATTACKS)}")
     parser.add_argument("--n", type=int, help="the first so many test images; default: all 10,000")
-    parser.add_argument("--state", type=disk.path, help="a folder for AutoAttack's progress")
-    parser.add_argument("--out", type=disk.path, help="a JSON file, with the table beside it; default: print only")
+    parser.add_argument("--state", type=files.path, help="a folder for AutoAttack's progress")
+    parser.add_argument("--out", type=files.path, help="a JSON file, with the table beside it; default: print only")
     given = parser.parse_args()
     for option, allowed in (("only", NETWORKS), ("attacks", ATTACKS)):
         if unknown := [name for name in getattr(given, option) if name not in allowed]:

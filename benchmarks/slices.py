@@ -27,7 +27,7 @@ from typing import Any
 import measuring
 from parts import ROOT, update
 
-from ibjax import disk
+from ibjax import files
 from ibjax import main as program
 from ibjax.aot import CHIPS, GIB
 
@@ -58,7 +58,7 @@ def compile_row(name: str, options: list[str], topology: str) -> dict[str, Any]:
         process = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace")
         if process.returncode:
             return {"error": reason(process.returncode, process.stderr)}
-        return disk.read_json(found)
+        return files.read_json(found)
 
 
 def reason(code: int, log: str) -> str:
@@ -101,13 +101,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="v5e:2x2", help="KIND:SHAPE; every batch must divide among its chips")
     parser.add_argument("--rows", default="*", help="a pattern of FILE:ROW")
-    parser.add_argument("--out", type=disk.path, help="default: results/slices-TOPOLOGY.json")
+    parser.add_argument("--out", type=files.path, help="default: results/slices-TOPOLOGY.json")
     given = parser.parse_args()
     out = given.out or ROOT / "results" / f"slices-{given.topology.replace(':', '-')}.json"
     chosen = {name: options for name, options in rows().items() if fnmatch.fnmatch(name, given.rows)}
     if not chosen:
         parser.error(f"--rows={given.rows} matches none of {', '.join(rows())}")
-    known = disk.read_json(out) if out.is_file() else {}
+    known = files.read_json(out) if out.is_file() else {}
     if known.get("run", {}).get("topology", given.topology) != given.topology:
         parser.error(f"--out={out} is of {known['run']['topology']}; give another")
     update(out, "run", topology=given.topology, date=datetime.date.today().isoformat())
@@ -116,7 +116,7 @@ def main() -> None:
             continue
         found = {"error": "", **compile_row(name, options, given.topology)}
         update(out, name, **found)
-        out.with_suffix(".md").write_text(f"{table(disk.read_json(out))}\n\n{given.topology}\n", encoding="utf-8")
+        out.with_suffix(".md").write_text(f"{table(files.read_json(out))}\n\n{given.topology}\n", encoding="utf-8")
         print(name, found["error"] or f"{found['compile_seconds']:.0f} s", flush=True)
     print(out.with_suffix(".md"))
 

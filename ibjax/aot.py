@@ -37,10 +37,13 @@ import numpy as np  # noqa: E402
 from jax.sharding import AxisType, Mesh, NamedSharding  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
-from ibjax import cluster, config, cores, disk, errors, feed, main, run  # noqa: E402
+from ibjax.devices import cluster, cores  # noqa: E402
+from ibjax import config, files, errors, main  # noqa: E402
+from ibjax.training import feed  # noqa: E402
+from ibjax.runs import run  # noqa: E402
 from ibjax.data import IMAGES  # noqa: E402
 from ibjax.errors import InputError, nearest  # noqa: E402
-from ibjax.experiment import build, initializer  # noqa: E402
+from ibjax.training.experiment import build, initializer  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -329,7 +332,7 @@ def command() -> None:
     parser.add_argument(
         "--images", type=int, default=50_000, help="of training, on every chip; streamed ones lie elsewhere"
     )
-    parser.add_argument("--json", type=disk.path, help="file for the numbers")
+    parser.add_argument("--json", type=files.path, help="file for the numbers")
     given, recipe = main.parse_recipe(parser)
 
     def body():
@@ -348,7 +351,7 @@ def command() -> None:
         if given.json:
             numbers = {**found, "collectives": [item._asdict() for item in found["collectives"]]}
             numbers |= {"topology": given.topology, "config": given.config, "versions": run.versions()}
-            run.write_json(given.json, numbers)
+            files.write_json(given.json, numbers)
             print(f"numbers: {given.json}")
 
     errors.exit_with(body)

@@ -19,8 +19,10 @@ accuracy, shows whether they are right. After an import one line says what was t
 
 import argparse
 
-from ibjax import cluster, disk, errors, torch_file
-from ibjax.architectures import ARCHITECTURES
+from ibjax.devices import cluster
+from ibjax import files, errors
+from ibjax.pytorch import torch_file
+from ibjax.pytorch.architectures import ARCHITECTURES
 from ibjax.errors import InputError, nearest
 from ibjax.pytorch.exports import to_torch
 from ibjax.pytorch.imports import from_torch, hint
@@ -59,8 +61,8 @@ def _parser():
     parser = argparse.ArgumentParser(prog="python -m ibjax.convert", allow_abbrev=False, description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--workdir", type=disk.path, required=True, help="of the run: made by an import, read by an export")
-    add("--torch", type=disk.path, help="the file to import")
+    add("--workdir", type=files.path, required=True, help="of the run: made by an import, read by an export")
+    add("--torch", type=files.path, help="the file to import")
     add("--arch", help=f"which network it is, or whose names an export has: {', '.join(ARCHITECTURES)}")
     add("--key", help="of several networks in the file the one that is meant, as state_dict or model_ema.module")
     add("--mean", help="with which pixels are normalised, as 0.4914,0.4822,0.4465; for pixels from 0 to 1")
@@ -75,7 +77,7 @@ def _parser():
     add("--sha256", help="the digest that the file must have, or its first digits")
     add("--clean_acc", type=float, help="its published clean accuracy in percent, to be checked")
     add("--photographs", type=int, metavar="SIDE", help="compare on photographs, not on a data set")
-    add("--to", type=disk.path, help="the folder to export to")
+    add("--to", type=files.path, help="the folder to export to")
     add("--checkpoint", help="to export: best (the default), last or a step")
     add("--n", type=int, default=256, help="images that are compared")
     return parser

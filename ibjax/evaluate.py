@@ -33,13 +33,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax import checkpoint as checkpoints
-from ibjax import cluster, config, disk, errors, report, results, run, threat
+from ibjax.runs import checkpoint as checkpoints
+from ibjax.devices import cluster
+from ibjax import config, files, errors, report, threat
+from ibjax.evaluation import results
+from ibjax.runs import run
 from ibjax.attacks import autoattack, checks, geometry, names
-from ibjax.attacks.named import Named, check, named, takes_step_size
+from ibjax.evaluation.named import Named, check, named, takes_step_size
 from ibjax.data import Split, first_of_each, subset
 from ibjax.errors import InputError, UnreadableError
-from ibjax.scoring import Scorer, auto_attack, draw_keys, nan_warnings, percent, sampling
+from ibjax.evaluation.scoring import Scorer, auto_attack, draw_keys, nan_warnings, percent, sampling
 from ibjax.step import linen_net, to_float
 
 log = logging.getLogger(__name__)
@@ -152,7 +155,7 @@ def evaluate(
     A record on disk is read, not computed again, where all that it depends on is the same: weights, images, attack with
     its settings and code, eps, norm, seed, precision, and the network's logits and gradients on a few images.
     """
-    workdir = disk.path(workdir)
+    workdir = files.path(workdir)
     trained = run.load(workdir, checkpoint)
     settings = config.plain(trained.config.evaluate if settings is None else settings)
     given = dict(attacks=None if attacks is None else tuple(attacks), n=n, samples=samples, batch_size=batch_size)
@@ -210,7 +213,7 @@ def evaluate(
             if jax.process_index() == 0:
                 if not pictured:  # those that are there are of another evaluation
                     file.with_suffix(".examples.npz").unlink(missing_ok=True)
-                run.write_json(file, record)
+                files.write_json(file, record)
                 state.unlink(missing_ok=True)
         records.append(record)
     return records
@@ -372,7 +375,7 @@ def _common(trained, checkpoint, settings, split, warnings):
     return {
         **imported,
         **classes,  # their names, by label
-        **run.provenance(trained, checkpoint),
+        **run.origin(trained, checkpoint),
         "dataset": trained.facts["label"],
         "norm": settings["norm"],
         "train_threat": "unknown" if imported else threat.trained(trained.config),
@@ -408,7 +411,7 @@ def _existing(file, identity):
     if not file.exists():
         file = file.with_name(names.old(file.name))
     try:
-        record = disk.read_json(file)
+        record = files.read_json(file)
         results.validate(record)
         record["attack"] = names.canonical(record["attack"])
     except FileNotFoundError:
@@ -449,7 +452,7 @@ def _save_examples(file, split, x_adv, trained):
     predicted, predicted_adv = (np.asarray(trained.logits_fn(jnp.asarray(images))).argmax(1) for images in (x, x_adv))
     if jax.process_index() == 0:  # the others only took part in the computation
         file.parent.mkdir(parents=True, exist_ok=True)
-        with run.replacing(file) as temporary, temporary.open("wb") as handle:
+        with files.replacing(file) as temporary, temporary.open("wb") as handle:
             np.savez_compressed(
                 handle, x=x, x_adv=x_adv, label=split.labels, predicted=predicted, predicted_adv=predicted_adv
             )
@@ -465,7 +468,7 @@ def main() -> None:
     parser.add_argument("--eps", help='radius, as "8/255"')
     parser.add_argument("--step_size", help='of iterative attacks, as "2/255"; default: the run\'s share of eps')
     parser.add_argument("--batch_size", type=int, help="images at a time")
-    parser.add_argument("--surrogate", type=disk.path, help="workdir of the run whose network is attacked instead")
+    parser.add_argument("--surrogate", type=files.path, help="workdir of the run whose network is attacked instead")
     parser.add_argument("--surrogate_checkpoint", default="best", help="of that run: best, last or a step")
     given = parser.parse_args()
 

@@ -28,11 +28,15 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from ibjax import cluster, config, disk, errors, report, results, run, threat, train
+from ibjax.devices import cluster
+from ibjax import config, files, errors, report, threat
+from ibjax.evaluation import results
+from ibjax.runs import run
+from ibjax.training import loop
 from ibjax.attacks import names
 from ibjax.errors import InputError, nearest
 from ibjax.evaluate import check_images, check_network, check_settings, evaluate
-from ibjax.experiment import build
+from ibjax.training.experiment import build
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +78,7 @@ def parse(argv: list[str]) -> Command:
             example = "python -m ibjax.main --config=configs/digits.py --workdir=runs/digits"
             raise InputError(f"--{name} is missing; for example: {example}")
     settings = override(load_config(values["config"].value), overrides)
-    return Command(settings, disk.path(values["workdir"].value), values["mode"].value, values["restart"].value)
+    return Command(settings, files.path(values["workdir"].value), values["mode"].value, values["restart"].value)
 
 
 def _parsed(values, argv):
@@ -158,7 +162,7 @@ def _argv(argv):
 def load_config(value: str) -> ConfigDict:
     """The configuration of FILE.py[:arg], or of a run's config.json; raises InputError when it is missing or fails."""
     name, _, arg = value.partition(":")
-    file = disk.path(name)
+    file = files.path(name)
     if not file.is_file():
         raise InputError(f"--config={file} is no file; {_instead(file)}")
     made = _of_run(file, arg) if file.suffix == ".json" else _of_recipe(file, arg)
@@ -255,7 +259,7 @@ def jobs(settings: ConfigDict, workdir: Path) -> list[Job]:
     for role in config.TEACHERS:
         section = settings[role]
         if section.workdir or section.recipe is not None:
-            teachers[role] = disk.path(section.workdir) if section.workdir else workdir / role
+            teachers[role] = files.path(section.workdir) if section.workdir else workdir / role
         if section.recipe is not None:
             made += jobs(section.recipe, teachers[role])
     for name, recipe in settings.contrast.items():
@@ -270,7 +274,7 @@ def execute(settings: ConfigDict, workdir: Path, mode: str = "train", restart: b
 
     `restart`: see the command line.
     """
-    workdir = disk.path(workdir)
+    workdir = files.path(workdir)
     config.check(settings)
     settings = config.effective(config.complete(settings))
     check_settings(settings.evaluate)
@@ -280,7 +284,7 @@ def execute(settings: ConfigDict, workdir: Path, mode: str = "train", restart: b
         for text in _departures(job.settings, settings.evaluate):
             log.warning("%s: %s", job.settings.title or job.workdir, text)
     for job in todo if mode == "train" else ():  # all before the first: a typo in the last must not cost the others
-        train.check(job.settings, job.teachers)
+        loop.check(job.settings, job.teachers)
         data = run.load_data(job.settings)
         check_images(data.test, data.label, settings.evaluate)
         model = run.build_model(job.settings.model, data.num_classes, "model")
@@ -297,7 +301,7 @@ def execute(settings: ConfigDict, workdir: Path, mode: str = "train", restart: b
         _check_results(workdir / "report.html", [job.workdir / "eval" for job in todo])
         if mode == "train":
             for job in todo:
-                train.train(build(job.settings, job.teachers), job.workdir, restart=restart)
+                loop.train(build(job.settings, job.teachers), job.workdir, restart=restart)
         records = []
         for job in reversed(todo):  # the run itself first, then what it is contrasted with
             records += evaluate(job.workdir, "best", settings=settings.evaluate)

@@ -17,13 +17,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ibjax import disk, errors, metrics, report_checks, report_tables, results
+from ibjax import files, errors
+from ibjax.runs import metrics
+from ibjax.evaluation.report import self_checks, tables
+from ibjax.evaluation import results
 from ibjax.attacks.geometry import fraction
 from ibjax.attacks.names import canonical
 from ibjax.errors import InputError
 from ibjax.files import read_npz
-from ibjax.results import Record, strength
-from ibjax.run import bare_command_line, doubts
+from ibjax.evaluation.results import Record, strength
+from ibjax.runs.run import bare_command_line, doubts
 
 _SKIPPED = ("checkpoints", "damaged", "eval", "tensorboard")  # folders of a workdir in which no other run lies
 
@@ -33,7 +36,7 @@ def table(records: Iterable[Record], each: bool = False) -> str:
 
     Runs that differ in their seed alone are one line, mean ± standard deviation; with `each` every one has a line.
     """
-    return report_tables.as_text(records, each)
+    return tables.as_text(records, each)
 
 
 class RunResults(NamedTuple):
@@ -57,13 +60,13 @@ def read(workdirs: Iterable[str | os.PathLike]) -> list[RunResults]:
 
     A file that cannot be read does not stop the rest: it is named in the `problems` of its run.
     """
-    runs = [_read_run(folder) for folder in _folders([disk.path(workdir) for workdir in workdirs])]
+    runs = [_read_run(folder) for folder in _folders([files.path(workdir) for workdir in workdirs])]
     return [_with_title(run, [other for other in runs if other.name == run.name]) for run in runs]
 
 
 def _with_title(run, namesakes):
     """The run under a title of its own: of seeds of one recipe with the seed, of others with the folder."""
-    recipes = {report_tables.without_seed(other.config, "") for other in namesakes}
+    recipes = {tables.without_seed(other.config, "") for other in namesakes}
     seeds = {str(other.config.get("seed")) for other in namesakes}
     title, folder = run.name, str(run.folder)
     if len(namesakes) > 1:
@@ -136,7 +139,7 @@ def _state(config, facts, logged, problems):
 def _read_json(file, problems):
     """The object in a file; an empty one, and a problem, where there is none."""
     try:
-        return disk.read_json(file)
+        return files.read_json(file)
     except FileNotFoundError:
         problems.append(f"{file.name} is missing")
     except (OSError, ValueError) as error:
@@ -213,12 +216,12 @@ def write(workdirs: Iterable[str | os.PathLike], out: str | os.PathLike, each: b
     Raises InputError where a folder holds no run, or the page cannot be written.
     """
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it reports every font that it finds
-    from ibjax import report_page  # loads matplotlib, of which training has no need
+    from ibjax.evaluation.report import page  # loads matplotlib, of which training has no need
 
-    runs, out = read(workdirs), disk.path(out)
-    text = report_page.page(runs, out, each)
+    runs, out = read(workdirs), files.path(out)
+    text = page.page(runs, out, each)
     try:
-        with disk.replacing(out) as temporary:
+        with files.replacing(out) as temporary:
             temporary.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise InputError(f"{out} cannot be written ({error.strerror}); give another --out") from None
@@ -229,8 +232,8 @@ def main() -> None:
     """The command line of this module."""
     text = "Writes one HTML page on all runs in and below the folders, and prints their table."
     parser = bare_command_line("ibjax.report", text)
-    parser.add_argument("folder", metavar="DIR", type=disk.path, nargs="+", help="a workdir, or a folder above some")
-    parser.add_argument("--out", type=disk.path, help="the page to write; default: report.html in the first DIR")
+    parser.add_argument("folder", metavar="DIR", type=files.path, nargs="+", help="a workdir, or a folder above some")
+    parser.add_argument("--out", type=files.path, help="the page to write; default: report.html in the first DIR")
     parser.add_argument("--each", action="store_true", help="a line for every seed of a recipe, not their mean")
     given = parser.parse_args()
 
@@ -242,7 +245,7 @@ def main() -> None:
         for run in runs:
             for problem in run.problems:
                 print(f"warning: {run.title}: {problem}")
-        for check in report_checks.checks(records):
+        for check in self_checks.checks(records):
             if check.status == "fail":
                 print(f"failed check: {check.name}: {'; '.join(check.details)}")
         print(f"report: {out}")

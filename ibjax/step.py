@@ -21,7 +21,7 @@ import optax
 from jax import Array, lax
 
 from ibjax.attacks import Attack, StatefulAttack
-from ibjax.cores import in_parts
+from ibjax.devices.cores import in_parts
 
 Variables = dict[str, Any]
 # "image" (B, H, W, C) float32 in [0, 1], "label" and "index" (B,) int32; "step" int32 and "epoch" float32, both of

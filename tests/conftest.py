@@ -35,7 +35,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
-from ibjax import compiled  # noqa: E402
+from ibjax.devices import compiled  # noqa: E402
 
 compiled.verify()
 

@@ -17,7 +17,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from ibjax import aot, cluster, config, cores, main
+from ibjax import aot, config, main
+from ibjax.devices import cluster, cores
 from ibjax.attacks import pgd
 from ibjax.errors import InputError
 from ibjax.information.linalg import each_matrix

@@ -11,11 +11,13 @@ import pytest
 from PIL import Image
 from test_ibd import attention_oracle
 
-from ibjax import checkpoint, disk, run, scoring
+from ibjax.runs import checkpoint, run
+from ibjax import files
+from ibjax.evaluation import scoring
 from ibjax.analysis import attention
 from ibjax.attacks.pgd import pgd
 from ibjax.errors import CheckpointError, InputError
-from ibjax.experiment import build, initial_state
+from ibjax.training.experiment import build, initial_state
 from ibjax.step import linen_net, to_float
 
 
@@ -26,7 +28,7 @@ def workdir(digits_run, tmp_path):
 
 def edit(workdir, **changes):
     """Changes config.json, and of which run the checkpoints are: `objective__beta=0` is config.objective.beta."""
-    content = disk.read_json(workdir / "config.json")
+    content = files.read_json(workdir / "config.json")
     for path, value in changes.items():
         *sections, key = path.split("__")
         section = content["config"]
@@ -36,7 +38,7 @@ def edit(workdir, **changes):
     (workdir / "config.json").write_text(json.dumps(content))
     own = run.identity(*run.read_config(workdir))
     for file in (workdir / "checkpoints").glob("*/manifest/metadata"):
-        disk.write_json(file, {**disk.read_json(file), "run": own})
+        files.write_json(file, {**files.read_json(file), "run": own})
 
 
 def test_the_matching_is_that_of_the_checkpoint(digits_run):
@@ -97,7 +99,7 @@ def test_the_record_is_the_formula_over_attacked_images(sees, changes, workdir, 
     np.testing.assert_allclose(record["mean"], expected.mean(0), atol=1e-4)
     np.testing.assert_allclose(record["std"], expected.std(0), atol=1e-4)
     np.testing.assert_allclose(np.sum(record["mean"], 1), 1, atol=1e-6)  # over the student's layers
-    assert disk.read_json(workdir / "attention" / "best.json") == record
+    assert files.read_json(workdir / "attention" / "best.json") == record
 
 
 def test_what_the_teacher_sees_and_the_size_of_batches(digits_run):
@@ -120,7 +122,7 @@ def test_it_is_run_from_the_command_line(workdir, monkeypatch, capsys):
     monkeypatch.setattr(attention.cluster, "initialize", lambda: None)  # it must come before all of JAX
     with pytest.raises(SystemExit, match="0"):
         attention.main()
-    record = disk.read_json(workdir / "attention" / "last.json")
+    record = files.read_json(workdir / "attention" / "last.json")
     assert record["n"] == 11 and record["attack"] == "fgsm"
     printed = capsys.readouterr()
     assert f"written: {workdir / 'attention' / 'last.json'}" in printed.err and f"written: {picture}" in printed.err

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from ibjax import cluster
+from ibjax.devices import cluster
 from ibjax.attacks import autoattack, geometry, progress
 from ibjax.attacks.apgd import iterative_apgd
 from ibjax.attacks.fab import iterative_fab

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from conftest import small_run
 
-from ibjax import disk, evaluate, run, scoring
+from ibjax import files, evaluate
+from ibjax.runs import run
+from ibjax.evaluation import scoring
 from ibjax.analysis import calibration, corruptions
 from ibjax.attacks.pgd import pgd
 from ibjax.errors import InputError
@@ -77,7 +79,7 @@ def test_it_is_evaluated_from_the_command_line(attack, workdir, monkeypatch, cap
     with pytest.raises(SystemExit) as caught:
         calibration.main()
     assert caught.value.code == 0
-    record = disk.read_json(workdir / "calibration" / "best.json")
+    record = files.read_json(workdir / "calibration" / "best.json")
     assert record["n"] == 10 and list(record["acc"]) == list(calibration.ROWS)
     for row in ("image", "through"):
         assert record["acc"][row][attack] <= record["acc"][row]["clean"]
@@ -93,7 +95,7 @@ def test_corrupted_images_can_be_calibrated(workdir, parts, monkeypatch):
         split = source.split("fog", severity)
         predicted = logits(x_avg(to_float(jnp.asarray(split.images)))).argmax(1)
         assert value == calibration.percent(np.asarray(predicted) == split.labels)
-    assert record == disk.read_json(workdir / "corruptions" / "best.calibrated.json")
+    assert record == files.read_json(workdir / "corruptions" / "best.calibrated.json")
     assert not (workdir / "corruptions" / "best.json").exists()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ibjax import checkpoint
+from ibjax.runs import checkpoint
 from ibjax.errors import CheckpointError
 from ibjax.step import TrainState
 

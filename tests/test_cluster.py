@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from ibjax import cluster
+from ibjax.devices import cluster
 
 
 @pytest.fixture

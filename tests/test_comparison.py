@@ -8,7 +8,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import comparison
 
-from ibjax import config, train
+from ibjax import config
+from ibjax.training import loop
 
 
 def test_every_objective_is_found():
@@ -24,7 +25,7 @@ def test_every_objective_can_be_trained_with_its_settings(name, tmp_path):
     for part in (settings, *(recipe for _, recipe in config.recipes(settings))):
         if part.model.name == "cnn":
             part.model.update(widths=((4,), (4,)))
-    train.check(settings)
+    loop.check(settings)
     assert (settings.epochs, settings.seed, settings.title) == (20, 1, name)
 
 

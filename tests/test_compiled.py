@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax._src import compilation_cache
 
-from ibjax import compiled
+from ibjax.devices import compiled
 
 
 @pytest.fixture

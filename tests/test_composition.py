@@ -10,7 +10,7 @@ from test_objectives import OBJECTIVES, ROWS, Stepper, experiment
 from ibjax import config
 from ibjax.attacks.pgd import loss_function
 from ibjax.errors import InputError
-from ibjax.experiment import build, initial_state
+from ibjax.training.experiment import build, initial_state
 
 BOTH = dict(perturb=dict(name="awp", gamma=0.01, warmup=0), ema_decay=0.9)
 # without the rows that differ in the step only

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import config_rows, smoke_config
 
-from ibjax import config, main, metrics, train
-from ibjax.attacks.named import named
+from ibjax import config, main
+from ibjax.runs import metrics
+from ibjax.training import loop
+from ibjax.evaluation.named import named
 from ibjax.attacks.names import split
 from ibjax.evaluate import check_settings
 
@@ -69,7 +71,7 @@ def test_every_other_row_runs_too(name, row, tmp_path):
 @pytest.mark.parametrize("name, row", slow_but_one_of_a_kind(distinct(OTHER)))
 def test_every_row_can_be_traced(name, row):
     """The whole step and the validation, with teachers that have yet to be made; nothing is compiled."""
-    train.check(smoke_config(name, f"{row},smoke"))
+    loop.check(smoke_config(name, f"{row},smoke"))
 
 
 @pytest.mark.parametrize("name, row", ALL)

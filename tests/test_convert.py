@@ -1,5 +1,6 @@
 """PyTorch networks become runs and runs PyTorch networks, with equal logits and equal bits, or nothing is written."""
 
+from ibjax import files
 import hashlib
 import json
 import os
@@ -14,8 +15,12 @@ import numpy as np
 import pytest
 from conftest import smoke_config
 
-from ibjax import architectures, cluster, config, convert, report, run, torch_file, train
-from ibjax import checkpoint as checkpoints
+from ibjax.pytorch import architectures, torch_file
+from ibjax.devices import cluster
+from ibjax import config, convert, report
+from ibjax.runs import run
+from ibjax.training import loop
+from ibjax.runs import checkpoint as checkpoints
 from ibjax.errors import CheckpointError, InputError
 from ibjax.evaluate import evaluate
 from ibjax.models import cnn, wide_resnet
@@ -143,14 +148,14 @@ def test_model_info_has_robustbenchs_keys_and_the_records_accuracies(imported):
     _, workdir = imported
     record = evaluate(workdir, attacks=["fgsm"])[0] | {"attack": "autoattack", "robust_acc": 12.345}
     file = workdir / "eval/best/autoattack.json"
-    run.write_json(file, record)
+    files.write_json(file, record)
     info = exports.model_info(run.load(workdir), "best")
     keys = "link name authors additional_data number_forward_passes dataset venue architecture eps clean_acc reported"
     assert [*info] == [*keys.split(), "autoattack_acc"]
     assert (info["architecture"], info["eps"], info["clean_acc"]) == ("WideResNet-10-1", "8/255", "75.00")
     assert info["autoattack_acc"] == info["reported"] == "12.35"
     for other in ({"weights": "another network's"}, {"n": 20}, {"main": False}):
-        run.write_json(file, record | other)
+        files.write_json(file, record | other)
         assert exports.model_info(run.load(workdir), "best")["autoattack_acc"] is None
     file.unlink()
 
@@ -191,7 +196,7 @@ def test_the_command_line_makes_a_run_that_is_evaluated_and_taught_from(imported
     student.batch_size = 8
     student.data = dict(name="npz", path=data[1].partition("=")[2], val_size=16, split_seed=0)
     student.teacher.workdir = str(workdir)
-    train.check(student)
+    loop.check(student)
 
 
 def test_without_a_data_set_photographs_are_compared_and_the_run_can_teach(imported, tmp_path):

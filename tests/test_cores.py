@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from ibjax import config, cores, losses, step
+from ibjax import config, losses, step
+from ibjax.devices import cores
 
 
 @pytest.fixture(autouse=True)

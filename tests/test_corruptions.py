@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from ibjax import disk
+from ibjax import files
 from ibjax.analysis import corruptions as analysis
 from ibjax.data import Split, builders, corruptions, synthetic
 from ibjax.data.builders import Contents
@@ -246,7 +246,7 @@ def test_a_run_is_evaluated_from_the_command_line(cifar_run, monkeypatch, capsys
     with pytest.raises(SystemExit) as caught:
         analysis.main()
     assert caught.value.code == 0
-    record = disk.read_json(cifar_run / "corruptions" / "best.json")
+    record = files.read_json(cifar_run / "corruptions" / "best.json")
     assert list(record["acc"]) == list(corruptions.TWELVE[:-1]) and record["missing"] == ["frost"]
     assert record["dataset"] == "synthetic, corruptions generated with seed 0" and record["n"] == 10
     assert record["mean_acc"] == round(float(np.mean([np.mean(row) for row in record["acc"].values()])), 4)
@@ -254,7 +254,7 @@ def test_a_run_is_evaluated_from_the_command_line(cifar_run, monkeypatch, capsys
 
 
 def test_runs_on_other_images_are_refused(cifar_run, tmp_path, monkeypatch):
-    digits = disk.read_json(cifar_run / "config.json")
+    digits = files.read_json(cifar_run / "config.json")
     digits["data"]["input_shape"] = [8, 8, 1]
     (tmp_path / "config.json").write_text(json.dumps(digits))
     with pytest.raises(InputError, match=r"takes images of 8×8×1, .* made for 32×32×3: .* give a run on such images"):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ibjax import config, run
+from ibjax import config
+from ibjax.runs import run
 from ibjax.data import Split, augment, check, digits, folder, gallery, hold_out, load_splits, npz, synthetic
 from ibjax.errors import DataError, InputError
 

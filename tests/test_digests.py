@@ -9,7 +9,8 @@ from conftest import small_run
 from test_checkpoint import state
 
 import ibjax
-from ibjax import checkpoint, config, disk, evaluate, main, metrics, report, run
+from ibjax.runs import checkpoint, metrics, run
+from ibjax import config, files, evaluate, main, report
 from ibjax.errors import CheckpointError, InputError
 
 FACTS = {"num_classes": 4, "input_shape": [8, 8, 1], "digests": {"train": "ab", "test": "cd"}}
@@ -42,16 +43,16 @@ def change(file, old, new):
 def test_a_changed_bit_of_a_sealed_file_is_found(tmp_path):
     """Every bit of it: another content is never returned."""
     file, content = tmp_path / "a.json", {"robust_acc": 43.21, "shape": (3, 4), "of": {"x": None, "é": True}}
-    disk.write_json(file, content)
+    files.write_json(file, content)
     kept = json.loads(json.dumps(content))
-    assert disk.read_json(file, sealed=True) == kept
+    assert files.read_json(file, sealed=True) == kept
     whole = file.read_bytes()
     for bit in range(8 * len(whole)):
         flipped = bytearray(whole)
         flipped[bit // 8] ^= 1 << bit % 8
         file.write_bytes(flipped)
         try:
-            found = disk.read_json(file)
+            found = files.read_json(file)
         except ValueError:
             continue
         assert found == kept, flipped  # white space
@@ -59,21 +60,21 @@ def test_a_changed_bit_of_a_sealed_file_is_found(tmp_path):
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path):
     file = tmp_path / "a.json"
-    disk.write_json(file, {"n": 1})
+    files.write_json(file, {"n": 1})
     with pytest.raises(ValueError):
-        disk.write_json(file, {"n": float("nan")})
-    with pytest.raises(OSError), disk.replacing(file) as temporary:
+        files.write_json(file, {"n": float("nan")})
+    with pytest.raises(OSError), files.replacing(file) as temporary:
         temporary.write_text("half", encoding="utf-8")
         raise OSError(28, "No space left on device")
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and disk.read_json(file) == {"n": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and files.read_json(file) == {"n": 1}
 
 
 def test_files_of_older_versions_have_no_digest_and_are_read(tmp_path):
     file = tmp_path / "a.json"
     file.write_text('{"n": 1}', encoding="utf-8")
-    assert disk.read_json(file) == {"n": 1}
+    assert files.read_json(file) == {"n": 1}
     with pytest.raises(ValueError, match="no digest"):
-        disk.read_json(file, sealed=True)
+        files.read_json(file, sealed=True)
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def test_a_changed_record_is_named_and_computed_again(trained, tmp_path, caplog,
     again = evaluate.evaluate(workdir, attacks=["pgd-2"])[0]
     assert "pgd-2.json is damaged" in caplog.text
     assert json.loads(json.dumps({name: again[name] for name in whole})) == whole
-    assert disk.read_json(file, sealed=True)["robust_acc"] == again["robust_acc"]
+    assert files.read_json(file, sealed=True)["robust_acc"] == again["robust_acc"]
 
 
 def test_a_run_below_the_home_folder_is_found_with_its_records(trained, tmp_path, monkeypatch):

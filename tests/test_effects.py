@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import comparison
 import effects
 
-from ibjax import config, run
+from ibjax import config
+from ibjax.runs import run
 from ibjax.errors import InputError
 from ibjax.objectives.ib_rar import dependence, ib_rar, layers_of
 from ibjax.step import to_float

@@ -11,11 +11,15 @@ import pytest
 import threadpoolctl
 from conftest import clean_recipe
 
-from ibjax import cluster, disk, run, scoring, train
+from ibjax.devices import cluster
+from ibjax import files
+from ibjax.runs import run
+from ibjax.evaluation import scoring
+from ibjax.training import loop
 from ibjax.analysis import embedding
 from ibjax.attacks.pgd import pgd
 from ibjax.errors import InputError
-from ibjax.experiment import build
+from ibjax.training.experiment import build
 from ibjax.step import linen_net, to_float
 
 
@@ -37,7 +41,7 @@ def workdirs(tmp_path_factory):
         settings.update(title=f"seed {seed}", seed=seed, epochs=1)
         settings.data.n_test = 40
         folders.append(tmp_path_factory.mktemp("runs") / "run")
-        train.train(build(settings), folders[-1])
+        loop.train(build(settings), folders[-1])
     return folders
 
 
@@ -132,7 +136,7 @@ def test_runs_are_drawn_beside_each_other_from_the_command_line(workdirs, tmp_pa
         embedding.main()
     shown = capsys.readouterr().out
     for seed, workdir in enumerate(workdirs):
-        record = disk.read_json(workdir / "embedding/best.pgd-2.stage2.json")
+        record = files.read_json(workdir / "embedding/best.pgd-2.stage2.json")
         arrays = np.load(workdir / "embedding/best.pgd-2.stage2.npz")
         assert record["n"] == 35 and record["tsne_seed"] == 33 and "scikit-learn" in record["versions"]
         assert arrays["coordinates"].shape == (35, 2) and arrays["labels"].shape == arrays["predictions"].shape == (35,)
@@ -201,7 +205,7 @@ def test_bad_input_is_refused_in_a_line(flags, words, workdirs, capsys, monkeypa
 
 
 def test_runs_of_other_test_images_are_refused(workdirs, tmp_path):
-    content = disk.read_json(workdirs[0] / "config.json")
+    content = files.read_json(workdirs[0] / "config.json")
     content["data"]["digests"]["test"] = "another"
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="differ in their test images"):

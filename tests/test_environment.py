@@ -16,7 +16,9 @@ import pytest
 from test_faults import environment
 
 import ibjax
-from ibjax import cluster, compiled, config, convert, disk, errors, evaluate, main, report, run
+from ibjax.devices import cluster, compiled
+from ibjax import config, convert, files, errors, evaluate, main, report
+from ibjax.runs import run
 from ibjax.attacks import autoattack
 from ibjax.data import folder, npz, tfds
 from ibjax.errors import InputError
@@ -41,20 +43,20 @@ def test_paths_expand_as_a_shell_would(tmp_path, monkeypatch):
         ("a/~/b", Path("a/~/b")),
         (Path("plain"), Path("plain")),
     ):
-        assert disk.path(given) == wanted
+        assert files.path(given) == wanted
     (tmp_path / "a$RUNS").touch()
-    assert disk.path("a$RUNS") == Path("a$RUNS")  # it is there, under this very name
+    assert files.path("a$RUNS") == Path("a$RUNS")  # it is there, under this very name
     for given, words in (("$NO/x", r"\$NO is not set"), ("~nobody-here/x", "no such home folder")):
         with pytest.raises(InputError, match=words):
-            disk.path(given)
+            files.path(given)
 
 
 def test_a_folder_called_tilde_is_refused_before_anyone_removes_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "~").mkdir()
     with pytest.raises(InputError, match=r"a folder called ~ in .*mv \./~ NAME \(never rm -r ~\)"):
-        disk.path("~/x")
-    assert disk.path("x") == Path("x")
+        files.path("~/x")
+    assert files.path("x") == Path("x")
 
 
 def test_every_path_of_a_command_is_expanded(tmp_path, monkeypatch, capsys):

@@ -10,9 +10,13 @@ import pytest
 from conftest import clean_recipe
 from jax.sharding import AxisType
 
-from ibjax import cluster, disk, evaluate, main, report_tables, results, run, scoring
+from ibjax.devices import cluster
+from ibjax import files, evaluate, main
+from ibjax.evaluation.report import tables
+from ibjax.evaluation import results, scoring
+from ibjax.runs import run
 from ibjax.attacks import autoattack, checks, geometry
-from ibjax.attacks.named import named
+from ibjax.evaluation.named import named
 from ibjax.attacks.pgd import pgd
 from ibjax.data import Split
 from ibjax.errors import InputError, PreemptedError
@@ -219,7 +223,7 @@ def test_records_are_reused_for_the_same_weights_and_images_only(trained):
 def test_a_record_is_of_the_network_the_code_and_the_precision_that_made_it(trained, caplog):
     """The same weights with another activation, or another version's attack, give other numbers."""
     file = trained / "eval/best/fgsm.json"
-    record = disk.read_json(file)
+    record = files.read_json(file)
     rounded = (np.array(record["fingerprint"]) * (1 + 1e-4)).tolist()
     other = (np.array(record["fingerprint"]) * [[[1.0], [-1.0]]]).tolist()  # the same logits, another gradient
     caplog.set_level("INFO", "ibjax.evaluate")
@@ -316,6 +320,6 @@ def test_autoattack_goes_on_where_it_was_ended_and_states_robust_accuracy_after_
     (folder / "autoattack.json").unlink()
     whole = evaluate.evaluate(trained, attacks=("autoattack",))[0]
     assert whole["robust_flags"] == resumed["robust_flags"] and whole["robust_after"] == resumed["robust_after"]
-    assert "robust after" in report_tables.as_text([whole]) and "APGD-t" in report_tables.as_text([whole])
+    assert "robust after" in tables.as_text([whole]) and "APGD-t" in tables.as_text([whole])
     with np.load(folder / "autoattack.examples.npz") as examples:
         assert len(examples["x_adv"]) == 10

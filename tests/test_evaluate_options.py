@@ -11,9 +11,12 @@ import pytest
 from conftest import smoke_config
 from jax.sharding import AxisType
 
-from ibjax import disk, evaluate, main, report_page, report_tables, results, run, scoring
+from ibjax import files, evaluate, main
+from ibjax.evaluation.report import page, tables
+from ibjax.evaluation import results, scoring
+from ibjax.runs import run
 from ibjax.attacks import autoattack, geometry
-from ibjax.attacks.named import in_groups, named
+from ibjax.evaluation.named import in_groups, named
 from ibjax.attacks.pgd import pgd
 from ibjax.attacks.representation import ara, guides
 from ibjax.data import Split
@@ -255,13 +258,13 @@ def test_a_surrogate_that_is_the_run_itself_is_the_white_box(digits):
     before = [file.stat().st_mtime_ns for file in files]
     evaluate.evaluate(digits, attacks=names, surrogate=digits)  # reads what is there
     assert len(files) == 2 and [file.stat().st_mtime_ns for file in files] == before
-    assert disk.read_json(digits / "eval/best/pgd-2.json")["attack"] == "pgd-2"
+    assert files.read_json(digits / "eval/best/pgd-2.json")["attack"] == "pgd-2"
 
     other = evaluate.evaluate(digits, attacks=("pgd-2",), surrogate=digits / "undefended")[0]
     assert other["robust_acc"] >= white[1]["robust_acc"]
-    grid = report_tables.cells(report_tables.tables([*white, *transferred, other])[0])
+    grid = tables.cells(tables.tables([*white, *transferred, other])[0])
     assert "PGD-2" in grid[0] and "PGD-2, transfer from undefended" in grid[0] and len(grid) == 2
-    assert "network of undefended" in report_page._describe(other)
+    assert "network of undefended" in page._describe(other)
 
 
 def test_examples_are_of_different_classes_where_the_images_are_sorted_by_class(digits, monkeypatch):
@@ -289,7 +292,7 @@ def test_parts_of_autoattack_transfer_too(digits):
 
 
 def test_a_run_that_is_older_than_an_option_of_evaluation_can_be_evaluated(digits):
-    content = disk.read_json(digits / "config.json")
+    content = files.read_json(digits / "config.json")
     del content["config"]["evaluate"]["samples"]
     (digits / "config.json").write_text(json.dumps(content))
     assert run.load(digits).config.evaluate.samples is None
@@ -314,14 +317,14 @@ def test_records_of_drawn_predictions_say_so(tmp_path, monkeypatch):
         "pgd-2.n8.json",
         "pgd-2.sampled3.n8.json",
     ]
-    grid = report_tables.cells(report_tables.tables([plain, *drawn])[0])
+    grid = tables.cells(tables.tables([plain, *drawn])[0])
     assert [line[0] for line in grid[1:]] == ["VIB-MNIST", "VIB-MNIST (sampled, 3)"]
     assert not any("randomised" in text for text in drawn[0]["warnings"])
-    assert "mean of 3 drawn predictions" in report_page._describe(drawn[0])
+    assert "mean of 3 drawn predictions" in page._describe(drawn[0])
 
 
 @pytest.mark.parametrize("name", ["noise", "mim-3", "spsa-2", "cw-l2-4", "ara-2", "ib_rar-10", "siriib-svd-20", "fgsm"])
 def test_every_attack_has_a_label_and_a_description(name):
     record = dict(attack=name, attack_settings=named(name).settings, step_size=0.1)
-    assert results.attack_label(name) in report_page._describe(record)
+    assert results.attack_label(name) in page._describe(record)
     assert results.strength(f"{name} from x") > results.strength("siriib-20")

@@ -12,7 +12,8 @@ import pytest
 from test_checkpoint import state
 from test_faults import CONFIG, environment, finish, start
 
-from ibjax import checkpoint, config, disk, errors, metrics, report, run
+from ibjax.runs import checkpoint, metrics, run
+from ibjax import config, files, errors, report
 from ibjax.errors import InputError, UnreadableError
 
 HERE = Path(__file__).parent
@@ -36,7 +37,7 @@ def content(folder):
 
 def inject(workdir, times):
     """Begins `times` times on a failing disk, for a moment and for good in turn; {outcome: how often}."""
-    disk._WAITS = (0.001, 0.001, 0.001)
+    files._WAITS = (0.001, 0.001, 0.001)
     fault, libc = ctypes.CDLL(os.environ["LD_PRELOAD"]), ctypes.CDLL(None)
 
     def say(**settings):
@@ -114,7 +115,7 @@ def test_a_page_that_a_full_disk_does_not_take_is_told_as_such(tmp_path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(report, "read", lambda workdirs: [])
-    monkeypatch.setattr("ibjax.report_page.page", lambda *arguments: "text")
+    monkeypatch.setattr("ibjax.evaluation.report.page.page", lambda *arguments: "text")
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(InputError) as caught:
         report.write([], tmp_path / "report.html")
@@ -132,12 +133,12 @@ def test_a_read_that_fails_is_tried_again_and_its_failure_is_never_taken_for_dam
             raise failures.pop(0)
         return b"content"
 
-    assert disk.patiently(read, "it") == b"content"
+    assert files.patiently(read, "it") == b"content"
     failures[:] = [OSError(5, "Input/output error")] * 3
     with pytest.raises(UnreadableError, match=r"it cannot be read \(Input/output error; tried 3 times\)"):
-        disk.patiently(read, "it")
+        files.patiently(read, "it")
     with pytest.raises(FileNotFoundError):
-        disk.read_bytes(tmp_path / "absent")
+        files.read_bytes(tmp_path / "absent")
 
 
 def test_lost_checkpoints_are_told_and_only_restart_begins_at_step_0(tmp_path):

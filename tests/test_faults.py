@@ -16,9 +16,9 @@ import pytest
 from conftest import CACHE
 from test_checkpoint import state
 
-from ibjax import checkpoint, metrics, run
+from ibjax.runs import checkpoint, metrics, run
 from ibjax.errors import CheckpointError
-from ibjax.experiment import build, initial_state
+from ibjax.training.experiment import build, initial_state
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ibjax import config, run
+from ibjax import config
+from ibjax.runs import run
 from ibjax.data import folder, load_splits
 from ibjax.errors import DataError, InputError
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from ibjax import architectures
+from ibjax.pytorch import architectures
 from ibjax.errors import InputError
 from ibjax.pytorch import gate, imports
 from ibjax.pytorch.normalisation import Said
@@ -21,7 +21,7 @@ from public_networks import BasicBlock, Bottleneck, Named, Normalize, Torchvisio
 from safetensors.torch import save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
-from ibjax.torch_models import dm_wide_resnet, preact_resnet, resnet, small_cnn, wide_resnet  # noqa: E402
+from ibjax.pytorch.networks import dm_wide_resnet, preact_resnet, resnet, small_cnn, wide_resnet  # noqa: E402
 
 PAGE = Path(__file__).parent.parent / "docs" / "imports.md"
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from ibjax import lbfgsb
+from ibjax.attacks import lbfgsb
 
 RNG = np.random.default_rng(0)
 SQUARE = RNG.normal(size=(30, 30))

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from conftest import clean_recipe, smoke_config
 
-from ibjax import config, errors, evaluate, main, run, train
+from ibjax import config, errors, evaluate, main
+from ibjax.runs import run
+from ibjax.training import loop
 from ibjax.attacks.geometry import fraction
 from ibjax.errors import DivergedError, InputError, PreemptedError
 
@@ -191,7 +193,7 @@ def test_a_recipe_says_what_it_takes(command, tmp_path):
 
 def test_what_cannot_be_written_is_told_before_the_first_step(tmp_path, monkeypatch):
     recipe = clean_recipe()
-    monkeypatch.setattr(train, "train", lambda *args, **kwargs: pytest.fail("it trained"))
+    monkeypatch.setattr(loop, "train", lambda *args, **kwargs: pytest.fail("it trained"))
     (tmp_path / "report.html").mkdir()
     with pytest.raises(InputError, match=r"report\.html cannot be written \(Is a directory\)"):
         main.execute(recipe, tmp_path)

@@ -9,7 +9,8 @@ import pytest
 from conftest import small_run
 from PIL import Image
 
-from ibjax import disk, run
+from ibjax import files
+from ibjax.runs import run
 from ibjax.analysis import attacked, modulation
 from ibjax.errors import InputError
 from ibjax.models import resnet, siriib
@@ -80,7 +81,7 @@ def test_other_networks_and_attacks_without_a_loss_are_refused():
 
 
 def test_a_run_of_another_network_is_refused(workdir, tmp_path):
-    saved = disk.read_json(workdir / "config.json")
+    saved = files.read_json(workdir / "config.json")
     saved["config"]["model"] = BACKBONE
     (tmp_path / "config.json").write_text(json.dumps(saved))
     with pytest.raises(InputError, match=r"model\.name='siriib'"):
@@ -103,7 +104,7 @@ def test_it_is_run_from_the_command_line(workdir, tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit) as caught:
         modulation.main()
     assert caught.value.code == 0
-    record = disk.read_json(workdir / "modulation" / "best.json")
+    record = files.read_json(workdir / "modulation" / "best.json")
     assert record == kept["record"] and list(record["changes"]) == ["pgd-2", "siriib-svd-2", "another image"]
 
     trained = run.load(workdir)

@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from ibjax import disk, evaluate, report, report_tables, results, run, scoring
+from ibjax import files, evaluate, report
+from ibjax.evaluation.report import tables
+from ibjax.evaluation import results, scoring
+from ibjax.runs import run
 from ibjax.attacks import names
 from ibjax.attacks.autoattack import sub_attacks
 from ibjax.attacks.cw import cw
 from ibjax.attacks.mim import mim
-from ibjax.attacks.named import ATTACKS, FAMILIES, check, named, takes_step_size
+from ibjax.evaluation.named import ATTACKS, FAMILIES, check, named, takes_step_size
 from ibjax.attacks.pgd import pgd
 from ibjax.attacks.spsa import spsa
 from ibjax.data import Split
@@ -234,8 +237,8 @@ def test_options_are_in_records_files_and_tables(digits):
     assert (folder / "pgd-2(restarts=2).json").is_file() and (folder / "pgd-2(step_size=1_255).json").is_file()
     ladder = json.loads((folder / "pgd-2(step_size=1_255)@4_16.json").read_text())
     assert np.isclose(ladder["step_size"], 2 / 255)  # twice the eps, twice the step
-    (table,) = report_tables.tables(records)
-    assert report_tables.cells(table)[0][4:8] == [
+    (table,) = tables.tables(records)
+    assert tables.cells(table)[0][4:8] == [
         "FGSM (counts images wrong as they are)", "PGD-2", "PGD-2 (restarts 2)", "PGD-2 (step_size 1/255)"
     ]  # fmt: skip
     (found,) = (part for part in report.read([digits]) if part.folder == digits)
@@ -254,7 +257,7 @@ def test_what_was_called_cw_is_read_reused_and_called_margin(digits, caplog):
     folder = digits / "eval/best"
     for file in folder.glob("margin-2*"):  # as a run from before has it
         if file.suffix == ".json":
-            file.write_text(json.dumps({**disk.read_json(file), "attack": "cw-2"}))
+            file.write_text(json.dumps({**files.read_json(file), "attack": "cw-2"}))
         file.rename(file.with_name(file.name.replace("margin", "cw")))
     before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
     assert [record["attack"] for record in evaluate.evaluate(digits, attacks=("cw-2",))] == ["margin-2"]

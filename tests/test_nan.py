@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from ibjax import losses, scoring, train
+from ibjax import losses
+from ibjax.evaluation import scoring
+from ibjax.training import loop
 from ibjax.analysis import attacked
 from ibjax.attacks.apgd import iterative_apgd
 from ibjax.attacks.autoattack import autoattack
@@ -105,7 +107,7 @@ def test_validation_counts_them_as_not_robust_and_says_so(caplog):
     state = SimpleNamespace(variables=variables, ema_params=None, step=1, opt_state={})
     caplog.set_level(logging.WARNING)
     validator = scorer("root", "pgd"), dict(eps=EPS, step_size=EPS)
-    scores = train._validate(experiment, validator, state)
+    scores = loop._validate(experiment, validator, state)
     assert (scores["clean_acc"], scores["robust_acc"]) == (100, 0)
     assert f"NaN or infinite logits for {N} images" in caplog.text
 

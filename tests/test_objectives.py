@@ -7,9 +7,12 @@ import pytest
 from conftest import others_slow, smoke_config
 from jax.sharding import AxisType
 
-from ibjax import checkpoint, cluster, config, feed, losses
+from ibjax.runs import checkpoint
+from ibjax.devices import cluster
+from ibjax import config, losses
+from ibjax.training import feed
 from ibjax.attacks.pgd import pgd
-from ibjax.experiment import build, initial_state
+from ibjax.training.experiment import build, initial_state
 from ibjax.models import cnn
 from ibjax.objectives.ibd import ibd
 from ibjax.objectives.pgd_at import pgd_at

@@ -9,7 +9,7 @@ import time
 import pytest
 from test_faults import environment
 
-from ibjax import peers
+from ibjax.devices import peers
 
 BEGIN = """
 import sys, time

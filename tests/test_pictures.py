@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ibjax import disk
+from ibjax import files
 from ibjax.analysis import output, pictures
 from ibjax.errors import InputError
 
@@ -70,7 +70,7 @@ def test_records_and_arrays_say_where_they_are(tmp_path, caplog):
     record, arrays = tmp_path / "tendency" / "best.pgd-20(eps=1_16).json", tmp_path / "maps" / "best.npz"
     assert said(caplog) == [f"written: {record}", f"written: {arrays}"]
     assert (
-        disk.read_json(record) == {"n": 1}
+        files.read_json(record) == {"n": 1}
         and record.read_text().startswith('{\n "n": 1')
         and np.load(arrays)["x"].tolist() == [0, 1, 2]
     )

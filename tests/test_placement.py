@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from ibjax import cluster, cores
+from ibjax.devices import cluster, cores
 from ibjax.aot import collectives
-from ibjax.information import hsic, placement, svd
+from ibjax.information import hsic, svd
+from ibjax.devices import placement
 
 needs_devices = pytest.mark.skipif(jax.device_count() < 4, reason="needs several devices")
 

@@ -11,10 +11,13 @@ import pytest
 from conftest import clean_recipe, smoke_config
 from ml_collections import ConfigDict
 
-from ibjax import cluster, config, disk, run, train
+from ibjax.devices import cluster
+from ibjax import config, files
+from ibjax.runs import run
+from ibjax.training import loop
 from ibjax.analysis import attacked, plane
 from ibjax.errors import DivergedError, InputError, PreemptedError
-from ibjax.experiment import build, initial_state
+from ibjax.training.experiment import build, initial_state
 from ibjax.step import linen_net, to_float
 
 OPTIONS = dict(every=3, n=12)
@@ -57,10 +60,10 @@ def test_coordinates_are_traces_of_gaussian_operators():
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(plane, its folder, the run that `ibjax.train` makes from the same configuration)."""
+    """(plane, its folder, the run that `ibjax.training.loop` makes from the same configuration)."""
     folder, trained = tmp_path_factory.mktemp("plane"), tmp_path_factory.mktemp("run")
     found = plane.record(recipe(), folder, **OPTIONS)
-    train.train(build(recipe()), trained)
+    loop.train(build(recipe()), trained)
     return found, folder, trained
 
 
@@ -76,11 +79,11 @@ def columns(found, i):
 
 
 def test_its_ends_are_the_untrained_and_the_trained_network(made):
-    """That of `ibjax.train`, to the bit; every third step between, over the end of an epoch."""
+    """That of `ibjax.training.loop`, to the bit; every third step between, over the end of an epoch."""
     found, _, workdir = made
     trained = run.load(workdir, "last")
     assert found["step"] == [0, 3, 6, 9, 12, 14] and found["finished"]
-    assert found["weights"] == run.provenance(trained, "last")["weights"]
+    assert found["weights"] == run.origin(trained, "last")["weights"]
     split = run.test_split(trained, 12)
     assert list(found["nhsic"]) == found["taps"] == ["stage1", "stage2", "pre_logits"]
     x = to_float(jnp.asarray(split.images))
@@ -108,7 +111,7 @@ def test_a_finished_one_is_read_and_never_replaced(made):
     found, folder, _ = made
     file = folder / "plane.json"
     before = file.stat().st_mtime_ns
-    assert plane.record(recipe(), folder, **OPTIONS) == found == disk.read_json(file)
+    assert plane.record(recipe(), folder, **OPTIONS) == found == files.read_json(file)
     for changes, options, words in (
         ({}, dict(every=4, n=12), "with every=3, now 4 is asked for"),
         ({}, dict(every=3, n=11), "with n=12, now 11 is asked for"),
@@ -126,7 +129,7 @@ def test_one_that_was_stopped_starts_again(made, tmp_path, monkeypatch):
     monkeypatch.setattr(cluster, "preempted", lambda: next(notices, False))
     with pytest.raises(PreemptedError, match="stopped at step 3 of 14"):
         plane.record(recipe(), tmp_path, **OPTIONS)
-    part = disk.read_json(tmp_path / "plane.json")
+    part = files.read_json(tmp_path / "plane.json")
     assert not part["finished"] and part["step"] == [0, 3]
     again = plane.record(recipe(), tmp_path, **OPTIONS)
     assert again["nhsic"] == found["nhsic"] and again["weights"] == found["weights"]
@@ -171,7 +174,7 @@ def test_it_is_recorded_and_drawn_from_the_command_line(tmp_path, capsys, monkey
     picture = tmp_path / "plane.png"
     flags = ("--every=5", "--n=12", "--taps=stage2,pre_logits", "--config.epochs=1", f"--picture={picture}")
     assert command(tmp_path, monkeypatch, *flags) == 0
-    found = disk.read_json(tmp_path / "run" / "plane.json")
+    found = files.read_json(tmp_path / "run" / "plane.json")
     assert found["step"] == [0, 5, 7] and found["taps"] == ["stage2", "pre_logits"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     x, y = (found["nhsic"]["stage2"][axis] for axis in "xy")

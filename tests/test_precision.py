@@ -7,7 +7,9 @@ import pytest
 from rounding import STORED_BITS, rounded
 from test_objectives import experiment
 
-from ibjax import feed, lbfgsb, losses
+from ibjax.training import feed
+from ibjax.attacks import lbfgsb
+from ibjax import losses
 from ibjax.attacks import checks, geometry
 from ibjax.attacks.apgd import apgd, iterative_apgd
 from ibjax.attacks.autoattack import autoattack
@@ -23,7 +25,7 @@ from ibjax.attacks.representation import ara
 from ibjax.attacks.spsa import spsa
 from ibjax.attacks.square import iterative_square, square
 from ibjax.errors import InputError
-from ibjax.experiment import initializer
+from ibjax.training.experiment import initializer
 from ibjax.information import divergence, fourier, hsic, mige, mine, svd
 from ibjax.models import cnn, layers, siriib
 from ibjax.objectives import ibd_matching

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason="the oracle is PyTorch (pip install 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import published  # noqa: E402
 
-from ibjax import disk  # noqa: E402
+from ibjax import files  # noqa: E402
 from ibjax.errors import InputError  # noqa: E402
 
 nn = torch.nn
@@ -125,7 +125,7 @@ def test_the_command_line_keeps_records_of_other_networks(folder, tmp_path, monk
         with pytest.raises(SystemExit) as ended:
             published.main()
         assert ended.value.code == 0
-    records = disk.read_json(out)["records"]
+    records = files.read_json(out)["records"]
     assert [(record["network"], record["n"]) for record in records] == [("LPD_MLP_B_0.1", 5), ("LPD_MLP_B_0.2", 4)]
     for record in records:
         assert record["ours"].keys() == {"clean", "pgd-40"} and record["ours"]["pgd-40"] <= record["ours"]["clean"]

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ibjax import report_checks, report_tables, results, scoring
+from ibjax.evaluation.report import self_checks, tables
+from ibjax.evaluation import results, scoring
 from ibjax.attacks import progress
 from ibjax.attacks.apgd import iterative_apgd
 from ibjax.attacks.autoattack import Drawn, autoattack
@@ -130,8 +131,8 @@ def test_records_and_tables_have_both_numbers():
         **more,
     }  # fmt: skip
     results.validate(record)
-    text = report_tables.as_text([record])
+    text = tables.as_text([record])
     assert f"{more['robust_acc']:.2f} ± {more['standard_error']:.2f}" in text and "mean of 3 draws" in text
     assert "APGD-ce, one draw" in text and f"{more['reference']['robust_acc']:.2f}" in text
-    stated = [check for check in report_checks.checks([record]) if check.name.startswith("Percentages")]
+    stated = [check for check in self_checks.checks([record]) if check.name.startswith("Percentages")]
     assert [check.status for check in stated] == ["pass"]

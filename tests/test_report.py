@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ibjax import config, disk, main, report, report_checks, report_figures, report_tables, results
+from ibjax import config, files, main, report
+from ibjax.evaluation.report import self_checks, figures, tables
+from ibjax.evaluation import results
 from ibjax.data import first_of_each
 from ibjax.errors import InputError
 
@@ -102,7 +104,7 @@ def page_of(folder, *more):
 
 def status(records, name, problems=()):
     """(status, details) of the one check whose name contains `name`."""
-    (check,) = (check for check in report_checks.checks(records, problems) if name in check.name)
+    (check,) = (check for check in self_checks.checks(records, problems) if name in check.name)
     return check.status, " | ".join(check.details)
 
 
@@ -130,13 +132,13 @@ def test_table_has_a_line_for_each_run_and_a_column_for_each_attack():
 
 def lines(records, each=False):
     """The cells of each line of the first table."""
-    return [line[0:2] + line[3:] for line in report_tables.cells(report_tables.tables(records, each)[0])[1:]]
+    return [line[0:2] + line[3:] for line in tables.cells(tables.tables(records, each)[0])[1:]]
 
 
 def test_the_worst_case_counts_the_images_that_withstand_every_attack():
     # neither the smallest accuracy (37.5) nor a product of them
-    assert report_tables.worst_case([record("pgd-2"), record("margin-2")]) == 25.0
-    assert report_tables.worst_case([record("pgd-2")]) is None
+    assert tables.worst_case([record("pgd-2"), record("margin-2")]) == 25.0
+    assert tables.worst_case([record("pgd-2")]) is None
 
 
 def test_the_ladder_is_not_in_the_table():
@@ -152,7 +154,7 @@ def test_records_without_the_main_key_are_judged_by_the_configuration():
 
 
 def test_other_data_norms_and_eps_get_tables_of_their_own():
-    tables = report_tables.tables(
+    tables = tables.tables(
         [record(), record(norm="l2"), record(dataset="coins"), record(eps="4/255", main=True)]
     )
     assert len({(table.dataset, table.norm, table.eps) for table in tables}) == 4
@@ -188,7 +190,7 @@ def test_one_network_is_one_line_whatever_its_checkpoint_is_called():
     ]
     both = [*last, *best]
     assert lines(both) == [["student", "best, last / val", "87.50", "62.50", "37.50", "37.50", "0.00", "0.00"]]
-    assert [len(row.records) for row in report_tables.rows(both)] == [7]  # PGD, which both have, once
+    assert [len(row.records) for row in tables.rows(both)] == [7]  # PGD, which both have, once
     old = [{key: value for key, value in each.items() if key != "weights"} for each in both]
     assert lines(old) == lines(both)  # records that do not say what their weights are have their step
     other = [{**each, "step": 9, "weights": "bb"} for each in last]
@@ -254,11 +256,11 @@ def test_surrogates_of_one_title_are_told_apart(tmp_path):
     """Teacher and student of one title, from the command line of an evaluation and from a page with both."""
     own = record(title="WRN", weights="aa")
     alone = [{**transferred("WRN", "WRN", "bb"), "weights": "aa"}, own]
-    head = report_tables.cells(report_tables.tables(alone)[0])[0]
+    head = tables.cells(tables.tables(alone)[0])[0]
     assert head[4:] == ["PGD-2", "PGD-2, transfer from WRN (step 7, weights bb)", "worst case"]
     two = [transferred("WRN", "net", "bb"), transferred("WRN", "net", "cc", 8)]
-    assert len(report_tables.tables(two)[0].attacks) == 2  # not one column that shows whichever came last
-    assert report_tables.tables(two[:1])[0].attacks == ["pgd-2 from WRN"]
+    assert len(tables.tables(two)[0].attacks) == 2  # not one column that shows whichever came last
+    assert tables.tables(two[:1])[0].attacks == ["pgd-2 from WRN"]
 
     student = write_run(tmp_path / "run", [record(title="WRN", weights="aa"), record("fgsm", weights="aa")], "WRN")
     (student / "eval/best/pgd-2~bb.json").write_text(json.dumps({**transferred("WRN", "WRN", "bb"), "weights": "aa"}))
@@ -268,26 +270,26 @@ def test_surrogates_of_one_title_are_told_apart(tmp_path):
 
 
 def test_runs_of_one_title_are_told_apart():
-    labels = [row.label for row in report_tables.rows([record(seed=0), record(seed=1), record("margin-2", seed=1)])]
+    labels = [row.label for row in tables.rows([record(seed=0), record(seed=1), record("margin-2", seed=1)])]
     assert labels == ["student, seed 0", "student, seed 1"]
     other = {"model": {"name": "cnn"}, "evaluate": {}}
-    assert len({row.label for row in report_tables.rows([record(), record(config=other)])}) == 2
+    assert len({row.label for row in tables.rows([record(), record(config=other)])}) == 2
 
 
 def test_attacks_are_sorted_by_strength_and_curves_by_eps():
     shuffled = [record(attack, flags=[1] * N) for attack in ("margin-2", "pgd-100", "fgsm", "pgd-20", "autoattack")]
-    (table,) = report_tables.tables(shuffled)
+    (table,) = tables.tables(shuffled)
     assert table.attacks == ["fgsm", "pgd-20", "pgd-100", "margin-2", "autoattack"]
-    (row,) = report_tables.rows([record(eps=eps) for eps in ("16/255", "2/255", "8/255")])
-    assert [text for _, text, _ in report_tables.ladders(row)["pgd-2"]] == ["0", "2/255", "8/255", "16/255"]
-    assert report_tables.ladders(row)["pgd-2"][0] == (0.0, "0", 87.5)
+    (row,) = tables.rows([record(eps=eps) for eps in ("16/255", "2/255", "8/255")])
+    assert [text for _, text, _ in tables.ladders(row)["pgd-2"]] == ["0", "2/255", "8/255", "16/255"]
+    assert tables.ladders(row)["pgd-2"][0] == (0.0, "0", 87.5)
 
 
 # ---- checks ------------------------------------------------------------------------------------------------
 
 
 def test_a_healthy_run_passes_every_check():
-    assert {check.status for check in report_checks.checks(healthy())} == {"pass"}
+    assert {check.status for check in self_checks.checks(healthy())} == {"pass"}
 
 
 @pytest.mark.parametrize(
@@ -346,10 +348,10 @@ def test_robust_accuracy_after_each_attack_is_shown(tmp_path):
     after = {"apgd-ce": 37.5, "apgd-t": 25.0, "square": 12.5}
     made = dict(version="standard", attacks=None)
     auto = record("autoattack", flags=[1] + [0] * 7, robust_after=after, attack_settings=made)
-    (table,) = report_tables.tables([*healthy(), auto])
-    ((header, line),) = report_tables.stages(table, [*healthy(), auto])
+    (table,) = tables.tables([*healthy(), auto])
+    ((header, line),) = tables.stages(table, [*healthy(), auto])
     assert header[1:] == ["clean", "APGD-ce", "APGD-t", "Square"] and line[1:] == ["87.50", "37.50", "25.00", "12.50"]
-    assert "student, AutoAttack" in report_tables.as_text([auto]) and report_tables.stages(table, healthy()) == []
+    assert "student, AutoAttack" in tables.as_text([auto]) and tables.stages(table, healthy()) == []
     write_run(tmp_path / "run", [*healthy(), auto])
     report.write([tmp_path / "run"], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
@@ -368,7 +370,7 @@ def test_half_a_point_is_allowed_and_no_more():
 def test_what_cannot_be_checked_is_not_a_pass():
     assert status([record("pgd-2")], "as strong as FGSM")[0] == "not checked"
     assert status([record("pgd-2")], "halves")[0] == "not checked"
-    assert {check.status for check in report_checks.checks([], ["nothing there"])} == {"warn", "not checked"}
+    assert {check.status for check in self_checks.checks([], ["nothing there"])} == {"warn", "not checked"}
 
 
 # ---- files -------------------------------------------------------------------------------------------------
@@ -413,7 +415,7 @@ def test_the_name_of_a_file_says_which_eps_is_the_main_one(tmp_path):
     own = {"evaluate": {"eps": "16/255"}}
     folder = write_run(tmp_path / "a", [{**each, "config": own} for each in healthy()])
     for file in folder.glob("eval/best/*.json"):
-        file.write_text(json.dumps({k: v for k, v in disk.read_json(file).items() if k != "main"}))
+        file.write_text(json.dumps({k: v for k, v in files.read_json(file).items() if k != "main"}))
     assert [(each["eps"], each["main"]) for each in report.read([folder])[0].records] == [
         ("8/255", True),
         ("16/255", False),
@@ -612,19 +614,19 @@ def strokes(picture):
 
 def test_two_points_are_marks_and_three_are_a_line():
     two = [record(attack) for attack in FLAGS]
-    picture = report_figures.curves(report_tables.families(two))
+    picture = figures.curves(tables.families(two))
     assert strokes(picture) == 0 and len(re.findall("<use ", picture)) >= 6 and "Two points are not joined" in picture
-    three = report_figures.curves(report_tables.families(healthy()))
+    three = figures.curves(tables.families(healthy()))
     assert strokes(three) == 3 and "Two points" not in three
     some = [*healthy(), record("autoattack", flags=[0] * N)]  # of which the table says as much
-    assert report_figures.curves(report_tables.families(some)) == three
-    assert report_figures.curves(report_tables.families([record("cw-l2-9", flags=[0] * N, bounded=False)])) == ""
+    assert figures.curves(tables.families(some)) == three
+    assert figures.curves(tables.families([record("cw-l2-9", flags=[0] * N, bounded=False)])) == ""
 
 
 def test_seeds_have_bars():
-    spread = report_figures.curves(report_tables.families(seeds(3)))
+    spread = figures.curves(tables.families(seeds(3)))
     assert "Bars: standard deviation over training seeds" in spread and "student, 3 seeds" in spread
-    assert "Bars" not in report_figures.curves(report_tables.families(seeds(3), each=True))
+    assert "Bars" not in figures.curves(tables.families(seeds(3), each=True))
 
 
 def test_one_epoch_is_a_mark_in_a_panel_and_a_panel_without_numbers_is_not_drawn(tmp_path):
@@ -633,7 +635,7 @@ def test_one_epoch_is_a_mark_in_a_panel_and_a_panel_without_numbers_is_not_drawn
 
     def drawn(rows):
         (run,) = report.read([write_run(tmp_path / "run", healthy(), rows=rows)])
-        return report_figures.training([run])
+        return figures.training([run])
 
     one = drawn([train])
     assert strokes(one) == 0 and "loss" in one and "accuracy in %" in one
@@ -803,7 +805,7 @@ def test_the_command_that_trains_again_has_the_run_s_own_configuration(digits_ru
     assert len(calls) == 1  # which trains teacher and contrast too
     asked = main.parse(["main", *calls[0][2:]])
     assert asked.workdir == Path(f"{digits_run}-again")
-    saved = disk.read_json(digits_run / "config.json")["config"]
+    saved = files.read_json(digits_run / "config.json")["config"]
     assert config.plain(config.effective(asked.settings)) == config.plain(saved)
     assert main.parse(["main", *calls[0][2:], "--config.seed=9"]).settings.seed == 9
     with pytest.raises(InputError, match=r"holds no recipe .* and no config"):

@@ -9,7 +9,8 @@ import pytest
 from conftest import clean_recipe
 
 import ibjax
-from ibjax import disk, evaluate, main, metrics, run
+from ibjax import files, evaluate, main
+from ibjax.runs import metrics, run
 from ibjax.analysis import layers, mask
 from ibjax.errors import InputError
 from ibjax.models import masked
@@ -99,7 +100,7 @@ def test_the_choice_of_layers_trains_each_alone_and_goes_on_where_it_was(tmp_pat
     saved = {name: run.read_config(tmp_path / name)[0].objective for name in found["accuracy"]}
     assert (saved["none"].alpha, saved["none"].beta) == (0.0, 0.0)
     assert saved["stage1"].layers == "stage1" and saved["stage1"].beta == 0.08
-    assert disk.read_json(tmp_path / "layers.json") == found
+    assert files.read_json(tmp_path / "layers.json") == found
     assert "validation images" in layers.table(found).splitlines()[0]
 
     # the last checkpoint was validated too, by an attack of its own: the clean accuracies are of the same images

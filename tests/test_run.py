@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ibjax import config, main, report, run
+from ibjax import config, main, report
+from ibjax.runs import run
 from ibjax.errors import InputError
 from ibjax.step import linen_net
 

@@ -10,7 +10,9 @@ import scipy.spatial
 from conftest import clean_recipe
 from PIL import Image
 
-from ibjax import cluster, disk, main, run
+from ibjax.devices import cluster
+from ibjax import files, main
+from ibjax.runs import run
 from ibjax.analysis import score_cam
 from ibjax.models import cnn, siriib, vgg, wide_resnet
 from ibjax.step import linen_net, to_float
@@ -159,7 +161,7 @@ def test_it_is_run_from_the_command_line(workdir, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(run, "load", lambda *_: trained)
     picture, flags = tmp_path / "new" / "maps.png", ("--attack=pgd-10", "--n=16", "--names=a,b,c,d,e,f,g,h,i,$j$")
     assert command(monkeypatch, f"--workdir={workdir}", *flags, f"--picture={picture}") == 0
-    record = disk.read_json(workdir / "score_cam" / "best.json")
+    record = files.read_json(workdir / "score_cam" / "best.json")
     with np.load(workdir / "score_cam" / "best.npz") as file:
         stored = dict(file)
     assert f"| x and its x' | {record['cosine']:.3f} |" in capsys.readouterr().out

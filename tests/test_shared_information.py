@@ -8,7 +8,7 @@ from conftest import smoke_config
 
 from ibjax import losses
 from ibjax.errors import InputError
-from ibjax.experiment import _optimizer
+from ibjax.training.experiment import _optimizer
 from ibjax.information import hsic
 from ibjax.models import cnn, stochastic
 from ibjax.objectives.pgd_at import pgd_at

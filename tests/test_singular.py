@@ -7,7 +7,9 @@ import pytest
 import scipy.linalg
 from PIL import Image
 
-from ibjax import disk, evaluate, run, scoring
+from ibjax import files, evaluate
+from ibjax.runs import run
+from ibjax.evaluation import scoring
 from ibjax.analysis import attacked, singular
 from ibjax.attacks.pgd import pgd
 from ibjax.data import Split
@@ -152,7 +154,7 @@ def test_it_is_run_from_the_command_line(digits_run, tmp_path, monkeypatch, caps
     monkeypatch.setattr(singular.cluster, "initialize", lambda: None)  # it must come before all of JAX
     with pytest.raises(SystemExit, match="0"):
         singular.main()
-    record = disk.read_json(digits_run / "singular" / "best.json")
+    record = files.read_json(digits_run / "singular" / "best.json")
     assert record["n"] == 11 and list(record["acc"]) == ["image", *singular.SEEN]
     for known in evaluate.evaluate(digits_run, attacks=("fgsm", "pgd-2"), n=11):
         if known["main"]:

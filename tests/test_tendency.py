@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ibjax import cluster, evaluate, run, scoring
+from ibjax.devices import cluster
+from ibjax import evaluate
+from ibjax.runs import run
+from ibjax.evaluation import scoring
 from ibjax.analysis import attacked, tendency
 from ibjax.attacks.pgd import pgd
 from ibjax.errors import InputError

@@ -12,11 +12,14 @@ import pytest
 from conftest import smoke_config
 from PIL import Image
 
-from ibjax import checkpoint, cluster, config, main, run, train
+from ibjax.runs import checkpoint, run
+from ibjax.devices import cluster
+from ibjax import config, main
+from ibjax.training import loop
 from ibjax.data import Split, builders, check, load_splits, part, stream, synthetic, tfds, tfrecord
 from ibjax.data.builders import Contents
 from ibjax.errors import DataError, InputError, PreemptedError
-from ibjax.experiment import build
+from ibjax.training.experiment import build
 
 RNG = np.random.default_rng(0)
 CLASSES = tuple("abcdefghij")
@@ -444,7 +447,7 @@ def test_stream_training_goes_on_to_the_bit_and_is_evaluated(streamed, tmp_path,
     stop = itertools.count()
     monkeypatch.setattr(cluster, "preempted", lambda: next(stop) == 2)  # in the first epoch
     with pytest.raises(PreemptedError):
-        train.train(build(settings), tmp_path / "again")
+        loop.train(build(settings), tmp_path / "again")
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     records = main.execute(settings, tmp_path / "again")
@@ -453,7 +456,7 @@ def test_stream_training_goes_on_to_the_bit_and_is_evaluated(streamed, tmp_path,
     assert records[0]["n"] == 10 and records[0]["dataset"] == "imagenet2012, 16 pixels"
     settings.steps_per_dispatch = 5
     with pytest.raises(InputError, match="1 step at a time"):
-        train.train(build(settings), tmp_path / "other")
+        loop.train(build(settings), tmp_path / "other")
 
 
 def test_stream_crops_lie_in_the_image():

@@ -6,7 +6,10 @@ import shutil
 import pytest
 from conftest import clean_recipe, smoke_config
 
-from ibjax import config, disk, evaluate, main, report_checks, report_tables, results, run, threat
+from ibjax import config, files, evaluate, main, threat
+from ibjax.evaluation.report import self_checks, tables
+from ibjax.evaluation import results
+from ibjax.runs import run
 from ibjax.errors import InputError
 
 
@@ -88,7 +91,7 @@ def test_a_saved_configuration_is_the_same_run_and_still_follows_its_threat_mode
 def test_a_run_from_before_there_was_a_threat_model_loads_and_continues(digits_run, tmp_path):
     folder = shutil.copytree(digits_run, tmp_path / "old", ignore=shutil.ignore_patterns(".lock"))
     for file in folder.rglob("config.json"):
-        content = disk.read_json(file)
+        content = files.read_json(file)
         parts = [content["config"], content["config"]["teacher"]["recipe"], *content["config"]["contrast"].values()]
         for part in filter(None, parts):
             del part["threat"]
@@ -119,8 +122,8 @@ def test_training_in_another_norm_than_the_evaluation_is_said_before_and_after(t
     assert any(text in message for message in caplog.messages)
     assert record["train_threat"] == {"norm": "l2", "eps": "6/16"}
     assert record["validate_threat"] == {"norm": "linf", "eps": "2/16"} == {key: record[key] for key in ("norm", "eps")}
-    assert text in report_tables.as_text([record])
-    (check,) = (check for check in report_checks.checks([record]) if "one threat model" in check.name)
+    assert text in tables.as_text([record])
+    (check,) = (check for check in self_checks.checks([record]) if "one threat model" in check.name)
     assert check.status == "warn" and text in check.details[0]
     assert text in (tmp_path / "run/report.html").read_text()
 
@@ -162,7 +165,7 @@ def test_an_evaluation_under_another_threat_model_stands_beside_the_runs_own(dig
         "pgd-2(step_size=0.1).l2.eps0.5.json",
     }
     titles = [
-        line for line in report_tables.as_text([json.loads(own), *wider, other]).splitlines() if "accuracy in" in line
+        line for line in tables.as_text([json.loads(own), *wider, other]).splitlines() if "accuracy in" in line
     ]
     assert [title.split(": ")[0].split(", ", 1)[1] for title in titles] == [
         "linf, eps 2/16", "linf, eps 4/16", "l2, eps 0.5"

@@ -5,7 +5,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from ibjax import torch_file
+from ibjax.pytorch import torch_file
 from ibjax.errors import CheckpointError, InputError
 from ibjax.pytorch import exports, imports, published
 from ibjax.pytorch.normalisation import Said

@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 from conftest import clean_recipe
 
-from ibjax import checkpoint, cluster, config, feed, metrics, run, train
+from ibjax.runs import checkpoint, metrics, run
+from ibjax.devices import cluster
+from ibjax import config
+from ibjax.training import feed, loop
 from ibjax.errors import DivergedError, InputError, PreemptedError
-from ibjax.experiment import build, initial_state
-from ibjax.scoring import Flags
+from ibjax.training.experiment import build, initial_state
+from ibjax.evaluation.scoring import Flags
 
 
 def settings(**changes):
@@ -30,7 +33,7 @@ def settings(**changes):
 
 def trained(workdir, recipe):
     """(digest of all state, metrics without timings) after training."""
-    train.train(build(recipe), workdir)
+    loop.train(build(recipe), workdir)
     made = build(recipe)
     with checkpoint.manager(workdir) as orbax:
         state = checkpoint.restore_latest(orbax, initial_state(made))
@@ -79,7 +82,7 @@ def test_a_crash_anywhere_and_the_same_command_give_the_same_bits(tmp_path, monk
     with monkeypatch.context() as patch:
         stop_after(patch, crash_at)
         with pytest.raises(Stop):
-            train.train(build(recipe), tmp_path / "broken")
+            loop.train(build(recipe), tmp_path / "broken")
     got, rows = trained(tmp_path / "broken", recipe)
     assert got == expected and rows == expected_rows
     assert_no_gap_no_duplicate(rows, 15)
@@ -90,7 +93,7 @@ def test_a_notice_saves_the_very_step_and_continuing_gives_the_same_bits(tmp_pat
     with monkeypatch.context() as patch:
         stop_after(patch, 7, PreemptedError)
         with pytest.raises(PreemptedError, match="saved step 7 of 15"):
-            train.train(build(recipe), tmp_path / "broken")
+            loop.train(build(recipe), tmp_path / "broken")
     got, rows = trained(tmp_path / "broken", recipe)
     assert got == expected
     assert_no_gap_no_duplicate(rows, 15)
@@ -148,7 +151,7 @@ def test_nothing_is_transferred_from_the_host_inside_an_epoch(tmp_path, monkeypa
         levels.append(jax.config.jax_transfer_guard_host_to_device or jax.config.jax_transfer_guard)
         return made.train_step(state, batch, key, teacher)
 
-    train.train(made._replace(train_step=spy), tmp_path)
+    loop.train(made._replace(train_step=spy), tmp_path)
     assert levels and set(levels) == {"disallow"}
 
 
@@ -161,7 +164,7 @@ def test_a_nan_stops_the_run_and_the_last_good_checkpoint_stays(tmp_path):
         return state, {**values, "loss": jax.numpy.where(bad, jax.numpy.nan, values["loss"])}
 
     with pytest.raises(DivergedError) as caught:
-        train.train(made._replace(train_step=poisoned), tmp_path)
+        loop.train(made._replace(train_step=poisoned), tmp_path)
     assert "step 8" in str(caught.value) and "last good checkpoint is step 5" in str(caught.value)
     with checkpoint.manager(tmp_path, read_only=True) as orbax:
         assert list(orbax.all_steps()) == [5]
@@ -177,16 +180,16 @@ def test_weights_that_break_after_the_last_loss_are_told_as_a_loss_that_does(tmp
         return state._replace(variables={**state.variables, "params": params}), values
 
     with pytest.raises(DivergedError, match=r"variables/.* became NaN or Inf in the batch of step 10 \(gradient norms"):
-        train.train(made._replace(train_step=poisoned), tmp_path / "inf")
+        loop.train(made._replace(train_step=poisoned), tmp_path / "inf")
     reason = metrics.read(tmp_path / "inf/metrics.jsonl")[-1]["reason"]
     assert "last good checkpoint is step 5; lower optimizer.lr" in reason
 
     def validate(experiment, validator, state):
         raise InputError("the network's gradient is NaN or infinite on 8 images")
 
-    monkeypatch.setattr(train, "_validate", validate)  # weights that are finite, and too large for their products
+    monkeypatch.setattr(loop, "_validate", validate)  # weights that are finite, and too large for their products
     with pytest.raises(DivergedError, match=r"validation accuracy .* batch of step 5 \(.*gradient is NaN"):
-        train.train(made, tmp_path / "large")
+        loop.train(made, tmp_path / "large")
 
 
 def test_a_validation_is_told_on_a_terminal_as_in_a_pipe(tmp_path, monkeypatch, capsys, caplog):
@@ -199,7 +202,7 @@ def test_a_validation_is_told_on_a_terminal_as_in_a_pipe(tmp_path, monkeypatch, 
         monkeypatch.setattr(sys, "stderr", stream)
         monkeypatch.setattr(logging.root, "handlers", [handler])
         caplog.set_level(logging.INFO)  # which has loggers forget what they knew of another level
-        train.train(build(settings(epochs=1)), tmp_path / type(stream).__name__)
+        loop.train(build(settings(epochs=1)), tmp_path / type(stream).__name__)
         text = stream.getvalue()
         assert "epoch 1 of 1, validation clean" in text
         assert ("5/5" in text) == stream.isatty()
@@ -210,7 +213,7 @@ def test_a_high_learning_rate_diverges_with_one_line(tmp_path):
     recipe.optimizer.lr = 999.0
     recipe.optimizer.weight_decay = 10.0
     with pytest.raises(DivergedError, match=r"lower optimizer\.lr|not saved"):
-        train.train(build(recipe), tmp_path)
+        loop.train(build(recipe), tmp_path)
 
 
 def test_a_finished_run_is_left_alone(tmp_path):
@@ -224,7 +227,7 @@ def test_a_finished_run_is_left_alone(tmp_path):
 def test_another_configuration_in_the_same_workdir_is_refused(tmp_path):
     trained(tmp_path, settings(epochs=1))
     with pytest.raises(InputError, match=r"epochs=1, now 2"):
-        train.train(build(settings(epochs=2)), tmp_path)
+        loop.train(build(settings(epochs=2)), tmp_path)
     trained(tmp_path, settings(epochs=1, log_every=1))  # what does not change the result may change
 
 
@@ -273,7 +276,7 @@ def scripted_validation(monkeypatch, scores):
         clean, robust = next(pairs)
         return {"clean_acc": clean, "robust_acc": robust, "selection": robust}
 
-    monkeypatch.setattr(train, "_validate", validate)
+    monkeypatch.setattr(loop, "_validate", validate)
 
 
 def test_best_is_chosen_by_robust_not_by_clean_accuracy(tmp_path, monkeypatch):
@@ -292,7 +295,7 @@ def scripted_flags(monkeypatch, scores):
         clean, robust = (np.arange(100) < count for count in next(pairs))
         return Flags(clean, robust, np.zeros(100), np.zeros(100)), None
 
-    monkeypatch.setattr(train.Scorer, "__call__", flags)
+    monkeypatch.setattr(loop.Scorer, "__call__", flags)
 
 
 @pytest.mark.parametrize(
@@ -339,17 +342,17 @@ def test_the_accuracy_that_selects_is_checked():
 
 def test_selection_looks_at_the_validation_split_or_where_asked_at_the_test_set(tmp_path, monkeypatch):
     seen = []
-    original = train.Scorer.__call__
+    original = loop.Scorer.__call__
 
     def spy(self, variables, split, *args, **kwargs):
         seen.append(split)
         return original(self, variables, split, *args, **kwargs)
 
-    monkeypatch.setattr(train.Scorer, "__call__", spy)
+    monkeypatch.setattr(loop.Scorer, "__call__", spy)
     for name in ("val", "test"):
         recipe = settings(epochs=1, select_on=name)
         made = build(recipe)
-        train.train(made, tmp_path / name)
+        loop.train(made, tmp_path / name)
         assert seen.pop() is getattr(made.data, name) and not seen
 
 
@@ -370,10 +373,10 @@ def test_the_teacher_is_its_best_checkpoint_unless_another_is_asked_for(tmp_path
 
 def test_other_data_or_another_teacher_cannot_continue_a_run(tmp_path, monkeypatch):
     made = build(settings(epochs=1))
-    train.train(made, tmp_path)
+    loop.train(made, tmp_path)
     for name, other in (("digests", {"train": "0"}), ("teacher", {"step": 3, "weights": "0"})):
         with pytest.raises(InputError, match=f"trained with another {name}"):
-            train.train(made._replace(facts={**made.facts, name: other}), tmp_path)
+            loop.train(made._replace(facts={**made.facts, name: other}), tmp_path)
 
 
 def test_a_first_attempt_that_fails_does_not_bind_the_workdir(tmp_path):
@@ -384,7 +387,7 @@ def test_a_first_attempt_that_fails_does_not_bind_the_workdir(tmp_path):
         raise RuntimeError("a bug in the first step")
 
     with pytest.raises(RuntimeError, match="first step"):
-        train.train(made._replace(train_step=failing), tmp_path)
+        loop.train(made._replace(train_step=failing), tmp_path)
     trained(tmp_path, settings(epochs=1))
 
 
@@ -408,10 +411,10 @@ def test_running_out_of_memory_names_the_batch_of_a_device(tmp_path, monkeypatch
 
     monkeypatch.setattr(feed, "make_dispatch", lambda *_: dispatch)
     with pytest.raises(MemoryError, match="batch_size=8 is 1 images on each of 8 devices"):
-        train.train(build(settings()), tmp_path)
+        loop.train(build(settings()), tmp_path)
 
 
 def test_a_run_compiles_its_step_once_and_says_so(tmp_path):
-    train.train(build(settings()), tmp_path)
+    loop.train(build(settings()), tmp_path)
     compiles = [row["compiles"] for row in metrics.read(tmp_path / "metrics.jsonl") if row["kind"] == "train"]
     assert compiles[0] > 0 and compiles[-1] == 0

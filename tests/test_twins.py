@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from ibjax import architectures
+from ibjax.pytorch import architectures
 from ibjax.models import cnn, layers, preact_resnet, resnet, vgg, wide_resnet
 from ibjax.pytorch import fit
 

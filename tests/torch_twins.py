@@ -1,4 +1,4 @@
-"""The published networks of `ibjax.torch_models` as oracles: random weights that hide no mistake, and features."""
+"""The published networks of `ibjax.pytorch.networks` as oracles: random weights that hide no mistake, and features."""
 
 import numpy as np
 import torch

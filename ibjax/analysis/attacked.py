@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax import cluster, config, losses, run
-from ibjax.attacks.named import named
+from ibjax.devices import cluster
+from ibjax import config, losses
+from ibjax.runs import run
+from ibjax.evaluation.named import named
 from ibjax.attacks.names import canonical
 from ibjax.data import Split
 from ibjax.errors import InputError
 from ibjax.evaluate import check_network, check_settings, make_scorer
-from ibjax.scoring import Flags, auto_attack
+from ibjax.evaluation.scoring import Flags, auto_attack
 from ibjax.step import to_float
 
 

@@ -25,15 +25,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from ibjax import checkpoint as checkpoints
-from ibjax import cluster, config, errors, run
+from ibjax.runs import checkpoint as checkpoints
+from ibjax.devices import cluster
+from ibjax import config, errors
+from ibjax.runs import run
 from ibjax.analysis import attacked, output, pictures
 from ibjax.attacks.names import canonical
 from ibjax.errors import InputError
-from ibjax.experiment import Experiment, build, initializer
+from ibjax.training.experiment import Experiment, build, initializer
 from ibjax.main import jobs
 from ibjax.objectives.ibd_matching import layers_of
-from ibjax.results import attack_label
+from ibjax.evaluation.results import attack_label
 from ibjax.step import linen_net, to_float
 
 
@@ -117,7 +119,7 @@ def evaluate(
     taught = x_adv if adversarial else split.images[:]
     values, teacher, student = attention(trained, experiment, head, x_adv, taught, settings["batch_size"])
     record = {
-        **run.provenance(trained, checkpoint),
+        **run.origin(trained, checkpoint),
         "dataset": trained.facts["label"],
         "n": len(split.labels),
         "attack": attack,

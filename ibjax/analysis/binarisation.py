@@ -47,13 +47,15 @@ from jax.sharding import NamedSharding
 from scipy.optimize import nnls
 from tqdm import tqdm
 
-from ibjax import cluster, errors, losses, run
+from ibjax.devices import cluster
+from ibjax import errors, losses
+from ibjax.runs import run
 from ibjax.analysis import attacked, output
 from ibjax.attacks import Attack, geometry
 from ibjax.attacks.iterative import as_attack
-from ibjax.attacks.named import named
+from ibjax.evaluation.named import named
 from ibjax.errors import InputError, PreemptedError
-from ibjax.scoring import TOLERANCE, percent
+from ibjax.evaluation.scoring import TOLERANCE, percent
 from ibjax.step import linen_net, to_float
 
 ETA, SLACK, CRITERION = 0.95, 0.01, 95.0
@@ -338,7 +340,7 @@ def evaluate(
     random = percent(found.random[found.used])
     success = {name: percent(found.broken[name][found.used]) for name in prepared}
     record = {
-        **run.provenance(trained, checkpoint),
+        **run.origin(trained, checkpoint),
         "dataset": trained.facts["label"],
         "n": n,
         "used": int(found.used.sum()),

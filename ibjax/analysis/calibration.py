@@ -19,13 +19,15 @@ from typing import Any
 
 import jax
 
-from ibjax import cluster, errors, run
+from ibjax.devices import cluster
+from ibjax import errors
+from ibjax.runs import run
 from ibjax.analysis import output
 from ibjax.analysis.attacked import attack, load, predictions
 from ibjax.errors import InputError
 from ibjax.models import siriib
-from ibjax.results import attack_label
-from ibjax.scoring import percent
+from ibjax.evaluation.results import attack_label
+from ibjax.evaluation.scoring import percent
 from ibjax.step import linen_net
 
 ROWS = ("image", "calibrated", "through")
@@ -63,7 +65,7 @@ def evaluate(
         accuracy["calibrated"][name] = percent(as_they_are & purified)
         accuracy["through"][name] = percent(white.robust)
     record = {
-        **run.provenance(trained, checkpoint),
+        **run.origin(trained, checkpoint),
         "dataset": trained.facts["label"],
         "n": len(split.labels),
         **{key: settings[key] for key in ("norm", "eps", "step_size")},

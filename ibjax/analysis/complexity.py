@@ -26,7 +26,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ibjax import aot, errors, run
+from ibjax import aot, errors
+from ibjax.runs import run
 from ibjax import main as command_line
 from ibjax.models import layers
 

@@ -21,7 +21,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ibjax import cluster, disk, errors, losses, run
+from ibjax.devices import cluster
+from ibjax import files, errors, losses
+from ibjax.runs import run
 from ibjax.analysis import calibration, output
 from ibjax.data import Split, corruptions, stratified, tfds
 from ibjax.errors import DataError, InputError
@@ -117,7 +119,7 @@ def evaluate(
     predict = jax.jit(linen_net(run.in_float32(model)).predict)
     table = accuracies(lambda x: predict(trained.variables, x)[0], source, n, batch_size)
     record = {
-        **run.provenance(trained, checkpoint),
+        **run.origin(trained, checkpoint),
         "trained_on": trained.facts["label"],
         "dataset": source.label,
         "calibrated": calibrated,
@@ -152,7 +154,7 @@ def main() -> None:
 
     def command():
         cluster.initialize()
-        data_dir = str(disk.path(given.data_dir)) if given.data_dir else ""
+        data_dir = str(files.path(given.data_dir)) if given.data_dir else ""
         options = dict(data_dir=data_dir, generate=given.generate, calibrated=given.calibrated, n=given.n)
         record = evaluate(given.workdir, given.checkpoint, **options)
         if jax.process_index() == 0:

@@ -28,12 +28,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax import cluster, disk, errors, run
+from ibjax.devices import cluster
+from ibjax import files, errors
+from ibjax.runs import run
 from ibjax.analysis import attacked, output, pictures
 from ibjax.attacks.names import canonical
 from ibjax.errors import InputError, check_range, nearest
-from ibjax.results import attack_label
-from ibjax.scoring import percent
+from ibjax.evaluation.results import attack_label
+from ibjax.evaluation.scoring import percent
 from ibjax.step import linen_net, to_float
 
 CLEAN = "clean"  # stands where an attack's name would
@@ -116,7 +118,7 @@ def evaluate(
     images = split.images if names is None else attacked.attack(attack, predict, trained, split, settings)[1]
     found = features(predict, trained.variables, images, settings["batch_size"], tap)
     classes = attacked.predictions(predict, trained.variables, images, settings["batch_size"])
-    origin = run.provenance(trained, checkpoint)
+    origin = run.origin(trained, checkpoint)
     origin["versions"]["scikit-learn"] = importlib.metadata.version("scikit-learn")
     record = {
         **origin,
@@ -229,7 +231,7 @@ def _legend(drawn, names):
 def main() -> None:
     """The command line of this module."""
     parser = run.bare_command_line("ibjax.analysis.embedding", __doc__)
-    parser.add_argument("--workdir", type=disk.path, action="append", required=True, help="again for a run beside it")
+    parser.add_argument("--workdir", type=files.path, action="append", required=True, help="again for a run beside it")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step")
     parser.add_argument(
         "--attack", type=canonical, default=CLEAN, help="a name, as of an evaluation; default: the images as they are"

@@ -48,7 +48,7 @@ from ibjax import aot, errors
 from ibjax import main as command_line
 from ibjax.config import TEACHERS
 from ibjax.errors import check_range
-from ibjax.experiment import build, initial_state
+from ibjax.training.experiment import build, initial_state
 from ibjax.step import Net, Variables
 
 

@@ -17,14 +17,17 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ibjax import cluster, config, errors, run, train
+from ibjax.devices import cluster
+from ibjax import config, errors
+from ibjax.runs import run
+from ibjax.training import loop
 from ibjax import main as command_line
 from ibjax.analysis import output
 from ibjax.analysis.attacked import attack
 from ibjax.errors import InputError
-from ibjax.experiment import build
+from ibjax.training.experiment import build
 from ibjax.objectives.ib_rar import layers_of
-from ibjax.scoring import percent
+from ibjax.evaluation.scoring import percent
 from ibjax.step import linen_net
 
 
@@ -58,14 +61,14 @@ def choose(settings: ConfigDict, workdir: Path, gain: float = 1.0) -> dict[str, 
     pgd = next((name for name in settings.evaluate.attacks if name.startswith("pgd-")), "pgd-10")
     recipes = candidates(settings)
     for recipe in recipes.values():
-        train.check(recipe)
+        loop.check(recipe)
     data = run.load_data(settings)
     split = data.val if settings.select_on == "val" else data.test
-    assert split is not None  # train.check saw to it
+    assert split is not None  # loop.check saw to it
     accuracy: dict[str, dict[str, float]] = {}
     for name, recipe in recipes.items():
         with run.lock(workdir / name):
-            train.train(build(recipe), workdir / name)
+            loop.train(build(recipe), workdir / name)
             trained = run.load(workdir / name, "last")
         predict = linen_net(run.in_float32(trained.model)).predict
         flags, _ = attack(pgd, predict, trained, split, config.plain(recipe.evaluate))

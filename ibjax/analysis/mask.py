@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax import checkpoint as checkpoints
-from ibjax import cluster, config, disk, errors, run
+from ibjax.runs import checkpoint as checkpoints
+from ibjax.devices import cluster
+from ibjax import config, files, errors
+from ibjax.runs import run
 from ibjax.analysis.attacked import feature_shapes
 from ibjax.errors import InputError, nearest
 from ibjax.objectives.ib_rar import channel_information, permanent_mask
@@ -47,7 +49,7 @@ def information(trained: run.Run, tap: str, batches: int = BATCHES) -> np.ndarra
 
 def mask(workdir: Path, out: Path, tap: str, checkpoint: str = "best", share: float = 0.05) -> tuple[int, ...]:
     """Writes the masked run into `out`; returns the channels that are zero in it."""
-    out = disk.path(out)
+    out = files.path(out)
     trained = run.load(workdir, checkpoint)
     with_y = information(trained, tap)
     channels = tuple(np.flatnonzero(np.asarray(permanent_mask(jnp.asarray(with_y), share)) == 0).tolist())
@@ -74,7 +76,7 @@ def main() -> None:
     """The command line of this module."""
     parser = run.command_line("ibjax.analysis.mask", __doc__)
     parser.add_argument("--tap", required=True, help="the feature, as stage5")
-    parser.add_argument("--out", type=disk.path, required=True, help="workdir of the masked run; made if absent")
+    parser.add_argument("--out", type=files.path, required=True, help="workdir of the masked run; made if absent")
     parser.add_argument("--share", type=float, default=0.05, help="of the channels that are zeroed")
     given = parser.parse_args()
 

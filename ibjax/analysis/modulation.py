@@ -28,14 +28,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax import cluster, errors, run
+from ibjax.devices import cluster
+from ibjax import errors
+from ibjax.runs import run
 from ibjax.analysis import attacked, output, pictures
-from ibjax.attacks.named import named
+from ibjax.evaluation.named import named
 from ibjax.data import stratified
 from ibjax.errors import InputError
 from ibjax.information.svd import singular_values_and_polar
 from ibjax.models import siriib
-from ibjax.results import attack_label
+from ibjax.evaluation.results import attack_label
 from ibjax.step import linen_net, to_float
 
 ATTACKS = ("pgd-20", "margin-20", "siriib-svd-20", "siriib-info-20")
@@ -123,7 +125,7 @@ def evaluate(
         changes[name], shown[name] = change(clean, seen), jax.tree.map(lambda a: a[chosen], seen)
     changes[OTHER] = change(clean, jax.tree.map(lambda a: np.roll(a, 1, axis=0), clean))
     record = {
-        **run.provenance(trained, checkpoint),
+        **run.origin(trained, checkpoint),
         "dataset": trained.facts["label"],
         "n": len(split.labels),
         **{key: settings[key] for key in ("norm", "eps", "step_size")},

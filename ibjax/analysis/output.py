@@ -1,5 +1,6 @@
 """What an analysis writes, and the line that says where."""
 
+from ibjax import files
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ibjax import run
+from ibjax.runs import run
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 def writing(file: Path) -> Iterator[Path]:
     """A temporary path for what becomes `file`, whole or not at all; its folder is made, and its place is said."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with run.replacing(file) as temporary:
+    with files.replacing(file) as temporary:
         yield temporary
     log.info("written: %s", file)
 
@@ -26,7 +27,7 @@ def writing(file: Path) -> Iterator[Path]:
 def record(folder: Path, name: str, content: Mapping[str, Any]) -> None:
     """Writes `folder`/`name`.json, by the first process; a "/" in the name, as of an attack's options, becomes "_"."""
     if jax.process_index() == 0:
-        run.write_json(file := _file(folder, name, "json"), content)
+        files.write_json(file := _file(folder, name, "json"), content)
         log.info("written: %s", file)
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax import disk
+from ibjax import files
 from ibjax.analysis import output
 from ibjax.errors import InputError
-from ibjax.results import attack_label
+from ibjax.evaluation.results import attack_label
 from ibjax.step import to_float
 
 SUFFIXES = (".png", ".pdf", ".svg")
@@ -32,7 +32,7 @@ _METADATA: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "svg": {
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
     """Adds --picture, for `check` and then for drawing."""
-    parser.add_argument("--picture", type=disk.path, help="draw it into FILE.pdf, FILE.svg or FILE.png")
+    parser.add_argument("--picture", type=files.path, help="draw it into FILE.pdf, FILE.svg or FILE.png")
 
 
 def check(file: Path | None) -> None:

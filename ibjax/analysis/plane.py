@@ -36,17 +36,20 @@ from jax import Array
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ibjax import cluster, config, disk, errors, feed, run, train
+from ibjax.devices import cluster
+from ibjax import config, files, errors
+from ibjax.training import feed, loop
+from ibjax.runs import run
 from ibjax import main as command_line
 from ibjax.analysis import embedding, output, pictures
-from ibjax.attacks.named import named
+from ibjax.evaluation.named import named
 from ibjax.data import stratified, subset
 from ibjax.errors import DivergedError, InputError, PreemptedError, check_range, nearest
 from ibjax.evaluate import check_network, check_settings, make_scorer
-from ibjax.experiment import build, initial_state, run_key
+from ibjax.training.experiment import build, initial_state, run_key
 from ibjax.information import hsic
 from ibjax.objectives.ib_rar import layers_of
-from ibjax.results import attack_label
+from ibjax.evaluation.results import attack_label
 from ibjax.step import evaluation_variables, linen_net, to_float
 
 log = logging.getLogger(__name__)
@@ -89,12 +92,12 @@ def record(
     alone.contrast = {}
     jobs = command_line.jobs(alone, workdir)
     for job in jobs:  # all before the first: what is wrong with the last must not cost the training of a teacher
-        train.check(job.settings, job.teachers)
+        loop.check(job.settings, job.teachers)
     settings, teachers = jobs[-1].settings, jobs[-1].teachers
     _measure(build(settings, teachers, abstract=True), n, taps, attack)
     for job in jobs[:-1]:
         with run.lock(job.workdir):
-            train.train(build(job.settings, job.teachers), job.workdir)
+            loop.train(build(job.settings, job.teachers), job.workdir)
     with run.lock(workdir):
         experiment = build(settings, teachers)
         measure, names = _measure(experiment, n, taps, attack)
@@ -116,7 +119,7 @@ def _finished(file, about):
     if not file.is_file():
         return None
     try:
-        found = disk.read_json(file)
+        found = files.read_json(file)
         old, new = (dict(config.leaves({key: part[key] for key in _FIXED})) for part in (found, about))
         stopped = None if found["finished"] else found["step"][-1]
     except (ValueError, KeyError, TypeError) as error:
@@ -175,7 +178,7 @@ def _attacker(experiment, model, predict, split, name) -> Callable[[Any], np.nda
 
 
 def _train(experiment, workdir, about, measure):
-    """The loop of `ibjax.train` without its validation and its checkpoints."""
+    """The loop of `ibjax.training.loop` without its validation and its checkpoints."""
     settings, per_epoch, every = experiment.config, experiment.steps_per_epoch, about["every"]
     total, step, state = settings.epochs * per_epoch, 0, initial_state(experiment)
     capacity, dispatch = feed.feed(experiment, run_key(settings.seed, 1, experiment.mesh), step)
@@ -196,7 +199,7 @@ def _train(experiment, workdir, about, measure):
                         output.record(workdir, "plane", found)
                         return found
                     if first:
-                        run.write_json(workdir / "plane.json", found)
+                        files.write_json(workdir / "plane.json", found)
                     if first and not visible:
                         left = (time.perf_counter() - began) / step * (total - step)
                         log.info("%s: step %d of %d, %.0f s left", _title(settings), step, total, left)
@@ -215,7 +218,7 @@ def _record(experiment, workdir, about, variables, steps, rows):
     values = np.round(np.array(rows, np.float64), 5)  # (records, 2, L)
     columns = {tap: dict(zip("xy", values[:, :, i].T.tolist(), strict=True)) for i, tap in enumerate(about["taps"])}
     finished = steps[-1] == experiment.config.epochs * experiment.steps_per_epoch
-    return {**run.provenance(network, "last"), **about, "finished": finished, "step": list(steps), "nhsic": columns}
+    return {**run.origin(network, "last"), **about, "finished": finished, "step": list(steps), "nhsic": columns}
 
 
 def _title(settings):

@@ -31,13 +31,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax import cluster, errors, run
+from ibjax.devices import cluster
+from ibjax import errors
+from ibjax.runs import run
 from ibjax.analysis import attacked, output, pictures
 from ibjax.attacks.names import canonical
 from ibjax.data import stratified
 from ibjax.errors import InputError, nearest
 from ibjax.models import layers
-from ibjax.results import attack_label
+from ibjax.evaluation.results import attack_label
 from ibjax.step import linen_net, to_float
 
 CHUNK = 128  # masked images in one pass through the network
@@ -119,7 +121,7 @@ def evaluate(
     predicted = [attacked.predictions(predict, trained.variables, x, settings["batch_size"]) for x in pair.values()]
     maps = [explain(trained.variables, x, predicted[0]) for x in pair.values()]
     record = {
-        **run.provenance(trained, checkpoint),
+        **run.origin(trained, checkpoint),
         "dataset": trained.facts["label"],
         "n": len(split.labels),
         "attack": attack,

@@ -35,11 +35,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax import cluster, errors, run
+from ibjax.devices import cluster
+from ibjax import errors
+from ibjax.runs import run
 from ibjax.analysis import output, pictures
 from ibjax.analysis.attacked import attack, class_names, load, predictions
-from ibjax.results import attack_label
-from ibjax.scoring import TOLERANCE, percent
+from ibjax.evaluation.results import attack_label
+from ibjax.evaluation.scoring import TOLERANCE, percent
 from ibjax.step import linen_net, to_float
 
 SEEN = ("swapped", "unclipped", "converse", "noise")
@@ -140,7 +142,7 @@ def evaluate(
         images = x[chosen], x_adv[chosen], found["swapped"][chosen]
         examples[name] = Example(*images, y[chosen], classes(images[1]), predicted["swapped"][chosen])
     record = {
-        **run.provenance(trained, checkpoint),
+        **run.origin(trained, checkpoint),
         "dataset": trained.facts["label"],
         "n": len(y),
         **{key: settings[key] for key in ("norm", "eps", "step_size")},

@@ -18,11 +18,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from ibjax import cluster, errors, run
+from ibjax.devices import cluster
+from ibjax import errors
+from ibjax.runs import run
 from ibjax.analysis import attacked, output
 from ibjax.attacks.names import canonical, in_file_name
 from ibjax.errors import InputError
-from ibjax.results import attack_label
+from ibjax.evaluation.results import attack_label
 from ibjax.step import linen_net
 
 
@@ -54,7 +56,7 @@ def evaluate(
     _, x_adv = attacked.attack(attack, predict, trained, split, settings)
     classes = attacked.predictions(predict, trained.variables, x_adv, settings["batch_size"])
     record = {
-        **run.provenance(trained, checkpoint),
+        **run.origin(trained, checkpoint),
         "dataset": trained.facts["label"],
         "n": len(split.labels),
         "attack": attack,

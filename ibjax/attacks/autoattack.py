@@ -45,7 +45,8 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from ibjax import cluster, disk, losses
+from ibjax.devices import cluster
+from ibjax import files, losses
 from ibjax.attacks import checks, entrance, geometry
 from ibjax.attacks.apgd import FEWEST_CLASSES, iterative_apgd
 from ibjax.attacks.fab import iterative_fab
@@ -229,7 +230,7 @@ def autoattack(
         plan, notes = sub_attacks(version, norm, eps, logits.shape[1], attacks, options)
     settings = dict(version=version, batch_size=batch_size, draws=draws if random else None, dtype=asked.dtype)
     settings |= _identity(plan, runner)
-    file = disk.path(state) if state else None
+    file = files.path(state) if state else None
     found = Progress(file, settings, asked.fingerprint, x, logits.argmax(1) == y, restart)
     if random and found.right is None:
         found.right = runner.draws("chosen", x, np.arange(len(x)), draws).sum(0)

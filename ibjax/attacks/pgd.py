@@ -35,7 +35,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ibjax import cores, losses
+from ibjax.devices import cores
+from ibjax import losses
 from ibjax.attacks import Attack, StatefulAttack, geometry
 from ibjax.attacks.checks import first
 from ibjax.attacks.entrance import ANYTHING, DISTRIBUTIONS, SOFT_LABELS, checked, enter

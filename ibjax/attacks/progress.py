@@ -16,7 +16,7 @@ import numpy as np
 from ibjax.attacks import checks
 from ibjax.errors import InputError
 from ibjax.files import content_digest, read_npz
-from ibjax.run import replacing
+from ibjax.runs.run import replacing
 
 SAVE_SECONDS = 30.0  # between two states on disk
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from ibjax import disk
+from ibjax import files
 from ibjax.data import Arrays, Split, listed, require_classes, stamps
 from ibjax.errors import DataError, InputError, check_range, nearest
 
@@ -59,7 +59,7 @@ def load(*, path: str, label: str = "", grey: bool = False, size: int | None = N
         check_range("data.size", size, 1)
     if fit not in FITS:
         raise InputError(f"data.fit='{fit}' is unknown; {nearest(fit, FITS)}")
-    root = disk.path(path)
+    root = files.path(path)
     trees, splits = _splits(root)
     classes = _numbered(splits[0])
     if unknown := sorted(set(splits[1]) - set(classes)):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from ibjax import config, disk, errors
+from ibjax import config, files, errors
 from ibjax.data import Arrays, Split, augment, load_splits
 from ibjax.errors import InputError
 from ibjax.step import to_float
@@ -49,7 +49,7 @@ def counts(data: Arrays) -> str:
 def main() -> None:
     """The command line of this module."""
     parser = argparse.ArgumentParser(prog="python -m ibjax.data.gallery", allow_abbrev=False, description=__doc__)
-    parser.add_argument("--out", type=disk.path, required=True, help="the picture, a .png")
+    parser.add_argument("--out", type=files.path, required=True, help="the picture, a .png")
     parser.add_argument("options", nargs="+", help="KEY=VALUE of a data section; name=… is needed")
     given = parser.parse_args()
 

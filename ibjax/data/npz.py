@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ibjax import disk
+from ibjax import files
 from ibjax.data import Arrays, Split, require_classes, stamps
 from ibjax.errors import DataError, InputError
 from ibjax.files import read_npz
@@ -15,7 +15,7 @@ def load(*, path: str, label: str = "", num_classes: int | None = None) -> Array
 
     Raises DataError: no such file, damaged, an array is missing, or a single stray label would add classes.
     """
-    file = disk.path(path)
+    file = files.path(path)
     if not file.is_file():
         raise DataError(f"data.path={file} is no file; give an .npz with {', '.join(KEYS)}")
     read = stamps([file])

@@ -12,7 +12,7 @@ import json
 import logging
 from pathlib import Path
 
-from ibjax import disk, errors
+from ibjax import files, errors
 from ibjax.data import archives, builders
 from ibjax.data.builders import Recipe, cifar, cifar10_1, cifar_c, mnist, stl10, svhn, tiny_imagenet
 from ibjax.errors import DataError, nearest
@@ -88,8 +88,8 @@ def main() -> None:
     """The command line of this module."""
     parser = argparse.ArgumentParser(prog="python -m ibjax.data.prepare", allow_abbrev=False, description=__doc__)
     parser.add_argument("--dataset", required=True, help=", ".join(RECIPES))
-    parser.add_argument("--data_dir", type=disk.path, required=True, help="TFDS's folder of data sets")
-    parser.add_argument("--archives", type=disk.path, help="folder of the archives; default: DATA_DIR/downloads")
+    parser.add_argument("--data_dir", type=files.path, required=True, help="TFDS's folder of data sets")
+    parser.add_argument("--archives", type=files.path, help="folder of the archives; default: DATA_DIR/downloads")
     parser.add_argument("--download", action="store_true", help="fetch the archives that are missing")
     parser.add_argument("--unverified", action="store_true", help="accept archives that are not the official ones")
     parser.add_argument("--label", default="", help="how results on the data are called; default: its usual name")

@@ -26,7 +26,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ibjax import cluster, disk
+from ibjax.devices import cluster
+from ibjax import files
 from ibjax.data import Arrays, Split, stamps, tfds
 from ibjax.errors import DataError, InputError, UnreadableError, check_range
 
@@ -131,7 +132,7 @@ class Pictures:
 
     def labels(self) -> np.ndarray:
         """(N,) int32; read from the records once, for which these have to be read whole."""
-        name = disk.digest(f"{self.stored.folder};{self._files()}".encode())
+        name = files.digest(f"{self.stored.folder};{self._files()}".encode())
         try:
             file = cluster.cache_folder() / "labels" / f"{name}.labels"
         except RuntimeError:  # no home folder
@@ -157,11 +158,11 @@ class Pictures:
 def _kept_labels(file, count, num_classes):
     """The labels in a file of `_keep_labels`; None where there is none, or not as it was written."""
     try:
-        content = disk.read_bytes(file)
+        content = files.read_bytes(file)
     except (OSError, UnreadableError):
         return None  # not there yet, or out of reach: the records have them
     values, seal = content[:-_SEAL_BYTES], content[-_SEAL_BYTES:]
-    if bytes.fromhex(disk.digest(values)) == seal and len(values) == 4 * count:
+    if bytes.fromhex(files.digest(values)) == seal and len(values) == 4 * count:
         found = np.frombuffer(values, "<i4").astype(np.int32)
         if not count or (found.min() >= 0 and found.max() < num_classes):
             return found
@@ -176,7 +177,7 @@ def _keep_labels(file, labels):
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         temporary = file.with_name(f"{file.name}.{os.getpid()}")
         try:
-            temporary.write_bytes(values + bytes.fromhex(disk.digest(values)))
+            temporary.write_bytes(values + bytes.fromhex(files.digest(values)))
             temporary.replace(file)
         finally:
             temporary.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ibjax import disk
+from ibjax import files
 from ibjax.data import Arrays, Split, builders, listed, require_classes, stamps, tfrecord
 from ibjax.errors import DataError
 
@@ -103,7 +103,7 @@ def load(*, dataset: str, data_dir: str = "", test: str = "", label: str = "") -
 
 def find(dataset: str, data_dir: str = "") -> Stored:
     """The newest version of a data set in `data_dir`; reads its description only."""
-    root = disk.path(data_dir or os.environ.get("TFDS_DATA_DIR") or DEFAULT_DIR)
+    root = files.path(data_dir or os.environ.get("TFDS_DATA_DIR") or DEFAULT_DIR)
     make = _how_to_make(dataset, root)
     versions = [info.parent for info in (root / dataset).glob("*/dataset_info.json")]
     if not versions:

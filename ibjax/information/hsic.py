@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ibjax.errors import InputError, nearest
-from ibjax.information import placement
+from ibjax.devices import placement
 from ibjax.information.linalg import each_matrix
 
 SIGMA, RIDGE = 5.0, 1e-5

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 from jax import Array, lax
 
-from ibjax import cluster, cores
-from ibjax.information import placement
+from ibjax.devices import cluster, cores
+from ibjax.devices import placement
 
 
 def each_matrix(f: Callable[[Array], Any], matrices: Array, chunk: int | None = None) -> Any:

@@ -27,7 +27,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ibjax import cores, losses
+from ibjax.devices import cores
+from ibjax import losses
 from ibjax.attacks import geometry
 from ibjax.attacks.pgd import pgd
 from ibjax.errors import InputError, check_range

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ibjax import architectures, disk, run, torch_file
-from ibjax import checkpoint as checkpoints
-from ibjax.architectures import ARCHITECTURES
+from ibjax.pytorch import architectures, torch_file
+from ibjax import files
+from ibjax.runs import run
+from ibjax.runs import checkpoint as checkpoints
+from ibjax.pytorch.architectures import ARCHITECTURES
 from ibjax.errors import InputError
 from ibjax.pytorch import folders, gate, twins
 
@@ -30,7 +32,7 @@ def to_torch(
     Raises InputError, CheckpointError or DataError; then nothing is written.
     """
     torch_file.modules()
-    to = disk.path(to)
+    to = files.path(to)
     folders.refuse_existing(to)
     trained = run.load(workdir, checkpoint)
     name = _names(trained, arch)
@@ -44,7 +46,7 @@ def to_torch(
     with folders.whole(to) as folder:
         (folder / "model.safetensors").write_bytes(_safetensors(to, twin, name, trained.model, images.shape))
         (folder / "model.py").write_text(twins.source(name, trained.model, images.shape), encoding="utf-8")
-        run.write_json(folder / "model_info.json", model_info(trained, str(checkpoint)))
+        files.write_json(folder / "model_info.json", model_info(trained, str(checkpoint)))
         check = (twins.DEFINITIONS / "check.py").read_text(encoding="utf-8")
         (folder / "check.py").write_text(check, encoding="utf-8")
         labels = logits.argmax(1) if side else images.split.labels  # of photographs what the network says itself
@@ -85,7 +87,7 @@ def model_info(trained: run.Run, checkpoint: str) -> dict[str, Any]:
     weights, records = checkpoints.tree_digest(trained.variables), {}
     for file in sorted((trained.workdir / "eval" / checkpoint).glob("*.json")):
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            record = disk.read_json(file)
+            record = files.read_json(file)
             if record["weights"] == weights and record["n"] == trained.facts.get("n_test") and record["main"]:
                 records[record["attack"]] = record
     attacked = records.get("autoattack")

@@ -6,7 +6,7 @@ from pathlib import Path
 import flax.linen as nn
 import numpy as np
 
-from ibjax.architectures import ARCHITECTURES, Shape, State, anchors, build, key_map
+from ibjax.pytorch.architectures import ARCHITECTURES, Shape, State, anchors, build, key_map
 from ibjax.errors import CheckpointError, InputError, nearest
 from ibjax.pytorch.sizes import input_shape, sizes
 

@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ibjax import architectures, config, disk, errors, run, torch_file
-from ibjax import checkpoint as checkpoints
-from ibjax.architectures import ARCHITECTURES, Shape
+from ibjax.pytorch import architectures, torch_file
+from ibjax import config, files, errors
+from ibjax.runs import run
+from ibjax.runs import checkpoint as checkpoints
+from ibjax.pytorch.architectures import ARCHITECTURES, Shape
 from ibjax.errors import CheckpointError, InputError, nearest
 from ibjax.pytorch import fit, folders, gate, normalisation, sizes, state_dicts, twins
 from ibjax.pytorch.normalisation import Said
@@ -73,7 +75,7 @@ def from_torch(
 
     Raises InputError, CheckpointError or DataError; then nothing is written.
     """
-    file, workdir = disk.path(file), disk.path(workdir)
+    file, workdir = files.path(file), files.path(workdir)
     folders.refuse_existing(workdir)
     _check_clean_acc(clean_acc, photographs)
     said = Said(key, mean, std, no_normalisation, sha256, tuple(overrides or ()))

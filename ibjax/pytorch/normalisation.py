@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ibjax.architectures import ARCHITECTURES
+from ibjax.pytorch.architectures import ARCHITECTURES
 from ibjax.errors import CheckpointError, InputError
 from ibjax.pytorch.state_dicts import Found
 

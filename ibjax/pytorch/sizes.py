@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from ibjax.architectures import ARCHITECTURES, Shape, State, anchors
+from ibjax.pytorch.architectures import ARCHITECTURES, Shape, State, anchors
 from ibjax.models import vgg
 
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ibjax import torch_file
-from ibjax.architectures import ARCHITECTURES, anchors
+from ibjax.pytorch import torch_file
+from ibjax.pytorch.architectures import ARCHITECTURES, anchors
 from ibjax.errors import CheckpointError, InputError
 from ibjax.pytorch.fit import some
 

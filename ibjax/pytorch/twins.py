@@ -1,4 +1,4 @@
-"""The definitions of `ibjax.torch_models` with the options of a network of ours, and their text for an export."""
+"""The definitions of `ibjax.pytorch.networks` with the options of a network of ours, and their text for an export."""
 
 import importlib
 import inspect
@@ -8,8 +8,8 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from ibjax import torch_file
-from ibjax.architectures import ARCHITECTURES, Shape, State
+from ibjax.pytorch import torch_file
+from ibjax.pytorch.architectures import ARCHITECTURES, Shape, State
 from ibjax.pytorch.state_dicts import Normalization
 
 DEFINITIONS = Path(__file__).parent.parent / "torch_models"
@@ -51,7 +51,7 @@ def source(name: str, model: nn.Module, shape: Shape) -> str:
 
 
 def _definition(known):
-    return importlib.import_module(f"ibjax.torch_models.{known.torch}").Model
+    return importlib.import_module(f"ibjax.pytorch.networks.{known.torch}").Model
 
 
 _FIRST = "from torch import nn\n"

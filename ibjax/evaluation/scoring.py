@@ -20,7 +20,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from tqdm import tqdm
 
-from ibjax import cluster, losses
+from ibjax.devices import cluster
+from ibjax import losses
 from ibjax.attacks import Attack, autoattack, eot, geometry
 from ibjax.attacks.representation import guides
 from ibjax.data import Split

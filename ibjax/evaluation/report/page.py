@@ -11,19 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from ibjax import report_checks, report_commands, report_figures, report_tables, results
-from ibjax.report_checks import Check
-from ibjax.report_commands import Block
-from ibjax.report_figures import escape
-from ibjax.report_tables import Table
-from ibjax.results import attack_label
+from ibjax.evaluation.report import self_checks, commands, figures, tables
+from ibjax.evaluation import results
+from ibjax.evaluation.report.self_checks import Check
+from ibjax.evaluation.report.commands import Block
+from ibjax.evaluation.report.figures import escape
+from ibjax.evaluation.report.tables import Table
+from ibjax.evaluation.results import attack_label
 
 
 def page(runs: Sequence[Any], out: Path, each: bool = False) -> str:
     """The page on some `report.RunResults`, to be written to `out`; `each`: a line for every seed of a recipe."""
-    records = report_tables.sources_told_apart(record for run in runs for record in run.records)
+    records = tables.sources_told_apart(record for run in runs for record in run.records)
     problems = [f"{run.title}: {problem}" for run in runs for problem in run.problems]
-    checks = report_checks.checks(records, problems)
+    checks = self_checks.checks(records, problems)
     datasets = dict.fromkeys(str(run.facts.get("label", "")) for run in runs if run.facts.get("label"))
     title = ", ".join(run.title for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
     title += f" on {', '.join(datasets)}" if datasets else ""
@@ -31,12 +32,12 @@ def page(runs: Sequence[Any], out: Path, each: bool = False) -> str:
         _problems(problems),
         *_tables(records, each),
         _provenance(records),
-        report_figures.curves(report_tables.families(records, each)),
-        report_figures.training(runs),
-        report_figures.examples(runs),
+        figures.curves(tables.families(records, each)),
+        figures.training(runs),
+        figures.examples(runs),
         _checks(checks),
         _configs(runs),
-        _commands(report_commands.blocks(runs, out, each)),
+        _commands(commands.blocks(runs, out, each)),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -82,21 +83,21 @@ def _problems(problems):
 
 def _tables(records, each):
     """The tables, each with AutoAttack step by step; where lines are means over seeds, every seed can be unfolded."""
-    single = {table[:3]: table for table in report_tables.tables(records, each=True)}  # by data set, norm, eps
-    for table in report_tables.tables(records, each):
+    single = {table[:3]: table for table in tables.tables(records, each=True)}  # by data set, norm, eps
+    for table in tables.tables(records, each):
         caption = f"{escape(table.dataset)}, {_norm(table.norm)}, eps {escape(table.eps)}: accuracy in percent"
         meant = any(line.clean.of > 1 for line in table.lines)
         unfolded = f"<details><summary>Every seed</summary>{_grid(single[table[:3]])}</details>" if meant else ""
         words = ["An image counts under an attack when it is classified correctly both as it is and attacked."]
         words += ["Worst case: images that withstand all of these attacks."] * (len(table.bounded) > 1)
-        stages = "".join(map(_stages, report_tables.stages(table, records, each)))
-        note = escape(" ".join([*words, *report_tables.notes(table)]))
+        stages = "".join(map(_stages, tables.stages(table, records, each)))
+        note = escape(" ".join([*words, *tables.notes(table)]))
         yield f'<section>{_grid(table, caption)}<p class="note">{note}</p>{unfolded}{stages}</section>'
 
 
 def _grid(table: Table, caption: str = "") -> str:
     """One table as HTML; a checkpoint that was selected on the test set carries a red label."""
-    head, *body = report_tables.cells(table)
+    head, *body = tables.cells(table)
     columns = "".join(f'<th scope="col">{" ".join(map(_word, cell.split()))}</th>' for cell in head)
     lines = []
     for line, (label, selection, *numbers) in zip(table.lines, body, strict=True):
@@ -224,7 +225,7 @@ def _checks(checks):
         )
     return (
         '<section id="checks"><h2>Self-checks</h2><p class="note">Computed from the records of this page, in percent; '
-        f"{report_checks.TOLERANCE} points are allowed between two attacks and between two eps.</p>"
+        f"{self_checks.TOLERANCE} points are allowed between two attacks and between two eps.</p>"
         f'<table class="checks"><tbody>{"".join(items)}</tbody></table></section>'
     )
 
@@ -234,7 +235,7 @@ def _configs(runs):
     for run in runs:
         trained = f"Trained on {run.env['hardware']}. " if run.env.get("hardware") else ""
         if "imported" in run.facts:
-            source = report_commands.imported_from(run)
+            source = commands.imported_from(run)
             trained = f"{source[0].upper()}{source[1:]}; how it was trained is not known, and stands nowhere below. "
         text = json.dumps(run.config, indent=1, ensure_ascii=False)
         parts.append(

@@ -1,6 +1,6 @@
 """The one place where a process meets JAX: `jax.distributed`, the platform, the mesh, preemption.
 
-What is compiled is kept by `ibjax.compiled`; how the processes of a run agree is in `ibjax.peers`.
+What is compiled is kept by `ibjax.devices.compiled`; how the processes of a run agree is in `ibjax.devices.peers`.
 """
 
 import contextlib
@@ -19,17 +19,18 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ibjax import errors, peers
-from ibjax.compiled import cache_folder
-from ibjax.compiled import keep as keep_compiled
+from ibjax import errors
+from ibjax.devices import peers
+from ibjax.devices.compiled import cache_folder
+from ibjax.devices.compiled import keep as keep_compiled
 from ibjax.errors import InputError
-from ibjax.peers import agree, word_of_first
+from ibjax.devices.peers import agree, word_of_first
 
 __all__ = ["agree", "cache_folder", "keep_compiled", "word_of_first"]  # for the modules that know this one only
 
 BATCH = PartitionSpec("data")
 REPLICATED = PartitionSpec()
-_HEARTBEAT_SECONDS = 60  # JAX ends a process whose peer is silent for so long; `ibjax.peers` names it before
+_HEARTBEAT_SECONDS = 60  # JAX ends a process whose peer is silent for so long; `ibjax.devices.peers` names it before
 _START_SECONDS = 300  # that a process waits for the others of its run to start
 
 _notices = itertools.count()

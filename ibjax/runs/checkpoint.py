@@ -34,7 +34,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from ibjax import cluster, config, disk
+from ibjax.devices import cluster
+from ibjax import config, files
 from ibjax.errors import CheckpointError, UnreadableError
 from ibjax.step import TrainState, evaluation_variables
 
@@ -70,7 +71,7 @@ class Store:
 def steps_in(folder: Path) -> list[int]:
     """The committed steps in a folder of checkpoints, rising; empty where there is no such folder."""
     try:
-        return disk.patiently(lambda: sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()), folder)
+        return files.patiently(lambda: sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()), folder)
     except FileNotFoundError:
         return []
 
@@ -100,7 +101,7 @@ def manager(
         enable_async_checkpointing=jax.default_backend() != "cpu" if asynchronous is None else asynchronous,
     )
     _sweep(folder)
-    orbax = disk.patiently(lambda: ocp.CheckpointManager(folder, options=options), folder)
+    orbax = files.patiently(lambda: ocp.CheckpointManager(folder, options=options), folder)
     store = Store(folder, run, orbax)
     if sorted(orbax.all_steps()) != store.all_steps():
         raise UnreadableError(f"{folder} cannot be listed twice with the same result; run the same command again")
@@ -117,7 +118,7 @@ def manager(
 def _sweep(folder):
     """Removes what a save that was killed or failed has left."""
     if jax.process_index() == 0 and folder.is_dir():
-        for leftover in disk.patiently(lambda: [p for p in folder.iterdir() if _UNFINISHED in p.name], folder):
+        for leftover in files.patiently(lambda: [p for p in folder.iterdir() if _UNFINISHED in p.name], folder):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -146,7 +147,7 @@ def save(store: Store, state: TrainState, metrics: dict[str, Any] | None = None)
         if bad:
             raise CheckpointError(f"step {step} has NaN or Inf in {item}/{bad[0]} and {len(bad) - 1} more; not saved")
     args = {item: ocp.args.StandardSave(_nest(flatten(tree))) for item, tree in trees.items()}
-    manifest_args = ocp.args.JsonSave(disk.seal(manifest))
+    manifest_args = ocp.args.JsonSave(files.seal(manifest))
     try:
         if not orbax.save(step, args=ocp.args.Composite(**args, manifest=manifest_args)):
             raise CheckpointError(
@@ -348,7 +349,7 @@ def _manifest(store, step):
     """What a step says of itself, once compared with the store's run."""
     folder = store.directory / str(step)
     try:
-        manifest = disk.read_json(folder / "manifest" / "metadata", sealed=True)
+        manifest = files.read_json(folder / "manifest" / "metadata", sealed=True)
     except UnreadableError:
         raise
     except FileNotFoundError:
@@ -391,7 +392,7 @@ def _restore_once(store, step, item, like):
     saved = _manifest(store, step)[item]
     wanted = flatten(like)
     _refuse_other_network(step, saved, wanted)
-    arrays = disk.patiently(lambda: _read_item(store.directory / str(step), item, saved), f"checkpoint {step}")
+    arrays = files.patiently(lambda: _read_item(store.directory / str(step), item, saved), f"checkpoint {step}")
     leaves = [_placed(arrays[path], leaf) for path, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
@@ -403,7 +404,7 @@ def _read_item(folder, item, saved):
     try:
         names = _files(folder / item)
         for name in names:
-            content.write(name, disk.read_bytes(folder / item / name)).result()
+            content.write(name, files.read_bytes(folder / item / name)).result()
     except FileNotFoundError:
         if not folder.is_dir():
             raise _GoneError(f"checkpoint {folder.name} is no longer in {folder.parent}") from None
@@ -437,7 +438,7 @@ def _files(folder):
         found = [Path(above, name) for above, _, names in os.walk(folder, onerror=refuse) for name in names]
         return [file.relative_to(folder).as_posix() for file in found]
 
-    return disk.patiently(walk, folder)
+    return files.patiently(walk, folder)
 
 
 def _placed(array, leaf):
@@ -502,13 +503,13 @@ def digest(array: Any) -> str:
     """A 128-bit digest of an array's bytes, or what stands for one in place of an array."""
     if hasattr(array, "digest"):
         return array.digest()
-    return disk.digest(np.ascontiguousarray(array).tobytes())
+    return files.digest(np.ascontiguousarray(array).tobytes())
 
 
 def tree_digest(tree: Any) -> str:
     """One digest of all leaves and their names: equal for bit-identical states only."""
     leaves = flatten(jax.device_get(tree)).items()
-    return disk.digest("".join(f"{path}:{digest(leaf)};" for path, leaf in leaves).encode())
+    return files.digest("".join(f"{path}:{digest(leaf)};" for path, leaf in leaves).encode())
 
 
 def _describe(leaf):

@@ -28,16 +28,18 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from ibjax import checkpoint as checkpoints
-from ibjax import cluster, config, disk, errors, metrics, threat
+from ibjax.runs import checkpoint as checkpoints
+from ibjax.devices import cluster
+from ibjax import config, files, errors, threat
+from ibjax.runs import metrics
 from ibjax.attacks import entrance
 from ibjax.attacks.names import split
 from ibjax.data import Arrays, Split, load_splits, stratified, subset, unchanged
-from ibjax.disk import replacing, write_json
+from ibjax.files import replacing, write_json
 from ibjax.errors import CheckpointError, InputError, UnreadableError
 from ibjax.step import Variables, linen_net
 
-__all__ = ["replacing", "write_json"]  # of ibjax.disk, for the modules that write into a run's folder
+__all__ = ["replacing", "write_json"]  # of ibjax.files, for the modules that write into a run's folder
 
 # Keys that change neither the training nor its result, and so may differ when a run is continued. The teacher is
 # compared by its weights, the data by its content: where they lie may change. The threat model is compared in the
@@ -100,7 +102,7 @@ def _in_words(section):
 def command_line(module: str, description: str | None) -> argparse.ArgumentParser:
     """The command line of a module that reads a run: --workdir and --checkpoint, for it to add to."""
     parser = bare_command_line(module, description)
-    parser.add_argument("--workdir", type=disk.path, required=True)
+    parser.add_argument("--workdir", type=files.path, required=True)
     parser.add_argument("--checkpoint", default="best", help="best, last or a step")
     return parser
 
@@ -148,7 +150,7 @@ def load(workdir: str | os.PathLike, checkpoint: str | int = "best") -> Run:
     Raises CheckpointError when there is none, it is damaged, or it is of another network, run or data set. Where a run
     has several processes, all of them call this, and InputError is raised unless they see the same.
     """
-    workdir = disk.path(workdir)
+    workdir = files.path(workdir)
     saved, facts = read_config(workdir)
     model = build_model(saved.model, facts["num_classes"], "model")
     mesh = cluster.mesh()
@@ -156,7 +158,7 @@ def load(workdir: str | os.PathLike, checkpoint: str | int = "best") -> Run:
     with checkpoints.manager(workdir, read_only=True, run=identity(saved, facts)) as store:
         step, variables = checkpoints.restore_variables(store, checkpoint, abstract)
         validation = checkpoints.metrics(store, step)
-    seen = {"step": step, "weights": checkpoints.tree_digest(variables), "configuration": disk.json_digest(facts)}
+    seen = {"step": step, "weights": checkpoints.tree_digest(variables), "configuration": files.json_digest(facts)}
     cluster.agree(f"checkpoint '{checkpoint}' of {workdir.name}", seen, "give a --workdir that all processes share")
     predict = jax.jit(linen_net(model).predict)
 
@@ -200,7 +202,7 @@ def _read_data(section):
     split["fraction"] = section.pop("fraction", 1.0)
     for name in _PATHS:
         if section.get(name):
-            section[name] = str(disk.path(section[name]))
+            section[name] = str(files.path(section[name]))
     options = config.arguments("data", section, "data")
     return load_splits(config.factory("data", section["name"]), **split, **options)
 
@@ -408,7 +410,7 @@ def refuse_other_options(
 def _refuse_lost_checkpoints(workdir, restart):
     """Refuses to begin at step 0 in silence where there was a checkpoint once."""
     damaged = workdir / "damaged"
-    aside = disk.patiently(lambda: sorted(p.name for p in damaged.iterdir()), damaged) if damaged.is_dir() else []
+    aside = files.patiently(lambda: sorted(p.name for p in damaged.iterdir()), damaged) if damaged.is_dir() else []
     saved = metrics.saved_step(workdir / "metrics.jsonl")
     if not aside and saved is None:
         return
@@ -431,7 +433,7 @@ def read_config(workdir: Path) -> tuple[ConfigDict, dict[str, Any]]:
     """
     file = workdir / "config.json"
     try:
-        content = disk.read_json(file)
+        content = files.read_json(file)
         saved, facts = config.upgrade(ConfigDict(content["config"])), content["data"]
         config.check(saved)
         saved = config.effective(saved)
@@ -458,7 +460,7 @@ def read_config(workdir: Path) -> tuple[ConfigDict, dict[str, Any]]:
 # ---- where numbers come from -------------------------------------------------------------------------------
 
 
-def provenance(trained: Run, checkpoint: str) -> dict[str, Any]:
+def origin(trained: Run, checkpoint: str) -> dict[str, Any]:
     """What every record says of the run that it is of, and of where it was made."""
     return {
         "title": trained.config.title or trained.workdir.resolve().name,

@@ -1,4 +1,4 @@
-"""Training: the check of a whole configuration, and the loop around the compiled steps (`ibjax.feed`).
+"""Training: the check of a whole configuration, and the loop around the compiled steps (`ibjax.training.feed`).
 
 Guarantees (tests of the same names): a killed run continues to the bit; the step compiles once.
 """
@@ -18,12 +18,15 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ibjax import checkpoint as checkpoints
-from ibjax import cluster, config, feed, run
+from ibjax.runs import checkpoint as checkpoints
+from ibjax.devices import cluster
+from ibjax import config
+from ibjax.training import feed
+from ibjax.runs import run
 from ibjax.errors import DivergedError, InputError, PreemptedError
-from ibjax.experiment import Experiment, build, initial_state, initializer, run_key
-from ibjax.metrics import MetricsLog, Window
-from ibjax.scoring import Scorer, nan_warnings
+from ibjax.training.experiment import Experiment, build, initial_state, initializer, run_key
+from ibjax.runs.metrics import MetricsLog, Window
+from ibjax.evaluation.scoring import Scorer, nan_warnings
 
 log = logging.getLogger(__name__)
 _CATASTROPHE = 20.0  # points of robust accuracy lost on validation images, where one-step training overfits at once

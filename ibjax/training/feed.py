@@ -13,10 +13,10 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import NamedSharding
 
-from ibjax import cluster
+from ibjax.devices import cluster
 from ibjax.data import stream, streamed
 from ibjax.errors import InputError
-from ibjax.experiment import Experiment
+from ibjax.training.experiment import Experiment
 from ibjax.step import TrainState
 
 

@@ -15,7 +15,7 @@ import jax
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ibjax import cluster
+from ibjax.devices import cluster
 
 _mesh = contextvars.ContextVar("mesh", default=None)
 

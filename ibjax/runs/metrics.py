@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ibjax import disk
+from ibjax import files
 
 _CRC = ', "crc": "'
 log = logging.getLogger(__name__)
@@ -40,14 +40,14 @@ class MetricsLog:
                 damaged,
                 _gap(kept) or "no step of training is missing",
             )
-        with disk.replacing(self.file) as temporary:
+        with files.replacing(self.file) as temporary:
             temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
         self.handle = self.file.open("a", encoding="utf-8")
         self.board = _tensorboard(workdir)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One row; it is on disk when this returns."""
-        with disk.naming(self.file):
+        with files.naming(self.file):
             self.handle.write(_line({"kind": kind, "step": step, **values}))
             self.handle.flush()
             os.fsync(self.handle.fileno())
@@ -122,7 +122,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 def read_lines(file: Path) -> tuple[list[dict[str, Any]], int]:
     """(whole rows, number of damaged lines); the last line, which a crash may have cut, is not counted as damaged."""
     try:
-        lines = disk.read_bytes(file).split(b"\n")
+        lines = files.read_bytes(file).split(b"\n")
     except FileNotFoundError:
         return [], 0
     rows = [_row(line) for line in lines]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from ibjax import disk
+from ibjax import files
 from ibjax.errors import UnreadableError
 
 log = logging.getLogger(__name__)
@@ -28,8 +28,8 @@ def keep() -> None:
     """
     verify()
     if (given := os.environ.get("JAX_COMPILATION_CACHE_DIR")) is not None:
-        if given and str(disk.path(given)) != given:  # of ~/x JAX would make a folder called ~
-            jax.config.update("jax_compilation_cache_dir", str(disk.path(given)))
+        if given and str(files.path(given)) != given:  # of ~/x JAX would make a folder called ~
+            jax.config.update("jax_compilation_cache_dir", str(files.path(given)))
         return
     try:
         root = cache_folder()
@@ -49,7 +49,7 @@ def cache_folder() -> Path:
     Raises RuntimeError where there is no home folder.
     """
     named = os.environ.get("XDG_CACHE_HOME")
-    return (disk.path(named) if named else Path.home() / ".cache") / "ibjax"
+    return (files.path(named) if named else Path.home() / ".cache") / "ibjax"
 
 
 def _instruction_set():
@@ -98,10 +98,10 @@ def _checked(interface):
             if entry is None:
                 return None
             try:
-                expected = disk.read_bytes(self._digest(key)).decode(errors="replace")
+                expected = files.read_bytes(self._digest(key)).decode(errors="replace")
             except (FileNotFoundError, UnreadableError):
                 expected = ""  # the entry of another program, or of a process that was killed
-            if expected == disk.digest(entry):
+            if expected == files.digest(entry):
                 return entry
             if expected:
                 log.warning("%s holds a damaged compiled program; it is removed and compiled again", self._path)
@@ -111,8 +111,8 @@ def _checked(interface):
         def put(self, key, value):
             self._remove(key)  # JAX never replaces an entry
             self._cache.put(key, value)
-            with disk.replacing(self._digest(key)) as temporary:
-                temporary.write_text(disk.digest(value), encoding="utf-8")
+            with files.replacing(self._digest(key)) as temporary:
+                temporary.write_text(files.digest(value), encoding="utf-8")
 
         def _digest(self, key):
             return self._path / f"{key}-digest"

@@ -16,9 +16,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ibjax import config, report_tables, results
-from ibjax.report_tables import Family
-from ibjax.results import attack_label
+from ibjax import config
+from ibjax.evaluation.report import tables
+from ibjax.evaluation import results
+from ibjax.evaluation.report.tables import Family
+from ibjax.evaluation.results import attack_label
 
 # Colours that a plot is drawn in, and what the page puts in their place.
 _TEXT, _GRID, _SERIES = "#0a0b0c", "#0a0b0d", [f"#5e0{i}5e" for i in range(7)]
@@ -89,7 +91,7 @@ def _look(i):
 
 def curves(families: Sequence[Family]) -> str:
     """Accuracy against eps: a panel for each attack that keeps to eps, a curve for each line of the table."""
-    drawn = [report_tables.curves(family) for family in families]
+    drawn = [tables.curves(family) for family in families]
     attacks = {attack for found in drawn for attack in found}
     ladders = {attack for attack in attacks if any(len(found.get(attack, [])) > 2 for found in drawn)}
     attacks = sorted(ladders or attacks, key=results.strength)  # of the others the tables say as much
@@ -173,7 +175,7 @@ def _alike(runs):
     """The runs in groups that differ in their seed alone."""
     groups: dict[str, list[Any]] = {}
     for run in runs:
-        recipe = report_tables.without_seed(run.config, run.config.get("title", "")) if run.config else str(run.folder)
+        recipe = tables.without_seed(run.config, run.config.get("title", "")) if run.config else str(run.folder)
         groups.setdefault(recipe, []).append(run)
     return list(groups.values())
 

@@ -30,8 +30,9 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import numpy as np
 
-from ibjax import cluster, run
-from ibjax.checkpoint import flatten
+from ibjax.devices import cluster
+from ibjax.runs import run
+from ibjax.runs.checkpoint import flatten
 from ibjax.models import preact_resnet, resnet, vgg
 
 CIFAR10 = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616))
@@ -48,7 +49,7 @@ _NONE: Mapping[str, Any] = MappingProxyType({})
 class Architecture(NamedTuple):
     """A published network."""
 
-    torch: str  # its definition in ibjax.torch_models
+    torch: str  # its definition in ibjax.pytorch.networks
     model: str  # ours in ibjax.models
     fixed: Mapping[str, Any]  # our options that make it this one
     names: Mapping[str, str]  # our layers that it calls otherwise, in blocks and outside

@@ -1,6 +1,6 @@
 """What a configuration means: every part built and checked, and the first state. Nothing is compiled or written.
 
-The loop around it is `ibjax.train`, its compiled steps are `ibjax.feed`.
+The loop around it is `ibjax.training.loop`, its compiled steps are `ibjax.training.feed`.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,11 +14,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from ibjax import checkpoint as checkpoints
-from ibjax import cluster, config, disk, optim, perturb, run
+from ibjax.runs import checkpoint as checkpoints
+from ibjax.devices import cluster
+from ibjax import config, files, optim, perturb
+from ibjax.runs import run
 from ibjax.data import Arrays, augment
 from ibjax.errors import InputError
-from ibjax.information import placement
+from ibjax.devices import placement
 from ibjax.step import Net, Objective, TrainState, Variables, init_state, linen_net, make_train_step
 
 
@@ -168,7 +170,7 @@ def _teacher(settings, role, data, folder, abstract, mesh):
             f"objective '{settings.objective.name}' needs a teacher; set {role}.workdir to the workdir of a trained "
             f"run, or {role}.recipe to a configuration that makes one"
         )
-    folder = disk.path(folder or section.workdir or role)
+    folder = files.path(folder or section.workdir or role)
     if abstract and recipe is not None and not run.has_checkpoint(folder):
         taught = run.load_data(recipe)
         _check_teacher(folder, run.facts(taught), data)

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ibjax import results
+from ibjax.evaluation import results
 from ibjax.attacks.geometry import fraction
-from ibjax.results import Record, is_transfer, surrogate_of, weights_of
+from ibjax.evaluation.results import Record, is_transfer, surrogate_of, weights_of
 
 
 class Block(NamedTuple):

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ibjax.attacks.geometry import fraction
-from ibjax.report_tables import ladders, rows
-from ibjax.results import Record, attack_label, departed, is_bounded, is_transfer, robust_flags, run_label
+from ibjax.evaluation.report.tables import ladders, rows
+from ibjax.evaluation.results import Record, attack_label, departed, is_bounded, is_transfer, robust_flags, run_label
 
 TOLERANCE = 0.5  # percentage points by which the weaker of two attacks may do better before a check warns
 
