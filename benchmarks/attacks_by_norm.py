@@ -31,7 +31,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ibjax import files
-from ibjax.runs import run
 from ibjax.attacks import geometry
 from ibjax.attacks.apgd import apgd
 from ibjax.attacks.cw import cw

@@ -29,7 +29,6 @@ from torch import nn
 
 import ibjax
 from ibjax import files, losses
-from ibjax.runs import run
 from ibjax.attacks import Attack, geometry
 from ibjax.attacks.cw import cw
 from ibjax.attacks.fgsm import fgsm
@@ -37,6 +36,7 @@ from ibjax.attacks.mim import mim
 from ibjax.attacks.nifgsm import nifgsm
 from ibjax.attacks.pgd import pgd
 from ibjax.attacks.spsa import spsa
+from ibjax.runs import run
 
 
 class Row(NamedTuple):

@@ -30,15 +30,15 @@ import torchattacks
 import twin
 
 import ibjax
-from ibjax.devices import cluster
 from ibjax import files
-from ibjax.runs import run
 from ibjax.attacks import geometry
 from ibjax.attacks.apgd import iterative_apgd
 from ibjax.attacks.autoattack import autoattack
 from ibjax.attacks.fab import iterative_fab
 from ibjax.attacks.iterative import Iterative
 from ibjax.attacks.square import iterative_square
+from ibjax.devices import cluster
+from ibjax.runs import run
 
 SIDES = ("ibjax", "torchattacks")
 

@@ -29,12 +29,12 @@ import measuring
 import numpy as np
 from ml_collections import ConfigDict
 
-from ibjax import config, files, errors, main, objectives
-from ibjax.training import feed
-from ibjax.runs import run
+from ibjax import config, errors, files, main, objectives
 from ibjax.errors import DivergedError, InputError
-from ibjax.training.experiment import build, initial_state
 from ibjax.evaluation.results import attack_label
+from ibjax.runs import provenance, recipe_files, run
+from ibjax.training import feed
+from ibjax.training.experiment import build, initial_state
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,7 +89,7 @@ def settings(name: str, epochs: int, seed: int, workdir: Path, network: str = ""
 
 def recipe(name: str, epochs: int, options: dict[str, Any], network: str = "") -> ConfigDict:
     """One network on the digits; seed 0."""
-    digits = main.load_config(f"{ROOT / 'configs' / 'digits.py'}")
+    digits = recipe_files.load(f"{ROOT / 'configs' / 'digits.py'}")
     made = digits.contrast.undefended.copy_and_resolve_references()
     made.title = name
     made.threat = digits.threat.copy_and_resolve_references()
@@ -167,9 +167,9 @@ def origin(script: str) -> Results:
     """What every page says of where its numbers come from."""
     return {
         "command": shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
-        "hardware": run.hardware(),
-        "versions": run.versions(),
-        "commit": run.commit(),
+        "hardware": provenance.hardware(),
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
     }
 
 

@@ -31,6 +31,7 @@ from pathlib import Path
 from parts import ROOT, started, update
 
 from ibjax import files
+from ibjax.runs import recipe_files
 
 SHARES = {"step": 5, "throughput": 4, "autoattack": 3, "tests": 3}  # of what training leaves; unused time passes on
 PARTS = ("step", "throughput", "training", "autoattack", "tests")
@@ -113,9 +114,9 @@ def throughput(given: argparse.Namespace) -> None:
 def training(given: argparse.Namespace) -> None:
     """A short PGD-AT run through `experiment.build`, its epochs chosen from the measured rate, and its evaluation."""
     from ibjax import config
+    from ibjax.evaluation.evaluate import evaluate
     from ibjax.runs import run
     from ibjax.training import loop
-    from ibjax.evaluate import evaluate
     from ibjax.training.experiment import build
 
     settings = config.base()
@@ -150,11 +151,10 @@ def autoattack(given: argparse.Namespace) -> None:
     """Trains the network of configs/small_cnn.py and attacks it from both sides, twice: the first round compiles."""
     import autoattack as comparison
 
-    from ibjax import main
     from ibjax.training import loop
     from ibjax.training.experiment import build
 
-    settings = main.load_config(str(ROOT / "configs" / "small_cnn.py") + (":smoke" if given.quick else ""))
+    settings = recipe_files.load(str(ROOT / "configs" / "small_cnn.py") + (":smoke" if given.quick else ""))
     settings.data = data_section(given)
     settings.validate.every = settings.epochs
     workdir = given.workdir.with_name("small_cnn")

@@ -40,11 +40,11 @@ from comparison import ROOT, Results, cell
 from ml_collections import ConfigDict
 from scipy import stats
 
-from ibjax import config, files, errors
-from ibjax.runs import run
+from ibjax import config, errors, files
 from ibjax.attacks.pgd import pgd
 from ibjax.errors import DivergedError, InputError
 from ibjax.evaluation.results import attack_label
+from ibjax.runs import provenance, run
 from ibjax.step import Objective, linen_net, to_float
 
 log = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ def strengthen(teacher: ConfigDict, wider: int, longer: int) -> None:
 def measure(name: str, seed: int, given: argparse.Namespace) -> Results:
     """Trains, attacks and measures one network, or reads what was measured with the same settings and code."""
     made, folder = settings(name, seed, given), given.workdir / name / str(seed)
-    identity = {"config": config.plain(made), "commit": run.commit(), "versions": run.versions()}
+    identity = {"config": config.plain(made), "commit": provenance.commit(), "versions": provenance.versions()}
     identity, file = json.loads(json.dumps(identity)), folder / "effects.json"
     if file.is_file():
         known = files.read_json(file)

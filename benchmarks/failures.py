@@ -31,7 +31,7 @@ import flips
 import numpy as np
 
 from ibjax import files
-from ibjax.runs import run
+from ibjax.runs import provenance
 
 ERRORS = {"EIO": 5, "ENOMEM": 12, "EACCES": 13, "EMFILE": 24, "ESTALE": 116}
 OUTCOMES = ("the right numbers", "refused", "traceback", "wrong", "changed")
@@ -116,7 +116,7 @@ def command_line() -> None:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         files._WAITS = (0.001, 0.001, 0.001)
         found = inject(Path(folder) / "root", given.trials, given.seed)
-    about = {**run.environment(), "compression": flips.compression()}
+    about = {**provenance.environment(), "compression": flips.compression()}
     table = flips.page(("failure", "injected"), found["rows"], OUTCOMES)
     files.write_json(given.out, {**found, "run": about})
     given.out.with_suffix(".md").write_text(f"{table}\n\n{flips.provenance(about)}\n", encoding="utf-8")

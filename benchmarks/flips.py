@@ -41,13 +41,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax.runs import checkpoint, metrics, run
-from ibjax.devices import compiled
-from ibjax import files, errors, evaluate, main, report
-from ibjax.training import experiment
+from ibjax import errors, files, main
 from ibjax.attacks.pgd import pgd
 from ibjax.data import stream
+from ibjax.devices import compiled
+from ibjax.evaluation import evaluate
+from ibjax.evaluation.report import runs
+from ibjax.runs import checkpoint, metrics, provenance, run, rundir, trees
 from ibjax.step import linen_net, to_float
+from ibjax.training import experiment, jobs
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTCOMES = ("nothing", "computed again", "refused", "traceback", "wrong")
@@ -127,10 +129,10 @@ class Reader:
 
     def __init__(self, root: Path):
         self.root = root
-        self.jobs = {job.workdir: job for job in main.jobs(settings(root), root / "run")}
+        self.jobs = {job.workdir: job for job in jobs.jobs(settings(root), root / "run")}
         self.experiments = {}
         for workdir, job in self.jobs.items():
-            made = experiment.build(run.read_config(workdir)[0], job.teachers)
+            made = experiment.build(rundir.read_config(workdir)[0], job.teachers)
             self.experiments[workdir] = made, jax.eval_shape(lambda made=made: experiment.initial_state(made))
 
     def loaded(self, workdir: Path) -> dict[str, Any]:
@@ -146,7 +148,7 @@ class Reader:
         return {f"{r['attack']} {r['eps']}": _result(r) for r in records}
 
     def reported(self, workdir: Path) -> dict[str, Any]:
-        found, *_ = report.read([workdir])
+        found, *_ = runs.read([workdir])
         for problem in found.problems:
             logging.getLogger("ibjax").warning("%s", problem)
         shown = {f"{r['attack']} {r['eps']} {r['main']}": _result(r) for r in found.records}
@@ -158,13 +160,13 @@ class Reader:
     def continued(self, workdir: Path) -> dict[str, Any]:
         """What training does before its first step."""
         made, like = self.experiments[workdir]
-        identity = run.write_config(workdir, made.config, {**made.facts, **run.facts(run.load_data(made.config))})
+        identity = rundir.write_config(workdir, made.config, {**made.facts, **run.facts(run.load_data(made.config))})
         with checkpoint.manager(workdir, run=identity) as store:
             state = checkpoint.restore_latest(store, like)
             best = checkpoint.best_step(store)
         step = 0 if state is None else int(state.step)
         metrics.MetricsLog(workdir, step).close()
-        return {"step": step, "best": best, "state": state and checkpoint.tree_digest(state)}
+        return {"step": step, "best": best, "state": state and trees.digest(state)}
 
     def trained_on(self) -> dict[str, Any]:
         return self.loaded(self.root / "run") | self.continued(self.root / "run")
@@ -172,7 +174,7 @@ class Reader:
     def streamed(self) -> dict[str, Any]:
         data = stream.load(dataset="tiny", data_dir=str(self.root / "tfds"), size=8, threads=2)
         return {
-            name: [split.labels.tolist(), checkpoint.digest(split.images[:])]
+            name: [split.labels.tolist(), trees.array_digest(split.images[:])]
             for name, split in (("train", data.train), ("test", data.test))
         } | {"classes": data.num_classes}
 
@@ -389,7 +391,7 @@ def command_line() -> None:
         name: dict(Counter(before["kinds"].get(name, {})) + Counter(found["kinds"].get(name, {})))
         for name in sorted({**before["kinds"], **found["kinds"]})
     }
-    about, table = {**run.environment(), "compression": compression()}, page(("file", "flips"), kinds, OUTCOMES)
+    about, table = {**provenance.environment(), "compression": compression()}, page(("file", "flips"), kinds, OUTCOMES)
     both = {"bad": before["bad"] + found["bad"], "seeds": [*before["seeds"], given.seed]}
     files.write_json(out, {"kinds": kinds, **both, "run": about})
     out.with_suffix(".md").write_text(f"{table}\n\nOne wrong bit each. {provenance(about)}\n", encoding="utf-8")

@@ -28,8 +28,8 @@ import numpy as np
 
 import ibjax
 from ibjax import files
-from ibjax.runs import run
 from ibjax.attacks.autoattack import autoattack
+from ibjax.runs import run
 
 _KILLED_AFTER = (20, 45, 60, 45)  # seconds of each process, its start included; then one runs to its end
 

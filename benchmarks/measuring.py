@@ -15,13 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ibjax.runs import provenance
+
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory of the same GPU
 
 import jax
 import numpy as np
 
 from ibjax import files
-from ibjax.runs import run
 
 BUSY = 0.1  # processors: more than that elsewhere disturbs a round
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "v5 lite": 197, "v5e": 197, "v6 lite": 918, "v6e": 918}  # bf16
@@ -203,7 +204,7 @@ class Page:
 
 def environment() -> dict[str, Any]:
     """Date, hardware and versions, PyTorch's among them."""
-    found = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **run.environment()}
+    found = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **provenance.environment()}
     found["runtime"] = jax.devices()[0].client.platform_version.splitlines()[0]  # with CUDA's version on GPUs
     cpuinfo = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.+)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.is_file() else []

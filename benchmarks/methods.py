@@ -17,9 +17,9 @@ from jax.sharding import AxisType, NamedSharding
 from measuring import Steps, noise
 from ml_collections import ConfigDict
 
-from ibjax.devices import cluster
 from ibjax import config, optim, step
 from ibjax.attacks import Attack
+from ibjax.devices import cluster
 from ibjax.perturb import awp
 from ibjax.step import Net, Objective, Perturb, TrainState, Variables
 

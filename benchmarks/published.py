@@ -39,14 +39,13 @@ import measuring
 import numpy as np
 from jax import Array, lax
 
-from ibjax.devices import cluster
 from ibjax import files, losses
-from ibjax.runs import run
-from ibjax.pytorch import torch_file
 from ibjax.attacks.autoattack import autoattack
 from ibjax.attacks.pgd import pgd
+from ibjax.devices import cluster
 from ibjax.errors import DataError, InputError, exit_with
 from ibjax.files import read_npz
+from ibjax.pytorch import torch_file
 
 _SLACK = 1.0  # points that AutoAttack may leave above the exact robust accuracy
 _EXACT = 1e-2  # points by which the published percentages are rounded

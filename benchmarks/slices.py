@@ -28,8 +28,8 @@ import measuring
 from parts import ROOT, update
 
 from ibjax import files
-from ibjax import main as program
-from ibjax.aot import CHIPS, GIB
+from ibjax.runs import recipe_files
+from ibjax.training.ahead import CHIPS, GIB
 
 IMAGENET_TEACHER = "configs/ibd_imagenet.py:fast_at-2"  # a ResNet-50 too; the real one is imported
 
@@ -39,7 +39,7 @@ def rows() -> dict[str, list[str]]:
     found = {}
     for file in sorted((ROOT / "configs").glob("*.py")):
         for row in runpy.run_path(str(file)).get("ROWS", ()):
-            settings = program.load_config(f"{file}:{row}")
+            settings = recipe_files.load(f"{file}:{row}")
             imagenet = settings.data.get("dataset") == "imagenet2012"
             if not imagenet and "wide_resnet" not in str(settings.model) and "wrn" not in row:
                 continue

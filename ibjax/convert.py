@@ -19,11 +19,11 @@ accuracy, shows whether they are right. After an import one line says what was t
 
 import argparse
 
+from ibjax import errors, files
 from ibjax.devices import cluster
-from ibjax import files, errors
+from ibjax.errors import InputError, nearest
 from ibjax.pytorch import torch_file
 from ibjax.pytorch.architectures import ARCHITECTURES
-from ibjax.errors import InputError, nearest
 from ibjax.pytorch.exports import to_torch
 from ibjax.pytorch.imports import from_torch, hint
 

@@ -4,13 +4,6 @@ Guarantees (tests of the same names): a file is there whole or not at all; a cha
 read that fails is tried again, and its failure is never taken for damage.
 """
 
-
-from collections.abc import Callable, Iterator, Mapping
-from collections.abc import Mapping
-from ibjax.errors import InputError
-from ibjax.errors import InputError, UnreadableError
-from pathlib import Path
-from typing import Any, TypeVar
 import argparse
 import contextlib
 import errno
@@ -19,12 +12,18 @@ import io
 import json
 import logging
 import math
-import numpy as np
 import os
 import re
 import threading
 import time
 import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ibjax.errors import InputError, UnreadableError
 
 _WAITS = (0.1, 0.5, 2.0)  # seconds before a read that failed is tried again
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # answers of the file system, not failures

@@ -9,229 +9,16 @@ Guarantees (tests of the same names): a file that cannot be read is named, and t
 nothing outside itself; whatever stands in a file is escaped; a page is there whole or not at all.
 """
 
-import logging
-import os
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-
-from ibjax import files, errors
-from ibjax.runs import metrics
-from ibjax.evaluation.report import self_checks, tables
-from ibjax.evaluation import results
-from ibjax.attacks.geometry import fraction
-from ibjax.attacks.names import canonical
-from ibjax.errors import InputError
-from ibjax.files import read_npz
-from ibjax.evaluation.results import Record, strength
-from ibjax.runs.run import bare_command_line, doubts
-
-_SKIPPED = ("checkpoints", "damaged", "eval", "tensorboard")  # folders of a workdir in which no other run lies
-
-
-def table(records: Iterable[Record], each: bool = False) -> str:
-    """The plain-text tables of records: a line for each run, a column for each attack at the main eps, in percent.
-
-    Runs that differ in their seed alone are one line, mean ± standard deviation; with `each` every one has a line.
-    """
-    return tables.as_text(records, each)
-
-
-class RunResults(NamedTuple):
-    """What a workdir holds; parts that are missing or damaged are empty, and named in `problems`."""
-
-    folder: Path
-    name: str  # the recipe's title, else that of the folder
-    title: str  # the name, with what tells it apart from the other runs that are read together
-    config: dict[str, Any]
-    facts: dict[str, Any]  # of the data
-    env: dict[str, Any]
-    metrics: list[dict[str, Any]]  # rows of metrics.jsonl
-    steps_per_epoch: int | None
-    records: list[Record]  # with "title", "run" (the title of this run), "folder", "main" and "num_classes" filled in
-    examples: dict[str, Any] | None  # x, x_adv (k, H, W, C); label, predicted, predicted_adv (k,); attack, checkpoint
-    problems: list[str]  # one sentence each
-
-
-def read(workdirs: Iterable[str | os.PathLike]) -> list[RunResults]:
-    """All runs in and below the folders, in the order given. Raises InputError where a folder holds none.
-
-    A file that cannot be read does not stop the rest: it is named in the `problems` of its run.
-    """
-    runs = [_read_run(folder) for folder in _folders([files.path(workdir) for workdir in workdirs])]
-    return [_with_title(run, [other for other in runs if other.name == run.name]) for run in runs]
-
-
-def _with_title(run, namesakes):
-    """The run under a title of its own: of seeds of one recipe with the seed, of others with the folder."""
-    recipes = {tables.without_seed(other.config, "") for other in namesakes}
-    seeds = {str(other.config.get("seed")) for other in namesakes}
-    title, folder = run.name, str(run.folder)
-    if len(namesakes) > 1:
-        seed = f"{title}, seed {run.config.get('seed')}"
-        title = seed if len(recipes) == 1 and len(seeds) == len(namesakes) else f"{title} ({folder})"
-    says = {"title": run.name, "run": title, "folder": folder}
-    classes = {"num_classes": run.facts["num_classes"]} if "num_classes" in run.facts else {}
-    return run._replace(title=title, records=[{**classes, **record, **says} for record in run.records])
-
-
-def _folders(workdirs):
-    """Folders of runs, each once: a given folder, then what lies below it unless it is given too."""
-    given = {workdir.resolve() for workdir in workdirs}
-    found = {}
-    for workdir in workdirs:
-        if not workdir.is_dir():
-            raise InputError(f"{workdir} is not a folder; give the --workdir of a run, or a folder above some")
-        inside = []
-        for folder, names, files in os.walk(workdir):
-            names[:] = sorted(name for name in names if name not in _SKIPPED)
-            if "config.json" in files:
-                inside.append(Path(folder))
-        if not inside:
-            raise InputError(f"{workdir} holds no run (no config.json in it or below); give the --workdir of a run")
-        for folder in inside:
-            if folder == workdir or folder.resolve() not in given:
-                found.setdefault(folder.resolve(), folder)
-    return list(found.values())
-
-
-def _read_run(folder):
-    problems: list[str] = []
-    content = _read_json(folder / "config.json", problems)
-    config, facts = content.get("config"), content.get("data")
-    if content and not (isinstance(config, dict) and isinstance(facts, dict)):
-        problems.append("config.json is not that of a run: it needs the sections 'config' and 'data'")
-    config, facts = (part if isinstance(part, dict) else {} for part in (config, facts))
-    env = _read_json(folder / "env.json", problems)
-    logged = _read_metrics(folder / "metrics.jsonl", problems)
-    steps_per_epoch = _state(config, facts, logged, problems)
-    problems += doubts(folder)
-    found = _read_records(folder, problems)
-    if not found:
-        problems.append(f"it has no results yet; python -m ibjax.evaluate --workdir={folder}")
-    examples = _read_examples(folder, problems)
-    name = str(config.get("title") or folder.resolve().name)
-    return RunResults(folder, name, name, config, facts, env, logged, steps_per_epoch, found, examples, problems)
-
-
-def _state(config, facts, logged, problems):
-    """Steps per epoch, None where there are none; a run that has not reached its last epoch is a problem."""
-    if "imported" in facts:
-        return None
-    try:
-        per_epoch = int(facts["n_train"]) // int(config["batch_size"])
-        total = int(config["epochs"]) * per_epoch
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        return None
-    step = max((row["step"] for row in logged), default=0)
-    reasons = [row["reason"] for row in logged if row.get("kind") == "diverged" and "reason" in row]
-    if reasons:
-        problems.append(f"it diverged: {reasons[-1]}")
-    elif any(not np.isfinite(value) for row in logged for value in row.values() if isinstance(value, float)):
-        problems.append(f"it diverged: metrics.jsonl holds NaN or Inf, {step} of {total} steps")
-    elif step < total:
-        problems.append(f"it is not finished, {step} of {total} steps: it runs, was stopped, or diverged")
-    return per_epoch or None
-
-
-def _read_json(file, problems):
-    """The object in a file; an empty one, and a problem, where there is none."""
-    try:
-        return files.read_json(file)
-    except FileNotFoundError:
-        problems.append(f"{file.name} is missing")
-    except (OSError, ValueError) as error:
-        problems.append(f"{_short(file)} cannot be read ({error})")
-    return {}
-
-
-def _short(file):
-    """The path below the workdir of what lies in eval/<checkpoint>/; the name of other files."""
-    return "/".join(file.parts[-3:]) if file.parent.parent.name == "eval" else file.name
-
-
-def _read_metrics(file, problems):
-    try:
-        found, damaged = metrics.read_lines(file)
-    except (OSError, InputError) as error:
-        problems.append(f"{file.name} cannot be read ({error})")
-        return []
-    if damaged:
-        problems.append(f"{file.name} has {damaged} damaged line(s), which are left out")
-    return found
-
-
-def _read_records(folder, problems):
-    """The records of all checkpoints, each (checkpoint, step, attack, eps and what else makes another number) once."""
-    found: dict[tuple, Record] = {}
-    for file in sorted(folder.glob("eval/*/*.json")):  # "pgd-20.json" before "pgd-20@0.1.json"
-        record = _read_json(file, problems)
-        if not record:
-            continue
-        try:
-            results.validate(record)
-            record["attack"] = canonical(record["attack"])
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            missing = "it lacks " if isinstance(error, KeyError) else ""
-            problems.append(f"{_short(file)} is damaged ({missing}{error}); delete it and evaluate again")
-            continue
-        key = (file.parent.name, record["attack"], fraction(record["eps"]))
-        key += tuple(str(record.get(name)) for name in ("step", "norm", "n", "samples", "count", "attack_settings"))
-        # the main eps of one evaluation may be on the ladder of an earlier one: the same numbers, kept once
-        found.setdefault(key, {**record, "main": "@" not in file.stem})
-    return list(found.values())
-
-
-def _read_examples(folder, problems):
-    """The stored images under PGD on the cross-entropy; of `best`, and of most steps, where there is a choice."""
-    suffix = ".examples.npz"
-    files = {file: file.name.removesuffix(suffix) for file in folder.glob(f"eval/*/*{suffix}")}
-    best_last = sorted(files, key=lambda f: (files[f].startswith("pgd-"), f.parent.name == "best", strength(files[f])))
-    for file in reversed(best_last):
-        try:
-            arrays = read_npz(file)
-            found = {name: arrays[name] for name in ("x", "x_adv", "label", "predicted", "predicted_adv")}
-            shape = found["x"].shape
-            if len(shape) != 4 or shape[-1] not in (1, 3) or found["x_adv"].shape != shape:
-                raise ValueError(f"images of shapes {shape} and {found['x_adv'].shape}")
-            for labels in (found["label"], found["predicted"], found["predicted_adv"]):
-                if labels.shape != shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-                    raise ValueError(f"labels of shape {labels.shape} and type {labels.dtype}")
-            return {**found, "attack": files[file], "checkpoint": file.parent.name}
-        except (OSError, ValueError, KeyError) as error:  # an InputError is a ValueError
-            problems.append(f"{_short(file)} cannot be read ({error})")
-    return None
-
-
-# ---- the page ----------------------------------------------------------------------------------------------
-
-
-def write(workdirs: Iterable[str | os.PathLike], out: str | os.PathLike, each: bool = False) -> list[RunResults]:
-    """Writes the HTML page of all runs in and below the folders, whole or not at all; returns what it shows.
-
-    each: a line for every seed of a recipe, in place of their mean.
-
-    Raises InputError where a folder holds no run, or the page cannot be written.
-    """
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it reports every font that it finds
-    from ibjax.evaluation.report import page  # loads matplotlib, of which training has no need
-
-    runs, out = read(workdirs), files.path(out)
-    text = page.page(runs, out, each)
-    try:
-        with files.replacing(out) as temporary:
-            temporary.write_text(text, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise InputError(f"{out} cannot be written ({error.strerror}); give another --out") from None
-    return runs
+from ibjax import errors, files
+from ibjax.evaluation import report
+from ibjax.evaluation.report import self_checks
+from ibjax.runs.command_line import bare
 
 
 def main() -> None:
     """The command line of this module."""
     text = "Writes one HTML page on all runs in and below the folders, and prints their table."
-    parser = bare_command_line("ibjax.report", text)
+    parser = bare("ibjax.report", text)
     parser.add_argument("folder", metavar="DIR", type=files.path, nargs="+", help="a workdir, or a folder above some")
     parser.add_argument("--out", type=files.path, help="the page to write; default: report.html in the first DIR")
     parser.add_argument("--each", action="store_true", help="a line for every seed of a recipe, not their mean")
@@ -239,9 +26,9 @@ def main() -> None:
 
     def command():
         out = given.out or given.folder[0] / "report.html"
-        runs = write(given.folder, out, given.each)
+        runs = report.write(given.folder, out, given.each)
         records = [record for run in runs for record in run.records]
-        print(table(records, given.each))
+        print(report.table(records, given.each))
         for run in runs:
             for problem in run.problems:
                 print(f"warning: {run.title}: {problem}")

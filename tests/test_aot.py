@@ -17,11 +17,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from ibjax import aot, config, main
-from ibjax.devices import cluster, cores
+from ibjax import config
 from ibjax.attacks import pgd
+from ibjax.devices import cluster, cores
 from ibjax.errors import InputError
 from ibjax.information.linalg import each_matrix
+from ibjax.runs import recipe_files
+from ibjax.training import ahead
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,14 +47,14 @@ def test_collectives_are_found_in_the_loop_where_they_stand():
 
         return lax.fori_loop(0, n, outer, x * jnp.min(x))
 
-    found = aot.collectives(compiled_text(scale, x, jnp.int32(3), out_shardings=NamedSharding(mesh, P("data"))))
+    found = ahead.collectives(compiled_text(scale, x, jnp.int32(3), out_shardings=NamedSharding(mesh, P("data"))))
     assert {item.depth for item in found if item.kind == "all-reduce"} == {0, 1, 2}
     program = compiled_text(scale, x, jnp.int32(3), out_shardings=NamedSharding(mesh, P("data")))
-    assert {item.depth for item in aot.collectives(program, around=1)} >= {-1, 0, 1} and aot.loops(program) == 2
+    assert {item.depth for item in ahead.collectives(program, around=1)} >= {-1, 0, 1} and ahead.loops(program) == 2
     assert all(item.bytes == 4 * item.count for item in found if item.kind == "all-reduce")
     alone = compiled_text(lambda x: jnp.sin(x) / jnp.sum(x, 1, keepdims=True), x)
-    assert aot.collectives(alone) == []
-    gathered = aot.collectives(compiled_text(jnp.sin, x, **options))
+    assert ahead.collectives(alone) == []
+    gathered = ahead.collectives(compiled_text(jnp.sin, x, **options))
     assert [(item.kind, item.bytes) for item in gathered] == [("all-gather", 16 * 4 * 4)]
 
 
@@ -66,7 +68,7 @@ def test_collectives_are_found_in_the_loop_where_they_stand():
 )
 def test_a_loop_without_flops_counts_as_none(name, count):
     loop = 'while(%x), condition=%c, body=%b, metadata={op_name="jit(step)/while/body/NAME" id=2}'.replace("NAME", name)
-    assert aot.loops(f"ENTRY %main.1 (x: f32[8]) -> f32[8] {{\n  %a = f32[8] {loop}\n}}") == count
+    assert ahead.loops(f"ENTRY %main.1 (x: f32[8]) -> f32[8] {{\n  %a = f32[8] {loop}\n}}") == count
 
 
 def test_a_collective_in_pieces_is_one():
@@ -74,7 +76,7 @@ def test_a_collective_in_pieces_is_one():
     piece = '  %g = bf16[64,100] all-gather(%x), channel_id=1, frontend_attributes={chain_id="3"}'
     other = "  %h = bf16[64,100] all-gather(%x), channel_id=2"
     program = "\n".join(("ENTRY %main.1 (x: bf16[16,100]) -> bf16[64,100] {", piece, piece, other, other, "}"))
-    assert aot.collectives(program) == [("all-gather", 0, 3, 3 * 64 * 100 * 2)]
+    assert ahead.collectives(program) == [("all-gather", 0, 3, 3 * 64 * 100 * 2)]
 
 
 @pytest.mark.parametrize("name", ["pgd_at", "trades", "ib_rar"])
@@ -85,10 +87,10 @@ def test_the_attack_of_a_train_step_communicates_nothing(name):
     settings.objective = dict(name=name)
     settings.attack.update(loss="kl" if name == "trades" else "ce", init="gaussian", steps=3)
     settings.update(batch_size=16, log_every=2)
-    found = aot.compile_step(aot.prepare(settings, (8, 8, 3), 4, {}), cluster.mesh(), 64)
+    found = ahead.compile_step(ahead.prepare(settings, (8, 8, 3), 4, {}), cluster.mesh(), 64)
     assert any(item.depth == 0 and item.kind == "all-reduce" for item in found["collectives"])
     assert all(item.depth < 1 for item in found["collectives"])
-    assert "each step" in aot.table(found) and "IN A LOOP" not in aot.table(found)
+    assert "each step" in ahead.table(found) and "IN A LOOP" not in ahead.table(found)
 
 
 def test_flops_count_every_step_of_the_attack():
@@ -99,7 +101,7 @@ def test_flops_count_every_step_of_the_attack():
     flops = []
     for steps in (1, 4, 7):
         settings.attack.steps = steps
-        flops.append(aot.compile_step(aot.prepare(settings, (8, 8, 3), 4, {}), cluster.mesh(), 64)["flops"])
+        flops.append(ahead.compile_step(ahead.prepare(settings, (8, 8, 3), 4, {}), cluster.mesh(), 64)["flops"])
     assert flops[2] - flops[1] == pytest.approx(flops[1] - flops[0], rel=0.01) and flops[0] > 0
     assert (flops[1] - flops[0]) / 3 == pytest.approx(flops[0] * 2 / 5, rel=0.15)  # 2 of the 2 + 3 forward passes
 
@@ -108,7 +110,7 @@ def test_a_batch_that_does_not_divide_among_the_chips_is_refused():
     settings = config.base()
     settings.batch_size = 12
     with pytest.raises(InputError, match="12 does not divide among 8 devices"):
-        aot.compile_step(aot.prepare(settings, (8, 8, 3), 4, {}), cluster.mesh(), 64)
+        ahead.compile_step(ahead.prepare(settings, (8, 8, 3), 4, {}), cluster.mesh(), 64)
 
 
 def test_streamed_images_are_no_data_of_the_device():
@@ -118,7 +120,8 @@ def test_streamed_images_are_no_data_of_the_device():
     settings.update(batch_size=16, log_every=2)
     settings.attack.steps = 3
     streamed, resident = (
-        aot.compile_step(aot.prepare(settings, (8, 8, 3), 4, {}), cluster.mesh(), images) for images in (None, 100_000)
+        ahead.compile_step(ahead.prepare(settings, (8, 8, 3), 4, {}), cluster.mesh(), images)
+        for images in (None, 100_000)
     )
     for found in (streamed, resident):
         assert {item.depth for item in found["collectives"] if item.kind == "all-reduce"} == {0}
@@ -149,29 +152,29 @@ def test_a_program_for_elsewhere_is_not_that_for_this_cpu():
     ],
 )
 def test_images_are_those_of_the_recipe(data, shape, classes):
-    assert aot.images_of(ConfigDict(data), None, None) == (shape, classes)
-    assert aot.images_of(ConfigDict(data), "20,20,3", 7) == ((20, 20, 3), 7)
+    assert ahead.images_of(ConfigDict(data), None, None) == (shape, classes)
+    assert ahead.images_of(ConfigDict(data), "20,20,3", 7) == ((20, 20, 3), 7)
 
 
 def test_class_folders_say_their_size_where_images_are_fitted():
     fitted = dict(name="folder", path="nowhere", size=24, grey=True)
-    assert aot.images_of(ConfigDict(fitted), None, 3) == ((24, 24, 1), 3)
+    assert ahead.images_of(ConfigDict(fitted), None, 3) == ((24, 24, 1), 3)
     with pytest.raises(InputError, match="does not say what its images are"):
-        aot.images_of(ConfigDict({**fitted, "size": None}), None, 3)
+        ahead.images_of(ConfigDict({**fitted, "size": None}), None, 3)
 
 
 def test_images_that_nobody_knows_are_asked_for():
     for shape, classes in ((None, 3), ("8,8,1", None), ("8,8", 3), ("8,8,x", 3), ("8,8,0", 3), ("8,8,1", 0)):
         with pytest.raises(InputError, match="--shape=HEIGHT,WIDTH,CHANNELS and --classes"):
-            aot.images_of(ConfigDict(dict(name="npz", path="x.npz")), shape, classes)
+            ahead.images_of(ConfigDict(dict(name="npz", path="x.npz")), shape, classes)
 
 
 def test_every_recipe_says_what_its_images_are():
     for file in sorted((ROOT / "configs").glob("*.py")):
         for row in runpy.run_path(str(file)).get("ROWS", ("",)):
-            data = main.load_config(f"{file}:{row}").data
+            data = recipe_files.load(f"{file}:{row}").data
             if "path" not in data:  # of a user's own files nothing is known
-                (height, width, channels), classes = aot.images_of(data, None, None)
+                (height, width, channels), classes = ahead.images_of(data, None, None)
                 assert height == width and channels in (1, 3) and classes >= 10
 
 
@@ -181,7 +184,7 @@ needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason
 @needs_libtpu
 def test_a_slice_that_is_none_is_refused():
     with pytest.raises(InputError, match=r"v5e:3x5x7 is no slice"):
-        aot.slice_mesh("v5e:3x5x7")
+        ahead.slice_mesh("v5e:3x5x7")
 
 
 @pytest.mark.slow
@@ -204,4 +207,4 @@ def test_without_its_compiler_a_slice_is_refused(monkeypatch):
 
     monkeypatch.setattr(topologies, "get_topology_desc", absent)
     with pytest.raises(InputError, match="compiler for TPUs is not installed"):
-        aot.slice_mesh("v5e:2x2")
+        ahead.slice_mesh("v5e:2x2")

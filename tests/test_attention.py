@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 from test_ibd import attention_oracle
 
-from ibjax.runs import checkpoint, run
 from ibjax import files
-from ibjax.evaluation import scoring
 from ibjax.analysis import attention
 from ibjax.attacks.pgd import pgd
 from ibjax.errors import CheckpointError, InputError
-from ibjax.training.experiment import build, initial_state
+from ibjax.evaluation import scoring
+from ibjax.runs import checkpoint, run, rundir, trees
 from ibjax.step import linen_net, to_float
+from ibjax.training.experiment import build, initial_state
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def edit(workdir, **changes):
             section = section[name]
         section[key] = value
     (workdir / "config.json").write_text(json.dumps(content))
-    own = run.identity(*run.read_config(workdir))
+    own = rundir.identity(*rundir.read_config(workdir))
     for file in (workdir / "checkpoints").glob("*/manifest/metadata"):
         files.write_json(file, {**files.read_json(file), "run": own})
 
@@ -44,13 +44,13 @@ def edit(workdir, **changes):
 def test_the_matching_is_that_of_the_checkpoint(digits_run):
     """As the training would go on with it; for every step that is kept, and not as it began."""
     experiment = attention.experiment_of(digits_run)
-    made = build(run.read_config(digits_run)[0], {"teacher": digits_run / "teacher"})
+    made = build(rundir.read_config(digits_run)[0], {"teacher": digits_run / "teacher"})
     first = initial_state(made)
     with checkpoint.manager(digits_run, read_only=True) as orbax:
         steps, state = sorted(orbax.all_steps()), checkpoint.restore_latest(orbax, first)
     heads = [attention.restore_head(experiment, digits_run, step) for step in steps]
     jax.tree.map(np.testing.assert_array_equal, heads[-1], state.variables["head"])
-    digests = [checkpoint.tree_digest(head) for head in (first.variables["head"], *heads)]
+    digests = [trees.digest(head) for head in (first.variables["head"], *heads)]
     assert len(set(digests)) == len(digests) > 1
 
 

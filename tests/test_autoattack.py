@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from ibjax.devices import cluster
 from ibjax.attacks import autoattack, geometry, progress
 from ibjax.attacks.apgd import iterative_apgd
 from ibjax.attacks.fab import iterative_fab
 from ibjax.attacks.runner import Runner
 from ibjax.attacks.square import iterative_square
+from ibjax.devices import cluster
 from ibjax.errors import InputError, PreemptedError
 
 RNG = np.random.default_rng(0)

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from conftest import small_run
 
-from ibjax import files, evaluate
-from ibjax.runs import run
-from ibjax.evaluation import scoring
+from ibjax import files
 from ibjax.analysis import calibration, corruptions
 from ibjax.attacks.pgd import pgd
 from ibjax.errors import InputError
+from ibjax.evaluation import evaluate, scoring
 from ibjax.models import resnet, siriib
+from ibjax.runs import run
 from ibjax.step import to_float
 
 BACKBONE = dict(name="resnet", blocks=(1,), width=2)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ibjax.runs import checkpoint
 from ibjax.errors import CheckpointError
+from ibjax.runs import checkpoint, trees
 from ibjax.step import TrainState
 
 
@@ -40,7 +40,7 @@ def latest(folder, like=None):
 @pytest.mark.parametrize("ema", [False, True])
 def test_what_is_restored_is_what_was_saved(tmp_path, ema):
     saved(tmp_path, ema=ema)
-    assert checkpoint.tree_digest(latest(tmp_path, state(0, ema=ema))) == checkpoint.tree_digest(state(3, ema=ema))
+    assert trees.digest(latest(tmp_path, state(0, ema=ema))) == trees.digest(state(3, ema=ema))
 
 
 def test_the_two_latest_and_the_best_are_kept_of_equals_the_cleaner_then_the_later(tmp_path):
@@ -79,8 +79,8 @@ def test_no_flipped_byte_gives_a_wrong_weight(tmp_path):
         content[rng.integers(len(content))] ^= 1 << rng.integers(8)
         target.write_bytes(content)
         restored = latest(work)
-        good = {checkpoint.tree_digest(state(step)): step for step in (2, 3)}
-        step = good[checkpoint.tree_digest(restored)]  # KeyError: a wrong weight was restored silently
+        good = {trees.digest(state(step)): step for step in (2, 3)}
+        step = good[trees.digest(restored)]  # KeyError: a wrong weight was restored silently
         if step == 2:
             found += 1
             assert (work / "damaged" / "3").is_dir() and not (work / "checkpoints" / "3").exists()
@@ -90,8 +90,8 @@ def test_no_flipped_byte_gives_a_wrong_weight(tmp_path):
 def test_a_changed_value_is_refused_by_name(tmp_path, monkeypatch):
     """Where storage returns other bytes without an error of its own, the digest names the leaf."""
     saved(tmp_path, steps=(3,))
-    real = checkpoint.digest
-    monkeypatch.setattr(checkpoint, "digest", lambda a: real(a + 1) if a.shape == (6, 5) else real(a))
+    real = trees.array_digest
+    monkeypatch.setattr(trees, "array_digest", lambda a: real(a + 1) if a.shape == (6, 5) else real(a))
     like = {name: state(0).variables[name] for name in ("params", "batch_stats")}
     damaged = pytest.raises(CheckpointError, match="variables/params/a/kernel is damaged")
     with checkpoint.manager(tmp_path, read_only=True) as orbax, damaged:
@@ -102,7 +102,7 @@ def test_a_changed_value_is_refused_by_name(tmp_path, monkeypatch):
 def test_each_kind_of_file_may_be_damaged(tmp_path, damage):
     """Truncated, emptied, deleted: the step before is used, or the same state is restored; nothing else."""
     folder = saved(tmp_path, steps=(2, 3))
-    digests = {checkpoint.tree_digest(state(step)) for step in (2, 3)}
+    digests = {trees.digest(state(step)) for step in (2, 3)}
     files = [f for f in (folder / "3").rglob("*") if f.is_file()]
     kinds = {f.name if f.parent.name != "d" else "d": f for f in files}
     for i, file in enumerate(kinds.values()):
@@ -113,7 +113,7 @@ def test_each_kind_of_file_may_be_damaged(tmp_path, damage):
             target.unlink()
         else:
             os.truncate(target, 0 if damage == "empty" else target.stat().st_size // 2)
-        assert checkpoint.tree_digest(latest(work)) in digests, file
+        assert trees.digest(latest(work)) in digests, file
 
 
 @pytest.mark.parametrize("name", ["manifest.ocdbt", "d"])
@@ -175,7 +175,7 @@ def test_restoring_places_the_state_on_any_number_of_devices(tmp_path):
         sharding = NamedSharding(mesh, PartitionSpec())
         like = jax.tree.map(lambda a, s=sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state(0))
         restored = latest(tmp_path, like)
-        assert checkpoint.tree_digest(restored) == checkpoint.tree_digest(state(3))
+        assert trees.digest(restored) == trees.digest(state(3))
         assert len(restored.variables["params"]["b"].sharding.device_set) == count
 
 

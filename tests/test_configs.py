@@ -10,11 +10,11 @@ import pytest
 from conftest import config_rows, smoke_config
 
 from ibjax import config, main
-from ibjax.runs import metrics
-from ibjax.training import loop
-from ibjax.evaluation.named import named
 from ibjax.attacks.names import split
-from ibjax.evaluate import check_settings
+from ibjax.evaluation.named import named
+from ibjax.evaluation.settings import check_settings
+from ibjax.runs import metrics, recipe_files
+from ibjax.training import loop
 
 ROOT = Path(__file__).parent.parent
 RECIPES = {file.stem: config_rows(file.stem) for file in sorted((ROOT / "configs").glob("*.py"))}
@@ -106,7 +106,7 @@ def test_the_commands_of_the_page_name_what_there_is():
     for names in lists:
         assert all(named(name) for name in split(names))
     for flag in flags:
-        check_settings(config.effective(main.override(smoke_config("ibd_resnet18", "paper"), [flag])).evaluate)
+        check_settings(config.effective(recipe_files.override(smoke_config("ibd_resnet18", "paper"), [flag])).evaluate)
     for name, row in rows:
         assert row in RECIPES[name] or row.isupper() or row == "METHOD-original", row
 

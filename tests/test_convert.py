@@ -1,6 +1,5 @@
 """PyTorch networks become runs and runs PyTorch networks, with equal logits and equal bits, or nothing is written."""
 
-from ibjax import files
 import hashlib
 import json
 import os
@@ -15,17 +14,17 @@ import numpy as np
 import pytest
 from conftest import smoke_config
 
-from ibjax.pytorch import architectures, torch_file
+from ibjax import config, convert, files
 from ibjax.devices import cluster
-from ibjax import config, convert, report
-from ibjax.runs import run
-from ibjax.training import loop
-from ibjax.runs import checkpoint as checkpoints
 from ibjax.errors import CheckpointError, InputError
-from ibjax.evaluate import evaluate
+from ibjax.evaluation import report
+from ibjax.evaluation.evaluate import evaluate
 from ibjax.models import cnn, wide_resnet
-from ibjax.pytorch import exports, gate
+from ibjax.pytorch import architectures, exports, gate, torch_file
+from ibjax.runs import checkpoint as checkpoints
+from ibjax.runs import run, rundir, trees
 from ibjax.step import TrainState
+from ibjax.training import loop
 
 torch = pytest.importorskip("torch", reason="conversion needs PyTorch (pip install 'ibjax[torch]')")
 pytest.importorskip("safetensors", reason="conversion needs safetensors (pip install 'ibjax[torch]')")
@@ -91,7 +90,7 @@ def test_import_export_and_import_again_end_in_the_same_bits(name, data, tmp_pat
     (tmp_path / "b").mkdir()
     convert.from_torch(tmp_path / "exported" / "model.safetensors", arch, tmp_path / "b", overrides=data)
     first, second = (run.load(tmp_path / folder) for folder in "ab")
-    assert checkpoints.tree_digest(first.variables) == checkpoints.tree_digest(second.variables)
+    assert trees.digest(first.variables) == trees.digest(second.variables)
     assert first.model == second.model == model
 
 
@@ -254,7 +253,7 @@ def random_run(folder, section, data):
         return jnp.asarray(random.uniform(low, low + 0.7, leaf.shape), leaf.dtype)
 
     variables = jax.tree_util.tree_map_with_path(fill, shapes)
-    run.write_config(folder, settings, run.facts(arrays))
+    rundir.write_config(folder, settings, run.facts(arrays))
     with checkpoints.manager(folder) as orbax:
         checkpoints.save(orbax, TrainState(jnp.int32(0), variables, (), None), {"selection": 0.0})
 
@@ -276,7 +275,7 @@ def test_the_quickstarts_network_goes_to_pytorch_and_comes_back_with_every_optio
     assert found["normalisation"] == {"is": "none", "from": "ibjax's export"}
     first, second = (run.load(tmp_path / folder) for folder in "ab")
     assert first.model == second.model and first.model.padding == 1
-    assert checkpoints.tree_digest(first.variables) == checkpoints.tree_digest(second.variables)
+    assert trees.digest(first.variables) == trees.digest(second.variables)
     convert.from_torch(file, "cnn", tmp_path / "c", photographs=8, n=4)  # grey ones
     with pytest.raises(InputError, match=r"takes images of 1 channels, those of synthetic are \(8, 8, 3\)"):
         other = [

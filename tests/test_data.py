@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from ibjax import config
-from ibjax.runs import run
 from ibjax.data import Split, augment, check, digits, folder, gallery, hold_out, load_splits, npz, synthetic
 from ibjax.errors import DataError, InputError
+from ibjax.runs import run
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (40, 6, 6, 3), dtype=np.uint8)

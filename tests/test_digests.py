@@ -9,9 +9,11 @@ from conftest import small_run
 from test_checkpoint import state
 
 import ibjax
-from ibjax.runs import checkpoint, metrics, run
-from ibjax import config, files, evaluate, main, report
+from ibjax import config, evaluate, files, main
 from ibjax.errors import CheckpointError, InputError
+from ibjax.evaluation import evaluate
+from ibjax.evaluation.report import runs
+from ibjax.runs import checkpoint, metrics, rundir
 
 FACTS = {"num_classes": 4, "input_shape": [8, 8, 1], "digests": {"train": "ab", "test": "cd"}}
 
@@ -24,7 +26,7 @@ def trained(tmp_path_factory):
 
 
 def saved(workdir, steps=((2, 30.0), (3, 20.0)), settings=None, facts=FACTS):
-    identity = run.write_config(workdir, settings or config.base(), facts)
+    identity = rundir.write_config(workdir, settings or config.base(), facts)
     with checkpoint.manager(workdir, run=identity) as store:
         for step, score in steps:
             checkpoint.save(store, state(step), {"selection": score})
@@ -91,7 +93,7 @@ def test_a_changed_manifest_does_not_make_another_step_the_best_in_silence(tmp_p
         assert int(checkpoint.restore_latest(store, state(0)).step) == 3
         assert checkpoint.best_step(store) == 3
     assert "checkpoint 2: manifest is damaged" in caplog.text and (tmp_path / "damaged/2").is_dir()
-    assert "steps 2 were damaged" in run.doubts(tmp_path)[0]  # every record says so
+    assert "steps 2 were damaged" in rundir.doubts(tmp_path)[0]  # every record says so
 
 
 def test_the_checkpoint_of_another_run_is_refused_though_its_network_is_the_same(tmp_path):
@@ -102,7 +104,7 @@ def test_the_checkpoint_of_another_run_is_refused_though_its_network_is_the_same
     for foreign, words in (("b", r"optimizer.lr=0.2, now 0.1; seed=1, now 0"), ("c", r"its digests.train='other'")):
         shutil.rmtree(tmp_path / "a/checkpoints")
         shutil.copytree(tmp_path / foreign / "checkpoints", tmp_path / "a/checkpoints")
-        identity = run.write_config(tmp_path / "a", config.base(), FACTS)
+        identity = rundir.write_config(tmp_path / "a", config.base(), FACTS)
         for options in ({}, {"read_only": True}):
             refused = pytest.raises(CheckpointError, match=f"checkpoint 3 in .* is of a run with {words}")
             with checkpoint.manager(tmp_path / "a", run=identity, **options) as store, refused:
@@ -123,11 +125,11 @@ def test_checkpoints_that_do_not_say_of_which_run_they_are_still_load(tmp_path):
     with checkpoint.manager(tmp_path) as store:
         checkpoint.save(store, state(3), {"selection": 1.0})
     with pytest.raises(CheckpointError, match=r"no config.json beside it, and step 3 does not say of which run"):
-        run.write_config(tmp_path, config.base(), FACTS)
+        rundir.write_config(tmp_path, config.base(), FACTS)
     (tmp_path / "config.json").write_text(
         json.dumps({"config": config.plain(config.base()), "data": FACTS}), encoding="utf-8"
     )
-    identity = run.write_config(tmp_path, config.base(), FACTS)
+    identity = rundir.write_config(tmp_path, config.base(), FACTS)
     with checkpoint.manager(tmp_path, run=identity) as store:
         assert int(checkpoint.restore_latest(store, state(0)).step) == 3
 
@@ -147,11 +149,11 @@ def test_without_config_json_another_configuration_is_refused_and_the_same_one_r
     other.optimizer.lr = 0.3
     left = file.read_bytes() if file.exists() else None
     with pytest.raises(InputError, match=r"is of a run with optimizer.lr=0.1, now 0.3"):
-        run.write_config(tmp_path, other, FACTS)
+        rundir.write_config(tmp_path, other, FACTS)
     assert (file.read_bytes() if file.exists() else None) == left
     with pytest.raises(CheckpointError, match="missing beside checkpoints" if left is None else "the digest differs"):
-        run.read_config(tmp_path)
-    run.write_config(tmp_path, config.base(), FACTS)
+        rundir.read_config(tmp_path)
+    rundir.write_config(tmp_path, config.base(), FACTS)
     assert file.read_bytes() == whole and "written anew" in caplog.text
 
 
@@ -161,7 +163,7 @@ def test_a_changed_config_json_is_found_before_a_number_depends_on_it(trained, t
     for call in (ibjax.load, evaluate.evaluate):
         with pytest.raises(CheckpointError, match=r"config.json is damaged .*the digest differs"):
             call(workdir)
-    problems = report.read([workdir])[0].problems
+    problems = runs.read([workdir])[0].problems
     assert any("config.json" in text and "the digest differs" in text for text in problems)
 
 
@@ -171,10 +173,10 @@ def test_data_may_move_but_not_change(tmp_path):
     for made, path in ((settings, "/here.npz"), (moved, "/there.npz")):
         made.data = dict(name="npz", path=path, val_size=8, split_seed=0, fraction=1.0)
     saved(tmp_path, settings=settings)
-    run.write_config(tmp_path, moved, FACTS)
-    assert run.read_config(tmp_path)[0].data.path == "/there.npz"
+    rundir.write_config(tmp_path, moved, FACTS)
+    assert rundir.read_config(tmp_path)[0].data.path == "/there.npz"
     with pytest.raises(InputError, match="another digests"):
-        run.write_config(tmp_path, moved, {**FACTS, "digests": {"train": "other", "test": "cd"}})
+        rundir.write_config(tmp_path, moved, {**FACTS, "digests": {"train": "other", "test": "cd"}})
 
 
 # ---- records -----------------------------------------------------------------------------------------------
@@ -189,7 +191,7 @@ def test_a_changed_record_is_named_and_computed_again(trained, tmp_path, caplog,
     assert record[key] != value
     record[key] = value
     file.write_text(json.dumps(record))
-    problems = report.read([workdir])[0].problems
+    problems = runs.read([workdir])[0].problems
     assert any("pgd-2.json cannot be read (its content is not what was written" in text for text in problems)
     again = evaluate.evaluate(workdir, attacks=["pgd-2"])[0]
     assert "pgd-2.json is damaged" in caplog.text
@@ -226,7 +228,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_attack_not_after_it(
         evaluate.evaluate(workdir)
     (workdir / "eval").unlink()
     shutil.copytree(tmp_path / "kept", workdir / "eval/best")
-    monkeypatch.setattr(run, "check_writable", lambda folder: pytest.fail("nothing has to be written"))
+    monkeypatch.setattr(rundir, "check_writable", lambda folder: pytest.fail("nothing has to be written"))
     assert evaluate.evaluate(workdir)[0]["robust_acc"] == known[0]["robust_acc"]
 
 
@@ -279,14 +281,14 @@ def test_a_run_whose_best_step_was_damaged_says_so_in_its_records(trained, tmp_p
     change(workdir / f"checkpoints/{best}/manifest/metadata", '"selection"', '"selectiom"')
     with pytest.raises(CheckpointError, match="which checkpoint is the best"):
         evaluate.evaluate(workdir)
-    settings, _ = run.read_config(workdir)
+    settings, _ = rundir.read_config(workdir)
     record = main.execute(settings, workdir)[0]
     text = f"steps {best} were damaged"
     if other > best:
         assert text in record["warnings"][-1] and record["step"] == other
     else:  # the newest was damaged: trained again
         assert record["step"] == best
-    assert any(text in problem for problem in report.read([workdir])[0].problems)
+    assert any(text in problem for problem in runs.read([workdir])[0].problems)
 
 
 def test_saving_what_the_folder_has_gone_beyond_is_an_error(tmp_path):

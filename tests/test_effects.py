@@ -15,9 +15,9 @@ import comparison
 import effects
 
 from ibjax import config
-from ibjax.runs import run
 from ibjax.errors import InputError
 from ibjax.objectives.ib_rar import dependence, ib_rar, layers_of
+from ibjax.runs import run
 from ibjax.step import to_float
 
 SMALL = dict(name="cnn", widths=((2,),), hidden=(), padding=1, pool="average")

@@ -11,16 +11,16 @@ import pytest
 import threadpoolctl
 from conftest import clean_recipe
 
-from ibjax.devices import cluster
 from ibjax import files
-from ibjax.runs import run
-from ibjax.evaluation import scoring
-from ibjax.training import loop
 from ibjax.analysis import embedding
 from ibjax.attacks.pgd import pgd
+from ibjax.devices import cluster
 from ibjax.errors import InputError
-from ibjax.training.experiment import build
+from ibjax.evaluation import scoring
+from ibjax.runs import run
 from ibjax.step import linen_net, to_float
+from ibjax.training import loop
+from ibjax.training.experiment import build
 
 
 @pytest.fixture(scope="module", autouse=True)

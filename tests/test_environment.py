@@ -16,12 +16,15 @@ import pytest
 from test_faults import environment
 
 import ibjax
-from ibjax.devices import cluster, compiled
-from ibjax import config, convert, files, errors, evaluate, main, report
-from ibjax.runs import run
+from ibjax import config, convert, errors, files, main
 from ibjax.attacks import autoattack
 from ibjax.data import folder, npz, tfds
+from ibjax.devices import cluster, compiled
 from ibjax.errors import InputError
+from ibjax.evaluation import evaluate
+from ibjax.evaluation.report import runs
+from ibjax.runs import command_line, provenance
+from ibjax.training import jobs
 
 ROOT = Path(__file__).parent.parent
 LINE = "IBD – ε ≥ 8/255"
@@ -65,11 +68,11 @@ def test_every_path_of_a_command_is_expanded(tmp_path, monkeypatch, capsys):
     given = main.parse(["main", "--config=$CONFIGS/digits.py:smoke", "--workdir=~/runs/x", "--restart"])
     assert given.workdir == tmp_path / "runs/x" and given.restart
     given.settings.teacher.workdir = "~/teacher"
-    assert main.jobs(given.settings, given.workdir)[-1].teachers == {"teacher": tmp_path / "teacher"}
-    parsed = run.command_line("ibjax.x", None).parse_args(["--workdir=~/runs/x"])
+    assert jobs.jobs(given.settings, given.workdir)[-1].teachers == {"teacher": tmp_path / "teacher"}
+    parsed = command_line.of_run("ibjax.x", None).parse_args(["--workdir=~/runs/x"])
     assert parsed.workdir == tmp_path / "runs/x"
     with pytest.raises(SystemExit) as caught:
-        run.command_line("ibjax.x", None).parse_args(["--workdir=$NO/x"])
+        command_line.of_run("ibjax.x", None).parse_args(["--workdir=$NO/x"])
     assert caught.value.code == 2 and capsys.readouterr().err.startswith(
         "error: argument --workdir: $NO/x: the variable"
     )
@@ -96,7 +99,7 @@ def test_paths_in_python_are_expanded_as_on_a_command_line(tmp_path, monkeypatch
         for call in (
             lambda path=path: ibjax.load(path),
             lambda path=path: evaluate.evaluate(path),
-            lambda path=path: report.read([path]),
+            lambda path=path: runs.read([path]),
             lambda path=path: convert.from_torch(path, "resnet18", "~/made"),
             lambda path=path: convert.to_torch(path, "~/made"),
             lambda path=path: npz.load(path=path),
@@ -117,7 +120,7 @@ def test_paths_in_python_are_expanded_as_on_a_command_line(tmp_path, monkeypatch
     def show(*arguments, **options):
         raise Seen(*arguments)
 
-    monkeypatch.setattr(main, "jobs", show)
+    monkeypatch.setattr(jobs, "jobs", show)
     with pytest.raises(Seen, match=there):
         main.execute(config.base(), "~/none")
     monkeypatch.setattr(autoattack, "Progress", show)
@@ -197,9 +200,9 @@ def test_a_platform_that_is_not_there_is_one_line(tmp_path, platform):
 
 
 def test_settings_that_change_a_number_are_in_the_record(monkeypatch):
-    assert run.jax_settings() == {}
+    assert provenance.jax_settings() == {}
     with jax.default_matmul_precision("bfloat16"):
-        assert run.jax_settings() == {"jax_settings": {"default_matmul_precision": "bfloat16"}}
+        assert provenance.jax_settings() == {"jax_settings": {"default_matmul_precision": "bfloat16"}}
 
 
 # ---- clusters ----------------------------------------------------------------------------------------------
@@ -288,21 +291,21 @@ def test_the_commit_is_that_of_ibjax_never_of_a_repository_around_it(tmp_path, m
     (own / "ibjax").mkdir(parents=True)
     (own / "pyproject.toml").write_text('[project]\nname = "ibjax"\nversion = "9.8.7"\n', encoding="utf-8")
     (own / "ibjax" / "a.py").touch()
-    monkeypatch.setattr(run, "_SOURCE", own.resolve())
+    monkeypatch.setattr(provenance, "_SOURCE", own.resolve())
     git(tmp_path, "init", "project")
     git(tmp_path / "project", "add", ".")
     git(tmp_path / "project", "commit", "-m", "the user's own")
-    assert run.commit() == "version 9.8.7" and run.versions()["ibjax"] == "9.8.7"
+    assert provenance.commit() == "version 9.8.7" and provenance.versions()["ibjax"] == "9.8.7"
     git(own, "init", ".")
-    assert run.commit() == "version 9.8.7"  # a repository without a commit
+    assert provenance.commit() == "version 9.8.7"  # a repository without a commit
     git(own, "add", ".")
     git(own, "commit", "-m", "ibjax's")
-    commit = run.commit()
+    commit = provenance.commit()
     assert len(commit) >= 7 and not commit.endswith("+")
     (own / "ibjax" / "a.py").write_text("changed", encoding="utf-8")
-    assert run.commit() == f"{commit}+"
+    assert provenance.commit() == f"{commit}+"
     monkeypatch.setenv("PATH", "")
-    assert run.commit() == "version 9.8.7"  # git is not installed
+    assert provenance.commit() == "version 9.8.7"  # git is not installed
 
 
 def test_ctrl_c_while_a_command_imports_is_one_line():

@@ -10,17 +10,17 @@ import pytest
 from conftest import clean_recipe
 from jax.sharding import AxisType
 
-from ibjax.devices import cluster
-from ibjax import files, evaluate, main
-from ibjax.evaluation.report import tables
-from ibjax.evaluation import results, scoring
-from ibjax.runs import run
+from ibjax import files, main
 from ibjax.attacks import autoattack, checks, geometry
-from ibjax.evaluation.named import named
 from ibjax.attacks.pgd import pgd
 from ibjax.data import Split
+from ibjax.devices import cluster
 from ibjax.errors import InputError, PreemptedError
+from ibjax.evaluation import evaluate, results, scoring
+from ibjax.evaluation.named import named
+from ibjax.evaluation.report import tables
 from ibjax.models import resnet, stochastic
+from ibjax.runs import run
 
 RNG = np.random.default_rng(0)
 N, CLASSES = 19, 4  # no multiple of any batch
@@ -142,10 +142,10 @@ def test_names_stand_for_their_attacks():
 
 def test_the_ladder_scales_its_steps_unless_they_are_fixed():
     settings = dict(eps="8/255", step_size="2/255", fixed_step=False)
-    assert evaluate._scaled_step(settings, "8/255") == "2/255"
-    assert evaluate._scaled_step(settings, "16/255") == "4/255"
-    np.testing.assert_allclose(evaluate._scaled_step({**settings, "step_size": "1/255"}, "16/255"), 2 / 255)
-    assert evaluate._scaled_step({**settings, "fixed_step": True}, "16/255") == "2/255"
+    assert settings.scaled_step(settings, "8/255") == "2/255"
+    assert settings.scaled_step(settings, "16/255") == "4/255"
+    np.testing.assert_allclose(settings.scaled_step({**settings, "step_size": "1/255"}, "16/255"), 2 / 255)
+    assert settings.scaled_step({**settings, "fixed_step": True}, "16/255") == "2/255"
 
 
 # ---- the gate ----------------------------------------------------------------------------------------------

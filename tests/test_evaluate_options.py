@@ -11,18 +11,18 @@ import pytest
 from conftest import smoke_config
 from jax.sharding import AxisType
 
-from ibjax import files, evaluate, main
-from ibjax.evaluation.report import page, tables
-from ibjax.evaluation import results, scoring
-from ibjax.runs import run
+from ibjax import files, main
 from ibjax.attacks import autoattack, geometry
-from ibjax.evaluation.named import in_groups, named
 from ibjax.attacks.pgd import pgd
 from ibjax.attacks.representation import ara, guides
 from ibjax.data import Split
 from ibjax.errors import CheckpointError, InputError
+from ibjax.evaluation import evaluate, results, scoring, settings
+from ibjax.evaluation.named import in_groups, named
+from ibjax.evaluation.report import page, tables
 from ibjax.models import cnn, siriib, stochastic
 from ibjax.objectives import ib_rar
+from ibjax.runs import run
 from ibjax.step import linen_net
 
 RNG = np.random.default_rng(1)
@@ -219,21 +219,21 @@ GOOD = dict(
     ],
 )
 def test_contradictory_settings_are_refused_in_one_line(changes, words):
-    evaluate.check_settings(GOOD)
-    evaluate.check_settings({**GOOD, "samples": 4, "attacks": ("fgsm", "cw-l2-3", "autoattack-rand")})
+    settings.check_settings(GOOD)
+    settings.check_settings({**GOOD, "samples": 4, "attacks": ("fgsm", "cw-l2-3", "autoattack-rand")})
     with pytest.raises(InputError, match=words) as caught:
-        evaluate.check_settings({**GOOD, **changes})
+        settings.check_settings({**GOOD, **changes})
     assert "\n" not in str(caught.value)
 
 
 def test_a_network_without_what_an_evaluation_needs_is_refused():
     plain, drawing = cnn.Model(3, widths=((4,),), hidden=(6,)), gaussian()[0]
-    evaluate.check_network(drawing, (8, 8, 3), {**GOOD, "samples": 4})
-    evaluate.check_network(drawing, (8, 8, 3), {**GOOD, "attacks": ("ara-2", "ib_rar-2")})
+    settings.check_network(drawing, (8, 8, 3), {**GOOD, "samples": 4})
+    settings.check_network(drawing, (8, 8, 3), {**GOOD, "attacks": ("ara-2", "ib_rar-2")})
     with pytest.raises(InputError, match="draws nothing"):
-        evaluate.check_network(plain, (8, 8, 3), {**GOOD, "samples": 4})
+        settings.check_network(plain, (8, 8, 3), {**GOOD, "samples": 4})
     with pytest.raises(InputError, match="'siriib-20' needs the feature 'x_avg'"):
-        evaluate.check_network(plain, (8, 8, 3), {**GOOD, "attacks": ("siriib-20",)})
+        settings.check_network(plain, (8, 8, 3), {**GOOD, "attacks": ("siriib-20",)})
 
 
 # ---- runs ----------------------------------------------------------------------------------------------------

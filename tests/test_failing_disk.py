@@ -12,9 +12,11 @@ import pytest
 from test_checkpoint import state
 from test_faults import CONFIG, environment, finish, start
 
-from ibjax.runs import checkpoint, metrics, run
-from ibjax import config, files, errors, report
+from ibjax import config, errors, files, report
 from ibjax.errors import InputError, UnreadableError
+from ibjax.evaluation import report
+from ibjax.evaluation.report import runs
+from ibjax.runs import checkpoint, metrics, rundir
 
 HERE = Path(__file__).parent
 ERRORS = {"EIO": 5, "ENOMEM": 12, "EACCES": 13, "EMFILE": 24, "ESTALE": 116}
@@ -23,7 +25,7 @@ FACTS = {"num_classes": 4, "input_shape": [8, 8, 1]}
 
 def begin(workdir):
     """What training does before its first step: the restored step."""
-    identity = run.write_config(workdir, config.base(), FACTS)
+    identity = rundir.write_config(workdir, config.base(), FACTS)
     with checkpoint.manager(workdir, run=identity) as store:
         found = checkpoint.restore_latest(store, state(0))
     step = 0 if found is None else int(found.step)
@@ -79,7 +81,7 @@ def library(tmp_path_factory):
 
 def test_after_a_hundred_failed_opens_and_reads_nothing_is_moved_and_nothing_restarted(tmp_path, library):
     workdir = tmp_path / "run"
-    identity = run.write_config(workdir, config.base(), FACTS)
+    identity = rundir.write_config(workdir, config.base(), FACTS)
     with checkpoint.manager(workdir, run=identity) as store:
         for step in (2, 3):
             checkpoint.save(store, state(step), {"selection": 1.0})
@@ -114,7 +116,7 @@ def test_a_page_that_a_full_disk_does_not_take_is_told_as_such(tmp_path, monkeyp
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report, "read", lambda workdirs: [])
+    monkeypatch.setattr(runs, "read", lambda workdirs: [])
     monkeypatch.setattr("ibjax.evaluation.report.page.page", lambda *arguments: "text")
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(InputError) as caught:
@@ -142,7 +144,7 @@ def test_a_read_that_fails_is_tried_again_and_its_failure_is_never_taken_for_dam
 
 
 def test_lost_checkpoints_are_told_and_only_restart_begins_at_step_0(tmp_path):
-    identity = run.write_config(tmp_path, config.base(), FACTS)
+    identity = rundir.write_config(tmp_path, config.base(), FACTS)
     with checkpoint.manager(tmp_path, run=identity) as store:
         checkpoint.save(store, state(3), {"selection": 1.0})
     log = metrics.MetricsLog(tmp_path, 0)
@@ -157,11 +159,11 @@ def test_lost_checkpoints_are_told_and_only_restart_begins_at_step_0(tmp_path):
     other.seed = 1
     for settings in (config.base(), other):
         with pytest.raises(InputError, match=r"no checkpoint any more, but metrics.jsonl tells of step 3; .*--restart"):
-            run.write_config(tmp_path, settings, FACTS)
+            rundir.write_config(tmp_path, settings, FACTS)
     assert [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [3]
-    run.write_config(tmp_path, config.base(), FACTS, restart=True)
+    rundir.write_config(tmp_path, config.base(), FACTS, restart=True)
     assert metrics.read(tmp_path / "restarted-1" / "metrics.jsonl") and not (tmp_path / "metrics.jsonl").exists()
     assert begin(tmp_path) == 0  # and it stays so, whatever ends the new run
     (tmp_path / "damaged" / "3").mkdir(parents=True)
     with pytest.raises(InputError, match=r"damaged/ holds steps 3; .*--restart"):
-        run.write_config(tmp_path, config.base(), FACTS)
+        rundir.write_config(tmp_path, config.base(), FACTS)

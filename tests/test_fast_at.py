@@ -11,10 +11,10 @@ from ibjax import config, optim
 from ibjax.attacks import geometry
 from ibjax.attacks.pgd import pgd, stateful_pgd
 from ibjax.errors import InputError
-from ibjax.training.experiment import build
 from ibjax.objectives.pgd_at import pgd_at
 from ibjax.optim import sgd
 from ibjax.step import init_state, make_train_step
+from ibjax.training.experiment import build
 
 KEY = jax.random.key(3)
 EPS = 0.1

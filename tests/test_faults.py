@@ -16,8 +16,8 @@ import pytest
 from conftest import CACHE
 from test_checkpoint import state
 
-from ibjax.runs import checkpoint, metrics, run
 from ibjax.errors import CheckpointError
+from ibjax.runs import checkpoint, metrics, rundir, trees
 from ibjax.training.experiment import build, initial_state
 
 ROOT = Path(__file__).parent.parent
@@ -79,12 +79,12 @@ def wait_for_step(workdir, step, process, timeout=120):
 
 
 def state_digest(workdir):
-    saved, _ = run.read_config(workdir)
+    saved, _ = rundir.read_config(workdir)
     made = build(saved)
     with checkpoint.manager(workdir, read_only=True) as orbax:
         state = checkpoint.restore_latest(orbax, initial_state(made))
     assert int(state.step) == TOTAL
-    return checkpoint.tree_digest(state)
+    return trees.digest(state)
 
 
 def assert_every_step_is_in_one_row(workdir):
@@ -218,7 +218,7 @@ def test_kill_9_at_a_random_moment_of_saving_leaves_a_good_checkpoint(tmp_path, 
             restored = checkpoint.restore_latest(orbax, like)
         step = int(restored.step)
         assert step >= (newest if asynchronous else last)
-        assert checkpoint.tree_digest(restored) == checkpoint.tree_digest(state(step, width=20000))
+        assert trees.digest(restored) == trees.digest(state(step, width=20000))
         assert not (tmp_path / "damaged").exists()
         newest = step
 

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from ibjax import config
-from ibjax.runs import run
 from ibjax.data import folder, load_splits
 from ibjax.errors import DataError, InputError
+from ibjax.runs import run
 
 RNG = np.random.default_rng(0)
 

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from ibjax.pytorch import architectures
 from ibjax.errors import InputError
-from ibjax.pytorch import gate, imports
+from ibjax.pytorch import architectures, gate, imports
 from ibjax.pytorch.normalisation import Said
 
 torch = pytest.importorskip("torch", reason="conversion needs PyTorch (pip install 'ibjax[torch]')")

@@ -9,10 +9,10 @@ import pytest
 from conftest import clean_recipe, smoke_config
 
 from ibjax import config, errors, evaluate, main
-from ibjax.runs import run
-from ibjax.training import loop
 from ibjax.attacks.geometry import fraction
 from ibjax.errors import DivergedError, InputError, PreemptedError
+from ibjax.runs import recipe_files, run, rundir
+from ibjax.training import loop
 
 ROOT = Path(__file__).parent.parent
 DIGITS = f"--config={ROOT / 'configs/digits.py'}:smoke"
@@ -92,7 +92,7 @@ def test_wrong_input_exits_with_2_and_one_line_and_writes_nothing(command, tmp_p
 
 def test_flags_reach_every_option_and_bring_and_take_sections():
     """Also defaults that the recipe leaves out, the options of a renamed call, and those of the teacher's recipe."""
-    changed = main.override(
+    changed = recipe_files.override(
         smoke_config("digits"),
         [
             "--config.objective.name=trades",
@@ -111,12 +111,12 @@ def test_flags_reach_every_option_and_bring_and_take_sections():
     assert changed.optimizer.nesterov is True and changed.schedule.boundaries == (1,) and changed.ema_decay == 0.5
     assert changed.perturb.to_dict() == {"name": "awp", "gamma": 0.005, "warmup": 0}
     assert changed.teacher.recipe.objective.beta == 4.0 and changed.contrast.undefended.seed == 3
-    plain = main.override(smoke_config("digits"), ["--config.attack=None", "--config.objective.name=standard"])
+    plain = recipe_files.override(smoke_config("digits"), ["--config.attack=None", "--config.objective.name=standard"])
     assert plain.attack is None and plain.objective.to_dict() == {"name": "standard"}
 
 
 def test_flags_reach_what_other_recipes_hold_and_what_may_be_none():
-    changed = main.override(
+    changed = recipe_files.override(
         smoke_config("digits"),
         [
             "--config.evaluate.n=None",
@@ -134,21 +134,23 @@ def test_flags_reach_what_other_recipes_hold_and_what_may_be_none():
     assert changed.evaluate.n is changed.evaluate.samples is changed.ema_decay is changed.attack.unroll is None
     assert changed.teacher.recipe.attack is None and changed.contrast.undefended.perturb.gamma == 0.01
     config.check(changed)
-    limited = main.override(main.load_config(str(ROOT / "configs/small_cnn.py")), ["--config.evaluate.n=None"])
+    limited = recipe_files.override(recipe_files.load(str(ROOT / "configs/small_cnn.py")), ["--config.evaluate.n=None"])
     assert limited.evaluate.n is None
-    assert main.override(smoke_config("digits"), ["--config.teacher.recipe=None"]).teacher.recipe is None
+    assert recipe_files.override(smoke_config("digits"), ["--config.teacher.recipe=None"]).teacher.recipe is None
 
 
 def test_a_runs_own_configuration_can_be_given(digits_run, tmp_path, command):
     file = digits_run / "config.json"
-    same = main.load_config(str(file))
-    assert config.plain(config.effective(same)) == config.plain(run.read_config(digits_run)[0])
-    changed = main.override(same, ["--config.threat.eps=4/16", "--config.evaluate.n=9", "--config.ema_decay=0.9"])
+    same = recipe_files.load(str(file))
+    assert config.plain(config.effective(same)) == config.plain(rundir.read_config(digits_run)[0])
+    changed = recipe_files.override(
+        same, ["--config.threat.eps=4/16", "--config.evaluate.n=9", "--config.ema_decay=0.9"]
+    )
     for part in (changed, changed.teacher.recipe):
         part = config.effective(changed) if part is changed else config.effective(changed).teacher.recipe
         assert part.attack.eps == part.evaluate.eps == "4/16" and part.attack.step_size == "1/16"
     assert (changed.evaluate.n, changed.ema_decay) == (9, 0.9)
-    assert len(main.execute(main.load_config(str(file)), digits_run, "train")) == 9  # nothing to do
+    assert len(main.execute(recipe_files.load(str(file)), digits_run, "train")) == 9  # nothing to do
     (tmp_path / "other.json").write_text('{"a": 1}')
     (tmp_path / "cut.json").write_text(file.read_text()[:99])
     for name in ("other.json", "cut.json"):
@@ -169,7 +171,9 @@ def test_what_get_config_may_return_and_take(tmp_path, command):
     head = "from ml_collections import FrozenConfigDict\nfrom ibjax import config\n"
     for name, body in RECIPES.items():
         (tmp_path / f"{name}.py").write_text(f"{head}def get_config():\n    {body}\n")
-    made = main.override(main.load_config(str(tmp_path / "frozen.py")), ["--config.epochs=3", "--config.evaluate.n=5"])
+    made = recipe_files.override(
+        recipe_files.load(str(tmp_path / "frozen.py")), ["--config.epochs=3", "--config.evaluate.n=5"]
+    )
     assert (made.epochs, made.evaluate.n, made.attack.name) == (3, 5, "pgd")
     (tmp_path / "none.py").write_text("x = 1\n")
     for name, arg, words in (
@@ -246,8 +250,8 @@ def test_another_source_can_be_named_on_the_command_line_with_what_it_needs(comm
     assert code == 2 and "data.path is missing; 'folder' needs it" in message
     code, message = command(recipe, workdir, "--config.data.name=folder", f"--config.data.path={tmp_path / 'cifar'}")
     assert code == 2 and "train/ and test/" in message
-    chosen = main.override(
-        main.load_config(str(ROOT / "configs/trades_wrn.py")),
+    chosen = recipe_files.override(
+        recipe_files.load(str(ROOT / "configs/trades_wrn.py")),
         ["--config.data.name=synthetic", "--config.data.shape=(32, 32, 3)", "--config.data.num_classes=10"],
     )
     assert config.plain(chosen.data)["shape"] == (32, 32, 3) and chosen.data.val_size == 1000

@@ -10,10 +10,10 @@ from conftest import small_run
 from PIL import Image
 
 from ibjax import files
-from ibjax.runs import run
 from ibjax.analysis import attacked, modulation
 from ibjax.errors import InputError
 from ibjax.models import resnet, siriib
+from ibjax.runs import run
 from ibjax.step import linen_net, to_float
 
 BACKBONE = dict(name="resnet", blocks=(1,), width=2)

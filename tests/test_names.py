@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from ibjax import files, evaluate, report
-from ibjax.evaluation.report import tables
-from ibjax.evaluation import results, scoring
-from ibjax.runs import run
+from ibjax import evaluate, files
 from ibjax.attacks import names
 from ibjax.attacks.autoattack import sub_attacks
 from ibjax.attacks.cw import cw
 from ibjax.attacks.mim import mim
-from ibjax.evaluation.named import ATTACKS, FAMILIES, check, named, takes_step_size
 from ibjax.attacks.pgd import pgd
 from ibjax.attacks.spsa import spsa
 from ibjax.data import Split
 from ibjax.errors import InputError
+from ibjax.evaluation import evaluate, report, results, scoring
+from ibjax.evaluation.named import ATTACKS, FAMILIES, check, named, takes_step_size
+from ibjax.evaluation.report import runs, tables
 from ibjax.objectives import siriib
+from ibjax.runs import command_line, run
 
 RNG = np.random.default_rng(7)
 X = RNG.random((6, 4, 4, 1), dtype=np.float32)
@@ -49,7 +49,7 @@ def network(x):
 
 def test_commas_within_parentheses_belong_to_a_name():
     assert names.split("fgsm, cw-l2-200(c=0.1, lr=0.1),pgd-20") == ["fgsm", "cw-l2-200(c=0.1, lr=0.1)", "pgd-20"]
-    assert run.names("cat, dog (big, brown)") == ["cat", "dog (big, brown)"]
+    assert command_line.names_of_attacks("cat, dog (big, brown)") == ["cat", "dog (big, brown)"]
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_options_are_in_records_files_and_tables(digits):
     assert tables.cells(table)[0][4:8] == [
         "FGSM (counts images wrong as they are)", "PGD-2", "PGD-2 (restarts 2)", "PGD-2 (step_size 1/255)"
     ]  # fmt: skip
-    (found,) = (part for part in report.read([digits]) if part.folder == digits)
+    (found,) = (part for part in runs.read([digits]) if part.folder == digits)
     assert {"pgd-2(step_size=1/255)", "fgsm(count=attacked)"} <= {record["attack"] for record in found.records}
 
 
@@ -262,7 +262,7 @@ def test_what_was_called_cw_is_read_reused_and_called_margin(digits, caplog):
     before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
     assert [record["attack"] for record in evaluate.evaluate(digits, attacks=("cw-2",))] == ["margin-2"]
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
-    (found,) = (part for part in report.read([digits]) if part.folder == digits)
+    (found,) = (part for part in runs.read([digits]) if part.folder == digits)
     assert "margin-2" in {record["attack"] for record in found.records}
     assert "margin PGD-2" in report.table(found.records)
     names.tell_of_old(["cw-2", "cw-l2-2", "margin-2", " pgd-2"])

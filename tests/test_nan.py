@@ -10,8 +10,6 @@ import pytest
 from jax.sharding import AxisType
 
 from ibjax import losses
-from ibjax.evaluation import scoring
-from ibjax.training import loop
 from ibjax.analysis import attacked
 from ibjax.attacks.apgd import iterative_apgd
 from ibjax.attacks.autoattack import autoattack
@@ -24,6 +22,8 @@ from ibjax.attacks.spsa import spsa
 from ibjax.attacks.square import iterative_square
 from ibjax.data import Split
 from ibjax.errors import InputError
+from ibjax.evaluation import scoring
+from ibjax.training import loop
 
 N, EPS = 8, 0.1
 RNG = np.random.default_rng(0)

@@ -7,19 +7,19 @@ import pytest
 from conftest import others_slow, smoke_config
 from jax.sharding import AxisType
 
-from ibjax.runs import checkpoint
-from ibjax.devices import cluster
 from ibjax import config, losses
-from ibjax.training import feed
 from ibjax.attacks.pgd import pgd
-from ibjax.training.experiment import build, initial_state
+from ibjax.devices import cluster
 from ibjax.models import cnn
 from ibjax.objectives.ibd import ibd
 from ibjax.objectives.pgd_at import pgd_at
 from ibjax.objectives.standard import standard
 from ibjax.objectives.trades import trades
 from ibjax.optim import sgd
+from ibjax.runs import checkpoint, trees
 from ibjax.step import init_state, linen_net, make_train_step, trainable, with_trainable
+from ibjax.training import feed
+from ibjax.training.experiment import build, initial_state
 
 CE, KL = dict(loss="ce", init="uniform"), dict(loss="kl", init="gaussian")
 CNN = dict(name="cnn", widths=((8,), (8,)), hidden=(), padding=1, batch_norm=True, pool="average")
@@ -176,7 +176,7 @@ def test_one_and_eight_devices_take_the_same_step(stepper, digits_run):
     results = []
     for other in (Stepper(experiment(stepper.name, digits_run / "teacher", devices=1)), stepper):
         state, metrics = other(initial_state(other.experiment), steps=2)
-        results.append((checkpoint.flatten(jax.device_get(state)), metrics))
+        results.append((trees.flatten(jax.device_get(state)), metrics))
     (one, one_metrics), (eight, eight_metrics) = results
     assert one.keys() == eight.keys()
     for path, leaf in one.items():
@@ -200,8 +200,8 @@ def test_saving_and_restoring_changes_no_bit(stepper, tmp_path):
     with checkpoint.manager(tmp_path) as orbax:
         checkpoint.save(orbax, state, {"selection": 1.0})
         restored = checkpoint.restore_latest(orbax, initial_state(stepper.experiment))
-    assert checkpoint.tree_digest(restored) == checkpoint.tree_digest(state)
-    assert checkpoint.tree_digest(stepper(restored)[0]) == checkpoint.tree_digest(stepper(state)[0])
+    assert trees.digest(restored) == trees.digest(state)
+    assert trees.digest(stepper(restored)[0]) == trees.digest(stepper(state)[0])
 
 
 # ---- closed forms ------------------------------------------------------------------------------------------

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from ibjax.devices import cluster, cores
-from ibjax.aot import collectives
+from ibjax.devices import cluster, cores, placement
 from ibjax.information import hsic, svd
-from ibjax.devices import placement
+from ibjax.training.ahead import collectives
 
 needs_devices = pytest.mark.skipif(jax.device_count() < 4, reason="needs several devices")
 

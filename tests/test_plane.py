@@ -11,14 +11,14 @@ import pytest
 from conftest import clean_recipe, smoke_config
 from ml_collections import ConfigDict
 
-from ibjax.devices import cluster
 from ibjax import config, files
-from ibjax.runs import run
-from ibjax.training import loop
 from ibjax.analysis import attacked, plane
+from ibjax.devices import cluster
 from ibjax.errors import DivergedError, InputError, PreemptedError
-from ibjax.training.experiment import build, initial_state
+from ibjax.runs import run, rundir
 from ibjax.step import linen_net, to_float
+from ibjax.training import loop
+from ibjax.training.experiment import build, initial_state
 
 OPTIONS = dict(every=3, n=12)
 
@@ -214,5 +214,5 @@ def test_the_teacher_of_a_recipe_is_trained_first(digits_run, tmp_path, monkeypa
     assert not trained
     found = plane.record(smoke_config("digits"), tmp_path, every=7, n=12, taps=["pre_logits"])
     assert trained == [("TRADES teacher", tmp_path / "teacher")] and found["step"] == [0, 7, 14]
-    weights = run.read_config(digits_run)[1]["teacher"]["weights"]
+    weights = rundir.read_config(digits_run)[1]["teacher"]["weights"]
     assert found["data"]["teacher"]["weights"] == weights

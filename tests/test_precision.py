@@ -7,10 +7,8 @@ import pytest
 from rounding import STORED_BITS, rounded
 from test_objectives import experiment
 
-from ibjax.training import feed
-from ibjax.attacks import lbfgsb
 from ibjax import losses
-from ibjax.attacks import checks, geometry
+from ibjax.attacks import checks, geometry, lbfgsb
 from ibjax.attacks.apgd import apgd, iterative_apgd
 from ibjax.attacks.autoattack import autoattack
 from ibjax.attacks.cw import cw
@@ -25,11 +23,12 @@ from ibjax.attacks.representation import ara
 from ibjax.attacks.spsa import spsa
 from ibjax.attacks.square import iterative_square, square
 from ibjax.errors import InputError
-from ibjax.training.experiment import initializer
 from ibjax.information import divergence, fourier, hsic, mige, mine, svd
 from ibjax.models import cnn, layers, siriib
 from ibjax.objectives import ibd_matching
 from ibjax.pytorch import gate
+from ibjax.training import feed
+from ibjax.training.experiment import initializer
 
 RNG = np.random.default_rng(0)
 N, CLASSES = 12, 5

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ibjax.evaluation.report import self_checks, tables
-from ibjax.evaluation import results, scoring
 from ibjax.attacks import progress
 from ibjax.attacks.apgd import iterative_apgd
 from ibjax.attacks.autoattack import Drawn, autoattack
 from ibjax.data import Split
 from ibjax.errors import InputError
+from ibjax.evaluation import results, scoring
+from ibjax.evaluation.report import self_checks, tables
 
 RNG = np.random.default_rng(0)
 N, EPS, SIGMA = 60, 0.05, 1.0

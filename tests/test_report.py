@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from ibjax import config, files, main, report
-from ibjax.evaluation.report import self_checks, figures, tables
-from ibjax.evaluation import results
 from ibjax.data import first_of_each
 from ibjax.errors import InputError
+from ibjax.evaluation import report, results
+from ibjax.evaluation.report import figures, runs, self_checks, tables
+from ibjax.runs import recipe_files
 
 N = 8
 FLAGS = {  # the images that are robust at the main eps; images 2 and 3 withstand all three attacks
@@ -154,9 +155,7 @@ def test_records_without_the_main_key_are_judged_by_the_configuration():
 
 
 def test_other_data_norms_and_eps_get_tables_of_their_own():
-    tables = tables.tables(
-        [record(), record(norm="l2"), record(dataset="coins"), record(eps="4/255", main=True)]
-    )
+    tables = tables.tables([record(), record(norm="l2"), record(dataset="coins"), record(eps="4/255", main=True)])
     assert len({(table.dataset, table.norm, table.eps) for table in tables}) == 4
     assert all(len(table.lines) == 1 for table in tables)
 
@@ -380,10 +379,10 @@ def test_runs_below_a_folder_are_found_once_and_in_order(tmp_path):
     student = write_run(tmp_path / "student", healthy())
     write_run(student / "teacher", healthy(title="teacher"), "teacher")
     write_run(student / "undefended", healthy(title="undefended"), "undefended")
-    assert [run.title for run in report.read([student])] == ["student", "teacher", "undefended"]
-    ordered = report.read([student, student / "undefended", student / "teacher", student / "teacher"])
+    assert [run.title for run in runs.read([student])] == ["student", "teacher", "undefended"]
+    ordered = runs.read([student, student / "undefended", student / "teacher", student / "teacher"])
     assert [run.title for run in ordered] == ["student", "undefended", "teacher"]
-    assert [run.title for run in report.read([tmp_path])] == ["student", "teacher", "undefended"]
+    assert [run.title for run in runs.read([tmp_path])] == ["student", "teacher", "undefended"]
 
 
 def test_the_page_says_whether_the_ladders_steps_scale(tmp_path):
@@ -398,7 +397,7 @@ def test_the_page_says_whether_the_ladders_steps_scale(tmp_path):
 def test_two_runs_of_one_title_are_named_by_their_folders(tmp_path):
     for seed in "01":
         write_run(tmp_path / seed, healthy())
-    titles = [run.title for run in report.read([tmp_path])]
+    titles = [run.title for run in runs.read([tmp_path])]
     assert titles == [f"student ({tmp_path / seed})" for seed in "01"]
 
 
@@ -406,7 +405,7 @@ def test_a_main_record_is_the_one_whose_file_has_no_at_sign(tmp_path):
     stale = {**record(eps="4/255"), "main": False}
     main = {**record(eps="4/255"), "main": True}
     folder = write_run(tmp_path / "a", [stale, main])
-    (found,) = report.read([folder])[0].records  # the same numbers, kept once
+    (found,) = runs.read([folder])[0].records  # the same numbers, kept once
     assert found["main"]
 
 
@@ -416,7 +415,7 @@ def test_the_name_of_a_file_says_which_eps_is_the_main_one(tmp_path):
     folder = write_run(tmp_path / "a", [{**each, "config": own} for each in healthy()])
     for file in folder.glob("eval/best/*.json"):
         file.write_text(json.dumps({k: v for k, v in files.read_json(file).items() if k != "main"}))
-    assert [(each["eps"], each["main"]) for each in report.read([folder])[0].records] == [
+    assert [(each["eps"], each["main"]) for each in runs.read([folder])[0].records] == [
         ("8/255", True),
         ("16/255", False),
     ] * 3
@@ -442,7 +441,7 @@ def test_a_file_that_cannot_be_read_is_named_and_the_rest_is_shown(tmp_path, dam
     text = page_of(folder)
     assert "eval/best/margin-2.json" in text
     assert "37.50" in text and "PGD-2" in text
-    run = report.read([folder])[0]
+    run = runs.read([folder])[0]
     assert len(run.records) == 5 and len(run.problems) == 1
     assert status(run.records, "can be read", run.problems)[0] == "warn"
 
@@ -452,7 +451,7 @@ def test_other_damaged_files_are_named_too(tmp_path, name):
     folder = write_run(tmp_path / "run", healthy())
     write_examples(folder)
     (folder / name).write_bytes(b"{\xff\n{}\n{}\n")
-    assert any(name in problem for problem in report.read([folder])[0].problems)
+    assert any(name in problem for problem in runs.read([folder])[0].problems)
     assert "62.50" in page_of(folder)
 
 
@@ -460,10 +459,10 @@ def test_damage_anywhere_in_the_images_is_named(tmp_path):
     folder = write_run(tmp_path / "run", healthy())
     file = write_examples(folder)
     content = file.read_bytes()
-    whole, named = report.read([folder])[0].examples, 0
+    whole, named = runs.read([folder])[0].examples, 0
     for i in range(30, 260, 4):  # in the first array, its zip header and its compressed bytes
         file.write_bytes(content[:i] + bytes([content[i] ^ 0xFF]) + content[i + 1 :])
-        run = report.read([folder])[0]
+        run = runs.read([folder])[0]
         if any("pgd-2.examples.npz" in problem for problem in run.problems):
             named += 1
         else:  # a byte that says nothing of the images, as a date
@@ -503,7 +502,7 @@ def test_a_damaged_line_is_named_and_the_rows_around_it_kept(tmp_path):
     folder = write_run(tmp_path / "run", healthy())
     whole = (folder / "metrics.jsonl").read_text().splitlines()
     (folder / "metrics.jsonl").write_text("\n".join([whole[0], "{garbled", *whole[1:]]))
-    found = report.read([folder])[0]
+    found = runs.read([folder])[0]
     assert any("1 damaged line" in problem for problem in found.problems)
     assert len(found.metrics) == len(whole)
 
@@ -634,7 +633,7 @@ def test_one_epoch_is_a_mark_in_a_panel_and_a_panel_without_numbers_is_not_drawn
     many = [{**train, "step": s, "epoch": s / 2, "loss": float(s)} for s in (1, 2, 3, 4)]
 
     def drawn(rows):
-        (run,) = report.read([write_run(tmp_path / "run", healthy(), rows=rows)])
+        (run,) = runs.read([write_run(tmp_path / "run", healthy(), rows=rows)])
         return figures.training([run])
 
     one = drawn([train])
@@ -674,7 +673,7 @@ def test_a_page_of_seeds_shows_their_mean_and_each_on_demand(tmp_path):
         write_run(tmp_path / "runs" / str(each["seed"]), [each], seed=each["seed"])
     text = Page(page_of(tmp_path / "runs")).text
     assert "student, 3 seeds" in text and "81.00 ± 1.00" in text and "Every seed" in text
-    assert [run.title for run in report.read([tmp_path / "runs"])] == [f"student, seed {i}" for i in range(3)]
+    assert [run.title for run in runs.read([tmp_path / "runs"])] == [f"student, seed {i}" for i in range(3)]
     assert text.count("student, seeds 0, 1, 2") == 1  # one figure of training
     report.write([tmp_path / "runs"], tmp_path / "each.html", each=True)
     text = Page((tmp_path / "each.html").read_text()).text
@@ -809,4 +808,4 @@ def test_the_command_that_trains_again_has_the_run_s_own_configuration(digits_ru
     assert config.plain(config.effective(asked.settings)) == config.plain(saved)
     assert main.parse(["main", *calls[0][2:], "--config.seed=9"]).settings.seed == 9
     with pytest.raises(InputError, match=r"holds no recipe .* and no config"):
-        main.load_config(str(tmp_path / "config.json"))
+        recipe_files.load(str(tmp_path / "config.json"))

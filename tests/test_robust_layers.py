@@ -9,12 +9,13 @@ import pytest
 from conftest import clean_recipe
 
 import ibjax
-from ibjax import files, evaluate, main
-from ibjax.runs import metrics, run
+from ibjax import files
 from ibjax.analysis import layers, mask
 from ibjax.errors import InputError
+from ibjax.evaluation import evaluate
 from ibjax.models import masked
 from ibjax.objectives import ib_rar
+from ibjax.runs import metrics, recipe_files, run, rundir
 from ibjax.step import linen_net
 
 X = jax.random.uniform(jax.random.key(0), (4, 32, 32, 3))
@@ -97,7 +98,7 @@ def test_the_choice_of_layers_trains_each_alone_and_goes_on_where_it_was(tmp_pat
     found = layers.choose(recipe(), tmp_path, gain=-100.0)
     assert list(found["accuracy"]) == ["none", "stage1", "pre_logits"]
     assert found["layers"] == ["stage1", "pre_logits"] and found["attack"] == "pgd-2"
-    saved = {name: run.read_config(tmp_path / name)[0].objective for name in found["accuracy"]}
+    saved = {name: rundir.read_config(tmp_path / name)[0].objective for name in found["accuracy"]}
     assert (saved["none"].alpha, saved["none"].beta) == (0.0, 0.0)
     assert saved["stage1"].layers == "stage1" and saved["stage1"].beta == 0.08
     assert files.read_json(tmp_path / "layers.json") == found
@@ -115,7 +116,7 @@ def test_the_choice_of_layers_trains_each_alone_and_goes_on_where_it_was(tmp_pat
         layers.choose(on_test(recipe()), tmp_path)
     flag = layers.table(found).splitlines()[-1]
     assert flag == "--config.objective.layers=stage1,pre_logits"
-    assert main.override(recipe(), [flag]).objective.layers == "stage1,pre_logits"
+    assert recipe_files.override(recipe(), [flag]).objective.layers == "stage1,pre_logits"
 
 
 @pytest.mark.slow

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ibjax import config, main, report
-from ibjax.runs import run
+from ibjax import config, main
 from ibjax.errors import InputError
+from ibjax.evaluation.report import runs
+from ibjax.runs import run
 from ibjax.step import linen_net
 
 RNG = np.random.default_rng(0)
@@ -103,7 +104,7 @@ def test_a_damaged_picture_of_examples_is_named_and_the_page_made_without_it(tra
     folder = tmp_path / "run"
     shutil.copytree(trained[1], folder)
     file = folder / "eval/best/fgsm.examples.npz"
-    content, whole = file.read_bytes(), report.read([folder])[0].examples
+    content, whole = file.read_bytes(), runs.read([folder])[0].examples
     assert whole is not None
     step = len(content) // 60
     cuts = [content[:i] for i in range(0, len(content), step)]
@@ -112,7 +113,7 @@ def test_a_damaged_picture_of_examples_is_named_and_the_page_made_without_it(tra
     flips += [content[:i] + bytes([content[i] ^ 255]) + content[i + 1 :] for i in range(index, index + 46)]
     for damaged in cuts + flips:
         file.write_bytes(damaged)
-        found = report.read([folder])[0]
+        found = runs.read([folder])[0]
         if found.examples is None:
             assert any("fgsm.examples.npz" in problem and "\n" not in problem for problem in found.problems)
         else:

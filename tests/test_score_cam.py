@@ -10,11 +10,11 @@ import scipy.spatial
 from conftest import clean_recipe
 from PIL import Image
 
-from ibjax.devices import cluster
 from ibjax import files, main
-from ibjax.runs import run
 from ibjax.analysis import score_cam
+from ibjax.devices import cluster
 from ibjax.models import cnn, siriib, vgg, wide_resnet
+from ibjax.runs import run
 from ibjax.step import linen_net, to_float
 
 SIDE, SMALL = 12, 3

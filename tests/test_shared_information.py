@@ -8,13 +8,13 @@ from conftest import smoke_config
 
 from ibjax import losses
 from ibjax.errors import InputError
-from ibjax.training.experiment import _optimizer
 from ibjax.information import hsic
 from ibjax.models import cnn, stochastic
 from ibjax.objectives.pgd_at import pgd_at
 from ibjax.objectives.shared_information import beta_at, measure, shared_information
 from ibjax.optim import sgd
 from ibjax.step import init_state, linen_net, make_train_step, trainable
+from ibjax.training.experiment import _optimizer
 
 CNN = dict(name="cnn", widths=((6,), (6,)), hidden=(), padding=1, batch_norm=True, pool="average")
 MODEL = stochastic.Model(4, backbone=CNN, latent=5)

@@ -7,12 +7,12 @@ import pytest
 import scipy.linalg
 from PIL import Image
 
-from ibjax import files, evaluate
-from ibjax.runs import run
-from ibjax.evaluation import scoring
+from ibjax import files
 from ibjax.analysis import attacked, singular
 from ibjax.attacks.pgd import pgd
 from ibjax.data import Split
+from ibjax.evaluation import evaluate, scoring
+from ibjax.runs import run
 from ibjax.step import linen_net, to_float
 
 RNG = np.random.default_rng(0)

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ibjax.devices import cluster
-from ibjax import evaluate
-from ibjax.runs import run
-from ibjax.evaluation import scoring
 from ibjax.analysis import attacked, tendency
 from ibjax.attacks.pgd import pgd
+from ibjax.devices import cluster
 from ibjax.errors import InputError
+from ibjax.evaluation import evaluate, scoring
+from ibjax.runs import run
 from ibjax.step import linen_net, to_float
 
 

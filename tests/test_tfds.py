@@ -12,13 +12,13 @@ import pytest
 from conftest import smoke_config
 from PIL import Image
 
-from ibjax.runs import checkpoint, run
-from ibjax.devices import cluster
 from ibjax import config, main
-from ibjax.training import loop
 from ibjax.data import Split, builders, check, load_splits, part, stream, synthetic, tfds, tfrecord
 from ibjax.data.builders import Contents
+from ibjax.devices import cluster
 from ibjax.errors import DataError, InputError, PreemptedError
+from ibjax.runs import run, trees
+from ibjax.training import loop
 from ibjax.training.experiment import build
 
 RNG = np.random.default_rng(0)
@@ -451,7 +451,7 @@ def test_stream_training_goes_on_to_the_bit_and_is_evaluated(streamed, tmp_path,
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     records = main.execute(settings, tmp_path / "again")
-    digests = [checkpoint.tree_digest(run.load(tmp_path / name, "last").variables) for name in ("whole", "again")]
+    digests = [trees.digest(run.load(tmp_path / name, "last").variables) for name in ("whole", "again")]
     assert digests[0] == digests[1]
     assert records[0]["n"] == 10 and records[0]["dataset"] == "imagenet2012, 16 pixels"
     settings.steps_per_dispatch = 5

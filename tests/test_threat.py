@@ -6,11 +6,12 @@ import shutil
 import pytest
 from conftest import clean_recipe, smoke_config
 
-from ibjax import config, files, evaluate, main, threat
-from ibjax.evaluation.report import self_checks, tables
-from ibjax.evaluation import results
-from ibjax.runs import run
+from ibjax import config, files, main, threat
 from ibjax.errors import InputError
+from ibjax.evaluation import evaluate, results, settings
+from ibjax.evaluation.report import self_checks, tables
+from ibjax.runs import recipe_files, run
+from ibjax.training import jobs
 
 
 def said(settings):
@@ -21,7 +22,7 @@ def said(settings):
 
 def test_the_threat_model_of_the_command_line_is_that_of_every_attack_and_every_run():
     flags = ["--config.threat.eps=6/16", "--config.threat.norm=l2"]
-    jobs = main.jobs(config.effective(main.override(smoke_config("digits"), flags)), tmp := run.Path("x"))
+    jobs = jobs.jobs(config.effective(recipe_files.override(smoke_config("digits"), flags)), tmp := run.Path("x"))
     assert [job.workdir for job in jobs] == [tmp / "teacher", tmp / "undefended", tmp]
     for job in jobs:
         trained, *others = said(job.settings)
@@ -69,7 +70,7 @@ def test_a_step_is_a_quarter_of_eps(eps, expected):
 )
 def test_no_threat_model_is_refused_in_one_line(flags, words):
     with pytest.raises(InputError, match=words) as caught:
-        config.check(main.override(smoke_config("digits"), flags))
+        config.check(recipe_files.override(smoke_config("digits"), flags))
     assert "\n" not in str(caught.value)
 
 
@@ -164,9 +165,7 @@ def test_an_evaluation_under_another_threat_model_stands_beside_the_runs_own(dig
         "pgd-2.eps4_16.json",
         "pgd-2(step_size=0.1).l2.eps0.5.json",
     }
-    titles = [
-        line for line in tables.as_text([json.loads(own), *wider, other]).splitlines() if "accuracy in" in line
-    ]
+    titles = [line for line in tables.as_text([json.loads(own), *wider, other]).splitlines() if "accuracy in" in line]
     assert [title.split(": ")[0].split(", ", 1)[1] for title in titles] == [
         "linf, eps 2/16", "linf, eps 4/16", "l2, eps 0.5"
     ]  # fmt: skip
@@ -181,8 +180,8 @@ def test_the_same_length_in_other_words_is_the_runs_own(digits):
 def test_another_norm_needs_its_own_eps(digits):
     with pytest.raises(InputError, match="give --eps"):
         evaluate.evaluate(digits, norm="l2")
-    changed = evaluate._changed({**run.load(digits).config.evaluate.to_dict(), "norm": "l2"}, "linf", "0.1", None)
-    evaluate.check_settings({**changed, "attacks": ("nifgsm-2",)})  # for l_inf only, which the run's own is not
+    changed = settings.changed({**run.load(digits).config.evaluate.to_dict(), "norm": "l2"}, "linf", "0.1", None)
+    settings.check_settings({**changed, "attacks": ("nifgsm-2",)})  # for l_inf only, which the run's own is not
     for changes, words in (
         (dict(step_size="0"), "step_size"),
         (dict(batch_size=0), "batch_size=0"),
@@ -200,4 +199,4 @@ def test_another_norm_needs_its_own_eps(digits):
 )
 def test_evaluation_alone_refuses_another_model_or_other_data_than_the_runs(digits, flag, words):
     with pytest.raises(InputError, match=words):
-        main.execute(main.override(smoke_config("digits"), [flag]), digits, "eval")
+        main.execute(recipe_files.override(smoke_config("digits"), [flag]), digits, "eval")

@@ -5,9 +5,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from ibjax.pytorch import torch_file
 from ibjax.errors import CheckpointError, InputError
-from ibjax.pytorch import exports, imports, published
+from ibjax.pytorch import exports, imports, published, torch_file
 from ibjax.pytorch.normalisation import Said
 
 torch = pytest.importorskip("torch", reason="conversion needs PyTorch (pip install 'ibjax[torch]')")

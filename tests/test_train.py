@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from conftest import clean_recipe
 
-from ibjax.runs import checkpoint, metrics, run
-from ibjax.devices import cluster
 from ibjax import config
-from ibjax.training import feed, loop
+from ibjax.devices import cluster
 from ibjax.errors import DivergedError, InputError, PreemptedError
-from ibjax.training.experiment import build, initial_state
 from ibjax.evaluation.scoring import Flags
+from ibjax.runs import checkpoint, metrics, run, rundir, trees
+from ibjax.training import feed, loop
+from ibjax.training.experiment import build, initial_state
 
 
 def settings(**changes):
@@ -41,7 +41,7 @@ def trained(workdir, recipe):
         {k: v for k, v in row.items() if k not in ("images_per_s", "compiles")}
         for row in metrics.read(workdir / "metrics.jsonl")
     ]
-    return checkpoint.tree_digest(state), rows
+    return trees.digest(state), rows
 
 
 @pytest.fixture(scope="module")
@@ -232,9 +232,9 @@ def test_another_configuration_in_the_same_workdir_is_refused(tmp_path):
 
 
 def test_two_runs_in_one_workdir_the_second_is_refused(tmp_path):
-    with run.lock(tmp_path), pytest.raises(InputError, match="another run"), run.lock(tmp_path):
+    with rundir.lock(tmp_path), pytest.raises(InputError, match="another run"), rundir.lock(tmp_path):
         pass
-    with run.lock(tmp_path):
+    with rundir.lock(tmp_path):
         pass
 
 
@@ -259,7 +259,7 @@ def test_a_cut_last_line_of_metrics_is_dropped(tmp_path):
 def test_the_configuration_comes_back_from_disk_as_it_was(tmp_path):
     recipe = settings(epochs=1)
     trained(tmp_path, recipe)
-    saved, facts = run.read_config(tmp_path)
+    saved, facts = rundir.read_config(tmp_path)
     assert json.loads(json.dumps(config.effective(recipe).to_dict())) == json.loads(json.dumps(saved.to_dict()))
     assert facts["num_classes"] == 10 and facts["n_train"] == 40
     assert dataclasses.is_dataclass(run.load(tmp_path).model)
@@ -365,10 +365,8 @@ def test_the_teacher_is_its_best_checkpoint_unless_another_is_asked_for(tmp_path
         recipe.teacher.update(workdir=str(tmp_path / "teacher"), checkpoint=which)
         made = build(recipe)
         assert made.facts["teacher"]["step"] == step
-        assert made.facts["teacher"]["weights"] == checkpoint.tree_digest(
-            run.load(tmp_path / "teacher", which).variables
-        )
-        assert checkpoint.tree_digest(made.frozen["teacher"]) == made.facts["teacher"]["weights"]
+        assert made.facts["teacher"]["weights"] == trees.digest(run.load(tmp_path / "teacher", which).variables)
+        assert trees.digest(made.frozen["teacher"]) == made.facts["teacher"]["weights"]
 
 
 def test_other_data_or_another_teacher_cannot_continue_a_run(tmp_path, monkeypatch):

@@ -6,9 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from ibjax.pytorch import architectures
 from ibjax.models import cnn, layers, preact_resnet, resnet, vgg, wide_resnet
-from ibjax.pytorch import fit
+from ibjax.pytorch import architectures, fit
 
 torch = pytest.importorskip("torch", reason="the oracle is PyTorch")
 import torch_twins as twins  # noqa: E402

@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax.devices import cluster
 from ibjax import config, losses
-from ibjax.runs import run
-from ibjax.evaluation.named import named
 from ibjax.attacks.names import canonical
 from ibjax.data import Split
+from ibjax.devices import cluster
 from ibjax.errors import InputError
-from ibjax.evaluate import check_network, check_settings, make_scorer
+from ibjax.evaluation.evaluate import make_scorer
+from ibjax.evaluation.named import named
 from ibjax.evaluation.scoring import Flags, auto_attack
+from ibjax.evaluation.settings import check_network, check_settings
+from ibjax.runs import command_line, run
 from ibjax.step import to_float
 
 
@@ -55,7 +56,9 @@ def attack(
 def add_class_names(parser: argparse.ArgumentParser) -> None:
     """Adds --names, for `class_names`."""
     parser.add_argument(
-        "--names", type=run.names, help="of the classes, in order, separated by commas; default: as the data has them"
+        "--names",
+        type=command_line.names_of_attacks,
+        help="of the classes, in order, separated by commas; default: as the data has them",
     )
 
 

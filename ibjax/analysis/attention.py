@@ -25,23 +25,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from ibjax.runs import checkpoint as checkpoints
-from ibjax.devices import cluster
 from ibjax import config, errors
-from ibjax.runs import run
 from ibjax.analysis import attacked, output, pictures
 from ibjax.attacks.names import canonical
+from ibjax.devices import cluster
 from ibjax.errors import InputError
-from ibjax.training.experiment import Experiment, build, initializer
-from ibjax.main import jobs
-from ibjax.objectives.ibd_matching import layers_of
 from ibjax.evaluation.results import attack_label
+from ibjax.objectives.ibd_matching import layers_of
+from ibjax.runs import checkpoint as checkpoints
+from ibjax.runs import command_line, run, rundir
 from ibjax.step import linen_net, to_float
+from ibjax.training.experiment import Experiment, build, initializer
+from ibjax.training.jobs import jobs
 
 
 def experiment_of(workdir: Path) -> Experiment:
     """What a run was trained as, with its teacher; InputError where it learned no matching, or the teacher differs."""
-    saved, facts = run.read_config(workdir)
+    saved, facts = rundir.read_config(workdir)
     settings = config.complete(saved.copy_and_resolve_references())
     objective = settings.objective
     if objective.name != "ibd" or objective.matching != "adaptive" or not objective.beta:
@@ -65,7 +65,7 @@ def restore_head(experiment: Experiment, workdir: Path, step: int) -> Any:
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), checkpoints.split(state)[1]
     )
-    identity = run.identity(experiment.config, experiment.facts)
+    identity = rundir.identity(experiment.config, experiment.facts)
     with checkpoints.manager(workdir, read_only=True, run=identity) as orbax:
         return checkpoints.restore_part(orbax, step, "training", like)[1]["head"]
 
@@ -171,7 +171,7 @@ def draw(record: dict[str, Any], file: Path) -> None:
 
 def main() -> None:
     """The command line of this module."""
-    parser = run.command_line("ibjax.analysis.attention", __doc__)
+    parser = command_line.of_run("ibjax.analysis.attention", __doc__)
     parser.add_argument("--attack", type=canonical, default="pgd-10", help="a name, as of an evaluation")
     parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")
     pictures.add_argument(parser)

@@ -47,15 +47,15 @@ from jax.sharding import NamedSharding
 from scipy.optimize import nnls
 from tqdm import tqdm
 
-from ibjax.devices import cluster
 from ibjax import errors, losses
-from ibjax.runs import run
 from ibjax.analysis import attacked, output
 from ibjax.attacks import Attack, geometry
 from ibjax.attacks.iterative import as_attack
-from ibjax.evaluation.named import named
+from ibjax.devices import cluster
 from ibjax.errors import InputError, PreemptedError
+from ibjax.evaluation.named import named
 from ibjax.evaluation.scoring import TOLERANCE, percent
+from ibjax.runs import command_line, run
 from ibjax.step import linen_net, to_float
 
 ETA, SLACK, CRITERION = 0.95, 0.01, 95.0
@@ -381,8 +381,8 @@ def lines(record: dict[str, Any]) -> Iterable[str]:
 
 def main() -> None:
     """The command line of this module."""
-    parser = run.command_line("ibjax.analysis.binarisation", __doc__)
-    run.add_attacks(parser)
+    parser = command_line.of_run("ibjax.analysis.binarisation", __doc__)
+    command_line.add_attacks(parser)
     parser.add_argument("--n", type=int, default=64, help="number of test images")
     parser.add_argument("--inner", type=int, default=999, help="points inside the ball, of each image")
     given = parser.parse_args()

@@ -19,15 +19,15 @@ from typing import Any
 
 import jax
 
-from ibjax.devices import cluster
 from ibjax import errors
-from ibjax.runs import run
 from ibjax.analysis import output
 from ibjax.analysis.attacked import attack, load, predictions
+from ibjax.devices import cluster
 from ibjax.errors import InputError
-from ibjax.models import siriib
 from ibjax.evaluation.results import attack_label
 from ibjax.evaluation.scoring import percent
+from ibjax.models import siriib
+from ibjax.runs import command_line, run
 from ibjax.step import linen_net
 
 ROWS = ("image", "calibrated", "through")
@@ -87,8 +87,8 @@ def lines(record: dict[str, Any]) -> Iterable[str]:
 
 def main() -> None:
     """The command line of this module."""
-    parser = run.command_line("ibjax.analysis.calibration", __doc__)
-    run.add_attacks(parser)
+    parser = command_line.of_run("ibjax.analysis.calibration", __doc__)
+    command_line.add_attacks(parser)
     parser.add_argument("--n", type=int, help="number of test images; default: all")
     given = parser.parse_args()
 

@@ -26,10 +26,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ibjax import aot, errors
-from ibjax.runs import run
-from ibjax import main as command_line
+from ibjax import errors
 from ibjax.models import layers
+from ibjax.runs import command_line, run
+from ibjax.training import ahead
 
 
 class Complexity(NamedTuple):
@@ -102,14 +102,14 @@ def _short(count):
 
 def main() -> None:
     """The command line of this module."""
-    parser = command_line.recipe_command_line("ibjax.analysis.complexity", __doc__)
-    aot.add_images(parser)
+    parser = command_line.of_recipe("ibjax.analysis.complexity", __doc__)
+    ahead.add_images(parser)
     given, recipe = command_line.parse_recipe(parser)
 
     def command():
         settings = recipe()
-        shape, classes = aot.images_of(settings.data, given.shape, given.classes)
-        print(aot.in_words(shape, classes))
+        shape, classes = ahead.images_of(settings.data, given.shape, given.classes)
+        print(ahead.in_words(shape, classes))
         print(table(complexity(run.build_model(settings.model, classes, "model"), shape)))
 
     errors.exit_with(command)

@@ -21,12 +21,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ibjax.devices import cluster
-from ibjax import files, errors, losses
-from ibjax.runs import run
+from ibjax import errors, files, losses
 from ibjax.analysis import calibration, output
 from ibjax.data import Split, corruptions, stratified, tfds
+from ibjax.devices import cluster
 from ibjax.errors import DataError, InputError
+from ibjax.runs import command_line, run, rundir
 from ibjax.step import linen_net, to_float
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def evaluate(
     """Evaluates a run and writes and returns its record; networks trained in bfloat16 are scored in float32."""
     if n is not None and n < 1:
         raise InputError(f"n={n} is not allowed; give a whole number of at least 1")
-    shape = run.read_config(workdir)[1]["input_shape"]
+    shape = rundir.read_config(workdir)[1]["input_shape"]
     if tuple(shape) != (corruptions.SIZE, corruptions.SIZE, 3):
         raise InputError(
             f"{workdir} takes images of {'×'.join(map(str, shape))}, and the corruptions of CIFAR-10-C are made for "
@@ -145,7 +145,7 @@ def lines(record: dict[str, Any]) -> Iterable[str]:
 
 def main() -> None:
     """The command line of this module."""
-    parser = run.command_line("ibjax.analysis.corruptions", __doc__)
+    parser = command_line.of_run("ibjax.analysis.corruptions", __doc__)
     parser.add_argument("--data_dir", default="", help="TFDS's folder of data sets, with cifar10_c or cifar100_c")
     parser.add_argument("--generate", action="store_true", help="corrupt the run's own test images instead")
     parser.add_argument("--calibrated", action="store_true", help="the classifier sees x_avg")

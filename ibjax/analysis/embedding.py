@@ -28,14 +28,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax.devices import cluster
-from ibjax import files, errors
-from ibjax.runs import run
+from ibjax import errors, files
 from ibjax.analysis import attacked, output, pictures
 from ibjax.attacks.names import canonical
+from ibjax.devices import cluster
 from ibjax.errors import InputError, check_range, nearest
 from ibjax.evaluation.results import attack_label
 from ibjax.evaluation.scoring import percent
+from ibjax.runs import command_line, run, rundir
 from ibjax.step import linen_net, to_float
 
 CLEAN = "clean"  # stands where an attack's name would
@@ -148,7 +148,7 @@ def compare(
     """`evaluate` of each run; InputError where they would not be of the same images."""
     shown = set()
     for workdir in workdirs:
-        settings, facts = run.read_config(workdir)
+        settings, facts = rundir.read_config(workdir)
         shown.add((facts["digests"]["test"], settings.evaluate.n if n is None else n))
     if len(shown) > 1:
         raise InputError("the runs differ in their test images; give runs of one data set, and their number with --n")
@@ -230,7 +230,7 @@ def _legend(drawn, names):
 
 def main() -> None:
     """The command line of this module."""
-    parser = run.bare_command_line("ibjax.analysis.embedding", __doc__)
+    parser = command_line.bare("ibjax.analysis.embedding", __doc__)
     parser.add_argument("--workdir", type=files.path, action="append", required=True, help="again for a run beside it")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step")
     parser.add_argument(
@@ -245,7 +245,7 @@ def main() -> None:
 
     def command():
         pictures.check(given.picture)
-        names = attacked.class_names(given.names, run.read_config(given.workdir[0])[1])
+        names = attacked.class_names(given.names, rundir.read_config(given.workdir[0])[1])
         cluster.initialize()
         options = dict(attack=given.attack, n=given.n, tap=given.tap, seed=given.seed)
         results = compare(given.workdir, given.checkpoint, **options)

@@ -44,12 +44,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ibjax import aot, errors
-from ibjax import main as command_line
+from ibjax import errors
 from ibjax.config import TEACHERS
 from ibjax.errors import check_range
-from ibjax.training.experiment import build, initial_state
+from ibjax.runs import command_line
 from ibjax.step import Net, Variables
+from ibjax.training import ahead
+from ibjax.training.experiment import build, initial_state
 
 
 def compiled_flops(function: Callable, *args: Any) -> float:
@@ -186,9 +187,9 @@ def audit(settings: ConfigDict) -> dict[str, Any]:
 
 def main() -> None:
     """The command line of this module."""
-    parser = command_line.recipe_command_line("ibjax.analysis.flops", __doc__)
+    parser = command_line.of_recipe("ibjax.analysis.flops", __doc__)
     parser.add_argument("--batch", type=int, default=8, help="batch size of the audit; default: %(default)s")
-    aot.add_images(parser)
+    ahead.add_images(parser)
     given, recipe = command_line.parse_recipe(parser)
 
     def command():
@@ -196,7 +197,7 @@ def main() -> None:
         settings = recipe()
         settings.batch_size = given.batch
         if given.shape is not None or given.classes is not None:
-            shape, classes = aot.images_of(settings.data, given.shape, given.classes)
+            shape, classes = ahead.images_of(settings.data, given.shape, given.classes)
             settings.data = dict(name="synthetic", shape=shape, num_classes=classes, val_size=classes, split_seed=0)
         jax.config.update("jax_platforms", "cpu")
         for name, value in audit(settings).items():

@@ -17,18 +17,17 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ibjax.devices import cluster
 from ibjax import config, errors
-from ibjax.runs import run
-from ibjax.training import loop
-from ibjax import main as command_line
 from ibjax.analysis import output
 from ibjax.analysis.attacked import attack
+from ibjax.devices import cluster
 from ibjax.errors import InputError
-from ibjax.training.experiment import build
-from ibjax.objectives.ib_rar import layers_of
 from ibjax.evaluation.scoring import percent
+from ibjax.objectives.ib_rar import layers_of
+from ibjax.runs import command_line, run, rundir
 from ibjax.step import linen_net
+from ibjax.training import loop
+from ibjax.training.experiment import build
 
 
 def candidates(settings: ConfigDict) -> dict[str, ConfigDict]:
@@ -67,7 +66,7 @@ def choose(settings: ConfigDict, workdir: Path, gain: float = 1.0) -> dict[str, 
     assert split is not None  # loop.check saw to it
     accuracy: dict[str, dict[str, float]] = {}
     for name, recipe in recipes.items():
-        with run.lock(workdir / name):
+        with rundir.lock(workdir / name):
             loop.train(build(recipe), workdir / name)
             trained = run.load(workdir / name, "last")
         predict = linen_net(run.in_float32(trained.model)).predict
@@ -96,7 +95,7 @@ def table(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """The command line of this module."""
-    parser = run.bare_command_line("ibjax.analysis.layers", __doc__)
+    parser = command_line.bare("ibjax.analysis.layers", __doc__)
     parser.add_argument("--gain", type=float, default=1.0, help="points of accuracy that make a layer robust")
     given, rest = parser.parse_known_args()
 

@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax.runs import checkpoint as checkpoints
-from ibjax.devices import cluster
-from ibjax import config, files, errors
-from ibjax.runs import run
+from ibjax import config, errors, files
 from ibjax.analysis.attacked import feature_shapes
+from ibjax.devices import cluster
 from ibjax.errors import InputError, nearest
 from ibjax.objectives.ib_rar import channel_information, permanent_mask
+from ibjax.runs import checkpoint as checkpoints
+from ibjax.runs import command_line, run, rundir, trees
 from ibjax.step import TrainState, linen_net, to_float
 
 BATCHES = 50
@@ -59,9 +59,9 @@ def mask(workdir: Path, out: Path, tap: str, checkpoint: str = "best", share: fl
     settings.title = f"{settings.title or trained.workdir.resolve().name}, masked"
     inner = config.plain(settings.model)
     settings.model = dict(name="masked", backbone=inner, tap=tap, channels=channels)
-    masked = dict(step=trained.step, weights=checkpoints.tree_digest(trained.variables), share=share)
-    with run.lock(out):
-        identity = run.write_config(out, settings, {**trained.facts, "masked": masked})
+    masked = dict(step=trained.step, weights=trees.digest(trained.variables), share=share)
+    with rundir.lock(out):
+        identity = rundir.write_config(out, settings, {**trained.facts, "masked": masked})
         variables = {kind: {"backbone": tree} if tree else {} for kind, tree in trained.variables.items()}
         with checkpoints.manager(out, run=identity) as orbax:
             state = TrainState(jnp.int32(trained.step), variables, (), None)
@@ -74,7 +74,7 @@ def mask(workdir: Path, out: Path, tap: str, checkpoint: str = "best", share: fl
 
 def main() -> None:
     """The command line of this module."""
-    parser = run.command_line("ibjax.analysis.mask", __doc__)
+    parser = command_line.of_run("ibjax.analysis.mask", __doc__)
     parser.add_argument("--tap", required=True, help="the feature, as stage5")
     parser.add_argument("--out", type=files.path, required=True, help="workdir of the masked run; made if absent")
     parser.add_argument("--share", type=float, default=0.05, help="of the channels that are zeroed")

@@ -28,16 +28,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax.devices import cluster
 from ibjax import errors
-from ibjax.runs import run
 from ibjax.analysis import attacked, output, pictures
-from ibjax.evaluation.named import named
 from ibjax.data import stratified
+from ibjax.devices import cluster
 from ibjax.errors import InputError
+from ibjax.evaluation.named import named
+from ibjax.evaluation.results import attack_label
 from ibjax.information.svd import singular_values_and_polar
 from ibjax.models import siriib
-from ibjax.evaluation.results import attack_label
+from ibjax.runs import command_line, run, rundir
 from ibjax.step import linen_net, to_float
 
 ATTACKS = ("pgd-20", "margin-20", "siriib-svd-20", "siriib-info-20")
@@ -111,7 +111,7 @@ def evaluate(
     attacks: names of `attacks/named.py`; norm, eps and step size are those of the run's `evaluate` section. The images
     are under "x" and the attacks' names.
     """
-    saved, facts = run.read_config(workdir)
+    saved, facts = rundir.read_config(workdir)
     attacks = check(run.build_model(saved.model, facts["num_classes"], "model"), attacks)
     trained, settings, split = attacked.load(workdir, checkpoint, attacks=attacks, n=n)
     settings["batch_size"] = min(settings["batch_size"], len(split.labels))  # a batch is padded to its size
@@ -173,8 +173,12 @@ def draw(record: dict[str, Any], shown: dict[str, Seen], file: Path) -> None:
 
 def main() -> None:
     """The command line of this module."""
-    parser = run.command_line("ibjax.analysis.modulation", __doc__)
-    parser.add_argument("--attacks", type=run.names, help=f"names, separated by commas; default: {','.join(ATTACKS)}")
+    parser = command_line.of_run("ibjax.analysis.modulation", __doc__)
+    parser.add_argument(
+        "--attacks",
+        type=command_line.names_of_attacks,
+        help=f"names, separated by commas; default: {','.join(ATTACKS)}",
+    )
     parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")
     pictures.add_argument(parser)
     given = parser.parse_args()

@@ -1,6 +1,5 @@
 """What an analysis writes, and the line that says where."""
 
-from ibjax import files
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ibjax.runs import run
+from ibjax import files
 
 log = logging.getLogger(__name__)
 

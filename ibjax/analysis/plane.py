@@ -36,21 +36,21 @@ from jax import Array
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ibjax.devices import cluster
-from ibjax import config, files, errors
-from ibjax.training import feed, loop
-from ibjax.runs import run
-from ibjax import main as command_line
+from ibjax import config, errors, files
 from ibjax.analysis import embedding, output, pictures
-from ibjax.evaluation.named import named
 from ibjax.data import stratified, subset
+from ibjax.devices import cluster
 from ibjax.errors import DivergedError, InputError, PreemptedError, check_range, nearest
-from ibjax.evaluate import check_network, check_settings, make_scorer
-from ibjax.training.experiment import build, initial_state, run_key
+from ibjax.evaluation.evaluate import make_scorer
+from ibjax.evaluation.named import named
+from ibjax.evaluation.results import attack_label
+from ibjax.evaluation.settings import check_network, check_settings
 from ibjax.information import hsic
 from ibjax.objectives.ib_rar import layers_of
-from ibjax.evaluation.results import attack_label
+from ibjax.runs import command_line, run, rundir
 from ibjax.step import evaluation_variables, linen_net, to_float
+from ibjax.training import feed, jobs, loop
+from ibjax.training.experiment import build, initial_state, run_key
 
 log = logging.getLogger(__name__)
 _RECORDS, _COLUMNS = 10, 4  # records between two writings of the file; panels in a row
@@ -90,15 +90,15 @@ def record(
     check_range("--n", n, 2)
     alone = config.effective(config.complete(settings).copy_and_resolve_references())
     alone.contrast = {}
-    jobs = command_line.jobs(alone, workdir)
+    jobs = jobs.jobs(alone, workdir)
     for job in jobs:  # all before the first: what is wrong with the last must not cost the training of a teacher
         loop.check(job.settings, job.teachers)
     settings, teachers = jobs[-1].settings, jobs[-1].teachers
     _measure(build(settings, teachers, abstract=True), n, taps, attack)
     for job in jobs[:-1]:
-        with run.lock(job.workdir):
+        with rundir.lock(job.workdir):
             loop.train(build(job.settings, job.teachers), job.workdir)
-    with run.lock(workdir):
+    with rundir.lock(workdir):
         experiment = build(settings, teachers)
         measure, names = _measure(experiment, n, taps, attack)
         evaluated = settings.evaluate
@@ -268,11 +268,13 @@ def lines(found: dict[str, Any]) -> Iterable[str]:
 
 def main() -> None:
     """The command line of this module."""
-    parser = run.bare_command_line("ibjax.analysis.plane", __doc__)
+    parser = command_line.bare("ibjax.analysis.plane", __doc__)
     parser.add_argument("--every", type=int, default=50, help="steps between two records")
     parser.add_argument("--n", type=int, default=200, help="number of test images")
     parser.add_argument(
-        "--taps", type=run.names, help="features, separated by commas; default: IB-RAR's layers of the network"
+        "--taps",
+        type=command_line.names_of_attacks,
+        help="features, separated by commas; default: IB-RAR's layers of the network",
     )
     parser.add_argument("--attack", help="a name, as of an evaluation; default: the images as they are")
     pictures.add_argument(parser)

@@ -31,15 +31,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax.devices import cluster
 from ibjax import errors
-from ibjax.runs import run
 from ibjax.analysis import attacked, output, pictures
 from ibjax.attacks.names import canonical
 from ibjax.data import stratified
+from ibjax.devices import cluster
 from ibjax.errors import InputError, nearest
-from ibjax.models import layers
 from ibjax.evaluation.results import attack_label
+from ibjax.models import layers
+from ibjax.runs import command_line, run, rundir
 from ibjax.step import linen_net, to_float
 
 CHUNK = 128  # masked images in one pass through the network
@@ -183,7 +183,7 @@ def draw(record: dict[str, Any], arrays: dict[str, np.ndarray], file: Path, name
 
 def main() -> None:
     """The command line of this module."""
-    parser = run.command_line("ibjax.analysis.score_cam", __doc__)
+    parser = command_line.of_run("ibjax.analysis.score_cam", __doc__)
     parser.add_argument("--attack", type=canonical, default="pgd-20", help="a name, as of an evaluation")
     parser.add_argument("--n", type=int, default=8, help="number of test images")
     parser.add_argument("--tap", help="the feature, as stage4; default: the last map of more than one pixel")
@@ -194,7 +194,7 @@ def main() -> None:
     def command():
         pictures.check(given.picture)
         cluster.initialize()
-        names = attacked.class_names(given.names, run.read_config(given.workdir)[1])
+        names = attacked.class_names(given.names, rundir.read_config(given.workdir)[1])
         record, arrays = evaluate(given.workdir, given.checkpoint, attack=given.attack, n=given.n, tap=given.tap)
         if jax.process_index() == 0:
             print("\n".join(lines(record)))

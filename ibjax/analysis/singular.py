@@ -35,13 +35,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax.devices import cluster
 from ibjax import errors
-from ibjax.runs import run
 from ibjax.analysis import output, pictures
 from ibjax.analysis.attacked import attack, class_names, load, predictions
+from ibjax.devices import cluster
 from ibjax.evaluation.results import attack_label
 from ibjax.evaluation.scoring import TOLERANCE, percent
+from ibjax.runs import command_line, run
 from ibjax.step import linen_net, to_float
 
 SEEN = ("swapped", "unclipped", "converse", "noise")
@@ -220,8 +220,8 @@ def _fill(panels, example, scale, names):
 
 def main() -> None:
     """The command line of this module."""
-    parser = run.command_line("ibjax.analysis.singular", __doc__)
-    run.add_attacks(parser)
+    parser = command_line.of_run("ibjax.analysis.singular", __doc__)
+    command_line.add_attacks(parser)
     parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")
     pictures.add_argument(parser)
     given = parser.parse_args()

@@ -18,13 +18,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from ibjax.devices import cluster
 from ibjax import errors
-from ibjax.runs import run
 from ibjax.analysis import attacked, output
 from ibjax.attacks.names import canonical, in_file_name
+from ibjax.devices import cluster
 from ibjax.errors import InputError
 from ibjax.evaluation.results import attack_label
+from ibjax.runs import command_line, run, rundir
 from ibjax.step import linen_net
 
 
@@ -85,7 +85,7 @@ def lines(record: dict[str, Any], top: int = 4, names: list[str] | None = None) 
 
 def main() -> None:
     """The command line of this module."""
-    parser = run.command_line("ibjax.analysis.tendency", __doc__)
+    parser = command_line.of_run("ibjax.analysis.tendency", __doc__)
     parser.add_argument("--attack", type=canonical, default="pgd-10", help="a name, as of an evaluation")
     parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")
     parser.add_argument("--top", type=int, default=4, help="wrong classes in a row")
@@ -95,7 +95,7 @@ def main() -> None:
     def command():
         if given.top < 1:
             raise InputError(f"--top={given.top} is not allowed; give a whole number of at least 1")
-        names = attacked.class_names(given.names, run.read_config(given.workdir)[1])
+        names = attacked.class_names(given.names, rundir.read_config(given.workdir)[1])
         cluster.initialize()
         record = evaluate(given.workdir, given.checkpoint, attack=given.attack, n=given.n)
         if jax.process_index() == 0:

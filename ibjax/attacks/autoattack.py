@@ -45,7 +45,6 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from ibjax.devices import cluster
 from ibjax import files, losses
 from ibjax.attacks import checks, entrance, geometry
 from ibjax.attacks.apgd import FEWEST_CLASSES, iterative_apgd
@@ -54,6 +53,7 @@ from ibjax.attacks.iterative import Iterative, other_classes
 from ibjax.attacks.progress import Progress
 from ibjax.attacks.runner import Runner, passes
 from ibjax.attacks.square import iterative_square
+from ibjax.devices import cluster
 from ibjax.errors import InputError, PreemptedError, check_count, nearest
 from ibjax.files import content_digest
 

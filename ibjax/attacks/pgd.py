@@ -35,11 +35,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ibjax.devices import cores
 from ibjax import losses
 from ibjax.attacks import Attack, StatefulAttack, geometry
 from ibjax.attacks.checks import first
 from ibjax.attacks.entrance import ANYTHING, DISTRIBUTIONS, SOFT_LABELS, checked, enter
+from ibjax.devices import cores
 from ibjax.errors import InputError, check_count, nearest
 
 LOSSES = {"ce": losses.cross_entropy, "kl": losses.kl, "margin": losses.margin}

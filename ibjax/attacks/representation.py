@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ibjax.attacks import lbfgsb
-from ibjax.attacks import Attack, geometry
+from ibjax.attacks import Attack, geometry, lbfgsb
 from ibjax.attacks.entrance import ANYTHING, checked, images
 from ibjax.errors import InputError, check_count
 

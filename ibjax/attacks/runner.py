@@ -19,11 +19,11 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import NamedSharding
 
-from ibjax.devices import cluster
 from ibjax import losses
 from ibjax.attacks import geometry
 from ibjax.attacks.hoist import hoisted, unjitted
 from ibjax.attacks.iterative import Iterative
+from ibjax.devices import cluster
 from ibjax.devices.cores import in_parts
 
 TOLERANCE = 1e-6  # of ball and box, in float32

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from ibjax import config, files, errors
+from ibjax import config, errors, files
 from ibjax.data import Arrays, Split, augment, load_splits
 from ibjax.errors import InputError
 from ibjax.step import to_float

@@ -12,7 +12,7 @@ import json
 import logging
 from pathlib import Path
 
-from ibjax import files, errors
+from ibjax import errors, files
 from ibjax.data import archives, builders
 from ibjax.data.builders import Recipe, cifar, cifar10_1, cifar_c, mnist, stl10, svhn, tiny_imagenet
 from ibjax.errors import DataError, nearest

@@ -26,9 +26,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ibjax.devices import cluster
 from ibjax import files
 from ibjax.data import Arrays, Split, stamps, tfds
+from ibjax.devices import cluster
 from ibjax.errors import DataError, InputError, UnreadableError, check_range
 
 _RESIZED = 256 / 224  # the shorter side of a test image, over the side of the crop that is shown

@@ -23,8 +23,8 @@ from ibjax import errors
 from ibjax.devices import peers
 from ibjax.devices.compiled import cache_folder
 from ibjax.devices.compiled import keep as keep_compiled
-from ibjax.errors import InputError
 from ibjax.devices.peers import agree, word_of_first
+from ibjax.errors import InputError
 
 __all__ = ["agree", "cache_folder", "keep_compiled", "word_of_first"]  # for the modules that know this one only
 

@@ -20,11 +20,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 from tqdm import tqdm
 
-from ibjax.devices import cluster
 from ibjax import losses
 from ibjax.attacks import Attack, autoattack, eot, geometry
 from ibjax.attacks.representation import guides
 from ibjax.data import Split
+from ibjax.devices import cluster
 from ibjax.errors import InputError, PreemptedError
 from ibjax.step import Variables, to_float
 

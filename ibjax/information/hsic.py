@@ -31,8 +31,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ibjax.errors import InputError, nearest
 from ibjax.devices import placement
+from ibjax.errors import InputError, nearest
 from ibjax.information.linalg import each_matrix
 
 SIGMA, RIDGE = 5.0, 1e-5

@@ -7,8 +7,7 @@ from typing import Any
 import jax
 from jax import Array, lax
 
-from ibjax.devices import cluster, cores
-from ibjax.devices import placement
+from ibjax.devices import cluster, cores, placement
 
 
 def each_matrix(f: Callable[[Array], Any], matrices: Array, chunk: int | None = None) -> Any:

@@ -27,10 +27,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ibjax.devices import cores
 from ibjax import losses
 from ibjax.attacks import geometry
 from ibjax.attacks.pgd import pgd
+from ibjax.devices import cores
 from ibjax.errors import InputError, check_range
 from ibjax.objectives.standard import accuracy
 from ibjax.step import Objective

@@ -31,9 +31,9 @@ import flax.linen as nn
 import numpy as np
 
 from ibjax.devices import cluster
-from ibjax.runs import run
-from ibjax.runs.checkpoint import flatten
 from ibjax.models import preact_resnet, resnet, vgg
+from ibjax.runs import run
+from ibjax.runs.trees import flatten
 
 CIFAR10 = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616))
 CIFAR100 = dict(mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))

@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ibjax.pytorch import architectures, torch_file
 from ibjax import files
-from ibjax.runs import run
-from ibjax.runs import checkpoint as checkpoints
-from ibjax.pytorch.architectures import ARCHITECTURES
 from ibjax.errors import InputError
-from ibjax.pytorch import folders, gate, twins
+from ibjax.pytorch import architectures, folders, gate, torch_file, twins
+from ibjax.pytorch.architectures import ARCHITECTURES
+from ibjax.runs import run, trees
 
 
 def to_torch(
@@ -84,7 +82,7 @@ def model_info(trained: run.Run, checkpoint: str) -> dict[str, Any]:
 
     Only records of the whole test set and of these very weights count.
     """
-    weights, records = checkpoints.tree_digest(trained.variables), {}
+    weights, records = trees.digest(trained.variables), {}
     for file in sorted((trained.workdir / "eval" / checkpoint).glob("*.json")):
         with contextlib.suppress(ValueError, KeyError, TypeError):
             record = files.read_json(file)

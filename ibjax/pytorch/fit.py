@@ -6,8 +6,8 @@ from pathlib import Path
 import flax.linen as nn
 import numpy as np
 
-from ibjax.pytorch.architectures import ARCHITECTURES, Shape, State, anchors, build, key_map
 from ibjax.errors import CheckpointError, InputError, nearest
+from ibjax.pytorch.architectures import ARCHITECTURES, Shape, State, anchors, build, key_map
 from ibjax.pytorch.sizes import input_shape, sizes
 
 _SIMILAR = 0.5  # share of names from which on an architecture is named as the closest

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ibjax.runs import run
-from ibjax.pytorch import torch_file
-from ibjax.pytorch.architectures import Shape
 from ibjax.data import Split, stratified
 from ibjax.errors import CheckpointError, InputError
+from ibjax.pytorch import torch_file
+from ibjax.pytorch.architectures import Shape
+from ibjax.runs import run
 from ibjax.step import linen_net, to_float
 
 TOLERANCE = 1e-4  # of logits

@@ -17,14 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ibjax.pytorch import architectures, torch_file
-from ibjax import config, files, errors
-from ibjax.runs import run
-from ibjax.runs import checkpoint as checkpoints
-from ibjax.pytorch.architectures import ARCHITECTURES, Shape
+from ibjax import config, errors, files
 from ibjax.errors import CheckpointError, InputError, nearest
-from ibjax.pytorch import fit, folders, gate, normalisation, sizes, state_dicts, twins
+from ibjax.pytorch import architectures, fit, folders, gate, normalisation, sizes, state_dicts, torch_file, twins
+from ibjax.pytorch.architectures import ARCHITECTURES, Shape
 from ibjax.pytorch.normalisation import Said
+from ibjax.runs import checkpoint as checkpoints
+from ibjax.runs import recipe_files, run, rundir
 from ibjax.step import TrainState
 
 
@@ -95,7 +94,7 @@ def from_torch(
     if not photographs:
         imported["clean_acc"] = _clean_accuracy(logits, images.split.labels, clean_acc)
     with folders.whole(workdir) as folder:
-        identity = run.write_config(folder, network.settings, {**images.facts, "imported": imported})
+        identity = rundir.write_config(folder, network.settings, {**images.facts, "imported": imported})
         with checkpoints.manager(folder, run=identity) as orbax:
             arrays = jax.tree.map(jnp.asarray, variables)
             checkpoints.save(orbax, TrainState(jnp.zeros((), jnp.int32), arrays, (), None), {"selection": 0.0})
@@ -135,14 +134,13 @@ def hint(content: torch_file.Content) -> str:
 
 def _configuration(file, section, classes, channels, overrides):
     """The defaults, with the network's section, the data set that goes with its classes, and what the caller says."""
-    from ibjax import main  # which trains and evaluates, and needs a moment to load
 
     settings = config.base()
     settings.title = file.stem
     usual = "mnist" if channels == 1 else "cifar10"
     settings.data.dataset = {100: "cifar100", 1000: "imagenet2012"}.get(classes, usual)
     settings.model = section
-    main.override(settings, overrides)
+    recipe_files.override(settings, overrides)
     config.check(settings)
     return settings
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ibjax.pytorch.architectures import ARCHITECTURES
 from ibjax.errors import CheckpointError, InputError
+from ibjax.pytorch.architectures import ARCHITECTURES
 from ibjax.pytorch.state_dicts import Found
 
 _HOW = "give --mean=… --std=…, for pixels from 0 to 1, or --no-normalisation"

@@ -6,8 +6,8 @@ from typing import Any
 
 import flax.linen as nn
 
-from ibjax.pytorch.architectures import ARCHITECTURES, Shape, State, anchors
 from ibjax.models import vgg
+from ibjax.pytorch.architectures import ARCHITECTURES, Shape, State, anchors
 
 
 def sizes(name: str, state: State) -> dict[str, Any]:

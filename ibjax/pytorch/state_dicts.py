@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ibjax.errors import CheckpointError, InputError
 from ibjax.pytorch import torch_file
 from ibjax.pytorch.architectures import ARCHITECTURES, anchors
-from ibjax.errors import CheckpointError, InputError
 from ibjax.pytorch.fit import some
 
 _WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))

@@ -20,7 +20,6 @@ nothing is unpickled.
 import contextlib
 import json
 import logging
-import math
 import os
 import shutil
 import time
@@ -30,19 +29,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from ibjax.devices import cluster
 from ibjax import config, files
+from ibjax.devices import cluster
 from ibjax.errors import CheckpointError, UnreadableError
+from ibjax.runs import trees
 from ibjax.step import TrainState, evaluation_variables
 
 ITEMS = ("variables", "training")
+
+
 _DATABASE = "manifest.ocdbt"  # the root of an item's database
+
+
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not committed, or that is being deleted
+
+
 KEEP_LATEST = 2  # so that a damaged newest step has one to fall back on
+
+
 log = logging.getLogger(__name__)
 
 
@@ -122,9 +129,6 @@ def _sweep(folder):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-# ---- saving ------------------------------------------------------------------------------------------------
-
-
 def save(store: Store, state: TrainState, metrics: dict[str, Any] | None = None) -> None:
     """Saves the state as its step's checkpoint, then deletes all but the two latest and the best.
 
@@ -142,11 +146,11 @@ def save(store: Store, state: TrainState, metrics: dict[str, Any] | None = None)
         manifest["run"] = dict(store.run)
     for item, tree in trees.items():
         host = jax.device_get(tree)
-        manifest[item] = {path: _describe(leaf) for path, leaf in flatten(host).items()}
-        bad = [path for path, leaf in flatten(host).items() if not _finite(leaf)]
+        manifest[item] = {path: trees.describe(leaf) for path, leaf in trees.flatten(host).items()}
+        bad = [path for path, leaf in trees.flatten(host).items() if not trees.finite(leaf)]
         if bad:
             raise CheckpointError(f"step {step} has NaN or Inf in {item}/{bad[0]} and {len(bad) - 1} more; not saved")
-    args = {item: ocp.args.StandardSave(_nest(flatten(tree))) for item, tree in trees.items()}
+    args = {item: ocp.args.StandardSave(trees.nest(trees.flatten(tree))) for item, tree in trees.items()}
     manifest_args = ocp.args.JsonSave(files.seal(manifest))
     try:
         if not orbax.save(step, args=ocp.args.Composite(**args, manifest=manifest_args)):
@@ -207,9 +211,6 @@ def join(evaluated: Any, rest: Any) -> TrainState:
     variables |= {name: rest[name] for name in _OWN if name in rest}
     ema_params = evaluated["params"] if "params" in rest else None
     return TrainState(rest["step"], variables, rest["opt_state"], ema_params)
-
-
-# ---- restoring ---------------------------------------------------------------------------------------------
 
 
 def restore_latest(store: Store, like: TrainState, *, restart: bool = False) -> TrainState | None:
@@ -390,7 +391,7 @@ def _restore_item(store, step, item, like):
 
 def _restore_once(store, step, item, like):
     saved = _manifest(store, step)[item]
-    wanted = flatten(like)
+    wanted = trees.flatten(like)
     _refuse_other_network(step, saved, wanted)
     arrays = files.patiently(lambda: _read_item(store.directory / str(step), item, saved), f"checkpoint {step}")
     leaves = [_placed(arrays[path], leaf) for path, leaf in wanted.items()]
@@ -422,7 +423,7 @@ def _read_item(folder, item, saved):
             raise
         except Exception as error:  # nothing but memory was read: it is the format that refuses
             raise _DamagedError(f"{where} is damaged ({_first_line(error)})") from None
-        if _describe(array) != description:
+        if trees.describe(array) != description:
             raise _DamagedError(f"{where} is damaged (its digest differs from the saved one)")
         arrays[path] = array
     return arrays
@@ -450,9 +451,11 @@ def _placed(array, leaf):
 
 def _refuse_other_network(step, saved, wanted):
     differing = [
-        f"{path}: saved {_kind(saved.get(path))}, wanted {_kind(_shape_and_type(wanted.get(path)))}"
+        f"{path}: saved {trees.kind(saved.get(path))}, wanted {trees.kind(trees.shape_and_type(wanted.get(path)))}"
         for path in {**wanted, **saved}
-        if path not in saved or path not in wanted or _kind(saved[path]) != _kind(_shape_and_type(wanted[path]))
+        if path not in saved
+        or path not in wanted
+        or trees.kind(saved[path]) != trees.kind(trees.shape_and_type(wanted[path]))
     ]
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
@@ -476,56 +479,6 @@ def retire(workdir: Path) -> Path:
         with contextlib.suppress(FileNotFoundError):
             shutil.move(workdir / name, target / name)
     return target
-
-
-# ---- leaves ------------------------------------------------------------------------------------------------
-
-
-def flatten(tree: Any) -> dict[str, Any]:
-    """{"opt_state/1/trace/params/head/dense/bias": leaf, …} in the tree's own order."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _nest(flat):
-    """Plain nested dicts, so that what lies on disk does not depend on the classes of optax or of this library."""
-    nested: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *folders, name = path.split("/")
-        node = nested
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[name] = leaf
-    return nested
-
-
-def digest(array: Any) -> str:
-    """A 128-bit digest of an array's bytes, or what stands for one in place of an array."""
-    if hasattr(array, "digest"):
-        return array.digest()
-    return files.digest(np.ascontiguousarray(array).tobytes())
-
-
-def tree_digest(tree: Any) -> str:
-    """One digest of all leaves and their names: equal for bit-identical states only."""
-    leaves = flatten(jax.device_get(tree)).items()
-    return files.digest("".join(f"{path}:{digest(leaf)};" for path, leaf in leaves).encode())
-
-
-def _describe(leaf):
-    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "digest": digest(leaf)}
-
-
-def _shape_and_type(leaf):
-    return None if leaf is None else {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-
-
-def _kind(description):
-    return "nothing" if description is None else f"{description['dtype']}{description['shape']}"
-
-
-def _finite(leaf):
-    return not np.issubdtype(leaf.dtype, np.floating) or math.isfinite(float(np.sum(np.abs(leaf), dtype=np.float64)))
 
 
 def _first_line(error):

@@ -14,13 +14,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from ibjax.runs import checkpoint as checkpoints
-from ibjax.devices import cluster
 from ibjax import config, files, optim, perturb
-from ibjax.runs import run
 from ibjax.data import Arrays, augment
+from ibjax.devices import cluster, placement
 from ibjax.errors import InputError
-from ibjax.devices import placement
+from ibjax.runs import run, rundir, trees
 from ibjax.step import Net, Objective, TrainState, Variables, init_state, linen_net, make_train_step
 
 
@@ -171,17 +169,17 @@ def _teacher(settings, role, data, folder, abstract, mesh):
             f"run, or {role}.recipe to a configuration that makes one"
         )
     folder = files.path(folder or section.workdir or role)
-    if abstract and recipe is not None and not run.has_checkpoint(folder):
+    if abstract and recipe is not None and not rundir.has_checkpoint(folder):
         taught = run.load_data(recipe)
         _check_teacher(folder, run.facts(taught), data)
         model = run.build_model(recipe.model, taught.num_classes, f"{role}.recipe.model")
         return model, run.abstract_variables(model, taught.train.images.shape[1:], mesh), {}
-    if not run.has_checkpoint(folder):
+    if not rundir.has_checkpoint(folder):
         command = section.made_by or f"python -m ibjax.main --config=… --workdir={folder}"
         raise InputError(f"{role}.workdir={folder} holds no trained run; train the {role} first: {command}")
-    _check_teacher(folder, run.read_config(folder)[1], data)
+    _check_teacher(folder, rundir.read_config(folder)[1], data)
     taught = run.load(folder, section.checkpoint)
-    return taught.model, taught.variables, {"step": taught.step, "weights": checkpoints.tree_digest(taught.variables)}
+    return taught.model, taught.variables, {"step": taught.step, "weights": trees.digest(taught.variables)}
 
 
 def _check_teacher(folder, taught, data):

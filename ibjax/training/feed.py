@@ -13,11 +13,11 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import NamedSharding
 
-from ibjax.devices import cluster
 from ibjax.data import stream, streamed
+from ibjax.devices import cluster
 from ibjax.errors import InputError
-from ibjax.training.experiment import Experiment
 from ibjax.step import TrainState
+from ibjax.training.experiment import Experiment
 
 
 class Feed(NamedTuple):

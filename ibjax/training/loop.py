@@ -18,15 +18,15 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ibjax.runs import checkpoint as checkpoints
-from ibjax.devices import cluster
 from ibjax import config
-from ibjax.training import feed
-from ibjax.runs import run
+from ibjax.devices import cluster
 from ibjax.errors import DivergedError, InputError, PreemptedError
-from ibjax.training.experiment import Experiment, build, initial_state, initializer, run_key
-from ibjax.runs.metrics import MetricsLog, Window
 from ibjax.evaluation.scoring import Scorer, nan_warnings
+from ibjax.runs import checkpoint as checkpoints
+from ibjax.runs import rundir, trees
+from ibjax.runs.metrics import MetricsLog, Window
+from ibjax.training import feed
+from ibjax.training.experiment import Experiment, build, initial_state, initializer, run_key
 
 log = logging.getLogger(__name__)
 _CATASTROPHE = 20.0  # points of robust accuracy lost on validation images, where one-step training overfits at once
@@ -65,7 +65,7 @@ def train(experiment: Experiment, workdir: Path, *, restart: bool = False) -> No
     """
     settings = experiment.config
     total = settings.epochs * experiment.steps_per_epoch
-    identity = run.write_config(workdir, settings, experiment.facts, restart=restart)
+    identity = rundir.write_config(workdir, settings, experiment.facts, restart=restart)
     with checkpoints.manager(workdir, run=identity) as orbax:
         state = initial_state(experiment)
         state = checkpoints.restore_latest(orbax, state, restart=restart) or state
@@ -233,7 +233,7 @@ def _in_words(name, step, norms, orbax, why=""):
 
 def _first_broken(state):
     """The name of the first leaf of the state that is not finite; "" where all are."""
-    finite = checkpoints.flatten(jax.device_get(_finite(state)))
+    finite = trees.flatten(jax.device_get(_finite(state)))
     return next((path for path, value in finite.items() if not value), "")
 
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ibjax.evaluation import results
 from ibjax.attacks.geometry import fraction
+from ibjax.evaluation import results
 from ibjax.evaluation.results import Record, is_transfer, surrogate_of, weights_of
 
 

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ibjax import config
-from ibjax.evaluation.report import tables
 from ibjax.evaluation import results
+from ibjax.evaluation.report import tables
 from ibjax.evaluation.report.tables import Family
 from ibjax.evaluation.results import attack_label
 

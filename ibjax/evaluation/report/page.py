@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ibjax.evaluation.report import self_checks, commands, figures, tables
 from ibjax.evaluation import results
-from ibjax.evaluation.report.self_checks import Check
+from ibjax.evaluation.report import commands, figures, self_checks, tables
 from ibjax.evaluation.report.commands import Block
 from ibjax.evaluation.report.figures import escape
+from ibjax.evaluation.report.self_checks import Check
 from ibjax.evaluation.report.tables import Table
 from ibjax.evaluation.results import attack_label
 

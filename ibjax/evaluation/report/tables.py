@@ -15,7 +15,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ibjax.attacks.geometry import fraction
-from ibjax.evaluation.results import Record, attack_label, departed, is_bounded, is_main, network_label, robust_flags, run_label, strength, surrogate_of, weights_of
+from ibjax.evaluation.results import (
+    Record,
+    attack_label,
+    departed,
+    is_bounded,
+    is_main,
+    network_label,
+    robust_flags,
+    run_label,
+    strength,
+    surrogate_of,
+    weights_of,
+)
 
 # ---- rows --------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,338 @@
+"""Evaluation: restore, attack the test set, write one result record per attack.
+
+    python -m ibjax.evaluate --workdir=DIR [--checkpoint=best|last|STEP] [--attacks=autoattack,pgd-20] [--n=1000]
+    python -m ibjax.evaluate --workdir=DIR --surrogate=DIR2 --attacks=fgsm,pgd-100         transfer from another run
+    python -m ibjax.evaluate --workdir=DIR --samples=12 --attacks=pgd-20,autoattack-rand   of a stochastic network
+
+An attack's name is one of `attacks/named.py`: `fgsm`, `pgd-STEPS` (cross-entropy), `margin-STEPS` (PGD on the margin
+loss), `autoattack` and its parts, adaptive attacks, with options as in `--attacks="fgsm, cw-l2-200(c=0.1,lr=0.1)"`. An
+image counts as robust when it is classified correctly both as it is and under attack. AutoAttack runs at the main eps
+only, and goes on where it was ended.
+
+Stochastic networks are judged on the mean of their latent variable, without `samples`; with it, on the mean of so many
+drawn softmaxes, which every attack climbs too (`scoring.sampling`). Transfer attacks are those of a surrogate, of its
+`--surrogate_checkpoint`, at the main eps. Records and reports say either.
+
+Guarantee (test of the same name): a record that is there is not computed again.
+"""
+
+import base64
+import datetime
+import functools
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ibjax import config, evaluate, files, threat
+from ibjax.attacks import autoattack, checks, names
+from ibjax.data import first_of_each, subset
+from ibjax.devices import cluster
+from ibjax.errors import InputError, UnreadableError
+from ibjax.evaluation import results
+from ibjax.evaluation.named import Named, named
+from ibjax.evaluation.scoring import Scorer, auto_attack, draw_keys, nan_warnings, percent, sampling
+from ibjax.runs import run, rundir, trees
+from ibjax.step import linen_net, to_float
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(
+    workdir: Path,
+    checkpoint: str | int = "best",
+    *,
+    settings: Any = None,
+    attacks: Sequence[str] | None = None,
+    n: int | None = None,
+    samples: int | None = None,
+    norm: str | None = None,
+    eps: str | float | None = None,
+    step_size: str | float | None = None,
+    batch_size: int | None = None,
+    surrogate: Path | None = None,
+    surrogate_checkpoint: str | int = "best",
+    keep: int = 10,
+) -> list[dict[str, Any]]:
+    """Attacks a trained run's test set and writes `eval/<checkpoint>/<attack>.json`; returns the records.
+
+    Networks trained in bfloat16 are attacked and scored in float32.
+
+    Args:
+      workdir: of the run.
+      checkpoint: "best", "last" or a step.
+      settings: an `evaluate` section; None takes the run's own.
+      attacks, n, samples, norm, eps, step_size, batch_size: in place of the section's. Another norm needs its own eps;
+        without `step_size`, the step is the same share of another eps. Another norm or eps has no ladder.
+      surrogate: workdir of a run whose network is attacked instead, at `surrogate_checkpoint`; what breaks it is then
+        shown to this one.
+      keep: how many adversarial images of each attack at the main eps to keep for the report, of as many classes.
+
+    A record on disk is read, not computed again, where all that it depends on is the same: weights, images, attack with
+    its settings and code, eps, norm, seed, precision, and the network's logits and gradients on a few images.
+    """
+    workdir = files.path(workdir)
+    trained = run.load(workdir, checkpoint)
+    settings = config.plain(trained.config.evaluate if settings is None else settings)
+    given = dict(attacks=None if attacks is None else tuple(attacks), n=n, samples=samples, batch_size=batch_size)
+    settings = settings.changed(settings | {name: value for name, value in given.items() if value is not None},
+                        norm, eps, step_size)  # fmt: skip
+    settings.check_settings(settings)
+    source = None if surrogate is None else _surrogate(surrogate, surrogate_checkpoint, trained, settings)
+    shown = settings if source is None else {**settings, "attacks": ()}
+    settings.check_network(trained.model, trained.facts["input_shape"], shown)
+    victim = _victim(trained, settings["samples"])
+    split = run.test_split(trained, settings["n"])
+    logits = jax.jit(victim)
+    keys = draw_keys(trained.config.seed, len(split.labels))
+    x = np.asarray(to_float(jnp.asarray(split.images[:256])))
+    asked = checks.network(lambda x, keys: logits(trained.variables, x, keys)[0], x, split.labels, keys[: len(x)])
+    # of the data, of the network and of its checkpoints
+    warnings = [*trained.facts.get("warnings", ()), *asked.warnings, *rundir.doubts(trained.workdir)]
+
+    which = str(trained.step) if str(checkpoint).isdecimal() else str(checkpoint)
+    folder = workdir / "eval" / which
+    common = _common(trained, which, settings, split, warnings)
+    common |= {"fingerprint": asked.fingerprint.tolist(), "code": autoattack.code_digest()}
+    common |= {"precision": autoattack.precision()}
+    mesh, records = cluster.mesh(), []
+    main, plan = settings["eps"], list(_plan(settings, trained, source))
+
+    @functools.lru_cache(maxsize=1)  # of one attack after the other: its program serves its whole ladder
+    def executor(name):
+        return _executor(named(name, trained.config.objective), victim, source, trained, split, settings, mesh)
+
+    for number, (name, attack, eps) in enumerate(plan, 1):
+        label, made = name, attack.settings
+        if source is not None:
+            label, made = f"{name} from {source.says['title']}", {**made, "surrogate": source.says}
+        step_size = _step_size(attack, settings, eps)
+        own = {"attack": label, "attack_settings": made, "eps": eps}
+        own |= {"step_size": step_size, "samples": settings["samples"]}
+        identity = {**common, **own, "main": eps == main, "bounded": attack.bounded}
+        file = folder / _file_name(name, eps, settings, source, trained.config.evaluate)
+        record = _existing(file, identity)
+        cluster.agree(
+            "records", {f"{file.name} is there": record is not None}, "give a --workdir that all processes share"
+        )
+        if record is None:
+            rundir.check_writable(folder)
+            pictured = keep > 0 and eps == main and source is None and not settings["samples"]
+            wanted = first_of_each(split.labels, keep) if pictured else 0
+            state = file.with_name(f".{file.stem}-{_state_digest(identity, settings['batch_size'])}.npz")
+            title = f"{common['title']}: {results.attack_label(label)}, eps {eps}, {number} of {len(plan)}"
+            flags, x_adv, more = executor(name)(eps, step_size, title, wanted, state)
+            doubts = list(dict.fromkeys([*warnings, *more["warnings"]]))
+            record = _record({**identity, **more, "warnings": doubts}, flags)
+            if pictured:
+                _save_examples(file.with_suffix(".examples.npz"), subset(split, wanted), x_adv, trained)
+            if jax.process_index() == 0:
+                if not pictured:  # those that are there are of another evaluation
+                    file.with_suffix(".examples.npz").unlink(missing_ok=True)
+                files.write_json(file, record)
+                state.unlink(missing_ok=True)
+        records.append(record)
+    return records
+
+
+def _plan(settings, trained, source):
+    """(name, attack, eps) of every evaluation: an attack at the main eps, then where it has one on the ladder."""
+    main = settings["eps"]
+    for name in settings["attacks"]:
+        attack = named(name, trained.config.objective)
+        ladder = settings["ladder"] if attack.make and attack.bounded and source is None else ()
+        for eps in (main, *(eps for eps in ladder if eps != main)):
+            yield name, attack, eps
+
+
+class Surrogate(NamedTuple):
+    """A network that is attacked in place of another."""
+
+    predict: Callable  # (variables, x) -> (logits, features)
+    variables: Any
+    says: dict[str, Any]  # what records say of it
+
+
+def _surrogate(workdir, checkpoint, trained, settings):
+    loaded = run.load(workdir, checkpoint)
+    for name in ("input_shape", "num_classes"):
+        if loaded.facts[name] != trained.facts[name]:
+            raise InputError(
+                f"--surrogate={workdir} has {name} {loaded.facts[name]}, the attacked run {trained.facts[name]}; give "
+                f"a run on the same data set"
+            )
+    settings.check_network(loaded.model, loaded.facts["input_shape"], {**settings, "samples": None})
+    title = loaded.config.title or loaded.workdir.resolve().name
+    says = dict(title=title, step=loaded.step, weights=trees.digest(loaded.variables))
+    says["model"] = config.plain(loaded.config.model)
+    return Surrogate(linen_net(run.in_float32(loaded.model)).predict, loaded.variables, says)
+
+
+def _victim(trained, samples):
+    """`predict(variables, x, keys)` of the run in float32, on its mean or on drawn samples."""
+    model = run.in_float32(trained.model)
+    if samples:
+        return sampling(model, samples)
+    predict = linen_net(model).predict
+    return lambda variables, x, keys: predict(variables, x)
+
+
+def _executor(attack: Named, victim, source, trained, split, settings, mesh):
+    """(eps, step_size, title, keep, state) -> (flags, the first `keep` x_adv, what the record says beside them)."""
+    norm, batch_size, seed = settings["norm"], settings["batch_size"], trained.config.seed
+    attacked = None if source is None else lambda x, keys: source.predict(source.variables, x)[0]
+    if attack.make is None:
+        return lambda eps, step_size, title, keep, state: auto_attack(
+            lambda x, keys: victim(trained.variables, x, keys)[0], split, seed, attack.of_autoattack(),
+            norm=norm, eps=eps, batch_size=batch_size, title=title, keep=keep, state=state,
+            attacked=attacked, count=attack.count,
+        )  # fmt: skip
+    surrogate = None if source is None else lambda variables, x, keys: source.predict(variables[1], x)
+    scorer = make_scorer(attack, lambda variables, x, keys: victim(variables[0], x, keys), settings, mesh, surrogate)
+    variables = (trained.variables, None if source is None else source.variables)
+
+    def execute(eps, step_size, title, keep, state):
+        started = time.perf_counter()
+        flags, x_adv = scorer(variables, split, seed, eps=eps, step_size=step_size, progress=title, keep=keep)
+        return flags, x_adv, {"seconds": round(time.perf_counter() - started, 2), "warnings": nan_warnings(flags)}
+
+    return execute
+
+
+def make_scorer(attack: Named, predict: Callable, settings: Any, mesh: Any, attacked: Callable | None = None) -> Scorer:
+    """The scorer of a named attack (not of AutoAttack) under the norm and batch size of an `evaluate` section.
+
+    predict, attacked: as of `Scorer`.
+    """
+    assert attack.make is not None
+    unit = math.lcm(attack.group, mesh.size)
+    return Scorer(
+        predict,
+        functools.partial(attack.make, norm=settings["norm"]),
+        mesh,
+        -(-settings["batch_size"] // unit) * unit,
+        settings["norm"] if attack.bounded else "l2",
+        bounded=attack.bounded,
+        features=attack.features is not None,
+        guided=attack.guided,
+        count=attack.count,
+        attacked=attacked,
+    )
+
+
+def _file_name(attack, eps, settings, source=None, own=None):
+    """As "pgd-20.json"; "pgd-20@4_255.json" on the ladder; "pgd-20.n1000.json" on part of the test set.
+
+    Predictions that were drawn: "pgd-20.sampled12.json"; a transfer: "pgd-20~3fa1c2e4.json", the surrogate's digest;
+    under another threat model than that of `own`, the run's section: "pgd-20.l2.eps0.5.json".
+    """
+    surrogate = "" if source is None else f"~{source.says['weights'][:8]}"
+    other = "" if own is None or settings["norm"] == own["norm"] else f".{settings['norm']}"
+    if own is not None and not threat.same_length(settings["eps"], own["eps"]):
+        other += f".eps{names.in_file_name(settings['eps'])}"
+    ladder = "" if eps == settings["eps"] else f"@{names.in_file_name(eps)}"
+    samples = f".sampled{settings['samples']}" if settings["samples"] else ""
+    part = "" if settings["n"] is None else f".n{settings['n']}"
+    return f"{names.in_file_name(attack)}{surrogate}{other}{ladder}{samples}{part}.json"
+
+
+def _step_size(attack, settings, eps):
+    """Of an attack at the main eps or on the ladder; None where AutoAttack sees to it."""
+    if attack.make is None:
+        return None
+    main = settings["step_size"] if attack.length is None else attack.length
+    scaled = settings.scaled_step({**settings, "step_size": main}, eps)
+    return attack._replace(length=None).step_size(eps, scaled)
+
+
+def _common(trained, checkpoint, settings, split, warnings):
+    selected_on = {"best": trained.config.select_on, "last": "last"}.get(checkpoint, "step")
+    imported, classes = ({key: trained.facts[key]} if key in trained.facts else {} for key in ("imported", "classes"))
+    return {
+        **imported,
+        **classes,  # their names, by label
+        **run.origin(trained, checkpoint),
+        "dataset": trained.facts["label"],
+        "norm": settings["norm"],
+        "train_threat": "unknown" if imported else threat.trained(trained.config),
+        "validate_threat": "unknown" if imported else threat.validated(trained.config),
+        "fixed_step": settings["fixed_step"],
+        "n": len(split.labels),
+        "chance_acc": percent(split.labels == np.bincount(split.labels).argmax()),  # of the most frequent class
+        "images": trees.digest(split),
+        "dtype": "float32",
+        "selected_on": "unknown" if imported else selected_on,
+        "select": trained.validation.get("select", "robust") if checkpoint == "best" and not imported else None,
+        "validation": trained.validation,
+        "config": config.plain(trained.config),
+        "warnings": warnings,
+    }
+
+
+def _state_digest(identity, batch_size):
+    """Names the file that keeps AutoAttack's progress by what it is of."""
+    text = json.dumps({"batch_size": batch_size, **{key: identity[key] for key in evaluate._IDENTITY}}, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def _existing(file, identity):
+    """The record in `file`, under its present title, if it is of the same evaluation of the same weights.
+
+    An attack that has been renamed may have its record under the old name.
+    """
+    if not file.exists():
+        file = file.with_name(names.old(file.name))
+    try:
+        record = files.read_json(file)
+        results.validate(record)
+        record["attack"] = names.canonical(record["attack"])
+    except FileNotFoundError:
+        return None
+    except UnreadableError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        log.warning("%s is damaged (%s); it is computed again", file, error)
+        return None
+    wanted = json.loads(json.dumps(identity))
+    changed = [key for key in evaluate._IDENTITY if not config.same(key, record.get(key), wanted[key])]
+    changed += checks.differences(record.get("fingerprint"), wanted["fingerprint"])
+    if changed:
+        log.info("%s is of other %s: computed again", file, ", ".join(changed))
+        return None
+    return {
+        **record,
+        **{key: wanted[key] for key in ("title", "config", "main", "train_threat", "validate_threat", "select")},
+    }
+
+
+def _record(identity, flags):
+    finite = flags.loss[np.isfinite(flags.loss)]  # NaN logits have their warning; JSON has no NaN
+    return {
+        "clean_acc": percent(flags.clean),
+        "robust_acc": percent(flags.robust),
+        **identity,
+        "max_distance": float(flags.distance.max()),
+        "mean_loss": float(np.mean(finite)) if len(finite) else None,
+        "date": datetime.date.today().isoformat(),
+        "robust_flags": base64.b64encode(np.packbits(flags.robust).tobytes()).decode(),
+    }
+
+
+def _save_examples(file, split, x_adv, trained):
+    """Clean and adversarial images with their predictions, for the report's picture."""
+    x = np.asarray(to_float(jnp.asarray(split.images[:])))
+    predicted, predicted_adv = (np.asarray(trained.logits_fn(jnp.asarray(images))).argmax(1) for images in (x, x_adv))
+    if jax.process_index() == 0:  # the others only took part in the computation
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with files.replacing(file) as temporary, temporary.open("wb") as handle:
+            np.savez_compressed(
+                handle, x=x, x_adv=x_adv, label=split.labels, predicted=predicted, predicted_adv=predicted_adv
+            )

@@ -1,0 +1,53 @@
+"""Results of runs: the table that is printed, and one self-contained HTML page that checks itself.
+
+Guarantees (tests of the same names): a file that cannot be read is named, and the rest is shown; the page refers to
+nothing outside itself; whatever stands in a file is escaped; a page is there whole or not at all.
+"""
+
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ibjax import errors, files
+from ibjax.attacks.geometry import fraction
+from ibjax.attacks.names import canonical
+from ibjax.errors import InputError
+from ibjax.evaluation import results
+from ibjax.evaluation.report import runs, self_checks, tables
+from ibjax.evaluation.results import Record, strength
+from ibjax.files import read_npz
+from ibjax.runs import metrics
+from ibjax.runs.command_line import bare
+from ibjax.runs.rundir import doubts
+
+
+def table(records: Iterable[Record], each: bool = False) -> str:
+    """The plain-text tables of records: a line for each run, a column for each attack at the main eps, in percent.
+
+    Runs that differ in their seed alone are one line, mean ± standard deviation; with `each` every one has a line.
+    """
+    return tables.as_text(records, each)
+
+
+def write(workdirs: Iterable[str | os.PathLike], out: str | os.PathLike, each: bool = False) -> list[runs.RunResults]:
+    """Writes the HTML page of all runs in and below the folders, whole or not at all; returns what it shows.
+
+    each: a line for every seed of a recipe, in place of their mean.
+
+    Raises InputError where a folder holds no run, or the page cannot be written.
+    """
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it reports every font that it finds
+    from ibjax.evaluation.report import page  # loads matplotlib, of which training has no need
+
+    runs, out = runs.read(workdirs), files.path(out)
+    text = page.page(runs, out, each)
+    try:
+        with files.replacing(out) as temporary:
+            temporary.write_text(text, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise InputError(f"{out} cannot be written ({error.strerror}); give another --out") from None
+    return runs

@@ -1,0 +1,121 @@
+"""What an `evaluate` section asks for: checked before anything is trained or attacked, and changed by a command line."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ibjax import threat
+from ibjax.attacks import geometry, names
+from ibjax.data import Split
+from ibjax.errors import InputError
+from ibjax.evaluation.named import check, named, takes_step_size
+from ibjax.step import linen_net
+
+
+def check_settings(settings: Any) -> None:
+    """Raises InputError where an `evaluate` section asks for what there is not, or for a length that is none."""
+    if not settings["attacks"]:
+        raise InputError("evaluate.attacks is empty; give names as ('fgsm', 'pgd-20', 'margin-20')")
+    for name in settings["attacks"]:
+        named(name)
+    for name in ("eps", "step_size"):
+        threat.check_length(settings[name], settings["norm"], f"evaluate.{name}")
+    for name in settings["attacks"]:
+        check(name, settings["norm"], settings["eps"], settings["step_size"])
+    for eps in settings["ladder"]:
+        geometry.radius(eps, settings["norm"], "evaluate.ladder eps")
+    for name in ("n", "samples", "batch_size"):
+        value = settings[name]
+        if value is not None and (type(value) is not int or value < 1):
+            raise InputError(f"evaluate.{name}={value!r} is not allowed; give a whole number of at least 1, or None")
+    for name in settings["attacks"] if settings["samples"] else ():
+        attack = named(name)
+        if attack.make is None and attack.settings["version"] != "rand":
+            raise InputError(f"attack '{name}' expects a deterministic network; with samples give 'autoattack-rand'")
+        if attack.features is not None:
+            raise InputError(f"attack '{name}' is on features of a deterministic network; give it without samples")
+
+
+def check_images(test: Split, label: str, settings: Any) -> None:
+    """Raises InputError where an `evaluate` section asks for more test images than there are."""
+    if settings["n"] is not None and settings["n"] > len(test.labels):
+        raise InputError(
+            f"evaluate.n={settings['n']} is not allowed; the test set of {label} has {len(test.labels)} images, None "
+            f"takes them all"
+        )
+
+
+def check_network(model: nn.Module, input_shape: Sequence[int], settings: Any) -> None:
+    """Raises InputError where a network does not sample but should, or lacks features that an attack needs."""
+    if settings["samples"] and not hasattr(model, "sample_at_test"):
+        raise InputError(
+            f"evaluate.samples={settings['samples']}: this network draws nothing; give a model=dict(name='stochastic', "
+            f"…), or None"
+        )
+    on_features = [name for name in settings["attacks"] if named(name).features is not None]
+    if not on_features:
+        return
+    x = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+    features = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x)[0][1], x)
+    for name in on_features:
+        for feature in named(name).features or ():
+            if feature not in features:
+                raise InputError(f"attack '{name}' needs the feature '{feature}', which this network does not have")
+        _trace(name, model, input_shape, settings)
+
+
+def _trace(name, model, input_shape, settings):
+    """Traces an attack that climbs features: whether it has all that it looks at. Nothing is computed."""
+    attack, predict = named(name), linen_net(model).predict
+    assert attack.make is not None
+    lengths = dict(eps=settings["eps"], step_size=attack.step_size(settings["eps"], settings["step_size"]))
+    climb = attack.make(norm=settings["norm"], **lengths)
+
+    def attacked(x, labels, guide):
+        variables = model.init(jax.random.key(0), x[:1])
+        variables = {"batch_stats": {}, **variables}
+        target = (labels, guide) if attack.guided else labels
+        return climb(jax.random.split(jax.random.key(0), len(x)), lambda x: predict(variables, x), x, target)
+
+    x = jax.ShapeDtypeStruct((max(attack.group, 2), *input_shape), jnp.float32)
+    try:
+        jax.eval_shape(attacked, x, jax.ShapeDtypeStruct(x.shape[:1], jnp.int32), x)
+    except InputError as error:
+        raise InputError(f"attack '{name}' is not for this network: {error}") from None
+
+
+def changed(settings, norm, eps, step_size):
+    """A section with another norm, eps or step size, and its names as records have them, each once.
+
+    The ladder goes with norm and eps. A step other than the usual one becomes an option of the attacks that leave it
+    open: what differs has another name.
+    """
+    for name in settings["attacks"]:
+        named(name)  # one that is none is told as it was given
+    attacks = tuple(dict.fromkeys(map(names.canonical, settings["attacks"])))
+    if (norm, eps, step_size) == (None, None, None):
+        return settings | {"attacks": attacks}
+    if norm not in (None, settings["norm"]) and eps is None:
+        raise InputError(f"norm={norm} needs its own eps: {settings['eps']} is one of {settings['norm']}; give --eps")
+    eps = settings["eps"] if eps is None else eps
+    threat.check_length(eps, norm or settings["norm"], "eps")
+    usual = threat.quarter(eps) if norm not in (None, settings["norm"]) else scaled_step(settings, eps)
+    norm = norm or settings["norm"]
+    if step_size is not None and not threat.same_length(step_size, usual):
+        threat.check_length(step_size, norm, "step_size")
+        attacks = tuple(names.add(name, step_size=step_size) if takes_step_size(name) else name for name in attacks)
+    ladder = settings["ladder"] if (norm, eps) == (settings["norm"], settings["eps"]) else ()
+    return settings | dict(norm=norm, eps=eps, step_size=usual, ladder=ladder, attacks=attacks)
+
+
+def scaled_step(settings, eps):
+    """The step for another eps: in the same proportion, so that every eps is within reach, unless it is fixed."""
+    if eps == settings["eps"] or settings["fixed_step"]:
+        return settings["step_size"]
+    if threat.same_length(settings["step_size"], threat.quarter(settings["eps"])):
+        return threat.quarter(eps)
+    main, step = geometry.fraction(settings["eps"]), geometry.fraction(settings["step_size"])
+    return float(step * geometry.fraction(eps) / main)

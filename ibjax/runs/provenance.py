@@ -1,0 +1,80 @@
+"""Where a number comes from: versions, commit and hardware, as records and env.json state them."""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import jax
+
+_SOURCE = Path(__file__).resolve().parent.parent  # of ibjax, where it is not installed
+
+
+def versions() -> dict[str, str]:
+    """Of everything that can change a number."""
+    found = {"python": platform.python_version(), "ibjax": own_version()}
+    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def own_version() -> str:
+    """Of the code that runs: that of its source tree where it lies in one, else of the installed package."""
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        project = tomllib.loads((_SOURCE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        if project["name"] == "ibjax":
+            return project["version"]
+    try:
+        return importlib.metadata.version("ibjax")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def jax_settings() -> dict[str, Any]:
+    """{"jax_settings": those settings of JAX that change a number and are not its defaults}; empty where all are."""
+    usual = dict(default_matmul_precision=None, default_prng_impl="threefry2x32", threefry_partitionable=True)
+    found = {name: getattr(jax.config, f"jax_{name}") for name in (*usual, "enable_x64", "disable_jit")}
+    changed = {name: value for name, value in found.items() if value != usual.get(name, False)}
+    return {"jax_settings": changed} if changed else {}
+
+
+def hardware() -> str:
+    """As "8 × NVIDIA H100 (2 processes)" or "1 × cpu, 2 cores"."""
+    device = jax.devices()[0]
+    text = f"{jax.device_count()} × {device.device_kind}"
+    if device.platform == "cpu":
+        text += f", {os.cpu_count()} cores"
+    return text + (f" ({jax.process_count()} processes)" if jax.process_count() > 1 else "")
+
+
+def commit() -> str:
+    """The commit of ibjax's own repository, with "+" where it has changes; else its version, as "version 0.1.0".
+
+    A repository that merely encloses the package, as that of a project with a virtual environment in it, says nothing
+    of ibjax.
+    """
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if Path(_git("rev-parse", "--show-toplevel")).resolve() == _SOURCE:
+            return _git("rev-parse", "--short", "HEAD") + "+" * bool(_git("status", "--porcelain", "ibjax"))
+    return f"version {own_version()}"
+
+
+def _git(*arguments):
+    """What git prints of the repository that ibjax lies in; raises SubprocessError where there is none."""
+    command = ["git", "-C", str(_SOURCE), *arguments]
+    done = subprocess.run(command, capture_output=True, check=True, encoding="utf-8", errors="replace", timeout=10)
+    return done.stdout.strip()
+
+
+def environment() -> dict[str, Any]:
+    """What env.json says."""
+    where = {"hardware": hardware(), "platform": platform.platform(), **jax_settings()}
+    return {"command": sys.argv, "versions": versions(), "commit": commit(), **where}

@@ -1,0 +1,156 @@
+"""Configurations from files: a recipe `FILE.py[:arg]` or a run's config.json, changed by `--config.KEY=VALUE`."""
+
+import contextlib
+import inspect
+import json
+import runpy
+import sys
+
+from absl import flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
+
+from ibjax import config, files, threat
+from ibjax.errors import InputError, nearest
+
+
+def parse_flags(values, argv):
+    try:
+        return values(argv)
+    except Exception as error:  # absl's own, and KeyError, TypeError, ValueError of config_flags
+        raise InputError(last_line(error)) from None
+
+
+def override(settings: ConfigDict, overrides: list[str]) -> ConfigDict:
+    """The configuration with `--config.KEY=VALUE` applied; every option of every call can be set.
+
+    `--config.attack=None` takes an optional section away, `--config.perturb.name=awp` brings one.
+    """
+    overrides = [flag for flag in overrides if not _decides(settings, *_pair(flag))]
+    config.complete(settings)
+    overrides = [flag for flag in overrides if not _is_none(settings, *_pair(flag))]
+    for path, value in map(_pair, overrides):
+        _check_key(settings, path)
+        if value is None:
+            raise InputError(f"--config.{path} has no value; write --config.{path}=VALUE")
+    values = flags.FlagValues()
+    with _argv(["", *overrides]):  # config_flags looks for overrides there
+        config_flags.DEFINE_config_dict("config", settings, lock_config=True, flag_values=values)
+        parse_flags(values, ["", *overrides])
+    return settings
+
+
+def _pair(flag):
+    path, separator, value = flag.lstrip("-").removeprefix("config.").partition("=")
+    return path, value if separator else None
+
+
+def _decides(settings, path, value):
+    """Applies a flag that decides which options there are, a section's name or its absence; says whether it did."""
+    section, _, key = path.rpartition(".")
+    optional = config.local(section) in config.OPTIONAL and config.lookup(settings, section, 0) != 0
+    if key == "name" and value and (optional or config.lookup(settings, path, None) is not None):
+        config.rename(settings, section, value)
+    elif config.local(path) in config.OPTIONAL and value == "None" and config.lookup(settings, path, 0) != 0:
+        config.rename(settings, path, None)
+    else:
+        return False
+    return True
+
+
+def _is_none(settings, path, value):
+    """Applies a flag whose value is None, where the key may be; says whether it did."""
+    section, _, key = path.rpartition(".")
+    parent = config.lookup(settings, section, {}) if section else settings
+    if value != "None" or key not in parent or not config.may_be_none(settings, path):
+        return False
+    parent[key] = None
+    return True
+
+
+def _check_key(settings, path):
+    """Raises InputError unless a path is that of one value."""
+    paths = [path for path, _ in config.leaves(settings)]
+    below = (p.removeprefix(f"{path}.").partition(".")[0] for p in paths if p.startswith(f"{path}."))
+    inside = list(dict.fromkeys(below))
+    if inside or config.local(path) in config.OPTIONAL:
+        name = "" if inside and "name" not in inside else f"; another one by --config.{path}.name=NAME"
+        none = ", none by None" if config.local(path) in config.OPTIONAL else ""
+        keys = f"; its keys are {', '.join(inside)}" if inside else ""
+        raise InputError(f"config key '{path}' is a section, not a value{name}{none}{keys}")
+    if path not in paths:
+        section = [p for p in paths if p.rpartition(".")[0] == path.rpartition(".")[0]]
+        raise InputError(f"config key '{path}' is unknown; {nearest(path, section or paths)}")
+
+
+@contextlib.contextmanager
+def _argv(argv):
+    before, sys.argv = sys.argv, argv
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def load(value: str) -> ConfigDict:
+    """The configuration of FILE.py[:arg], or of a run's config.json; raises InputError when it is missing or fails."""
+    name, _, arg = value.partition(":")
+    file = files.path(name)
+    if not file.is_file():
+        raise InputError(f"--config={file} is no file; {_instead(file)}")
+    made = _of_run(file, arg) if file.suffix == ".json" else _of_recipe(file, arg)
+    config.check(made)
+    return made
+
+
+def _instead(file):
+    """What to give in place of a file that is not there."""
+    folder = file if file.is_dir() else file.parent
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    there = sorted(p.name for pattern in ("*.py", "config.json") for p in folder.glob(pattern))
+    return (
+        f"in {folder}: {nearest(file.name, there)}" if there else f"{folder} holds no recipe (*.py) and no config.json"
+    )
+
+
+def _of_recipe(file, arg):
+    try:
+        make = runpy.run_path(str(file))["get_config"]
+    except KeyError as error:
+        if error.args != ("get_config",):
+            raise InputError(f"{file} fails with KeyError: {last_line(error)}") from None
+        raise InputError(f"{file} has no get_config(arg); define it, returning ibjax.config.base(), changed") from None
+    except Exception as error:  # a configuration is the user's Python
+        raise InputError(f"{file} fails with {type(error).__name__}: {last_line(error)}") from None
+    if arg and not inspect.signature(make).parameters:
+        raise InputError(f"{file} takes no argument, its get_config() has no parameter; leave ':{arg}' out")
+    try:
+        made = make(*([arg] if arg else []))
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{file} fails with {type(error).__name__}: {last_line(error)}") from None
+    if isinstance(made, FrozenConfigDict):
+        made = made.as_configdict()
+    if not isinstance(made, ConfigDict):
+        raise InputError(f"get_config of {file} returns a {type(made).__name__}; return ibjax.config.base(), changed")
+    return made
+
+
+def _of_run(file, arg):
+    """The configuration that a run was made with, for the same run or a changed one."""
+    if arg:
+        raise InputError(f"--config={file} is a run's configuration and takes no argument; leave ':{arg}' out")
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))["config"]
+        return config.loosen(threat.follow(config.upgrade(ConfigDict(config.plain(saved)))))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"--config={file} is not the config.json of a run ({last_line(error)}); give that, or FILE.py"
+        ) from None
+
+
+def last_line(error):
+    """The line of an error that says what is wrong: flags wrap tracebacks into their messages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,237 @@
+"""The folder of a run: who may write into it, its configuration, and whether what lies there is the same run.
+
+workdir/  config.json env.json metrics.jsonl checkpoints/<step>/ eval/<checkpoint>/<attack>.json report.html
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from ibjax import config, files
+from ibjax.devices import cluster
+from ibjax.errors import CheckpointError, InputError, UnreadableError
+from ibjax.files import write_json
+from ibjax.runs import checkpoint as checkpoints
+from ibjax.runs import metrics, provenance
+
+log = logging.getLogger(__name__)
+
+
+# Keys that change neither the training nor its result, and so may differ when a run is continued. The teacher is
+# compared by its weights, the data by its content: where they lie may change. The threat model is compared in the
+# attacks that take it.
+_FREE_KEYS = (
+    *("title", "threat", "evaluate", "contrast", "log_every", "checkpoint_every", "steps_per_dispatch"),
+    *config.TEACHERS,
+)
+
+
+# what config.json says of the data beside its content, which the digests are of; runs of earlier versions lack it
+DESCRIPTIONS = ("classes", "warnings")
+
+
+_FREE_PATHS = ("data.path", "data.data_dir")
+
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """Holds the workdir for this run, all its processes together.
+
+    A second run in it is refused with InputError, and so is a folder that not all processes share.
+    """
+    handle, problem, token = None, "", secrets.token_hex(8)
+    if jax.process_index() == 0:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            handle = (workdir / ".lock").open("a+", encoding="utf-8")
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            handle.truncate(0)
+            handle.write(token)
+            handle.flush()
+        except BlockingIOError:
+            problem = f"another run is using {workdir}; wait for it, or give another --workdir"
+        except OSError as error:
+            problem = f"--workdir={workdir} cannot be written or locked ({error.strerror}); give another folder"
+    try:
+        if problem := cluster.word_of_first("the lock of the workdir", problem):
+            raise InputError(problem)
+        token = cluster.word_of_first("the mark in the workdir", token)
+        there = {"what process 0 has written is there": _sees(workdir / ".lock", token)}
+        cluster.agree("workdirs", there, f"give a --workdir that all processes share, not {workdir}")
+        yield
+    finally:
+        if handle:
+            handle.close()
+
+
+def _sees(file, token):
+    """Whether this process reads the token in the file; folders of a network may take a moment."""
+    for wait in (0.0, 0.5, 1.0, 2.0, 4.0, 8.0):
+        time.sleep(wait)
+        with contextlib.suppress(OSError):
+            if file.read_text(encoding="utf-8", errors="replace") == token:
+                return True
+    return False
+
+
+def check_writable(*folders: Path) -> None:
+    """Raises InputError, on every process, where the first could not write a result into one of the folders.
+
+    A folder that is absent is made.
+    """
+    problem = ""
+    for folder in folders if jax.process_index() == 0 else ():
+        probe = folder / f".writable-{os.getpid()}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.write_text("", encoding="utf-8")
+            probe.unlink()
+        except OSError as error:
+            problem = f"{folder} cannot be written ({error.strerror}), and the result would be lost; make it writable"
+            break
+    if problem := cluster.word_of_first("whether results can be written", problem):
+        raise InputError(problem)
+
+
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether the folder holds a configuration and at least one committed checkpoint."""
+    return (workdir / "config.json").is_file() and bool(checkpoints.steps_in(workdir / "checkpoints"))
+
+
+def doubts(workdir: Path) -> list[str]:
+    """What every record must say of the run's checkpoints."""
+    damaged = workdir / "damaged"
+    steps = sorted(p.name for p in damaged.iterdir() if p.is_dir()) if damaged.is_dir() else []
+    if not steps:
+        return []
+    return [f"checkpoints of steps {', '.join(steps)} were damaged or lost; 'best' is the best of the others"]
+
+
+def write_config(workdir: Path, given: ConfigDict, facts: dict[str, Any], *, restart: bool = False) -> dict[str, Any]:
+    """Writes config.json and env.json, or checks that the run which is already there is the same one.
+
+    Returns the run's `identity`, for `checkpoint.manager`. Before its first checkpoint a run has nothing to protect,
+    and another configuration may take its place. Raises InputError where another run is there, where checkpoints were
+    lost and not `restart`, and where the processes of this run do not see the same.
+    """
+    own, found = identity(given, facts), checkpoints.steps_in(workdir / "checkpoints")
+    advice = "start all processes with one command and a --workdir that all of them share"
+    cluster.agree("configurations or data", own, advice)
+    cluster.agree("workdirs", {"steps in checkpoints/": found}, advice)
+    if found:
+        _refuse_other_run(workdir, given, facts, own)
+    else:
+        _refuse_lost_checkpoints(workdir, restart)
+    if jax.process_index() == 0:
+        write_json(workdir / "config.json", {"config": config.plain(config.effective(given)), "data": facts})
+        write_json(workdir / "env.json", provenance.environment())
+    return own
+
+
+def identity(settings: ConfigDict, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """{path: value} of what makes a run this run: options that change its result, and the facts of its data."""
+    found = {path: value for path, value in _options(settings).items() if not _is_free(path)}
+    about = {key: value for key, value in config.plain(facts).items() if key not in DESCRIPTIONS}
+    return {**found, **{f"its {path}": value for path, value in config.leaves(about)}}
+
+
+def _options(settings):
+    """{path: value} of all options, those of every call and the lengths of every attack among them."""
+    return dict(config.leaves(config.plain(config.complete(config.effective(settings)))))
+
+
+def _is_free(path):
+    return path.split(".")[0] in _FREE_KEYS or path in _FREE_PATHS
+
+
+def _refuse_other_run(workdir, given, facts, own):
+    """Refuses to continue the checkpoints of another configuration or of other data."""
+    try:
+        saved, saved_facts = read_config(workdir)
+    except UnreadableError:
+        raise
+    except CheckpointError as error:  # absent or damaged: the checkpoints say of which run they are
+        with checkpoints.manager(workdir, read_only=True, run=own) as store:
+            checkpoints.check_run(store)
+        log.warning("%s; its checkpoints are of this configuration: it is written anew", error)
+        return
+    refuse_other_options(workdir, saved, given)
+    for name, value in config.plain({k: v for k, v in facts.items() if k not in DESCRIPTIONS}).items():
+        if config.plain(saved_facts).get(name) != value:
+            raise InputError(
+                f"{workdir} was trained with another {name} ({saved_facts.get(name)}, now {value}); "
+                f"give another --workdir, or what it was trained with"
+            )
+
+
+def refuse_other_options(
+    workdir: Path, saved: ConfigDict, given: ConfigDict, sections: tuple[str, ...] | None = None
+) -> None:
+    """Raises InputError where two configurations differ in one of the `sections`; None: in what makes a training."""
+    old, new = _options(saved), _options(given)
+    for path in {**new, **old}:
+        compared = not _is_free(path) if sections is None else path.split(".")[0] in sections
+        if compared and not config.same(path, old.get(path), new.get(path)):
+            raise InputError(
+                f"{workdir} holds a run with {path}={old.get(path)!r}, now {new.get(path)!r} is asked for; "
+                f"give another --workdir, or the configuration that it was made with"
+            )
+
+
+def _refuse_lost_checkpoints(workdir, restart):
+    """Refuses to begin at step 0 in silence where there was a checkpoint once."""
+    damaged = workdir / "damaged"
+    aside = files.patiently(lambda: sorted(p.name for p in damaged.iterdir()), damaged) if damaged.is_dir() else []
+    saved = metrics.saved_step(workdir / "metrics.jsonl")
+    if not aside and saved is None:
+        return
+    traces = [f"damaged/ holds steps {', '.join(aside)}"] if aside else []
+    traces += [f"metrics.jsonl tells of step {saved}"] if saved is not None else []
+    text = f"{workdir} has no checkpoint any more, but {' and '.join(traces)}"
+    if not restart:
+        raise InputError(
+            f"{text}; put the checkpoints back into checkpoints/, or give --restart to begin again at step 0"
+        )
+    if jax.process_index() == 0:
+        log.warning("%s; beginning at step 0, with these in %s", text, checkpoints.retire(workdir))
+    cluster.agree("what was left of the run set aside", {})  # all wait for process 0
+
+
+def read_config(workdir: Path) -> tuple[ConfigDict, dict[str, Any]]:
+    """(configuration, facts of the data) of a run.
+
+    Raises CheckpointError where there is none or it is damaged, UnreadableError where it cannot be read just now.
+    """
+    file = workdir / "config.json"
+    try:
+        content = files.read_json(file)
+        saved, facts = config.upgrade(ConfigDict(content["config"])), content["data"]
+        config.check(saved)
+        saved = config.effective(saved)
+        if type(facts["num_classes"]) is not int or not all(type(size) is int for size in facts["input_shape"]):
+            raise ValueError("its data section is not that of a run")
+        return saved, facts
+    except FileNotFoundError:
+        if checkpoints.steps_in(workdir / "checkpoints"):
+            raise CheckpointError(
+                f"{file} is missing beside checkpoints; the training command writes it again, or restore it from a copy"
+            ) from None
+        raise CheckpointError(
+            f"{workdir} holds no run (no config.json); train there first, or give another folder"
+        ) from None
+    except UnreadableError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IsADirectoryError) as error:
+        raise CheckpointError(
+            f"{file} is damaged or of another version ({error}); the training command writes it again, or restore it "
+            f"from a copy"
+        ) from None

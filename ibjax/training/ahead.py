@@ -1,0 +1,344 @@
+"""Compiles the real train step for a TPU slice that is not here: what it costs, and where it communicates.
+
+    python -m ibjax.aot --config=configs/ibd_wrn.py --topology=v5e:16x16 [--config.batch_size=1024 …]
+
+Prints memory of each chip against its HBM, FLOPs and bytes of each chip and step, the images/s that either of them
+allows at most, and the collectives with the loop in which they stand. An attack must contain none: in evaluation mode
+images are independent. Needs the extra [tpu], whose compiler needs no TPU, and no data: only their shape counts.
+
+    FLOPs = m · ( FLOPs(dispatch) + (k − 1) · FLOPs(attack step) ), likewise the bytes
+
+of m microbatches, since the compiler counts a rolled loop's body once, whatever its length k; so it does with the
+bodies of other loops, as MMA's bisection, whose number is printed. Both are what it reports for the optimised program
+of one chip; the bounds assume its peak in bfloat16 and its bandwidth, so they are never reached.
+"""
+
+import argparse
+import logging
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from ibjax import config
+from ibjax.data import IMAGES
+from ibjax.devices import cluster, cores
+from ibjax.errors import InputError, nearest
+from ibjax.runs import (
+    recipe_files,
+    run,
+)
+from ibjax.training import feed
+from ibjax.training.experiment import build, initializer
+
+# Before jax looks for chips: there are none, and another process may be compiling as well.
+_WITHOUT_CHIPS = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
+
+
+log = logging.getLogger(__name__)
+
+
+class Chip(NamedTuple):
+    """What a chip can do at most, as its maker says."""
+
+    flops: float  # a second, dense bfloat16
+    hbm: float  # bytes
+    bandwidth: float  # bytes a second
+
+
+GIB = 2**30
+
+
+CHIPS = {  # by the name that JAX gives the kind; Cloud TPU's documentation
+    "TPU v4": Chip(275e12, 32 * GIB, 1228e9),
+    "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9),
+    "TPU v5": Chip(459e12, 95 * GIB, 2765e9),
+    "TPU v6 lite": Chip(918e12, 32 * GIB, 1640e9),
+}
+
+
+class Collective(NamedTuple):
+    """A kind of communication, in one place of the program."""
+
+    kind: str
+    depth: int  # number of loops around it, less those around a step: −1 once a dispatch, 0 once a step
+    count: int
+    bytes: int  # of all results together, on one chip
+
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+
+
+_CALLED = re.compile(r"(?:calls|to_apply|condition|body|branch_computations|true_computation|false_computation)=")
+
+
+_COLLECTIVE = re.compile(
+    r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\("
+)
+
+
+_PIECE = re.compile(r'chain_id="(\d+)"')  # a TPU's compiler interleaves one collective with several convolutions
+
+
+_NO_FLOPS = re.compile(r'op_name="[^"]*(/gather|/scatter|/dynamic_slice|/dynamic_update_slice|searchsorted.*/while)"')
+
+
+_SHAPE = re.compile(r"(pred|[a-z]+\d+)\[([\d,]*)\]")
+
+
+def collectives(program: str, around: int = 0) -> list[Collective]:
+    """All communication in an optimised HLO module; `around` loops are around a step."""
+    found, sizes, chains = Counter(), Counter(), set()
+    for line, depth in _lines(program):
+        if match := _COLLECTIVE.search(line):
+            if piece := _PIECE.search(line):
+                if piece[1] in chains:
+                    continue
+                chains.add(piece[1])
+            found[match[2], depth - around] += 1
+            sizes[match[2], depth - around] += _bytes(match[1])
+    return [Collective(kind, level, count, sizes[kind, level]) for (kind, level), count in sorted(found.items())]
+
+
+def loops(program: str) -> int:
+    """Loops in an optimised HLO module, without those of a gather or scatter or of a search in a table: no FLOPs."""
+    return sum(" while(" in line and not _NO_FLOPS.search(line) for line, _ in _lines(program))
+
+
+def _lines(program):
+    """(line, number of loops around it) of all computations that the module's entry reaches."""
+    blocks, entry, current = {}, None, None
+    for line in program.splitlines():
+        if match := _HEADER.match(line):
+            current = match[2]
+            blocks[current] = []
+            entry = current if match[1] else entry
+        elif current is not None:
+            blocks[current].append(line)
+    depth, todo = {entry: 0}, [entry]
+    while todo:
+        name = todo.pop()
+        for line in blocks.get(name, ()):
+            called = _CALLED.search(line)
+            inside = depth[name] + (" while(" in line)
+            for callee in re.findall(r"%([\w.\-]+)", line[called.start() :]) if called else ():
+                if callee in blocks and depth.get(callee, -1) < inside:
+                    depth[callee] = inside
+                    todo.append(callee)
+    return [(line, level) for name, level in depth.items() for line in blocks.get(name, ())]
+
+
+def _bytes(shapes):
+    total = 0
+    for kind, dimensions in _SHAPE.findall(shapes):
+        bits = 8 if kind == "pred" else int(re.sub(r"\D", "", kind)[:2] or 32)
+        total += bits // 8 * int(np.prod([int(d) for d in dimensions.split(",") if d], dtype=np.int64))
+    return total
+
+
+def slice_mesh(topology: str) -> Mesh:
+    """The devices of a slice, as "v5e:16x16", in one axis; raises InputError where there is no such slice."""
+    try:
+        from jax.experimental import topologies
+
+        devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    except ImportError:
+        raise InputError("the compiler for TPUs is not installed; pip install 'ibjax[tpu]'") from None
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if "libtpu" in reason and "not" in reason.lower():
+            raise InputError("the compiler for TPUs is not installed; pip install 'ibjax[tpu]'") from None
+        raise InputError(f"--topology={topology} is no slice ({reason}); give KIND:SHAPE as v5e:16x16") from None
+    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def prepare(settings: ConfigDict, shape: tuple[int, ...], classes: int, teachers: dict[str, ConfigDict]) -> ConfigDict:
+    """The configuration for a compilation: shapes in place of data, loops rolled as on an accelerator."""
+    settings = settings.copy_and_resolve_references()
+    with settings.unlocked():
+        size = dict(shape=shape, num_classes=classes, n_train=settings.batch_size + classes)
+        settings.data = dict(name="synthetic", val_size=classes, split_seed=0, **size)
+        for role, recipe in teachers.items():
+            settings[role].recipe = prepare(recipe, shape, classes, {})
+            settings[role].workdir = ""
+        if settings.attack is not None and settings.attack.name == "pgd":
+            settings.attack.unroll = False
+    return settings
+
+
+@cores.elsewhere()
+def compile_step(settings: ConfigDict, mesh: Mesh, images: int | None) -> dict[str, Any]:
+    """Compiles what a configuration (see `prepare`) runs on the devices of `mesh`; nothing is run.
+
+    `images` is the number of training images on every device, None where they are streamed. Returns numbers of one
+    chip and one step.
+    """
+    experiment = build(settings, {role: Path("/nowhere") for role in config.TEACHERS}, abstract=True, mesh=mesh)
+    replicated, sharded = (NamedSharding(mesh, spec) for spec in (cluster.REPLICATED, cluster.BATCH))
+
+    def shaped(tree, sharding=replicated):
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+    def of_images(count, dtype, sharding):
+        """Shapes of images and labels."""
+        return shaped(
+            (jax.ShapeDtypeStruct((count, *shape), dtype), jax.ShapeDtypeStruct((count,), jnp.int32)), sharding
+        )
+
+    key = shaped(jax.eval_shape(lambda: jax.random.key(0)))
+    shape = experiment.data.train.images.shape[1:]
+    frozen = shaped(experiment.frozen)
+    state = shaped(jax.eval_shape(initializer(experiment), key, jax.ShapeDtypeStruct((1, *shape), jnp.float32), frozen))
+    steps = 1 if images is None else settings.steps_per_dispatch or settings.log_every
+    began = time.perf_counter()
+    if images is None:
+        batch = dict(zip(("image", "label"), of_images(settings.batch_size, jnp.uint8, sharded), strict=True))
+        lowered = feed.make_batch_dispatch(experiment).lower(state, {**batch, "index": batch["label"]}, key, frozen)
+    else:
+        data, n = of_images(images, jnp.uint8, replicated), shaped(jax.ShapeDtypeStruct((), jnp.int32))
+        lowered = feed.make_dispatch(experiment, steps).lower(state, *data, key, frozen, n)
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - began
+    cost, memory, program = compiled.cost_analysis() or {}, compiled.memory_analysis(), compiled.as_text()
+    flops, accessed = cost["flops"], cost["bytes accessed"]
+    repeated = _attack_steps(settings)
+    if repeated > 1:
+        part = of_images(settings.batch_size // settings.microbatches, jnp.float32, sharded)
+        one = _attack_step(experiment).lower(state.variables, *part).compile().cost_analysis() or {}
+        flops += (repeated - 1) * one["flops"]
+        accessed += (repeated - 1) * one["bytes accessed"]
+    known = (steps > 1) + (repeated > 1) + (settings.microbatches > 1)
+    return {
+        "chips": mesh.size,
+        "kind": mesh.devices.flat[0].device_kind,
+        "batch_size": settings.batch_size,
+        "memory": memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes,
+        "flops": settings.microbatches * flops,
+        "bytes": settings.microbatches * accessed,
+        "collectives": collectives(program, around=int(steps > 1)),
+        "other_loops": max(loops(program) - known, 0),
+        "compile_seconds": seconds,
+    }
+
+
+def _attack_steps(settings):
+    """How often the body of the attack's loop runs in a step."""
+    if settings.attack is None or settings.attack.name != "pgd":
+        return 1
+    return settings.attack.get("steps", 10) * settings.attack.get("restarts", 1)
+
+
+def _attack_step(experiment):
+    """One gradient to the input in evaluation mode: what a rolled attack repeats."""
+
+    def one(variables, x, label):
+        def loss(x):
+            logits, _ = experiment.bind_net(None).predict(variables, x)
+            return -jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], 1))
+
+        return jnp.clip(x + jnp.sign(jax.grad(loss)(x)), 0, 1)
+
+    return jax.jit(one, out_shardings=NamedSharding(experiment.mesh, cluster.BATCH))
+
+
+def table(found: dict[str, Any]) -> str:
+    """What `compile_step` found, for people."""
+    chip = CHIPS.get(found["kind"])
+    lines = [
+        f"{found['chips']} × {found['kind']}, batch {found['batch_size']} "
+        f"({found['batch_size'] // found['chips']} images a chip), compiled in {found['compile_seconds']:.0f} s"
+    ]
+    memory = f"{found['memory'] / GIB:.2f} GiB"
+    if chip is None:
+        lines += [f"memory of a chip  {memory}", f"FLOPs of a chip   {found['flops']:.3g} a step"]
+        lines += [f"no peak is known for {found['kind']}; {nearest(found['kind'], CHIPS)}"]
+    else:
+        share = found["memory"] / chip.hbm
+        lines += [f"memory of a chip  {memory} of {chip.hbm / GIB:.0f} GiB ({100 * share:.0f} %)"]
+        for name, unit, peak in (("flops", "FLOP", chip.flops), ("bytes", "bytes", chip.bandwidth)):
+            rate = found["batch_size"] * peak / found[name]
+            lines += [f"{name:17} {found[name]:.3g} {unit} a step and chip: at most {rate:,.0f} images/s"]
+        if share > 1:
+            lines += ["does not fit: model.remat=True, more microbatches or chips, or model.dtype='bfloat16'"]
+    if found["other_loops"]:
+        lines += [f"other loops       {found['other_loops']}, whose bodies FLOPs and bytes count once"]
+    where = {-1: "once a dispatch", 0: "each step"}
+    lines += ["collectives       kind, count, MB of a chip, where" if found["collectives"] else "no collectives"]
+    for item in found["collectives"]:
+        place = where.get(item.depth, "IN A LOOP OF THE STEP (an attack must have none)")
+        lines += [f"                  {item.kind}, {item.count}, {item.bytes / 1e6:.2f}, {place}"]
+    return "\n".join(lines)
+
+
+def _teachers(settings, given):
+    """role -> recipe of the teachers that the objective needs: --teacher, the configuration's, or its hint's."""
+    found = {}
+    for role in config.build("objectives", settings.objective, "objective").teachers:
+        hint = re.search(r"--config=(\S+)", settings[role].made_by)
+        file = (given if role == "teacher" else None) or (hint[1] if hint else None)
+        if settings[role].recipe is not None:
+            found[role] = settings[role].recipe
+        elif file:
+            found[role] = recipe_files.load(file)
+        else:
+            raise InputError(
+                f"objective '{settings.objective.name}' needs a {role}; give its recipe, --teacher=FILE.py"
+            )
+    return found
+
+
+def images_of(data: ConfigDict, shape: str | None, classes: int | None) -> tuple[tuple[int, ...], int]:
+    """(shape, classes) of a recipe's images: as given, as its data set is known to have, or as its own files say.
+
+    Raises InputError where these are not there either.
+    """
+    known, number = IMAGES.get(data.get("dataset", data.name), (None, None))
+    if data.name == "synthetic":
+        known, number = tuple(data.shape), data.num_classes
+    if data.get("size") is not None:
+        known = (data.size, data.size, 1 if data.get("grey") else 3)
+    number, reason = number if classes is None else classes, ""
+    if shape is not None:
+        sides = shape.split(",")
+        known = tuple(int(side) for side in sides if side.isdecimal() and int(side) > 0)
+        known = known if len(known) == len(sides) == 3 else None
+    elif "path" in data:
+        try:
+            read = run.load_data(ConfigDict({"data": {**data, "val_size": 0, "split_seed": 0}}))
+            known, number = read.train.images.shape[1:], read.num_classes if classes is None else classes
+        except InputError as error:
+            reason = f" ({error})"
+    if known is None or number is None or number < 1:
+        raise InputError(
+            f"--shape={shape}, --classes={classes}: data={dict(data)} does not say what its images are{reason}; "
+            "give --shape=HEIGHT,WIDTH,CHANNELS and --classes"
+        )
+    return known, number
+
+
+def in_words(shape: Sequence[int], classes: int) -> str:
+    """As "images 32×32×3, 10 classes"."""
+    return f"images {'×'.join(map(str, shape))}, {classes} classes"
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """Adds --shape and --classes, for `images_of`."""
+    parser.add_argument("--shape", help="of an image: H,W,C; default: the data set's")
+    parser.add_argument("--classes", type=int, help="of the data; default: the data set's")

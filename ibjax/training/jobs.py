@@ -1,0 +1,34 @@
+"""The trainings that one configuration stands for: its teachers, what it is contrasted with, and itself."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from ibjax import config, files
+from ibjax.errors import InputError
+
+
+class Job(NamedTuple):
+    """One training that a configuration stands for."""
+
+    settings: ConfigDict
+    workdir: Path
+    teachers: dict[str, Path]  # role -> workdir
+
+
+def jobs(settings: ConfigDict, workdir: Path) -> list[Job]:
+    """Everything that one configuration stands for, in the order of training: teacher, contrasts, itself."""
+    settings = config.effective(settings)
+    made, teachers = [], {}
+    for role in config.TEACHERS:
+        section = settings[role]
+        if section.workdir or section.recipe is not None:
+            teachers[role] = files.path(section.workdir) if section.workdir else workdir / role
+        if section.recipe is not None:
+            made += jobs(section.recipe, teachers[role])
+    for name, recipe in settings.contrast.items():
+        if name in (*config.TEACHERS, "checkpoints", "eval", "damaged", "tensorboard"):
+            raise InputError(f"contrast.{name}: that name is a folder of the run itself; choose another")
+        made += jobs(recipe, workdir / name)
+    return [*made, Job(settings, workdir, teachers)]
