@@ -368,7 +368,7 @@ def compression() -> str:
     return "zstd" if with_zstd else "zlib"
 
 
-def provenance(about: dict[str, Any]) -> str:
+def provenance_line(about: dict[str, Any]) -> str:
     """Where the numbers were made, in a line."""
     used = ", ".join(f"{name} {about['versions'][name]}" for name in ("python", "jax", "orbax-checkpoint"))
     return f"{about['hardware']}, {used}, commit {about['commit']}; compiled programs under {about['compression']}."
@@ -394,7 +394,7 @@ def command_line() -> None:
     about, table = {**provenance.environment(), "compression": compression()}, page(("file", "flips"), kinds, OUTCOMES)
     both = {"bad": before["bad"] + found["bad"], "seeds": [*before["seeds"], given.seed]}
     files.write_json(out, {"kinds": kinds, **both, "run": about})
-    out.with_suffix(".md").write_text(f"{table}\n\nOne wrong bit each. {provenance(about)}\n", encoding="utf-8")
+    out.with_suffix(".md").write_text(f"{table}\n\nOne wrong bit each. {provenance_line(about)}\n", encoding="utf-8")
     print(table)
     for line in found["bad"]:
         print(line)

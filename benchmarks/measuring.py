@@ -181,7 +181,7 @@ class Page:
         """Writes one more record, and its table to the terminal."""
         self.records.append(record)
         warnings = dict.fromkeys(warning for found in self.records for warning in found.get("warnings", ()))
-        about = "; ".join(part for part in (self.note, provenance(self.found)) if part)
+        about = "; ".join(part for part in (self.note, provenance_line(self.found)) if part)
         text = f"{self.table(self.records)}\n\n{about}\n" + "".join(f"\n- {warning}" for warning in warnings) + "\n"
         files.write_json(self.out, {"benchmark": self.benchmark, **self.found, "records": self.records})
         self.out.with_suffix(".md").write_text(text, encoding="utf-8")
@@ -217,7 +217,7 @@ def environment() -> dict[str, Any]:
     return found
 
 
-def provenance(found: dict[str, Any]) -> str:
+def provenance_line(found: dict[str, Any]) -> str:
     """Hardware, versions and date on one line."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     return f"{found['hardware']}; {versions}; {found['date'][:10]}"

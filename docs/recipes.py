@@ -18,7 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ibjax import config, optim, perturb
+from ibjax import config, optim
 from ibjax.errors import InputError
 
 DOCS = Path(__file__).resolve().parent
@@ -85,7 +85,7 @@ def aspects(made: ConfigDict) -> dict[str, str]:
 
 def call(kind: str, section: Any) -> str:
     """name(option=value, …): of a network what is not the default, of anything else all that is set."""
-    factory = perturb.named(section["name"]) if kind == "perturb" else config.factory(kind, section["name"])
+    factory = config.factory(kind, section["name"])
     parameters, _ = config.signature(factory)
     shown = []
     for key, parameter in parameters.items():

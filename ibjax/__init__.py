@@ -25,5 +25,7 @@ if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_
 def __getattr__(name):
     """`ibjax.load` and `ibjax.Run`, imported when they are used: JAX and Flax take seconds."""
     if name in __all__:
+        from ibjax.runs import run
+
         return getattr(run, name)
     raise AttributeError(f"module 'ibjax' has no attribute '{name}'")

@@ -41,11 +41,11 @@ def command() -> None:
     given, recipe = command_line.parse_recipe(parser)
 
     def body():
-        os.environ.update(ahead._WITHOUT_CHIPS)
+        os.environ.update(ahead.WITHOUT_CHIPS)
         jax.config.update("jax_platforms", "cpu")
         settings = recipe()
         shape, classes = ahead.images_of(settings.data, given.shape, given.classes)
-        teachers = ahead._teachers(settings, given.teacher)
+        teachers = ahead.teachers_of(settings, given.teacher)
         mesh = ahead.slice_mesh(given.topology)
         cluster.check_divides(settings.batch_size, "batch_size", mesh.size, settings.microbatches)
         images = None if settings.data.name == "stream" else given.images

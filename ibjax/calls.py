@@ -22,18 +22,26 @@ TEACHERS = ("teacher", "assistant")
 # the types of options that are sections themselves: of a model, or an objective
 ModelSection = Annotated[Mapping[str, Any], "models"]
 ObjectiveSection = Annotated[Mapping[str, Any], "objectives"]
-# kind of module -> the factory's name in it; None: the module's own name
-_FACTORIES = {"models": "Model", "data": "load", "objectives": None, "attacks": None}
+# kind -> the name of the factory in each module of the package `ibjax.<kind>`; None: the module's own name
+_PACKAGES = {"models": "Model", "data": "load", "objectives": None, "attacks": None}
+# kind -> (module, the dict in it that has the factories by name)
+_TABLES = {
+    "optimizers": ("ibjax.optim", "OPTIMIZERS"),
+    "schedules": ("ibjax.optim", "SCHEDULES"),
+    "perturb": ("ibjax.perturb", "PERTURBATIONS"),
+}
 CALLS = {
     "data": "data",
     "model": "models",
     "objective": "objectives",
     "attack": "attacks",
     "validate.attack": "attacks",
-    "optimizer": "optim",
-    "schedule": "optim",
+    "optimizer": "optimizers",
+    "schedule": "schedules",
     "perturb": "perturb",
 }
+# section -> the arguments that do not come from its options
+_SUPPLIED = {"model": ("num_classes",), "optimizer": ("lr",), "schedule": ("lr", "epochs", "stepping")}
 OPTIONAL = ("attack", "perturb")  # sections that may be None
 SPLITTING = ("val_size", "split_seed", "fraction")  # of the data section, for load_splits, not for the source
 THREAT = ("norm", "eps")
@@ -94,9 +102,18 @@ def recipes(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
 
 
 def factory(kind: str, name: Any) -> Callable:
-    """The factory of module `ibjax.<kind>.<name>`; raises InputError with the nearest right name."""
+    """What a name stands for: the factory of a module `ibjax.<kind>.<name>`, or a function of optim.py or perturb.py.
+
+    Imported here by their names, since all of them import this module. Raises InputError with the nearest right name.
+    """
     name = str(name)
-    attribute = _FACTORIES[kind] or name
+    if kind in _TABLES:
+        module, table = _TABLES[kind]
+        known = getattr(importlib.import_module(module), table)
+        if name not in known:
+            raise InputError(f"{kind.removesuffix('s')}.name '{name}' is unknown; {nearest(name, known)}")
+        return known[name]
+    attribute = _PACKAGES[kind] or name
     if name.isidentifier():
         try:
             module = importlib.import_module(f"ibjax.{kind}.{name}")
@@ -108,7 +125,7 @@ def factory(kind: str, name: Any) -> Callable:
                 return getattr(module, attribute)
     package = importlib.import_module(f"ibjax.{kind}")
     names = [info.name for info in pkgutil.iter_modules(package.__path__)]
-    names = [n for n in names if hasattr(importlib.import_module(f"ibjax.{kind}.{n}"), _FACTORIES[kind] or n)]
+    names = [n for n in names if hasattr(importlib.import_module(f"ibjax.{kind}.{n}"), _PACKAGES[kind] or n)]
     raise InputError(f"{kind.removesuffix('s')}.name '{name}' is unknown; {nearest(name, names)}")
 
 
@@ -162,19 +179,9 @@ def signature(call: Callable, context: Iterable[str] = ()) -> tuple[dict[str, in
     return parameters, typing.get_type_hints(call.__init__ if inspect.isclass(call) else call, include_extras=True)
 
 
-def called(path, name):
+def called(path: str, name: Any) -> tuple[Callable, tuple[str, ...]]:
     """(what a section's name stands for, the arguments that do not come from its options)."""
-    if CALLS[path] == "optim":
-        from ibjax import optim  # which checks its own arguments with this module
-
-        if path == "schedule":
-            return optim.named("schedule", name), ("lr", "epochs", "stepping")
-        return optim.named("optimizer", name), ("lr",)
-    if path == "perturb":
-        from ibjax import perturb
-
-        return perturb.named(name), ()
-    return factory(CALLS[path], name), {"model": ("num_classes",)}.get(path, ())
+    return factory(CALLS[path], name), _SUPPLIED.get(path, ())
 
 
 def fits(value, hint):

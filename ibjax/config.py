@@ -156,9 +156,7 @@ def check(config: ConfigDict) -> None:
         if _given(config, section):
             _check_call(section, lookup(config, section))
     if config.head_optimizer.name:
-        from ibjax import optim
-
-        optim.named("optimizer", config.head_optimizer.name)
+        factory("optimizers", config.head_optimizer.name)
         if config.head_optimizer.lr is None:
             raise InputError("head_optimizer.lr is missing; give the learning rate")
     for role in TEACHERS:

@@ -4,7 +4,7 @@
     python -m ibjax.evaluate --workdir=DIR --surrogate=DIR2 --attacks=fgsm,pgd-100         transfer from another run
     python -m ibjax.evaluate --workdir=DIR --samples=12 --attacks=pgd-20,autoattack-rand   of a stochastic network
 
-An attack's name is one of `attacks/named.py`: `fgsm`, `pgd-STEPS` (cross-entropy), `margin-STEPS` (PGD on the margin
+An attack's name is one of `evaluation/named.py`: `fgsm`, `pgd-STEPS` (cross-entropy), `margin-STEPS` (PGD on the margin
 loss), `autoattack` and its parts, adaptive attacks, with options as in `--attacks="fgsm, cw-l2-200(c=0.1,lr=0.1)"`. An
 image counts as robust when it is classified correctly both as it is and under attack. AutoAttack runs at the main eps
 only, and goes on where it was ended.
@@ -12,27 +12,18 @@ only, and goes on where it was ended.
 Stochastic networks are judged on the mean of their latent variable, without `samples`; with it, on the mean of so many
 drawn softmaxes, which every attack climbs too (`scoring.sampling`). Transfer attacks are those of a surrogate, of its
 `--surrogate_checkpoint`, at the main eps. Records and reports say either.
-
-Guarantee (test of the same name): a record that is there is not computed again.
 """
-
-import logging
 
 import jax
 
 from ibjax import errors, files
 from ibjax.attacks import names
 from ibjax.devices import cluster
-from ibjax.evaluation import evaluate, report
+from ibjax.evaluation import report
+from ibjax.evaluation.evaluate import evaluate
 from ibjax.runs import command_line
 
-log = logging.getLogger(__name__)
-
-
-_IDENTITY = ("weights", "images", "dtype", "attack", "attack_settings", "eps", "step_size", "norm", "seed", "samples")
-
-
-_IDENTITY += ("code", "precision")  # of the attacks; the network's own code and settings: its fingerprint
+__all__ = ["evaluate"]
 
 
 def main() -> None:
@@ -54,7 +45,7 @@ def main() -> None:
         names.tell_of_old(given.attacks or ())
         options = ("attacks", "n", "samples", "norm", "eps", "step_size", "batch_size", "surrogate")
         options += ("surrogate_checkpoint",)
-        records = evaluate.evaluate(given.workdir, given.checkpoint, **{name: getattr(given, name) for name in options})
+        records = evaluate(given.workdir, given.checkpoint, **{name: getattr(given, name) for name in options})
         if jax.process_index() == 0:
             print(report.table(records))
 

@@ -23,7 +23,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from ibjax import config, errors, files, report, threat
+from ibjax import config, errors, files, threat
 from ibjax.attacks import names
 from ibjax.devices import cluster
 from ibjax.errors import InputError

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from ibjax.config import call_arguments
+from ibjax.calls import call_arguments, factory
 from ibjax.errors import InputError, check_range, nearest
 
 STEPPINGS = {
@@ -108,7 +108,7 @@ def schedule(
     *, name: str, lr: float, epochs: float, steps_per_epoch: int, stepping: str | None = None, **options: Any
 ) -> Schedule:
     """The schedule that a function in SCHEDULES makes, by its name; `options` are that function's."""
-    make = named("schedule", name)
+    make = factory("schedules", name)
     call_arguments(make, name, options, "schedule", ("lr", "epochs"))
     stepping = stepping or default_stepping(name)
     if stepping not in STEPPINGS:
@@ -206,17 +206,9 @@ OPTIMIZERS = {"sgd": sgd, "adam": adam}
 
 def optimizer(*, name: str, lr: Callable, **options: Any) -> optax.GradientTransformation:
     """An optimiser by the name of a function in OPTIMIZERS; `lr` maps the step to the learning rate."""
-    make = named("optimizer", name)
+    make = factory("optimizers", name)
     call_arguments(make, name, options, "optimizer", ("lr",))
     return make(lr=lr, **options)
-
-
-def named(kind: str, name: Any) -> Callable:
-    """The function of a `schedule` or `optimizer` section; raises InputError on an unknown name."""
-    known = {"schedule": SCHEDULES, "optimizer": OPTIMIZERS}[kind]
-    if name not in known:
-        raise InputError(f"{kind}.name '{name}' is unknown; {nearest(str(name), known)}")
-    return known[name]
 
 
 def with_head(network: optax.GradientTransformation, head: optax.GradientTransformation | None):

@@ -15,14 +15,13 @@ dimension (biases, batch-norm) stay as they are, and so do the method's own trai
 The proxy's updates of batch-norm statistics are discarded.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ibjax.errors import InputError, check_range, nearest
+from ibjax.errors import check_range
 from ibjax.step import Perturb
 
 
@@ -44,8 +43,4 @@ def awp(*, gamma: float = 0.01, warmup: int = 0) -> Perturb:
     return perturb
 
 
-def named(name: Any) -> Callable[..., Perturb]:
-    """The function of a `perturb` section; raises InputError on an unknown name."""
-    if name != "awp":
-        raise InputError(f"perturb.name '{name}' is unknown; {nearest(str(name), ('awp',))}")
-    return awp
+PERTURBATIONS = {"awp": awp}

@@ -4,15 +4,13 @@
 
 A DIR is a workdir or a folder above some; every run below it is reported, teachers and contrasts included. Runs of one
 recipe that differ in their seed alone are one line, mean ± standard deviation; with --each every one has its own.
-
-Guarantees (tests of the same names): a file that cannot be read is named, and the rest is shown; the page refers to
-nothing outside itself; whatever stands in a file is escaped; a page is there whole or not at all.
 """
 
 from ibjax import errors, files
-from ibjax.evaluation import report
-from ibjax.evaluation.report import self_checks
+from ibjax.evaluation.report import RunResults, read, self_checks, table, write
 from ibjax.runs.command_line import bare
+
+__all__ = ["RunResults", "read", "table", "write"]
 
 
 def main() -> None:
@@ -26,9 +24,9 @@ def main() -> None:
 
     def command():
         out = given.out or given.folder[0] / "report.html"
-        runs = report.write(given.folder, out, given.each)
+        runs = write(given.folder, out, given.each)
         records = [record for run in runs for record in run.records]
-        print(report.table(records, given.each))
+        print(table(records, given.each))
         for run in runs:
             for problem in run.problems:
                 print(f"warning: {run.title}: {problem}")

@@ -9,7 +9,7 @@ from conftest import small_run
 from test_checkpoint import state
 
 import ibjax
-from ibjax import config, evaluate, files, main
+from ibjax import config, files, main
 from ibjax.errors import CheckpointError, InputError
 from ibjax.evaluation import evaluate
 from ibjax.evaluation.report import runs

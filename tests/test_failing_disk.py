@@ -12,10 +12,9 @@ import pytest
 from test_checkpoint import state
 from test_faults import CONFIG, environment, finish, start
 
-from ibjax import config, errors, files, report
+from ibjax import config, errors, files
 from ibjax.errors import InputError, UnreadableError
 from ibjax.evaluation import report
-from ibjax.evaluation.report import runs
 from ibjax.runs import checkpoint, metrics, rundir
 
 HERE = Path(__file__).parent
@@ -116,7 +115,7 @@ def test_a_page_that_a_full_disk_does_not_take_is_told_as_such(tmp_path, monkeyp
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs, "read", lambda workdirs: [])
+    monkeypatch.setattr("ibjax.evaluation.report.read", lambda workdirs: [])
     monkeypatch.setattr("ibjax.evaluation.report.page.page", lambda *arguments: "text")
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(InputError) as caught:
@@ -127,7 +126,7 @@ def test_a_page_that_a_full_disk_does_not_take_is_told_as_such(tmp_path, monkeyp
 
 
 def test_a_read_that_fails_is_tried_again_and_its_failure_is_never_taken_for_damage(tmp_path, monkeypatch):
-    monkeypatch.setattr(disk, "_WAITS", (0.0, 0.0))
+    monkeypatch.setattr(files, "_WAITS", (0.0, 0.0))
     failures = [OSError(116, "Stale file handle"), MemoryError()]
 
     def read():

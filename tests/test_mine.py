@@ -1,12 +1,18 @@
 """MINE on Gaussians, whose mutual information is known, and its gradient and state against their definitions."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from scipy.special import logsumexp
 
-from ibjax.information.mine import Mine, random_cycle
+from ibjax.information import mine
+from ibjax.information.mine import random_cycle
+from ibjax.models.layers import Dense
+
+Mine = partial(mine.Mine, layer=Dense)
 
 B, K = 64, 2
 

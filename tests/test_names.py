@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from ibjax import evaluate, files
+from ibjax import evaluate as evaluate_command
+from ibjax import files
 from ibjax.attacks import names
 from ibjax.attacks.autoattack import sub_attacks
 from ibjax.attacks.cw import cw
@@ -49,7 +50,7 @@ def network(x):
 
 def test_commas_within_parentheses_belong_to_a_name():
     assert names.split("fgsm, cw-l2-200(c=0.1, lr=0.1),pgd-20") == ["fgsm", "cw-l2-200(c=0.1, lr=0.1)", "pgd-20"]
-    assert command_line.names_of_attacks("cat, dog (big, brown)") == ["cat", "dog (big, brown)"]
+    assert command_line.comma_list("cat, dog (big, brown)") == ["cat", "dog (big, brown)"]
 
 
 @pytest.mark.parametrize(
@@ -270,11 +271,11 @@ def test_what_was_called_cw_is_read_reused_and_called_margin(digits, caplog):
 
 
 def test_a_command_takes_names_with_spaces_and_options(digits, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate.cluster, "initialize", lambda: None)
+    monkeypatch.setattr(evaluate_command.cluster, "initialize", lambda: None)
     command = [f"--workdir={digits}", "--attacks=fgsm, pgd-2(restarts=2, step_size=1/64)", "--n=8"]
     monkeypatch.setattr(sys, "argv", ["evaluate", *command])
     with pytest.raises(SystemExit) as caught:
-        evaluate.main()
+        evaluate_command.main()
     assert caught.value.code == 0 and "PGD-2 (restarts 2, step_size 1/64)" in capsys.readouterr().out
 
 

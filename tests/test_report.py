@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ibjax import config, files, main, report
+from ibjax import config, files, main
+from ibjax import report as report_command
 from ibjax.data import first_of_each
 from ibjax.errors import InputError
 from ibjax.evaluation import report, results
@@ -113,7 +114,7 @@ def run_main(monkeypatch, *argv):
     """The exit code of the command line."""
     monkeypatch.setattr(sys, "argv", ["report", *map(str, argv)])
     with pytest.raises(SystemExit) as exit_info:
-        report.main()
+        report_command.main()
     return exit_info.value.code
 
 
@@ -155,9 +156,9 @@ def test_records_without_the_main_key_are_judged_by_the_configuration():
 
 
 def test_other_data_norms_and_eps_get_tables_of_their_own():
-    tables = tables.tables([record(), record(norm="l2"), record(dataset="coins"), record(eps="4/255", main=True)])
-    assert len({(table.dataset, table.norm, table.eps) for table in tables}) == 4
-    assert all(len(table.lines) == 1 for table in tables)
+    found = tables.tables([record(), record(norm="l2"), record(dataset="coins"), record(eps="4/255", main=True)])
+    assert len({(table.dataset, table.norm, table.eps) for table in found}) == 4
+    assert all(len(table.lines) == 1 for table in found)
 
 
 def test_no_line_loses_its_worst_case_because_another_one_has_more_attacks():

@@ -22,12 +22,12 @@ def said(settings):
 
 def test_the_threat_model_of_the_command_line_is_that_of_every_attack_and_every_run():
     flags = ["--config.threat.eps=6/16", "--config.threat.norm=l2"]
-    jobs = jobs.jobs(config.effective(recipe_files.override(smoke_config("digits"), flags)), tmp := run.Path("x"))
-    assert [job.workdir for job in jobs] == [tmp / "teacher", tmp / "undefended", tmp]
-    for job in jobs:
+    todo = jobs.jobs(config.effective(recipe_files.override(smoke_config("digits"), flags)), tmp := run.Path("x"))
+    assert [job.workdir for job in todo] == [tmp / "teacher", tmp / "undefended", tmp]
+    for job in todo:
         trained, *others = said(job.settings)
         assert others == [("l2", "6/16", "1.5/16")] * 2 and trained in (None, others[0])
-    assert [said(job.settings)[0] is None for job in jobs] == [False, True, False]
+    assert [said(job.settings)[0] is None for job in todo] == [False, True, False]
 
 
 def test_what_a_section_says_itself_stays_and_the_rest_follows():

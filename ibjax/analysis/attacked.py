@@ -57,7 +57,7 @@ def add_class_names(parser: argparse.ArgumentParser) -> None:
     """Adds --names, for `class_names`."""
     parser.add_argument(
         "--names",
-        type=command_line.names_of_attacks,
+        type=command_line.comma_list,
         help="of the classes, in order, separated by commas; default: as the data has them",
     )
 

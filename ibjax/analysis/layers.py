@@ -10,7 +10,6 @@ less. Prints the table and the flag for the recipe, and writes DIR/layers.json; 
 it trains on where it stopped.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +94,14 @@ def table(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """The command line of this module."""
-    parser = command_line.bare("ibjax.analysis.layers", __doc__)
+    parser = command_line.of_training("ibjax.analysis.layers", __doc__)
     parser.add_argument("--gain", type=float, default=1.0, help="points of accuracy that make a layer robust")
-    given, rest = parser.parse_known_args()
+    given, recipe = command_line.parse_recipe(parser)
 
     def command():
-        asked = command_line.parse([sys.argv[0], *rest])
+        settings = recipe()
         cluster.initialize()
-        found = choose(asked.settings, asked.workdir, given.gain)
+        found = choose(settings, given.workdir, given.gain)
         if jax.process_index() == 0:
             print(table(found))
 

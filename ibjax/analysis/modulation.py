@@ -176,7 +176,7 @@ def main() -> None:
     parser = command_line.of_run("ibjax.analysis.modulation", __doc__)
     parser.add_argument(
         "--attacks",
-        type=command_line.names_of_attacks,
+        type=command_line.comma_list,
         help=f"names, separated by commas; default: {','.join(ATTACKS)}",
     )
     parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")

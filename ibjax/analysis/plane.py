@@ -90,12 +90,12 @@ def record(
     check_range("--n", n, 2)
     alone = config.effective(config.complete(settings).copy_and_resolve_references())
     alone.contrast = {}
-    jobs = jobs.jobs(alone, workdir)
-    for job in jobs:  # all before the first: what is wrong with the last must not cost the training of a teacher
+    todo = jobs.jobs(alone, workdir)
+    for job in todo:  # all before the first: what is wrong with the last must not cost the training of a teacher
         loop.check(job.settings, job.teachers)
-    settings, teachers = jobs[-1].settings, jobs[-1].teachers
+    settings, teachers = todo[-1].settings, todo[-1].teachers
     _measure(build(settings, teachers, abstract=True), n, taps, attack)
-    for job in jobs[:-1]:
+    for job in todo[:-1]:
         with rundir.lock(job.workdir):
             loop.train(build(job.settings, job.teachers), job.workdir)
     with rundir.lock(workdir):
@@ -268,24 +268,24 @@ def lines(found: dict[str, Any]) -> Iterable[str]:
 
 def main() -> None:
     """The command line of this module."""
-    parser = command_line.bare("ibjax.analysis.plane", __doc__)
+    parser = command_line.of_training("ibjax.analysis.plane", __doc__)
     parser.add_argument("--every", type=int, default=50, help="steps between two records")
     parser.add_argument("--n", type=int, default=200, help="number of test images")
     parser.add_argument(
         "--taps",
-        type=command_line.names_of_attacks,
+        type=command_line.comma_list,
         help="features, separated by commas; default: IB-RAR's layers of the network",
     )
     parser.add_argument("--attack", help="a name, as of an evaluation; default: the images as they are")
     pictures.add_argument(parser)
-    given, rest = parser.parse_known_args()
+    given, recipe = command_line.parse_recipe(parser)
 
     def command():
         pictures.check(given.picture)
-        asked = command_line.parse([sys.argv[0], *rest])
+        settings = recipe()
         cluster.initialize()
         options = dict(every=given.every, n=given.n, taps=given.taps, attack=given.attack)
-        found = record(asked.settings, asked.workdir, **options)
+        found = record(settings, given.workdir, **options)
         if jax.process_index() == 0:
             print("\n".join(lines(found)))
             if given.picture:

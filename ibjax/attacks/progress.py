@@ -15,8 +15,7 @@ import numpy as np
 
 from ibjax.attacks import checks
 from ibjax.errors import InputError
-from ibjax.files import content_digest, read_npz
-from ibjax.runs.run import replacing
+from ibjax.files import content_digest, read_npz, replacing
 
 SAVE_SECONDS = 30.0  # between two states on disk
 

@@ -64,17 +64,17 @@ def load(*, path: str, label: str = "", grey: bool = False, size: int | None = N
     classes = _numbered(splits[0])
     if unknown := sorted(set(splits[1]) - set(classes)):
         raise DataError(f"{trees[1].root} has classes that train/ lacks: {listed(unknown)}; there: {listed(classes)}")
-    files = [[(file, i) for i, c in enumerate(classes) for file in split.get(c, ())] for split in splits]
+    chosen = [[(file, i) for i, c in enumerate(classes) for file in split.get(c, ())] for split in splits]
     read = stamps([root, *(path for tree in trees for path in (*tree.folders, *tree.images))])
     _say_what_is_left_out(root, trees)
-    for tree, split in zip(trees, files, strict=True):
+    for tree, split in zip(trees, chosen, strict=True):
         if not split:
             raise DataError(f"{tree.root} has no images; allowed: {', '.join(sorted(_suffixes()))}")
-    require_classes(root, np.array([i for _, i in files[0]]), len(classes), "fill their folders, or remove them")
+    require_classes(root, np.array([i for _, i in chosen[0]]), len(classes), "fill their folders, or remove them")
     name = label or root.name
     if size is not None:
         name += f", {FITS[fit]} {size}×{size}"
-    train, test = (_read(split, grey, size, fit) for split in files)
+    train, test = (_read(split, grey, size, fit) for split in chosen)
     return Arrays(train, test, len(classes), label=name, classes=tuple(classes), read=read)
 
 
@@ -101,12 +101,12 @@ def _walk(root):
         raise DataError(f"{error.filename} cannot be read ({error.strerror}); mend it, or remove it")
 
     tree, suffixes = _Tree(root, [], [], [], []), _suffixes()
-    for parent, folders, files in os.walk(root, onerror=fail, followlinks=True):
+    for parent, folders, names in os.walk(root, onerror=fail, followlinks=True):
         at = Path(parent)
         tree.folders.append(at)
-        tree.hidden.extend(at / name for name in sorted((*folders, *files)) if _hidden(name))
+        tree.hidden.extend(at / name for name in sorted((*folders, *names)) if _hidden(name))
         folders[:] = sorted(name for name in folders if not _hidden(name))
-        for name in sorted(name for name in files if not _hidden(name)):
+        for name in sorted(name for name in names if not _hidden(name)):
             (tree.images if Path(name).suffix.lower() in suffixes else tree.others).append(at / name)
     return tree
 

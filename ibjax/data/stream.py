@@ -61,7 +61,7 @@ def load(*, dataset: str = "imagenet2012", data_dir: str = "", size: int = 224, 
         pictures = Pictures(stored, name, size, threads)
         return Split(pictures, pictures.labels())
 
-    read = stamps(tfds.files(stored))
+    read = stamps(tfds.read_files(stored))
     splits, label = (split("train"), split("validation")), f"{stored.label}, {size} pixels"
     tfds.require_labels(stored, splits[0].labels)
     return Arrays(*splits, stored.num_classes, label=label, classes=stored.classes, read=read)

@@ -90,7 +90,9 @@ def load(*, dataset: str, data_dir: str = "", test: str = "", label: str = "") -
             f"{stored.folder} has images of different sizes, which do not fit in one array; read them as "
             f"data=dict(name='stream', dataset='{dataset}', size=…)"
         )
-    read_from = stamps(path for part in {stored.folder: stored, tested.folder: tested}.values() for path in files(part))
+    read_from = stamps(
+        path for part in {stored.folder: stored, tested.folder: tested}.values() for path in read_files(part)
+    )
     train = read(stored, "train")
     require_labels(stored, train.labels)
     shown = "test" if "test" in tested.counts else "validation"
@@ -165,7 +167,7 @@ def _numbers(count):
     return tuple(str(i) for i in range(count))
 
 
-def files(stored: Stored) -> list[Path]:
+def read_files(stored: Stored) -> list[Path]:
     """What a data set was read from: its files, and the folders in which a newer one would appear."""
     return [stored.folder.parent, stored.folder, *sorted(stored.folder.iterdir())]
 

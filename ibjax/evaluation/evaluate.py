@@ -1,17 +1,8 @@
-"""Evaluation: restore, attack the test set, write one result record per attack.
+"""Attacks the test set of a trained run and writes one result record per attack.
 
-    python -m ibjax.evaluate --workdir=DIR [--checkpoint=best|last|STEP] [--attacks=autoattack,pgd-20] [--n=1000]
-    python -m ibjax.evaluate --workdir=DIR --surrogate=DIR2 --attacks=fgsm,pgd-100         transfer from another run
-    python -m ibjax.evaluate --workdir=DIR --samples=12 --attacks=pgd-20,autoattack-rand   of a stochastic network
-
-An attack's name is one of `attacks/named.py`: `fgsm`, `pgd-STEPS` (cross-entropy), `margin-STEPS` (PGD on the margin
-loss), `autoattack` and its parts, adaptive attacks, with options as in `--attacks="fgsm, cw-l2-200(c=0.1,lr=0.1)"`. An
-image counts as robust when it is classified correctly both as it is and under attack. AutoAttack runs at the main eps
-only, and goes on where it was ended.
-
-Stochastic networks are judged on the mean of their latent variable, without `samples`; with it, on the mean of so many
-drawn softmaxes, which every attack climbs too (`scoring.sampling`). Transfer attacks are those of a surrogate, of its
-`--surrogate_checkpoint`, at the main eps. Records and reports say either.
+An image counts as robust when it is classified correctly both as it is and under attack. AutoAttack runs at the main
+eps only, and continues where it was interrupted. Stochastic networks are judged on the mean of their latent variable,
+or with `samples` on the mean of so many drawn softmaxes, which every attack climbs too (`scoring.sampling`).
 
 Guarantee (test of the same name): a record that is there is not computed again.
 """
@@ -32,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax import config, evaluate, files, threat
+from ibjax import config, files, threat
 from ibjax.attacks import autoattack, checks, names
 from ibjax.data import first_of_each, subset
 from ibjax.devices import cluster
@@ -43,6 +34,9 @@ from ibjax.evaluation.scoring import Scorer, auto_attack, draw_keys, nan_warning
 from ibjax.runs import run, rundir, trees
 from ibjax.step import linen_net, to_float
 
+# what a record must agree in to be used again
+_IDENTITY = ("weights", "images", "dtype", "attack", "attack_settings", "eps", "step_size", "norm", "seed", "samples")
+_IDENTITY += ("code", "precision")  # of the attacks; the network's own code and settings: its fingerprint
 log = logging.getLogger(__name__)
 
 
@@ -279,7 +273,7 @@ def _common(trained, checkpoint, settings, split, warnings):
 
 def _state_digest(identity, batch_size):
     """Names the file that keeps AutoAttack's progress by what it is of."""
-    text = json.dumps({"batch_size": batch_size, **{key: identity[key] for key in evaluate._IDENTITY}}, sort_keys=True)
+    text = json.dumps({"batch_size": batch_size, **{key: identity[key] for key in _IDENTITY}}, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
@@ -302,7 +296,7 @@ def _existing(file, identity):
         log.warning("%s is damaged (%s); it is computed again", file, error)
         return None
     wanted = json.loads(json.dumps(identity))
-    changed = [key for key in evaluate._IDENTITY if not config.same(key, record.get(key), wanted[key])]
+    changed = [key for key in _IDENTITY if not config.same(key, record.get(key), wanted[key])]
     changed += checks.differences(record.get("fingerprint"), wanted["fingerprint"])
     if changed:
         log.info("%s is of other %s: computed again", file, ", ".join(changed))

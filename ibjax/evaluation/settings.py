@@ -1,4 +1,4 @@
-"""What an `evaluate` section asks for: checked before anything is trained or attacked, and changed by a command line."""
+"""The `evaluate` section of a configuration: checks before anything is trained or attacked, and changes to it."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -16,13 +16,12 @@ Features become float32, and the products of T are true float32, as those of all
 """
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-
-from ibjax.models.layers import Dense
 
 
 class Mine(nn.Module):
@@ -43,6 +42,7 @@ class Mine(nn.Module):
     widths: tuple[int, ...] = (512, 512)
     projection: int | None = None
     decay: float = 0.99
+    layer: Callable[..., nn.Module] = nn.Dense  # (features, name=…), a linear layer
 
     @nn.compact
     def __call__(self, features: dict[str, Array], other_features: dict[str, Array] | None, train: bool) -> Array:
@@ -53,7 +53,7 @@ class Mine(nn.Module):
         t = jnp.concatenate(
             [jnp.concatenate([z, z], 0), jnp.concatenate([z_other, z_other[partner]], 0)], 1
         )  # (2B, 2K)
-        linear = functools.partial(Dense, precision=lax.Precision.HIGHEST)
+        linear = functools.partial(self.layer, precision=lax.Precision.HIGHEST)
         if self.projection is not None:
             t = linear(self.projection, name="projection")(t)
         for i, width in enumerate(self.widths, 1):

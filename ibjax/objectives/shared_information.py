@@ -43,6 +43,7 @@ from ibjax import losses
 from ibjax.errors import InputError, check_range, nearest
 from ibjax.information import divergence, hsic, mige
 from ibjax.information.mine import Mine
+from ibjax.models.layers import Dense
 from ibjax.objectives.standard import accuracy
 from ibjax.step import Objective
 
@@ -83,7 +84,7 @@ def shared_information(
         check_range("objective.mine_widths and mine_projection", width, 1)
     if information == "mine" and location == "prediction":
         raise InputError("objective.information='mine' goes with location='latent'; its network is sized for z")
-    mine = Mine("z", mine_widths, mine_projection) if information == "mine" and lam else None
+    mine = Mine("z", mine_widths, mine_projection, layer=Dense) if information == "mine" and lam else None
 
     def target(net, variables, batch, key):
         return batch["label"]

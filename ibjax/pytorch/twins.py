@@ -12,7 +12,7 @@ from ibjax.pytorch import torch_file
 from ibjax.pytorch.architectures import ARCHITECTURES, Shape, State
 from ibjax.pytorch.state_dicts import Normalization
 
-DEFINITIONS = Path(__file__).parent.parent / "torch_models"
+DEFINITIONS = Path(__file__).parent / "networks"
 
 
 def options(name: str, model: nn.Module, shape: Shape) -> dict[str, Any]:

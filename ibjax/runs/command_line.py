@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from ibjax import errors, files
 from ibjax.attacks.names import split
-from ibjax.runs import command_line, recipe_files
+from ibjax.runs import recipe_files
 
 
 def of_run(module: str, description: str | None) -> argparse.ArgumentParser:
@@ -40,21 +40,28 @@ def add_attacks(parser: argparse.ArgumentParser) -> None:
     """Adds --attacks, in place of those of the run's `evaluate` section."""
     parser.add_argument(
         "--attacks",
-        type=names_of_attacks,
+        type=comma_list,
         help='names, separated by commas, as "fgsm, pgd-20(restarts=5)"; default: those of the run\'s configuration',
     )
 
 
-def names_of_attacks(text: str) -> list[str]:
+def comma_list(text: str) -> list[str]:
     """The type of an argument that lists names, separated by commas; those within parentheses belong to a name."""
     return split(text)
 
 
 def of_recipe(module: str, description: str | None) -> argparse.ArgumentParser:
     """The command line of a module that reads a recipe and runs nothing of it: --config, for it to add to."""
-    parser = command_line.bare(module, description)
+    parser = bare(module, description)
     help_text = "the recipe, FILE.py[:arg] or a run's config.json; --config.KEY=VALUE changes it"
     parser.add_argument("--config", required=True, help=help_text)
+    return parser
+
+
+def of_training(module: str, description: str | None) -> argparse.ArgumentParser:
+    """The command line of a module that trains a recipe: --config and --workdir, for it to add to."""
+    parser = of_recipe(module, description)
+    parser.add_argument("--workdir", type=files.path, required=True, help="folder of the run; made if absent")
     return parser
 
 

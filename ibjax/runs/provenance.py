@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-_SOURCE = Path(__file__).resolve().parent.parent  # of ibjax, where it is not installed
+_SOURCE = Path(__file__).resolve().parent.parent.parent  # of ibjax, where it is not installed
 
 
 def versions() -> dict[str, str]:

@@ -1,10 +1,4 @@
-"""Compiles the real train step for a TPU slice that is not here: what it costs, and where it communicates.
-
-    python -m ibjax.aot --config=configs/ibd_wrn.py --topology=v5e:16x16 [--config.batch_size=1024 …]
-
-Prints memory of each chip against its HBM, FLOPs and bytes of each chip and step, the images/s that either of them
-allows at most, and the collectives with the loop in which they stand. An attack must contain none: in evaluation mode
-images are independent. Needs the extra [tpu], whose compiler needs no TPU, and no data: only their shape counts.
+"""Compiles a recipe's train step for a TPU slice that is not here, and counts what it costs and communicates.
 
     FLOPs = m · ( FLOPs(dispatch) + (k − 1) · FLOPs(attack step) ), likewise the bytes
 
@@ -40,7 +34,7 @@ from ibjax.training import feed
 from ibjax.training.experiment import build, initializer
 
 # Before jax looks for chips: there are none, and another process may be compiling as well.
-_WITHOUT_CHIPS = {
+WITHOUT_CHIPS = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -287,7 +281,7 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _teachers(settings, given):
+def teachers_of(settings, given):
     """role -> recipe of the teachers that the objective needs: --teacher, the configuration's, or its hint's."""
     found = {}
     for role in config.build("objectives", settings.objective, "objective").teachers:

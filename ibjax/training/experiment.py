@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from ibjax import config, files, optim, perturb
+from ibjax import config, files, optim
 from ibjax.data import Arrays, augment
 from ibjax.devices import cluster, placement
 from ibjax.errors import InputError
@@ -233,8 +233,7 @@ def _attacks(settings, objective):
 def _perturb(settings):
     if settings.perturb is None:
         return None
-    options = {key: value for key, value in config.plain(settings.perturb).items() if key != "name"}
-    return perturb.named(settings.perturb.name)(**options)
+    return config.build("perturb", settings.perturb, "perturb")
 
 
 # ---- the first state ---------------------------------------------------------------------------------------

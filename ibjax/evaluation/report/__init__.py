@@ -7,22 +7,14 @@ nothing outside itself; whatever stands in a file is escaped; a page is there wh
 import logging
 import os
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
-
-from ibjax import errors, files
-from ibjax.attacks.geometry import fraction
-from ibjax.attacks.names import canonical
+from ibjax import files
 from ibjax.errors import InputError
-from ibjax.evaluation import results
-from ibjax.evaluation.report import runs, self_checks, tables
-from ibjax.evaluation.results import Record, strength
-from ibjax.files import read_npz
-from ibjax.runs import metrics
-from ibjax.runs.command_line import bare
-from ibjax.runs.rundir import doubts
+from ibjax.evaluation.report import tables
+from ibjax.evaluation.report.runs import RunResults, read
+from ibjax.evaluation.results import Record
+
+__all__ = ["RunResults", "read", "table", "write"]
 
 
 def table(records: Iterable[Record], each: bool = False) -> str:
@@ -33,7 +25,7 @@ def table(records: Iterable[Record], each: bool = False) -> str:
     return tables.as_text(records, each)
 
 
-def write(workdirs: Iterable[str | os.PathLike], out: str | os.PathLike, each: bool = False) -> list[runs.RunResults]:
+def write(workdirs: Iterable[str | os.PathLike], out: str | os.PathLike, each: bool = False) -> list[RunResults]:
     """Writes the HTML page of all runs in and below the folders, whole or not at all; returns what it shows.
 
     each: a line for every seed of a recipe, in place of their mean.
@@ -43,11 +35,11 @@ def write(workdirs: Iterable[str | os.PathLike], out: str | os.PathLike, each: b
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it reports every font that it finds
     from ibjax.evaluation.report import page  # loads matplotlib, of which training has no need
 
-    runs, out = runs.read(workdirs), files.path(out)
-    text = page.page(runs, out, each)
+    found, out = read(workdirs), files.path(out)
+    text = page.page(found, out, each)
     try:
         with files.replacing(out) as temporary:
             temporary.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise InputError(f"{out} cannot be written ({error.strerror}); give another --out") from None
-    return runs
+    return found

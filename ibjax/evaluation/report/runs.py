@@ -67,9 +67,9 @@ def _folders(workdirs):
         if not workdir.is_dir():
             raise InputError(f"{workdir} is not a folder; give the --workdir of a run, or a folder above some")
         inside = []
-        for folder, names, files in os.walk(workdir):
+        for folder, names, there in os.walk(workdir):
             names[:] = sorted(name for name in names if name not in _SKIPPED)
-            if "config.json" in files:
+            if "config.json" in there:
                 inside.append(Path(folder))
         if not inside:
             raise InputError(f"{workdir} holds no run (no config.json in it or below); give the --workdir of a run")
