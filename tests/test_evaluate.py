@@ -19,6 +19,7 @@ from ibjax.errors import InputError, PreemptedError
 from ibjax.evaluation import evaluate, results, scoring
 from ibjax.evaluation.named import named
 from ibjax.evaluation.report import tables
+from ibjax.evaluation.settings import scaled_step
 from ibjax.models import resnet, stochastic
 from ibjax.runs import run
 
@@ -142,10 +143,10 @@ def test_names_stand_for_their_attacks():
 
 def test_the_ladder_scales_its_steps_unless_they_are_fixed():
     settings = dict(eps="8/255", step_size="2/255", fixed_step=False)
-    assert settings.scaled_step(settings, "8/255") == "2/255"
-    assert settings.scaled_step(settings, "16/255") == "4/255"
-    np.testing.assert_allclose(settings.scaled_step({**settings, "step_size": "1/255"}, "16/255"), 2 / 255)
-    assert settings.scaled_step({**settings, "fixed_step": True}, "16/255") == "2/255"
+    assert scaled_step(settings, "8/255") == "2/255"
+    assert scaled_step(settings, "16/255") == "4/255"
+    np.testing.assert_allclose(scaled_step({**settings, "step_size": "1/255"}, "16/255"), 2 / 255)
+    assert scaled_step({**settings, "fixed_step": True}, "16/255") == "2/255"
 
 
 # ---- the gate ----------------------------------------------------------------------------------------------

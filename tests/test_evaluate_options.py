@@ -254,10 +254,10 @@ def test_a_surrogate_that_is_the_run_itself_is_the_white_box(digits):
                 other["robust_flags"] == one["robust_flags"] and other["attack"] == f"{one['attack']} from IBD student"
             )
             assert other["attack_settings"]["surrogate"]["weights"] == one["weights"]
-    files = sorted((digits / "eval/best").glob("*~*.json"))
-    before = [file.stat().st_mtime_ns for file in files]
+    transfers = sorted((digits / "eval/best").glob("*~*.json"))
+    before = [file.stat().st_mtime_ns for file in transfers]
     evaluate.evaluate(digits, attacks=names, surrogate=digits)  # reads what is there
-    assert len(files) == 2 and [file.stat().st_mtime_ns for file in files] == before
+    assert len(transfers) == 2 and [file.stat().st_mtime_ns for file in transfers] == before
     assert files.read_json(digits / "eval/best/pgd-2.json")["attack"] == "pgd-2"
 
     other = evaluate.evaluate(digits, attacks=("pgd-2",), surrogate=digits / "undefended")[0]

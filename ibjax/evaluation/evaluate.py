@@ -31,6 +31,7 @@ from ibjax.errors import InputError, UnreadableError
 from ibjax.evaluation import results
 from ibjax.evaluation.named import Named, named
 from ibjax.evaluation.scoring import Scorer, auto_attack, draw_keys, nan_warnings, percent, sampling
+from ibjax.evaluation.settings import changed, check_network, check_settings, scaled_step
 from ibjax.runs import run, rundir, trees
 from ibjax.step import linen_net, to_float
 
@@ -77,12 +78,12 @@ def evaluate(
     trained = run.load(workdir, checkpoint)
     settings = config.plain(trained.config.evaluate if settings is None else settings)
     given = dict(attacks=None if attacks is None else tuple(attacks), n=n, samples=samples, batch_size=batch_size)
-    settings = settings.changed(settings | {name: value for name, value in given.items() if value is not None},
+    settings = changed(settings | {name: value for name, value in given.items() if value is not None},
                         norm, eps, step_size)  # fmt: skip
-    settings.check_settings(settings)
+    check_settings(settings)
     source = None if surrogate is None else _surrogate(surrogate, surrogate_checkpoint, trained, settings)
     shown = settings if source is None else {**settings, "attacks": ()}
-    settings.check_network(trained.model, trained.facts["input_shape"], shown)
+    check_network(trained.model, trained.facts["input_shape"], shown)
     victim = _victim(trained, settings["samples"])
     split = run.test_split(trained, settings["n"])
     logits = jax.jit(victim)
@@ -163,7 +164,7 @@ def _surrogate(workdir, checkpoint, trained, settings):
                 f"--surrogate={workdir} has {name} {loaded.facts[name]}, the attacked run {trained.facts[name]}; give "
                 f"a run on the same data set"
             )
-    settings.check_network(loaded.model, loaded.facts["input_shape"], {**settings, "samples": None})
+    check_network(loaded.model, loaded.facts["input_shape"], {**settings, "samples": None})
     title = loaded.config.title or loaded.workdir.resolve().name
     says = dict(title=title, step=loaded.step, weights=trees.digest(loaded.variables))
     says["model"] = config.plain(loaded.config.model)
@@ -243,7 +244,7 @@ def _step_size(attack, settings, eps):
     if attack.make is None:
         return None
     main = settings["step_size"] if attack.length is None else attack.length
-    scaled = settings.scaled_step({**settings, "step_size": main}, eps)
+    scaled = scaled_step({**settings, "step_size": main}, eps)
     return attack._replace(length=None).step_size(eps, scaled)
 
 
