@@ -6,7 +6,8 @@
 Trains SiRIIB on PGD-AT with λ₁ = 20 on the network of `effects.py`, in batches of 64 at a constant learning rate, with
 `info_stop=False` and `True`, from the same weights and on the same images, and notes L_info and accuracy on the way. A
 run has diverged at the first step whose loss or gradient is not finite; it ends there. Writes OUT.json after every run,
-with the metrics of some twenty of its steps, and the table beside it as Markdown; the same command with the same --out continues where it was stopped.
+with the metrics of some twenty of its steps, and the table beside it as Markdown; the same command with the same --out
+continues where it was stopped.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def train(given: argparse.Namespace, data: str, fraction: float, steps: int, see
 
 
 def summary(rows: dict[str, list[float]]) -> dict[str, Any]:
-    """Of the metrics of all steps: those of the steps in the table, of 15 more and of the last ones, and what sums up."""
+    """Of the metrics of all steps: those of the table's steps, of 15 more and of the last ones, and what sums up."""
     count = len(rows["info"])
     spread = np.geomspace(1, max(count, 1), 15).round().astype(int).tolist()
     kept = [n for n in sorted({*SHOWN, *spread, count - 2, count - 1}) if 0 < n <= count]
