@@ -184,7 +184,7 @@ def _read_records(folder, problems):
 
 
 def _attack_of(file_name):
-    """The attack in the name of a file of an evaluation, as "pgd-20(count=attacked)" of "pgd-20(count=attacked).n40"."""
+    """The attack in the name of an evaluation's file, as "pgd-20(restarts=5)" of "pgd-20(restarts=5).n40"."""
     found = re.match(r"[\w-]+(\([^()]*\))?", file_name)
     attack = re.sub(r"(\d)_(\d)", r"\1/\2", found[0] if found else file_name)
     return f"{attack} from another network" if "~" in file_name else attack
