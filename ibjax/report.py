@@ -11,6 +11,7 @@ nothing outside itself; whatever stands in a file is escaped; a page is there wh
 
 import logging
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -181,10 +182,17 @@ def _read_records(folder, problems):
     return list(found.values())
 
 
+def _attack_of(file_name):
+    """The attack in the name of an evaluation's file, as "pgd-20(restarts=5)" of "pgd-20(restarts=5).n40"."""
+    found = re.match(r"[\w-]+(\([^()]*\))?", file_name)
+    attack = re.sub(r"(\d)_(\d)", r"\1/\2", found[0] if found else file_name)
+    return f"{attack} from another network" if "~" in file_name else attack
+
+
 def _read_examples(folder, problems):
     """The stored images under PGD on the cross-entropy; of `best`, and of most steps, where there is a choice."""
     suffix = ".examples.npz"
-    files = {file: file.name.removesuffix(suffix) for file in folder.glob(f"eval/*/*{suffix}")}
+    files = {file: _attack_of(file.name.removesuffix(suffix)) for file in folder.glob(f"eval/*/*{suffix}")}
     best_last = sorted(files, key=lambda f: (files[f].startswith("pgd-"), f.parent.name == "best", strength(files[f])))
     for file in reversed(best_last):
         try:
