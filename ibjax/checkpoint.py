@@ -21,7 +21,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -401,7 +400,7 @@ def _read_item(folder, item, saved):
     context = tensorstore.Context()
     content = tensorstore.KvStore.open({"driver": "memory"}, context=context).result()
     try:
-        names = _files(folder / item)
+        names = disk.files_below(folder / item)
         for name in names:
             content.write(name, disk.read_bytes(folder / item / name)).result()
     except FileNotFoundError:
@@ -425,19 +424,6 @@ def _read_item(folder, item, saved):
             raise _DamagedError(f"{where} is damaged (its digest differs from the saved one)")
         arrays[path] = array
     return arrays
-
-
-def _files(folder):
-    """The paths of all files in a folder, relative to it."""
-
-    def refuse(error):
-        raise error
-
-    def walk():
-        found = [Path(above, name) for above, _, names in os.walk(folder, onerror=refuse) for name in names]
-        return [file.relative_to(folder).as_posix() for file in found]
-
-    return disk.patiently(walk, folder)
 
 
 def _placed(array, leaf):

@@ -60,6 +60,22 @@ def read_bytes(file: Path) -> bytes:
         raise FileNotFoundError(error.errno, error.strerror, str(file)) from None
 
 
+def files_below(folder: Path) -> list[str]:
+    """The paths of all files below a folder, relative to it, sorted, `patiently`; FileNotFoundError without a folder.
+
+    A folder that cannot be listed is no empty one, for which `glob` and `os.walk` take it.
+    """
+
+    def refuse(error):
+        raise error
+
+    def walk():
+        found = [Path(above, name) for above, _, names in os.walk(folder, onerror=refuse) for name in names]
+        return sorted(file.relative_to(folder).as_posix() for file in found)
+
+    return patiently(walk, folder)
+
+
 def read_json(file: Path, *, sealed: bool = False) -> dict[str, Any]:
     """The object in a file of `write_json`, without its digest.
 

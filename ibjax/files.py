@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ibjax import disk
 from ibjax.errors import InputError
 
 _CHUNK = 1 << 22  # bytes of a member that are read at once
@@ -33,11 +34,27 @@ def read_npz(path: "str | os.PathLike") -> dict[str, np.ndarray]:
     Raises:
       InputError: no zip archive, a damaged member, a header that does not fit its member, an array of Python objects
         (these are pickles, which are never loaded), or one name twice. The message names file and member.
-      OSError: the file is absent or cannot be read; this says nothing about its content.
+      UnreadableError: the file cannot be read, which says nothing about its content; FileNotFoundError: it is absent.
     """
-    path = Path(path)
+    return disk.patiently(lambda: _read_npz(Path(path)), path)
+
+
+class _File(io.FileIO):
+    """A file that keeps the error of a read: zipfile takes one for the end of the archive."""
+
+    failure: OSError | None = None
+
+    def readinto(self, buffer):
+        try:
+            return super().readinto(buffer)
+        except OSError as error:
+            self.failure = error
+            raise
+
+
+def _read_npz(path):
     arrays: dict[str, np.ndarray] = {}
-    with path.open("rb") as handle:
+    with _File(path) as raw, io.BufferedReader(raw) as handle:
         member = None
         try:
             with zipfile.ZipFile(handle) as archive:
@@ -57,6 +74,8 @@ def read_npz(path: "str | os.PathLike") -> dict[str, np.ndarray]:
                 raise
             raise InputError(_message(path, member, error)) from None
         except Exception as error:  # zipfile, its decompressors and NumPy raise many kinds on damaged bytes
+            if raw.failure is not None:
+                raise raw.failure from None
             raise InputError(_message(path, member, error)) from None
     return arrays
 
