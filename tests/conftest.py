@@ -2,6 +2,7 @@
 
 import atexit
 import fcntl
+import functools
 import logging
 import os
 import shutil
@@ -73,6 +74,20 @@ def digits_run(tmp_path_factory):
             main.execute(smoke_config("digits"), made, "train")
             done.touch()
     return made if made.parent == own else Path(shutil.copytree(made, own / "digits"))
+
+
+def once(make):
+    """`make()` at the first call, its result at every other: for arrays that collecting the tests should not build.
+
+    What is made inside a program that is being traced is a constant of it.
+    """
+
+    @functools.cache
+    def made():
+        with jax.ensure_compile_time_eval():
+            return make()
+
+    return made
 
 
 def others_slow(names, quick):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from ibjax import files
 from ibjax.errors import CheckpointError
 from ibjax.runs import checkpoint, trees
 from ibjax.step import TrainState
@@ -147,15 +148,15 @@ def test_all_damaged_is_an_error_and_nothing_is_moved_until_restart_is_asked_for
 @pytest.mark.parametrize(
     "like, words",
     [
-        (state(0, width=7), "params/a/kernel: saved float32[6, 5], wanted float32[7, 5]"),
-        (state(0, dtype=jnp.bfloat16), "wanted bfloat16[6, 5]"),
-        (state(0)._replace(opt_state=()), "wanted nothing"),
+        (lambda: state(0, width=7), "params/a/kernel: saved float32[6, 5], wanted float32[7, 5]"),
+        (lambda: state(0, dtype=jnp.bfloat16), "wanted bfloat16[6, 5]"),
+        (lambda: state(0)._replace(opt_state=()), "wanted nothing"),
     ],
 )
 def test_another_network_or_type_is_refused_and_the_first_leaves_listed(tmp_path, like, words):
     folder = saved(tmp_path, steps=(3,))
     with pytest.raises(CheckpointError) as caught:
-        latest(tmp_path, like)
+        latest(tmp_path, like())
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert (folder / "3").is_dir()  # not damaged: not set aside
 

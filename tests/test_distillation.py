@@ -247,8 +247,8 @@ def test_ibd_asks_for_the_teachers_it_uses(options, teachers):
 
 def taps(seed, sizes, stage_ends, pre_activation=False):
     """Features of a network of one block for each size, whose stages end with the blocks named."""
-    keys = jax.random.split(jax.random.key(seed), 2 * len(sizes))
-    draw = iter(jax.random.uniform(k, (12, n, n, 3)) for k, n in zip(keys, [*sizes, *sizes], strict=True))
+    rng = np.random.default_rng(seed)
+    draw = iter(np.float32(rng.uniform(size=(12, n, n, 3))) for n in [*sizes, *sizes])
     features = {f"block{i}": next(draw) for i in range(1, len(sizes) + 1)}
     if pre_activation:
         features |= {f"block{i}_relu": next(draw) for i in range(1, len(sizes) + 1)}

@@ -12,11 +12,8 @@ from ibjax.objectives.ibd_matching import AttentionMatching, adaptive_average, e
 
 
 def taps(seed, sizes, channels=5, batch=4):
-    keys = jax.random.split(jax.random.key(seed), len(sizes))
-    return {
-        f"block{i}": jax.random.normal(k, (batch, s, s, channels))
-        for i, (k, s) in enumerate(zip(keys, sizes, strict=True), 1)
-    }
+    rng = np.random.default_rng(seed)
+    return {f"block{i}": np.float32(rng.normal(size=(batch, s, s, channels))) for i, s in enumerate(sizes, 1)}
 
 
 STUDENT, TEACHER = taps(0, [8, 8, 4, 2]), taps(1, [8, 4, 8])

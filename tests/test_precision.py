@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import once
 from rounding import STORED_BITS, rounded
 from test_objectives import experiment
 
@@ -269,13 +270,18 @@ def test_autoattack_and_its_checks_have_no_product_that_is_rounded():
 # ---- networks, at the default ----------------------------------------------------------------------------------
 
 MODEL = cnn.Model(num_classes=CLASSES, widths=((8,), (8,)), hidden=(), padding=1)
-VARIABLES = shaken(MODEL.init(KEY, X))
+
+
+@once
+def weights():
+    """Variables of MODEL."""
+    return shaken(jax.jit(MODEL.init)(KEY, X))
 
 
 def of_another_order(precision):
     """A network whose operands differ by part of a rounding between sizes of a batch, as where sums have an order."""
     step = 2.0 ** -(STORED_BITS[precision] + 2)
-    return lambda x: MODEL.apply(VARIABLES, x * (1 + step * (len(x) % 5)))[0]
+    return lambda x: MODEL.apply(weights(), x * (1 + step * (len(x) % 5)))[0]
 
 
 @pytest.mark.parametrize("precision", STORED_BITS)

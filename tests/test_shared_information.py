@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import smoke_config
+from conftest import once, smoke_config
 
 from ibjax import losses
 from ibjax.errors import InputError
@@ -28,23 +28,28 @@ BATCH = {
 X_ADV = jnp.clip(BATCH["image"] + 0.1 * jax.random.normal(jax.random.key(1), (12, 8, 8, 1)), 0, 1)
 NET = linen_net(MODEL)
 KEY = jax.random.key(3)
-VARIABLES = {"batch_stats": {}, **MODEL.init(jax.random.key(0), BATCH["image"])}
+
+
+@once
+def initial():
+    """Variables of the network."""
+    return {"batch_stats": {}, **jax.jit(MODEL.init)(jax.random.key(0), BATCH["image"])}
 
 
 def passes(key=KEY):
     """(output on x', output on x), in the order and with the keys of the batch-norm policy."""
     key_adv, key_clean, _ = jax.random.split(key, 3)
-    adv, variables = NET.forward(VARIABLES, X_ADV, key_adv)
+    adv, variables = NET.forward(initial(), X_ADV, key_adv)
     clean, variables = NET.forward(variables, BATCH["image"], key_clean)
     return adv, clean, variables
 
 
 def value(**options):
     objective = shared_information(**options)
-    variables = VARIABLES
+    variables = initial()
     if objective.head is not None:
-        features = NET.predict(VARIABLES, BATCH["image"])[1]
-        variables = {**VARIABLES, "head": objective.head.init(KEY, features, None, train=False)}
+        features = NET.predict(initial(), BATCH["image"])[1]
+        variables = {**initial(), "head": objective.head.init(KEY, features, None, train=False)}
     loss, (after, metrics) = objective.loss(NET, variables, BATCH, X_ADV, KEY)
     return float(loss), after, metrics
 
@@ -101,10 +106,10 @@ def test_only_the_cross_entropy_of_x_adv_is_left_without_the_other_terms():
 @pytest.mark.parametrize("information", ["trace", "nhsic", "mine", "mige"])
 def test_every_measure_has_a_finite_gradient_and_more_of_it_is_rewarded(information):
     objective = shared_information(information=information, lam=1.0)
-    variables = VARIABLES
+    variables = initial()
     if objective.head is not None:
-        features = NET.predict(VARIABLES, BATCH["image"])[1]
-        variables = {**VARIABLES, "head": objective.head.init(KEY, features, None, train=False)}
+        features = NET.predict(initial(), BATCH["image"])[1]
+        variables = {**initial(), "head": objective.head.init(KEY, features, None, train=False)}
 
     def loss(params):
         return objective.loss(NET, {**variables, **params}, BATCH, X_ADV, KEY)[0]
@@ -147,7 +152,7 @@ def test_the_mine_head_is_trained_with_the_network():
 
 def test_mines_network_follows_the_options():
     head = shared_information(information="mine", mine_widths=(7, 5), mine_projection=256).head
-    features = NET.predict(VARIABLES, BATCH["image"])[1]
+    features = NET.predict(initial(), BATCH["image"])[1]
     params = head.init(KEY, features, None, train=False)["params"]
     shapes = {name: layer["dense"]["kernel"].shape for name, layer in params.items()}
     pair = 2 * features["z"].shape[1]
@@ -167,10 +172,10 @@ def test_at_the_prediction_no_stochastic_layer_is_needed():
 
 def test_without_a_stochastic_layer_in_evaluation_the_attack_sees_the_mean():
     """The network that PGD attacks is deterministic: two calls agree to the bit."""
-    first, second = (NET.predict(VARIABLES, X_ADV)[0] for _ in range(2))
+    first, second = (NET.predict(initial(), X_ADV)[0] for _ in range(2))
     np.testing.assert_array_equal(first, second)
     np.testing.assert_array_equal(
-        pgd_at().target(NET, VARIABLES, BATCH, KEY), shared_information().target(NET, VARIABLES, BATCH, KEY)
+        pgd_at().target(NET, initial(), BATCH, KEY), shared_information().target(NET, initial(), BATCH, KEY)
     )
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import once
 
 from ibjax import losses
 from ibjax.errors import InputError
@@ -26,7 +27,12 @@ BATCH = {
 }
 NET = linen_net(MODEL)
 KEY = jax.random.key(3)
-VARIABLES = {"batch_stats": {}, **MODEL.init(jax.random.key(0), IMAGES)}
+
+
+@once
+def initial():
+    """Variables of the network."""
+    return {"batch_stats": {}, **jax.jit(MODEL.init)(jax.random.key(0), IMAGES)}
 
 
 def svd_oracle(x_avg, x, distance):
@@ -107,20 +113,20 @@ def test_without_a_gradient_to_the_clean_features_descent_enlarges_their_differe
 @pytest.mark.parametrize("base", ["pgd_at", "trades"])
 def test_the_loss_is_its_formula(base):
     original = {"pgd_at": pgd_at(), "trades": trades(beta=6.0)}[base]
-    plain, _ = original.loss(NET, VARIABLES, BATCH, X_ADV, jax.random.split(KEY)[0])
-    (_, adv), _ = NET.forward(VARIABLES, X_ADV, KEY)
-    (_, clean), _ = NET.forward(VARIABLES, IMAGES, KEY)
+    plain, _ = original.loss(NET, initial(), BATCH, X_ADV, jax.random.split(KEY)[0])
+    (_, adv), _ = NET.forward(initial(), X_ADV, KEY)
+    (_, clean), _ = NET.forward(initial(), IMAGES, KEY)
     svd = svd_oracle(adv["x_avg"], IMAGES, numpy_distance("mse"))
     info = sum(np.mean(np.square(np.asarray(adv[k], np.float64) - clean[k])) for k in ("info1", "info2"))
-    loss, (_, metrics) = method.siriib(base=base, lam=3.0, lam_tau=0.5).loss(NET, VARIABLES, BATCH, X_ADV, KEY)
+    loss, (_, metrics) = method.siriib(base=base, lam=3.0, lam_tau=0.5).loss(NET, initial(), BATCH, X_ADV, KEY)
     np.testing.assert_allclose([metrics["svd"], metrics["info"]], [svd, info], rtol=1e-3)
     np.testing.assert_allclose(loss, plain + 3.0 * (svd + info) + 0.5 * adv["orthogonality"], rtol=1e-4)
 
 
 def test_without_its_terms_it_is_the_base_but_for_the_added_parts_statistics():
     """PGD-AT has no pass over x: the one for L_info moves the statistics of the added parts only."""
-    plain, (plain_after, _) = pgd_at().loss(NET, VARIABLES, BATCH, X_ADV, jax.random.split(KEY)[0])
-    loss, (after, _) = method.siriib(lam=0.0, lam_tau=0.0).loss(NET, VARIABLES, BATCH, X_ADV, KEY)
+    plain, (plain_after, _) = pgd_at().loss(NET, initial(), BATCH, X_ADV, jax.random.split(KEY)[0])
+    loss, (after, _) = method.siriib(lam=0.0, lam_tau=0.0).loss(NET, initial(), BATCH, X_ADV, KEY)
     np.testing.assert_allclose(loss, plain, rtol=1e-6)
     for name, statistics in plain_after["batch_stats"].items():
         same = [
@@ -133,7 +139,7 @@ def test_without_its_terms_it_is_the_base_but_for_the_added_parts_statistics():
 @pytest.mark.parametrize("base", list(method.BASES))
 def test_a_weight_perturbation_climbs_the_loss_of_the_base(base):
     batch = {**BATCH, "epoch": jnp.float32(120)}  # where TE's term counts
-    variables = {**VARIABLES, "memory": jax.random.uniform(KEY, (6, 4))}
+    variables = {**initial(), "memory": jax.random.uniform(KEY, (6, 4))}
     original, whole = method.BASES[base](6.0), method.siriib(base=base, lam=20.0)
     plain = original.loss(NET, variables, batch, X_ADV, jax.random.split(KEY)[0])[0]
     np.testing.assert_allclose(whole.proxy(NET, variables, batch, X_ADV, KEY), plain, rtol=1e-6)
@@ -165,7 +171,7 @@ def test_beside_a_plain_classifier_the_two_are_trained_apart():
 
 def test_the_adaptive_attack_on_cross_entropy_is_pgd_and_its_terms_climb():
     options = dict(eps=0.1, step_size=0.05, steps=2)
-    forward = jax.jit(lambda x: NET.predict(VARIABLES, x))
+    forward = jax.jit(lambda x: NET.predict(initial(), x))
 
     def terms(x):
         output, clean = forward(x), forward(IMAGES)[1]
@@ -190,7 +196,7 @@ def test_no_image_of_the_adaptive_attack_depends_on_the_others():
 
     @jax.jit
     def attacked(x):
-        return attack(jax.random.split(KEY, 6), lambda x: NET.predict(VARIABLES, x), x, BATCH["label"])
+        return attack(jax.random.split(KEY, 6), lambda x: NET.predict(initial(), x), x, BATCH["label"])
 
     others = attacked(IMAGES.at[2:].set(IMAGES[3]))
     np.testing.assert_allclose(attacked(IMAGES)[:2], others[:2], atol=1e-5)
