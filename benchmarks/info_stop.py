@@ -6,7 +6,8 @@
 Trains SiRIIB on PGD-AT with λ₁ = 20 on the network of `effects.py`, in batches of 64 at a constant learning rate, with
 `info_stop=False` and `True`, from the same weights and on the same images, and notes L_info and accuracy on the way. A
 run has diverged at the first step whose loss or gradient is not finite; it ends there. Writes OUT.json after every run,
-and the table beside it as Markdown; the same command with the same --out continues where it was stopped.
+with the metrics of some twenty of its steps, and the table beside it as Markdown; the same command with the same --out
+continues where it was stopped.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def settings(given: argparse.Namespace, data: str, fraction: float, seed: int, s
 
 
 def train(given: argparse.Namespace, data: str, fraction: float, steps: int, seed: int, stop: bool) -> dict[str, Any]:
-    """The record of one run: metrics of every step, up to the first that is not finite."""
+    """The record of one run: what `summary` keeps of all steps up to the first that is not finite."""
     experiment = build(settings(given, data, fraction, seed, stop))
     state, key = initial_state(experiment), run_key(seed, 1, experiment.mesh)
     step = feed.feed(experiment, key, 0).dispatch
@@ -52,8 +53,20 @@ def train(given: argparse.Namespace, data: str, fraction: float, steps: int, see
             break
         for name, values in rows.items():
             values.append(found[name])
-    metrics = {name: [float(f"{value:.5g}") for value in values] for name, values in rows.items()}
-    return {"diverged_at": diverged, "metrics": metrics}
+    return {"diverged_at": diverged, **summary(rows)}
+
+
+def summary(rows: dict[str, list[float]]) -> dict[str, Any]:
+    """Of the metrics of all steps: those of the table's steps, of 15 more and of the last ones, and what sums up."""
+    count = len(rows["info"])
+    spread = np.geomspace(1, max(count, 1), 15).round().astype(int).tolist()
+    kept = [n for n in sorted({*SHOWN, *spread, count - 2, count - 1}) if 0 < n <= count]
+    return {
+        "largest_info": max(rows["info"], default=None),
+        "last_adv_acc": float(np.mean(rows["adv_acc"][-20:])) if count else None,
+        "steps_kept": kept,
+        "metrics": {name: [float(f"{values[n - 1]:.5g}") for n in kept] for name, values in rows.items()},
+    }
 
 
 def table(records: list[dict]) -> str:
@@ -62,11 +75,12 @@ def table(records: list[dict]) -> str:
     heads = ("data", "info_stop", "seed", "diverged at step", *shown_at, "its largest", "training accuracy on x', %")
     rows = []
     for record in records:
-        info, accuracy = (record["metrics"][name] for name in ("info", "adv_acc"))
-        shown = [f"{info[n - 1]:.3g}" if n <= len(info) else "" for n in SHOWN]
-        last = f"{100 * np.mean(accuracy[-20:]):.1f}" if accuracy else ""
+        info = dict(zip(record["steps_kept"], record["metrics"]["info"], strict=True))
+        shown = [f"{info[n]:.3g}" if n in info else "" for n in SHOWN]
+        largest, last = record["largest_info"], record["last_adv_acc"]
         about = (record["data"], record["info_stop"], record["seed"], record["diverged_at"] or "no")
-        rows.append((*about, *shown, f"{max(info):.3g}" if info else "", last))
+        sums = ("" if largest is None else f"{largest:.3g}", "" if last is None else f"{100 * last:.1f}")
+        rows.append((*about, *shown, *sums))
     return measuring.markdown(heads, rows)
 
 

@@ -68,6 +68,22 @@ def read_bytes(file: Path) -> bytes:
         raise FileNotFoundError(error.errno, error.strerror, str(file)) from None
 
 
+def files_below(folder: Path) -> list[str]:
+    """The paths of all files below a folder, relative to it, sorted, `patiently`; FileNotFoundError without a folder.
+
+    A folder that cannot be listed is no empty one, for which `glob` and `os.walk` take it.
+    """
+
+    def refuse(error):
+        raise error
+
+    def walk():
+        found = [Path(above, name) for above, _, names in os.walk(folder, onerror=refuse) for name in names]
+        return sorted(file.relative_to(folder).as_posix() for file in found)
+
+    return patiently(walk, folder)
+
+
 def read_json(file: Path, *, sealed: bool = False) -> dict[str, Any]:
     """The object in a file of `write_json`, without its digest.
 
@@ -175,11 +191,27 @@ def read_npz(path: "str | os.PathLike") -> dict[str, np.ndarray]:
     Raises:
       InputError: no zip archive, a damaged member, a header that does not fit its member, an array of Python objects
         (these are pickles, which are never loaded), or one name twice. The message names file and member.
-      OSError: the file is absent or cannot be read; this says nothing about its content.
+      UnreadableError: the file cannot be read, which says nothing about its content; FileNotFoundError: it is absent.
     """
-    path = Path(path)
+    return patiently(lambda: _read_npz(Path(path)), path)
+
+
+class _File(io.FileIO):
+    """A file that keeps the error of a read: zipfile takes one for the end of the archive."""
+
+    failure: OSError | None = None
+
+    def readinto(self, buffer):
+        try:
+            return super().readinto(buffer)
+        except OSError as error:
+            self.failure = error
+            raise
+
+
+def _read_npz(path):
     arrays: dict[str, np.ndarray] = {}
-    with path.open("rb") as handle:
+    with _File(path) as raw, io.BufferedReader(raw) as handle:
         member = None
         try:
             with zipfile.ZipFile(handle) as archive:
@@ -199,6 +231,8 @@ def read_npz(path: "str | os.PathLike") -> dict[str, np.ndarray]:
                 raise
             raise InputError(_message(path, member, error)) from None
         except Exception as error:  # zipfile, its decompressors and NumPy raise many kinds on damaged bytes
+            if raw.failure is not None:
+                raise raw.failure from None
             raise InputError(_message(path, member, error)) from None
     return arrays
 

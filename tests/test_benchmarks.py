@@ -15,6 +15,7 @@ sys.path.insert(0, str(FOLDER))
 import all as everything  # noqa: E402
 import comparison  # noqa: E402
 import compiled  # noqa: E402
+import info_stop  # noqa: E402
 import measuring  # noqa: E402
 import methods  # noqa: E402
 import scaling  # noqa: E402
@@ -175,3 +176,15 @@ def test_everything_runs_at_tiny_sizes(tmp_path):
 )
 def test_a_compilation_that_ends_says_why(code, log, said):
     assert slices.reason(code, log).strip().endswith(said)
+
+
+def test_the_table_of_info_stop_comes_from_its_records_which_keep_few_steps():
+    results = FOLDER.parent / "results" / "siriib-info-stop.json"
+    records = json.loads(results.read_text(encoding="utf-8"))["records"]
+    assert results.with_suffix(".md").read_text(encoding="utf-8").startswith(info_stop.table(records) + "\n\n")
+    rows = {name: [float(n) for n in range(1, 301)] for name in ("info", "adv_acc")}
+    kept = info_stop.summary(rows)
+    assert {10, 50, 100, 200, 298, 299, 300} < set(kept["steps_kept"]) and len(kept["steps_kept"]) < 25
+    assert kept["metrics"]["info"] == kept["steps_kept"]
+    assert (kept["largest_info"], kept["last_adv_acc"]) == (300, 290.5)
+    assert info_stop.summary({"info": [], "adv_acc": []})["steps_kept"] == []

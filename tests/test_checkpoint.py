@@ -194,8 +194,12 @@ def test_a_step_that_training_supersedes_while_it_is_read_gives_way_to_the_prese
     shutil.copytree(folder, tmp_path / "newer/checkpoints")
     with checkpoint.manager(tmp_path / "newer") as store:
         checkpoint.save(store, state(5))
-    called = {"before the manifest": "_manifest", "before the arrays": "_read_item", "among the files": "_files"}[when]
-    real, pending = getattr(checkpoint, called), [None]
+    module, called = {
+        "before the manifest": (checkpoint, "_manifest"),
+        "before the arrays": (checkpoint, "_read_item"),
+        "among the files": (disk, "files_below"),
+    }[when]
+    real, pending = getattr(module, called), [None]
 
     def training_goes_on(*arguments):
         found = real(*arguments) if when == "among the files" else None
@@ -205,7 +209,7 @@ def test_a_step_that_training_supersedes_while_it_is_read_gives_way_to_the_prese
             shutil.move(tmp_path / "newer/checkpoints/5", folder / "5")
         return found or real(*arguments)
 
-    monkeypatch.setattr(checkpoint, called, training_goes_on)
+    monkeypatch.setattr(module, called, training_goes_on)
     like = {name: state(0).variables[name] for name in ("params", "batch_stats")}
     with checkpoint.manager(tmp_path, read_only=True) as store:
         step, variables = checkpoint.restore_variables(store, "last", like)

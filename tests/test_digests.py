@@ -1,6 +1,7 @@
 """What a number depends on carries a digest: a changed bit is found, named, and computed again where it can be."""
 
 import json
+import os
 import shutil
 
 import jax.numpy as jnp
@@ -10,9 +11,10 @@ from test_checkpoint import state
 
 import ibjax
 from ibjax import config, files, main
-from ibjax.errors import CheckpointError, InputError
+from ibjax.errors import CheckpointError, InputError, UnreadableError
 from ibjax.evaluation import evaluate
 from ibjax.evaluation.report import runs
+from ibjax.pytorch import exports
 from ibjax.runs import checkpoint, metrics, rundir
 
 FACTS = {"num_classes": 4, "input_shape": [8, 8, 1], "digests": {"train": "ab", "test": "cd"}}
@@ -215,6 +217,38 @@ def test_a_record_without_a_digest_is_read(trained, tmp_path):
     before = file.stat().st_mtime_ns
     assert evaluate.evaluate(workdir, attacks=["pgd-2"])[0]["robust_acc"] == record["robust_acc"]
     assert file.stat().st_mtime_ns == before
+
+
+def test_results_that_cannot_be_listed_or_read_are_told_never_left_out_in_silence(
+    trained, tmp_path, monkeypatch, caplog
+):
+    """`glob` and `os.walk` take a folder that cannot be listed for an empty one."""
+    workdir, real = shutil.copytree(trained, tmp_path / "run"), os.scandir
+    monkeypatch.setattr(files, "_WAITS", (0.0,))
+    network = ibjax.load(workdir)
+
+    def refusing(folder):
+        def scandir(path="."):
+            if str(path).startswith(str(folder)):
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path)
+
+        return scandir
+
+    for folder in (workdir / "eval", workdir / "eval/best"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "scandir", refusing(folder))
+            problems = runs.read([workdir])[0].problems
+            with pytest.raises(UnreadableError, match="Permission denied"):
+                exports.model_info(network, "best")
+        assert any("eval cannot be listed" in text for text in problems)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refusing(workdir))
+        with pytest.raises(InputError, match=f"{workdir} cannot be listed"):
+            runs.read([tmp_path])
+    change(workdir / "eval/best/pgd-2.json", '"robust_acc"', '"robust_acd"')
+    exports.model_info(network, "best")
+    assert "pgd-2.json is damaged" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_attack_not_after_it(trained, tmp_path, monkeypatch):

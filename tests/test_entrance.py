@@ -195,6 +195,14 @@ def test_distributions_are_taken_where_the_loss_takes_them():
         call("apgd", y=soft)  # labels only
 
 
+@pytest.mark.parametrize("name", ["pgd", "pgd-restarts", "stateful_pgd", "mim", "nifgsm", "eot", "transfer"])
+def test_a_step_of_zero_is_refused_unless_eps_is_zero(name):
+    for zero in (0, 0.0, "0/255", np.zeros(())):
+        with pytest.raises(InputError, match=r"step_size=.* is not allowed; give a length above 0, as '2/255'"):
+            call(name, step_size=zero)
+    np.testing.assert_array_equal(call(name, step_size=0, eps=0), X)
+
+
 # ---- what is taken -------------------------------------------------------------------------------------------
 
 

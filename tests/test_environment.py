@@ -187,6 +187,17 @@ def test_a_terminal_gets_a_replacement_for_what_it_cannot_show(monkeypatch, enco
     assert caught.value.code == 2 and shown == {"stdout": f"{wanted}\n", "stderr": f"{wanted}\nerror: {wanted}\n"}
 
 
+@pytest.mark.parametrize(
+    "locale", [dict(LC_ALL="C", PYTHONUTF8=0, PYTHONCOERCECLOCALE=0), dict(PYTHONIOENCODING="ascii")]
+)
+def test_a_whole_command_writes_utf_8_and_prints_what_it_can(tmp_path, locale):
+    files.write_json(tmp_path / "config.json", {"config": {"title": LINE}, "data": {}})
+    command = [sys.executable, "-m", "ibjax.report", str(tmp_path)]
+    done = subprocess.run(command, env=environment(**locale), capture_output=True, timeout=120)
+    assert done.returncode == 0 and "IBD ? ? ? 8/255" in done.stdout.decode("ascii"), done.stderr
+    assert LINE in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 # ---- platforms and settings of JAX -------------------------------------------------------------------------
 
 
@@ -197,6 +208,18 @@ def test_a_platform_that_is_not_there_is_one_line(tmp_path, platform):
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and line.startswith(f"error: JAX_PLATFORMS={platform} cannot be used here")
     assert "there is cpu" in line
+
+
+def test_settings_of_jax_that_no_command_can_keep_are_switched_off_and_told_of():
+    """Networks compute in float32; attacks compare with infinity, over which JAX_DEBUG_INFS would end them."""
+    code = (
+        "import jax, logging; logging.basicConfig(level=20)\nfrom ibjax.devices import cluster; cluster.initialize()\n"
+        "assert not jax.config.jax_enable_x64 and not jax.config.jax_debug_infs; print(1 / jax.numpy.zeros(()))"
+    )
+    variables = environment(JAX_ENABLE_X64=1, JAX_DEBUG_INFS=1, http_proxy="http://10.255.255.1:1")
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "inf\n"), done.stderr
+    assert all(f"{name} is switched off" in done.stderr for name in ("JAX_ENABLE_X64", "JAX_DEBUG_INFS"))
 
 
 def test_settings_that_change_a_number_are_in_the_record(monkeypatch):

@@ -9,7 +9,9 @@ import zlib
 import numpy as np
 import pytest
 
-from ibjax.errors import InputError
+from ibjax import files
+from ibjax.attacks import progress
+from ibjax.errors import InputError, UnreadableError
 from ibjax.files import read_npz
 
 ARRAYS = {
@@ -45,6 +47,42 @@ def test_an_archive_of_numpy_comes_back_as_it_was(tmp_path, save):
     for name, array in ARRAYS.items():
         assert found[name].dtype == array.dtype and found[name].flags.writeable
         np.testing.assert_array_equal(found[name], array, strict=True)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_read_that_fails_is_no_damage(tmp_path, monkeypatch, save):
+    """zipfile takes one for the end of the archive, and says that the file is none."""
+    file, calls, failing = tmp_path / "a.npz", [], range(0)
+    save(file, noise=np.frombuffer(np.random.default_rng(0).bytes(9000), np.uint8), **ARRAYS)
+    monkeypatch.setattr(files, "_WAITS", (0.0, 0.0))
+
+    class Failing(io.FileIO):
+        def readinto(self, buffer):
+            calls.append(None)
+            if len(calls) - 1 in failing:
+                raise OSError(116, "Stale file handle")
+            return super().readinto(buffer)
+
+    monkeypatch.setattr(files, "_File", type("_File", (files._File, Failing), {}))
+    read_npz(file)
+    for first in range(len(calls)):
+        calls, failing = [], range(first, first + 1)
+        assert set(read_npz(file)) == {"noise", *ARRAYS}
+        calls, failing = [], range(first, 10**6)
+        with pytest.raises(UnreadableError, match="Stale file handle; tried 3 times"):
+            read_npz(file)
+
+
+def test_a_state_of_autoattack_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def read(path):
+        raise UnreadableError("it cannot be read")
+
+    monkeypatch.setattr(progress, "read_npz", read)
+    (tmp_path / "state.npz").touch()
+    x = np.zeros((2, 1, 1, 1), np.float32)
+    with pytest.raises(UnreadableError, match="it cannot be read") as caught:
+        progress.Progress(tmp_path / "state.npz", {"version": "standard"}, np.zeros(1), x, np.ones(2, bool))
+    assert "restart" not in str(caught.value)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

@@ -139,6 +139,7 @@ PROMISED = {
         lambda x: hsic.nhsic_channels(hsic.label_operator(LABELS, 3)[None], x), normal(N, 3, 2)
     ),
     "kernel width": lambda: (jax.jit(lambda x: hsic.knn_width(x, k=1)), normal(N, 2)),
+    "distances of samples": lambda: (jax.jit(hsic.squared_distances), normal(N, 9)),
     "MIGE": lambda: (jax.jit(mige.score), normal(N, 4)),
     "MINE": mutual_information,
     "singular values and polar factor": lambda: with_gradient(svd.singular_values_and_polar, MATRICES),
@@ -239,7 +240,7 @@ ELEMENTWISE = {
 
 @jax.numpy_dtype_promotion("standard")  # optax's Adam mixes a float with its integer count
 def test_attacks_losses_and_projections_have_no_product_that_is_rounded():
-    with rounded("bfloat16") as found:
+    with rounded("bfloat16") as found, jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes types
         for name, attack in ATTACKS.items():
             before = len(found)
             asked, target = (stochastic, Y) if name == "eot" else (network, X[::-1] if name == "ara" else Y)

@@ -669,6 +669,23 @@ def test_examples_are_of_different_classes_and_classes_have_their_names(tmp_path
     assert "✗ 7" in text and "the first of each class" not in text
 
 
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("pgd-2.n40", "PGD-2"),
+        ("pgd-2(count=attacked,restarts=2).n40", "PGD-2 (restarts 2, counts images wrong as they are)"),
+        ("pgd-2(step_size=2_255).l2.eps1_2.sampled12", "PGD-2 (step_size 2/255)"),
+        ("cw-l2-20(c=0.1,lr=0.1)", "C&W l2-20 (any size, c 0.1, lr 0.1)"),
+        ("pgd-2~3fa1c2e4", "PGD-2, transfer from another network"),
+    ],
+)
+def test_examples_of_any_evaluation_are_shown_under_their_attack(tmp_path, name, said):
+    folder = write_run(tmp_path / "run", healthy())
+    file = write_examples(folder)
+    file.rename(file.with_name(f"{name}.examples.npz"))
+    assert f"{said}, checkpoint best" in Page(page_of(folder)).text
+
+
 def test_a_page_of_seeds_shows_their_mean_and_each_on_demand(tmp_path):
     for each in seeds(3):
         write_run(tmp_path / "runs" / str(each["seed"]), [each], seed=each["seed"])

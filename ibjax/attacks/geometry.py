@@ -72,6 +72,15 @@ def radius(eps: "str | float | Array", norm: str, name: str = "eps") -> "float |
     return float(eps)
 
 
+def step(step_size: "str | float | Array", norm: str, eps: "float | Array") -> "float | Array":
+    """`radius` of a step: above 0, unless eps is 0 itself, for an attack of such steps would show its start alone."""
+    length = radius(step_size, norm, "step_size")
+    zero = [not isinstance(value, Tracer) and np.any(np.asarray(value) == 0) for value in (length, eps)]
+    if zero[0] and not zero[1]:
+        raise InputError(f"step_size={step_size} is not allowed; give a length above 0, as '2/255'")
+    return length
+
+
 def one_radius(eps: "str | float", norm: str) -> float:
     """`radius` for attacks whose programs are made for one length: no array but a 0-d one, no tracer."""
     length = radius(eps, norm)

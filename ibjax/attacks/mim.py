@@ -59,7 +59,7 @@ def momentum_ascent(
     """MIM, or with `lookahead` NI-FGSM: the gradient is taken at x_t + μ · step_size · g_t."""
     norm = geometry.check_norm(norm, ("linf", "l2"))
     value, eps = loss_function(loss), geometry.radius(eps, norm)
-    step_size = geometry.radius(step_size, norm, "step_size")
+    step_size = geometry.step(step_size, norm, eps)
     geometry.check_start(init)
     check_count("steps", steps)
     check_range("decay", decay, 0)

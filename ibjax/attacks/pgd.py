@@ -139,7 +139,7 @@ def _ascent(*, loss, norm, eps, step_size, steps, init, clip_input, unroll):
     """`stateful_pgd` without its entrance."""
     norm = geometry.check_norm(norm, ("linf", "l2"))
     value, eps = loss_function(loss), geometry.radius(eps, norm)
-    step_size = geometry.radius(step_size, norm, "step_size")
+    step_size = geometry.step(step_size, norm, eps)
     geometry.check_start(init)
     check_count("steps", steps)
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from ibjax.attacks import checks
-from ibjax.errors import InputError
+from ibjax.errors import InputError, UnreadableError
 from ibjax.files import content_digest, read_npz, replacing
 
 SAVE_SECONDS = 30.0  # between two states on disk
@@ -130,6 +130,8 @@ class Progress:
             changed += checks.differences(found["fingerprint"], self.fingerprint, found["tolerance"])
             if not changed and not np.array_equal(found["clean"], self.clean):
                 changed = ["clean predictions"]
+        except UnreadableError:
+            raise
         except (InputError, ValueError, KeyError) as error:
             raise InputError(f"{file} is no state of AutoAttack, or damaged ({error}); {how}") from None
         if changed:

@@ -4,7 +4,7 @@ import numpy as np
 
 from ibjax import files
 from ibjax.data import Arrays, Split, require_classes, stamps
-from ibjax.errors import DataError, InputError
+from ibjax.errors import DataError, InputError, UnreadableError
 from ibjax.files import read_npz
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -21,10 +21,10 @@ def load(*, path: str, label: str = "", num_classes: int | None = None) -> Array
     read = stamps([file])
     try:
         archive = read_npz(file)
+    except UnreadableError:
+        raise
     except InputError as error:
         raise DataError(str(error)) from None
-    except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror}); try again, or copy it") from None
     if missing := [key for key in KEYS if key not in archive]:
         raise DataError(f"{file} lacks {', '.join(missing)}; it holds {', '.join(archive) or 'nothing'}")
     x_train, y_train, x_test, y_test = (archive[key] for key in KEYS)

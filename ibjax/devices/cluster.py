@@ -52,6 +52,9 @@ def initialize() -> None:
     if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
         log.warning("JAX_ENABLE_X64 is switched off for this command: networks and attacks compute in float32")
         jax.config.update("jax_enable_x64", False)
+    if jax.config.jax_debug_infs:  # pyright: ignore[reportAttributeAccessIssue]
+        log.warning("JAX_DEBUG_INFS is switched off for this command: attacks compare with infinity on purpose")
+        jax.config.update("jax_debug_infs", False)
     keep_compiled()
     with _without_proxies():
         _start_distributed()

@@ -72,7 +72,7 @@ class SingularRegularization(nn.Module):
 
 
 class Calibration(nn.Module):
-    """(B, H, W, C) in [0, 1] -> (x_avg (B, H, W, C) in (0, 1), R_τ): the calibrated images, all in float32."""
+    """(B, H, W, C) in [0, 1] -> (x_avg (B, H, W, C) in (0, 1), R_τ): the calibrated images, as float32 arrays."""
 
     scales: tuple[int, ...] | None = None
     fourier: str = "amplitude"

@@ -1,17 +1,19 @@
 """A run's network as files that PyTorch alone reads: weights with the published names, a definition, a check."""
 
-import contextlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ibjax import files
-from ibjax.errors import InputError
+from ibjax.errors import InputError, UnreadableError
 from ibjax.pytorch import architectures, folders, gate, torch_file, twins
 from ibjax.pytorch.architectures import ARCHITECTURES
 from ibjax.runs import run, trees
+
+log = logging.getLogger(__name__)
 
 
 def to_torch(
@@ -83,11 +85,18 @@ def model_info(trained: run.Run, checkpoint: str) -> dict[str, Any]:
     Only records of the whole test set and of these very weights count.
     """
     weights, records = trees.digest(trained.variables), {}
-    for file in sorted((trained.workdir / "eval" / checkpoint).glob("*.json")):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            record = files.read_json(file)
+    folder = trained.workdir / "eval" / checkpoint
+    for name in files.files_below(folder) if folder.is_dir() else ():
+        if not name.endswith(".json"):
+            continue
+        try:
+            record = files.read_json(folder / name)
             if record["weights"] == weights and record["n"] == trained.facts.get("n_test") and record["main"]:
                 records[record["attack"]] = record
+        except UnreadableError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
+            log.warning("%s is damaged (%s); what is exported does not tell of it", folder / name, error)
     attacked = records.get("autoattack")
     first = attacked or next(iter(records.values()), None)
     robust = f"{attacked['robust_acc']:.2f}" if attacked else None

@@ -20,7 +20,6 @@ nothing is unpickled.
 import contextlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -70,7 +69,7 @@ class Store:
         return steps_in(self.directory)
 
     def wait_until_finished(self) -> None:
-        """Returns when a save in the background is on disk."""
+        """Returns when a save in the background is on files."""
         if self.orbax is not None:
             self.orbax.wait_until_finished()
 
@@ -197,7 +196,7 @@ _OWN = ("head", "memory")  # what an objective adds to the network's variables
 
 
 def split(state: TrainState) -> tuple[Any, Any]:
-    """(what is evaluated, the rest): the two items on disk."""
+    """(what is evaluated, the rest): the two items on files."""
     rest = {"step": state.step, "opt_state": state.opt_state}
     rest |= {name: state.variables[name] for name in _OWN if name in state.variables}
     if state.ema_params is not None:
@@ -403,7 +402,7 @@ def _read_item(folder, item, saved):
     context = tensorstore.Context()
     content = tensorstore.KvStore.open({"driver": "memory"}, context=context).result()
     try:
-        names = _files(folder / item)
+        names = files.files_below(folder / item)
         for name in names:
             content.write(name, files.read_bytes(folder / item / name)).result()
     except FileNotFoundError:
@@ -427,19 +426,6 @@ def _read_item(folder, item, saved):
             raise _DamagedError(f"{where} is damaged (its digest differs from the saved one)")
         arrays[path] = array
     return arrays
-
-
-def _files(folder):
-    """The paths of all files in a folder, relative to it."""
-
-    def refuse(error):
-        raise error
-
-    def walk():
-        found = [Path(above, name) for above, _, names in os.walk(folder, onerror=refuse) for name in names]
-        return [file.relative_to(folder).as_posix() for file in found]
-
-    return files.patiently(walk, folder)
 
 
 def _placed(array, leaf):

@@ -109,11 +109,18 @@ def has_checkpoint(workdir: Path) -> bool:
 
 def doubts(workdir: Path) -> list[str]:
     """What every record must say of the run's checkpoints."""
-    damaged = workdir / "damaged"
-    steps = sorted(p.name for p in damaged.iterdir() if p.is_dir()) if damaged.is_dir() else []
+    steps = _damaged_steps(workdir)
     if not steps:
         return []
     return [f"checkpoints of steps {', '.join(steps)} were damaged or lost; 'best' is the best of the others"]
+
+
+def _damaged_steps(workdir):
+    """The names in `damaged/`."""
+    folder = workdir / "damaged"
+    if not folder.is_dir():
+        return []
+    return files.patiently(lambda: sorted(p.name for p in folder.iterdir() if p.is_dir()), folder)
 
 
 def write_config(workdir: Path, given: ConfigDict, facts: dict[str, Any], *, restart: bool = False) -> dict[str, Any]:
@@ -189,8 +196,7 @@ def refuse_other_options(
 
 def _refuse_lost_checkpoints(workdir, restart):
     """Refuses to begin at step 0 in silence where there was a checkpoint once."""
-    damaged = workdir / "damaged"
-    aside = files.patiently(lambda: sorted(p.name for p in damaged.iterdir()), damaged) if damaged.is_dir() else []
+    aside = _damaged_steps(workdir)
     saved = metrics.saved_step(workdir / "metrics.jsonl")
     if not aside and saved is None:
         return

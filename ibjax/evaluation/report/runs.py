@@ -1,6 +1,7 @@
 """Reads what lies in the folders of runs, for a report."""
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,7 +68,7 @@ def _folders(workdirs):
         if not workdir.is_dir():
             raise InputError(f"{workdir} is not a folder; give the --workdir of a run, or a folder above some")
         inside = []
-        for folder, names, there in os.walk(workdir):
+        for folder, names, there in os.walk(workdir, onerror=_refuse):
             names[:] = sorted(name for name in names if name not in _SKIPPED)
             if "config.json" in there:
                 inside.append(Path(folder))
@@ -77,6 +78,11 @@ def _folders(workdirs):
             if folder == workdir or folder.resolve() not in given:
                 found.setdefault(folder.resolve(), folder)
     return list(found.values())
+
+
+def _refuse(error):
+    """Of a folder that cannot be listed: what it holds would be missing on the page in silence."""
+    raise InputError(f"{error.filename} cannot be listed ({error.strerror}); give the folders of runs one by one")
 
 
 def _read_run(folder):
@@ -134,6 +140,18 @@ def _short(file):
     return "/".join(file.parts[-3:]) if file.parent.parent.name == "eval" else file.name
 
 
+def _results(folder, suffix, problems):
+    """The files eval/<checkpoint>/* with such names, sorted."""
+    try:
+        names = files.files_below(folder / "eval")
+    except FileNotFoundError:
+        return []
+    except (OSError, InputError) as error:
+        problems.append(f"eval cannot be listed ({error})")
+        return []
+    return [folder / "eval" / name for name in names if name.count("/") == 1 and name.endswith(suffix)]
+
+
 def _read_metrics(file, problems):
     try:
         found, damaged = metrics.read_lines(file)
@@ -148,7 +166,7 @@ def _read_metrics(file, problems):
 def _read_records(folder, problems):
     """The records of all checkpoints, each (checkpoint, step, attack, eps and what else makes another number) once."""
     found: dict[tuple, Record] = {}
-    for file in sorted(folder.glob("eval/*/*.json")):  # "pgd-20.json" before "pgd-20@0.1.json"
+    for file in _results(folder, ".json", problems):  # "pgd-20.json" before "pgd-20@0.1.json"
         record = _read_json(file, problems)
         if not record:
             continue
@@ -166,10 +184,17 @@ def _read_records(folder, problems):
     return list(found.values())
 
 
+def _attack_of(file_name):
+    """The attack in the name of an evaluation's file, as "pgd-20(restarts=5)" of "pgd-20(restarts=5).n40"."""
+    found = re.match(r"[\w-]+(\([^()]*\))?", file_name)
+    attack = re.sub(r"(\d)_(\d)", r"\1/\2", found[0] if found else file_name)
+    return f"{attack} from another network" if "~" in file_name else attack
+
+
 def _read_examples(folder, problems):
     """The stored images under PGD on the cross-entropy; of `best`, and of most steps, where there is a choice."""
     suffix = ".examples.npz"
-    files = {file: file.name.removesuffix(suffix) for file in folder.glob(f"eval/*/*{suffix}")}
+    files = {f: _attack_of(f.name.removesuffix(suffix)) for f in _results(folder, suffix, problems)}
     best_last = sorted(files, key=lambda f: (files[f].startswith("pgd-"), f.parent.name == "best", strength(files[f])))
     for file in reversed(best_last):
         try:
