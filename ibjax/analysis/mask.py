@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax import config, errors, files
+from ibjax import config, files
+from ibjax.analysis import commands
 from ibjax.analysis.attacked import feature_shapes
-from ibjax.devices import cluster
 from ibjax.errors import InputError, nearest
 from ibjax.objectives.ib_rar import channel_information, permanent_mask
 from ibjax.runs import checkpoint as checkpoints
@@ -80,13 +80,14 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.05, help="of the channels that are zeroed")
     given = parser.parse_args()
 
-    def command():
-        cluster.initialize()
-        channels = mask(given.workdir, given.out, given.tap, given.checkpoint, given.share)
-        print(f"{given.out}: {len(channels)} channels of {given.tap} are zero: {', '.join(map(str, channels))}")
-        print(f"python -m ibjax.evaluate --workdir={given.out}")
+    def measure():
+        return mask(given.workdir, given.out, given.tap, given.checkpoint, given.share)
 
-    errors.exit_with(command)
+    def lines(channels):
+        yield f"{given.out}: {len(channels)} channels of {given.tap} are zero: {', '.join(map(str, channels))}"
+        yield f"python -m ibjax.evaluate --workdir={given.out}"
+
+    commands.conduct(given, measure, lines)
 
 
 if __name__ == "__main__":
