@@ -68,16 +68,26 @@ def content(root: Path) -> dict[str, bytes]:
     return {name: text for name, text in kept.items() if Path(name).name not in _FREE}
 
 
+def restore(contents: dict[Path, bytes]) -> None:
+    """Writes files as they were; env.json, which every start of a training writes anew and a report shows."""
+    for file, text in contents.items():
+        file.write_bytes(text)
+
+
 def inject(root: Path, trials: int, seed: int) -> dict[str, Any]:
     """{"rows": {"open, EIO, once": {outcome: how often}}, "bad": lines}."""
     reader, failing = flips.prepare(root), Failing(root)
     workdirs = list(reader.jobs)
     uses = [use for workdir in workdirs for use in reader.of_run(workdir)] + [reader.trained_on, reader.streamed]
-    right = {flips.key(use): flips.plain(use()) for use in uses}
-    calls = {}
+    environments = {file: file.read_bytes() for file in root.rglob("env.json")}
+    right, calls = {}, {}
+    for use in uses:
+        right[flips.key(use)] = flips.plain(use())
+        restore(environments)
     for use in uses:
         for call in ("open", "read"):
             _, calls[flips.key(use), call], _ = failing.during(call, 0, _ALL, 0, use)
+            restore(environments)
     before, rng, rows, bad = content(root), np.random.default_rng(seed), {}, []
     while sum(map(Counter.total, rows.values())) < trials:
         use, call = uses[rng.integers(len(uses))], ("open", "read")[rng.integers(2)]
@@ -86,6 +96,7 @@ def inject(root: Path, trials: int, seed: int) -> dict[str, Any]:
         (ended, text), _, hits = failing.during(
             call, ERRORS[error], first, count, lambda use=use: flips.outcome(use, right[flips.key(use)])
         )
+        restore(environments)
         if not hits:
             continue
         after = content(root)

@@ -39,7 +39,9 @@ THEIRS = {record["name"]: float(np.mean(record["theirs"])) for record in RECORDS
 
 def parameters():
     """The rows' names; in l1, whose projection is a bisection, one of each kind by default, all in the slow tests."""
-    few = [name for name, row in ROWS.items() if row.norm != "l1"] + ["apgd l1 ce, 10 steps", "fab l1 5 steps"]
+    few = [name for name, row in ROWS.items() if row.norm != "l1"] + [
+        "apgd l1 ce, 10 steps", "fab l1 5 steps", "square l1 150 queries",
+    ]  # fmt: skip
     return [pytest.param(name, marks=[] if name in few else pytest.mark.slow) for name in ROWS]
 
 

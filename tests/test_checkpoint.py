@@ -197,7 +197,7 @@ def test_a_step_that_training_supersedes_while_it_is_read_gives_way_to_the_prese
     module, called = {
         "before the manifest": (checkpoint, "_manifest"),
         "before the arrays": (checkpoint, "_read_item"),
-        "among the files": (disk, "files_below"),
+        "among the files": (files, "files_below"),
     }[when]
     real, pending = getattr(module, called), [None]
 
