@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ibjax.analysis import tendency
+from ibjax.analysis import commands, tendency
 from ibjax.attacks.pgd import pgd
 from ibjax.devices import cluster
 from ibjax.errors import InputError

@@ -192,7 +192,8 @@ def main() -> None:
         return evaluate(given.workdir, given.checkpoint, attack=given.attack, n=given.n, tap=given.tap)
 
     def picture(found, file):
-        draw(*found, file, given.names)
+        record, arrays = found
+        draw(record, arrays, file, given.names)
 
     commands.conduct(given, measure, lambda found: lines(found[0]), picture)
 
