@@ -42,9 +42,10 @@ CIFAR-100), 38 with MMA; 120 epochs of MART on ResNet-18 are 120·49,000·26·1.
 """
 
 from ibjax.config import base, parse_arg, smoke
+from ibjax.runs.recipe_files import beside
 
+shared = beside(__file__, "shared_information.py")  # the settings of the paper's own method
 CIFAR = ("standard", "trades", "mart")
-ARA = dict(attacks=("ara-10", "ara-20"), eps="5/255", ladder=("10/255", "15/255"))
 BETAS = ("0.1", "0.3", "1.0", "2.0", "4.0", "10.0", "20.0", "30.0")  # TRADES has 6, MART 5
 ROWS = (
     *CIFAR,
@@ -62,7 +63,12 @@ def get_config(arg=None):
     setting, _, method = chosen.rpartition("-")
     config = base()
     config.title = row
-    mnist(config) if setting == "mnist" else cifar(config, setting)
+    if setting == "mnist":
+        shared.mnist_settings(config)
+    else:
+        shared.cifar_settings(config, setting)
+        config.optimizer.weight_decay = 2e-4
+        config.schedule.boundaries = (75, 90)
     config.objective = dict(name="pgd_at")
     match method:
         case "trades":
@@ -79,43 +85,10 @@ def get_config(arg=None):
     if setting == "ara":
         config.attack = None
         config.objective = dict(name="ara", base=config.objective.to_dict())
-        config.evaluate.update(ARA)
-    if small and setting == "mnist":
-        smoke(config, (28, 28, 1), 10, dict(widths=((2,), (4,)), hidden=(8,)))
-    elif small and setting.startswith("wrn"):
-        smoke(config, (32, 32, 3), 100 if setting == "wrn100" else 10, dict(depth=10, width=1, dtype="float32"))
-    elif small:
-        smoke(config, (32, 32, 3), 10, dict(depth=10, width=4, dtype="float32"))
+        config.evaluate.update(shared.ARA)
+    if small:
+        smoke(config, *shared.small_form(setting))
     return config
-
-
-def cifar(config, setting):
-    config.data.dataset = "cifar100" if setting == "wrn100" else "cifar10"
-    config.model = dict(name="resnet", depth=18, dtype="bfloat16")
-    if setting.startswith("wrn"):
-        config.model = dict(name="wide_resnet", depth=34, width=10, dtype="bfloat16")
-    config.threat.eps = "0.031"
-    config.attack.update(step_size="0.007", steps=20 if setting == "wrn100" else 10)
-    config.optimizer.weight_decay = 2e-4
-    config.epochs = 120
-    config.schedule.boundaries = (75, 90)
-    config.validate.attack.step_size = "0.007"
-    config.validate.update(every=10, dense_from=74)
-    config.evaluate.update(attacks=("pgd-20", "pgd-40"), step_size="0.003")
-
-
-def mnist(config):
-    config.data.dataset = "mnist"
-    config.augment.update(pad=0, flip=False)
-    config.model = dict(name="cnn")
-    config.threat.eps = "0.3"
-    config.attack.update(step_size="0.01", steps=40)
-    config.optimizer.update(lr=0.01, weight_decay=5e-4)
-    config.epochs = 100
-    config.schedule.boundaries = (55, 75, 90)
-    config.validate.attack.update(step_size="0.01", steps=40)
-    config.validate.every = 5
-    config.evaluate.update(attacks=("pgd-20", "pgd-40"), step_size="0.01")
 
 
 def mart(config, setting):

@@ -148,35 +148,20 @@ def get_config(arg=None):
 
 
 def cifar(config, row):
-    wide = row.startswith("wrn")
-    config.data.dataset = "cifar100" if row == "wrn100" else "cifar10"
-    backbone = dict(name="resnet", depth=18, dtype="bfloat16")
-    if wide:
-        backbone = dict(name="wide_resnet", depth=34, width=10, dtype="bfloat16")
-    config.model = dict(name="stochastic", backbone=backbone, latent=320 if wide else 256)
+    cifar_settings(config, row)
+    stochastic(config, 320 if row.startswith("wrn") else 256)
     if row == "wrn100":
         config.objective.beta = 6.0
-    config.threat.eps = "0.031"
-    config.attack.update(step_size="0.007", steps=20 if row == "wrn100" else 10)
-    config.epochs = 120
     config.schedule.boundaries = (75, 90, 100)
-    config.validate.attack.step_size = "0.007"
-    config.validate.update(every=10, dense_from=74)
-    config.evaluate.update(attacks=("pgd-20", "pgd-40"), step_size="0.003")
 
 
 def mnist(config):
-    config.data.dataset = "mnist"
-    config.augment.update(pad=0, flip=False)
-    config.model = dict(name="stochastic", backbone=dict(name="cnn"), latent=128)
-    config.threat.eps = "0.3"
-    config.attack.update(step_size="0.01", steps=40)
-    config.optimizer.lr = 0.01
-    config.epochs = 100
-    config.schedule.boundaries = (55, 75, 90)
-    config.validate.attack.update(step_size="0.01", steps=40)
-    config.validate.every = 5
-    config.evaluate.update(attacks=("pgd-20", "pgd-40"), step_size="0.01")
+    mnist_settings(config)
+    stochastic(config, 128)
+
+
+def stochastic(config, latent):
+    config.model = dict(name="stochastic", backbone=config.model.to_dict(), latent=latent)
 
 
 def surrogate(config):
@@ -188,10 +173,46 @@ def surrogate(config):
 
 
 def shrink(config, row):
-    shape, classes = ((28, 28, 1) if row == "mnist" else (32, 32, 3)), 100 if row == "wrn100" else 10
-    narrow = dict(depth=10, width=1 if row.startswith("wrn") else 4, dtype="float32")
-    if row == "mnist":
-        narrow = dict(widths=((2,), (4,)), hidden=(8,))
+    shape, classes, narrow = small_form(row)
     section = config.model.get("backbone", config.model)
     section.update(narrow)
     smoke(config, shape, classes, {})
+
+
+# ---- what the paper's baselines share, `baselines_shared.py` ------------------------------------------------
+
+
+def cifar_settings(config, setting):
+    """CIFAR-10 or, as "wrn100", CIFAR-100; ResNet-18 or, as "wrn…", WRN-34-10."""
+    config.data.dataset = "cifar100" if setting == "wrn100" else "cifar10"
+    config.model = dict(name="resnet", depth=18, dtype="bfloat16")
+    if setting.startswith("wrn"):
+        config.model = dict(name="wide_resnet", depth=34, width=10, dtype="bfloat16")
+    config.threat.eps = "0.031"
+    config.attack.update(step_size="0.007", steps=20 if setting == "wrn100" else 10)
+    config.epochs = 120
+    config.validate.attack.step_size = "0.007"
+    config.validate.update(every=10, dense_from=74)
+    config.evaluate.update(attacks=("pgd-20", "pgd-40"), step_size="0.003")
+
+
+def mnist_settings(config):
+    config.data.dataset = "mnist"
+    config.augment.update(pad=0, flip=False)
+    config.model = dict(name="cnn")
+    config.threat.eps = "0.3"
+    config.attack.update(step_size="0.01", steps=40)
+    config.optimizer.lr = 0.01
+    config.epochs = 100
+    config.schedule.boundaries = (55, 75, 90)
+    config.validate.attack.update(step_size="0.01", steps=40)
+    config.validate.every = 5
+    config.evaluate.update(attacks=("pgd-20", "pgd-40"), step_size="0.01")
+
+
+def small_form(setting):
+    """(shape of images, number of classes, changes of the network) under `,smoke`."""
+    if setting == "mnist":
+        return (28, 28, 1), 10, dict(widths=((2,), (4,)), hidden=(8,))
+    classes, width = 100 if setting == "wrn100" else 10, 1 if setting.startswith("wrn") else 4
+    return (32, 32, 3), classes, dict(depth=10, width=width, dtype="float32")

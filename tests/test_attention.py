@@ -14,6 +14,7 @@ from test_ibd import attention_oracle
 from ibjax import files
 from ibjax.analysis import attention
 from ibjax.attacks.pgd import pgd
+from ibjax.devices import cluster
 from ibjax.errors import CheckpointError, InputError
 from ibjax.evaluation import scoring
 from ibjax.runs import checkpoint, run, rundir, trees
@@ -119,7 +120,7 @@ def test_it_is_run_from_the_command_line(workdir, monkeypatch, capsys):
     picture = workdir / "new" / "map.png"
     argv = ["attention", f"--workdir={workdir}", "--checkpoint=last", "--attack=fgsm", "--n=11"]
     monkeypatch.setattr("sys.argv", [*argv, f"--picture={picture}"])
-    monkeypatch.setattr(attention.cluster, "initialize", lambda: None)  # it must come before all of JAX
+    monkeypatch.setattr(cluster, "initialize", lambda: None)  # it must come before all of JAX
     with pytest.raises(SystemExit, match="0"):
         attention.main()
     record = files.read_json(workdir / "attention" / "last.json")
@@ -197,7 +198,7 @@ def test_another_teacher_and_a_damaged_checkpoint_are_refused(workdir):
 )
 def test_bad_input_is_one_line(flag, words, digits_run, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["attention", f"--workdir={digits_run}", flag])
-    monkeypatch.setattr(attention.cluster, "initialize", lambda: None)
+    monkeypatch.setattr(cluster, "initialize", lambda: None)
     with pytest.raises(SystemExit, match="2"):
         attention.main()
     error = capsys.readouterr().err.strip()

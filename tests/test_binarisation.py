@@ -13,6 +13,7 @@ from sklearn.svm import SVC
 
 from ibjax.analysis import binarisation as analysis
 from ibjax.attacks import geometry
+from ibjax.devices import cluster
 from ibjax.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -166,7 +167,7 @@ def workdir(tmp_path_factory):
 def test_a_run_is_tested_from_the_command_line(workdir, monkeypatch, capsys):
     command = ["binarisation", f"--workdir={workdir}", "--attacks=pgd-5,apgd-dlr", "--n=10", "--inner=20"]
     monkeypatch.setattr("sys.argv", command)
-    monkeypatch.setattr(analysis.cluster, "initialize", lambda: None)  # it must come before all of JAX
+    monkeypatch.setattr(cluster, "initialize", lambda: None)  # it must come before all of JAX
     with pytest.raises(SystemExit) as caught:
         analysis.main()
     assert caught.value.code == 0

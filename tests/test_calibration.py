@@ -9,6 +9,7 @@ from conftest import small_run
 from ibjax import files
 from ibjax.analysis import calibration, corruptions
 from ibjax.attacks.pgd import pgd
+from ibjax.devices import cluster
 from ibjax.errors import InputError
 from ibjax.evaluation import evaluate, scoring
 from ibjax.models import resnet, siriib
@@ -75,7 +76,7 @@ def test_each_row_is_what_it_says(workdir, parts):
 @pytest.mark.parametrize("attack", ["fgsm", pytest.param("apgd-ce", marks=pytest.mark.slow)])
 def test_it_is_evaluated_from_the_command_line(attack, workdir, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["calibration", f"--workdir={workdir}", f"--attacks={attack}", "--n=10"])
-    monkeypatch.setattr(calibration.cluster, "initialize", lambda: None)  # it must come before all of JAX
+    monkeypatch.setattr(cluster, "initialize", lambda: None)  # it must come before all of JAX
     with pytest.raises(SystemExit) as caught:
         calibration.main()
     assert caught.value.code == 0

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 MODULES = sorted(
     str(file.relative_to(ROOT).with_suffix("")).replace("/", ".")
     for file in (ROOT / "ibjax").rglob("*.py")
-    if file.parent.name != "torch_models"  # what an export brings along, to be run in its folder
+    if file.parent.name != "networks"  # what an export brings along, to be run in its folder
+    and file.name != "__main__.py"  # of the analyses: it lists the other ones
     and 'if __name__ == "__main__":' in file.read_text(encoding="utf-8")
 )
 
@@ -34,6 +36,34 @@ def test_help_is_no_error_and_names_the_command_and_its_options(name, monkeypatc
     printed = capsys.readouterr()
     assert stopped.value.code == 0 and not printed.err
     assert name in printed.out and re.search(r"^\s+-", printed.out, re.MULTILINE)
+
+
+ANALYSES = [name.rpartition(".")[2] for name in MODULES if name.startswith("ibjax.analysis.")]
+
+
+def analysis(monkeypatch, *words):
+    """The exit status of `python -m ibjax.analysis WORDS`."""
+    monkeypatch.setattr(sys, "argv", ["analysis", *words])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("ibjax.analysis", run_name="__main__")
+    return stopped.value.code
+
+
+def test_the_analyses_are_listed_with_what_each_shows_and_how_it_is_called(monkeypatch, capsys):
+    assert analysis(monkeypatch) == 0
+    blocks = capsys.readouterr().out.split("\n\n")[1:]
+    assert [block.partition(":")[0] for block in blocks] == ANALYSES
+    for name, block in zip(ANALYSES, blocks, strict=True):
+        shown, call, *_ = block.splitlines()
+        assert len(shown) > len(name) + 20 and re.search(r"[.?]$", shown)
+        assert re.match(rf"    python -m ibjax\.analysis\.{name} --(workdir|config)=", call)
+
+
+def test_an_analysis_runs_by_its_name_and_an_unknown_name_is_refused(monkeypatch, capsys):
+    assert analysis(monkeypatch, "mask", "--help") == 0
+    assert "--share" in capsys.readouterr().out
+    assert analysis(monkeypatch, "tendancy") == 2
+    assert "did you mean 'tendency'?" in capsys.readouterr().err
 
 
 def git(*arguments):

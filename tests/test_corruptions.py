@@ -13,6 +13,7 @@ from ibjax import files
 from ibjax.analysis import corruptions as analysis
 from ibjax.data import Split, builders, corruptions, synthetic
 from ibjax.data.builders import Contents
+from ibjax.devices import cluster
 from ibjax.errors import DataError, InputError
 
 RNG = np.random.default_rng(0)
@@ -242,7 +243,7 @@ def cifar_run(tmp_path_factory):
 
 def test_a_run_is_evaluated_from_the_command_line(cifar_run, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["corruptions", f"--workdir={cifar_run}", "--generate", "--n=10"])
-    monkeypatch.setattr(analysis.cluster, "initialize", lambda: None)  # it must come before all of JAX
+    monkeypatch.setattr(cluster, "initialize", lambda: None)  # it must come before all of JAX
     with pytest.raises(SystemExit) as caught:
         analysis.main()
     assert caught.value.code == 0

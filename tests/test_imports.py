@@ -441,7 +441,7 @@ ROWS = [
         cifar_resnet,
         lambda net: net,
         "resnet",
-        refused=r"holds more than tensors \(ibjax\.torch_models\.resnet\.Model\).*refused.*network\.state_dict\(\)",
+        refused=r"holds more than tensors \(ibjax\.pytorch\.networks\.resnet\.Model\).*refused.*network\.state_dict",
         page="refused, nothing is run; save `state_dict()`",
     ),
     Row(

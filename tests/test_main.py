@@ -1,6 +1,7 @@
 """The command line: wrong input ends in exit code 2 and one line, before anything is written."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -183,6 +184,16 @@ def test_what_get_config_may_return_and_take(tmp_path, command):
     ):
         code, message = command(f"--config={tmp_path / name}.py{arg}", f"--workdir={tmp_path / 'x'}")
         assert code == 2 and words in message and "\n" not in message
+
+
+def test_a_recipe_shares_settings_with_the_one_beside_it_and_says_so_where_that_is_missing(tmp_path, monkeypatch):
+    for name in ("baselines_shared.py", "shared_information.py"):
+        shutil.copy(ROOT / "configs" / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert recipe_files.load("baselines_shared.py:mnist-mart,smoke").threat.eps == "0.3"
+    (tmp_path / "shared_information.py").unlink()
+    with pytest.raises(InputError, match=r"^baselines_shared\.py shares settings with shared_information\.py.*copy"):
+        recipe_files.load("baselines_shared.py")
 
 
 def test_a_recipe_says_what_it_takes(command, tmp_path):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from ibjax import files
 from ibjax.analysis import attacked, modulation
+from ibjax.devices import cluster
 from ibjax.errors import InputError
 from ibjax.models import resnet, siriib
 from ibjax.runs import run
@@ -99,7 +100,7 @@ def test_it_is_run_from_the_command_line(workdir, tmp_path, monkeypatch, capsys)
 
     flags = [f"--workdir={workdir}", "--attacks=pgd-2,siriib-svd-2", "--n=6", f"--picture={picture}"]
     monkeypatch.setattr("sys.argv", ["modulation", *flags])
-    monkeypatch.setattr(modulation.cluster, "initialize", lambda: None)  # it must come before all of JAX
+    monkeypatch.setattr(cluster, "initialize", lambda: None)  # it must come before all of JAX
     monkeypatch.setattr(modulation, "evaluate", noted)
     with pytest.raises(SystemExit) as caught:
         modulation.main()

@@ -1,5 +1,7 @@
 """The attacks beside PGD and AutoAttack: one table of guarantees, then each against an oracle of its own."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -163,6 +165,14 @@ def test_momentum_follows_its_formula_in_numpy(lookahead):
 
     attack = (nifgsm if lookahead else mim)(loss=loss, eps=eps, step_size=alpha, steps=steps, decay=mu, unroll=False)
     np.testing.assert_allclose(run(attack, logits_fn=lambda x: x).reshape(6, 60), x_adv, atol=1e-5)
+
+
+def test_nifgsm_is_mim_with_its_lookahead_and_takes_the_same_options():
+    options = dict(eps=0.1, step_size=0.02, decay=0.7, **ROLLED)
+    assert np.array_equal(run(nifgsm(**options)), run(mim(**options, lookahead=True)))
+    assert not np.array_equal(run(nifgsm(**options)), run(mim(**options)))
+    theirs, ours = (inspect.signature(attack).parameters for attack in (nifgsm, mim))
+    assert {**theirs, "lookahead": ours["lookahead"]} == dict(ours)  # types and defaults
 
 
 def test_momentum_carries_on_where_the_gradient_vanishes():
@@ -487,6 +497,7 @@ def guide_of_another_shape():
         (lambda: noise(norm="l1", eps=12.0), "norm 'l1'"),
         (lambda: spsa(norm="l1", eps=12.0), "norm 'l1'"),
         (lambda: nifgsm(norm="l2", eps=0.5), "mim"),
+        (lambda: mim(norm="l2", eps=0.5, lookahead=True), "linf"),
         (lambda: spsa(delta=0.0), "delta"),
         (lambda: spsa(samples=0), "samples"),
         (lambda: spsa(loss="cee"), "'ce'"),

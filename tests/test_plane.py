@@ -208,7 +208,7 @@ def test_the_teacher_of_a_recipe_is_trained_first(digits_run, tmp_path, monkeypa
         trained.append((experiment.config.title, workdir))
         shutil.copytree(digits_run / "teacher", workdir, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
 
-    monkeypatch.setattr(plane.train, "train", copied)
+    monkeypatch.setattr(plane.loop, "train", copied)
     with pytest.raises(InputError, match="--taps=stage9 is no feature"):
         plane.record(smoke_config("digits"), tmp_path, taps=["stage9"], **OPTIONS)
     assert not trained

@@ -11,6 +11,7 @@ from ibjax import files
 from ibjax.analysis import attacked, singular
 from ibjax.attacks.pgd import pgd
 from ibjax.data import Split
+from ibjax.devices import cluster
 from ibjax.evaluation import evaluate, scoring
 from ibjax.runs import run
 from ibjax.step import linen_net, to_float
@@ -151,7 +152,7 @@ def test_it_is_run_from_the_command_line(digits_run, tmp_path, monkeypatch, caps
     picture = tmp_path / "new" / "figure.png"
     argv = ["singular", f"--workdir={digits_run}", "--attacks=fgsm,pgd-2", "--n=11", f"--picture={picture}"]
     monkeypatch.setattr("sys.argv", argv)
-    monkeypatch.setattr(singular.cluster, "initialize", lambda: None)  # it must come before all of JAX
+    monkeypatch.setattr(cluster, "initialize", lambda: None)  # it must come before all of JAX
     with pytest.raises(SystemExit, match="0"):
         singular.main()
     record = files.read_json(digits_run / "singular" / "best.json")
@@ -190,7 +191,7 @@ def test_an_attack_that_changes_nothing_has_no_shares():
 )
 def test_bad_input_is_one_line(flag, words, digits_run, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["singular", f"--workdir={digits_run}", flag])
-    monkeypatch.setattr(singular.cluster, "initialize", lambda: None)
+    monkeypatch.setattr(cluster, "initialize", lambda: None)
     with pytest.raises(SystemExit, match="2"):
         singular.main()
     error = capsys.readouterr().err.strip()

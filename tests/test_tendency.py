@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ibjax.analysis import attacked, tendency
+from ibjax.analysis import commands, tendency
 from ibjax.attacks.pgd import pgd
 from ibjax.devices import cluster
 from ibjax.errors import InputError
@@ -73,11 +73,11 @@ def test_it_is_run_from_the_command_line(digits_run, capsys, monkeypatch):
 
 def test_names_are_as_many_as_classes():
     with pytest.raises(InputError, match="3 names; the data has 2 classes"):
-        attacked.class_names(["a", "b", "c"], {"num_classes": 2})
+        commands.class_names(["a", "b", "c"], {"num_classes": 2})
     facts = {"num_classes": 2, "classes": ["cat", "dog"]}
-    assert attacked.class_names(None, facts) == ["cat", "dog"]  # as the data has them
-    assert attacked.class_names(["a", "b"], facts) == ["a", "b"]
-    assert attacked.class_names(None, {"num_classes": 2}) == ["0", "1"]
+    assert commands.class_names(None, facts) == ["cat", "dog"]  # as the data has them
+    assert commands.class_names(["a", "b"], facts) == ["a", "b"]
+    assert commands.class_names(None, {"num_classes": 2}) == ["0", "1"]
 
 
 @pytest.mark.parametrize("both", [True, False])

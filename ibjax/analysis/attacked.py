@@ -1,7 +1,6 @@
 """A run's images under one of the named attacks, and what a network takes images for: for the analyses of these."""
 
-import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from ibjax.evaluation.evaluate import make_scorer
 from ibjax.evaluation.named import named
 from ibjax.evaluation.scoring import Flags, auto_attack
 from ibjax.evaluation.settings import check_network, check_settings
-from ibjax.runs import command_line, run
+from ibjax.runs import run
 from ibjax.step import to_float
 
 
@@ -51,27 +50,6 @@ def attack(
     scorer = make_scorer(chosen, lambda variables, x, keys: predict(variables, x), settings, cluster.mesh())
     step_size = chosen.step_size(eps, settings["step_size"])
     return scorer(trained.variables, split, seed, eps=eps, step_size=step_size, progress=name, keep=total)
-
-
-def add_class_names(parser: argparse.ArgumentParser) -> None:
-    """Adds --names, for `class_names`."""
-    parser.add_argument(
-        "--names",
-        type=command_line.comma_list,
-        help="of the classes, in order, separated by commas; default: as the data has them",
-    )
-
-
-def class_names(given: list[str] | None, facts: Mapping[str, Any]) -> list[str]:
-    """What --names gives the classes of a run's data; without it what the data calls them, else their numbers.
-
-    InputError if not all have one.
-    """
-    count = facts["num_classes"]
-    names = given or facts.get("classes") or [str(c) for c in range(count)]
-    if len(names) != count:
-        raise InputError(f"--names has {len(names)} names; the data has {count} classes")
-    return names
 
 
 def feature_shapes(predict: Callable, variables: Any, input_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:

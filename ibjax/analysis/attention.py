@@ -25,9 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from ibjax import config, errors
-from ibjax.analysis import attacked, output, pictures
-from ibjax.attacks.names import canonical
+from ibjax import config
+from ibjax.analysis import attacked, commands, output, pictures
 from ibjax.devices import cluster
 from ibjax.errors import InputError
 from ibjax.evaluation.results import attack_label
@@ -172,21 +171,15 @@ def draw(record: dict[str, Any], file: Path) -> None:
 def main() -> None:
     """The command line of this module."""
     parser = command_line.of_run("ibjax.analysis.attention", __doc__)
-    parser.add_argument("--attack", type=canonical, default="pgd-10", help="a name, as of an evaluation")
-    parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")
+    commands.add_attack(parser, "pgd-10")
+    commands.add_n(parser)
     pictures.add_argument(parser)
     given = parser.parse_args()
 
-    def command():
-        pictures.check(given.picture)
-        cluster.initialize()
-        record = evaluate(given.workdir, given.checkpoint, attack=given.attack, n=given.n)
-        if jax.process_index() == 0:
-            print("\n".join(lines(record)))
-            if given.picture is not None:
-                draw(record, given.picture)
+    def measure():
+        return evaluate(given.workdir, given.checkpoint, attack=given.attack, n=given.n)
 
-    errors.exit_with(command)
+    commands.conduct(given, measure, lines, draw)
 
 
 if __name__ == "__main__":

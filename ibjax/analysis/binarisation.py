@@ -47,8 +47,8 @@ from jax.sharding import NamedSharding
 from scipy.optimize import nnls
 from tqdm import tqdm
 
-from ibjax import errors, losses
-from ibjax.analysis import attacked, output
+from ibjax import losses
+from ibjax.analysis import attacked, commands, output
 from ibjax.attacks import Attack, geometry
 from ibjax.attacks.iterative import as_attack
 from ibjax.devices import cluster
@@ -383,17 +383,14 @@ def main() -> None:
     """The command line of this module."""
     parser = command_line.of_run("ibjax.analysis.binarisation", __doc__)
     command_line.add_attacks(parser)
-    parser.add_argument("--n", type=int, default=64, help="number of test images")
+    commands.add_n(parser, 64)
     parser.add_argument("--inner", type=int, default=999, help="points inside the ball, of each image")
     given = parser.parse_args()
 
-    def command():
-        cluster.initialize()
-        record = evaluate(given.workdir, given.checkpoint, attacks=given.attacks, n=given.n, inner=given.inner)
-        if jax.process_index() == 0:
-            print("\n".join(lines(record)))
+    def measure():
+        return evaluate(given.workdir, given.checkpoint, attacks=given.attacks, n=given.n, inner=given.inner)
 
-    errors.exit_with(command)
+    commands.conduct(given, measure, lines)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from ibjax import errors
-from ibjax.analysis import output
+from ibjax.analysis import commands, output
 from ibjax.analysis.attacked import attack, load, predictions
-from ibjax.devices import cluster
 from ibjax.errors import InputError
 from ibjax.evaluation.results import attack_label
 from ibjax.evaluation.scoring import percent
@@ -89,16 +85,13 @@ def main() -> None:
     """The command line of this module."""
     parser = command_line.of_run("ibjax.analysis.calibration", __doc__)
     command_line.add_attacks(parser)
-    parser.add_argument("--n", type=int, help="number of test images; default: all")
+    commands.add_n(parser, otherwise="all")
     given = parser.parse_args()
 
-    def command():
-        cluster.initialize()
-        record = evaluate(given.workdir, given.checkpoint, attacks=given.attacks, n=given.n)
-        if jax.process_index() == 0:
-            print("\n".join(lines(record)))
+    def measure():
+        return evaluate(given.workdir, given.checkpoint, attacks=given.attacks, n=given.n)
 
-    errors.exit_with(command)
+    commands.conduct(given, measure, lines)
 
 
 if __name__ == "__main__":

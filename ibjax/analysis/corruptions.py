@@ -21,10 +21,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ibjax import errors, files, losses
-from ibjax.analysis import calibration, output
+from ibjax import files, losses
+from ibjax.analysis import calibration, commands, output
 from ibjax.data import Split, corruptions, stratified, tfds
-from ibjax.devices import cluster
 from ibjax.errors import DataError, InputError
 from ibjax.runs import command_line, run, rundir
 from ibjax.step import linen_net, to_float
@@ -152,15 +151,12 @@ def main() -> None:
     parser.add_argument("--n", type=int, help="images of each corruption and severity; default: all")
     given = parser.parse_args()
 
-    def command():
-        cluster.initialize()
+    def measure():
         data_dir = str(files.path(given.data_dir)) if given.data_dir else ""
         options = dict(data_dir=data_dir, generate=given.generate, calibrated=given.calibrated, n=given.n)
-        record = evaluate(given.workdir, given.checkpoint, **options)
-        if jax.process_index() == 0:
-            print("\n".join(lines(record)))
+        return evaluate(given.workdir, given.checkpoint, **options)
 
-    errors.exit_with(command)
+    commands.conduct(given, measure, lines)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax import errors, files
-from ibjax.analysis import attacked, output, pictures
-from ibjax.attacks.names import canonical
-from ibjax.devices import cluster
+from ibjax import files
+from ibjax.analysis import attacked, commands, output, pictures
 from ibjax.errors import InputError, check_range, nearest
 from ibjax.evaluation.results import attack_label
 from ibjax.evaluation.scoring import percent
@@ -233,28 +231,19 @@ def main() -> None:
     parser = command_line.bare("ibjax.analysis.embedding", __doc__)
     parser.add_argument("--workdir", type=files.path, action="append", required=True, help="again for a run beside it")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step")
-    parser.add_argument(
-        "--attack", type=canonical, default=CLEAN, help="a name, as of an evaluation; default: the images as they are"
-    )
-    parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")
+    commands.add_attack(parser, CLEAN, "; default: the images as they are")
+    commands.add_n(parser)
     parser.add_argument("--tap", default="pre_logits", help="the feature, as stage4")
     parser.add_argument("--seed", type=int, default=33, help="of t-SNE")
-    attacked.add_class_names(parser)
+    commands.add_class_names(parser)
     pictures.add_argument(parser)
     given = parser.parse_args()
 
-    def command():
-        pictures.check(given.picture)
-        names = attacked.class_names(given.names, rundir.read_config(given.workdir[0])[1])
-        cluster.initialize()
+    def measure():
         options = dict(attack=given.attack, n=given.n, tap=given.tap, seed=given.seed)
-        results = compare(given.workdir, given.checkpoint, **options)
-        if jax.process_index() == 0:
-            print("\n".join(lines(results)))
-            if given.picture:
-                pictures.save(draw(results, names), given.picture)
+        return compare(given.workdir, given.checkpoint, **options)
 
-    errors.exit_with(command)
+    commands.conduct(given, measure, lines, lambda found, file: pictures.save(draw(found, given.names), file))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ibjax import config, errors
-from ibjax.analysis import output
+from ibjax import config
+from ibjax.analysis import commands, output
 from ibjax.analysis.attacked import attack
 from ibjax.devices import cluster
 from ibjax.errors import InputError
@@ -98,14 +98,10 @@ def main() -> None:
     parser.add_argument("--gain", type=float, default=1.0, help="points of accuracy that make a layer robust")
     given, recipe = command_line.parse_recipe(parser)
 
-    def command():
-        settings = recipe()
-        cluster.initialize()
-        found = choose(settings, given.workdir, given.gain)
-        if jax.process_index() == 0:
-            print(table(found))
+    def measure():
+        return choose(given.settings, given.workdir, given.gain)
 
-    errors.exit_with(command)
+    commands.conduct(given, measure, lambda found: [table(found)], recipe=recipe)
 
 
 if __name__ == "__main__":

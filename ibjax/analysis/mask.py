@@ -18,14 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax import config, errors, files
+from ibjax import config, files
+from ibjax.analysis import commands
 from ibjax.analysis.attacked import feature_shapes
-from ibjax.devices import cluster
 from ibjax.errors import InputError, nearest
 from ibjax.objectives.ib_rar import channel_information, permanent_mask
-from ibjax.runs import checkpoint as checkpoints
 from ibjax.runs import command_line, run, rundir, trees
-from ibjax.step import TrainState, linen_net, to_float
+from ibjax.step import linen_net, to_float
 
 BATCHES = 50
 
@@ -61,11 +60,10 @@ def mask(workdir: Path, out: Path, tap: str, checkpoint: str = "best", share: fl
     settings.model = dict(name="masked", backbone=inner, tap=tap, channels=channels)
     masked = dict(step=trained.step, weights=trees.digest(trained.variables), share=share)
     with rundir.lock(out):
-        identity = rundir.write_config(out, settings, {**trained.facts, "masked": masked})
         variables = {kind: {"backbone": tree} if tree else {} for kind, tree in trained.variables.items()}
-        with checkpoints.manager(out, run=identity) as orbax:
-            state = TrainState(jnp.int32(trained.step), variables, (), None)
-            checkpoints.save(orbax, state, {"selection": 0.0, **trained.validation})  # of the network without its mask
+        validation = trained.validation  # of the network without its mask
+        facts = {**trained.facts, "masked": masked}
+        rundir.write_network(out, settings, facts, variables, step=trained.step, validation=validation)
         log = trained.workdir / "metrics.jsonl"
         if jax.process_index() == 0 and log.is_file():
             shutil.copy(log, out / log.name)
@@ -80,13 +78,14 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.05, help="of the channels that are zeroed")
     given = parser.parse_args()
 
-    def command():
-        cluster.initialize()
-        channels = mask(given.workdir, given.out, given.tap, given.checkpoint, given.share)
-        print(f"{given.out}: {len(channels)} channels of {given.tap} are zero: {', '.join(map(str, channels))}")
-        print(f"python -m ibjax.evaluate --workdir={given.out}")
+    def measure():
+        return mask(given.workdir, given.out, given.tap, given.checkpoint, given.share)
 
-    errors.exit_with(command)
+    def lines(channels):
+        yield f"{given.out}: {len(channels)} channels of {given.tap} are zero: {', '.join(map(str, channels))}"
+        yield f"python -m ibjax.evaluate --workdir={given.out}"
+
+    commands.conduct(given, measure, lines)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax import errors
-from ibjax.analysis import attacked, output, pictures
+from ibjax.analysis import attacked, commands, output, pictures
 from ibjax.data import stratified
-from ibjax.devices import cluster
 from ibjax.errors import InputError
 from ibjax.evaluation.named import named
 from ibjax.evaluation.results import attack_label
@@ -179,20 +177,14 @@ def main() -> None:
         type=command_line.comma_list,
         help=f"names, separated by commas; default: {','.join(ATTACKS)}",
     )
-    parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")
+    commands.add_n(parser)
     pictures.add_argument(parser)
     given = parser.parse_args()
 
-    def command():
-        pictures.check(given.picture)
-        cluster.initialize()
-        record, shown = evaluate(given.workdir, given.checkpoint, attacks=given.attacks, n=given.n)
-        if jax.process_index() == 0:
-            print("\n".join(lines(record)))
-            if given.picture:
-                draw(record, shown, given.picture)
+    def measure():
+        return evaluate(given.workdir, given.checkpoint, attacks=given.attacks, n=given.n)
 
-    errors.exit_with(command)
+    commands.conduct(given, measure, lambda found: lines(found[0]), lambda found, file: draw(*found, file))
 
 
 if __name__ == "__main__":

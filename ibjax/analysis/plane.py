@@ -36,8 +36,8 @@ from jax import Array
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ibjax import config, errors, files
-from ibjax.analysis import embedding, output, pictures
+from ibjax import config, files
+from ibjax.analysis import commands, embedding, output, pictures
 from ibjax.data import stratified, subset
 from ibjax.devices import cluster
 from ibjax.errors import DivergedError, InputError, PreemptedError, check_range, nearest
@@ -270,7 +270,7 @@ def main() -> None:
     """The command line of this module."""
     parser = command_line.of_training("ibjax.analysis.plane", __doc__)
     parser.add_argument("--every", type=int, default=50, help="steps between two records")
-    parser.add_argument("--n", type=int, default=200, help="number of test images")
+    commands.add_n(parser, 200)
     parser.add_argument(
         "--taps",
         type=command_line.comma_list,
@@ -280,18 +280,11 @@ def main() -> None:
     pictures.add_argument(parser)
     given, recipe = command_line.parse_recipe(parser)
 
-    def command():
-        pictures.check(given.picture)
-        settings = recipe()
-        cluster.initialize()
+    def measure():
         options = dict(every=given.every, n=given.n, taps=given.taps, attack=given.attack)
-        found = record(settings, given.workdir, **options)
-        if jax.process_index() == 0:
-            print("\n".join(lines(found)))
-            if given.picture:
-                pictures.save(draw(found), given.picture)
+        return record(given.settings, given.workdir, **options)
 
-    errors.exit_with(command)
+    commands.conduct(given, measure, lines, lambda found, file: pictures.save(draw(found), file), recipe=recipe)
 
 
 if __name__ == "__main__":

@@ -31,15 +31,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax import errors
-from ibjax.analysis import attacked, output, pictures
-from ibjax.attacks.names import canonical
+from ibjax.analysis import attacked, commands, output, pictures
 from ibjax.data import stratified
-from ibjax.devices import cluster
 from ibjax.errors import InputError, nearest
 from ibjax.evaluation.results import attack_label
 from ibjax.models import layers
-from ibjax.runs import command_line, run, rundir
+from ibjax.runs import command_line, run
 from ibjax.step import linen_net, to_float
 
 CHUNK = 128  # masked images in one pass through the network
@@ -184,24 +181,21 @@ def draw(record: dict[str, Any], arrays: dict[str, np.ndarray], file: Path, name
 def main() -> None:
     """The command line of this module."""
     parser = command_line.of_run("ibjax.analysis.score_cam", __doc__)
-    parser.add_argument("--attack", type=canonical, default="pgd-20", help="a name, as of an evaluation")
-    parser.add_argument("--n", type=int, default=8, help="number of test images")
+    commands.add_attack(parser, "pgd-20")
+    commands.add_n(parser, 8)
     parser.add_argument("--tap", help="the feature, as stage4; default: the last map of more than one pixel")
     pictures.add_argument(parser)
-    attacked.add_class_names(parser)
+    commands.add_class_names(parser)
     given = parser.parse_args()
 
-    def command():
-        pictures.check(given.picture)
-        cluster.initialize()
-        names = attacked.class_names(given.names, rundir.read_config(given.workdir)[1])
-        record, arrays = evaluate(given.workdir, given.checkpoint, attack=given.attack, n=given.n, tap=given.tap)
-        if jax.process_index() == 0:
-            print("\n".join(lines(record)))
-            if given.picture:
-                draw(record, arrays, given.picture, names)
+    def measure():
+        return evaluate(given.workdir, given.checkpoint, attack=given.attack, n=given.n, tap=given.tap)
 
-    errors.exit_with(command)
+    def picture(found, file):
+        record, arrays = found
+        draw(record, arrays, file, given.names)
+
+    commands.conduct(given, measure, lambda found: lines(found[0]), picture)
 
 
 if __name__ == "__main__":

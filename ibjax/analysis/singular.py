@@ -35,10 +35,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax import errors
-from ibjax.analysis import output, pictures
-from ibjax.analysis.attacked import attack, class_names, load, predictions
-from ibjax.devices import cluster
+from ibjax.analysis import commands, output, pictures
+from ibjax.analysis.attacked import attack, load, predictions
 from ibjax.evaluation.results import attack_label
 from ibjax.evaluation.scoring import TOLERANCE, percent
 from ibjax.runs import command_line, run
@@ -151,7 +149,7 @@ def evaluate(
     }
     output.record(workdir / "singular", checkpoint, record)
     if jax.process_index() == 0 and picture is not None:
-        draw(examples, record, class_names(None, trained.facts), picture)
+        draw(examples, record, commands.class_names(None, trained.facts), picture)
     return record
 
 
@@ -222,18 +220,14 @@ def main() -> None:
     """The command line of this module."""
     parser = command_line.of_run("ibjax.analysis.singular", __doc__)
     command_line.add_attacks(parser)
-    parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")
+    commands.add_n(parser)
     pictures.add_argument(parser)
     given = parser.parse_args()
 
-    def command():
-        pictures.check(given.picture)
-        cluster.initialize()
-        record = evaluate(given.workdir, given.checkpoint, attacks=given.attacks, n=given.n, picture=given.picture)
-        if jax.process_index() == 0:
-            print("\n".join(lines(record)))
+    def measure():
+        return evaluate(given.workdir, given.checkpoint, attacks=given.attacks, n=given.n, picture=given.picture)
 
-    errors.exit_with(command)
+    commands.conduct(given, measure, lines)
 
 
 if __name__ == "__main__":

@@ -15,16 +15,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from ibjax import errors
-from ibjax.analysis import attacked, output
-from ibjax.attacks.names import canonical, in_file_name
-from ibjax.devices import cluster
+from ibjax.analysis import attacked, commands, output
+from ibjax.attacks.names import in_file_name
 from ibjax.errors import InputError
 from ibjax.evaluation.results import attack_label
-from ibjax.runs import command_line, run, rundir
+from ibjax.runs import command_line, run
 from ibjax.step import linen_net
 
 
@@ -70,7 +67,7 @@ def evaluate(
 def lines(record: dict[str, Any], top: int = 4, names: list[str] | None = None) -> Iterable[str]:
     """The record as a Markdown table."""
     table = np.array(record["counts"])
-    names = names or attacked.class_names(None, {"num_classes": len(table)})
+    names = names or commands.class_names(None, {"num_classes": len(table)})
     order = ranked(table, top)
     about = f"{attack_label(record['attack'])}, {record['norm']} eps {record['eps']}"
     yield f"{record['title']} on {record['dataset']}, n = {record['n']}, {about}"
@@ -86,22 +83,18 @@ def lines(record: dict[str, Any], top: int = 4, names: list[str] | None = None) 
 def main() -> None:
     """The command line of this module."""
     parser = command_line.of_run("ibjax.analysis.tendency", __doc__)
-    parser.add_argument("--attack", type=canonical, default="pgd-10", help="a name, as of an evaluation")
-    parser.add_argument("--n", type=int, help="number of test images; default: that of the run's configuration")
+    commands.add_attack(parser, "pgd-10")
+    commands.add_n(parser)
     parser.add_argument("--top", type=int, default=4, help="wrong classes in a row")
-    attacked.add_class_names(parser)
+    commands.add_class_names(parser)
     given = parser.parse_args()
 
-    def command():
+    def measure():
         if given.top < 1:
             raise InputError(f"--top={given.top} is not allowed; give a whole number of at least 1")
-        names = attacked.class_names(given.names, rundir.read_config(given.workdir)[1])
-        cluster.initialize()
-        record = evaluate(given.workdir, given.checkpoint, attack=given.attack, n=given.n)
-        if jax.process_index() == 0:
-            print("\n".join(lines(record, given.top, names)))
+        return evaluate(given.workdir, given.checkpoint, attack=given.attack, n=given.n)
 
-    errors.exit_with(command)
+    commands.conduct(given, measure, lambda found: lines(found, given.top, given.names))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from jax import Array, lax
 from ibjax.attacks import Attack, geometry
 from ibjax.attacks.entrance import checked
 from ibjax.attacks.pgd import loss_function, loss_gradient, target_kind, unrolled
-from ibjax.errors import check_count, check_range
+from ibjax.errors import InputError, check_count, check_range
 
 
 def mim(
@@ -35,29 +35,19 @@ def mim(
     decay: float = 1.0,
     init: str = "none",
     unroll: bool | None = None,
+    lookahead: bool = False,
 ) -> Attack:
     """An attack `(key, logits_fn, x, target) -> x_adv`; `decay` is μ, all else as in `pgd`.
 
+    `lookahead` takes the gradient at x_t + μ · step_size · g_t in place of x_t, in l_inf only: see `nifgsm`.
+
     Raises:
-      InputError: an eps that is no radius on [0, 1] images, an unknown loss, norm or init, steps < 1, decay < 0.
+      InputError: an eps that is no radius on [0, 1] images, an unknown loss, norm or init, steps < 1, decay < 0, or
+        `lookahead` in another norm than "linf", as the length of the look-ahead is defined for signs only.
     """
-    return momentum_ascent(loss, norm, eps, step_size, steps, decay, init, unroll, lookahead=False)
-
-
-def momentum_ascent(
-    loss: "str | Callable",
-    norm: str,
-    eps: "str | float | Array",
-    step_size: "str | float | Array",
-    steps: int,
-    decay: float,
-    init: str,
-    unroll: bool | None,
-    *,
-    lookahead: bool,
-) -> Attack:
-    """MIM, or with `lookahead` NI-FGSM: the gradient is taken at x_t + μ · step_size · g_t."""
     norm = geometry.check_norm(norm, ("linf", "l2"))
+    if lookahead and norm != "linf":
+        raise InputError(f"norm '{norm}' is not allowed with a look-ahead (NI-FGSM); give linf, or mim without it")
     value, eps = loss_function(loss), geometry.radius(eps, norm)
     step_size = geometry.step(step_size, norm, eps)
     geometry.check_start(init)

@@ -20,9 +20,8 @@ from collections.abc import Callable
 
 from jax import Array
 
-from ibjax.attacks import Attack, geometry
-from ibjax.attacks.mim import momentum_ascent
-from ibjax.errors import InputError
+from ibjax.attacks import Attack
+from ibjax.attacks.mim import mim
 
 
 def nifgsm(
@@ -36,11 +35,6 @@ def nifgsm(
     init: str = "none",
     unroll: bool | None = None,
 ) -> Attack:
-    """An attack `(key, logits_fn, x, target) -> x_adv` in l_inf; `decay` is μ, all else as in `pgd`.
-
-    Raises:
-      InputError: as `mim`, and for a norm other than "linf": the length of the look-ahead is defined for signs only.
-    """
-    if geometry.check_norm(norm) != "linf":
-        raise InputError(f"norm '{norm}' is not allowed; NI-FGSM is defined for linf, use mim for other norms")
-    return momentum_ascent(loss, norm, eps, step_size, steps, decay, init, unroll, lookahead=True)
+    """`mim` with its look-ahead; raises InputError as it does, so for every norm but "linf"."""
+    options = dict(eps=eps, step_size=step_size, steps=steps, decay=decay, init=init, unroll=unroll)
+    return mim(loss=loss, norm=norm, **options, lookahead=True)

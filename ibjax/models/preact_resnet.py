@@ -24,10 +24,10 @@ import flax.linen as nn
 from jax import Array
 
 from ibjax.errors import InputError, nearest
-from ibjax.models import layers
+from ibjax.models import layers, stages
 
 PROJECTIONS = ("activated", "raw", "deepmind")
-DEPTHS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
+DEPTHS = stages.BASIC
 
 
 class Block(nn.Module):
@@ -92,56 +92,24 @@ class Model(nn.Module):
             raise InputError(
                 f"model.projection '{self.projection}' is unknown; {nearest(self.projection, PROJECTIONS)}"
             )
-        counts = block_counts("preact_resnet", self.depth, self.blocks, DEPTHS)
+        counts = stages.block_counts("preact_resnet", self.depth, self.blocks, DEPTHS)
         dtype, tap = layers.compute_dtype(self.dtype), layers.Taps(edits)
         x = layers.normalize(layers.zero_border(x, self.border), self.mean, self.std)
         x = tap("stem", layers.Conv(self.width, name="stem")(x).astype(dtype))
-        names = ["stem"]  # of the feature x
-        for i, (stage, first, last) in enumerate(positions(counts), 1):
-            block = Block(
-                self.width * 2 ** (stage - 1),
-                2 if stage > 1 and first else 1,
-                self.projection,
-                self.activation,
-                self.bn_groups,
-                dtype,
-                self.remat,
-                name=f"block{i}",
-            )
-            x = block(x, train, see=activated_tap(tap, names))
-            names = [f"block{i}"] + [f"stage{stage}"] * last
-            for name in names:
-                x = tap(name, x)
+
+        def block(x, see, **place):
+            return Block(
+                projection=self.projection,
+                activation=self.activation,
+                bn_groups=self.bn_groups,
+                dtype=dtype,
+                remat=self.remat,
+                **place,
+            )(x, train, see)
+
+        x, see = stages.through(x, tap, counts, self.width, block)
         if self.final_norm:
             x = layers.BatchNorm(groups=self.bn_groups, dtype=dtype, name="bn")(x, train)
-            x = activated_tap(tap, names)(layers.Activation(self.activation)(x))
+            x = see(layers.Activation(self.activation)(x))
         x = tap("pre_logits", layers.GlobalAverage()(x))
         return layers.classifier(x, self.num_classes), tap.finish()
-
-
-def block_counts(
-    name: str, depth: int, blocks: tuple[int, ...] | None, depths: dict[int, tuple[int, ...]]
-) -> tuple[int, ...]:
-    """The number of blocks of each stage; raises InputError on a depth or a list that there is not."""
-    if blocks is None and depth in depths:
-        return depths[depth]
-    if blocks and min(blocks) >= 1:
-        return blocks
-    given = f"depth {depth}" if blocks is None else f"blocks {blocks}"
-    raise InputError(f"{name} has no {given}; allowed: depth {sorted(depths)}, or blocks as (2, 2, 2, 2)")
-
-
-def positions(counts: tuple[int, ...]) -> list[tuple[int, bool, bool]]:
-    """(stage, whether it is the stage's first, its last) of every block in order; stages count from 1."""
-    return [(stage, i == 0, i == count - 1) for stage, count in enumerate(counts, 1) for i in range(count)]
-
-
-def activated_tap(tap: layers.Taps, names: list[str]) -> Callable[[Array], Array]:
-    """The taps `NAME_relu` of the features `names` after their BN-ReLU."""
-
-    def see(x):
-        for name in names:
-            x = tap(f"{name}_relu", x)
-        return x
-
-    return see

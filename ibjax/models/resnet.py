@@ -19,11 +19,9 @@ import flax.linen as nn
 from jax import Array
 
 from ibjax.errors import InputError, nearest
-from ibjax.models import layers
-from ibjax.models.preact_resnet import DEPTHS as BASIC
-from ibjax.models.preact_resnet import block_counts, positions
+from ibjax.models import layers, stages
 
-DEPTHS = {**BASIC, 50: (3, 4, 6, 3)}
+DEPTHS = {**stages.BASIC, 50: (3, 4, 6, 3)}
 
 
 class Block(nn.Module):
@@ -90,7 +88,7 @@ class Model(nn.Module):
             raise InputError(f"model.stem '{self.stem}' is unknown; {nearest(self.stem, ('cifar', 'imagenet'))}")
         if self.inner_width < 1 or (self.inner_width > 1 and self.depth < 50):
             raise InputError(f"model.inner_width={self.inner_width}: give 1 or more, and 1 for depths below 50")
-        counts = block_counts("resnet", self.depth, self.blocks, DEPTHS)
+        counts = stages.block_counts("resnet", self.depth, self.blocks, DEPTHS)
         dtype, tap = layers.compute_dtype(self.dtype), layers.Taps(edits)
         imagenet = self.stem == "imagenet"
         kernel_init = layers.fan_out_normal if imagenet else layers.torch_uniform
@@ -100,20 +98,18 @@ class Model(nn.Module):
         x = layers.BatchNorm(groups=self.bn_groups, dtype=dtype, name="bn_stem")(x.astype(dtype), train)
         x = layers.Activation()(x)
         x = tap("stem", layers.MaxPool(3, 2, 1)(x) if imagenet else x)
-        for i, (stage, first, last) in enumerate(positions(counts), 1):
-            block = Block(
-                self.width * 2 ** (stage - 1),
-                2 if stage > 1 and first else 1,
-                self.depth >= 50,
-                self.inner_width,
-                kernel_init,
-                self.bn_groups,
-                dtype,
-                self.remat,
-                name=f"block{i}",
-            )
-            x = tap(f"block{i}", block(x, train))
-            if last:
-                x = tap(f"stage{stage}", x)
+
+        def block(x, see, **place):
+            return Block(
+                bottleneck=self.depth >= 50,
+                inner_width=self.inner_width,
+                kernel_init=kernel_init,
+                bn_groups=self.bn_groups,
+                dtype=dtype,
+                remat=self.remat,
+                **place,
+            )(x, train)
+
+        x, _ = stages.through(x, tap, counts, self.width, block)
         x = tap("pre_logits", layers.GlobalAverage()(x))
         return layers.classifier(x, self.num_classes), tap.finish()

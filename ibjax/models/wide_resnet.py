@@ -28,8 +28,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ibjax.errors import InputError, check_range, nearest
-from ibjax.models import layers
-from ibjax.models.preact_resnet import activated_tap, positions
+from ibjax.models import layers, stages
 
 VARIANTS = ("trades", "deepmind", "ib_rar")
 
@@ -109,26 +108,22 @@ class Model(nn.Module):
         x = layers.zero_border(layers.standardize(x) if self.standardize else x, self.border)
         x = layers.normalize(x, self.mean, self.std)
         x = tap("stem", layers.Conv(16, name="stem", **conv_options(self.variant))(x).astype(dtype))
-        names = ["stem"]  # of the feature x
-        for i, (stage, first, last) in enumerate(positions((count,) * 3), 1):
-            block = Block(
-                16 * self.width * 2 ** (stage - 1),
-                2 if stage > 1 and first else 1,
-                self.variant,
-                self.activation,
-                self.dropout,
-                self.bn_groups,
-                dtype,
-                self.remat,
-                name=f"block{i}",
-            )
-            x = block(x, train, see=activated_tap(tap, names))
-            names = [f"block{i}"] + [f"stage{stage}"] * last
-            for name in names:
-                x = tap(name, x)
+
+        def block(x, see, **place):
+            return Block(
+                variant=self.variant,
+                activation=self.activation,
+                dropout=self.dropout,
+                bn_groups=self.bn_groups,
+                dtype=dtype,
+                remat=self.remat,
+                **place,
+            )(x, train, see)
+
+        x, see = stages.through(x, tap, (count,) * 3, 16 * self.width, block)
         keep = 0.1 if self.variant == "ib_rar" else 0.9
         x = layers.BatchNorm(keep, groups=self.bn_groups, dtype=dtype, name="bn")(x, train)
-        x = activated_tap(tap, names)(layers.Activation(self.activation)(x))
+        x = see(layers.Activation(self.activation)(x))
         x = tap("pre_logits", layers.GlobalAverage()(x))
         bias_init = None if self.variant == "ib_rar" else nn.initializers.zeros
         return layers.classifier(x, self.num_classes, bias_init=bias_init), tap.finish()

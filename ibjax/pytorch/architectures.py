@@ -31,7 +31,7 @@ import flax.linen as nn
 import numpy as np
 
 from ibjax.devices import cluster
-from ibjax.models import preact_resnet, resnet, vgg
+from ibjax.models import preact_resnet, resnet, stages, vgg
 from ibjax.runs import run
 from ibjax.runs.trees import flatten
 
@@ -200,7 +200,7 @@ def _numbered(name, model):
         counts = ((model.depth - 4) // 6,) * 3
     else:
         depths = {"resnet": resnet.DEPTHS, "preact_resnet": preact_resnet.DEPTHS}[known.model]
-        counts = preact_resnet.block_counts(known.model, model.depth, model.blocks, depths)
+        counts = stages.block_counts(known.model, model.depth, model.blocks, depths)
     blocks = [(stage, index) for stage, count in enumerate(counts) for index in range(count)]
     return {
         f"block{n}": known.block.format(stage=stage, stage1=stage + 1, index=index)

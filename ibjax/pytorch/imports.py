@@ -22,9 +22,7 @@ from ibjax.errors import CheckpointError, InputError, nearest
 from ibjax.pytorch import architectures, fit, folders, gate, normalisation, sizes, state_dicts, torch_file, twins
 from ibjax.pytorch.architectures import ARCHITECTURES, Shape
 from ibjax.pytorch.normalisation import Said
-from ibjax.runs import checkpoint as checkpoints
 from ibjax.runs import recipe_files, run, rundir
-from ibjax.step import TrainState
 
 
 class Network(NamedTuple):
@@ -94,10 +92,8 @@ def from_torch(
     if not photographs:
         imported["clean_acc"] = _clean_accuracy(logits, images.split.labels, clean_acc)
     with folders.whole(workdir) as folder:
-        identity = rundir.write_config(folder, network.settings, {**images.facts, "imported": imported})
-        with checkpoints.manager(folder, run=identity) as orbax:
-            arrays = jax.tree.map(jnp.asarray, variables)
-            checkpoints.save(orbax, TrainState(jnp.zeros((), jnp.int32), arrays, (), None), {"selection": 0.0})
+        arrays = jax.tree.map(jnp.asarray, variables)
+        rundir.write_network(folder, network.settings, {**images.facts, "imported": imported}, arrays)
     return imported
 
 

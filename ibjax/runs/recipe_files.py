@@ -5,6 +5,8 @@ import inspect
 import json
 import runpy
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
@@ -102,6 +104,17 @@ def load(value: str) -> ConfigDict:
     return made
 
 
+def beside(recipe: str, name: str) -> SimpleNamespace:
+    """What another recipe defines, for one that shares its settings: `beside(__file__, "NAME.py")`.
+
+    It is looked for in the folder of the recipe, which may be given by any path. Raises InputError where it is not.
+    """
+    file = Path(recipe).with_name(name)
+    if not file.is_file():
+        raise InputError(f"{recipe} shares settings with {name}, which is not beside it; copy both")
+    return SimpleNamespace(**runpy.run_path(str(file)))
+
+
 def _instead(file):
     """What to give in place of a file that is not there."""
     folder = file if file.is_dir() else file.parent
@@ -120,6 +133,8 @@ def _of_recipe(file, arg):
         if error.args != ("get_config",):
             raise InputError(f"{file} fails with KeyError: {last_line(error)}") from None
         raise InputError(f"{file} has no get_config(arg); define it, returning ibjax.config.base(), changed") from None
+    except InputError:
+        raise
     except Exception as error:  # a configuration is the user's Python
         raise InputError(f"{file} fails with {type(error).__name__}: {last_line(error)}") from None
     if arg and not inspect.signature(make).parameters:

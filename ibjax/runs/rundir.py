@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ibjax import config, files
@@ -22,6 +23,7 @@ from ibjax.errors import CheckpointError, InputError, UnreadableError
 from ibjax.files import write_json
 from ibjax.runs import checkpoint as checkpoints
 from ibjax.runs import metrics, provenance
+from ibjax.step import TrainState, Variables
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +144,30 @@ def write_config(workdir: Path, given: ConfigDict, facts: dict[str, Any], *, res
         write_json(workdir / "config.json", {"config": config.plain(config.effective(given)), "data": facts})
         write_json(workdir / "env.json", provenance.environment())
     return own
+
+
+def write_network(
+    workdir: Path,
+    settings: ConfigDict,
+    facts: dict[str, Any],
+    variables: Variables,
+    *,
+    step: int = 0,
+    validation: Mapping[str, Any] | None = None,
+) -> None:
+    """Makes `workdir` a run with one checkpoint, of a network that was not trained there and cannot be trained on.
+
+    Args:
+      workdir: locked by the caller, where another process could write into it.
+      settings, facts: as of `write_config`, which raises what it raises.
+      variables: {"params", "batch_stats"}.
+      step: of the checkpoint.
+      validation: metrics that go with it; without any it is the "best" one all the same.
+    """
+    own = write_config(workdir, settings, facts)
+    with checkpoints.manager(workdir, run=own) as store:
+        state = TrainState(jnp.int32(step), variables, (), None)
+        checkpoints.save(store, state, {"selection": 0.0, **(validation or {})})
 
 
 def identity(settings: ConfigDict, facts: Mapping[str, Any]) -> dict[str, Any]:

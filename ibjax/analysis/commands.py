@@ -1,0 +1,91 @@
+"""What the command lines of the analyses have in common: their arguments, and how an analysis runs from its command."""
+
+import argparse
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+from ml_collections import ConfigDict
+
+from ibjax import errors
+from ibjax.analysis import pictures
+from ibjax.attacks.names import canonical
+from ibjax.devices import cluster
+from ibjax.errors import InputError
+from ibjax.runs import command_line, rundir
+
+Found = TypeVar("Found")
+
+
+def add_n(
+    parser: argparse.ArgumentParser, default: int | None = None, otherwise: str = "that of the run's configuration"
+) -> None:
+    """Adds --n, the number of test images; `otherwise` says what it is where there is no default."""
+    said = f"; default: {otherwise}" if default is None else ""
+    parser.add_argument("--n", type=int, default=default, help=f"number of test images{said}")
+
+
+def add_attack(parser: argparse.ArgumentParser, default: str, said: str = "") -> None:
+    """Adds --attack, the name of one attack; `said` describes the default."""
+    parser.add_argument("--attack", type=canonical, default=default, help=f"a name, as of an evaluation{said}")
+
+
+def add_class_names(parser: argparse.ArgumentParser) -> None:
+    """Adds --names, for `class_names`."""
+    parser.add_argument(
+        "--names",
+        type=command_line.comma_list,
+        help="of the classes, in order, separated by commas; default: as the data has them",
+    )
+
+
+def class_names(given: list[str] | None, facts: Mapping[str, Any]) -> list[str]:
+    """What --names gives the classes of a run's data; without it what the data calls them, else their numbers.
+
+    InputError if not all have one.
+    """
+    count = facts["num_classes"]
+    names = given or facts.get("classes") or [str(c) for c in range(count)]
+    if len(names) != count:
+        raise InputError(f"--names has {len(names)} names; the data has {count} classes")
+    return names
+
+
+def conduct(
+    given: argparse.Namespace,
+    measure: Callable[[], Found],
+    lines: Callable[[Found], Iterable[str]],
+    draw: Callable[[Found, Path], None] | None = None,
+    *,
+    recipe: Callable[[], ConfigDict] | None = None,
+) -> None:
+    """Runs an analysis and ends the process, as `errors.exit_with` says.
+
+    What was given wrongly is told before the processes of a run meet: `given.picture` is checked, `given.names` becomes
+    the list of the classes' names, and `given.settings` what `recipe` reads.
+
+    Args:
+      given: the parsed command line.
+      measure: the work; every process calls it.
+      lines: what the first process prints of what was found.
+      draw: draws it into a file, on the first process, where --picture names one.
+      recipe: as `command_line.parse_recipe` returns it.
+    """
+
+    def command():
+        picture = getattr(given, "picture", None)
+        pictures.check(picture)
+        if "names" in given:
+            workdirs = given.workdir if isinstance(given.workdir, list) else [given.workdir]
+            given.names = class_names(given.names, rundir.read_config(workdirs[0])[1])
+        if recipe is not None:
+            given.settings = recipe()
+        cluster.initialize()
+        found = measure()
+        if jax.process_index() == 0:
+            print("\n".join(lines(found)))
+            if draw is not None and picture is not None:
+                draw(found, picture)
+
+    errors.exit_with(command)

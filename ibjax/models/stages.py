@@ -1,0 +1,57 @@
+"""The stages of the residual networks: their blocks in order, and the taps after each.
+
+Stage s has `width`·2^(s − 1) channels; from the second one on the first block of a stage halves the image.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from jax import Array
+
+from ibjax.errors import InputError
+from ibjax.models import layers
+
+BASIC = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # depth -> blocks of each stage, two convolutions each
+
+
+def block_counts(
+    name: str, depth: int, blocks: tuple[int, ...] | None, depths: dict[int, tuple[int, ...]]
+) -> tuple[int, ...]:
+    """The number of blocks of each stage; raises InputError on a depth or a list that there is not."""
+    if blocks is None and depth in depths:
+        return depths[depth]
+    if blocks and min(blocks) >= 1:
+        return blocks
+    given = f"depth {depth}" if blocks is None else f"blocks {blocks}"
+    raise InputError(f"{name} has no {given}; allowed: depth {sorted(depths)}, or blocks as (2, 2, 2, 2)")
+
+
+def through(
+    x: Array, tap: layers.Taps, counts: Sequence[int], width: int, block: Callable[..., Array]
+) -> tuple[Array, Callable[[Array], Array]]:
+    """(x after all blocks, the `see` of what follows them); taps `blockN` after block N, `stageS` after stage S.
+
+    Args:
+      x: (B, H, W, C), the feature `stem`.
+      counts: the number of blocks of each stage.
+      width: channels of the first stage.
+      block: `(x, see, width=…, stride=…, name=…) -> x`. A pre-activation block calls `see` with its input after BN and
+        ReLU and goes on with what that returns: these are the taps `NAME_relu` of the features before it.
+    """
+    names, number = ["stem"], 0  # of the feature x; of the last block
+    for stage, count in enumerate(counts, 1):
+        for i in range(count):
+            number += 1
+            place = dict(width=width * 2 ** (stage - 1), stride=2 if stage > 1 and i == 0 else 1)
+            x = block(x, partial(_see, tap, names), **place, name=f"block{number}")
+            names = [f"block{number}"] + [f"stage{stage}"] * (i == count - 1)
+            for name in names:
+                x = tap(name, x)
+    return x, partial(_see, tap, names)
+
+
+def _see(tap, names, x):
+    """Taps the activated x as `NAME_relu` for each name of the feature that it was made of."""
+    for name in names:
+        x = tap(f"{name}_relu", x)
+    return x
