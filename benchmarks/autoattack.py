@@ -166,7 +166,7 @@ def main() -> None:
     text = (
         f"{table(found)}\n\nrobust accuracy in percent of {given.n} images, l_inf, eps {given.eps}, clean "
         f"{found['clean'][0]:.2f}; {given.steps} steps, {given.queries} queries; {given.rounds} round(s); "
-        f"{measuring.provenance(about)}\n"
+        f"{measuring.provenance_line(about)}\n"
     )
     out.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from ibjax import files
 from ibjax.errors import CheckpointError
 from ibjax.runs import checkpoint, trees
 from ibjax.step import TrainState
