@@ -37,6 +37,7 @@ from typing import NamedTuple
 from parts import ROOT, started, update
 
 from ibjax import files
+from ibjax.runs import provenance
 
 HERE = Path(__file__).resolve().parent
 
@@ -169,7 +170,11 @@ def main() -> None:
         parser.error(
             f"--out={given.out} holds a run with{'' if known['run']['quick'] else 'out'} --quick; give another"
         )
-    update(given.out, "run", **({"date": date, "backend": backend, "quick": given.quick} if not known else {}))
+    commit = provenance.commit()
+    if known and known["run"].get("commit", commit) != commit:
+        parser.error(f"--out={given.out} holds a run of {known['run']['commit']}, this is {commit}; give another")
+    run = {"date": date, "backend": backend, "quick": given.quick, "commit": commit}
+    update(given.out, "run", **(run if not known else {}))
 
     failed = False
     for name in given.parts:

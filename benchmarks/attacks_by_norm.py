@@ -472,7 +472,7 @@ def main() -> None:
         print(table([records[row.name]]).splitlines()[-1], flush=True)
         ordered = [records[other.name] for other in rows() if other.name in records]
         files.write_json(given.out, {"benchmark": "attacks_by_norm", "n": N, **found, "records": ordered})
-        note = f"{N} images; robust accuracy in percent, the mean of the runs\n{measuring.provenance(found)}"
+        note = f"{N} images; robust accuracy in percent, the mean of the runs\n{measuring.provenance_line(found)}"
         given.out.with_suffix(".md").write_text(f"{table(ordered)}\n\n{note}\n", encoding="utf-8")
 
 

@@ -135,7 +135,7 @@ def page(found: dict, records: list[dict]) -> str:
         f", {found['network']}; clean {found['clean_acc']:.2f} %; logits differ by {found['logits_apart']:.1e}\n\n"
         f"{table(records)}\n\n"
         f"Robust accuracy in percent; distance: mean of the broken images, ibjax / torchattacks; seconds per run.\n"
-        f"{measuring.provenance(found)}\n"
+        f"{measuring.provenance_line(found)}\n"
     )
 
 

@@ -9,7 +9,8 @@ Each part attacks all correctly classified images by itself: APGD on cross-entro
 round of ibjax compiles, and where there are more its times do not count; the others trace the programs again and load
 them. `flags` counts the images on which the two disagree; both draw at random.
 
-Writes a JSON after every attack, from which the same command goes on, and the table beside it as Markdown.
+Writes a JSON after every attack, from which the same command with the same code, versions and machine goes on, and the
+table beside it as Markdown.
 """
 
 import argparse
@@ -155,7 +156,7 @@ def main() -> None:
         "steps": given.steps,
         "queries": given.queries,
     }
-    found = files.read_json(out) if out.is_file() else {}
+    found = measuring.kept(out, about)
     if any(found.get(name) != value for name, value in asked.items()):
         found = {"benchmark": "autoattack", **about, **asked, "parts": {}}
     cluster.keep_memory()  # as `python -m ibjax.evaluate` does; PyTorch profits too
@@ -166,7 +167,7 @@ def main() -> None:
     text = (
         f"{table(found)}\n\nrobust accuracy in percent of {given.n} images, l_inf, eps {given.eps}, clean "
         f"{found['clean'][0]:.2f}; {given.steps} steps, {given.queries} queries; {given.rounds} round(s); "
-        f"{measuring.provenance(about)}\n"
+        f"{measuring.provenance_line(about)}\n"
     )
     out.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

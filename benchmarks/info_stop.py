@@ -7,12 +7,11 @@ Trains SiRIIB on PGD-AT with λ₁ = 20 on the network of `effects.py`, in batch
 `info_stop=False` and `True`, from the same weights and on the same images, and notes L_info and accuracy on the way. A
 run has diverged at the first step whose loss or gradient is not finite; it ends there. Writes OUT.json after every run,
 with the metrics of some twenty of its steps, and the table beside it as Markdown; the same command with the same --out
-continues where it was stopped.
+continues where it was stopped, or where code or versions have changed since, begins again.
 """
 
 import argparse
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +104,7 @@ def main() -> None:
         f"the last 20 steps that were finite"
     )
     page = measuring.Page("info_stop", given.out, table, note)
-    known = json.loads(page.out.read_text(encoding="utf-8"))["records"] if page.out.is_file() else []
+    known = measuring.kept(page.out, page.found).get("records", [])
     for (data, fraction, steps), seed, stop in itertools.product(sets, range(given.seeds), (False, True)):
         about = dict(data=data.partition(":")[0], fraction=fraction, info_stop=stop, seed=seed)
         about |= dict(lr=given.lr, lam=given.lam, steps=steps)

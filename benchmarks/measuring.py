@@ -217,6 +217,22 @@ def environment() -> dict[str, Any]:
     return found
 
 
+_MADE_BY = ("commit", "versions", "hardware", "jax_settings")
+
+
+def kept(out: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier call has written into `out`, to be continued; empty where there is nothing.
+
+    Empty too, and said so, where other code, versions, hardware or settings than those of `found`, our `environment()`,
+    have made it: their numbers are not ours.
+    """
+    before = files.read_json(out) if out.is_file() else {}
+    changed = [key for key in _MADE_BY if before and before.get(key) != found.get(key)]
+    if changed:
+        print(f"{out} is of other {', '.join(changed)}: measured again", file=sys.stderr, flush=True)
+    return {} if changed else before
+
+
 def provenance_line(found: dict[str, Any]) -> str:
     """Hardware, versions and date on one line."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())

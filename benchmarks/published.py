@@ -253,7 +253,7 @@ def kept(out: Path) -> dict[str, dict]:
 
 def save(out: Path, records: list[dict]) -> None:
     """Writes the JSON file and the table beside it, with where each record was made."""
-    made = "\n".join(dict.fromkeys(f"- {measuring.provenance(record['about'])}" for record in records))
+    made = "\n".join(dict.fromkeys(f"- {measuring.provenance_line(record['about'])}" for record in records))
     warnings = "\n".join(f"- {text}" for record in records for text in record.get("warnings", ()))
     files.write_json(out, {"benchmark": "published", "records": records})
     text = f"{table(records)}\n\nAccuracies in percent, l_inf, one key.\n\n{made}\n\n{warnings}".rstrip()

@@ -8,19 +8,22 @@ FLOPs allow and what its bytes allow, never reached; "≥" where the program has
 bodies FLOPs and bytes count once. "Collectives" counts the communication of one step; "in loops" would be that inside
 an attack or another loop, of which there must be none.
 
-One process per row, minutes each on two cores; the same command goes on where it was stopped. Writes a JSON and the
-table beside it.
+One process per row, minutes each on two cores; the same command goes on where it was stopped: a row is compiled again
+where the code or a version has changed since. Writes a JSON and the table beside it.
 """
 
 import argparse
+import contextlib
 import datetime
 import fnmatch
+import importlib.metadata
 import re
 import runpy
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ import measuring
 from parts import ROOT, update
 
 from ibjax import files
-from ibjax.runs import recipe_files
+from ibjax.runs import provenance, recipe_files
 from ibjax.training.ahead import CHIPS, GIB
 
 IMAGENET_TEACHER = "configs/ibd_imagenet.py:fast_at-2"  # a ResNet-50 too; the real one is imported
@@ -59,6 +62,19 @@ def compile_row(name: str, options: list[str], topology: str) -> dict[str, Any]:
         if process.returncode:
             return {"error": reason(process.returncode, process.stderr)}
         return files.read_json(found)
+
+
+def made_by() -> dict[str, Any]:
+    """Of which code and versions a row is, the TPU compiler's among them."""
+    versions = provenance.versions()
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions["libtpu"] = importlib.metadata.version("libtpu")
+    return {"commit": provenance.commit(), "versions": versions}
+
+
+def done(row: Mapping[str, Any] | None, source: Mapping[str, Any]) -> bool:
+    """Whether a row is there, without an error, and of this `made_by()`."""
+    return row is not None and not row["error"] and all(row.get(key) == value for key, value in source.items())
 
 
 def reason(code: int, log: str) -> str:
@@ -111,10 +127,11 @@ def main() -> None:
     if known.get("run", {}).get("topology", given.topology) != given.topology:
         parser.error(f"--out={out} is of {known['run']['topology']}; give another")
     update(out, "run", topology=given.topology, date=datetime.date.today().isoformat())
+    source = made_by()
     for name, options in chosen.items():
-        if name in known and not known[name]["error"]:
+        if done(known.get(name), source):
             continue
-        found = {"error": "", **compile_row(name, options, given.topology)}
+        found = {"error": "", **compile_row(name, options, given.topology), **source}
         update(out, name, **found)
         out.with_suffix(".md").write_text(f"{table(files.read_json(out))}\n\n{given.topology}\n", encoding="utf-8")
         print(name, found["error"] or f"{found['compile_seconds']:.0f} s", flush=True)

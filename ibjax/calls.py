@@ -111,7 +111,7 @@ def factory(kind: str, name: Any) -> Callable:
         module, table = _TABLES[kind]
         known = getattr(importlib.import_module(module), table)
         if name not in known:
-            raise InputError(f"{kind.removesuffix('s')}.name '{name}' is unknown; {nearest(name, known)}")
+            raise InputError(f"{kind.removesuffix('s')}.name {name!r} is unknown; {nearest(name, known)}")
         return known[name]
     attribute = _PACKAGES[kind] or name
     if name.isidentifier():
@@ -126,7 +126,7 @@ def factory(kind: str, name: Any) -> Callable:
     package = importlib.import_module(f"ibjax.{kind}")
     names = [info.name for info in pkgutil.iter_modules(package.__path__)]
     names = [n for n in names if hasattr(importlib.import_module(f"ibjax.{kind}.{n}"), _PACKAGES[kind] or n)]
-    raise InputError(f"{kind.removesuffix('s')}.name '{name}' is unknown; {nearest(name, names)}")
+    raise InputError(f"{kind.removesuffix('s')}.name {name!r} is unknown; {nearest(name, names)}")
 
 
 def build(kind: str, section: Any, where: str, **context: Any) -> Any:

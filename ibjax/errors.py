@@ -82,6 +82,11 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
 at_failure: list[Callable[[int, str, Exception | None], None]] = []
 
 
+# asked, before an exception is taken for a bug, whether it comes of something that the user can mend: the InputError
+# that says so, or None
+explanations: list[Callable[[Exception], InputError | None]] = []
+
+
 def prepare_streams() -> None:
     """What a terminal or a log cannot show, in its encoding, it gets a replacement for."""
     for stream in (sys.stdout, sys.stderr):
@@ -164,4 +169,7 @@ def _ending(error):
         return EXIT_INPUT, f"error: disk full ({error.filename}); free space, run the same command"
     if isinstance(error, OSError) and error.errno and error.filename:
         return EXIT_INPUT, f"error: {error.filename} cannot be used ({error.strerror}); then run the same command"
+    for explain in explanations:
+        if (mendable := explain(error)) is not None:
+            return _ending(mendable)
     return 1, ""

@@ -21,6 +21,8 @@ import methods  # noqa: E402
 import scaling  # noqa: E402
 import slices  # noqa: E402
 
+from ibjax.runs import provenance  # noqa: E402
+
 QUICK = ("trades", "mma", "awp", "ibd", "ib_rar", "shared_information", "siriib")  # the others are like one of these
 
 
@@ -152,6 +154,9 @@ def test_an_unknown_part_and_mixed_sizes_are_refused(three_parts, monkeypatch, c
     run_all(monkeypatch, three_parts, "good")
     assert run_all(monkeypatch, three_parts, "good", "--quick") == 2
     assert "holds a run without --quick" in capsys.readouterr().err
+    monkeypatch.setattr(provenance, "commit", lambda: "another")
+    assert run_all(monkeypatch, three_parts, "good") == 2
+    assert "this is another; give another" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -176,6 +181,68 @@ def test_everything_runs_at_tiny_sizes(tmp_path):
 )
 def test_a_compilation_that_ends_says_why(code, log, said):
     assert slices.reason(code, log).strip().endswith(said)
+
+
+# ---- what is kept ----------------------------------------------------------------------------------------------
+
+
+def called(module, monkeypatch, *options):
+    """Calls a benchmark's command line."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *options])
+    module.main()
+
+
+def test_info_stop_goes_on_with_what_the_same_code_versions_and_settings_have_made(tmp_path, monkeypatch, capsys):
+    trained = []
+
+    def train(given, data, fraction, steps, seed, stop):
+        trained.append((seed, stop))
+        return {"diverged_at": None, **info_stop.summary({"info": [1.0], "adv_acc": [0.5]})}
+
+    monkeypatch.setattr(info_stop, "train", train)
+    again = lambda: called(info_stop, monkeypatch, "--seeds=1", f"--out={tmp_path / 'a.json'}")  # noqa: E731
+    again()
+    again()
+    assert trained == [(0, False), (0, True)]
+    for number, (name, value) in enumerate(
+        {"commit": "another", "versions": {}, "hardware": "faster", "jax_settings": {"jax_settings": {}}}.items(), 2
+    ):
+        capsys.readouterr()
+        with monkeypatch.context() as other:
+            other.setattr(provenance, name, lambda value=value: value)
+            again()
+            again()
+        assert len(trained) == 2 * number and f"of other {name}: measured again" in capsys.readouterr().err
+        with monkeypatch.context() as other:  # as it was, for the next
+            other.setattr(measuring, "kept", lambda out, found: json.loads(out.read_text()))
+            again()
+
+
+def test_rows_of_slices_are_compiled_again_where_code_or_compiler_are_others(tmp_path, monkeypatch):
+    compiled_rows = []
+
+    def compile_row(name, options, topology):
+        compiled_rows.append(name)
+        return {"error": "too large"} if name == "b:bad" else {"compile_seconds": 1}
+
+    monkeypatch.setattr(slices, "rows", lambda: {"a:good": [], "b:bad": []})
+    monkeypatch.setattr(slices, "compile_row", compile_row)
+    monkeypatch.setattr(slices, "table", str)
+    again = lambda: called(slices, monkeypatch, f"--out={tmp_path / 'a.json'}")  # noqa: E731
+    again()
+    again()
+    assert compiled_rows == ["a:good", "b:bad", "b:bad"]
+    compiled_rows.clear()
+    for name in ("commit", "versions"):
+        with monkeypatch.context() as other:
+            other.setattr(provenance, name, lambda: {"name": "another"})
+            again()
+            again()
+        assert compiled_rows == ["a:good", "b:bad", "b:bad"]
+        again()
+        compiled_rows.clear()
+    source = slices.made_by()
+    assert not slices.done({"error": ""}, source)  # of an earlier version, which did not write it down
 
 
 def test_the_table_of_info_stop_comes_from_its_records_which_keep_few_steps():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ibjax.attacks import checks
+from ibjax.attacks import checks, entrance
 from ibjax.attacks.apgd import apgd, iterative_apgd
 from ibjax.attacks.autoattack import autoattack
 from ibjax.attacks.eot import eot
@@ -124,6 +124,54 @@ def test_an_attack_by_itself_asks_each_network_once_and_none_inside_a_trace(monk
     assert len(asked) == 1
 
 
+def of_one_size(network, size=N):
+    """The network, which takes so many images and no other number."""
+
+    def fixed(x):
+        assert len(x) == size
+        return network(x)
+
+    return fixed
+
+
+@pytest.mark.parametrize("case", [case for case in DEPENDENT if case != "the size of the batch"])
+def test_a_network_that_takes_one_number_of_images_is_asked_with_as_many(case):
+    dependent, words = DEPENDENT[case]
+    with pytest.raises(InputError, match=words):
+        PGD(jax.random.key(0), of_one_size(dependent), X, Y)
+
+
+@pytest.mark.parametrize("case", list(INDEPENDENT))
+def test_a_network_that_takes_one_number_of_images_and_sees_each_by_itself_passes(case):
+    with jax.numpy_dtype_promotion("standard"):
+        assert checks.independent(of_one_size(INDEPENDENT[case]), X) == []
+
+
+def test_a_network_of_more_images_than_are_asked_about_is_asked_about_all_that_it_takes():
+    many = np.float32(np.random.default_rng(4).uniform(size=(300, *X.shape[1:])))
+    assert checks.independent(of_one_size(network, 300), many) == []
+    for case in ("the last is turned", "batch statistics", "gradients by place", "gradients of the batch"):
+        dependent, words = DEPENDENT[case]
+        with pytest.raises(InputError, match=words):
+            checks.independent(of_one_size(dependent, 300), many)
+
+
+def test_what_an_attack_by_itself_cannot_find_out_is_said_once(caplog):
+    entrance._say_once.cache_clear()
+    drawn = np.random.default_rng(0)
+    host = lambda x: network(x) + drawn.normal(size=(len(x), CLASSES)).astype(np.float32)  # noqa: E731
+    for networks, images, words in (
+        ([host], X, "the network is randomised, use EOT attacks, as apgd(eot=20)"),
+        ([lambda x: network(x), lambda x: 2 * network(x)], X[:1], checks.ONE_IMAGE),
+    ):
+        for each in (*networks, *networks):
+            PGD(jax.random.key(0), each, images, Y[: len(images)])
+        assert [words in text for text in caplog.messages] == [True]
+        caplog.clear()
+    PGD(jax.random.key(0), lambda x: network(x), X, Y)
+    assert not caplog.messages
+
+
 def test_a_random_network_attacked_by_itself_is_asked_with_a_key_for_each_image():
     key = jax.random.key(0)
     by_image = lambda x, keys: network(x + 0.1 * jax.vmap(noise)(keys, x))  # noqa: E731
@@ -137,7 +185,7 @@ def test_a_random_network_attacked_by_itself_is_asked_with_a_key_for_each_image(
 
 def test_of_one_image_it_is_said_that_nothing_could_be_checked():
     warnings = checks.independent(network, X[:1])
-    assert warnings == ["there is one image: whether its logits depend on the rest of a batch could not be checked"]
+    assert warnings == [checks.ONE_IMAGE]
     few = {"apgd-ce": iterative_apgd("ce", "linf", 0.1, 2)}
     assert warnings[0] in autoattack(jax.random.key(0), network, X[:1], Y[:1], "linf", 0.1, attacks=few).warnings
 

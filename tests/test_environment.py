@@ -201,13 +201,31 @@ def test_a_whole_command_writes_utf_8_and_prints_what_it_can(tmp_path, locale):
 # ---- platforms and settings of JAX -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("platform", ["cuda", "cpuu"])
-def test_a_platform_that_is_not_there_is_one_line(tmp_path, platform):
-    command = [sys.executable, "-m", "ibjax.evaluate", f"--workdir={tmp_path}"]
-    done = subprocess.run(command, env=environment(JAX_PLATFORMS=platform), capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize(
+    "platform, command",
+    [
+        ("cuda", "ibjax.evaluate --workdir={0}"),
+        ("cpuu", "ibjax.evaluate --workdir={0}"),
+        ("cuda", "ibjax.convert --torch={0}/a.pt --arch=resnet18 --photographs=32 --workdir={0}/run"),
+        ("cuda", "ibjax.analysis.complexity --config={1}/configs/digits.py"),
+    ],
+)
+def test_a_platform_that_is_not_there_is_one_line(tmp_path, platform, command):
+    """In commands that begin with JAX, and in those that come to it later."""
+    if "a.pt" in command:
+        torch = pytest.importorskip("torch")
+        torch.save({"conv1.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "a.pt")
+    words = [sys.executable, "-m", *command.format(tmp_path, ROOT).split()]
+    done = subprocess.run(words, env=environment(JAX_PLATFORMS=platform), capture_output=True, text=True, timeout=120)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and line.startswith(f"error: JAX_PLATFORMS={platform} cannot be used here")
     assert "there is cpu" in line
+
+
+def test_a_bug_is_no_platform_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    for bug in (RuntimeError("x"), AssertionError("x"), ValueError("x"), TypeError("x")):
+        assert errors._ending(bug) == (1, "")
 
 
 def test_settings_of_jax_that_no_command_can_keep_are_switched_off_and_told_of():

@@ -227,7 +227,7 @@ def test_a_record_is_of_the_network_the_code_and_the_precision_that_made_it(trai
     record = files.read_json(file)
     rounded = (np.array(record["fingerprint"]) * (1 + 1e-4)).tolist()
     other = (np.array(record["fingerprint"]) * [[[1.0], [-1.0]]]).tolist()  # the same logits, another gradient
-    caplog.set_level("INFO", "ibjax.evaluate")
+    caplog.set_level("INFO", "ibjax.evaluation.evaluate")
     for key, value, reused in (
         ("fingerprint", rounded, True),
         ("fingerprint", other, False),
@@ -240,6 +240,26 @@ def test_a_record_is_of_the_network_the_code_and_the_precision_that_made_it(trai
         named = "gradients" if key == "fingerprint" else key
         assert (f"is of other {named}: computed again" in caplog.text) == (not reused)
         caplog.clear()
+
+
+def test_a_transfers_record_is_of_the_surrogate_that_made_it_too(trained, caplog):
+    """The surrogate's weights may be the same and its gradient another; earlier versions did not write it down."""
+    transfer = lambda: evaluate.evaluate(trained, attacks=("fgsm",), surrogate=trained)[0]  # noqa: E731
+    record, (file,) = transfer(), (trained / "eval/best").glob("fgsm~*.json")
+    right = np.array(record["surrogate_fingerprint"])
+    caplog.set_level("INFO", "ibjax.evaluation.evaluate")
+    for value, differing in (
+        ((right * (1 + 1e-4)).tolist(), ""),
+        ((right * [[[1.0], [-1.0]]]).tolist(), "gradients of the surrogate"),
+        ((right * [[[-1.0], [1.0]]]).tolist(), "logits of the surrogate"),
+        (None, "logits of the surrogate, gradients of the surrogate"),
+    ):
+        changed = {**record, "surrogate_fingerprint": value, "robust_acc": 0.125}
+        file.write_text(json.dumps({k: v for k, v in changed.items() if v is not None}))
+        assert transfer()["robust_acc"] == (record["robust_acc"] if differing else 0.125)
+        assert (f"is of other {differing}: computed again" in caplog.text) == bool(differing)
+        caplog.clear()
+    assert "surrogate_fingerprint" not in files.read_json(trained / "eval/best/fgsm.json")
 
 
 def test_examples_of_another_evaluation_do_not_stay_beside_a_record(trained):

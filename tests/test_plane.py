@@ -15,7 +15,7 @@ from ibjax import config, files
 from ibjax.analysis import attacked, plane
 from ibjax.devices import cluster
 from ibjax.errors import DivergedError, InputError, PreemptedError
-from ibjax.runs import run, rundir
+from ibjax.runs import provenance, run, rundir
 from ibjax.step import linen_net, to_float
 from ibjax.training import loop
 from ibjax.training.experiment import build, initial_state
@@ -107,7 +107,7 @@ def test_attacked_images_are_made_against_the_network_as_it_is(made, tmp_path):
     assert abs(found["nhsic"]["pre_logits"]["x"][-1] - clean["nhsic"]["pre_logits"]["x"][-1]) > 1e-3
 
 
-def test_a_finished_one_is_read_and_never_replaced(made):
+def test_a_finished_one_is_read_and_never_replaced(made, caplog, monkeypatch):
     found, folder, _ = made
     file = folder / "plane.json"
     before = file.stat().st_mtime_ns
@@ -119,6 +119,15 @@ def test_a_finished_one_is_read_and_never_replaced(made):
     ):
         with pytest.raises(InputError, match=words):
             plane.record(recipe(**changes), folder, **options)
+    with (
+        jax.default_matmul_precision("bfloat16"),
+        pytest.raises(InputError, match="default_matmul_precision="),
+    ):
+        plane.record(recipe(), folder, **OPTIONS)
+    assert "is of other" not in caplog.text
+    monkeypatch.setattr(provenance, "commit", lambda: "another")
+    assert plane.record(recipe(), folder, **OPTIONS) == found
+    assert "is of other commit than this; another --workdir makes it anew" in caplog.text
     assert file.stat().st_mtime_ns == before
 
 

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import shutil
 import struct
 import subprocess
 import sys
@@ -342,13 +343,18 @@ def test_a_fraction_can_be_set_on_every_recipe():
 # ---- ImageNet-size sets -------------------------------------------------------------------------------------
 
 
+def make_pictures(data_dir, labels):
+    """40 JPEGs of different sizes, of one colour each, with these labels in training."""
+    sizes = np.random.default_rng(0).integers(40, 90, (40, 2)).tolist()
+    x = [np.full((*size, 3), 20 * (i % 10) + 30, np.uint8) for i, size in enumerate(sizes)]
+    splits = {"train": (x, labels), "validation": (x[:10], np.arange(10))}
+    make_stock(data_dir, "imagenet2012", splits, shape=(None, None, 3), kind="JPEG")
+
+
 @pytest.fixture
 def pictures(tmp_path):
-    """40 JPEGs of different sizes, of one colour each, which is their label."""
-    sizes = [(int(h), int(w)) for h, w in RNG.integers(40, 90, (40, 2))]
-    x = [np.full((*size, 3), 20 * (i % 10) + 30, np.uint8) for i, size in enumerate(sizes)]
-    splits = {"train": (x, np.arange(40) % 10), "validation": (x[:10], np.arange(10))}
-    make_stock(tmp_path, "imagenet2012", splits, shape=(None, None, 3), kind="JPEG")
+    """40 JPEGs whose colour is their label."""
+    make_pictures(tmp_path, np.arange(40) % 10)
     return tfds.find("imagenet2012", str(tmp_path))
 
 
@@ -418,6 +424,20 @@ def test_stream_splits_are_taken_without_reading_and_told_apart(streamed, tmp_pa
 def test_stream_labels_are_read_once(streamed, tmp_path, monkeypatch):
     monkeypatch.setattr(stream.Pictures, "_read_labels", lambda self: pytest.fail("they were kept"))
     np.testing.assert_array_equal(stream.load(data_dir=str(tmp_path), size=16).train.labels, streamed.train.labels)
+
+
+def test_stream_labels_of_a_set_that_was_made_again_are_read_again(streamed, pictures, tmp_path):
+    """Files of the same names and sizes in the same folder; the run that was made with the first set is another one."""
+    before = run.facts(streamed)["digests"]
+    names = lambda: {file.name: file.stat().st_size for file in pictures.folder.glob("*array_record*")}  # noqa: E731
+    first = names()
+    shutil.rmtree(pictures.folder)
+    make_pictures(tmp_path, (np.arange(40) + 3) % 10)
+    assert names() == first
+    found = stream.load(data_dir=str(tmp_path), size=16, threads=2)
+    np.testing.assert_array_equal(found.train.labels, (streamed.train.labels + 3) % 10)
+    after = run.facts(found)["digests"]
+    assert after["train"] != before["train"] and after["test"] == before["test"]
 
 
 @pytest.mark.parametrize("damage", ["a cut", "a bit of a label", "a bit of the digest", "no file"])

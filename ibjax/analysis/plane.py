@@ -17,8 +17,8 @@ the paper does not say which ones they are: ours have each class in proportion. 
 
 The network is the one that `ibjax.main` trains from this configuration, to the bit; it is not kept. The teacher of a
 recipe is trained first, in DIR/teacher, where it is not there yet. Writes DIR/plane.json, every tenth record and at the
-end. On a finished one the same command reads it and draws it again, another configuration is refused; a training that
-was stopped is not resumed, it starts again.
+end. On a finished one the same command reads it and draws it again, and says so where other code or versions have made
+it; another configuration or precision is refused. A training that was stopped is not resumed, it starts again.
 """
 
 import json
@@ -47,14 +47,15 @@ from ibjax.evaluation.results import attack_label
 from ibjax.evaluation.settings import check_network, check_settings
 from ibjax.information import hsic
 from ibjax.objectives.ib_rar import layers_of
-from ibjax.runs import command_line, run, rundir
+from ibjax.runs import command_line, provenance, run, rundir
 from ibjax.step import evaluation_variables, linen_net, to_float
 from ibjax.training import feed, jobs, loop
 from ibjax.training.experiment import build, initial_state, run_key
 
 log = logging.getLogger(__name__)
 _RECORDS, _COLUMNS = 10, 4  # records between two writings of the file; panels in a row
-_FIXED = ("config", "data", "n", "every", "attack", "taps")  # of a finished one, which the same command reads
+# of a finished one, which the same command reads; the last are there where they are not JAX's defaults
+_FIXED = ("config", "data", "n", "every", "attack", "taps", "jax_settings")
 
 
 def coordinates(x: Array, labels: Array, num_classes: int, layers: list[Array]) -> Array:
@@ -109,6 +110,7 @@ def record(
             **({} if attack is None else {key: evaluated[key] for key in ("norm", "eps", "step_size")}),
             "data": experiment.facts,
             "config": config.plain(settings),
+            **provenance.jax_settings(),
         }
         about = json.loads(json.dumps(about))  # as it is read again
         return _finished(workdir / "plane.json", about) or _train(experiment, workdir, about, measure)
@@ -120,7 +122,8 @@ def _finished(file, about):
         return None
     try:
         found = files.read_json(file)
-        old, new = (dict(config.leaves({key: part[key] for key in _FIXED})) for part in (found, about))
+        wholes = ({"jax_settings": {}, **part} for part in (found, about))
+        old, new = (dict(config.leaves({key: part[key] for key in _FIXED})) for part in wholes)
         stopped = None if found["finished"] else found["step"][-1]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} is damaged or of another version ({error}); remove it") from None
@@ -133,6 +136,9 @@ def _finished(file, about):
                 f"{file} is finished with {path}={old.get(path)!r}, now {new.get(path)!r} is asked for; "
                 f"give another --workdir, or the same command to read it"
             )
+    own = {"commit": provenance.commit(), "versions": provenance.versions()}
+    if changed := [key for key, value in own.items() if found.get(key) != value]:
+        log.warning("%s is of other %s than this; another --workdir makes it anew", file, " and ".join(changed))
     log.info("%s is finished, and is read", file)
     return found
 

@@ -113,12 +113,16 @@ def network(logits_fn: Callable, x: np.ndarray, y: np.ndarray, keys: Array | Non
     return Asked(warnings, _fingerprint(network), str(answer.dtype))
 
 
-_DRAWS = "two passes over the same images differ: the network is randomised, use EOT attacks"
+_DRAWS = (
+    "two passes over the same images differ: the network is randomised, use EOT attacks, as apgd(eot=20), "
+    "eot(attack=pgd, samples=20) or autoattack(version='rand'), on logits_fn(x, keys) with a key per image"
+)
+ONE_IMAGE = "there is one image: whether its logits depend on the rest of a batch could not be checked"
 
 
-def _randomised(network, passes=4):
-    """Whether one of so many more passes moves an image's logits by more than 1e-4 of their length."""
-    rows = np.arange(min(network.count, _REPEATED))
+def _randomised(network, passes=4, size=_REPEATED):
+    """Whether one of so many more passes, over `size` images at most, moves logits by over 1e-4 of their length."""
+    rows = np.arange(min(network.count, size))
     logits = network.logits(rows)
     length = np.linalg.norm(logits, axis=1, keepdims=True) + 1e-12
     again = (network.logits(rows) for _ in range(passes))
@@ -147,7 +151,8 @@ def independent(logits_fn: Callable, x: Any, keys: Array | None = None) -> list[
 
     Attacks put images into batches as they see fit, so that of such a network every number is arbitrary. The answers
     are compared with those in the reversed and in a permuted batch and in its halves: logits of up to 256 images, and
-    for up to 16, moved a little, the gradient of a random combination of their logits.
+    for up to 16, moved a little, the gradient of a random combination of their logits. A network that takes one number
+    of images only is given that many each time, of a half each image more than once.
 
     Args:
       logits_fn: x -> logits (B, classes), or (logits, …); with `keys` (x, keys) -> the same.
@@ -157,26 +162,38 @@ def independent(logits_fn: Callable, x: Any, keys: Array | None = None) -> list[
     Returns:
       A warning where nothing can be found out this way: of one image, or where two passes over the same batch differ.
     """
-    network = _Network(logits_fn, x, keys, _PROBED)
-    return [_DRAWS] if _randomised(network, passes=1) else _dependence(network)
+
+    def ask(most, sizes):
+        network = _Network(logits_fn, x, keys, most)
+        return [_DRAWS] if _randomised(network, 1, *sizes) else _dependence(network, *sizes)
+
+    try:
+        return ask(_PROBED, ())
+    except InputError:
+        raise
+    except Exception:  # of whatever kind, the function is the caller's: perhaps it takes no other number of images
+        return ask(len(x), (len(x),))
 
 
-def _dependence(network):
+def _dependence(network, size=None):
+    """As `independent`; every batch has `size` images where that is given."""
     count = network.count
     if count < 2:
-        return ["there is one image: whether its logits depend on the rest of a batch could not be checked"]
+        return [ONE_IMAGE]
     for what, answers, most, tolerance in (
         ("logits", network.logits, count, _LOGITS),
         ("gradients", network.gradients, min(count, _DIFFERENTIATED), _GRADIENT),
     ):
-        rows = np.arange(most)
-        halves = [rows[: most // 2], rows[-(most // 2) :]]
-        if what == "gradients":  # each half twice: one program is compiled for all
-            halves = [np.resize(half, most) for half in halves]
+        rows = np.resize(np.arange(most), size or most)
+        places = np.arange(len(rows))
+        halves = [places[: most // 2], places[most - most // 2 : most]]
+        if size or what == "gradients":  # as often as fills a batch: for gradients one program is compiled for all
+            halves = [np.resize(half, len(rows)) for half in halves]
+        orders = (places[::-1], np.random.default_rng(0).permutation(places), *halves)
         before = answers(rows)
-        for other in (rows[::-1], np.random.default_rng(0).permutation(most), *halves):
-            if _distance(answers(other), before[other]) > tolerance:
-                same = answers(np.zeros(most, int))  # one image in every place: nothing but the place can differ
+        for order in orders:
+            if _distance(answers(rows[order]), before[order]) > tolerance:
+                same = answers(np.zeros_like(rows))  # one image in every place: nothing but the place can differ
                 if _distance(same, same[:1]) > tolerance:
                     raise InputError(
                         f"an image's {what} depend on its place in the batch, as where noise of a fixed key is drawn "
@@ -277,7 +294,9 @@ class _Network:
         classes = jax.eval_shape(lambda *a: first(logits_fn(*a)), *arguments).shape[-1]
         weights = np.random.default_rng(3).standard_normal((_DIFFERENTIATED, classes)).astype(np.float32)
         try:
-            program, constants, _ = hoisted(pull, jnp.asarray(weights[: len(arguments[0])]), *arguments)
+            program, constants, _ = hoisted(
+                pull, jnp.asarray(np.resize(weights, (len(arguments[0]), classes))), *arguments
+            )
         except (ValueError, NotImplementedError):
             return lambda rows, x, *keys: np.zeros((len(rows), 1))
         program = jax.jit(program)

@@ -9,12 +9,14 @@
 
 Everything else is refused in one line. Called with arrays that have values, the attack looks at those once, on the
 host, and asks the network whether its answer about an image depends on the rest of the batch, once for each function
-that it is given. Inside a trace (jit, vmap, a train step), and where parts of an array lie with other processes, it
-looks at shapes and types only, in Python: the compiled program is that of the attack without an entrance.
+that it is given; where that cannot be found out, it says so. Inside a trace (jit, vmap, a train step), and where parts
+of an array lie with other processes, it looks at shapes and types only, in Python: the compiled program is that of the
+attack without an entrance.
 """
 
 import contextlib
 import functools
+import logging
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -35,6 +37,7 @@ SOFT_LABELS = "labels or distributions"  # (B,) integers, or (B, classes) rows t
 DISTRIBUTIONS = "distributions or labels"  # one-hot rows too
 ANYTHING = "anything"  # the loss is the caller's, or there is none
 
+log = logging.getLogger(__name__)
 _known: weakref.WeakSet[Hashable] = weakref.WeakSet()  # networks that have been asked, or need not be
 
 
@@ -89,21 +92,26 @@ def enter(
 def _ask(logits_fn, x, stochastic):
     """Raises InputError where a network's answer about an image depends on the others, the first time that it is seen.
 
-    A batch of one image has no others, a network that takes one number of images only has no other batch, and what is
+    What could not be found out is said once: of one image alone, and of a network that draws anew in each call. What is
     no (B, classes) is no answer about images.
     """
-    if len(x) < 2 or (isinstance(logits_fn, Hashable) and logits_fn in _known):
+    if isinstance(logits_fn, Hashable) and logits_fn in _known:
+        return
+    if len(x) < 2:  # there may be more the next time
+        _say_once(checks.ONE_IMAGE)
         return
     keys = jax.random.split(jax.random.key(0), len(x)) if stochastic else None
-    whole = [x] if keys is None else [x, keys]
-    found = first(jax.eval_shape(logits_fn, *whole))
-    try:
-        jax.eval_shape(logits_fn, *(part[: len(x) // 2] for part in whole))
-    except Exception:  # of whatever kind: the function is the caller's
-        return
+    found = first(jax.eval_shape(logits_fn, x, *([] if keys is None else [keys])))
     if found.ndim == 2 and len(found) == len(x):
-        checks.independent(logits_fn, x, keys)
+        for text in checks.independent(logits_fn, x, keys):
+            log.warning(text)
         _remember(logits_fn)
+
+
+@functools.cache
+def _say_once(text):
+    """Once in a process: of images that are attacked one by one it is no news the second time."""
+    log.warning(text)
 
 
 def _remember(network):

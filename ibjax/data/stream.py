@@ -118,7 +118,10 @@ class Pictures:
         return pixels[:, ::-1] if rng is not None and rng.random() < 0.5 else pixels
 
     def digest(self) -> str:
-        """Of the files' names and sizes and of which images are taken, not of their 100 GB."""
+        """Of the files' names and sizes and of which images are taken, not of their 100 GB.
+
+        The digest of a split has that of its labels beside this one.
+        """
         total = hashlib.blake2b(self._files().encode(), digest_size=16)
         total.update(f"{self.size}".encode() + self.rows.astype(np.int64).tobytes())
         return total.hexdigest()
@@ -131,8 +134,13 @@ class Pictures:
             raise tfds.damaged(self.stored, self.split, error) from None
 
     def labels(self) -> np.ndarray:
-        """(N,) int32; read from the records once, for which these have to be read whole."""
-        name = files.digest(f"{self.stored.folder};{self._files()}".encode())
+        """(N,) int32; read from the records once, for which these have to be read whole.
+
+        They are read again where a shard was written since: another set of the same names and sizes has other labels.
+        """
+        shards = self.stored.shards[self.split]
+        lengths = [length for _, length in shards]
+        name = files.digest(repr((self.split, stamps(path for path, _ in shards), lengths)).encode())
         try:
             file = cluster.cache_folder() / "labels" / f"{name}.labels"
         except RuntimeError:  # no home folder

@@ -82,6 +82,23 @@ def _platform():
     )
 
 
+def _no_platform(error):
+    """The InputError that names the platforms that are there, where `error` comes of JAX_PLATFORMS; else None.
+
+    JAX looks for its devices where it first computes, which is anywhere in a command that does not begin with
+    `initialize`, and raises errors of several kinds.
+    """
+    if os.environ.get("JAX_PLATFORMS") and isinstance(error, RuntimeError | AssertionError | ValueError):
+        try:
+            _platform()
+        except InputError as found:
+            return found
+    return None
+
+
+errors.explanations.append(_no_platform)
+
+
 # ---- the processes -----------------------------------------------------------------------------------------
 
 

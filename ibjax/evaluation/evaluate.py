@@ -72,7 +72,8 @@ def evaluate(
       keep: how many adversarial images of each attack at the main eps to keep for the report, of as many classes.
 
     A record on disk is read, not computed again, where all that it depends on is the same: weights, images, attack with
-    its settings and code, eps, norm, seed, precision, and the network's logits and gradients on a few images.
+    its settings and code, eps, norm, seed, precision, and on a few images the logits and gradients of the network, and
+    of the surrogate. A transfer's record of an earlier version, which says less of its surrogate, is computed again.
     """
     workdir = files.path(workdir)
     trained = run.load(workdir, checkpoint)
@@ -98,6 +99,8 @@ def evaluate(
     common = _common(trained, which, settings, split, warnings)
     common |= {"fingerprint": asked.fingerprint.tolist(), "code": autoattack.code_digest()}
     common |= {"precision": autoattack.precision()}
+    if source is not None:
+        common |= {"surrogate_fingerprint": checks.fingerprint(jax.jit(source.logits), x).tolist()}
     mesh, records = cluster.mesh(), []
     main, plan = settings["eps"], list(_plan(settings, trained, source))
 
@@ -155,6 +158,10 @@ class Surrogate(NamedTuple):
     variables: Any
     says: dict[str, Any]  # what records say of it
 
+    def logits(self, x: Any) -> Any:
+        """(B, H, W, C) in [0, 1] -> (B, classes)."""
+        return self.predict(self.variables, x)[0]
+
 
 def _surrogate(workdir, checkpoint, trained, settings):
     loaded = run.load(workdir, checkpoint)
@@ -183,7 +190,7 @@ def _victim(trained, samples):
 def _executor(attack: Named, victim, source, trained, split, settings, mesh):
     """(eps, step_size, title, keep, state) -> (flags, the first `keep` x_adv, what the record says beside them)."""
     norm, batch_size, seed = settings["norm"], settings["batch_size"], trained.config.seed
-    attacked = None if source is None else lambda x, keys: source.predict(source.variables, x)[0]
+    attacked = None if source is None else lambda x, keys: source.logits(x)
     if attack.make is None:
         return lambda eps, step_size, title, keep, state: auto_attack(
             lambda x, keys: victim(trained.variables, x, keys)[0], split, seed, attack.of_autoattack(),
@@ -299,6 +306,9 @@ def _existing(file, identity):
     wanted = json.loads(json.dumps(identity))
     changed = [key for key in _IDENTITY if not config.same(key, record.get(key), wanted[key])]
     changed += checks.differences(record.get("fingerprint"), wanted["fingerprint"])
+    if (of_surrogate := wanted.get("surrogate_fingerprint")) is not None:
+        found = checks.differences(record.get("surrogate_fingerprint"), of_surrogate)
+        changed += [f"{what} of the surrogate" for what in found]
     if changed:
         log.info("%s is of other %s: computed again", file, ", ".join(changed))
         return None

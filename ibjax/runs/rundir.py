@@ -262,6 +262,11 @@ def read_config(workdir: Path) -> tuple[ConfigDict, dict[str, Any]]:
         ) from None
     except UnreadableError:
         raise
+    except InputError as error:  # it was read, and says what there is not
+        raise CheckpointError(
+            f"{file} cannot be used: {error}; it is of another version, or was changed: the training command writes it "
+            f"again, or restore it from a copy"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, IsADirectoryError) as error:
         raise CheckpointError(
             f"{file} is damaged or of another version ({error}); the training command writes it again, or restore it "
