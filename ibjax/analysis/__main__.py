@@ -1,7 +1,9 @@
 """All analyses on one command line.
 
-python -m ibjax.analysis                  the list of them: what each shows, and how it is called
-python -m ibjax.analysis NAME …           the same as python -m ibjax.analysis.NAME …
+    python -m ibjax.analysis                  the list of them: what each shows, and how it is called
+    python -m ibjax.analysis NAME …           the same as python -m ibjax.analysis.NAME …
+
+The list is read from the docstrings; no analysis is imported for it.
 """
 
 import ast
