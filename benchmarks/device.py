@@ -28,9 +28,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from parts import ROOT, started, update
+from parts import ROOT, bare, started, update
 
-from ibjax import files
+from ibjax import errors, files
 from ibjax.runs import recipe_files
 
 SHARES = {"step": 5, "throughput": 4, "autoattack": 3, "tests": 3}  # of what training leaves; unused time passes on
@@ -262,7 +262,7 @@ def run_all(given: argparse.Namespace) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bare(__file__, __doc__)
     default = Path("results") / f"device-{datetime.date.today()}.json"
     parser.add_argument("--out", type=files.path, default=default, help="the JSON file, written anew")
     parser.add_argument("--data", type=files.path, help="to train on: class folders, or an .npz in Keras's layout")
@@ -294,4 +294,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    errors.exit_with(main)

@@ -12,7 +12,6 @@ One process per row, minutes each on two cores; the same command goes on where i
 table beside it.
 """
 
-import argparse
 import datetime
 import fnmatch
 import re
@@ -25,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import measuring
-from parts import ROOT, update
+from parts import ROOT, bare, update
 
-from ibjax import files
+from ibjax import errors, files
 from ibjax.runs import recipe_files
 from ibjax.training.ahead import CHIPS, GIB
 
@@ -98,7 +97,7 @@ def table(content: dict[str, Any]) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bare(__file__, __doc__)
     parser.add_argument("--topology", default="v5e:2x2", help="KIND:SHAPE; every batch must divide among its chips")
     parser.add_argument("--rows", default="*", help="a pattern of FILE:ROW")
     parser.add_argument("--out", type=files.path, help="default: results/slices-TOPOLOGY.json")
@@ -122,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    errors.exit_with(main)
