@@ -64,7 +64,9 @@ def compiled(name: str, topology: str) -> dict[str, Any]:
 def in_new_process(name: str, topology: str) -> dict[str, Any]:
     """The numbers of one program, or {"error": …}."""
     command = [sys.executable, __file__, f"--topology={topology}", f"--child={name}"]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace")
+    environment = {**os.environ, "JAX_TRACEBACK_FILTERING": "off"}  # the last line is the error
+    options = dict(cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace", env=environment)
+    process = subprocess.run(command, **options)
     if process.returncode:
         return {"error": reason(process.returncode, process.stderr)}
     return json.loads(process.stdout.strip().splitlines()[-1])

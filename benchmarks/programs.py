@@ -196,8 +196,7 @@ def of_plane(scale: Scale, mesh: Mesh) -> Program:
 
     def call(predict, variables, x, y):
         x = to_float(x)
-        layers = list(ib_rar.layers_of(predict(variables, x)[1]).values())
-        return plane.coordinates(x, y, CLASSES, layers)
+        return plane.coordinates(x, y, CLASSES, ib_rar.layers_of(predict(variables, x)[1]))
 
     return seen_by(scale._replace(seen=min(scale.seen, 200)), call, labels=True)  # its default number of images
 
