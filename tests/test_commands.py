@@ -42,8 +42,7 @@ def test_help_is_no_error_and_names_the_command_and_its_options(name, monkeypatc
     assert name in printed.out and re.search(r"^\s+-", printed.out, re.MULTILINE)
 
 
-@pytest.fixture
-def ascii_output(monkeypatch):
+def ascii_terminal(monkeypatch):
     """A terminal that cannot show what help texts have, as with PYTHONIOENCODING=ascii."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
@@ -51,14 +50,15 @@ def ascii_output(monkeypatch):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_help_needs_no_utf8(name, monkeypatch, ascii_output):
+def test_help_needs_no_utf8(name, monkeypatch):
+    shown = ascii_terminal(monkeypatch)
     module = importlib.import_module(name)
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     entrance = getattr(module, "main", None)
     with pytest.raises(SystemExit) as stopped:
         (entrance if callable(entrance) else module.command)()
-    ascii_output.flush()
-    assert stopped.value.code == 0 and name.encode() in ascii_output.buffer.getvalue()
+    shown.flush()
+    assert stopped.value.code == 0 and name.encode() in shown.buffer.getvalue()
 
 
 def script(path, monkeypatch, *arguments):
@@ -74,10 +74,11 @@ def script(path, monkeypatch, *arguments):
 
 
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
-def test_the_help_of_a_benchmark_is_no_error_and_needs_no_utf8(path, monkeypatch, ascii_output):
+def test_the_help_of_a_benchmark_is_no_error_and_needs_no_utf8(path, monkeypatch):
+    shown = ascii_terminal(monkeypatch)
     assert script(path, monkeypatch, "--help") == 0
-    ascii_output.flush()
-    assert f"benchmarks/{path.name}".encode() in ascii_output.buffer.getvalue()
+    shown.flush()
+    assert f"benchmarks/{path.name}".encode() in shown.buffer.getvalue()
 
 
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
