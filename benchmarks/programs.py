@@ -234,7 +234,7 @@ ANALYSES: Mapping[str, Build] = MappingProxyType(
         "binarisation": of_binarisation,
         "calibration": lambda scale, mesh: seen_by(scale, attacked.classes_of, calibrated(scale)),
         "corruptions": lambda scale, mesh: seen_by(scale, logits),
-        "embedding": lambda scale, mesh: seen_by(scale, partial(averaged, "stem")),
+        "embedding": lambda scale, mesh: seen_by(scale, partial(averaged, "pre_logits")),
         "mask": of_mask,
         "modulation": lambda scale, mesh: seen_by(scale, modulation.seen, network_for("siriib", scale)),
         "plane": of_plane,

@@ -14,7 +14,7 @@ of m microbatches, since the compiler counts a rolled loop's body once, whatever
 bodies of other loops, as MMA's bisection, whose number is printed. Both are what it reports for the optimised program
 of one chip; the bounds assume its peak in bfloat16 and its bandwidth, so they are never reached.
 
-For a GPU FLOPs leave out the convolutions, which are cuDNN's, so bytes and kernels are what is worth reading.
+For a GPU it reports neither; printed are the kernels in loops and outside, and the bytes that they read and write.
 """
 
 import os

@@ -109,7 +109,7 @@ def features_of(predict: Callable, bind_net: Callable, variables: Any, frozen: A
 def attend_to(
     module: nn.Module, predict: Callable, bind_net: Callable, variables: Any, frozen: Any, head: Any, x: Array,
     taught: Array,
-) -> Array:  # fmt: skip
+) -> Any:  # fmt: skip
     """Attn (B, n, m) of one batch, by the matching `module` with the variables `head`."""
     return module.apply(head, *features_of(predict, bind_net, variables, frozen, x, taught), train=False)[1]
 

@@ -6,8 +6,8 @@ of m microbatches, since the compiler counts a rolled loop's body once, whatever
 bodies of other loops, as MMA's bisection, whose number is printed. Both are what it reports for the optimised program
 of one chip; the bounds assume its peak in bfloat16 and its bandwidth, so they are never reached.
 
-For a GPU the compiler counts no convolutions as FLOPs, since they are cuDNN's, so kernels and the bytes that each reads
-and writes are counted in its place. Nothing is tuned there: which kernels of cuDNN's are fastest only a card says.
+For a GPU that is not here the compiler counts neither; in their place are the kernels, and the bytes that each of them
+reads and writes. Nothing is tuned there: which of cuDNN's kernels are fastest only a card says.
 """
 
 import argparse
@@ -262,9 +262,9 @@ def compile_step(settings: ConfigDict, mesh: Mesh, images: int | None) -> dict[s
     compiled = lowered.compile()
     seconds = time.perf_counter() - began
     cost, memory, program = compiled.cost_analysis() or {}, compiled.memory_analysis(), compiled.as_text()
-    flops, accessed = cost["flops"], cost["bytes accessed"]
+    flops, accessed = cost.get("flops"), cost.get("bytes accessed")  # of a GPU's program without a GPU neither
     repeated = _attack_steps(settings)
-    if repeated > 1:
+    if flops is not None and repeated > 1:
         part = of_images(settings.batch_size // settings.microbatches, jnp.float32, sharded)
         one = _attack_step(experiment).lower(state.variables, *part).compile().cost_analysis() or {}
         flops += (repeated - 1) * one["flops"]
@@ -281,8 +281,8 @@ def compile_step(settings: ConfigDict, mesh: Mesh, images: int | None) -> dict[s
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "flops": settings.microbatches * flops,
-        "bytes": settings.microbatches * accessed,
+        "flops": None if flops is None else settings.microbatches * flops,
+        "bytes": None if flops is None else settings.microbatches * accessed,
         "collectives": collectives(program, around=int(steps > 1)),
         "other_loops": max(loops(program) - known, 0),
         "compile_seconds": seconds,
@@ -325,6 +325,8 @@ def table(found: dict[str, Any]) -> str:
         share = found["memory"] / chip.hbm
         lines += [f"memory of a chip  {memory} of {chip.hbm / GIB:.0f} GiB ({100 * share:.0f} %)"]
         for name, unit, peak in (("flops", "FLOP", chip.flops), ("bytes", "bytes", chip.bandwidth)):
+            if found[name] is None:
+                continue
             rate = found["batch_size"] * peak / found[name]
             lines += [f"{name:17} {found[name]:.3g} {unit} a step and chip: at most {rate:,.0f} images/s"]
         if share > 1:
