@@ -34,9 +34,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from parts import ROOT, started, update
+from parts import ROOT, bare, started, update
 
-from ibjax import files
+from ibjax import errors, files
+from ibjax.errors import InputError
 from ibjax.runs import provenance
 
 HERE = Path(__file__).resolve().parent
@@ -140,14 +141,17 @@ def page(content: dict) -> str:
 
 def default_backend() -> str:
     """JAX's, asked in a process of its own: an accelerator must be free for the parts."""
-    code = "import jax; print(jax.default_backend())"
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
+    imports = "from ibjax import errors; from ibjax.devices import cluster"
+    code = f"{imports}; errors.exit_with(lambda: print(cluster.backend()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=ROOT)
+    if done.returncode:
+        raise InputError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
+    return done.stdout.strip()
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bare(__file__, __doc__)
     parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS), help=",".join(PARTS))
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the scripts")
     parser.add_argument("--quiet", action="store_true", help="wait for other processes to rest while timing")
@@ -193,4 +197,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    errors.exit_with(main)

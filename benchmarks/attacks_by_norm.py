@@ -17,7 +17,6 @@ on the network that was not attacked, and C&W's only within eps.
 oracle's mean in the file that this writes.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -28,7 +27,9 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import measuring
 import numpy as np
+from parts import bare
 
 from ibjax import files
 from ibjax.attacks import geometry
@@ -442,8 +443,6 @@ def rows() -> list[Row]:
 
 def table(records: list[dict]) -> str:
     """The records as Markdown."""
-    import measuring
-
     heads = ("attack", "norm", "eps", "settings", "oracle", "theirs", "ours", "difference")
     lines = []
     for record in records:
@@ -455,9 +454,7 @@ def table(records: list[dict]) -> str:
 
 def main() -> None:
     """The command line."""
-    import measuring
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bare(__file__, __doc__)
     parser.add_argument("--only", default="", help="rows whose names begin so; the file keeps its others")
     parser.add_argument("--out", type=files.path, default=RESULTS)
     given = parser.parse_args()
@@ -477,4 +474,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    measuring.run(main)

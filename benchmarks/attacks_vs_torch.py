@@ -11,7 +11,6 @@ is free, so its accuracy says little by itself; the distances of the broken imag
 Writes a JSON, and the table beside it as Markdown.
 """
 
-import argparse
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 import torchattacks
 import twin
+from parts import bare
 from torch import nn
 
 import ibjax
@@ -141,7 +141,7 @@ def page(found: dict, records: list[dict]) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bare(__file__, __doc__)
     parser.add_argument("--workdir", type=files.path, required=True, help="of a run of configs/small_cnn.py")
     parser.add_argument("--eps", default="4/255", help="l_inf radius; in l2 it is 0.5, in steps of 0.1")
     parser.add_argument("--step-size", default="1/255")
@@ -176,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    measuring.run(main)

@@ -13,7 +13,6 @@ Writes a JSON after every attack, from which the same command with the same code
 table beside it as Markdown.
 """
 
-import argparse
 import itertools
 import statistics
 import tempfile
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 import torchattacks
 import twin
+from parts import bare
 
 import ibjax
 from ibjax import files
@@ -136,7 +136,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bare(__file__, __doc__)
     parser.add_argument("--workdir", type=files.path, required=True, help="of a run of configs/small_cnn.py")
     parser.add_argument("--n", type=int, default=256, help="test images, each class in proportion")
     parser.add_argument("--eps", default="4/255")
@@ -174,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    measuring.run(main)

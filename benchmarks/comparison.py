@@ -28,6 +28,7 @@ import jax
 import measuring
 import numpy as np
 from ml_collections import ConfigDict
+from parts import bare
 
 from ibjax import config, errors, files, main, objectives
 from ibjax.errors import DivergedError, InputError
@@ -249,12 +250,17 @@ def compare(given: argparse.Namespace) -> None:
     print(page(results))
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
+def command_line() -> None:
+    """The command line of this script."""
+    parser = bare(__file__, __doc__)
     parser.add_argument("--workdir", type=files.path, required=True, help="folder of all runs")
     parser.add_argument("--out", type=files.path, default=ROOT / "results" / "comparison-digits", help="without suffix")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, …")
     parser.add_argument("--only", default="", help="names of objectives, separated by commas; default: all")
     arguments = parser.parse_args()
-    errors.exit_with(lambda: compare(arguments))
+    compare(arguments)
+
+
+if __name__ == "__main__":
+    measuring.run(command_line)

@@ -1,7 +1,8 @@
 """What one runs once on an accelerator: one command, under ten minutes, one JSON file.
 
     python benchmarks/device.py --out=results/device.json [--data=FOLDER|FILE.npz] [--minutes=2.5] [--total-minutes=9.5]
-    python benchmarks/device.py --quick            the same in two minutes on a CPU, at tiny sizes
+    python benchmarks/device.py --parts=methods --total-minutes=15      every method once, to the end
+    python benchmarks/device.py --quick            the same in a few minutes on a CPU, at tiny sizes
 
 | part       | what                                                                                                  |
 |------------|-------------------------------------------------------------------------------------------------------|
@@ -9,6 +10,7 @@
 | throughput | images/s and share of peak: PGD-10 PreActResNet-18 and WRN-28-10, TRADES-10, IBD-10 (ResNet-18)       |
 | training   | PGD-AT of PreActResNet-18 on --data, as many epochs as fit --minutes; FGSM, PGD-20, CW-20             |
 | autoattack | a shortened AutoAttack against torchattacks', on a small CNN trained on --data                        |
+| methods    | two steps of every objective, perturbation, attack by name and analysis: finite, seconds, memory      |
 | tests      | the quick tests with JAX on the accelerator                                                           |
 
 Every part is a process of its own with a share of the time; what it finds is written as it is found, and a part that
@@ -28,13 +30,19 @@ import tempfile
 import time
 from pathlib import Path
 
-from parts import ROOT, started, update
+from parts import ROOT, bare, started, update
 
-from ibjax import files
+from ibjax import errors, files
 from ibjax.runs import recipe_files
 
-SHARES = {"step": 5, "throughput": 4, "autoattack": 3, "tests": 3}  # of what training leaves; unused time passes on
-PARTS = ("step", "throughput", "training", "autoattack", "tests")
+SHARES = {
+    "step": 5,
+    "throughput": 4,
+    "autoattack": 3,
+    "methods": 5,
+    "tests": 3,
+}  # of what training leaves; unused time passes on
+PARTS = ("step", "throughput", "training", "autoattack", "methods", "tests")
 NEED_DATA = ("training", "autoattack")
 RESERVE_S = 75  # of the training part: reading, compiling, evaluating
 
@@ -170,6 +178,52 @@ def autoattack(given: argparse.Namespace) -> None:
     comparison.compare(workdir, found, 2, save)
 
 
+def methods(given: argparse.Namespace) -> None:
+    """Two steps of every program of `programs.py`; those that come are compiled while one runs."""
+    import concurrent.futures as futures
+
+    import jax
+    import numpy as np
+    import programs
+    from jax.sharding import AxisType, Mesh
+
+    small = given.quick or jax.default_backend() == "cpu"
+    scale = programs.SMALL if small else programs.TRIED
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
+
+    def compiled(name):
+        program, began = programs.TABLE[name](scale, mesh), time.perf_counter()
+        made = program.call.lower(*jax.eval_shape(program.make)).compile()
+        return program, made, time.perf_counter() - began
+
+    def two_steps(program, made, compile_s):
+        arguments, seconds = jax.jit(program.make)(), []
+        for _ in range(2):
+            began = time.perf_counter()
+            result = jax.block_until_ready(made(*arguments))
+            seconds.append(time.perf_counter() - began)
+            arguments = program.again(arguments, result)
+        planned, stats = made.memory_analysis(), jax.devices()[0].memory_stats() or {}
+        return {
+            "finite": programs.finite(result),
+            "seconds": seconds,
+            "compile_s": round(compile_s, 1),
+            "planned_bytes": planned.argument_size_in_bytes + planned.temp_size_in_bytes,
+            "peak_bytes_so_far": stats.get("peak_bytes_in_use"),
+        }
+
+    rows = {}
+    with futures.ThreadPoolExecutor(1 if small else 6) as pool:
+        made = {name: pool.submit(compiled, name) for name in programs.TABLE}
+        for name in list(made):
+            try:
+                rows[name] = two_steps(*made.pop(name).result())
+            except Exception as error:  # whatever it is, the other rows are still wanted
+                rows[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
+            failed = [each for each, row in rows.items() if not row.get("finite")]
+            update(given.out, "methods", rows=rows, failed=failed, left=list(made))
+
+
 def affordable_images(given: argparse.Namespace) -> float:
     """How many images may pass through training in the time, at 0.85 of the rate of the bare step."""
     rows = files.read_json(given.out).get("throughput", {}).get("rows", {})
@@ -262,7 +316,7 @@ def run_all(given: argparse.Namespace) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bare(__file__, __doc__)
     default = Path("results") / f"device-{datetime.date.today()}.json"
     parser.add_argument("--out", type=files.path, default=default, help="the JSON file, written anew")
     parser.add_argument("--data", type=files.path, help="to train on: class folders, or an .npz in Keras's layout")
@@ -290,8 +344,9 @@ def main() -> None:
 
     if "environment" not in files.read_json(given.out):
         update(given.out, "environment", **measuring.environment())
-    {"step": step, "throughput": throughput, "training": training, "autoattack": autoattack}[given.part](given)
+    parts = dict(step=step, throughput=throughput, training=training, autoattack=autoattack, methods=methods)
+    parts[given.part](given)
 
 
 if __name__ == "__main__":
-    main()
+    errors.exit_with(main)

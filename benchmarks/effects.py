@@ -35,12 +35,14 @@ from typing import Any, NamedTuple
 import comparison
 import jax
 import jax.numpy as jnp
+import measuring
 import numpy as np
 from comparison import ROOT, Results, cell
 from ml_collections import ConfigDict
+from parts import bare
 from scipy import stats
 
-from ibjax import config, errors, files
+from ibjax import config, files
 from ibjax.attacks.pgd import pgd
 from ibjax.errors import DivergedError, InputError
 from ibjax.evaluation.results import attack_label
@@ -290,9 +292,7 @@ def study(given: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bare(__file__, __doc__)
     parser.add_argument("--workdir", type=files.path, required=True, help="folder of all runs")
     parser.add_argument("--data", default="digits", help="digits, mnist:FILE.npz or cifar10:FOLDER")
     parser.add_argument("--out", type=files.path, help="without suffix; default: results/effects-DATA")
@@ -307,5 +307,4 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    arguments = parse()
-    errors.exit_with(lambda: study(arguments))
+    measuring.run(lambda: study(parse()))

@@ -15,7 +15,6 @@ where a call has failed. Its outcome is one of
 Needs Linux and gcc, for `tests/failing_disk.c`.
 """
 
-import argparse
 import ctypes
 import logging
 import os
@@ -29,8 +28,9 @@ from typing import Any
 
 import flips
 import numpy as np
+from parts import bare
 
-from ibjax import files
+from ibjax import errors, files
 from ibjax.runs import provenance
 
 ERRORS = {"EIO": 5, "ENOMEM": 12, "EACCES": 13, "EMFILE": 24, "ESTALE": 116}
@@ -112,7 +112,7 @@ def inject(root: Path, trials: int, seed: int) -> dict[str, Any]:
 
 def command_line() -> None:
     """The command line of this script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bare(__file__, __doc__)
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=files.path, default=flips.ROOT / "results" / "failures.json")
@@ -138,4 +138,4 @@ def command_line() -> None:
 
 
 if __name__ == "__main__":
-    command_line()
+    errors.exit_with(command_line)

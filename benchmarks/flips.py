@@ -18,7 +18,6 @@ everything is as before. Its outcome is one of
 --processes more trials start the command itself anew: `ibjax.main` again, as a user would.
 """
 
-import argparse
 import contextlib
 import datetime
 import functools
@@ -39,7 +38,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import measuring
 import numpy as np
+from parts import bare
 
 from ibjax import errors, files, main
 from ibjax.attacks.pgd import pgd
@@ -376,7 +377,7 @@ def provenance_line(about: dict[str, Any]) -> str:
 
 def command_line() -> None:
     """The command line of this script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bare(__file__, __doc__)
     parser.add_argument("--trials", type=int, default=1000, help="flips in this process")
     parser.add_argument("--processes", type=int, default=20, help="flips with the command started anew")
     parser.add_argument("--seed", type=int, default=0)
@@ -449,7 +450,8 @@ _PRINT = """
 import sys; sys.path.insert(0, {benchmarks!r})
 import pathlib, flips
 root = pathlib.Path({root!r})
-from ibjax import cluster, report
+from ibjax import report
+from ibjax.devices import cluster
 cluster.initialize()
 records = flips.main.execute(flips.settings(root), root / "run")
 print(report.table(records))
@@ -457,4 +459,4 @@ print(f"report: {{root / 'run' / 'report.html'}}")
 """
 
 if __name__ == "__main__":
-    command_line()
+    measuring.run(command_line)

@@ -19,6 +19,7 @@ import effects
 import measuring
 import numpy as np
 from ml_collections import ConfigDict
+from parts import bare
 
 from ibjax import files
 from ibjax.training import feed
@@ -85,7 +86,7 @@ def table(records: list[dict]) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bare(__file__, __doc__)
     data = "digits, mnist:FILE.npz or cifar10:FOLDER; one or more"
     parser.add_argument("--data", nargs="+", default=["digits"], help=data)
     parser.add_argument("--fraction", type=float, nargs="+", default=[1.0], help="of the training images, for each")
@@ -114,4 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    measuring.run(main)

@@ -25,9 +25,10 @@ from typing import Any
 import jax
 import measuring
 import numpy as np
+from parts import bare
 
 import ibjax
-from ibjax import files
+from ibjax import errors, files
 from ibjax.attacks.autoattack import autoattack
 from ibjax.runs import run
 
@@ -88,7 +89,7 @@ def table(records: list[dict]) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bare(__file__, __doc__)
     parser.add_argument("--workdir", type=files.path, help="of a trained network with test data")
     parser.add_argument("--n", type=int, default=256, help="test images, each class in proportion")
     parser.add_argument("--eps", default="4/255")
@@ -117,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    errors.exit_with(main)

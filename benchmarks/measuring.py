@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from ibjax.runs import provenance
 
@@ -21,8 +21,10 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs
 
 import jax
 import numpy as np
+from parts import bare
 
-from ibjax import files
+from ibjax import errors, files
+from ibjax.devices import cluster
 
 BUSY = 0.1  # processors: more than that elsewhere disturbs a round
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "v5 lite": 197, "v5e": 197, "v6 lite": 918, "v6e": 918}  # bf16
@@ -142,12 +144,22 @@ def in_new_process(script: str, work: dict[str, Any], environment: dict[str, str
 # ---- files ---------------------------------------------------------------------------------------------------
 
 
+def run(main: Callable[[], None]) -> NoReturn:
+    """Runs a script that computes in its own process; what its user can mend ends in one line, as a missing device."""
+
+    def command():
+        cluster.backend()
+        main()
+
+    errors.exit_with(command)
+
+
 def command_line(
     description: str, batches: tuple[Sequence[int], Sequence[int]], *, timed: bool = True
 ) -> argparse.ArgumentParser:
     """A parser with what every script takes; `batches` are the default ones of a CPU and of an accelerator."""
     cpu = jax.default_backend() == "cpu"
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bare(sys.argv[0], description)
     parser.add_argument("--batch", type=int, nargs="+", default=batches[0 if cpu else 1], help="one or more sizes")
     default = "float32" if cpu else "bfloat16"
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=default, help="of the networks")

@@ -1,5 +1,9 @@
-"""Long jobs in parts: each a process of its own, and one JSON file that is there whole at any time. Imports no JAX."""
+"""Command lines, and long jobs in parts: each a process of its own, and one JSON file that is there whole at any time.
 
+Touches no accelerator.
+"""
+
+import argparse
 import contextlib
 import os
 import signal
@@ -9,8 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from ibjax import files
+from ibjax.runs import command_line
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def bare(script: str, description: str | None) -> argparse.ArgumentParser:
+    """The command line of a script, its `__file__`, without arguments yet."""
+    return command_line.bare("", description, prog=f"python benchmarks/{Path(script).name}")
 
 
 def update(out: Path, part: str, **values: Any) -> None:

@@ -25,7 +25,6 @@ AutoAttack keeps its progress in --state, and an interrupted command goes on the
 beside it as Markdown; records of other networks that it has stay in it, each with the number of its images.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -38,12 +37,13 @@ import jax.numpy as jnp
 import measuring
 import numpy as np
 from jax import Array, lax
+from parts import bare
 
 from ibjax import files, losses
 from ibjax.attacks.autoattack import autoattack
 from ibjax.attacks.pgd import pgd
 from ibjax.devices import cluster
-from ibjax.errors import DataError, InputError, exit_with
+from ibjax.errors import DataError, InputError
 from ibjax.files import read_npz
 from ibjax.pytorch import torch_file
 
@@ -262,7 +262,7 @@ def save(out: Path, records: list[dict]) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bare(__file__, __doc__)
     listed = partial(str.split, sep=",")
     parser.add_argument("--folder", type=files.path, required=True, help="with the published files, anywhere below it")
     parser.add_argument("--data", type=files.path, required=True, help="MNIST as an .npz in Keras's layout")
@@ -289,8 +289,8 @@ def main() -> None:
         if any(records[name]["faults"] for name in given.only):
             sys.exit(1)
 
-    exit_with(command)
+    command()
 
 
 if __name__ == "__main__":
-    main()
+    measuring.run(main)

@@ -12,7 +12,6 @@ One process per row, minutes each on two cores; the same command goes on where i
 where the code or a version has changed since. Writes a JSON and the table beside it.
 """
 
-import argparse
 import contextlib
 import datetime
 import fnmatch
@@ -28,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import measuring
-from parts import ROOT, update
+from parts import ROOT, bare, update
 
-from ibjax import files
+from ibjax import errors, files
 from ibjax.runs import provenance, recipe_files
 from ibjax.training.ahead import CHIPS, GIB
 
@@ -114,7 +113,7 @@ def table(content: dict[str, Any]) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bare(__file__, __doc__)
     parser.add_argument("--topology", default="v5e:2x2", help="KIND:SHAPE; every batch must divide among its chips")
     parser.add_argument("--rows", default="*", help="a pattern of FILE:ROW")
     parser.add_argument("--out", type=files.path, help="default: results/slices-TOPOLOGY.json")
@@ -139,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    errors.exit_with(main)

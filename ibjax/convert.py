@@ -17,8 +17,6 @@ PyTorch's file says nothing of how pixels are normalised unless its network keep
 accuracy, shows whether they are right. After an import one line says what was taken, and where each thing came from.
 """
 
-import argparse
-
 from ibjax import errors, files
 from ibjax.devices import cluster
 from ibjax.errors import InputError, nearest
@@ -26,6 +24,7 @@ from ibjax.pytorch import torch_file
 from ibjax.pytorch.architectures import ARCHITECTURES
 from ibjax.pytorch.exports import to_torch
 from ibjax.pytorch.imports import from_torch, hint
+from ibjax.runs import command_line
 
 __all__ = ["from_torch", "main", "to_torch"]
 
@@ -58,8 +57,7 @@ def main() -> None:
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog="python -m ibjax.convert", allow_abbrev=False, description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line.bare("ibjax.convert", __doc__)
     add = parser.add_argument
     add("--workdir", type=files.path, required=True, help="of the run: made by an import, read by an export")
     add("--torch", type=files.path, help="the file to import")

@@ -79,6 +79,45 @@ def test_a_collective_in_pieces_is_one():
     assert ahead.collectives(program) == [("all-gather", 0, 3, 3 * 64 * 100 * 2)]
 
 
+def test_kernels_are_counted_where_they_run_and_what_is_inside_of_one_is_none():
+    """A convolution and a fusion in a loop, a fusion and a sort outside, in the form that GPUs' compiler prints."""
+    program = """
+%fused (p: f32[4,8]) -> f32[4,8] {
+  %p = f32[4,8]{1,0} parameter(0)
+  ROOT %m = f32[4,8]{1,0} multiply(%p, %p)
+}
+%less (a: f32[], b: f32[]) -> pred[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = pred[] compare(%a, %b), direction=LT
+}
+%body (s: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %s = (s32[], f32[4,8]{1,0}) parameter(0)
+  %x = f32[4,8]{1,0} get-tuple-element(%s), index=1
+  %i = s32[] get-tuple-element(%s), index=0
+  %conv = (f32[4,8]{1,0}, u8[16]{0}) custom-call(%x, %x), custom_call_target="__cudnn$convForward"
+  %y = f32[4,8]{1,0} get-tuple-element(%conv), index=0
+  %z = f32[4,8]{1,0} fusion(%y), kind=kLoop, calls=%fused
+  ROOT %t = (s32[], f32[4,8]{1,0}) tuple(%i, %z)
+}
+%condition (s: (s32[], f32[4,8])) -> pred[] {
+  %s.1 = (s32[], f32[4,8]{1,0}) parameter(0)
+  ROOT %k = pred[] constant(true)
+}
+ENTRY %main (x: f32[4,8]) -> f32[4,8] {
+  %x.1 = f32[4,8]{1,0} parameter(0)
+  %w = f32[4,8]{1,0} fusion(%x.1), kind=kLoop, calls=%fused
+  %zero = s32[] constant(0)
+  %init = (s32[], f32[4,8]{1,0}) tuple(%zero, %w)
+  %loop = (s32[], f32[4,8]{1,0}) while(%init), condition=%condition, body=%body
+  %last = f32[4,8]{1,0} get-tuple-element(%loop), index=1
+  ROOT %sorted = f32[4,8]{1,0} sort(%last), dimensions={1}, to_apply=%less
+}"""
+    one = 4 * 4 * 8
+    assert ahead.kernels(program) == (2, (3 * one + 16) + 2 * one, 2, 4 * one)
+    assert ahead.kernels(program, around=1) == (0, 0, 4, (3 * one + 16) + 6 * one)
+
+
 @pytest.mark.parametrize("name", ["pgd_at", "trades", "ib_rar"])
 def test_the_attack_of_a_train_step_communicates_nothing(name):
     """On eight devices, loops rolled: batch statistics and gradients are summed once a step, and that is all."""
@@ -199,6 +238,28 @@ def test_the_command_compiles_for_a_slice(tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())
     assert (found["chips"], found["kind"]) == (4, "TPU v5 lite") and "4 × TPU v5 lite" in process.stdout
     assert all(item["depth"] < 1 for item in found["collectives"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("jax_cuda13_plugin"), reason="needs the extra [cuda13]")
+def test_the_command_compiles_for_a_gpu(tmp_path):
+    command = [sys.executable, "-m", "ibjax.aot", "--config=configs/digits.py:smoke", "--topology=h200"]
+    process = subprocess.run([*command, f"--json={tmp_path / 'found.json'}"], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["chips"], found["kind"]) == (1, "NVIDIA H200 141GB HBM3e") and found["kernels"]["in_loops"] > 0
+    assert "kernels " in process.stdout
+
+
+@pytest.mark.parametrize("topology", ahead.GPUS)
+def test_without_its_compiler_a_gpu_is_refused(topology, monkeypatch):
+    def absent(*_, target_config, **__):
+        assert "gpu_device_info" in target_config
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", absent)
+    with pytest.raises(InputError, match="compiler for GPUs is not installed"):
+        ahead.slice_mesh(topology)
 
 
 def test_without_its_compiler_a_slice_is_refused(monkeypatch):

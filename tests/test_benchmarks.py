@@ -6,9 +6,14 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import others_slow
+from jax.sharding import AxisType, Mesh
+
+from ibjax import perturb
+from ibjax.evaluation import named
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
@@ -18,6 +23,7 @@ import compiled  # noqa: E402
 import info_stop  # noqa: E402
 import measuring  # noqa: E402
 import methods  # noqa: E402
+import programs  # noqa: E402
 import scaling  # noqa: E402
 import slices  # noqa: E402
 
@@ -40,6 +46,32 @@ def test_each_step_can_be_traced(name):
         state, metrics = jax.eval_shape(made.train_step, *shapes)
         assert metrics["loss"].shape == ()
         assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, shapes[0])
+
+
+def test_every_compiled_part_of_the_package_is_a_program():
+    """Objectives, perturbations, attacks by name, and each analysis that compiles something for a device."""
+    kinds = {}
+    for name in programs.TABLE:
+        kind, _, short = name.partition(" ")
+        kinds.setdefault(kind, set()).add(short)
+    analyses = (FOLDER.parent / "ibjax" / "analysis").glob("*.py")
+    compiling = {file.stem for file in analyses if "jax.jit(" in file.read_text(encoding="utf-8")}
+    assert kinds["objective"] == set(comparison.names())
+    assert kinds["perturbation"] == set(perturb.PERTURBATIONS)
+    assert kinds["attack"] == {*named.FAMILIES, *named.ATTACKS}
+    assert {"mask", "plane"} <= compiling - {"flops"} <= kinds["analysis"]  # flops compiles for CPUs only
+
+
+@pytest.mark.parametrize("name", others_slow(programs.TABLE, ("attack pgd", "attack apgd-ce", "analysis score_cam")))
+def test_each_program_takes_two_finite_steps(name):
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
+    program = programs.TABLE[name](programs.SMALL, mesh)
+    arguments = jax.jit(program.make)()
+    for _ in range(2):
+        result = program.call(*arguments)
+        arguments = program.again(arguments, result)
+    assert jax.tree.leaves(result) and programs.finite(result)
+    assert not programs.finite(jnp.array([1.0, jnp.nan]))
 
 
 def test_a_batch_over_several_devices_has_the_loss_of_one():

@@ -1,6 +1,7 @@
 """Every command line says what it takes, and git does not ask about what it writes."""
 
 import importlib
+import io
 import re
 import runpy
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -17,6 +19,9 @@ MODULES = sorted(
     if file.parent.name != "networks"  # what an export brings along, to be run in its folder
     and file.name != "__main__.py"  # of the analyses: it lists the other ones
     and 'if __name__ == "__main__":' in file.read_text(encoding="utf-8")
+)
+BENCHMARKS = sorted(
+    file for file in (ROOT / "benchmarks").glob("*.py") if '__name__ == "__main__"' in file.read_text(encoding="utf-8")
 )
 
 
@@ -64,6 +69,62 @@ def test_an_analysis_runs_by_its_name_and_an_unknown_name_is_refused(monkeypatch
     assert "--share" in capsys.readouterr().out
     assert analysis(monkeypatch, "tendancy") == 2
     assert "did you mean 'tendency'?" in capsys.readouterr().err
+
+
+def ascii_terminal(monkeypatch):
+    """A terminal that cannot show what help texts have, as with PYTHONIOENCODING=ascii."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    return stream
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_help_needs_no_utf8(name, monkeypatch):
+    shown = ascii_terminal(monkeypatch)
+    module = importlib.import_module(name)
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    entrance = getattr(module, "main", None)
+    with pytest.raises(SystemExit) as stopped:
+        (entrance if callable(entrance) else module.command)()
+    shown.flush()
+    assert stopped.value.code == 0 and name.encode() in shown.buffer.getvalue()
+
+
+def script(path, monkeypatch, *arguments):
+    """The exit code of a benchmark, run in this process as from the shell; skipped where what it compares is absent."""
+    monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+    monkeypatch.syspath_prepend(str(path.parent))
+    with pytest.raises(SystemExit) as stopped:
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except ModuleNotFoundError as error:
+            pytest.skip(f"needs {error.name}")
+    return stopped.value.code
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_the_help_of_a_benchmark_is_no_error_and_needs_no_utf8(path, monkeypatch):
+    shown = ascii_terminal(monkeypatch)
+    assert script(path, monkeypatch, "--help") == 0
+    shown.flush()
+    assert f"benchmarks/{path.name}".encode() in shown.buffer.getvalue()
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_a_benchmark_without_its_device_ends_in_one_line(path, monkeypatch, capfd):
+    """Those whose children compute, and those that compile for what is not here, need no device themselves."""
+    if "measuring.run(" not in path.read_text(encoding="utf-8"):
+        pytest.skip("asks for no device itself")
+
+    def absent():
+        raise RuntimeError("Unable to initialize backend 'cuda'")
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(jax, "default_backend", absent)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    assert script(path, monkeypatch, "--quick") == 2
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and "JAX_PLATFORMS=cuda cannot be used here" in lines[0]
 
 
 def git(*arguments):

@@ -11,7 +11,9 @@ PAGES = [
     *(page for folder in ("docs", "benchmarks", "configs") for page in ROOT.glob(f"{folder}/**/*.md")),
 ]
 # names with a part that stands for many, as results/benchmarks-BACKEND.json
-PATH = re.compile(r"(?<!--out=)(?<![\w/.-])(?:docs|results|configs|benchmarks|launch)/[\w./-]+\.(?:md|json|py|toml|sh|sbatch)")
+PATH = re.compile(
+    r"(?<!--out=)(?<![\w/.-])(?:docs|results|configs|benchmarks|launch)/[\w./-]+\.(?:md|json|py|toml|sh|sbatch)"
+)
 
 
 def anchors(page):

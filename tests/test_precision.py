@@ -23,6 +23,7 @@ from ibjax.attacks.pgd import pgd
 from ibjax.attacks.representation import ara
 from ibjax.attacks.spsa import spsa
 from ibjax.attacks.square import iterative_square, square
+from ibjax.devices import cores
 from ibjax.errors import InputError
 from ibjax.information import divergence, fourier, hsic, mige, mine, svd
 from ibjax.models import cnn, layers, siriib
@@ -223,6 +224,7 @@ ATTACKS = {
 }
 PLANE = normal(N, 8, 8, 3)
 LOGITS = normal(N, CLASSES)
+MAPS = normal(N, 5, 12, 3)
 ELEMENTWISE = {
     **{f"projection {norm}": lambda norm=norm: geometry.project(X + PLANE, X, norm, 0.1) for norm in geometry.NORMS},
     **{f"distance {norm}": lambda norm=norm: geometry.distance(X + PLANE, X, norm) for norm in geometry.NORMS},
@@ -236,6 +238,7 @@ ELEMENTWISE = {
         divergence.symmetrised_categorical_kl(LOGITS, LOGITS[::-1]),
     ),
     "Fourier transforms": lambda: fourier.amplitude(X, lambda a: 2 * a),
+    "resizing on an accelerator": cores.elsewhere()(lambda: jax.vjp(lambda x: layers.resize(x, (5, 12)), X)[1](MAPS)),
 }  # fmt: skip
 
 

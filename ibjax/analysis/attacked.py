@@ -1,12 +1,14 @@
 """A run's images under one of the named attacks, and what a network takes images for: for the analyses of these."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from ibjax import config, losses
 from ibjax.attacks.names import canonical
@@ -65,7 +67,7 @@ def feature_shapes(predict: Callable, variables: Any, input_shape: Sequence[int]
 
 def predictions(predict: Callable, variables: Any, images: np.ndarray, batch_size: int) -> np.ndarray:
     """The classes (N,) that images (N, H, W, C) are taken for; raises InputError where NaN logits name none."""
-    classify = jax.jit(lambda variables, images: losses.predicted(predict(variables, to_float(images))[0]))
+    classify = jax.jit(partial(classes_of, predict))
     parts = [images[first : first + batch_size] for first in range(0, len(images), batch_size)]
     classes = np.concatenate([np.asarray(classify(variables, part)) for part in parts])
     if undefined := int(np.sum(classes < 0)):
@@ -73,3 +75,8 @@ def predictions(predict: Callable, variables: Any, images: np.ndarray, batch_siz
             f"the network returns NaN or infinite logits for {undefined} of these images: no class to show"
         )
     return classes
+
+
+def classes_of(predict: Callable, variables: Any, images: Array) -> Array:
+    """The classes (B,) that one batch (B, H, W, C) is taken for; −1 where NaN logits name none."""
+    return losses.predicted(predict(variables, to_float(images))[0])

@@ -16,13 +16,16 @@ For runs of `objective=dict(name="ibd", matching="adaptive", …)` with beta abo
 Writes `attention/<checkpoint>.json` in the workdir. In the picture rows are teacher layers, columns student layers.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from ibjax import config
@@ -80,14 +83,8 @@ def attention(
     assert module is not None  # experiment_of saw to it
     predict = linen_net(run.in_float32(trained.model)).predict
 
-    def features(variables, frozen, x, taught):
-        teacher = experiment.bind_net(frozen).teacher
-        assert teacher is not None
-        return predict(variables, to_float(x))[1], teacher(to_float(taught))[1]
-
-    @jax.jit
-    def attend(variables, frozen, head, x, taught):
-        return module.apply(head, *features(variables, frozen, x, taught), train=False)[1]
+    features = partial(features_of, predict, experiment.bind_net)
+    attend = jax.jit(partial(attend_to, module, predict, experiment.bind_net))
 
     def part(first):
         batch = slice(first, first + batch_size)
@@ -99,6 +96,21 @@ def attention(
         for taps in shapes
     )
     return np.concatenate([part(first) for first in range(0, len(images), batch_size)]), teacher, student
+
+
+def features_of(predict: Callable, bind_net: Callable, variables: Any, frozen: Any, x: Array, taught: Array) -> Any:
+    """(features of the student at x, of the teacher at `taught`), batches (B, H, W, C)."""
+    teacher = bind_net(frozen).teacher
+    assert teacher is not None
+    return predict(variables, to_float(x))[1], teacher(to_float(taught))[1]
+
+
+def attend_to(
+    module: nn.Module, predict: Callable, bind_net: Callable, variables: Any, frozen: Any, head: Any, x: Array,
+    taught: Array,
+) -> Any:  # fmt: skip
+    """Attn (B, n, m) of one batch, by the matching `module` with the variables `head`."""
+    return module.apply(head, *features_of(predict, bind_net, variables, frozen, x, taught), train=False)[1]
 
 
 def evaluate(

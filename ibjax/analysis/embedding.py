@@ -21,12 +21,14 @@ with `coordinates` (n, 2), `labels` and `predictions` (n,), and where they come 
 
 import importlib.metadata
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from ibjax import files
 from ibjax.analysis import attacked, commands, output, pictures
@@ -64,13 +66,15 @@ def taps(predict: Callable, variables: Any, input_shape: Sequence[int]) -> list[
 def features(predict: Callable, variables: Any, images: Any, batch_size: int, tap: str) -> np.ndarray:
     """A tap (N, d) of images (N, H, W, C), float32; a spatial one is averaged over its positions."""
 
-    @jax.jit
-    def part(variables, images):
-        feature = predict(variables, to_float(images))[1][tap].astype(jnp.float32)
-        return jnp.mean(feature, axis=tuple(range(1, feature.ndim - 1)))
-
+    part = jax.jit(partial(averaged, predict, tap))
     parts = [images[first : first + batch_size] for first in range(0, len(images), batch_size)]
     return np.concatenate([np.asarray(part(variables, images)) for images in parts])
+
+
+def averaged(predict: Callable, tap: str, variables: Any, images: Array) -> Array:
+    """A tap (B, d) of one batch (B, H, W, C), float32; a spatial one is averaged over its positions."""
+    feature = predict(variables, to_float(images))[1][tap].astype(jnp.float32)
+    return jnp.mean(feature, axis=tuple(range(1, feature.ndim - 1)))
 
 
 def embedded(found: np.ndarray, seed: int = 33) -> np.ndarray:

@@ -21,12 +21,14 @@ With connections=0 there is no L_info to climb: such attacks are refused, and ar
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from ibjax.analysis import attacked, commands, output, pictures
 from ibjax.data import stratified
@@ -66,20 +68,21 @@ def check(model: Any, attacks: Sequence[str] | None) -> tuple[str, ...]:
 def look(predict: Callable, batch_size: int) -> Callable[[Any, np.ndarray], Seen]:
     """`see(variables, images (N, H, W, C)) -> Seen`, for square images; `predict` has the feature x_avg."""
 
-    def singular_values(x):
-        return singular_values_and_polar(jnp.moveaxis(x, -1, 1))[0]  # a matrix is an image's colour channel
-
-    @jax.jit
-    def one_batch(variables, images):
-        x = to_float(images)
-        x_avg = predict(variables, x)[1]["x_avg"]
-        return Seen(x, x_avg, singular_values(x), singular_values(x_avg))
+    one_batch = jax.jit(partial(seen, predict))
 
     def see(variables, images):
         parts = [images[first : first + batch_size] for first in range(0, len(images), batch_size)]
         return jax.tree.map(lambda *a: np.concatenate(a), *(one_batch(variables, part) for part in parts))
 
     return see
+
+
+def seen(predict: Callable, variables: Any, images: Array) -> Seen:
+    """`Seen` of one batch (B, H, W, C) of square images; a matrix is an image's colour channel."""
+    x = to_float(images)
+    x_avg = predict(variables, x)[1]["x_avg"]
+    of_x, of_x_avg = (singular_values_and_polar(jnp.moveaxis(each, -1, 1))[0] for each in (x, x_avg))
+    return Seen(x, x_avg, of_x, of_x_avg)
 
 
 def change(before: Seen, after: Seen) -> dict[str, Any]:

@@ -24,12 +24,14 @@ of them, each class in proportion.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from ibjax.analysis import attacked, commands, output, pictures
 from ibjax.data import stratified
@@ -56,12 +58,7 @@ def explainer(predict: Callable, tap: str, chunk: int = CHUNK) -> Callable[[Any,
     """
     activations = jax.jit(lambda variables, x: predict(variables, x)[1][tap])
 
-    @jax.jit
-    def scores(variables, x, channels, c):  # (H, W, C), (k, h, w), class -> (k,)
-        up = layers.resize(channels[..., None], x.shape[:2])
-        low, high = (pick(up, axis=(1, 2), keepdims=True) for pick in (jnp.min, jnp.max))
-        masks = (up - low) / jnp.maximum(high - low, jnp.finfo(up.dtype).tiny)
-        return jax.nn.softmax(predict(variables, x[None] * masks)[0])[:, c]
+    scores = jax.jit(partial(masked_scores, predict))
 
     def explain_one(variables, x, c):
         a = np.moveaxis(np.asarray(activations(variables, x[None])[0]), -1, 0)  # (K, h, w)
@@ -80,6 +77,14 @@ def explainer(predict: Callable, tap: str, chunk: int = CHUNK) -> Callable[[Any,
         return np.stack([explain_one(variables, *pair) for pair in zip(x, jnp.asarray(classes), strict=True)])
 
     return explain
+
+
+def masked_scores(predict: Callable, variables: Any, x: Array, channels: Array, c: Array) -> Array:
+    """(k,): the probability of class c of one image (H, W, C), seen through each of the channels (k, h, w)."""
+    up = layers.resize(channels[..., None], x.shape[:2])
+    low, high = (pick(up, axis=(1, 2), keepdims=True) for pick in (jnp.min, jnp.max))
+    masks = (up - low) / jnp.maximum(high - low, jnp.finfo(up.dtype).tiny)
+    return jax.nn.softmax(predict(variables, x[None] * masks)[0])[:, c]
 
 
 def similarity(maps: np.ndarray, others: np.ndarray) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def counts(data: Arrays) -> str:
 
 def main() -> None:
     """The command line of this module."""
+    errors.prepare_streams()  # help texts are not ASCII
     parser = argparse.ArgumentParser(prog="python -m ibjax.data.gallery", allow_abbrev=False, description=__doc__)
     parser.add_argument("--out", type=files.path, required=True, help="the picture, a .png")
     parser.add_argument("options", nargs="+", help="KEY=VALUE of a data section; name=… is needed")

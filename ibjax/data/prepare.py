@@ -86,6 +86,7 @@ def _info(folder):
 
 def main() -> None:
     """The command line of this module."""
+    errors.prepare_streams()  # help texts are not ASCII
     parser = argparse.ArgumentParser(prog="python -m ibjax.data.prepare", allow_abbrev=False, description=__doc__)
     parser.add_argument("--dataset", required=True, help=", ".join(RECIPES))
     parser.add_argument("--data_dir", type=files.path, required=True, help="TFDS's folder of data sets")

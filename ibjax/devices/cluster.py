@@ -58,13 +58,13 @@ def initialize() -> None:
     keep_compiled()
     with _without_proxies():
         _start_distributed()
-    if _platform() == "cpu":
+    if backend() == "cpu":
         keep_memory()
     peers.watch()
 
 
-def _platform():
-    """The name of the platform that is computed on."""
+def backend() -> str:
+    """The platform that is computed on, as "cpu"; raises InputError where JAX_PLATFORMS names one that is not there."""
     try:
         return jax.default_backend()
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -90,7 +90,7 @@ def _no_platform(error):
     """
     if os.environ.get("JAX_PLATFORMS") and isinstance(error, RuntimeError | AssertionError | ValueError):
         try:
-            _platform()
+            backend()
         except InputError as found:
             return found
     return None

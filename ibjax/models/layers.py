@@ -13,9 +13,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
-from ibjax.devices.cores import in_parts
+from ibjax.devices import cores
 from ibjax.errors import InputError, nearest
 
 # U(−1/√fan_in, 1/√fan_in): PyTorch's default for convolutions and linear layers (kaiming_uniform with a=√5)
@@ -122,7 +123,7 @@ class Conv(nn.Module):
 
 
 def _convolve(x, kernel, *args, **kwargs):
-    return in_parts(lambda x: lax.conv_general_dilated(x, kernel, *args, **kwargs))(x)
+    return cores.in_parts(lambda x: lax.conv_general_dilated(x, kernel, *args, **kwargs))(x)
 
 
 class Dense(nn.Module):
@@ -360,8 +361,29 @@ class AveragePool(nn.Module):
 
 
 def resize(x: Array, size: tuple[int, int]) -> Array:
-    """(B, H, W, C) -> (B, *size, C), bilinear between pixel centres and without anti-aliasing, PyTorch's default."""
-    return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), "bilinear", antialias=False)
+    """(B, H, W, C) -> (B, *size, C), bilinear between pixel centres and without anti-aliasing, PyTorch's default.
+
+    Each axis takes y_i = Σ_j w_ij·x_j, in float32 whatever the accelerator's default is: on a CPU as a product of
+    precision HIGHEST, elsewhere as multiplications and a sum. XLA's compiler for GPUs (jax 0.10.2) finds no tiles for
+    such a product of three channels, while the sum is one pass over memory; its compiler for CPUs makes the sum's
+    gradient, which computes what comes before it anew for each term, up to 200 times slower than the product's.
+    """
+    if cores.on_cpu():
+        return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), "bilinear", antialias=False)
+    for axis, length in zip((1, 2), size, strict=True):
+        if x.shape[axis] != length:
+            weights = _bilinear(x.shape[axis], length)
+            terms = [1] * (x.ndim + 1)
+            terms[axis : axis + 2] = weights.shape
+            x = jnp.sum(jnp.asarray(weights, x.dtype).reshape(terms) * jnp.expand_dims(x, axis), axis + 1)
+    return x
+
+
+def _bilinear(n, length):
+    """(length, n): the weight of each pixel in each new one, which falls to 0 at a distance of one pixel."""
+    centres = (np.arange(length) + 0.5) * n / length - 0.5
+    weights = np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(n)))
+    return weights / weights.sum(1, keepdims=True)  # beyond the border there is no neighbour
 
 
 def pixel_unshuffle(x: Array, factor: int = 2) -> Array:

@@ -25,11 +25,11 @@ class _Parser(argparse.ArgumentParser):
         self.exit(errors.EXIT_INPUT, f"error: {message}; {self.prog} --help says what there is\n")
 
 
-def bare(module: str, description: str | None) -> argparse.ArgumentParser:
-    """The command line of any module, without arguments yet."""
+def bare(module: str, description: str | None, *, prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line of any module, without arguments yet; `prog` is how it is called, where that is otherwise."""
     errors.prepare_streams()  # help texts are not ASCII
     return _Parser(
-        prog=f"python -m {module}",
+        prog=prog or f"python -m {module}",
         allow_abbrev=False,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

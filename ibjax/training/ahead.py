@@ -1,10 +1,13 @@
-"""Compiles a recipe's train step for a TPU slice that is not here, and counts what it costs and communicates.
+"""Compiles a recipe's train step for accelerators that are not here, and counts what it costs and communicates.
 
     FLOPs = m · ( FLOPs(dispatch) + (k − 1) · FLOPs(attack step) ), likewise the bytes
 
 of m microbatches, since the compiler counts a rolled loop's body once, whatever its length k; so it does with the
 bodies of other loops, as MMA's bisection, whose number is printed. Both are what it reports for the optimised program
 of one chip; the bounds assume its peak in bfloat16 and its bandwidth, so they are never reached.
+
+For a GPU that is not here the compiler counts neither; in their place are the kernels, and the bytes that each of them
+reads and writes. Nothing is tuned there: which of cuDNN's kernels are fastest only a card says.
 """
 
 import argparse
@@ -39,7 +42,9 @@ WITHOUT_CHIPS = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # CUDA's compiler needs no driver
 }
+GPUS = {"h200": Path(cluster.__file__).with_name("h200.txtpb")}  # topology -> facts of the card, for XLA's compiler
 
 
 log = logging.getLogger(__name__)
@@ -56,7 +61,8 @@ class Chip(NamedTuple):
 GIB = 2**30
 
 
-CHIPS = {  # by the name that JAX gives the kind; Cloud TPU's documentation
+CHIPS = {  # by the name that JAX gives the kind; Cloud TPU's documentation, NVIDIA's data sheet
+    "NVIDIA H200 141GB HBM3e": Chip(989e12, 151_397_597_184, 4800e9),
     "TPU v4": Chip(275e12, 32 * GIB, 1228e9),
     "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9),
     "TPU v5": Chip(459e12, 95 * GIB, 2765e9),
@@ -79,6 +85,8 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|condition|body|branch_computations|true_computation|false_computation)=")
 
 
+# what one kernel runs: of a fusion, and the function of a reduction, a sort or a scatter; a `call` is none
+_INSIDE = re.compile(r" fusion\(.*calls=%?([\w.\-]+)| (?!call\()[\w\-]+\(.*to_apply=%?([\w.\-]+)")
 _COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\("
 )
@@ -112,8 +120,8 @@ def loops(program: str) -> int:
     return sum(" while(" in line and not _NO_FLOPS.search(line) for line, _ in _lines(program))
 
 
-def _lines(program):
-    """(line, number of loops around it) of all computations that the module's entry reaches."""
+def _lines(program, without=frozenset()):
+    """(line, number of loops around it) of all computations that the module's entry reaches, but for those named."""
     blocks, entry, current = {}, None, None
     for line in program.splitlines():
         if match := _HEADER.match(line):
@@ -129,7 +137,7 @@ def _lines(program):
             called = _CALLED.search(line)
             inside = depth[name] + (" while(" in line)
             for callee in re.findall(r"%([\w.\-]+)", line[called.start() :]) if called else ():
-                if callee in blocks and depth.get(callee, -1) < inside:
+                if callee in blocks and callee not in without and depth.get(callee, -1) < inside:
                     depth[callee] = inside
                     todo.append(callee)
     return [(line, level) for name, level in depth.items() for line in blocks.get(name, ())]
@@ -143,8 +151,44 @@ def _bytes(shapes):
     return total
 
 
+class Kernels(NamedTuple):
+    """What an optimised module for a GPU launches, and the bytes that these kernels read and write."""
+
+    in_loops: int  # each body of a loop once
+    bytes_in_loops: int
+    outside: int
+    bytes_outside: int
+
+
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+_NO_KERNEL = frozenset(
+    ("parameter", "tuple", "get-tuple-element", "constant", "bitcast", "while", "conditional", "call", "after-all")
+)
+
+
+def kernels(program: str, around: int = 0) -> Kernels:
+    """The kernels of an optimised HLO module for a GPU; `around` loops are around what is asked for."""
+    inside = {
+        name for line in program.splitlines() if (match := _INSIDE.search(line)) for name in match.groups() if name
+    }
+    types, found = {}, [0, 0, 0, 0]
+    lines = [(_INSTRUCTION.match(line), depth) for line, depth in _lines(program, without=inside)]
+    for match, _ in lines:
+        if match:
+            types[match[1]] = match[2]
+    for match, depth in lines:
+        if match and match[3] not in _NO_KERNEL:
+            operands = re.findall(r"%([\w.\-]+)", match[4].split(")")[0])
+            place = 0 if depth > around else 2
+            found[place] += 1
+            found[place + 1] += _bytes(match[2]) + sum(_bytes(types.get(name, "")) for name in operands)
+    return Kernels(*found)
+
+
 def slice_mesh(topology: str) -> Mesh:
-    """The devices of a slice, as "v5e:16x16", in one axis; raises InputError where there is no such slice."""
+    """The devices of a slice, as "v5e:16x16", or a GPU of GPUS in one axis; raises InputError where there is none."""
+    if topology in GPUS:
+        return _gpu_mesh(topology)
     try:
         from jax.experimental import topologies
 
@@ -157,6 +201,17 @@ def slice_mesh(topology: str) -> Mesh:
             raise InputError("the compiler for TPUs is not installed; pip install 'ibjax[tpu]'") from None
         raise InputError(f"--topology={topology} is no slice ({reason}); give KIND:SHAPE as v5e:16x16") from None
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def _gpu_mesh(name):
+    from jax.experimental import topologies
+
+    facts = GPUS[name].read_text(encoding="utf-8")
+    try:
+        devices = topologies.get_topology_desc(name, platform="cuda", target_config=facts, topology="1x1x1").devices
+    except (ValueError, RuntimeError, NotImplementedError):  # as JAX refuses a platform without its plugin
+        raise InputError("the compiler for GPUs is not installed; pip install 'ibjax[cuda13]'") from None
+    return Mesh(np.array(devices)[:1], ("data",), axis_types=(AxisType.Auto,))
 
 
 def prepare(settings: ConfigDict, shape: tuple[int, ...], classes: int, teachers: dict[str, ConfigDict]) -> ConfigDict:
@@ -207,13 +262,14 @@ def compile_step(settings: ConfigDict, mesh: Mesh, images: int | None) -> dict[s
     compiled = lowered.compile()
     seconds = time.perf_counter() - began
     cost, memory, program = compiled.cost_analysis() or {}, compiled.memory_analysis(), compiled.as_text()
-    flops, accessed = cost["flops"], cost["bytes accessed"]
+    flops, accessed = cost.get("flops"), cost.get("bytes accessed")  # of a GPU's program without a GPU neither
     repeated = _attack_steps(settings)
-    if repeated > 1:
+    if flops is not None and repeated > 1:
         part = of_images(settings.batch_size // settings.microbatches, jnp.float32, sharded)
         one = _attack_step(experiment).lower(state.variables, *part).compile().cost_analysis() or {}
         flops += (repeated - 1) * one["flops"]
         accessed += (repeated - 1) * one["bytes accessed"]
+    platform = mesh.devices.flat[0].platform
     known = (steps > 1) + (repeated > 1) + (settings.microbatches > 1)
     return {
         "chips": mesh.size,
@@ -224,11 +280,13 @@ def compile_step(settings: ConfigDict, mesh: Mesh, images: int | None) -> dict[s
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes,
-        "flops": settings.microbatches * flops,
-        "bytes": settings.microbatches * accessed,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "flops": None if flops is None else settings.microbatches * flops,
+        "bytes": None if flops is None else settings.microbatches * accessed,
         "collectives": collectives(program, around=int(steps > 1)),
         "other_loops": max(loops(program) - known, 0),
         "compile_seconds": seconds,
+        "kernels": kernels(program, int(steps > 1))._asdict() if platform == "gpu" else None,
     }
 
 
@@ -267,10 +325,16 @@ def table(found: dict[str, Any]) -> str:
         share = found["memory"] / chip.hbm
         lines += [f"memory of a chip  {memory} of {chip.hbm / GIB:.0f} GiB ({100 * share:.0f} %)"]
         for name, unit, peak in (("flops", "FLOP", chip.flops), ("bytes", "bytes", chip.bandwidth)):
+            if found[name] is None:
+                continue
             rate = found["batch_size"] * peak / found[name]
             lines += [f"{name:17} {found[name]:.3g} {unit} a step and chip: at most {rate:,.0f} images/s"]
         if share > 1:
             lines += ["does not fit: model.remat=True, more microbatches or chips, or model.dtype='bfloat16'"]
+    if found["kernels"]:
+        count = Kernels(**found["kernels"])
+        loop = f"{count.in_loops} in loops, {count.bytes_in_loops / 1e9:.2f} GB each time round"
+        lines += [f"kernels           {loop}; {count.outside} outside, {count.bytes_outside / 1e9:.2f} GB a step"]
     if found["other_loops"]:
         lines += [f"other loops       {found['other_loops']}, whose bodies FLOPs and bytes count once"]
     where = {-1: "once a dispatch", 0: "each step"}

@@ -19,6 +19,8 @@ FOLDER = Path(__file__).parent
 
 def main():
     """The command line; exits with 1 where the logits are not ibjax's."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # what a terminal cannot show in its encoding
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=str(FOLDER / "check.npz"))
     file = os.path.expanduser(os.path.expandvars(parser.parse_args().data))  # as a shell would, but for --data=~/x
