@@ -191,9 +191,12 @@ def methods(given: argparse.Namespace) -> None:
     scale = programs.SMALL if small else programs.TRIED
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
 
+    # where the sizes are small, compiling is all the time
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True} if small else None
+
     def compiled(name):
         program, began = programs.TABLE[name](scale, mesh), time.perf_counter()
-        made = program.call.lower(*jax.eval_shape(program.make)).compile()
+        made = program.call.lower(*jax.eval_shape(program.make)).compile(options)
         return program, made, time.perf_counter() - began
 
     def two_steps(program, made, compile_s):

@@ -1,6 +1,7 @@
 """The benchmarks: every objective has its step, what their pages say, and one command runs them all."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_every_compiled_part_of_the_package_is_a_program():
         kind, _, short = name.partition(" ")
         kinds.setdefault(kind, set()).add(short)
     analyses = (FOLDER.parent / "ibjax" / "analysis").glob("*.py")
-    compiling = {file.stem for file in analyses if "jax.jit(" in file.read_text(encoding="utf-8")}
+    compiling = {file.stem for file in analyses if re.search(r"\bjax\.jit\b", file.read_text(encoding="utf-8"))}
     assert kinds["objective"] == set(comparison.names())
     assert kinds["perturbation"] == set(perturb.PERTURBATIONS)
     assert kinds["attack"] == {*named.FAMILIES, *named.ATTACKS}
