@@ -1,5 +1,6 @@
 """Eight fake CPU devices, strict promotion, warnings as errors: for every test from day one."""
 
+import argparse
 import atexit
 import fcntl
 import functools
@@ -9,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
+import zlib
 from pathlib import Path
 
 import pytest
@@ -21,7 +24,9 @@ CACHE = os.environ["IBJAX_TEST_CACHE"]
 
 # Tests compile more than they compute: a lighter compiler takes half the time. Where XLA_FLAGS is set, even to nothing,
 # it stays. XLA ends a process over a flag that it does not know, so one is asked first.
-LIGHT = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
+LIGHT = (
+    "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
 if "XLA_FLAGS" not in os.environ and "PYTEST_XDIST_WORKER" not in os.environ:
     ask = [sys.executable, "-c", "import jax; assert jax.default_backend() == 'cpu'"]
     if subprocess.run(ask, env={**os.environ, "XLA_FLAGS": LIGHT}, capture_output=True).returncode == 0:
@@ -46,6 +51,38 @@ if "IBJAX_TEST_PRODUCTS" in os.environ:
 
     as_an_accelerator = rounded(os.environ["IBJAX_TEST_PRODUCTS"])  # kept: what is collected ends
     as_an_accelerator.__enter__()
+
+
+QUICK = tomllib.loads(Path(__file__).with_name("slow.toml").read_text(encoding="utf-8"))
+
+
+CASES = pytest.StashKey[dict[str, set[str]]]()  # of each test that was collected
+
+
+def pytest_addoption(parser):
+    text = "of the tests that are asked for, a K-th of N parts: each test is in one of them"
+    parser.addoption("--share", metavar="K/N", type=_share, help=text)
+
+
+def _share(text):
+    part, parts = map(int, text.split("/"))
+    if not 0 <= part < parts:
+        raise argparse.ArgumentTypeError(f"{text}: give K/N with K from 0 to N - 1")
+    return part, parts
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by marks
+def pytest_collection_modifyitems(config, items):
+    """Marks as slow what slow.toml does not name among the quick cases; leaves out all but one part with --share."""
+    cases = config.stash[CASES] = {}
+    for item in items:
+        name, case = f"{item.path.stem}::{item.originalname}", item.callspec.id if hasattr(item, "callspec") else ""
+        cases.setdefault(name, set()).add(case)
+        if name in QUICK and case not in QUICK[name]:
+            item.add_marker(pytest.mark.slow)
+    if share := config.getoption("--share"):
+        part, parts = share
+        items[:] = [item for item in items if zlib.crc32(item.nodeid.encode()) % parts == part]
 
 
 @pytest.fixture(autouse=True)

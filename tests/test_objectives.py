@@ -207,18 +207,28 @@ def test_saving_and_restoring_changes_no_bit(stepper, tmp_path):
 # ---- closed forms ------------------------------------------------------------------------------------------
 
 MODEL = cnn.Model(4, widths=((6,), (6,)), hidden=(), padding=1, batch_norm=True, pool="average")
+RNG = np.random.default_rng(0)
 BATCH = {
-    "image": jax.random.uniform(jax.random.key(0), (12, 8, 8, 1)),
+    "image": jnp.asarray(RNG.uniform(size=(12, 8, 8, 1)), jnp.float32),
     "label": jnp.arange(12) % 4,
     "index": jnp.arange(12),
 }
-X_ADV = jnp.clip(BATCH["image"] + 0.1 * jax.random.normal(jax.random.key(1), (12, 8, 8, 1)), 0, 1)
+X_ADV = jnp.asarray(np.clip(BATCH["image"] + 0.1 * RNG.normal(size=(12, 8, 8, 1)), 0, 1), jnp.float32)
 
 
 def random_variables(seed, model=MODEL):
-    variables = model.init(jax.random.key(seed), BATCH["image"])
-    keys = iter(jax.random.split(jax.random.key(seed + 100), 99))
-    return jax.tree.map(lambda leaf: leaf + 0.3 * jnp.abs(jax.random.normal(next(keys), leaf.shape)), variables)
+    """Variables among which none is 0 or 1; made in NumPy, since JAX would compile a program for every shape."""
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        start = {"kernel": rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))}
+        value = start.get(path[-1].key, float(path[-1].key in ("scale", "var"))) + 0.3 * np.abs(
+            rng.normal(size=leaf.shape)
+        )
+        return jnp.asarray(value, jnp.float32)
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0), BATCH["image"])
+    return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 VARIABLES, TEACHER = random_variables(0), random_variables(7)
