@@ -311,7 +311,7 @@ def test_the_attack_leaves_the_running_statistics_alone_and_training_mode_moves_
     # keep = 0.9 and four passes: 0.9⁴ of the old statistics is left, against 0.9 after one
     moved, old = step(True)["bn1"]["mean"], VARIABLES["batch_stats"]["bn1"]["mean"]
     once = expected["batch_stats"]["bn1"]["mean"]
-    ratio = np.asarray((moved - old) / (once - old))
+    ratio = jnp.vdot(moved - old, once - old) / jnp.vdot(once - old, once - old)
     np.testing.assert_allclose(ratio, (1 - 0.9**4) / 0.1, rtol=0.25)
 
 

@@ -14,7 +14,8 @@ from ibjax.devices import peers
 BEGIN = """
 import sys, time
 import jax
-from ibjax import cluster, errors, peers
+from ibjax import errors
+from ibjax.devices import cluster, peers
 peers.SILENCE, peers._INTERVAL, peers._GRACE = 3, 0.3, 2
 
 def command():
