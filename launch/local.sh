@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs N processes on this machine, as a rehearsal of a multi-host job:   launch/local.sh N --config=… --workdir=…
 # Each process has DEVICES simulated CPU devices (default 1), or all accelerators that are visible to it.
-# If one process fails, is killed or is stopped, all end: the others have time to report the reason, then they are killed.
+# If one process fails, is killed or is stopped, all end: the others have time to report the reason before they are
+# killed.
 set -euo pipefail
 n=${1:?usage: launch/local.sh N --config=… --workdir=…}
 shift
