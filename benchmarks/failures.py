@@ -130,7 +130,7 @@ def command_line() -> None:
     about = {**provenance.environment(), "compression": flips.compression()}
     table = flips.page(("failure", "injected"), found["rows"], OUTCOMES)
     files.write_json(given.out, {**found, "run": about})
-    given.out.with_suffix(".md").write_text(f"{table}\n\n{flips.provenance(about)}\n", encoding="utf-8")
+    given.out.with_suffix(".md").write_text(f"{table}\n\n{flips.provenance_line(about)}\n", encoding="utf-8")
     print(table)
     for line in found["bad"]:
         print(line)

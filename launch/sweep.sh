@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# All rows of a recipe, one after another, each in its own folder:
+# Runs all rows of a recipe, one after another, each in its own folder:
 #
 #   launch/sweep.sh CONFIG WORKDIR [PATTERN] [--flag …]
 #   launch/sweep.sh configs/ibd_ablations.py runs/ibd_ablations 'alpha-*' --config.seed=1
 #
-# The rows are CONFIG's ROWS; PATTERN is the shell's. Finished rows are not run again, so the same command continues a
-# sweep. A row that fails is reported at the end and does not stop the others; a preempted one (75) does.
-# DRY=1 prints the commands.
+# The rows are those of the variable ROWS in CONFIG; PATTERN is a shell pattern. Finished rows are not run again, so the
+# same command continues a sweep. A row that fails is reported at the end and does not stop the others; a row that is
+# preempted (exit code 75) or interrupted (130) ends the sweep. DRY=1 only prints the commands.
 set -uo pipefail
 usage="usage: launch/sweep.sh CONFIG WORKDIR [PATTERN] [--flag …]"
 config=${1:?$usage} workdir=${2:?$usage}

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# On every worker of a Cloud TPU slice:
+# Trains on every worker of a Cloud TPU slice:
 #
 #   TPU=name ZONE=us-central2-b launch/tpu_vm.sh --config=configs/ibd_wrn.py --workdir=/mnt/shared/runs/ibd_wrn
 #
-# Copies this tree to all workers, installs it with the extra [tpu], and starts the same command on each; they find
-# each other through the TPU's metadata. The workdir must be a folder that all workers see (Filestore, a mounted bucket).
+# Copies this source tree to all workers, installs it with the extra [tpu], and starts the same command on each. The
+# workers find each other through the TPU's metadata. The workdir must be a folder that all workers share (Filestore, a
+# mounted bucket).
 set -euo pipefail
 : "${TPU:?name of the TPU}" "${ZONE:?its zone}"
 here=$(cd "$(dirname "$0")/.." && pwd)
