@@ -168,7 +168,7 @@ class Model(nn.Module):
             extracted = Extractor(self.widths, self.basic_blocks, bn_groups, dtype, name="extractor")(x_avg, train)
 
         def connection(i, edit):
-            """An edit that adds f_i, built once the feature's shape is known, then applies the caller's edit, if any."""
+            """An edit that adds f_i, built once the feature's shape is known, and then applies the caller's edit."""
 
             def add(feature):
                 conv = layers.Conv(feature.shape[-1], use_bias=True, dtype=dtype, name=f"p{i}", parent=self)
