@@ -317,7 +317,7 @@ def _over_parts(differentiate, variables, batch, keys, count):
 
 
 def _attacked(objective, net, variables):
-    """The function that the attack evaluates: x -> logits, or (logits, features) if the objective has an own loss."""
+    """The function that the attack evaluates: x -> logits, or (logits, features) if the objective defines its loss."""
     if objective.attack_loss is not None:
         return lambda x: net.predict(variables, x)
     return lambda x: net.predict(variables, x)[0]

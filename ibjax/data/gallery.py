@@ -22,7 +22,7 @@ _EDGE = 1  # pixels between images
 
 
 def picture(split: Split, *, rows: int = 3, augmented: int = 2, pad: int = 4, padding: str = "edge") -> np.ndarray:
-    """(height, width, 3) uint8: a column per class, `rows` rows of images, then `augmented` augmented copies of row 1."""
+    """(height, width, 3) uint8: a column per class, `rows` rows of images, then `augmented` augmented first rows."""
     classes = np.unique(split.labels)[:_COLUMNS]
     chosen = np.stack([np.flatnonzero(split.labels == c)[np.arange(rows) % (split.labels == c).sum()] for c in classes])
     grid = [np.asarray(to_float(jax.numpy.asarray(split.images[chosen[:, row]]))) for row in range(rows)]
