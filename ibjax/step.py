@@ -264,7 +264,7 @@ def make_train_step(
         net, variables = bind_net(frozen), state.variables
         x = to_float(batch["image"])
         batch = {**batch, "image": augment(augment_key, x) if augment else x}
-        whole, rest = jnp.divmod(state.step, steps_per_epoch)  # so that floor(epoch) is exact wherever division is not
+        whole, rest = jnp.divmod(state.step, steps_per_epoch)  # floor(epoch) stays exact if a device's division is not
         epoch = whole.astype(jnp.float32) + rest.astype(jnp.float32) / steps_per_epoch
         progress = {"step": state.step, "epoch": epoch, "epoch_step": rest}
 
@@ -278,7 +278,7 @@ def make_train_step(
         if offset is not None:
             params = {**params, "params": jax.tree.map(jnp.add, params["params"], offset)}
         updates, opt_state = optimizer.update(gradients, state.opt_state, params)
-        # the optimiser's step is taken at the perturbed weights; w + v + Δ − v is w + Δ, and exactly so without v
+        # the optimiser computes its update Δ at w + v; as (w + v + Δ) − v = w + Δ, Δ is added to w without rounding v
         params = optax.apply_updates(raw, updates)
         ema_params = state.ema_params
         if ema_params is not None and ema_decay is not None:

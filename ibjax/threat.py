@@ -7,7 +7,7 @@ of the section's eps. The recipe of a teacher or a contrast without a threat mod
 contains it.
 
 Guarantees (tests of the same names): the threat model of the command line is that of every attack and every run; what a
-section says itself stays and the rest follows.
+section states itself is kept, and the rest follows `threat`.
 """
 
 from collections.abc import Callable

@@ -29,8 +29,8 @@ misclassify them. Of the clean image and the results of all attacks, `x_adv` kee
 correctly least often. This does not change the flags.
 
 Guarantees (tests of the same names): on a linear network robust means that the margin exceeds eps, in every norm;
-neither batch size nor number of devices changes a flag; killed and run again it ends with the same flags and images, on
-the same devices; every x_adv lies in the eps-ball and in [0, 1] to 1e-6.
+neither batch size nor number of devices changes a flag; an evaluation that was killed and run again on the same devices
+ends with the same flags and images; every x_adv lies in the eps-ball and in [0, 1] to 1e-6.
 """
 
 import functools
@@ -178,7 +178,7 @@ def autoattack(
     allow_randomized: bool = False,
     progress: str | None = None,
 ) -> Result:
-    """Which images withstand AutoAttack.
+    """Runs AutoAttack and returns which images it does not break, the adversarial images, and warnings.
 
     Args:
       key: one JAX key; the same key gives the same result.

@@ -19,8 +19,8 @@ to class k is linearised at x_t to the hyperplane { x' : df_k + <∇df_k, x' −
 
 FAB searches for the nearest adversarial image and does not use a radius; a result counts only if it lies within eps.
 
-Guarantees (tests of the same names): x_adv lies in the eps-ball and in [0, 1]; the steps onto the hyperplane are those
-of a quadratic and of a linear programme's solver.
+Guarantees (tests of the same names): x_adv lies in the eps-ball and in [0, 1]; the steps onto the hyperplane
+agree with the solvers of a quadratic and a linear programme.
 """
 
 from typing import NamedTuple

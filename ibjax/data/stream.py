@@ -5,9 +5,9 @@
 Training images are random resized crops with flips, test and validation images are centre crops, so `augment` is not
 used. Labels are read once and cached in ~/.cache/ibjax. Needs the extra `imagenet` (Grain).
 
-Guarantees (tests of the same names): a batch is a function of seed and step, so that reading can begin at any step with
-the same batches; an epoch shows every image once, but for a last incomplete batch; processes that read parts of a batch
-read together what one would.
+Guarantees (tests of the same names): a batch is a function of seed and step, so that reading can start at any step with
+the same batches; an epoch shows every image once, except those of a last incomplete batch; processes that read parts of
+a batch read together what one process would.
 """
 
 import concurrent.futures

@@ -8,7 +8,7 @@ files, whose features are an image and a label. Images come in the data set's or
 as those of TFDS's CIFAR do, in the order of the ids.
 
 Guarantees (tests of the same names): TensorFlow is never imported; a damaged shard is named with how to make it again,
-or its images are unharmed; a description that promises more or fewer images than there are is refused.
+or its images are intact; a description that declares more or fewer images than the files hold is refused.
 """
 
 import concurrent.futures

@@ -4,7 +4,8 @@ All communication uses the key-value store of `jax.distributed`, which process 0
 single process every function returns at once.
 
 Guarantees (tests of the same names): processes that see different things end, each naming the difference; a process
-that waits says for whom; a process that dies, is stopped or ends with an error is named by the others, which end too.
+that waits logs which one it waits for; a process that dies, is stopped or ends with an error is named by the others,
+which end too.
 """
 
 import atexit
