@@ -1,7 +1,7 @@
-"""Sections of a configuration as calls: what a name stands for, what its options may be, and finding a section.
+"""Sections of a configuration as function calls: finding a section, its factory, and the options that it may have.
 
-A section with a `name` is a call: objective=dict(name="trades", beta=6.) imports `ibjax.objectives.trades` and calls
-its factory with the rest. What a section may say is read off the factory's signature.
+A section with a `name` describes a call: objective=dict(name="trades", beta=6.) imports `ibjax.objectives.trades` and
+calls its factory with the other entries. The factory's signature defines which options the section may have.
 """
 
 import importlib
@@ -19,12 +19,12 @@ from ml_collections.config_dict import placeholder
 from ibjax.errors import InputError, nearest
 
 TEACHERS = ("teacher", "assistant")
-# the types of options that are sections themselves: of a model, or an objective
+# the types of options that are themselves sections, of a model or of an objective
 ModelSection = Annotated[Mapping[str, Any], "models"]
 ObjectiveSection = Annotated[Mapping[str, Any], "objectives"]
-# kind -> the name of the factory in each module of the package `ibjax.<kind>`; None: the module's own name
+# kind -> the name of the factory in each module of the package `ibjax.<kind>`; None: the same name as the module
 _PACKAGES = {"models": "Model", "data": "load", "objectives": None, "attacks": None}
-# kind -> (module, the dict in it that has the factories by name)
+# kind -> (module, its dict from names to factories)
 _TABLES = {
     "optimizers": ("ibjax.optim", "OPTIMIZERS"),
     "schedules": ("ibjax.optim", "SCHEDULES"),
@@ -40,13 +40,13 @@ CALLS = {
     "schedule": "schedules",
     "perturb": "perturb",
 }
-# section -> the arguments that do not come from its options
+# section -> the factory's arguments that the caller supplies, not the section
 _SUPPLIED = {"model": ("num_classes",), "optimizer": ("lr",), "schedule": ("lr", "epochs", "stepping")}
 OPTIONAL = ("attack", "perturb")  # sections that may be None
-SPLITTING = ("val_size", "split_seed", "fraction")  # of the data section, for load_splits, not for the source
+SPLITTING = ("val_size", "split_seed", "fraction")  # options of the data section that load_splits takes, not the source
 THREAT = ("norm", "eps")
-ATTACKS = ("attack", "validate.attack", "evaluate")  # sections that take the threat model
-_HELD = re.compile(rf"^(({'|'.join(TEACHERS)})\.recipe\.|contrast\.[^.]+\.)+")  # where a configuration holds another
+ATTACKS = ("attack", "validate.attack", "evaluate")  # sections that use the threat model
+_HELD = re.compile(rf"^(({'|'.join(TEACHERS)})\.recipe\.|contrast\.[^.]+\.)+")  # the path of a nested configuration
 
 
 # ---- finding -----------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ _REQUIRED = object()
 
 
 def lookup(config: Any, path: str, default: Any = _REQUIRED) -> Any:
-    """The value at a dotted path; without a default, an absent one is an InputError."""
+    """The value at a dotted path; raises InputError if it is absent and there is no default."""
     for key in path.split("."):
         if not isinstance(config, Mapping | ConfigDict) or key not in config:
             if default is _REQUIRED:
@@ -76,7 +76,7 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """ConfigDicts become dicts and lists tuples, deeply: what factories and JSON take."""
+    """Converts ConfigDicts to dicts and lists to tuples, recursively: the form that factories and JSON take."""
     if isinstance(value, Mapping | ConfigDict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -85,12 +85,12 @@ def plain(value: Any) -> Any:
 
 
 def local(path: str) -> str:
-    """A key's path within the recipe that it is of: "attack.eps" of "teacher.recipe.attack.eps"."""
+    """A key's path within its own recipe: "attack.eps" for "teacher.recipe.attack.eps"."""
     return _HELD.sub("", path)
 
 
 def recipes(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
-    """(where, recipe) of the configurations that this one holds: its teacher's and those it is contrasted with."""
+    """(path, recipe) of the configurations inside this one: those of its teachers and of its contrasts."""
     for role in TEACHERS:
         if config[role].recipe is not None:
             yield f"{role}.recipe", config[role].recipe
@@ -102,9 +102,9 @@ def recipes(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
 
 
 def factory(kind: str, name: Any) -> Callable:
-    """What a name stands for: the factory of a module `ibjax.<kind>.<name>`, or a function of optim.py or perturb.py.
+    """The factory that a name refers to: that of the module `ibjax.<kind>.<name>`, or one of optim.py or perturb.py.
 
-    Imported here by their names, since all of them import this module. Raises InputError with the nearest right name.
+    Modules are imported on demand, since all of them import this one. Raises InputError with the closest known name.
     """
     name = str(name)
     if kind in _TABLES:
@@ -119,7 +119,7 @@ def factory(kind: str, name: Any) -> Callable:
             module = importlib.import_module(f"ibjax.{kind}.{name}")
         except ModuleNotFoundError as error:
             if error.name != f"ibjax.{kind}.{name}":
-                raise  # the module is there; something that it imports is not
+                raise  # the module exists, but something that it imports does not
         else:
             if hasattr(module, attribute):
                 return getattr(module, attribute)
@@ -130,20 +130,20 @@ def factory(kind: str, name: Any) -> Callable:
 
 
 def build(kind: str, section: Any, where: str, **context: Any) -> Any:
-    """Calls the factory that `section["name"]` names with the rest of the section and `context`."""
+    """Calls the factory named by `section["name"]` with the other entries of the section and with `context`."""
     return factory(kind, section["name"])(**arguments(kind, section, where, context), **context)
 
 
 def arguments(
     kind: str, section: Any, where: str, context: Iterable[str] = (), drop: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """The section without its name and what is dropped, checked against the factory: names, and plain types."""
+    """The options of a section without `name` and `drop`; their names and types are checked against the factory."""
     options = {key: value for key, value in plain(section).items() if key not in ("name", *drop)}
     return call_arguments(factory(kind, section["name"]), section["name"], options, where, context)
 
 
 def call_arguments(call: Callable, name: str, options: dict, where: str, context: Iterable[str] = ()) -> dict[str, Any]:
-    """`options`, if they are what `call` takes beside the `context` that the caller supplies; else InputError."""
+    """Returns `options` if `call` takes them, in addition to the arguments in `context`; else raises InputError."""
     parameters, hints = signature(call, context)
     for key in options:
         if key not in parameters:
@@ -159,7 +159,7 @@ def call_arguments(call: Callable, name: str, options: dict, where: str, context
     return options
 
 
-# the type of an option -> (where its factories are, what the caller supplies, an example)
+# type of an option -> (kind of its factories, arguments that the caller supplies, description with an example)
 _NESTED = {
     ModelSection: ("models", ("num_classes",), "a model; give its section, as dict(name='resnet', depth=18)"),
     ObjectiveSection: ("objectives", (), "an objective; give its section, as dict(name='trades', beta=6.0)"),
@@ -174,18 +174,18 @@ def _check_nested(section, where, kind, context, example):
 
 def signature(call: Callable, context: Iterable[str] = ()) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
     """(parameters that a section may set, their type hints)."""
-    hidden = {"parent", "name", *context}  # what Linen or the caller supplies
+    hidden = {"parent", "name", *context}  # supplied by Linen or by the caller
     parameters = {key: p for key, p in inspect.signature(call).parameters.items() if key not in hidden}
     return parameters, typing.get_type_hints(call.__init__ if inspect.isclass(call) else call, include_extras=True)
 
 
 def called(path: str, name: Any) -> tuple[Callable, tuple[str, ...]]:
-    """(what a section's name stands for, the arguments that do not come from its options)."""
+    """(the factory of a section, the arguments that the caller supplies)."""
     return factory(CALLS[path], name), _SUPPLIED.get(path, ())
 
 
 def fits(value, hint):
-    """Whether a plain value agrees with the plain types in a hint; hints that say more are not judged."""
+    """Whether a plain value has the type of a hint; hints other than plain types accept every value."""
     if hint in (int, float, str, bool):
         if hint is float:
             return isinstance(value, int | float) and not isinstance(value, bool)
@@ -209,14 +209,14 @@ def _readable(hint):
 
 
 def complete(config: ConfigDict) -> ConfigDict:
-    """Writes the defaults of every call into its section, so that all options can be set, and all are saved."""
+    """Writes the defaults of every factory into its section, so that every option can be overridden and is saved."""
     for path in CALLS:
         section = lookup(config, path, None)
         if section is None or "name" not in section:
             continue
         if path == "data" and "fraction" not in section:
             section.fraction = 1.0
-        if path in ATTACKS:  # before the call's own defaults, which are not this threat model's
+        if path in ATTACKS:  # the threat model takes precedence over the factory's defaults
             for key in lengths(path, section):
                 if section.get(key) is None:
                     section[key] = placeholder(str)
@@ -237,7 +237,7 @@ def _complete(section, call, context):
 
 
 def _default(value, hint):
-    """A default as a ConfigDict can hold it: None keeps the type that may replace it."""
+    """A default in the form that a ConfigDict can hold: None becomes a placeholder of the option's type."""
     if value is not None:
         return plain(value)
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
@@ -247,9 +247,9 @@ def _default(value, hint):
 
 
 def rename(config: ConfigDict, path: str, name: str | None) -> None:
-    """Gives a section another name: of its options those stay that the new call takes too; what it needs can be set.
+    """Gives a section another name. Options that the new factory also takes are kept; its required ones can be set.
 
-    An optional section appears with its name, and disappears with None.
+    An optional section that is None is created; `name=None` removes it.
     """
     above, _, last = path.rpartition(".")
     parent = lookup(config, above) if above else config
@@ -270,7 +270,7 @@ def rename(config: ConfigDict, path: str, name: str | None) -> None:
 
 
 def lengths(path, section):
-    """norm, eps and step_size as far as a section takes them -> whether None stands for a value that we give."""
+    """Maps those of norm, eps and step_size that a section takes to whether the threat model replaces a None there."""
     if path == "evaluate":
         return dict.fromkeys((*THREAT, "step_size"), True)
     parameters, _ = signature(*called(path, section["name"]))

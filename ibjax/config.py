@@ -1,8 +1,8 @@
 """Configurations: plain data in an ml_collections ConfigDict, checked before anything runs.
 
-`base()` holds every key with its default. A recipe is a file in `configs/` whose `get_config(arg)` starts from it.
-Sections with a `name` are calls (`ibjax.calls`); what the attacks share is `ibjax.threat`. Printing a configuration and
-pasting it back gives the same run.
+`base()` holds every key with its default. A recipe is a file in `configs/` whose `get_config(arg)` starts from
+`base()`. A section with a `name` describes a function call (`ibjax.calls`); `ibjax.threat` holds the threat model that
+all attacks share. A configuration that is printed and pasted back gives the same run.
 """
 
 import math
@@ -40,55 +40,56 @@ from ibjax.threat import effective, held, in_each_recipe, own, same_length, say 
 
 
 def base() -> ConfigDict:
-    """All keys; the defaults are PGD training with the schedule, network and attack of IBD's Table 1."""
+    """All keys with their defaults: PGD training with the schedule, network and attack of IBD's Table 1."""
     config = ConfigDict()
-    config.title = ""  # how reports call the run; empty: the folder's name
+    config.title = ""  # the run's name in reports; empty: the folder's name
     config.seed = 0
-    # data: a module of ibjax.data and its arguments; val_size images of training are held out (split by split_seed),
-    # of the rest a `fraction` is trained on, each class in proportion
+    # data: a module of ibjax.data and its arguments. val_size training images are held out for validation (selected by
+    # split_seed); the network is trained on a stratified `fraction` of the rest
     config.data = dict(name="tfds", dataset="cifar10", val_size=1000, split_seed=0, fraction=1.0)
     config.augment = dict(pad=4, padding="zero", flip=True)  # padding: zero, edge or reflect
     config.model = dict(name="preact_resnet", depth=18)
     config.objective = dict(name="pgd_at")
-    # threat: what may be done to an image, said once: the training attack, the validation attack and the evaluation
-    # take it where their own norm and eps are None. In the recipe of a teacher or contrast None is the holder's.
+    # threat: the threat model. The training attack, the validation attack and the evaluation use it where their own
+    # norm and eps are None. In the recipe of a teacher or a contrast, None means: as in the enclosing configuration.
     config.threat = dict(norm="linf", eps="8/255")
-    # attack: the inner maximisation, None for training on clean images. step_size=None: a quarter of eps
+    # attack: the inner maximisation; None for training on clean images. step_size=None: a quarter of eps
     config.attack = dict(name="pgd", loss="ce", **own(), steps=10, init="uniform")
-    config.attack_bn = "eval"  # or "train": batch-norm's mode in the training attack
+    config.attack_bn = "eval"  # or "train": the mode of batch-norm in the training attack
     config.batch_size = 128  # global, over all devices
-    # parts of a batch that are attacked and differentiated in turn, to save memory: see step.make_train_step
+    # number of parts of a batch that are attacked and differentiated in turn, to save memory: see step.make_train_step
     config.microbatches = 1
     config.epochs = 200
     config.optimizer = dict(name="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4)
     config.schedule = dict(name="piecewise", boundaries=(100, 150), factor=0.1)
-    # of the method's own weights; lr=None: they share `optimizer`. name: another one than that, with its defaults
+    # the optimiser of the head (the method's own weights). lr=None: the head shares `optimizer`. name: another
+    # optimiser, with its default options
     config.head_optimizer = dict(name="", lr=placeholder(float))
-    config.ema_decay = placeholder(float)  # of averaged parameters, which are then what is evaluated
+    config.ema_decay = placeholder(float)  # decay of the parameter average (EMA), which is then evaluated; None: no EMA
     config.perturb = None  # or dict(name="awp", gamma=…, warmup=…): the gradient is taken at perturbed weights
-    # teacher: workdir of a trained run, or the recipe that makes one in workdir/teacher; made_by: a hint for messages
-    for role in TEACHERS:  # the assistant is a second teacher, of the methods that have two
+    # teacher: workdir of a trained run, or a recipe that is trained in workdir/teacher; made_by: a hint for messages
+    for role in TEACHERS:  # the assistant is a second teacher, for the methods that have two
         config[role] = dict(workdir="", checkpoint="best", recipe=None, made_by="")
     config.contrast = dict()  # name -> configuration of a run to train and report beside this one
-    # validate: the attack on the validation split, every so many epochs, from `dense_from` on each. select: the
-    # accuracy that `best` is the best in, "robust" (under the attack), "clean" or their "mean"; None: "robust" of what
-    # is trained on adversarial images, "clean" of others
+    # validate: the attack on the validation split, run every `every` epochs and, from epoch `dense_from` on, every
+    # epoch. select: the accuracy by which the checkpoint `best` is chosen: "robust" (under the attack), "clean" or
+    # their "mean"; None: "robust" if the network is trained on adversarial images, else "clean"
     config.validate = dict(
         select=placeholder(str),
         attack=dict(name="pgd", loss="ce", **own(), steps=10, init="uniform"),
         every=1,
         dense_from=placeholder(int),
         batch_size=500,
-        stop_on_overfitting=False,  # end when robust accuracy falls by 20 points, as one-step training's can
+        stop_on_overfitting=False,  # stop when robust accuracy falls by 20 points (catastrophic overfitting)
     )
     config.select_on = "val"  # or "test", as the papers do; every record then says so
     config.evaluate = dict(
         attacks=("fgsm", "pgd-20", "margin-20"),
         **own(),
-        ladder=(),  # more values of eps for the curve
-        fixed_step=False,  # True: the ladder's steps are step_size too; False: they scale with eps
-        n=placeholder(int),  # number of test images, each class in proportion; None: all
-        samples=placeholder(int),  # of a stochastic network: judge the mean of so many; None: z = μ, deterministic
+        ladder=(),  # further values of eps, for the curve of accuracy over eps
+        fixed_step=False,  # True: attacks at these values of eps use step_size too; False: their step scales with eps
+        n=placeholder(int),  # number of test images, stratified by class; None: all
+        samples=placeholder(int),  # stochastic network: evaluate the mean of this many samples; None: z = μ
         batch_size=500,
     )
     config.log_every = 50  # steps between rows of metrics.jsonl
@@ -129,11 +130,11 @@ _CHOICES = {
     "validate.stop_on_overfitting": (False, True),
     "evaluate.fixed_step": (False, True),
 }
-_CLOSED = ("augment", "threat", "validate", "evaluate", *TEACHERS, "head_optimizer")  # sections with keys of their own
+_CLOSED = ("augment", "threat", "validate", "evaluate", *TEACHERS, "head_optimizer")  # sections with fixed keys
 
 
 def check(config: ConfigDict) -> None:
-    """Raises InputError where a key is unknown or missing, a value of the wrong type, not finite or out of range."""
+    """Raises InputError on an unknown or missing key and on a value of the wrong type, not finite or out of range."""
     reference = base()
     _check_keys(config, reference, "")
     for section in _CLOSED:
@@ -171,7 +172,7 @@ def _given(config, section):
 
 
 def _check_call(path, section):
-    """Checks a section's names and types; builds what costs nothing, which checks its values."""
+    """Checks a section's option names and types; also calls the factories that are cheap, as they check the values."""
     options = {key: value for key, value in plain(section).items() if key != "name"}
     for key in SPLITTING if path == "data" else ():
         options.pop(key, None)
@@ -181,7 +182,7 @@ def _check_call(path, section):
     if path == "optimizer" and "lr" not in options:
         raise InputError("optimizer.lr is missing; give the learning rate")
     call_arguments(call, section["name"], {k: v for k, v in options.items() if k not in context}, path, context)
-    if path == "attack" and options.get("loss") == "objective":  # it comes with the objective
+    if path == "attack" and options.get("loss") == "objective":  # the loss function comes with the objective
         options.pop("loss")
     if CALLS[path] in ("objectives", "attacks", "perturb"):
         call(**options)
@@ -225,9 +226,9 @@ def _check_number(config, path, kind, low, high, optional):
 
 
 def upgrade(saved: ConfigDict) -> ConfigDict:
-    """Gives a saved configuration the keys that were not there when its run was made; the run stays the same.
+    """Adds to a saved configuration the keys that did not exist when its run was made; the run stays the same.
 
-    All its attacks say their norm, eps and step size; `threat` is that of its evaluation.
+    A saved configuration states norm, eps and step size of every attack; a missing `threat` becomes the evaluation's.
     """
     reference = base()
     for section in ("validate", "evaluate"):
@@ -242,7 +243,7 @@ def upgrade(saved: ConfigDict) -> ConfigDict:
 
 
 def loosen(config: ConfigDict) -> ConfigDict:
-    """Gives the keys that are None the type that may replace it: what `base` has, and JSON has not."""
+    """Restores the placeholder type of each key that is None, which JSON does not keep, from `base`."""
     reference = base()
     for path, value in leaves(reference):
         if value is None and not path.endswith("recipe") and path not in OPTIONAL and lookup(config, path, 0) is None:
@@ -255,7 +256,7 @@ def loosen(config: ConfigDict) -> ConfigDict:
 
 
 def may_be_none(config: ConfigDict, path: str) -> bool:
-    """Whether None is a value of this key: it is in `base`, or the option's call takes it."""
+    """Whether this key may be None: `base` allows it, or the factory of its section does."""
     inside = local(path)
     reference, section, key = base(), *_parted(inside)
     if inside in OPTIONAL or lookup(reference, inside, "") is None:
@@ -272,7 +273,7 @@ def _parted(path):
 
 
 def same(path: str, one: Any, other: Any) -> bool:
-    """Whether two values of a key are equal; lengths are as numbers, "1/32" and "0.5/16"."""
+    """Whether two values of a key are equal; lengths are compared as numbers, so "1/32" equals "0.5/16"."""
     return one == other or (path.rpartition(".")[2] in ("eps", "step_size") and same_length(one, other))
 
 
@@ -280,7 +281,7 @@ def same(path: str, one: Any, other: Any) -> bool:
 
 
 def parse_arg(arg: str | None, rows: tuple[str, ...] = ()) -> tuple[str, bool]:
-    """(row, smoke) of a recipe's argument, as "", "smoke", "ROW" or "ROW,smoke"; the first row is the default."""
+    """(row, smoke) from a recipe's argument: "", "smoke", "ROW" or "ROW,smoke"; the first of `rows` is the default."""
     words = [word.strip() for word in (arg or "").split(",") if word.strip()]
     chosen = [word for word in words if word != "smoke"]
     takes = f"it takes {'a row, smoke, or ROW,smoke' if rows else 'smoke alone'}"
@@ -293,7 +294,7 @@ def parse_arg(arg: str | None, rows: tuple[str, ...] = ()) -> tuple[str, bool]:
 
 
 def smoke(config: ConfigDict, shape: tuple[int, int, int], num_classes: int, model: Mapping[str, Any]) -> ConfigDict:
-    """Shrinks a recipe to seconds on a CPU: synthetic images of the right shape, the network changed by `model`."""
+    """Shrinks a recipe to seconds on a CPU: synthetic images of `shape`, and a network with the options `model`."""
     config.data = dict(name="synthetic", shape=shape, num_classes=num_classes, val_size=8, split_seed=0)
     config.model.update(model)
     config.update(batch_size=8, epochs=2, log_every=2, checkpoint_every=1)

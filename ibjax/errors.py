@@ -1,4 +1,4 @@
-"""Exceptions with a meaning to the user, and the one place that turns them into a line and an exit code."""
+"""Exceptions that a user can act on, and `exit_with`, which turns them into one line on stderr and an exit code."""
 
 import _thread
 import difflib
@@ -23,24 +23,24 @@ class InputError(ValueError):
 
 
 class DataError(InputError):
-    """A data set that is missing, damaged, or not what the configuration says."""
+    """A data set is missing, damaged, or not what the configuration says."""
 
 
 class CheckpointError(InputError):
-    """A checkpoint that is missing, damaged, or of another network."""
+    """A checkpoint is missing, damaged, or belongs to another network."""
 
 
 class UnreadableError(InputError):
-    """A file that could not be read, which says nothing of its content: nothing is thrown away for it."""
+    """A file could not be read. Its content may be intact, so nothing is deleted because of this error."""
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether `value` is one real number, Python's or NumPy's; truth values are none."""
+    """Whether `value` is a real number of Python or NumPy; booleans do not count."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_range(name: str, value: float, low: float, high: float = math.inf, *, below: bool = False) -> None:
-    """Raises InputError unless low <= value <= high (value < high with `below`); NaN and what is no number fail."""
+    """Raises InputError unless low <= value <= high (value < high with `below`); NaN and non-numbers are refused."""
     if not is_number(value) or not (low <= value <= high) or (below and value == high):
         given = f"{value:g}" if is_number(value) else repr(value)
         upper = "" if high == math.inf else f" and {'below' if below else 'at most'} {high:g}"
@@ -48,20 +48,20 @@ def check_range(name: str, value: float, low: float, high: float = math.inf, *, 
 
 
 def check_count(name: str, value: int, low: int = 1) -> None:
-    """Raises InputError unless `value` is a whole number of at least `low`, as an int."""
+    """Raises InputError unless `value` is an integer of at least `low`; booleans and floats are refused."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < low:
         raise InputError(f"{name}={value!r} is not allowed; give a whole number of at least {low}")
 
 
 class PreemptedError(Exception):
-    """SIGTERM has come, to this process or another of the run; what was to be saved is saved."""
+    """A process of the run received SIGTERM, and the state has been saved."""
 
 
 class DivergedError(Exception):
     """The loss or the state became NaN or Inf."""
 
 
-# 1 is Python's own, for bugs
+# exit codes; 1 is Python's own and stands for a bug
 EXIT_INPUT = 2  # bad input: nothing was changed
 EXIT_DIVERGED = 3  # or out of memory; the last good checkpoint is kept
 EXIT_PEER_LOST = 69  # another process of the run has died or ended; the same command continues (EX_UNAVAILABLE)
@@ -70,37 +70,37 @@ EXIT_INTERRUPTED = 130  # Ctrl-C; the same command continues from the last check
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:
-    """`allowed: a, b, c; did you mean 'b'?` for a name that is not among the allowed ones."""
+    """The end of an error message about an unknown name: `allowed: a, b, c; did you mean 'b'?`"""
     allowed = sorted(allowed)
     text = f"allowed: {', '.join(allowed)}" if allowed else "nothing is allowed here"
     close = difflib.get_close_matches(given, allowed, n=1, cutoff=0.5)
     return text + (f"; did you mean '{close[0]}'?" if close else "")
 
 
-# called with code, message, and the exception where it is a bug, when a command ends with an error: one of several
-# processes tells the others
+# Callbacks for the end of a command with an error, by which a process informs the others of its run. Each is called
+# with the exit code, the message and, if the error is a bug, the exception.
 at_failure: list[Callable[[int, str, Exception | None], None]] = []
 
 
-# asked, before an exception is taken for a bug, whether it comes of something that the user can mend: the InputError
-# that says so, or None
+# Functions that are called before an exception is treated as a bug. If the user can fix its cause, a function returns
+# an InputError that says how; otherwise None.
 explanations: list[Callable[[Exception], InputError | None]] = []
 
 
 def prepare_streams() -> None:
-    """What a terminal or a log cannot show, in its encoding, it gets a replacement for."""
+    """Makes stdout and stderr replace characters that their encoding cannot represent, instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def exit_with(command: Callable[[], None]) -> NoReturn:
-    """Runs a command line's body; what the user can mend ends in one line on stderr and a code of its own."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # as of here Ctrl-C is an exception: see ibjax/__init__.py
+    """Runs the body of a command line and exits. An error that the user can fix gives one line and an exit code."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on Ctrl-C raises: see ibjax/__init__.py
     prepare_streams()
     _set_hooks()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    for name in ("absl", "asyncio"):  # Orbax reports every file that it writes, and errors that it raises too
+    for name in ("absl", "asyncio"):  # Orbax logs every file that it writes, and errors that it also raises
         logging.getLogger(name).setLevel(logging.CRITICAL)
     logging.getLogger("jax").setLevel(logging.ERROR)
     try:
@@ -116,20 +116,21 @@ def exit_with(command: Callable[[], None]) -> NoReturn:
     if message:
         message = " ".join(message.split("\n"))
         print(message, file=sys.stderr)
-    if code not in (0, EXIT_PREEMPTED):  # of a preemption all processes know
+    if code not in (0, EXIT_PREEMPTED):  # all processes already know of a preemption
         _tell(code, message)
     sys.exit(code)
 
 
 def _set_hooks():
-    """For exceptions that no code can catch.
+    """Installs hooks for exceptions that no caller can catch.
 
-    Ctrl-C that falls into a callback of the garbage collector, where Python ignores exceptions, comes again. Where one
-    of the writes of a checkpoint fails, which is an error of its own, Orbax leaves the others without an event loop.
+    Python ignores exceptions inside callbacks of the garbage collector; if Ctrl-C arrives there, the hook raises it
+    again later. If one write of a checkpoint fails, which is reported elsewhere, Orbax closes the event loop of its
+    other writes; the hooks hide the errors that follow from this.
     """
 
     def unraisable(found):
-        if issubclass(found.exc_type, KeyboardInterrupt):  # once this hook, which would ignore it too, is left
+        if issubclass(found.exc_type, KeyboardInterrupt):  # after this hook has returned: here it would be ignored too
             threading.Timer(0.05, _thread.interrupt_main).start()
         elif not (inspect.iscoroutine(found.object) or _is_of_closed_loop(found.exc_value)):
             unraisable_before(found)
@@ -152,7 +153,7 @@ def _tell(code, message, bug=None):
 
 
 def _ending(error):
-    """(exit code, line) of an error that the user can mend; (1, "") of a bug."""
+    """(exit code, message) for an error that the user can fix; (1, "") for a bug."""
     if isinstance(error, InputError):
         return EXIT_INPUT, f"error: {error}"
     if isinstance(error, DivergedError):
@@ -163,7 +164,7 @@ def _ending(error):
         return EXIT_DIVERGED, f"out of memory: {error}"
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(
         error
-    ):  # outside the loop, which names the batch
+    ):  # the training loop itself names the batch size
         return EXIT_DIVERGED, f"out of memory: lower the batch size ({' '.join(str(error).split())[:200]})"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return EXIT_INPUT, f"error: disk full ({error.filename}); free space, run the same command"

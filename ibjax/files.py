@@ -1,4 +1,4 @@
-"""Files that a later run depends on: written whole or not at all, with digests, and read with patience.
+"""Files that later runs depend on: atomic writes, digests of their content, and reads that are retried.
 
 Guarantees (tests of the same names): a file is there whole or not at all; a changed bit of a sealed file is found; a
 read that fails is tried again, and its failure is never taken for damage.
@@ -26,9 +26,9 @@ import numpy as np
 from ibjax.errors import InputError, UnreadableError
 
 _WAITS = (0.1, 0.5, 2.0)  # seconds before a read that failed is tried again
-_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # answers of the file system, not failures
+_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # the file is absent; a retry would not help
 _SEAL = "digest"
-_CHUNK = 1 << 22  # bytes of a member that are read at once
+_CHUNK = 1 << 22  # bytes of an archive member that are read at a time
 _MAGIC = 6 + 2  # bytes of a .npy file before the length of its header: "\x93NUMPY" and the format's version
 _T = TypeVar("_T")
 log = logging.getLogger(__name__)
@@ -38,10 +38,10 @@ log = logging.getLogger(__name__)
 
 
 def patiently(read: Callable[[], _T], what: Any) -> _T:
-    """`read()`, tried again a few times where it fails with OSError or MemoryError.
+    """Calls `read()`, and retries a few times if it fails with OSError or MemoryError.
 
-    Such a failure (EIO, ESTALE, EACCES, EMFILE …) says nothing of what lies on the disk, so nothing may be thrown away
-    for it. Raises UnreadableError when it stays; that a file is absent is no failure, and raised at once.
+    Such a failure (EIO, ESTALE, EACCES, EMFILE …) does not show that the file is damaged, so callers must not delete
+    anything because of it. Raises UnreadableError if every attempt fails. That a file is absent is raised at once.
     """
     for wait in (*_WAITS, None):
         try:
@@ -61,17 +61,17 @@ def patiently(read: Callable[[], _T], what: Any) -> _T:
 
 
 def read_bytes(file: Path) -> bytes:
-    """The content of a file, `patiently`; raises FileNotFoundError where there is none."""
+    """The content of a file, read with `patiently`; raises FileNotFoundError if it is absent."""
     try:
         return patiently(file.read_bytes, file)
-    except NotADirectoryError as error:  # what should be a folder above it is a file
+    except NotADirectoryError as error:  # a part of its path is a file, not a folder
         raise FileNotFoundError(error.errno, error.strerror, str(file)) from None
 
 
 def files_below(folder: Path) -> list[str]:
-    """The paths of all files below a folder, relative to it, sorted, `patiently`; FileNotFoundError without a folder.
+    """The sorted paths of all files below a folder, relative to it; raises FileNotFoundError if the folder is absent.
 
-    A folder that cannot be listed is no empty one, for which `glob` and `os.walk` take it.
+    A folder that cannot be listed is an error (see `patiently`), while `glob` and `os.walk` would treat it as empty.
     """
 
     def refuse(error):
@@ -87,8 +87,8 @@ def files_below(folder: Path) -> list[str]:
 def read_json(file: Path, *, sealed: bool = False) -> dict[str, Any]:
     """The object in a file of `write_json`, without its digest.
 
-    A file without a digest is taken as it is, unless it must be `sealed`. Raises ValueError where the file is damaged,
-    FileNotFoundError where it is absent, UnreadableError where it cannot be read.
+    A file without a digest is accepted unless `sealed` is set. Raises ValueError if the file is damaged,
+    FileNotFoundError if it is absent, UnreadableError if it cannot be read.
     """
     try:
         content = json.loads(read_bytes(file).decode("utf-8"))
@@ -106,9 +106,9 @@ def read_json(file: Path, *, sealed: bool = False) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A temporary path that becomes `file` when the block ends well: `file` is there whole or not at all.
+    """Yields a temporary path, which is renamed to `file` if the block succeeds: an atomic write.
 
-    The path is this process's own: two that write one file, as an entry of a shared cache, do not disturb each other.
+    The path is unique to process and thread, so several can write the same file, for example a shared cache's entry.
     """
     temporary = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
@@ -121,7 +121,7 @@ def replacing(file: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def naming(file: Path) -> Iterator[None]:
-    """An OSError that says on which file, as those of a write or a flush do not."""
+    """Adds the file name to an OSError from within the block, since errors of a write or a flush lack it."""
     try:
         yield
     except OSError as error:
@@ -131,7 +131,7 @@ def naming(file: Path) -> Iterator[None]:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Writes indented JSON with a digest of itself, whole or not at all."""
+    """Writes indented JSON with a digest of its content, atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(seal(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -141,24 +141,24 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def digest(content: bytes) -> str:
-    """128 bits of BLAKE2b, in hexadecimal."""
+    """The 128-bit BLAKE2b digest, in hexadecimal."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def json_digest(content: Any) -> str:
-    """The digest of what JSON keeps of `content`: equal before it is written and after it is read."""
-    kept = json.loads(json.dumps(content))  # tuples are lists, keys are text
+    """The digest of `content` as JSON represents it, so that it is the same before writing and after reading."""
+    kept = json.loads(json.dumps(content))  # JSON turns tuples into lists and keys into strings
     return digest(json.dumps(kept, sort_keys=True).encode())
 
 
 def seal(content: Mapping[str, Any]) -> dict[str, Any]:
-    """`content` with the digest of itself as its last entry."""
+    """`content` with its digest added as the last entry."""
     plain = {key: value for key, value in content.items() if key != _SEAL}
     return {**plain, _SEAL: json_digest(plain)}
 
 
 def unseal(content: Mapping[str, Any]) -> dict[str, Any]:
-    """`content` without its digest; raises ValueError where it is not the one that was sealed."""
+    """`content` without its digest; raises ValueError if the digest does not match."""
     plain = {key: value for key, value in content.items() if key != _SEAL}
     if _SEAL in content and content[_SEAL] != json_digest(plain):
         raise ValueError("its content is not what was written: the digest differs")
@@ -178,26 +178,27 @@ def unseal(content: Mapping[str, Any]) -> dict[str, Any]:
 def read_npz(path: "str | os.PathLike") -> dict[str, np.ndarray]:
     """All arrays of an `.npz` file by name, each verified.
 
-    `numpy.load` trusts the header of a member and stops where that says that the array ends. It then never reaches the
-    member's checksum: one wrong bit in the header's length shifts every value, in silence. Here each member is read to
-    its end, its CRC-32 is compared, and its header must account for all of its bytes.
+    `numpy.load` trusts the header of a member and stops where the array ends according to it. It then never reaches the
+    member's checksum, and one wrong bit in the header's length silently shifts every value. This function reads each
+    member to its end, compares its CRC-32, and requires that the header account for all of its bytes.
 
     Args:
-      path: a file of `numpy.savez` or `numpy.savez_compressed`; members that are no `.npy` are verified and left out.
+      path: a file of `numpy.savez` or `numpy.savez_compressed`; members other than `.npy` are verified and left out.
 
     Returns:
-      Writable arrays in the types of the file.
+      Writable arrays with the dtypes of the file.
 
     Raises:
-      InputError: no zip archive, a damaged member, a header that does not fit its member, an array of Python objects
-        (these are pickles, which are never loaded), or one name twice. The message names file and member.
-      UnreadableError: the file cannot be read, which says nothing about its content; FileNotFoundError: it is absent.
+      InputError: not a zip archive, a damaged member, a header that does not fit its member, an array of Python objects
+        (these are pickles, which are never loaded), or a duplicate name. The message names file and member.
+      UnreadableError: the file cannot be read; its content may be intact.
+      FileNotFoundError: the file is absent.
     """
     return patiently(lambda: _read_npz(Path(path)), path)
 
 
 class _File(io.FileIO):
-    """A file that keeps the error of a read: zipfile takes one for the end of the archive."""
+    """A file that records a read error, since zipfile treats one as the end of the archive."""
 
     failure: OSError | None = None
 
@@ -226,7 +227,7 @@ def _read_npz(path):
                     arrays[name] = _array(content)
         except MemoryError:
             raise
-        except OSError as error:  # no errno, or that of a seek before the start: raised over what the file holds
+        except OSError as error:  # no errno, or EINVAL from a seek before the start: the content is damaged
             if error.errno not in (None, errno.EINVAL):
                 raise
             raise InputError(_message(path, member, error)) from None
@@ -238,7 +239,7 @@ def _read_npz(path):
 
 
 def content_digest(arrays: Mapping[str, np.ndarray]) -> str:
-    """A 128-bit digest of arrays by name: equal where names, types, shapes and bytes are."""
+    """A 128-bit digest of named arrays, over their names, dtypes, shapes and bytes."""
     total = hashlib.blake2b(digest_size=16)
     for name in sorted(arrays):
         array = np.asarray(arrays[name])
@@ -248,7 +249,7 @@ def content_digest(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def _verified(archive, info):
-    """The bytes of a member; reading to its end makes zipfile compare the CRC."""
+    """The bytes of a member, read to the end so that zipfile compares the CRC."""
     content = bytearray()
     with archive.open(info) as stream:
         while chunk := stream.read(_CHUNK):
@@ -259,12 +260,12 @@ def _verified(archive, info):
 
 
 def _array(content):
-    """The array of a `.npy` file, sharing its bytes; raises ValueError unless the header accounts for all of them."""
+    """The array of a `.npy` file, without a copy; raises ValueError unless the header accounts for all bytes."""
     start = io.BytesIO(content[:_MAGIC])
     major, minor = np.lib.format.read_magic(start)
     if (major, minor) not in ((1, 0), (2, 0)):
         raise ValueError(f"its format is version {major}.{minor}, known are 1.0 and 2.0")
-    size = 2 if major == 1 else 4  # bytes that say how long the header is
+    size = 2 if major == 1 else 4  # bytes of the field that holds the header's length
     offset = _MAGIC + size + int.from_bytes(content[_MAGIC : _MAGIC + size], "little")
     header = io.BytesIO(content[_MAGIC:offset])
     read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
@@ -294,9 +295,9 @@ class _PathError(InputError, argparse.ArgumentTypeError):
 def path(text: str | os.PathLike) -> Path:
     """The path that a command line or a configuration names, with `~` and $VARIABLES expanded as a shell would.
 
-    Shells do not expand `--option=~/x`, and a folder called `~` invites `rm -r ~`. Raises InputError, which argparse
-    shows where this is an argument's type, where a variable is not set, there is no such home, or a folder `~` lies in
-    the current folder already.
+    Shells do not expand `--option=~/x`, and a folder called `~` invites `rm -r ~`. Raises InputError if a variable is
+    not set, if there is no such home folder, or if the current folder already contains a folder `~`. argparse shows the
+    message if this function is the type of an argument.
     """
     given = os.fspath(text)
     if given.startswith("~") and os.path.lexists("~"):

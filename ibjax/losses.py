@@ -1,4 +1,4 @@
-"""Per-example losses: every function maps logits (B, C) to values (B,), in float32; callers reduce and say how.
+"""Per-example losses: every function maps logits (B, C) to values (B,), in float32; the caller reduces them.
 
 A `target` is either integer labels (B,) or a distribution over classes (B, C).
 """
@@ -32,7 +32,7 @@ def cross_entropy(logits: Array, target: Array) -> Array:
 
 
 def kl(logits: Array, target: Array) -> Array:
-    """KL(target || softmax(logits)), shape (B,): cross-entropy less the target's entropy."""
+    """KL(target || softmax(logits)), shape (B,): cross-entropy minus the target's entropy."""
     p = as_distribution(target, logits.shape[-1])
     return cross_entropy(logits, p) + jnp.sum(jax.scipy.special.xlogy(p, p), axis=-1)
 
@@ -63,7 +63,7 @@ def dlr(logits: Array, target: Array) -> Array:
 
         −(z_y − max_{k≠y} z_k) / (z_(1) − z_(3) + 1e-12)          z_(1) ≥ z_(2) ≥ …
 
-    Neither a shift nor a positive scale of the logits changes it.
+    It is invariant to shifts and to positive scaling of the logits.
     """
     z = lax.top_k(logits.astype(jnp.float32), 3)[0]
     return margin(logits, target) / (z[:, 0] - z[:, 2] + 1e-12)
@@ -79,9 +79,9 @@ def dlr_targeted(logits: Array, target: Array, other: Array) -> Array:
 
 
 def predicted(logits: Array) -> Array:
-    """The most likely class, shape (B,), int32; −1 where there is none: a NaN among the logits, or no finite largest.
+    """The predicted class, shape (B,), int32; −1 if a logit is NaN or the largest logit is infinite.
 
-    `argmax` alone answers 0 to a row of NaN, so that an image of class 0 would count as classified correctly.
+    `argmax` alone returns 0 for a row of NaN, so an image of class 0 would count as classified correctly.
     """
     largest, number = jnp.max(logits, axis=-1), jnp.argmax(logits, axis=-1)
     exists = jnp.isfinite(largest) & ~jnp.any(jnp.isnan(logits), axis=-1)
@@ -89,5 +89,5 @@ def predicted(logits: Array) -> Array:
 
 
 def correct(logits: Array, target: Array) -> Array:
-    """Whether the most likely class is the target's, shape (B,), bool; never where there is none."""
+    """Whether the predicted class is that of the target, shape (B,), bool; False where `predicted` is −1."""
     return predicted(logits) == as_labels(target)

@@ -1,11 +1,16 @@
 """Optimisers and learning-rate schedules as the papers' PyTorch code has them.
 
     sgd:   g ← g + wd·w;  buf ← m·buf + g;  w ← w − lr·buf         (coupled weight decay, on every parameter)
-           m may move against the rate, from `momentum` at rate 0 to `momentum_at_peak` at its highest (CyclicLR)
+           m may follow the learning rate, from `momentum` at rate 0 to `momentum_at_peak` at the highest (CyclicLR)
 
-A schedule is a function of the epoch, a real number; `stepping` says which epoch a step belongs to:
-"epoch" its whole part (PyTorch's schedulers, stepped once per epoch), "step" the fraction done before the step,
-"next_step" the fraction after it (Rice et al. and AWP: the drop at epoch 100 already hits the last batch of epoch 99).
+A schedule is a function of the epoch, a real number. `stepping` says at which epoch it is evaluated for a step:
+
+| stepping    | the epoch, with n steps per epoch | used by                                                            |
+|-------------|-----------------------------------|--------------------------------------------------------------------|
+| "epoch"     | floor(step / n)                   | PyTorch's schedulers, stepped once per epoch                       |
+| "step"      | step / n                          |                                                                    |
+| "next_step" | (step + 1) / n                    | Rice et al., AWP: a drop at epoch 100 already applies to the last  |
+|             |                                   | batch of epoch 99                                                  |
 """
 
 import dataclasses
@@ -41,7 +46,7 @@ def piecewise(
     boundaries: tuple[float, ...] = (100, 150),
     factor: float | tuple[float, ...] = 0.1,
 ) -> Callable:
-    """lr, multiplied by `factor` at each boundary (in epochs), or by each boundary's own."""
+    """lr, multiplied at each boundary (in epochs) by `factor`: one number, or one for each boundary."""
     if not isinstance(factor, tuple):
         return lambda epoch: lr * factor ** sum((epoch >= b).astype(jnp.float32) for b in boundaries)
     if len(factor) != len(boundaries):
@@ -68,7 +73,7 @@ def exponential(*, lr: float, epochs: float, factor: float = 0.97, every: float 
 
 
 def one_cycle(*, lr: float, epochs: float, peak: float = 0.4, final: float = 0.0) -> Callable:
-    """Linear from 0 to lr at the fraction `peak` of training, linear to `final` at its end (Fast-AT's triangle)."""
+    """Rises linearly from 0 to lr at the fraction `peak` of training, then falls linearly to `final` (Fast-AT)."""
 
     def schedule(epoch):
         return jnp.interp(epoch, jnp.array([0.0, peak * epochs, epochs]), jnp.array([0.0, lr, final]))
@@ -77,7 +82,7 @@ def one_cycle(*, lr: float, epochs: float, peak: float = 0.4, final: float = 0.0
 
 
 def linear(*, lr: float, epochs: float, points: tuple[tuple[float, float], ...] = ((0.0, 1.0),)) -> Callable:
-    """Straight lines through `points` (epoch, factor of lr); constant beyond the first and the last."""
+    """Interpolates linearly between `points` (epoch, factor of lr); constant before the first and after the last."""
     times = [epoch for epoch, _ in points]
     if not times or any(later <= earlier for earlier, later in itertools.pairwise(times)):
         raise InputError(f"schedule.points={points} is not allowed; give pairs (epoch, factor) of rising epochs")
@@ -89,7 +94,7 @@ SCHEDULES = {f.__name__: f for f in (constant, piecewise, cosine, one_cycle, lin
 
 
 def default_stepping(name: str) -> str:
-    """What `stepping` None stands for with this schedule."""
+    """The value that `stepping=None` stands for with this schedule."""
     return "step" if name in ("one_cycle", "cosine", "linear") else "epoch"
 
 
@@ -98,7 +103,7 @@ class Schedule:
     """step (int) -> learning rate."""
 
     rate: Callable[[Array], Array]
-    peak: float  # the configured rate, which `rate` starts from or rises to
+    peak: float  # the configured learning rate: the value at which `rate` starts, or to which it rises
 
     def __call__(self, step: Any) -> Array:
         return self.rate(step)
@@ -107,7 +112,7 @@ class Schedule:
 def schedule(
     *, name: str, lr: float, epochs: float, steps_per_epoch: int, stepping: str | None = None, **options: Any
 ) -> Schedule:
-    """The schedule that a function in SCHEDULES makes, by its name; `options` are that function's."""
+    """The schedule made by the function called `name` in SCHEDULES; `options` are the arguments of that function."""
     make = factory("schedules", name)
     call_arguments(make, name, options, "schedule", ("lr", "epochs"))
     stepping = stepping or default_stepping(name)
@@ -131,13 +136,13 @@ def sgd(
 
     Args:
       lr: step -> learning rate.
-      momentum: m, a constant, or where the rate is 0.
-      momentum_at_peak: m where the rate is at its highest; between, m is linear in the rate, as PyTorch's CyclicLR
-        moves it, from 0.9 to 0.8 and back.
+      momentum: m. With `momentum_at_peak`, its value at learning rate 0.
+      momentum_at_peak: m at the highest learning rate; in between, m is linear in the rate, as in PyTorch's CyclicLR,
+        which moves it from 0.9 to 0.8 and back. None: m is constant.
       weight_decay: wd.
       nesterov: PyTorch's Nesterov form.
-      decay_norm: False spares scale and bias of batch-norm (Fast-AT on ImageNet).
-      decay_norm_and_bias: False spares every one-dimensional parameter, biases of linear layers too.
+      decay_norm: False excludes scale and bias of batch-norm from weight decay (Fast-AT on ImageNet).
+      decay_norm_and_bias: False excludes every one-dimensional parameter, biases of linear layers included.
     """
     check_range("optimizer.momentum", momentum, 0, 1, below=True)
     check_range("optimizer.weight_decay", weight_decay, 0)
@@ -154,7 +159,7 @@ def sgd(
 
 
 def _not_of_batch_norm(params: Any) -> Any:
-    """True for every parameter but those of a module with a scale, which batch-norm alone has."""
+    """A mask: False for the parameters of batch-norm, the only module with a `scale`; True for all others."""
     if not isinstance(params, Mapping):
         return True
     return {name: "scale" not in params and _not_of_batch_norm(part) for name, part in params.items()}
@@ -166,7 +171,7 @@ class _MovingTrace(NamedTuple):
 
 
 def _trace(lr, momentum, momentum_at_peak, nesterov):
-    """buf ← m·buf + g, with a constant m or one that follows the rate."""
+    """buf ← m·buf + g, with m constant or a function of the learning rate."""
     if momentum_at_peak is None:
         return optax.trace(momentum, nesterov) if momentum else optax.identity()
     check_range("optimizer.momentum_at_peak", momentum_at_peak, 0, 1, below=True)
@@ -186,12 +191,12 @@ def _trace(lr, momentum, momentum_at_peak, nesterov):
 
 
 def adam(*, lr: Callable, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0):
-    """PyTorch's Adam: weight decay is added to the gradient, before the moments."""
+    """PyTorch's Adam: weight decay is added to the gradient before the moments are computed (L2 regularisation)."""
     check_range("optimizer.weight_decay", weight_decay, 0)
     moments = optax.scale_by_adam(b1, b2, eps)
 
     def update(gradients, state, params=None):
-        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to its integer count
+        with jax.numpy_dtype_promotion("standard"):  # optax computes b ** count, a float and an integer
             return moments.update(gradients, state, params)
 
     return optax.chain(
@@ -205,14 +210,14 @@ OPTIMIZERS = {"sgd": sgd, "adam": adam}
 
 
 def optimizer(*, name: str, lr: Callable, **options: Any) -> optax.GradientTransformation:
-    """An optimiser by the name of a function in OPTIMIZERS; `lr` maps the step to the learning rate."""
+    """The optimiser called `name` in OPTIMIZERS; `lr` maps the step to the learning rate."""
     make = factory("optimizers", name)
     call_arguments(make, name, options, "optimizer", ("lr",))
     return make(lr=lr, **options)
 
 
 def with_head(network: optax.GradientTransformation, head: optax.GradientTransformation | None):
-    """One transformation over {"params": …, "head": …}; `head=None` trains both with the network's optimiser."""
+    """One transformation of {"params": …, "head": …}; with `head=None` both use the network's optimiser."""
     if head is None:
         return network
     return optax.partition({"params": network, "head": head}, lambda tree: {name: name for name in tree})

@@ -1,8 +1,8 @@
 """Adversarial weight perturbation: Wu, Xia & Wang, "Adversarial Weight Perturbation Helps Robust Generalization",
 NeurIPS 2020.
 
-    v_l = γ · ‖w_l‖ · g_l / ‖g_l‖,      g = ∇_w L_proxy(w)           one step uphill for every tensor l of weights
-    w  <- optimiser's step with ∇L(w + v), taken at w + v, then less v
+    v_l = γ · ‖w_l‖ · g_l / ‖g_l‖,      g = ∇_w L_proxy(w)           one ascent step for every weight tensor l
+    w  <- (w + v after the optimiser's step with ∇L(w + v)) − v
 
 | symbol  | code   | default                                         |
 |---------|--------|-------------------------------------------------|
@@ -10,9 +10,9 @@ NeurIPS 2020.
 |         | warmup | 0 epochs without perturbation (9 with TRADES)   |
 | L_proxy | `Objective.proxy`; the objective's own loss where it has none           |
 
-The adversarial images come from the unperturbed weights. Norms are Frobenius norms of whole tensors; tensors of one
-dimension (biases, batch-norm) stay as they are, and so do the method's own trainable weights. Weight decay sees w + v.
-The proxy's updates of batch-norm statistics are discarded.
+The adversarial images are computed at the unperturbed weights. Norms are Frobenius norms of whole tensors.
+One-dimensional tensors (biases, batch-norm) and the weights of the objective's head are not perturbed. Weight decay
+applies to w + v. The batch-norm statistics that the proxy's forward pass computes are discarded.
 """
 
 from typing import Any

@@ -1,14 +1,19 @@
-"""The core: what a method may vary, and the one train step that never varies.
+"""The training step, shared by all methods, and the interfaces that a method implements.
 
     Net        how a network is called: pure functions over plain nested dicts of arrays
     Attack     (key, logits_fn, x, target) -> x_adv                                  ibjax.attacks
-    Objective  what the attack climbs away from, and what the optimiser descends     ibjax.objectives
+    Objective  the target of the attack, and the loss of the optimiser               ibjax.objectives
     Perturb    (params, gradients, epoch) -> a step in weight space                  ibjax.perturb
     TrainState, make_train_step                                                      below
 
-`variables` are {"params": …, "batch_stats": …} of the network and, where the objective has them, "head": {"params": …,
-"batch_stats": …}, its own trainable weights, and "memory": whatever it remembers from step to step. They go into and
-come out of `Net.forward`, so the order of batch-norm updates is read off an objective's page.
+`variables` is a dict with these entries:
+
+    "params", "batch_stats"   of the network
+    "head"                    {"params": …, "batch_stats": …} of the objective's own trainable module, if it has one
+    "memory"                  what the objective keeps from step to step, if anything
+
+`Net.forward` takes `variables` and returns their new values, so the code of an objective shows the order in which the
+batch-norm statistics are updated.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,22 +29,23 @@ from ibjax.attacks import Attack, StatefulAttack
 from ibjax.devices.cores import in_parts
 
 Variables = dict[str, Any]
-# "image" (B, H, W, C) float32 in [0, 1], "label" and "index" (B,) int32; "step" int32 and "epoch" float32, both of
-# what is done before this step (epoch 0.5: half of the first); "epoch_step" int32, the steps done of this epoch
+# "image" (B, H, W, C) float32 in [0, 1]; "label" and "index" (B,) int32; "step" int32, the number of steps before this
+# one; "epoch" float32, the same number in epochs (0.5: half of the first epoch is done); "epoch_step" int32, the number
+# of steps of the current epoch before this one
 Batch = dict[str, Array]
 Output = tuple[Array, dict[str, Array]]  # logits (B, C) float32, features
-Edits = Mapping[str, Callable[[Array], Array]]  # tap -> what to do with it on its way through the network
+Edits = Mapping[str, Callable[[Array], Array]]  # name of a tap -> edit of its feature in the forward pass
 Perturb = Callable[[Any, Any, Array], Any]
 
 
 class Predict(Protocol):
-    """Evaluation mode: nothing changes."""
+    """A forward pass in evaluation mode; it updates no variables."""
 
     def __call__(self, variables: Variables, x: Array, edits: Edits | None = None) -> Output: ...
 
 
 class Forward(Protocol):
-    """Training mode: the returned variables have new batch statistics."""
+    """A forward pass in training mode; the returned variables contain the updated batch statistics."""
 
     def __call__(
         self, variables: Variables, x: Array, key: Array, edits: Edits | None = None
@@ -47,11 +53,11 @@ class Forward(Protocol):
 
 
 class Net(NamedTuple):
-    """The only seam to the neural-network library."""
+    """The network as the train step sees it: the only interface to the neural-network library."""
 
     predict: Predict
     forward: Forward
-    teacher: Callable[[Array], Output] | None = None  # frozen, evaluation mode, no gradient
+    teacher: Callable[[Array], Output] | None = None  # frozen weights, evaluation mode, no gradient
     assistant: Callable[[Array], Output] | None = None  # a second teacher, likewise
 
 
@@ -59,22 +65,24 @@ Loss = tuple[Array, tuple[Variables, dict[str, Array]]]  # value, (variables, me
 
 
 class Objective(NamedTuple):
-    """A paper.
+    """A training method: its loss, and what its attack maximises.
 
-    target: (net, variables, batch, key) -> what the inner maximisation climbs away from: labels (B,), distributions
-      (B, C), or any pytree that `attack_loss` takes.
+    target: (net, variables, batch, key) -> the target of the attack, whose loss the inner maximisation increases:
+      labels (B,), distributions (B, C), or any pytree that `attack_loss` takes.
     loss: (net, variables, batch, x_adv, key) -> (loss, (variables, metrics)); `x_adv` is None without an attack.
-      `target` and `loss` get the same key, so what both compute XLA computes once.
-    head: module of the method's own trainable weights, called as head(features, teacher_features, train=…).
-    teachers: which of `net.teacher` and `net.assistant` must be there, by name.
-    attack_losses: the values of `attack.loss` that climb away from `target`; () where `attack` must be None.
-    flat_at_x: the attack's loss has no gradient at x, as the KL to one's own prediction; its start must be random.
-    attack_loss: ((logits, features), target) -> (B,), where `attack_losses` is ("objective",).
-    attack: (net, variables, batch, key) -> (x_adv, variables), an inner maximisation of the method's own.
+      `target` and `loss` get the same key, so XLA computes only once what both of them compute.
+    head: a module with trainable weights that belong to the method, called as
+      head(features, teacher_features, train=…).
+    teachers: which of `net.teacher` and `net.assistant` the method needs, by name.
+    attack_losses: the values of `attack.loss` that fit `target`; () if `attack` must be None.
+    flat_at_x: the attack's loss has zero gradient at x, as the KL divergence to the network's own prediction at x has;
+      the attack must then start at a random point.
+    attack_loss: ((logits, features), target) -> (B,), used where `attack_losses` is ("objective",).
+    attack: (net, variables, batch, key) -> (x_adv, variables), an inner maximisation that is specific to the method.
     memory: (training images, classes) -> variables["memory"] before the first step.
-    remember: (net, variables, batch, key) -> variables with a new memory; it comes before target and attack, at the
-      weights of the step, so that a weight perturbation never reaches what is remembered.
-    proxy: (net, variables, batch, x_adv, key) -> what a weight perturbation climbs; None: `loss`.
+    remember: (net, variables, batch, key) -> variables with an updated memory. It runs before `target` and the attack,
+      at the unperturbed weights, so a weight perturbation never affects the memory.
+    proxy: (net, variables, batch, x_adv, key) -> the loss that a weight perturbation increases; None: `loss`.
     """
 
     target: Callable[[Net, Variables, Batch, Array], Any]
@@ -91,7 +99,7 @@ class Objective(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that changes in training; everything else is a function of it and the configuration."""
+    """Everything that changes during training; all else is a function of this state and the configuration."""
 
     step: Array  # int32, optimiser steps done
     variables: Variables
@@ -104,20 +112,20 @@ def linen_net(
     teachers: Mapping[str, nn.Module] | None = None,
     frozen: Mapping[str, Variables] | None = None,
 ) -> Net:
-    """The seam: a Linen module as pure functions of `variables`, with its frozen teachers.
+    """Wraps a Linen module and its frozen teachers as pure functions of `variables`.
 
-    `teachers` and `frozen` have the modules and the variables of "teacher" and "assistant", where they are there.
+    `teachers` and `frozen` map "teacher" and "assistant" to their modules and their variables, as far as they exist.
     """
 
     def predict(variables, x, edits=None):
-        if edits is not None:  # may be of the whole batch
+        if edits is not None:  # an edit may need the whole batch
             return model.apply(_network(variables), x, train=False, edits=edits)
         return in_parts(lambda x: model.apply(_network(variables), x, train=False))(x)
 
     def forward(variables, x, key, edits=None):
         rngs = dict(zip(("dropout", "sample"), jax.random.split(key), strict=True))
         network = _network(variables)
-        edited = {} if edits is None else {"edits": edits}  # models of one's own need not know of edits
+        edited = {} if edits is None else {"edits": edits}  # user-defined models need not take edits
         output, updated = model.apply(network, x, train=True, mutable=["batch_stats"], rngs=rngs, **edited)
         return output, {**variables, **updated}
 
@@ -148,9 +156,9 @@ def with_trainable(variables: Variables, params: dict[str, Any]) -> Variables:
 
 
 def evaluation_variables(state: TrainState) -> Variables:
-    """What is evaluated and saved for use: the averaged parameters where there are any, without the head.
+    """The variables for evaluation and export, without the head: the averaged parameters if the state has them.
 
-    The running statistics are those of the raw parameters, which is what published code with averaging does.
+    The running statistics are those of the raw parameters, as in published code with weight averaging.
     """
     params = state.variables["params"] if state.ema_params is None else state.ema_params
     return {**_network(state.variables), "params": params}
@@ -166,7 +174,7 @@ def init_state(
     ema: bool,
     memory: Any = None,
 ) -> TrainState:
-    """The state before the first step; `x` (B, H, W, C) gives the shapes of network and head."""
+    """The state before the first step; `x` (B, H, W, C) determines the shapes of network and head."""
     model_key, head_key = jax.random.split(key)
     variables = {"batch_stats": {}, **model.init({"params": model_key}, x, train=False)}
     if head is not None:
@@ -196,25 +204,29 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, Array, Mapping[str, Variables] | None], tuple[TrainState, dict[str, Array]]]:
     """The step `(state, batch, key, frozen=None) -> (state, metrics)`, pure and not yet jitted.
 
-    The teachers' weights are an argument so that they are neither baked into the program nor saved with the state.
+    `frozen` passes the teachers' weights as an argument, so that they are neither constants of the compiled program nor
+    saved with the state.
 
     Args:
       bind_net: {role: teacher's variables} (or None) -> Net.
       objective: the method.
       optimizer: over `trainable(variables)`.
-      attack: the inner maximisation in evaluation mode; None trains on the images alone or by `objective.attack`.
-      training_attack: the same attack in batch-norm's training mode, moving the running statistics; replaces `attack`.
-      augment: (key, images) -> float32 images in [0, 1]; None only converts.
-      ema_decay: of the moving average of the parameters, if the state has one.
-      perturb: moves the network's weights uphill for the gradient, and back after the optimiser's step.
-      steps_per_epoch: for `batch["epoch"]`.
-      microbatches: parts of a batch that are attacked and differentiated one after the other, to save memory; the
-        optimiser takes one step with the mean gradient. Whatever couples the images of a batch then couples those of a
-        part: batch statistics (which the parts update in turn), HSIC and its widths, weight perturbations.
+      attack: the inner maximisation, in evaluation mode; None: no attack, or the one of `objective.attack`.
+      training_attack: the same attack with batch-norm in training mode, where every attack step updates the running
+        statistics; it replaces `attack`.
+      augment: (key, images) -> float32 images in [0, 1]; None only converts the images to float32.
+      ema_decay: decay of the moving average of the parameters, if the state has one.
+      perturb: a weight perturbation. The gradient is taken at the perturbed weights; the perturbation is subtracted
+        after the optimiser's step.
+      steps_per_epoch: converts `state.step` into `batch["epoch"]`.
+      microbatches: number of parts of a batch that are attacked and differentiated one after the other, to save
+        memory; the optimiser takes one step with the mean gradient. Whatever couples the images of a batch then couples
+        only those of one part: batch statistics (which the parts update in turn), HSIC and its widths, weight
+        perturbations.
     """
 
     def differentiate(net, variables, batch, attack_key, loss_key):
-        """((gradients, step of the perturbation), (variables, metrics)) of a batch, or of a part of one."""
+        """((gradients, weight perturbation), (variables, metrics)) of a batch, or of a part of one."""
         if objective.remember is not None:
             variables = objective.remember(net, variables, batch, loss_key)
         x_adv = None
@@ -252,7 +264,7 @@ def make_train_step(
         net, variables = bind_net(frozen), state.variables
         x = to_float(batch["image"])
         batch = {**batch, "image": augment(augment_key, x) if augment else x}
-        whole, rest = jnp.divmod(state.step, steps_per_epoch)  # so that floor(epoch) is exact wherever division is not
+        whole, rest = jnp.divmod(state.step, steps_per_epoch)  # floor(epoch) stays exact if a device's division is not
         epoch = whole.astype(jnp.float32) + rest.astype(jnp.float32) / steps_per_epoch
         progress = {"step": state.step, "epoch": epoch, "epoch_step": rest}
 
@@ -266,7 +278,7 @@ def make_train_step(
         if offset is not None:
             params = {**params, "params": jax.tree.map(jnp.add, params["params"], offset)}
         updates, opt_state = optimizer.update(gradients, state.opt_state, params)
-        # the optimiser's step is taken at the perturbed weights; w + v + Δ − v is w + Δ, and exactly so without v
+        # the optimiser computes its update Δ at w + v; as (w + v + Δ) − v = w + Δ, Δ is added to w without rounding v
         params = optax.apply_updates(raw, updates)
         ema_params = state.ema_params
         if ema_params is not None and ema_decay is not None:
@@ -278,9 +290,10 @@ def make_train_step(
 
 
 def _over_parts(differentiate, variables, batch, keys, count):
-    """(means of gradients and perturbations, (variables after all parts, means of metrics)), part after part.
+    """Runs `differentiate` on `count` parts of the batch in turn.
 
-    A part takes every `count`-th example: so each device has as much of each as of all.
+    Returns (means of gradients and perturbations, (variables after all parts, means of metrics)). A part takes every
+    `count`-th example, so every device holds an equal share of each part.
     """
     if count == 1:
         return differentiate(variables, batch, keys)
@@ -304,7 +317,7 @@ def _over_parts(differentiate, variables, batch, keys, count):
 
 
 def _attacked(objective, net, variables):
-    """What the attack evaluates: the logits, or for an objective's own loss also the features."""
+    """The function that the attack evaluates: x -> logits, or (logits, features) if the objective defines its loss."""
     if objective.attack_loss is not None:
         return lambda x: net.predict(variables, x)
     return lambda x: net.predict(variables, x)[0]

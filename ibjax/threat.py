@@ -1,11 +1,13 @@
-"""The threat model: what an adversary may do to an image, said once for training, validation and evaluation.
+"""The threat model of a run: norm and eps, stated once for training attack, validation attack and evaluation.
 
-    threat = dict(norm, eps)          each section takes what it does not say itself; a step is a quarter of its eps
+    threat = dict(norm, eps)
 
-A teacher's or a contrast's recipe that says none has that of the configuration that holds it.
+A section of the configuration whose norm or eps is None uses those of `threat`; a step size that is None is a quarter
+of the section's eps. The recipe of a teacher or a contrast without a threat model uses that of the configuration that
+contains it.
 
 Guarantees (tests of the same names): the threat model of the command line is that of every attack and every run; what a
-section says itself stays and the rest follows.
+section states itself is kept, and the rest follows `threat`.
 """
 
 from collections.abc import Callable
@@ -20,12 +22,12 @@ from ibjax.errors import InputError
 
 
 def own() -> dict[str, Any]:
-    """Norm, eps and step size of a section that departs in none of them from `threat`."""
+    """Norm, eps and step size for a section that takes all three from `threat`: each is None."""
     return {key: placeholder(str) for key in (*THREAT, "step_size")}
 
 
 def held(recipe: ConfigDict) -> ConfigDict:
-    """Leaves the threat model of a teacher's or a contrast's recipe to the configuration that holds it."""
+    """Removes the threat model of a teacher's or contrast's recipe, which then takes the enclosing configuration's."""
     recipe.threat = {key: placeholder(str) for key in THREAT}
     return recipe
 
@@ -33,7 +35,7 @@ def held(recipe: ConfigDict) -> ConfigDict:
 def effective(config: ConfigDict) -> ConfigDict:
     """A copy in which every attack states the norm, the eps and the step size that it runs with; nothing else changes.
 
-    Raises InputError where they are no threat model.
+    Raises InputError if these values do not form a valid threat model.
     """
     made = config.copy_and_resolve_references()
     with made.unlocked():
@@ -47,7 +49,10 @@ def _say_all(config):
 
 
 def in_each_recipe(config: ConfigDict, act: Callable[[ConfigDict], None]) -> None:
-    """`act(recipe)` for each that a configuration holds, which has inherited its threat model; errors name it."""
+    """Calls `act` on each recipe that a configuration contains, after it has inherited the threat model.
+
+    The message of an InputError is prefixed with the place of the recipe.
+    """
     for name, recipe in recipes(config):
         try:
             inherit(recipe, config)
@@ -57,16 +62,16 @@ def in_each_recipe(config: ConfigDict, act: Callable[[ConfigDict], None]) -> Non
 
 
 def inherit(recipe: ConfigDict, holder: ConfigDict) -> None:
-    """Gives a recipe the threat model of the configuration that holds it, where it says none."""
+    """Fills norm and eps that a recipe leaves open from the configuration that contains the recipe."""
     for key in THREAT:
         if lookup(recipe, f"threat.{key}") is None:
             recipe.threat[key] = holder.threat[key]
 
 
 def say(config: ConfigDict) -> None:
-    """Writes norm, eps and step size into the sections of a configuration that take them and say none; see `effective`.
+    """Writes norm, eps and step size, in place, into the sections that take them and leave them None; see `effective`.
 
-    What it holds stays as it is.
+    The recipes that the configuration contains are not changed.
     """
     for key in THREAT:
         if lookup(config, f"threat.{key}") is None:
@@ -93,7 +98,7 @@ def say(config: ConfigDict) -> None:
 
 
 def check_length(value: Any, norm: str, name: str) -> None:
-    """Raises InputError unless a value is a length above 0 on [0, 1] images, as "8/255" or a number."""
+    """Raises InputError unless a value is a length above 0 in units of [0, 1] images: "8/255", or a number."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise InputError(f"{name}={value!r} is not allowed; give a length above 0, as '8/255'")
     if not geometry.radius(value, norm, name) > 0:
@@ -101,7 +106,7 @@ def check_length(value: Any, norm: str, name: str) -> None:
 
 
 def quarter(eps: str | float) -> str | float:
-    """The step size that goes with a radius where none is given: "2/255" with "8/255"."""
+    """The default step size for a radius, a quarter of it: "2/255" for "8/255"."""
     if not isinstance(eps, str):
         return eps / 4
     numerator, slash, denominator = eps.partition("/")
@@ -109,7 +114,7 @@ def quarter(eps: str | float) -> str | float:
 
 
 def follow(config: ConfigDict) -> ConfigDict:
-    """Undoes `effective`: where a section says what `threat` does, it says None, and changes with it."""
+    """Undoes `effective`: sets to None what equals `threat`, so that a change of `threat` changes the section too."""
     for path in ATTACKS:
         section = lookup(config, path)
         if section is None or not set(THREAT) <= set(section) or section.eps is None:
@@ -126,7 +131,7 @@ def follow(config: ConfigDict) -> ConfigDict:
 
 
 def same_length(one: Any, other: Any) -> bool:
-    """Whether two lengths are equal as numbers; None is equal to None only."""
+    """Whether two lengths are equal as numbers; None equals only None."""
     if one is None or other is None:
         return one is other
     return bool(geometry.fraction(one) == geometry.fraction(other))
@@ -136,9 +141,9 @@ def same_length(one: Any, other: Any) -> bool:
 
 
 def trained(config: ConfigDict) -> dict[str, Any] | None:
-    """{"norm", "eps"} of the images that a run (`effective`) was trained on; None for clean ones.
+    """{"norm", "eps"} of the training attack, from the result of `effective`; None if training uses clean images.
 
-    Objectives that make their own adversarial images call their radius `eps` or `max_eps`; it is in l_inf.
+    Objectives that make their own adversarial images call their radius `eps` or `max_eps`; its norm is l_inf.
     """
     if config.attack is not None:
         return _said(config.attack)
@@ -150,7 +155,7 @@ def trained(config: ConfigDict) -> dict[str, Any] | None:
 
 
 def validated(config: ConfigDict) -> dict[str, Any] | None:
-    """{"norm", "eps"} of the attack on validation images; None where it has none."""
+    """{"norm", "eps"} of the validation attack; None if that attack has no radius."""
     return _said(config.validate.attack)
 
 

@@ -6,5 +6,5 @@ from typing import Any
 from jax import Array
 
 Attack = Callable[[Array, Callable[[Array], Array], Array, Array], Array]
-# the same on a network that changes as it is evaluated: (key, forward, x, target, state) -> (x_adv, state)
+# an attack on a network whose state each evaluation updates: (key, forward, x, target, state) -> (x_adv, state)
 StatefulAttack = Callable[[Array, Callable, Array, Array, Any], tuple[Array, Any]]

@@ -4,7 +4,7 @@ attacks", ICML 2020; in l1: "Mind the box: l1-APGD for sparse adversarial attack
     u       = Π( x_t + η · direction(∇L(x_t)) )                               direction: sign(g), g/||g||_2
     x_{t+1} = Π( x_t + a·(u − x_t) + (1 − a)·(x_t − x_{t−1}) )                a = 0.75, in the first step 1
 
-At a checkpoint, k steps after the last one, η is halved and the search goes on from the point of largest loss where
+At a checkpoint, k steps after the last one, η is halved and the search continues from the point of largest loss if
 
     #{ steps since the last checkpoint with L(x_t) > L(x_{t−1}) } ≤ 0.75·k     or
     η was not halved at the last checkpoint, and the largest loss has not risen since.
@@ -16,18 +16,21 @@ At a checkpoint, k steps after the last one, η is halved and the search goes on
 | η            |          | 2·eps   |
 | N_restarts   | restarts | 1       |
 
-In l1 there is no momentum. A step moves, by η in all, the pixels among the share `top` of largest gradient, and Π is
-the projection onto ball and box together. Each 0.04·N_iter steps, with s = ||x_best − x||_0: top = s / (1.5·D); if s
-fell below 0.95 of its last value, η = eps and the search goes on from x_best; else η is divided by 1.5, down to eps/10.
-With `larger_eps` the search starts at 3·eps and goes on at 2·eps, then eps, for 0.3, 0.3 and 0.4 of the steps.
+In l1 there is no momentum. A step has l1 length η and moves only the share `top` of the pixels with the largest
+gradient; Π projects onto the intersection of ball and box. Every 0.04·N_iter steps, with s = ||x_best − x||_0 and D
+pixel values: top = s / (1.5·D); if s fell below 0.95 of its last value, η = eps and the search continues from x_best;
+else η is divided by 1.5, down to eps/10. With `larger_eps` the search uses the radii 3·eps, 2·eps and eps in turn, for
+0.3, 0.3 and 0.4 of the steps.
 
-What the authors' code does beyond the paper, and this file with it: the loss before the first step does not count for
-the first checkpoint, 0 stands in its place; at the first checkpoint the second condition never holds; what is returned
-is the latest misclassified iterate, not the one of largest loss; after going back to x_best the momentum term is
-x_best − x_{t−1}.
+This file follows the authors' code where it differs from the paper:
+- the first checkpoint uses 0 in place of the loss before the first step;
+- at the first checkpoint the second condition never holds;
+- the attack returns the latest misclassified iterate, not the one of largest loss;
+- after a return to x_best the momentum term is x_best − x_{t−1}.
 
-Guarantees (tests of the same names): x_adv lies in the eps-ball and in [0, 1]; an image that is wrong as it is comes
-back unchanged, as does one that withstands; each image's result is independent of the others in its batch.
+Guarantees (tests of the same names): x_adv lies in the eps-ball and in [0, 1]; an image that is
+misclassified without attack, or that the attack does not break, is returned unchanged; each image's result is
+independent of the others in its batch.
 """
 
 import math
@@ -45,7 +48,7 @@ from ibjax.errors import InputError, check_count, nearest
 
 LOSSES = {"ce": losses.cross_entropy, "dlr": losses.dlr, "margin": losses.margin}
 TARGETED_LOSSES = {"dlr_targeted": losses.dlr_targeted, "margin_targeted": losses.margin_targeted}
-FEWEST_CLASSES = {"dlr": 3, "dlr_targeted": 4}  # the third and the fourth largest logit are in their denominators
+FEWEST_CLASSES = {"dlr": 3, "dlr_targeted": 4}  # their denominators contain the third and fourth largest logit
 _RHO, _MOMENTUM = 0.75, 0.75
 
 
@@ -66,39 +69,39 @@ def apgd(
       loss: "ce", "dlr", "margin"; or "dlr_targeted", "margin_targeted".
       norm: "linf", "l2" or "l1".
       eps: radius in [0, 1] pixel units, as "8/255" or a float.
-      steps: of each run.
-      restarts: runs from other starts, each on the images that are not broken yet.
-      targets: of a targeted loss, how many classes to attack, from the second largest clean logit down.
-      larger_eps: in l1, start at 3·eps.
-      eot: samples that a gradient is averaged over; `logits_fn` then takes `(x, keys)`, a key per image.
+      steps: gradient steps of each run.
+      restarts: number of runs, each from another start and on the images that are not broken yet.
+      targets: with a targeted loss, the number of target classes, from the second largest clean logit down.
+      larger_eps: in l1, start with the radius 3·eps.
+      eot: number of samples that a gradient is averaged over; `logits_fn` then takes `(x, keys)`, a key per image.
 
     Returns:
       The attack. `x` is (B, H, W, C) in [0, 1], `y` labels (B,), `key` one key or one per image.
 
     Raises:
-      InputError: an unknown loss or norm, or an eps or a number that is none.
+      InputError: an unknown loss or norm, an invalid eps, or a number out of range.
     """
     return as_attack(iterative_apgd(loss, norm, eps, steps, restarts, targets, larger_eps, eot))
 
 
 class State(NamedTuple):
-    """Of a run; images are (B, H, W, C), numbers (B,)."""
+    """The state of a run; images are (B, H, W, C), numbers (B,)."""
 
     keys: Array
     x: Array  # x_t
     x_before: Array  # x_{t−1}
     x_found: Array  # latest misclassified iterate
-    found: Array  # whether there is one
+    found: Array  # whether an iterate was misclassified
     flat: Array  # whether the gradient at the first point was zero or not finite
-    x_best: Array  # of largest loss
+    x_best: Array  # the iterate of largest loss
     gradient_best: Array
     loss_best: Array
     loss_checked: Array  # loss_best at the last checkpoint
     loss_before: Array
-    rises: Array  # since the last checkpoint
-    halved: Array  # at the last checkpoint
+    rises: Array  # number of steps since the last checkpoint that increased the loss
+    halved: Array  # whether the last checkpoint halved the step
     step_size: Array
-    top: Array  # l1: share of the pixels that a step moves
+    top: Array  # l1: share of the pixels that a step changes
     nonzero: Array  # l1: ||x_best − x||_0 at the last checkpoint
 
 
@@ -112,7 +115,7 @@ def iterative_apgd(
     larger_eps: bool = False,
     eot: int | None = None,
 ) -> Iterative:
-    """APGD in its parts; arguments as `apgd`."""
+    """APGD as an `Iterative`, for the runner; arguments as in `apgd`."""
     norm, largest = geometry.check_norm(norm), geometry.one_radius(eps, norm)
     if loss not in LOSSES and loss not in TARGETED_LOSSES:
         raise InputError(f"apgd's loss '{loss}' is unknown; {nearest(loss, [*LOSSES, *TARGETED_LOSSES])}")
@@ -133,17 +136,17 @@ def iterative_apgd(
     def init(keys, restart, x, y):
         x_start = jnp.clip(_start(keys, x, norm, radii[0]), 0.0, 1.0)
         number, flag, image = jnp.zeros(x.shape[0]), jnp.zeros(x.shape[0], bool), jnp.zeros_like(x)
-        blank = dict.fromkeys(State._fields, number)  # most is set by the first evaluation
+        blank = dict.fromkeys(State._fields, number)  # the first evaluation sets most fields
         blank |= dict.fromkeys(("found", "flat", "halved"), flag) | dict.fromkeys(("x_best", "gradient_best"), image)
         return State(**blank | dict(keys=keys, x=x_start, x_before=x_start, x_found=x, rises=number.astype(jnp.int32)))
 
     def step(i, logits_fn, x, y, other, state):
         radius, is_first, window = (jnp.asarray(table)[i] for table in (radii, first, windows))
-        if larger_eps:  # a stage begins at the best point of the last one
+        if larger_eps:  # each stage begins at the best point of the stage before
             restart = jnp.where(i == 0, state.x, state.x_best)
             state = state._replace(x=jnp.where(is_first, geometry.project(restart, x, norm, radius), state.x))
         logits, loss_now, gradient = gradient_of(i, logits_fn, state.x, y, other, state.keys)
-        loss_now = jnp.where(jnp.isnan(loss_now), -jnp.inf, loss_now)  # else no later point would count as better
+        loss_now = jnp.where(jnp.isnan(loss_now), -jnp.inf, loss_now)  # else no later loss compares as larger
         unusable = jnp.all((gradient == 0) | ~jnp.isfinite(gradient), axis=(1, 2, 3))
         gradient = geometry.finite(gradient)
         state = _note(state, is_first, ~losses.correct(logits, y), loss_now, gradient, unusable)
@@ -156,7 +159,7 @@ def iterative_apgd(
     def x_adv(x, state):
         return jnp.where(geometry.per_image(state.found, x), state.x_found, x)
 
-    def best(x, state):  # a draw that is right at every iterate does not show that the image withstands
+    def best(x, state):  # correct samples at every iterate do not prove robustness
         return jnp.where(geometry.per_image(state.found, x), state.x_found, state.x_best)
 
     targets = targets if loss in TARGETED_LOSSES else 0
@@ -173,7 +176,7 @@ def larger_eps_stages(eps: float, steps: int) -> list[tuple[float, int]]:
 
 
 def checkpoint_windows(steps: int, norm: str) -> np.ndarray:
-    """k where a checkpoint follows the t-th step, t = 0 … steps, else 0: (steps + 1,) int32."""
+    """For each step t = 0 … steps, k if a checkpoint follows it, else 0: (steps + 1,) int32."""
     if norm == "l1":
         size, shrink, least = max(int(0.04 * steps), 1), 0, 1
     else:
@@ -187,7 +190,7 @@ def checkpoint_windows(steps: int, norm: str) -> np.ndarray:
 
 
 def _start(keys, x, norm, eps):
-    """A point of the ball's surface, before the box; in l1 the projection of Gaussian noise onto ball and box."""
+    """A point on the surface of the ball, not clipped; in l1, Gaussian noise projected onto ball and box."""
     if norm == "linf":
         t = geometry.draw(lambda k, s, d: jax.random.uniform(k, s, d, -1.0, 1.0), keys, x)
         return x + eps * t / (geometry.size(t, "linf") + 1e-12)
@@ -198,7 +201,7 @@ def _start(keys, x, norm, eps):
 
 
 def _gradient(loss, eot):
-    """(i, logits_fn, x, y, other, keys) -> (logits, loss (B,), gradient), of a random network the gradient's mean."""
+    """(i, logits_fn, x, y, other, keys) -> (logits, loss (B,), gradient); the gradient is the mean of `eot` samples."""
     targeted = TARGETED_LOSSES.get(loss)
 
     def at(logits_fn, x, y, other):
@@ -211,7 +214,7 @@ def _gradient(loss, eot):
                     f"loss='{instead}'"
                 )
             per_image = LOSSES[loss](logits, y) if targeted is None else targeted(logits, y, other)
-            return jnp.sum(per_image), (logits, per_image)  # a sum: gradients stay per image
+            return jnp.sum(per_image), (logits, per_image)  # the sum's gradient is that of each image
 
         gradient, (logits, per_image) = jax.grad(total, has_aux=True)(x)
         return logits, per_image, gradient
@@ -232,7 +235,7 @@ def _gradient(loss, eot):
 
 
 def _note(state, is_first, wrong, loss_now, gradient, unusable):
-    """Takes the evaluation at x_t into account; the first one of a stage forgets what was before."""
+    """Updates the state with the evaluation at x_t; the first evaluation of a stage resets the earlier records."""
     better = is_first | (loss_now > state.loss_best)
     pick = geometry.per_image(better, gradient)
     latest = geometry.per_image(wrong, gradient)
@@ -245,14 +248,14 @@ def _note(state, is_first, wrong, loss_now, gradient, unusable):
         gradient_best=jnp.where(pick, gradient, state.gradient_best),
         loss_best=loss_best,
         loss_checked=jnp.where(is_first, loss_best, state.loss_checked),
-        loss_before=jnp.where(is_first, 0.0, loss_now),  # 0: the buffer's last, empty row in the authors' code
+        loss_before=jnp.where(is_first, 0.0, loss_now),  # 0: in the authors' code, the last, unset entry of the buffer
         rises=jnp.where(is_first, 0, state.rises + (loss_now > state.loss_before).astype(jnp.int32)),
         halved=is_first | state.halved,
     )
 
 
 def _check(state, gradient, eps, is_first, window):
-    """l_inf and l2: at a checkpoint (window > 0), halves the step of the images that do not progress."""
+    """l_inf and l2: at a checkpoint (window > 0), halves the step size of the images that do not progress."""
     few_rises = state.rises.astype(jnp.float32) <= _RHO * window.astype(jnp.float32)
     stuck = few_rises | (~state.halved & (state.loss_checked >= state.loss_best))
     at_checkpoint = window > 0
@@ -270,7 +273,7 @@ def _check(state, gradient, eps, is_first, window):
 
 
 def _check_l1(state, x, gradient, eps, is_first, window, whole_image):
-    """l1: at a checkpoint, adapts the share of pixels and the step to how sparse the best point is."""
+    """l1: at a checkpoint, adapts the share of pixels and the step size to the sparsity of the best perturbation."""
     pixels = math.prod(x.shape[1:])
     nonzero = jnp.sum((state.x_best != x).reshape(x.shape[0], -1), 1).astype(jnp.float32)
     sparser = nonzero < 0.95 * state.nonzero
@@ -304,12 +307,12 @@ def _move(state, x, gradient, norm, eps, is_first):
         u = geometry.project(state.x + eta * direction, x, norm, eps)
         moved = state.x + a * (u - state.x) + (1 - a) * (state.x - state.x_before)
         moved = geometry.project(moved, x, norm, eps)
-    # x_before is the iterate that this step was to leave, also where a checkpoint has just gone back to x_best
+    # x_before is the iterate before this step, even if a checkpoint has just replaced x_t by x_best
     return state._replace(x=moved, x_before=state.x)
 
 
 def _sparse_sign(gradient, top):
-    """The sign of the share `top` (B,) of largest gradient entries, its l1 norm 1."""
+    """The signs of the share `top` (B,) of gradient entries that are largest, scaled to l1 norm 1."""
     flat = jnp.abs(gradient).reshape(gradient.shape[0], -1)
     pixels = flat.shape[1]
     index = jnp.clip((1.0 - top) * pixels, 0, pixels - 1).astype(jnp.int32)

@@ -2,32 +2,35 @@
 attacks", ICML 2020; in l1: "Mind the box: l1-APGD for sparse adversarial attacks on image classifiers", ICML 2021.
 
     robust_0 = { images that are classified correctly }
-    robust_j = { images of robust_{j−1} that the j-th attack does not break }          in the order of the version
+    robust_j = { images of robust_{j−1} that the j-th attack does not break }          in the order below
 
-| version    | attacks                                                              |
-|------------|----------------------------------------------------------------------|
-| "standard" | apgd-ce, apgd-t (9 targets), fab-t (9 targets), square (5000 queries) |
-| in l1      | apgd-ce with 5 restarts and apgd-t with 5 targets, both from 3·eps; fab-t, square |
-| "plus"     | apgd-ce × 5, apgd-dlr × 5, fab × 5, square, apgd-t, fab-t             |
-| "rand"     | apgd-ce, apgd-dlr; gradients are means over 20 samples               |
+| version          | attacks                                                                           |
+|------------------|-----------------------------------------------------------------------------------|
+| "standard"       | apgd-ce, apgd-t (9 targets), fab-t (9 targets), square (5000 queries)             |
+| "standard" in l1 | apgd-ce with 5 restarts and apgd-t with 5 targets, both from 3·eps; fab-t, square |
+| "plus"           | apgd-ce × 5, apgd-dlr × 5, fab × 5, square, apgd-t, fab-t                         |
+| "rand"           | apgd-ce, apgd-dlr; gradients are means over 20 samples                            |
 
-APGD and FAB take 100 steps. There are never more targets than other classes, and a target is only tried on the images
-that are not broken yet. Where there are too few classes for DLR, the margin stands in for it and a warning says so.
+APGD and FAB take 100 steps. The number of targets is at most the number of other classes, and a target is only tried on
+the images that are not broken yet. With too few classes for DLR, the margin loss replaces it and a warning says so.
 
-Differences from the authors' code: every image draws from its own key, folded from the attack's name and the image's
-index, so that batches, devices and interruptions change nothing; Square draws a square per image, not per batch (see
-square.py); NaN logits count as broken, where `argmax` answers 0; a network for which an image's answer depends on the
-rest of its batch is refused.
+Differences from the authors' code:
+- The random key of an image is folded from the attack's name and the image's index, so batch size, number of devices
+  and interruptions do not change the result.
+- Square draws a square per image, not per batch (see square.py).
+- An image with NaN logits counts as broken; `argmax` would predict class 0.
+- A network whose logits for an image depend on the rest of the batch is refused.
 
-With "rand" the flags are the authors': an image is broken once a single draw of the network is wrong about it, at the
-image itself or at what an attack returns. `Result.drawn` says what K fresh draws make of the adversarial images, mean
-and standard error; that is the number of a random network, since one draw may be unlucky. For it every attack also runs
-on the images that one draw has called broken, unless none of K further draws is right about them; of the image and what
-each attack found, the one that these draws are right about least often is kept. The flags do not change by it.
+With "rand" the flags follow the authors' definition: an image is broken once a single random draw of the network
+misclassifies the clean image or the result of an attack. One draw may be unlucky, so the robust accuracy to report for
+a random network is that of `Result.drawn`: mean and standard error over K fresh draws on the adversarial images. To
+find these, every attack also runs on images that are already flagged as broken, unless all of K further draws
+misclassify them. Of the clean image and the results of all attacks, `x_adv` keeps the one that these draws classify
+correctly least often. This does not change the flags.
 
 Guarantees (tests of the same names): on a linear network robust means that the margin exceeds eps, in every norm;
-neither batch size nor number of devices changes a flag; killed and run again it ends with the same flags and images, on
-the same devices; every x_adv lies in the eps-ball and in [0, 1] to 1e-6.
+neither batch size nor number of devices changes a flag; an evaluation that was killed and run again on the same devices
+ends with the same flags and images; every x_adv lies in the eps-ball and in [0, 1] to 1e-6.
 """
 
 import functools
@@ -58,41 +61,41 @@ from ibjax.errors import InputError, PreemptedError, check_count, nearest
 from ibjax.files import content_digest
 
 log = logging.getLogger(__name__)
-SAMPLES = 20  # of a random network, for each gradient of "rand"
-DRAWS = 20  # of a random network, for each adversarial image
+SAMPLES = 20  # samples of a random network for each gradient of "rand"
+DRAWS = 20  # draws of a random network for each adversarial image
 
 
 class Drawn(NamedTuple):
-    """What fresh draws of a random network make of images and adversarial images: K draws, a row for each."""
+    """How K fresh draws of a random network classify the clean and the adversarial images, one row per draw."""
 
     clean: np.ndarray  # (K, N) bool: the image is classified correctly
-    robust: np.ndarray  # (K, N) bool: the adversarial image is
+    robust: np.ndarray  # (K, N) bool: the adversarial image is classified correctly
 
     @property
     def accuracy(self) -> float:
-        """The mean over draws and images of `robust`, in percent."""
+        """Robust accuracy in percent: the mean of `robust` over draws and images."""
         return 100 * float(self.robust.mean())
 
     @property
     def standard_error(self) -> float:
-        """Of the accuracy, over draws (not over images), in percent."""
+        """Standard error of the accuracy over draws (not over images), in percent."""
         return 100 * float(np.std(self.robust.mean(1), ddof=1) / np.sqrt(len(self.robust)))
 
 
 class Result(NamedTuple):
-    """Of all images, in their order; host arrays.
+    """The result for all images in their order, as host arrays.
 
     With version "rand" the flags are those of one draw of the network for each image and attack, as the authors count;
-    `x_adv` has the worst that was found for every image, and `drawn.accuracy` is the robust accuracy.
+    `x_adv` has the worst image found for every input, and `drawn.accuracy` is the robust accuracy.
     """
 
-    x_adv: np.ndarray  # (N, H, W, C) float32; the image itself where it is robust, or wrong as it is, but for "rand"
-    robust: np.ndarray  # (N,) bool: classified correctly, and still after every attack
-    clean: np.ndarray  # (N,) bool: classified correctly as it is
+    x_adv: np.ndarray  # (N, H, W, C) float32; except with "rand", x itself if robust or misclassified without attack
+    robust: np.ndarray  # (N,) bool: classified correctly without attack and after every attack
+    clean: np.ndarray  # (N,) bool: classified correctly without attack
     robust_after: dict[str, np.ndarray]  # attack -> (N,) bool: still robust after this and all attacks before it
     seconds: dict[str, float]  # attack -> wall-clock time, compilation included
     warnings: list[str]
-    drawn: Drawn | None = None  # of version "rand"
+    drawn: Drawn | None = None  # with version "rand" only
 
 
 def sub_attacks(
@@ -103,9 +106,9 @@ def sub_attacks(
     attacks: Sequence[str] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Iterative], list[str]]:
-    """({name: attack}, warnings) of a version, or of the names in `attacks` with the version's settings.
+    """({name: attack}, warnings) for a version, or for the attacks named in `attacks` with the version's settings.
 
-    `options` of the attacks come in place of the version's. Raises InputError on an unknown version, name or norm.
+    `options` override the version's settings. Raises InputError on an unknown version, name or norm.
     """
     warnings: list[str] = []
     restarts, targets, eot, larger_eps = 1, 9, None, False
@@ -175,7 +178,7 @@ def autoattack(
     allow_randomized: bool = False,
     progress: str | None = None,
 ) -> Result:
-    """Which images withstand AutoAttack.
+    """Runs AutoAttack and returns which images it does not break, the adversarial images, and warnings.
 
     Args:
       key: one JAX key; the same key gives the same result.
@@ -186,21 +189,22 @@ def autoattack(
       norm: "linf", "l2" or "l1".
       eps: radius in pixel units, as "8/255" or a float.
       version: "standard", "plus" or "rand".
-      attacks: run these in this order, in place of the version's: names, or {name: attack} with settings of its own, as
-        `{"square": iterative_square("linf", "8/255", queries=1000)}`.
-      options: of the attacks that `attacks` names, in place of the version's, as `{"queries": 1000}`.
-      batch_size: images at once, on all devices together.
-      state: file that keeps the progress, about every 30 s; with it, the same call goes on where it was ended. It is
-        refused where anything that the result depends on has changed since, the network's gradient among it.
-      restart: begin anew, whatever is in the state file.
-      draws: with version "rand", of the network for each adversarial image at the end, at least 2.
-      allow_randomized: attack a network whose answers differ from call to call, which "standard" overestimates.
-      progress: show a bar with this name, and stop at a preemption notice with PreemptedError.
+      attacks: the attacks to run, in this order, in place of the version's: their names, or {name: attack} to give
+        them other settings, as `{"square": iterative_square("linf", "8/255", queries=1000)}`.
+      options: settings of the attacks named in `attacks`, in place of the version's, as `{"queries": 1000}`.
+      batch_size: number of images in a batch, over all devices together.
+      state: file to which progress is saved, about every 30 s; the same call then resumes from it. The file is refused
+        if anything that the result depends on has changed, such as the network's logits or gradients.
+      restart: ignore the content of the state file and start again.
+      draws: with version "rand", number of draws of the network for each adversarial image at the end; at least 2.
+      allow_randomized: attack a network whose logits differ from call to call, although "standard" overestimates its
+        robustness.
+      progress: name of a progress bar; with it, a preemption notice stops the attack with PreemptedError.
 
     Raises:
-      InputError: images not in [0, 1], wrong labels, an eps that is no radius, logits that are no logits, a random
-        network, a network for which an image's answer depends on the rest of its batch, a call inside a trace, or a
-        state of another evaluation: one line that says what to do.
+      InputError: images outside [0, 1], wrong labels, an invalid eps, an output that is not logits, a random network, a
+        network whose logits for an image depend on the rest of the batch, a call inside a JAX trace, or a state file of
+        another evaluation. The message is one line and says what to do.
     """
     checks.outside_traces(key, x, y, eps)
     norm, eps = geometry.check_norm(norm), geometry.one_radius(eps, norm)
@@ -249,7 +253,7 @@ def autoattack(
 
 
 def _identity(plan, runner):
-    """What the result of these attacks depends on, beside the network, as plain data."""
+    """Everything that the result of these attacks depends on, apart from the network, as plain data."""
     return dict(
         attacks=[[name, attack.identity()] for name, attack in plan.items()],
         norm=runner.norm,
@@ -264,13 +268,13 @@ def _identity(plan, runner):
 
 
 def precision() -> str:
-    """Of matrix products and convolutions that name none."""
+    """JAX's default precision of matrix products and convolutions."""
     return str(jax.config.jax_default_matmul_precision)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @functools.cache
 def code_digest() -> str:
-    """Of the attacks' source files: results that are kept are of the code that made them."""
+    """A digest of the attacks' source files, so that saved results are not mixed with those of other code."""
     total = hashlib.blake2b(digest_size=8)
     for file in (*sorted(Path(__file__).parent.glob("*.py")), Path(losses.__file__)):
         total.update(file.read_bytes())
@@ -278,7 +282,7 @@ def code_digest() -> str:
 
 
 def _check_network(logits_fn, x, y, random, allow_randomized):
-    """What it answers; raises InputError on a network that cannot be attacked so."""
+    """`checks.network` of this network; raises InputError if it cannot be evaluated with the given version."""
     if random:
         try:
             return checks.network(logits_fn, x, y, jax.random.split(jax.random.key(0), len(x)))
@@ -294,7 +298,7 @@ def _check_network(logits_fn, x, y, random, allow_randomized):
 
 
 def _check_plan(plan, norm, eps, random):
-    """Raises InputError where attacks with settings of their own are not of this evaluation."""
+    """Raises InputError if attacks that the caller built do not fit the norm, eps or version of this evaluation."""
     if not plan:
         raise InputError("attacks={} is not allowed; give at least one, or None for those of the version")
     for name, attack in plan.items():
@@ -310,7 +314,7 @@ def _check_plan(plan, norm, eps, random):
 
 
 def _run(runner, plan, logits, state, bar_name):
-    """All attacks that are not behind yet."""
+    """Runs all attacks that are not finished yet."""
     others = np.asarray(other_classes(jnp.asarray(logits)))
     for name, attack in list(plan.items())[len(state.after) :]:
         images, broken = state.attacked
@@ -349,7 +353,7 @@ def _gradient_warnings(plan, flat):
 
 
 def _final_checks(runner, state, after):
-    """Warnings on the flags, and on the images as the network sees them once more."""
+    """Warnings from a check of the flags, and from one more evaluation of the adversarial images."""
     warnings, accuracy = [], [100 * float(flags.mean()) for flags in (state.clean, *after.values())]
     if "square" in after:
         gain = accuracy[list(after).index("square")] - accuracy[list(after).index("square") + 1]

@@ -1,4 +1,4 @@
-"""Checks before any robustness is reported: what makes every number wrong is refused, what casts doubt is a warning."""
+"""Checks before robust accuracy is reported: errors that invalidate every number are refused, doubts are warnings."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,18 +12,18 @@ from jax.core import Tracer
 from ibjax.attacks.hoist import hoisted, unjitted
 from ibjax.errors import InputError
 
-_PROBED, _REPEATED = 256, 64  # images that are asked about once, and again
-_DIFFERENTIATED, _PRINTED = 16, 8  # images whose gradient is asked for, and whose answers make the fingerprint
-# By how much an answer may differ, as a share of its length, where nothing but rounding should: other batch sizes and
-# devices choose other algorithms, and a gradient jumps where rounding turns a ReLU.
+_PROBED, _REPEATED = 256, 64  # numbers of images: evaluated once; evaluated repeatedly
+_DIFFERENTIATED, _PRINTED = 16, 8  # numbers of images: with gradients; in the fingerprint
+# Largest difference attributed to rounding, as a share of the vector's length: other batch sizes and devices choose
+# other algorithms, and a gradient jumps where rounding switches a ReLU.
 _LOGITS, _GRADIENT = 1e-2, 5e-2
-_OVERSHOOT = 1e-6  # of pixels outside [0, 1] by rounding
+_OVERSHOOT = 1e-6  # how far rounding may leave pixels outside [0, 1]
 
 
 def images_and_labels(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(x, y) where x is (N, H, W, C) float32 in [0, 1], and y (N,) integers.
+    """(x, y), checked: x is (N, H, W, C) float32 in [0, 1], and y holds integers (N,).
 
-    What rounding has left up to 1e-6 outside [0, 1] is clipped. Raises InputError on anything else.
+    Pixels up to 1e-6 outside [0, 1], as left by rounding, are clipped. Raises InputError on anything else.
     """
     kind_of_images(x)
     kind_of_labels(y, len(x))
@@ -31,7 +31,7 @@ def images_and_labels(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def kind_of_images(x: Any, name: str = "images", dtypes: Sequence[str] = ("float32",)) -> None:
-    """Raises InputError unless x has the shape (N, H, W, C) and the type of images; looks at no value."""
+    """Raises InputError unless x has the shape (N, H, W, C) and a dtype of images; does not read the values."""
     if not isinstance(x, jax.Array | np.ndarray):
         raise InputError(
             f"{name} are a {type(x).__name__}; give an array (N, height, width, channels), float32 in [0, 1]"
@@ -47,7 +47,7 @@ def kind_of_images(x: Any, name: str = "images", dtypes: Sequence[str] = ("float
 
 
 def in_the_box(x: np.ndarray, name: str = "images") -> np.ndarray:
-    """x in [0, 1], clipped where rounding has left it up to 1e-6 outside; raises InputError where it is farther."""
+    """x clipped to [0, 1], where rounding left it up to 1e-6 outside; raises InputError if it is farther outside."""
     low, high = x.min(), x.max()
     if low >= 0 and high <= 1:
         return x
@@ -61,7 +61,7 @@ def in_the_box(x: np.ndarray, name: str = "images") -> np.ndarray:
 
 
 def kind_of_labels(y: Any, count: int) -> None:
-    """Raises InputError unless y has the shape (N,) and the type of labels; looks at no value."""
+    """Raises InputError unless y has the shape (N,) and an integer dtype; does not read the values."""
     if not isinstance(y, jax.Array | np.ndarray):
         raise InputError(f"labels are a {type(y).__name__}; give an array of integers of shape ({count},)")
     if y.ndim == 2 and len(y) == count:
@@ -79,18 +79,18 @@ def in_classes(y: np.ndarray, classes: int) -> None:
 
 
 class Asked(NamedTuple):
-    """What a network has answered before it is attacked."""
+    """What the checks before an attack found out about a network."""
 
     warnings: list[str]
-    fingerprint: np.ndarray  # of its logits and gradients on a few images: `fingerprint`
-    dtype: str  # of its logits
+    fingerprint: np.ndarray  # summary of its logits and gradients on a few images: see `fingerprint`
+    dtype: str  # dtype of its logits
 
 
 def network(logits_fn: Callable, x: np.ndarray, y: np.ndarray, keys: Array | None = None) -> Asked:
-    """Asks the network about up to 256 of the images, several times.
+    """Evaluates the network several times on up to 256 of the images and checks the results.
 
-    With `keys` (N,), a key per image, it is called as `logits_fn(x, keys)`. Raises InputError on what makes every
-    number wrong: labels outside the classes, NaN logits, or logits of an image that depend on the rest of its batch.
+    With `keys` (N,), a key per image, it is called as `logits_fn(x, keys)`. Raises InputError on errors that invalidate
+    every number: labels outside the classes, NaN logits, or logits of an image that depend on the rest of its batch.
     """
     network, images = _Network(logits_fn, x, keys, _PROBED), x[:_PROBED]
     answer = network.answer()
@@ -121,7 +121,7 @@ ONE_IMAGE = "there is one image: whether its logits depend on the rest of a batc
 
 
 def _randomised(network, passes=4, size=_REPEATED):
-    """Whether one of so many more passes, over `size` images at most, moves logits by over 1e-4 of their length."""
+    """Whether one of `passes` more forward passes on up to `size` images changes logits by over 1e-4 of their norm."""
     rows = np.arange(min(network.count, size))
     logits = network.logits(rows)
     length = np.linalg.norm(logits, axis=1, keepdims=True) + 1e-12
@@ -130,12 +130,12 @@ def _randomised(network, passes=4, size=_REPEATED):
 
 
 def inside_a_trace(*values: Any) -> bool:
-    """Whether one of the values is traced, or all that is computed now is, as in `jax.jit(lambda: …)`."""
+    """Whether one of the values is a tracer, or JAX is tracing anyway, as within `jax.jit(lambda: …)`."""
     return any(isinstance(value, Tracer) for value in (*values, jnp.zeros(())))
 
 
 def outside_traces(*values: Any) -> None:
-    """Raises InputError inside a trace: what is steered from the host cannot run there."""
+    """Raises InputError inside a JAX trace, where code that is driven from the host cannot run."""
     if inside_a_trace(*values):
         raise InputError(
             "autoattack cannot run inside jax.jit, vmap, grad or a loop of lax: it steers its programs from the host; "
@@ -147,20 +147,20 @@ def outside_traces(*values: Any) -> None:
 
 
 def independent(logits_fn: Callable, x: Any, keys: Array | None = None) -> list[str]:
-    """Raises InputError where an image's logits, or their gradient, depend on the rest of its batch.
+    """Raises InputError if an image's logits, or their gradient, depend on the rest of its batch.
 
-    Attacks put images into batches as they see fit, so that of such a network every number is arbitrary. The answers
-    are compared with those in the reversed and in a permuted batch and in its halves: logits of up to 256 images, and
-    for up to 16, moved a little, the gradient of a random combination of their logits. A network that takes one number
-    of images only is given that many each time, of a half each image more than once.
+    Attacks regroup images into other batches, so every number measured on such a network would be arbitrary. Results
+    are compared between the batch, the reversed batch, a permuted batch, and the two halves: the logits of up to 256
+    images, and for up to 16 slightly perturbed images the gradient of a random combination of their logits. A network
+    that accepts only one batch size always gets that size; to fill it, the images of a half are repeated.
 
     Args:
       logits_fn: x -> logits (B, classes), or (logits, …); with `keys` (x, keys) -> the same.
-      x: images (N, H, W, C), no tracer.
-      keys: (N,), a key per image, which goes with its image.
+      x: images (N, H, W, C), not a tracer.
+      keys: (N,), a key per image, which stays with its image.
 
     Returns:
-      A warning where nothing can be found out this way: of one image, or where two passes over the same batch differ.
+      A list with a warning if the check is impossible: for a single image, or if two passes over the same batch differ.
     """
 
     def ask(most, sizes):
@@ -171,12 +171,12 @@ def independent(logits_fn: Callable, x: Any, keys: Array | None = None) -> list[
         return ask(_PROBED, ())
     except InputError:
         raise
-    except Exception:  # of whatever kind, the function is the caller's: perhaps it takes no other number of images
+    except Exception:  # any error of the caller's function; it may accept one batch size only
         return ask(len(x), (len(x),))
 
 
 def _dependence(network, size=None):
-    """As `independent`; every batch has `size` images where that is given."""
+    """The check of `independent`; with `size`, every batch has that many images."""
     count = network.count
     if count < 2:
         return [ONE_IMAGE]
@@ -187,13 +187,13 @@ def _dependence(network, size=None):
         rows = np.resize(np.arange(most), size or most)
         places = np.arange(len(rows))
         halves = [places[: most // 2], places[most - most // 2 : most]]
-        if size or what == "gradients":  # as often as fills a batch: for gradients one program is compiled for all
+        if size or what == "gradients":  # repeated, for equal batch sizes: one program for all gradients
             halves = [np.resize(half, len(rows)) for half in halves]
         orders = (places[::-1], np.random.default_rng(0).permutation(places), *halves)
         before = answers(rows)
         for order in orders:
             if _distance(answers(rows[order]), before[order]) > tolerance:
-                same = answers(np.zeros_like(rows))  # one image in every place: nothing but the place can differ
+                same = answers(np.zeros_like(rows))  # the same image at every position
                 if _distance(same, same[:1]) > tolerance:
                     raise InputError(
                         f"an image's {what} depend on its place in the batch, as where noise of a fixed key is drawn "
@@ -207,33 +207,33 @@ def _dependence(network, size=None):
 
 
 def _distance(found, wanted):
-    """The largest difference of a row, as a share of the largest row's length."""
+    """The largest norm of a row's difference, relative to the largest norm of a row."""
     difference = np.linalg.norm(found - wanted, axis=1).max()
     return difference / max(np.linalg.norm(wanted, axis=1).max(), 1e-12)
 
 
 # ---- whether a network is still the same one ------------------------------------------------------------------
 
-FINGERPRINT_TOLERANCE = (5e-3, _GRADIENT)  # of logits, of gradients, as a share of the longest row
+FINGERPRINT_TOLERANCE = (5e-3, _GRADIENT)  # for logits and for gradients, relative to the largest norm of a row
 _PROJECTIONS = 4
 
 
 def fingerprint(logits_fn: Callable, x: Any, keys: Array | None = None) -> np.ndarray:
-    """What identifies a network for attacks: its logits and gradients on the first 8 images, in short.
+    """A summary that identifies a network to an attack: of its logits and gradients on the first 8 images.
 
-    Weights alone do not: an activation, a normalisation or a straight-through gradient changes every number too.
-    Arguments as `independent`.
+    The weights alone do not identify it: an activation, a normalisation or a straight-through gradient changes every
+    result too. Arguments as in `independent`.
 
     Returns:
-      (images, 2, 5) float32: of the logits of each image, and of the gradient of a random combination of them, the
-      length and four random projections. Compare two with `differences`, since devices round differently.
+      (images, 2, 5) float32: for the logits of each image, and for the gradient of a random combination of them, the
+      norm and four random projections. Compare two with `differences`, since devices round differently.
     """
     return _fingerprint(_Network(logits_fn, x, keys, _PRINTED))
 
 
 def _fingerprint(network):
     rows = np.arange(min(network.count, _PRINTED))
-    repeated = np.resize(rows, min(network.count, _DIFFERENTIATED))  # as many as `_dependence` takes: one program
+    repeated = np.resize(rows, min(network.count, _DIFFERENTIATED))  # the batch size of `_dependence`: the same program
     short = []
     for answers in (network.logits(rows), network.gradients(repeated)[: len(rows)]):
         directions = np.random.default_rng(1).standard_normal((answers.shape[1], _PROJECTIONS))
@@ -242,7 +242,7 @@ def _fingerprint(network):
 
 
 def differences(found: Any, wanted: Any, tolerance: Any = FINGERPRINT_TOLERANCE) -> list[str]:
-    """In what two fingerprints differ by more than rounding: some of "logits", "gradients"."""
+    """Which of "logits" and "gradients" differ between two fingerprints by more than rounding."""
     names = ["logits", "gradients"]
     try:
         found, wanted = (np.asarray(value, np.float64) for value in (found, wanted))
@@ -255,7 +255,7 @@ def differences(found: Any, wanted: Any, tolerance: Any = FINGERPRINT_TOLERANCE)
 
 
 class _Network:
-    """A network and some images to ask it about, in any order and composition of a batch."""
+    """A network and some images, on which it can be evaluated in any order and in any batch."""
 
     def __init__(self, logits_fn: Callable, x: Any, keys: Array | None, most: int):
         self.logits_fn, self.x = logits_fn, np.asarray(x[:most])
@@ -263,17 +263,18 @@ class _Network:
         self.pulled: dict[int, Callable] = {}  # number of images -> the compiled gradient
 
     def answer(self, rows: Any = slice(None)) -> Any:
-        """What it returns for these images."""
+        """The network's output for these images."""
         return self.logits_fn(jnp.asarray(self.x[rows]), *self._keys(rows))
 
     def logits(self, rows: np.ndarray) -> np.ndarray:
-        """(B, classes) float64, 0 where they are NaN or infinite."""
+        """The logits (B, classes) in float64, with 0 in place of NaN and infinite values."""
         return np.nan_to_num(np.asarray(first(self.answer(rows)), np.float64), posinf=0.0, neginf=0.0)
 
     def gradients(self, rows: np.ndarray) -> np.ndarray:
-        """Of a random combination of each image's logits, (B, H·W·C) float64; 0 where there are none.
+        """The gradient of a random combination of each image's logits, (B, H·W·C) float64; 0 if there is none.
 
-        It is taken at points close to the images, where no two pixels tie in a pooling window or on a step of rounding.
+        It is taken at slightly perturbed images, so that no two pixels tie in a max-pooling window and no pixel lies on
+        a discontinuity of rounding.
         """
         rng = np.random.default_rng(2)
         x = 0.98 * self.x[:_DIFFERENTIATED] + 0.02 * rng.random(self.x[:_DIFFERENTIATED].shape)
@@ -284,7 +285,7 @@ class _Network:
         return np.nan_to_num(gradient.reshape(len(rows), -1), posinf=0.0, neginf=0.0)
 
     def _compiled(self, *arguments):
-        """(rows, x, *keys) -> the gradient; zeros where the network has no derivative, as some callbacks."""
+        """(rows, x, *keys) -> the gradient; zeros if the network has no derivative, as with some callbacks."""
         logits_fn = unjitted(self.logits_fn)
 
         def pull(weights, x, *keys):
@@ -307,7 +308,7 @@ class _Network:
 
 
 def first(tree: Any) -> Array:
-    """The logits of a network's output, or the labels of a target: itself, or the first of a tuple."""
+    """The logits of a network's output, or the labels of a target: the array itself, or the first of a tuple."""
     found = tree[0] if isinstance(tree, tuple) else tree
     if not hasattr(found, "dtype"):
         raise InputError(f"the attack was given a {type(tree).__name__}; give an array, or a tuple that begins with it")

@@ -3,8 +3,9 @@
     x'(w) = (tanh w + 1) / 2
     min_w ||x'(w) − x||² + c · max( z_y − max_{k≠y} z_k, −κ )         z = f(x'(w)), Adam, w_0 = artanh(2x − 1)
 
-Of every image the nearest misclassified iterate is returned; one that never was comes back as it is. Success has no
-bound on the distance unless `eps` gives one. The l_inf attack that other papers call CW is `pgd(loss="margin")`.
+For every image the attack returns the nearest misclassified iterate, or the image itself if no iterate was
+misclassified. The distance is bounded only if `eps` is given. The l_inf attack that other papers call CW is
+`pgd(loss="margin")`.
 
 | symbol     | code  | default |
 |------------|-------|---------|
@@ -14,13 +15,14 @@ bound on the distance unless `eps` gives one. The l_inf attack that other papers
 | step       | lr    | 0.01    |
 
 Deviations: c is fixed, without the paper's binary search, as in torchattacks. 2x − 1 is clamped to ±(1 − 1e-6), where
-artanh is finite, so that pixels of 0 and 1 can move.
+artanh is finite, so that pixels of 0 and 1 can change.
 
-`torchattacks_compat=True` is what torchattacks 3.5.1 computes, with its faults, to compare with numbers made by it:
-- z_y and the best other logit are maxima over logits masked with 0, not −∞. Where all logits are negative, as those of
-  a network that ends in log-softmax always are, both maxima are 0: no classification term is left, the attack is inert.
-- pixels of exactly 0 and 1 start at ±∞ and never move.
-- every max(steps // 10, 1) steps the whole batch stops if its summed cost rose: an image's result depends on others.
+`torchattacks_compat=True` reproduces torchattacks 3.5.1 with its faults, for comparison with published numbers:
+- z_y and the best other logit are maxima over logits masked with 0, not −∞. If all logits are negative, as for a
+  network that ends in log-softmax, both maxima are 0, the classification term vanishes and the attack has no effect.
+- Pixels of exactly 0 and 1 start at ±∞ and never change.
+- Every max(steps // 10, 1) steps the whole batch stops if its summed cost rose, so an image's result depends on the
+  other images of the batch.
 """
 
 from collections.abc import Callable
@@ -42,8 +44,8 @@ class _State(NamedTuple):
     w: Array
     adam: Any
     x_best: Array
-    smallest: Array  # (B,) squared distance of x_best, at first what it must stay below
-    cost: Array  # of the batch when it was last checked
+    smallest: Array  # (B,) squared distance of x_best; initially eps²
+    cost: Array  # cost of the batch at the last check
     stopped: Array
 
 
@@ -56,18 +58,18 @@ def cw(
     eps: "str | float | Array | None" = None,
     torchattacks_compat: bool = False,
 ) -> Attack:
-    """An attack `(key, logits_fn, x, target) -> x_adv`; `key` is not looked at.
+    """An attack `(key, logits_fn, x, target) -> x_adv`; `key` is not used.
 
     Args:
       c: weight of the classification term.
       kappa: confidence: how far the best other logit is pushed above the true one.
-      steps: of Adam.
+      steps: number of Adam steps.
       lr: Adam's learning rate, in w.
-      eps: l2 radius within which an iterate must lie to count; None for no bound.
+      eps: l2 radius within which an iterate must lie to count as a success; None for no bound.
       torchattacks_compat: see above.
 
     Raises:
-      InputError: an eps that is no l2 radius on [0, 1] images, numbers out of range.
+      InputError: an eps that is not an l2 radius for [0, 1] images, numbers out of range.
     """
     radius = jnp.inf if eps is None else geometry.radius(eps, "l2")
     for name, number in (("c", c), ("kappa", kappa), ("lr", lr)):

@@ -1,17 +1,16 @@
-"""The entrance of every public attack: what it is given is checked, and turned into what it computes with.
+"""Argument handling of every public attack: checks the arguments and converts them to JAX arrays and typed keys.
 
-| argument  | what is taken                                                                                        |
+| argument  | accepted                                                                                             |
 |-----------|------------------------------------------------------------------------------------------------------|
 | key       | a JAX key, one or one per image (B,), old ones of jax.random.PRNGKey too; a whole number, as seed    |
 | logits_fn | a function that JAX can trace                                                                        |
 | x         | (B, H, W, C) float32 in [0, 1], of NumPy or JAX; up to 1e-6 outside, which is clipped                |
 | target    | labels (B,), classes that the network has; where the loss takes them, distributions (B, classes)     |
 
-Everything else is refused in one line. Called with arrays that have values, the attack looks at those once, on the
-host, and asks the network whether its answer about an image depends on the rest of the batch, once for each function
-that it is given; where that cannot be found out, it says so. Inside a trace (jit, vmap, a train step), and where parts
-of an array lie with other processes, it looks at shapes and types only, in Python: the compiled program is that of the
-attack without an entrance.
+Everything else raises an InputError of one line. If the arrays have concrete values, these are checked once, on the
+host, and each `logits_fn` is tested once for whether its logits for an image depend on the rest of the batch; a warning
+says if that could not be determined. Inside a JAX trace (jit, vmap, a train step), and for arrays that are partly on
+other processes, only shapes and types are checked, in Python, so the checks add nothing to the compiled program.
 """
 
 import contextlib
@@ -33,25 +32,25 @@ from ibjax.errors import InputError
 
 # what an attack's target may be
 LABELS = "labels"  # (B,) integers
-SOFT_LABELS = "labels or distributions"  # (B,) integers, or (B, classes) rows that sum to 1, but not one-hot rows
-DISTRIBUTIONS = "distributions or labels"  # one-hot rows too
-ANYTHING = "anything"  # the loss is the caller's, or there is none
+SOFT_LABELS = "labels or distributions"  # (B,) integers, or (B, classes) rows that sum to 1 and are not one-hot
+DISTRIBUTIONS = "distributions or labels"  # the same, and one-hot rows too
+ANYTHING = "anything"  # not checked: the loss is the caller's, or there is none
 
 log = logging.getLogger(__name__)
-_known: weakref.WeakSet[Hashable] = weakref.WeakSet()  # networks that have been asked, or need not be
+_known: weakref.WeakSet[Hashable] = weakref.WeakSet()  # networks that were tested, or need no test
 
 
 def checked(
     attack: Attack, target: str = LABELS, *, network: bool = True, stochastic: bool = False, draws: bool = True
 ) -> Attack:
-    """`attack` behind its entrance.
+    """`attack` with its arguments checked and converted.
 
     Args:
       attack: (key, logits_fn, x, target) -> x_adv, for a typed key and JAX arrays.
-      target: what it takes, one of the constants above.
+      target: the targets that the attack accepts, one of the constants above.
       network: whether it calls `logits_fn` at all.
       stochastic: whether it calls `logits_fn(x, keys)`, with a key per image.
-      draws: whether it draws anything; else its key may be anything, None too.
+      draws: whether it uses the key; if not, any value is accepted, including None.
     """
 
     @functools.wraps(attack)
@@ -74,10 +73,10 @@ def enter(
     draws: bool = True,
     coupled: bool = False,
 ) -> tuple[Array, Array, Any]:
-    """(key, x, target) as an attack computes with them; `kind` is the target's, all else as in `checked`.
+    """(key, x, target), checked and converted; `kind` is the kind of target, the other options are as in `checked`.
 
-    `logits_fn` None is not looked at; where it is `coupled`, its answers may depend on the batch and on its place.
-    Raises InputError on what an attack cannot take.
+    `logits_fn` None is not checked. With `coupled`, its logits for an image may depend on the rest of the batch and on
+    the image's position. Raises InputError on arguments that an attack does not accept.
     """
     x = images(x)
     classes = None if logits_fn is None else classes_of(logits_fn, x, kind, stochastic)
@@ -90,14 +89,14 @@ def enter(
 
 
 def _ask(logits_fn, x, stochastic):
-    """Raises InputError where a network's answer about an image depends on the others, the first time that it is seen.
+    """Tests a network at its first use: raises InputError if its logits for an image depend on the other images.
 
-    What could not be found out is said once: of one image alone, and of a network that draws anew in each call. What is
-    no (B, classes) is no answer about images.
+    A warning, given once, says if the test is impossible: with a single image, or for a network that draws random
+    numbers in each call. Outputs of another shape than (B, classes) are not tested.
     """
     if isinstance(logits_fn, Hashable) and logits_fn in _known:
         return
-    if len(x) < 2:  # there may be more the next time
+    if len(x) < 2:  # not remembered: the next call may have more images
         _say_once(checks.ONE_IMAGE)
         return
     keys = jax.random.split(jax.random.key(0), len(x)) if stochastic else None
@@ -110,22 +109,22 @@ def _ask(logits_fn, x, stochastic):
 
 @functools.cache
 def _say_once(text):
-    """Once in a process: of images that are attacked one by one it is no news the second time."""
+    """Logs a warning once per process, since a caller may attack many images one by one."""
     log.warning(text)
 
 
 def _remember(network):
-    with contextlib.suppress(TypeError):  # it cannot be hashed or referred to weakly: it will be asked again
+    with contextlib.suppress(TypeError):  # not hashable, or no weak references: it is tested again next time
         _known.add(network)
 
 
 def has_values(array: Any) -> bool:
-    """Whether an array's values can be read here: it is no tracer, and no part of it lies with another process."""
+    """Whether an array's values can be read: it is not a tracer, and no part of it is on another process."""
     return not isinstance(array, Tracer) and (not isinstance(array, jax.Array) or array.is_fully_addressable)
 
 
 def images(x: Any, name: str = "images") -> Array:
-    """x as a JAX array, checked."""
+    """x as a JAX array of images, checked."""
     widest = jax.dtypes.canonicalize_dtype(np.float64).name  # float64 with jax_enable_x64
     checks.kind_of_images(x, name, ("float32", widest))
     if not has_values(x):
@@ -136,7 +135,7 @@ def images(x: Any, name: str = "images") -> Array:
 
 
 def as_key(key: Any, x: Any) -> Array:
-    """A typed key, or one per image of x, from any form that JAX has had, or from a seed; else InputError."""
+    """A typed key, or one per image of x, from a typed key, an old-style key or a seed; else raises InputError."""
     typed = _typed(key)
     if typed is not None and typed.shape in ((), (len(x),)):
         return typed
@@ -147,7 +146,7 @@ def as_key(key: Any, x: Any) -> Array:
 
 
 def _typed(key) -> Array | None:
-    """Typed keys of any shape; None where it is none and no seed."""
+    """Typed keys of any shape; None if `key` is neither a key nor a seed."""
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         return jax.random.key(_seed(int(key)))
     if not isinstance(key, jax.Array | np.ndarray):
@@ -169,11 +168,11 @@ def _seed(number):
 
 
 def classes_of(logits_fn: Any, x: Any, kind: str = LABELS, stochastic: bool = False) -> int | None:
-    """How many classes a network has, found by a trace that computes nothing.
+    """The number of classes of a network, from its output shape (`jax.eval_shape`, which computes nothing).
 
-    None inside a trace, and where the target may be anything: then the output may be so too. Else the output, or the
-    first of a tuple, must be (B, classes). Raises InputError where it is not, and on a network that cannot be called,
-    is PyTorch's, or cannot be traced by JAX.
+    None inside a trace, and with `kind` ANYTHING, where the output is not restricted either. Otherwise the output, or
+    the first element of a tuple, must be (B, classes). Raises InputError if it is not, and on a network that is not
+    callable, is a PyTorch module, or cannot be traced by JAX.
     """
     given = type(logits_fn)
     if any(base.__module__.partition(".")[0] == "torch" for base in given.__mro__):
@@ -205,7 +204,7 @@ def classes_of(logits_fn: Any, x: Any, kind: str = LABELS, stochastic: bool = Fa
 
 
 def target_of(target: Any, count: int, classes: int | None, kind: str) -> Any:
-    """The target of `count` images, checked, its labels int32; of a tuple (labels, …) the first is looked at."""
+    """The target of `count` images, checked, with labels as int32; of a tuple (labels, …) only the first is checked."""
     if kind == ANYTHING:
         return target
     labels, rest = (target[0], target[1:]) if isinstance(target, tuple) and target else (target, None)
@@ -222,7 +221,7 @@ def target_of(target: Any, count: int, classes: int | None, kind: str) -> Any:
 
 
 def _distributions(rows, count, classes, one_hot):
-    """Rows of probabilities (B, classes), checked."""
+    """Rows of class probabilities (B, classes), checked."""
     if rows.shape[0] != count or (classes is not None and rows.shape[1] != classes):
         raise InputError(
             f"targets have shape {rows.shape}; give ({count}, {classes or 'classes'}), or labels ({count},)"

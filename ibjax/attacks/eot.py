@@ -2,12 +2,13 @@
 
     max_x'  mean_s L(f(k_s, x'), target)          f(k, x): the network with the randomness of key k;  s = 1 … samples
 
-For a randomised network the gradient of one draw is noise; the attack climbs the mean of many. Guarantees (tests of
-the same names): the gradient is the mean of the samples' gradients; a deterministic network gives the plain attack's
-result.
+For a randomised network the gradient of one draw is noisy; the attack maximises the mean loss of many draws. Guarantees
+(tests of the same names): the gradient is the mean of the samples' gradients; a deterministic network gives the plain
+attack's result.
 
-The noise is a function of the key and of the point: every new point has fresh draws, and the same point the same ones.
-With a key per image it depends on that image alone, so neither batch size nor number of devices changes it.
+The random draws are a function of the key and of the point x': a new point gets fresh draws, and the same point the
+same ones. With a key per image they depend on that image alone, so neither batch size nor number of devices changes
+them.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from ibjax.errors import check_count
 
 Stochastic = Callable[[Array, Array], Any]  # (one key, x (B, H, W, C)) -> logits (B, classes), or (logits, …)
 StochasticAttack = Callable[[Array, Stochastic, Array, Array], Array]
-_NOISE = 0x656F74  # folded into the key: the network's draws are not those of the attack's start
+_NOISE = 0x656F74  # folded into the key: the network's draws differ from those of the attack's start
 
 
 def eot(
@@ -35,10 +36,10 @@ def eot(
 
     Args:
       attack: a factory that takes a `loss` function of the network's output: `pgd`, `mim`, `nifgsm`, `spsa`.
-        Its other decisions, as between restarts, see the mean logits.
+        Its other decisions, such as the choice between restarts, use the mean logits.
       samples: draws per gradient; memory grows with samples × batch.
-      loss: of one draw, as in `pgd`.
-      options: of the attack.
+      loss: the loss of one draw, as in `pgd`.
+      options: further options of the attack.
 
     Attacks without such a `loss` can be given `lambda x: sampled(key, stochastic, samples)(x)[0]`, the mean logits.
     """
@@ -52,7 +53,7 @@ def eot(
     def expected(key: Array, stochastic: Stochastic, x: Array, target: Array) -> Array:
         key = as_key(key, images(x))
         network = sampled(fold_in(key, _NOISE), stochastic, samples)
-        # an image's draws are those of its place in the batch
+        # coupled: an image's draws depend on its position in the batch
         key, x, target = enter(key, network, x, target, target_kind(loss), coupled=True)
         return ascend(key, network, x, target)
 
@@ -60,7 +61,7 @@ def eot(
 
 
 def sampled(key: Array, stochastic: Stochastic, samples: int) -> Callable[[Array], tuple[Array, Any]]:
-    """x -> (mean logits (B, classes), all outputs with a leading axis of `samples`); `key` is one or one per image."""
+    """x -> (mean logits (B, classes), all outputs with a leading axis `samples`); `key` is one key or one per image."""
     check_count("samples", samples)
 
     def forward(x):

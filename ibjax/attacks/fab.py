@@ -1,12 +1,12 @@
 """FAB: Croce & Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", ICML 2020.
 
-With df_k = z_k − z_y and the boundary's linearisation { x' : df_k + <∇df_k, x' − x_t> = 0 } of the class k of smallest
-|df_k| / ||∇df_k||_q (q dual to p):
+Let df_k = z_k − z_y, and let k be the class with the smallest |df_k| / ||∇df_k||_q (q dual to p). The decision boundary
+to class k is linearised at x_t to the hyperplane { x' : df_k + <∇df_k, x' − x_t> = 0 }. Each step computes
 
     d₁, d₀ = the shortest steps, in l_p, from x_t and from x onto that hyperplane inside [0, 1]
     α      = min( ||d₁|| / (||d₁|| + ||d₀||), α_max )
     x_{t+1} = clip( (1 − α)·(x_t + η·d₁) + α·(x + η·d₀), 0, 1 )
-    where x_{t+1} is misclassified: remembered if nearer to x than all before, then x_{t+1} ← x + β·(x_{t+1} − x)
+    if x_{t+1} is misclassified: it is stored if it is the nearest to x so far, then x_{t+1} ← x + β·(x_{t+1} − x)
 
 | symbol     | code     | default |
 |------------|----------|---------|
@@ -17,10 +17,10 @@ With df_k = z_k − z_y and the boundary's linearisation { x' : df_k + <∇df_k,
 | β          |          | 0.9     |
 | k          | targets  | 0       | 9: one run for each of the 9 largest other clean logits (FAB-T)
 
-FAB seeks the nearest adversarial image and knows no radius: what it finds counts only within eps.
+FAB searches for the nearest adversarial image and does not use a radius; a result counts only if it lies within eps.
 
-Guarantees (tests of the same names): x_adv lies in the eps-ball and in [0, 1]; the steps onto the hyperplane are those
-of a quadratic and of a linear programme's solver.
+Guarantees (tests of the same names): x_adv lies in the eps-ball and in [0, 1]; the steps onto the hyperplane
+agree with the solvers of a quadratic and a linear programme.
 """
 
 from typing import NamedTuple
@@ -44,30 +44,31 @@ def fab(
 
     Args:
       norm: "linf", "l2" or "l1".
-      eps: radius in [0, 1] pixel units, as "8/255" or a float; farther images come back unchanged.
-      steps: of each run; a step costs two forward passes and the gradient of every class, or of one with `targets`.
-      restarts: runs; only the first one starts at x.
-      targets: 0 attacks all classes at once; n the n largest other clean logits in turn.
+      eps: radius in [0, 1] pixel units, as "8/255" or a float; if the result lies farther away, x is returned.
+      steps: steps of each run; a step costs two forward passes and the gradient of every class, or with `targets` of
+        one class.
+      restarts: number of runs; only the first one starts at x.
+      targets: 0 attacks all classes at once; n > 0 attacks the classes of the n largest other clean logits in turn.
 
     Returns:
       The attack. `x` is (B, H, W, C) in [0, 1], `y` labels (B,), `key` one key or one per image.
 
     Raises:
-      InputError: an unknown norm, or an eps or a number that is none.
+      InputError: an unknown norm, an invalid eps, or a number out of range.
     """
     return as_attack(iterative_fab(norm, eps, steps, restarts, targets))
 
 
 class State(NamedTuple):
-    """Of a run; images are (B, H, W, C), numbers (B,)."""
+    """The state of a run; images are (B, H, W, C), numbers (B,)."""
 
     x: Array  # x_t
     x_best: Array  # nearest misclassified image
-    nearest: Array  # its distance from x, infinite where there is none
+    nearest: Array  # the distance of x_best from x; infinite if no misclassified image was found
 
 
 def iterative_fab(norm: str, eps: "str | float", steps: int = 100, restarts: int = 1, targets: int = 0) -> Iterative:
-    """FAB in its parts; arguments as `fab`."""
+    """FAB as an `Iterative`, for the runner; arguments as in `fab`."""
     norm, radius = geometry.check_norm(norm), geometry.one_radius(eps, norm)
     for name, value, least in (("steps", steps, 1), ("restarts", restarts, 1), ("targets", targets, 0)):
         check_count(f"fab's {name}", value, least)
@@ -80,7 +81,7 @@ def iterative_fab(norm: str, eps: "str | float", steps: int = 100, restarts: int
 
     def step(i, logits_fn, x, y, other, state):
         df, w = slopes(logits_fn, state.x, y, other, norm)
-        df, w = geometry.finite(df), geometry.finite(w)  # at a point of NaN logits there is no boundary to step to
+        df, w = geometry.finite(df), geometry.finite(w)  # with NaN logits there is no boundary to step to
         above = df + jnp.sum((w * (x - state.x)).reshape(x.shape[0], -1), 1)  # the same linear function, at x
         points, normals, excess = (jnp.concatenate(pair) for pair in ((state.x, x), (w, w), (df, above)))
         d1, d0 = jnp.split(step_onto_hyperplane(points, normals, excess, norm), 2)
@@ -127,7 +128,7 @@ def _nearest_boundary(logits_fn, x, y, other, norm):
     logits, pull_back = jax.vjp(logits_fn, x)
     classes = logits.shape[-1]
     is_true = jax.nn.one_hot(y, classes, dtype=bool)
-    # one pull-back per class, of all images at once: ∇(z_k − z_y)
+    # one vector-Jacobian product per class, for all images at once: ∇(z_k − z_y)
     towards = jnp.eye(classes, dtype=logits.dtype)[:, None, :] - is_true.astype(logits.dtype)[None]  # (K, B, K)
     gradients = jax.vmap(lambda cotangent: pull_back(cotangent)[0])(towards)  # (K, B, H, W, C)
     z_y = jnp.sum(jnp.where(is_true, logits, 0.0), axis=-1, keepdims=True)
@@ -144,13 +145,15 @@ def _nearest_boundary(logits_fn, x, y, other, norm):
 
 
 def step_onto_hyperplane(x: Array, w: Array, above: Array, norm: str) -> Array:
-    """argmin ||d||_p subject to <w, d> = −above and x + d in [0, 1]; the box's farthest corner where none reaches it.
+    """argmin ||d||_p subject to <w, d> = −above and x + d in [0, 1].
 
-    With w turned so that above ≥ 0, every pixel moves against sign(w_i), no farther than its wall at distance c_i:
+    If the hyperplane does not meet the box, the result is the step to the corner of the box that is nearest to it.
+    With the sign of w chosen so that above ≥ 0, every pixel moves against sign(w_i), at most by its distance c_i to the
+    bound:
 
         l_inf: |d_i| = min(λ, c_i)        l2: |d_i| = min(λ·|w_i|, c_i)        l1: steepest pixels first, each up to c_i
 
-    with the smallest λ of Σ |w_i|·|d_i| = above.
+    with the smallest λ that satisfies Σ |w_i|·|d_i| = above.
 
     Args:
       x, w: images and the hyperplane's normals, (B, H, W, C).
@@ -172,10 +175,10 @@ def step_onto_hyperplane(x: Array, w: Array, above: Array, norm: str) -> Array:
 
 
 def _multiplier(slope, most, wanted):
-    """The smallest λ with Σ_i min(λ·slope_i, most_i) = wanted, (B, 1, 1, 1); infinite where there is none.
+    """The smallest λ with Σ_i min(λ·slope_i, most_i) = wanted, (B, 1, 1, 1); infinite if there is none.
 
-    The sum is concave and piecewise linear in λ, so Newton's method from 0 climbs to the root without passing it, and
-    ends exactly on the root's own piece.
+    The sum is concave and piecewise linear in λ, so Newton's method from 0 approaches the root from below and is exact
+    once it reaches the linear piece that contains the root.
     """
     axes = tuple(range(1, slope.ndim))
 
@@ -199,7 +202,7 @@ def _multiplier(slope, most, wanted):
 
 
 def _steepest_first(steepness, room, wanted):
-    """Fills each pixel's room in the order of falling steepness until Σ steepness·length = wanted."""
+    """Moves the pixels in order of decreasing steepness, each to its bound, until Σ steepness·length = wanted."""
     batch = steepness.shape[0]
     flat = [value.reshape(batch, -1) for value in (steepness, room)]
     order = jnp.argsort(-flat[0], axis=1)

@@ -1,6 +1,6 @@
-"""What all attacks share: the threat model (norm, eps, pixel box [0, 1]), its projection, step rule and starts.
+"""Geometry that all attacks share: the threat model (norm, eps, pixel box [0, 1]), projection, step rule and starts.
 
-Images are (B, H, W, C) float32 in [0, 1]; eps is a radius in the same units, per attack or per image (B,).
+Images are (B, H, W, C) float32 in [0, 1]; eps is a radius in the same units, one number or one per image (B,).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,14 +15,14 @@ from jax.core import Tracer
 from ibjax.errors import InputError, is_number, nearest
 
 NORMS = ("linf", "l2", "l1")
-# No published threat model on [0, 1] images reaches these; an eps in 0..255 units does.
+# Every published eps for [0, 1] images lies below these bounds; an eps in 0..255 units does not.
 _LARGEST_EPS = {"linf": 1.0, "l2": 8.0, "l1": 256.0}
 
 
 def check_norm(norm: Any, allowed: Sequence[str] = NORMS) -> str:
     """The norm's name in NORMS, from any spelling: "linf", "Linf", "L_inf", "inf", np.inf; "l2", "L2", "2", 2; "L1", 1.
 
-    Raises InputError unless it is one of the allowed ones.
+    Raises InputError unless the norm is in `allowed`.
     """
     text = str(norm).lower().replace("_", "").removeprefix("l").removesuffix(".0")
     name = f"l{text}"
@@ -32,7 +32,7 @@ def check_norm(norm: Any, allowed: Sequence[str] = NORMS) -> str:
 
 
 def fraction(value: "str | float | Array") -> "float | Array":
-    """ "8/255" -> 0.0313…; numbers and arrays pass unchanged. Raises InputError on a text that is no number."""
+    """ "8/255" -> 0.0313…; numbers and arrays pass unchanged. Raises InputError on a string that is not a number."""
     if not isinstance(value, str):
         return value
     try:
@@ -43,10 +43,10 @@ def fraction(value: "str | float | Array") -> "float | Array":
 
 
 def radius(eps: "str | float | Array", norm: str, name: str = "eps") -> "float | Array":
-    """The length that `eps` means, checked: eps=8 is refused, since images live in [0, 1].
+    """`eps` as a number or an array, checked: eps=8 in l_inf is refused, since images lie in [0, 1].
 
-    A 0-d array is a number; an array (B,) has a length for each image. Arrays are checked where their values are known,
-    not inside `jit`.
+    A 0-d array counts as a number; an array (B,) has one radius per image. The values of arrays are checked only
+    outside `jit`.
     """
     norm, eps = check_norm(norm), fraction(eps)
     if isinstance(eps, jax.Array | np.ndarray):
@@ -73,7 +73,7 @@ def radius(eps: "str | float | Array", norm: str, name: str = "eps") -> "float |
 
 
 def step(step_size: "str | float | Array", norm: str, eps: "float | Array") -> "float | Array":
-    """`radius` of a step: above 0, unless eps is 0 itself, for an attack of such steps would show its start alone."""
+    """`radius` for a step size. It must be above 0 unless eps is 0, as the attack would never leave its start."""
     length = radius(step_size, norm, "step_size")
     zero = [not isinstance(value, Tracer) and np.any(np.asarray(value) == 0) for value in (length, eps)]
     if zero[0] and not zero[1]:
@@ -82,7 +82,7 @@ def step(step_size: "str | float | Array", norm: str, eps: "float | Array") -> "
 
 
 def one_radius(eps: "str | float", norm: str) -> float:
-    """`radius` for attacks whose programs are made for one length: no array but a 0-d one, no tracer."""
+    """`radius` for attacks that need one concrete number: arrays other than 0-d ones, and tracers, are refused."""
     length = radius(eps, norm)
     if isinstance(length, jax.Array):
         raise InputError("eps is an array; this attack takes one number for all images, as '8/255'")
@@ -90,9 +90,9 @@ def one_radius(eps: "str | float", norm: str) -> float:
 
 
 def per_image(value: "float | Array", x: Array) -> "float | Array":
-    """Shapes a value per image (B,) so that it broadcasts against x (B, H, W, C); scalars pass unchanged.
+    """Reshapes a value per image (B,) so that it broadcasts against x (B, H, W, C); scalars pass unchanged.
 
-    Raises InputError where there are as many values as neither one nor images.
+    Raises InputError unless there is one value, or one per image.
     """
     if isinstance(value, jax.Array) and value.ndim == 1:
         if value.shape[0] not in (1, x.shape[0]):
@@ -102,7 +102,7 @@ def per_image(value: "float | Array", x: Array) -> "float | Array":
 
 
 def finite(gradient: Array) -> Array:
-    """The gradient, 0 where it is NaN or infinite: there it says nothing."""
+    """The gradient with 0 in place of NaN and infinite entries, which carry no information."""
     return jnp.where(jnp.isfinite(gradient), gradient, 0.0)
 
 
@@ -112,7 +112,7 @@ def l2_norm(x: Array) -> Array:
 
 
 def size(delta: Array, norm: str) -> Array:
-    """The norm of each image, kept broadcastable: (B, 1, 1, 1)."""
+    """The norm of `delta` for each image, kept broadcastable: (B, 1, 1, 1)."""
     norm, axes = check_norm(norm), tuple(range(1, delta.ndim))
     if norm == "linf":
         return jnp.max(jnp.abs(delta), axis=axes, keepdims=True)
@@ -129,7 +129,7 @@ def project(x_adv: Array, x: Array, norm: str, eps: "float | Array") -> Array:
     """Π: first onto the eps-ball around x, then onto the box [0, 1].
 
     Clipping moves every pixel towards x, which is in the box, so the result lies in both. In l1 it is the exact
-    projection onto ball and box together.
+    projection onto the intersection of ball and box.
     """
     norm, eps = check_norm(norm), per_image(eps, x)
     if norm == "l1":
@@ -145,10 +145,10 @@ def project(x_adv: Array, x: Array, norm: str, eps: "float | Array") -> Array:
 def _project_l1(x_adv, x, eps):
     """The nearest point, in Euclidean distance, of { u : ||u − x||_1 ≤ ε, u in [0, 1] } (Croce & Hein 2021).
 
-        u_i = x_i + sign(δ_i) · clip(|δ_i| − λ, 0, room_i)          δ = x_adv − x, room: from x_i to the box's wall
+        u_i = x_i + sign(δ_i) · clip(|δ_i| − λ, 0, room_i)        δ = x_adv − x, room_i: distance of x_i to its bound
 
-    with the smallest λ ≥ 0 that brings u into the ball: the sum falls with λ, and bisection finds it. The radius is
-    a millionth short, which float32 would otherwise take back as rounding of the sum.
+    with the smallest λ ≥ 0 that brings u into the ball. ||u − x||_1 decreases with λ, so bisection finds it. The radius
+    is reduced by a millionth, so that float32 rounding of the sum does not put u outside the ball.
     """
     delta = x_adv - x
     room, length = jnp.where(delta > 0, 1.0 - x, x), jnp.abs(delta)
@@ -181,8 +181,8 @@ def ascent_direction(gradient: Array, norm: str) -> Array:
 def draw(sampler: Callable, key: Array, x: Array) -> Array:
     """Noise of x's shape from one key, or image by image from a key per image (B,).
 
-    Evaluation passes a key per image, folded from the image's index, so that neither the batch size nor the
-    number of devices changes a single draw.
+    Evaluation passes a key per image, folded from the image's index, so that neither batch size nor number of devices
+    changes the draws.
     """
     if key.ndim == 0:
         return sampler(key, x.shape, x.dtype)
@@ -206,7 +206,7 @@ def _none(key, x, norm, eps):
 def _uniform(key, x, norm, eps):
     if norm == "linf":
         return project(_uniform_unclipped(key, x, norm, eps), x, norm, eps)
-    # Rice et al.: a Gaussian direction, at a radius uniform in [0, eps]
+    # Rice et al.: a Gaussian direction and a radius uniform in [0, eps]
     if key.ndim == 0:
         direction_key, length_key = jax.random.split(key)
         length = jax.random.uniform(length_key, (x.shape[0],), x.dtype)
@@ -232,16 +232,16 @@ def _gaussian(key, x, norm, eps):
 
 
 STARTS = {
-    "none": _none,  # x itself (FGSM; a KL to one's own clean prediction has zero gradient here)
+    "none": _none,  # x itself (FGSM; not for a KL to the clean prediction, whose gradient is zero here)
     "uniform": _uniform,  # in the ball, inside the box (PGD; l2: Gaussian direction × U(0, eps))
-    "uniform_unclipped": _uniform_unclipped,  # in the l_inf cube, may leave the box (ARD)
+    "uniform_unclipped": _uniform_unclipped,  # in the l_inf cube; may lie outside the box (ARD)
     "uniform_projected": _uniform_projected,  # l2: a point of the cube, projected (advertorch)
     "gaussian": _gaussian,  # x + 0.001·N(0, 1), not clipped (TRADES, MART, RSLAD, IBD)
 }
 
 
 def start(key: Array, x: Array, norm: str, eps: "float | Array", init: str) -> Array:
-    """The attack's first point, by the name of a rule in STARTS; `norm` is "linf" or "l2"."""
+    """The attack's first point, by the rule called `init` in STARTS; `norm` is "linf" or "l2"."""
     return STARTS[init](key, x, check_norm(norm, ("linf", "l2")), eps)
 
 

@@ -1,4 +1,4 @@
-"""Programs whose closed-over arrays are arguments: a network's weights, as constants, would be compiled into each."""
+"""Makes the arrays that a function closes over its arguments, so that weights are not compiled in as constants."""
 
 import inspect
 from collections.abc import Callable
@@ -9,14 +9,15 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 
 def unjitted(f: Callable) -> Callable:
-    """What `jax.jit` was given, or f itself: what a jitted function closes over is a constant of its program."""
+    """The function that `jax.jit` wraps, or f itself: a jitted function keeps what it closes over as constants."""
     return inspect.unwrap(f, stop=lambda f: not isinstance(f, jax.stages.Wrapped))
 
 
 def hoisted(program: Callable, *arguments: Any) -> tuple[Callable, list[Any], Any]:
-    """(a function (constants, *leaves) -> leaves, the constants, the structure of the result) of a program.
+    """Traces `program` and returns (function, constants, tree structure of the result).
 
-    `leaves` are those of the arguments, and of the result; the arguments give shapes and types only.
+    The function maps (constants, *leaves of the arguments) to the leaves of the result. Of `arguments` only shapes and
+    dtypes are used.
     """
     closed, shapes = jax.make_jaxpr(program, return_shape=True)(*arguments)
 

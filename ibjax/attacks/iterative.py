@@ -1,8 +1,8 @@
-"""An attack taken apart into its steps, so that whoever runs it decides how many at once, and for which images.
+"""An attack split into its steps, so that the caller decides how many steps to run at a time, and for which images.
 
 `as_attack` runs all steps of all restarts and targets in one traceable function; `runner.py` drives the same parts from
-the host over many images, as AutoAttack does. Every leaf of a state holds one entry per image, and no image sees
-another, so a state may be split, padded and compacted between any two steps.
+the host over many images, as AutoAttack does. Every leaf of a state holds one entry per image, and images do not
+influence each other, so a state may be split, padded and compacted between any two steps.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,13 +17,13 @@ from ibjax.attacks import Attack, geometry
 from ibjax.attacks.entrance import checked
 
 State = Any
-_ANSWERS = 1 << 20  # folded into keys for what a random network answers, apart from those of the passes
+_ANSWERS = 1 << 20  # folded into the keys of clean and final forward passes of a random network
 
 
 class Iterative(NamedTuple):
-    """The parts; `other` (B,) is the class to reach where the attack is targeted, any class where it is not.
+    """The parts of an attack. `other` (B,) is the target class of a targeted attack, and ignored by an untargeted one.
 
-    With `eot`, `logits_fn` takes `(x, keys)`, a key per image, and answers with another sample for each.
+    With `eot`, `logits_fn` takes `(x, keys)`, a key per image, and returns a sample for each image.
     """
 
     kind: str  # "apgd", "fab" or "square"
@@ -31,34 +31,35 @@ class Iterative(NamedTuple):
     eps: float
     init: Callable[[Array, Array, Array, Array], State]  # (keys (B,), restart, x, y) -> state, without the network
     step: Callable[..., State]  # (i, logits_fn, x, y, other, state) -> state, for i = 0 … steps − 1
-    steps: int  # evaluations of the network in one run, each with its gradient if the attack has one
-    x_adv: Callable[[Array, State], Array]  # (x, state) -> what was found, x itself where nothing was
+    steps: int  # evaluations of the network in one run, each with a gradient if the attack uses gradients
+    x_adv: Callable[[Array, State], Array]  # (x, state) -> the adversarial images found; x itself if none was found
     done: Callable[[State], Array] | None = None  # (B,) bool: further steps change nothing; None: never
     flat: Callable[[State], Array] | None = None  # (B,) bool: the gradient was zero or not finite at the start
     gradient: bool = True  # whether a step has a backward pass
     restarts: int = 1
     targets: int = 0  # classes to attack, from the second largest clean logit down; 0: untargeted
     eot: int | None = None
-    settings: Mapping[str, Any] = MappingProxyType({})  # what else its results depend on
+    settings: Mapping[str, Any] = MappingProxyType({})  # all other options that its results depend on
     best: Callable[[Array, State], Array] | None = (
-        None  # (x, state) -> of a random network: x_adv, or what comes closest
+        None  # for random networks, (x, state) -> x_adv, or the strongest image if none was found
     )
 
     def identity(self) -> dict[str, Any]:
-        """All that says which attack it is, as plain data."""
+        """Everything that identifies the attack, as plain data."""
         counts = dict(steps=self.steps, restarts=self.restarts, targets=self.targets, eot=self.eot)
         return dict(kind=self.kind, norm=self.norm, eps=self.eps, **counts, **self.settings)
 
 
 def other_classes(logits: Array) -> Array:
-    """Classes by falling clean logit, the largest left out: (B, classes − 1)."""
+    """Classes in order of decreasing clean logit, without the largest: (B, classes − 1)."""
     return jnp.argsort(-logits, axis=-1)[:, 1:]
 
 
 def as_attack(attack: Iterative) -> Attack:
-    """`(key, logits_fn, x, y) -> x_adv`: images that are wrong as they are, or withstand every pass, come back as x.
+    """`(key, logits_fn, x, y) -> x_adv`, which runs every pass: each restart towards each target.
 
-    Of an image that several passes break, the first one's result is returned.
+    An image that is misclassified without attack, or that no pass breaks, is returned unchanged. If several passes
+    break an image, the result of the first one is returned.
     """
 
     def run(key: Array, logits_fn: Callable, x: Array, y: Array) -> Array:

@@ -12,9 +12,9 @@ Each iteration minimises the model  m(z) = gᵀz + ½ zᵀBz,  B = θI − W K�
 with W = [Y, θS], K = [[−D, Lᵀ], [L, θSᵀS]], D and L the diagonal and the strictly lower part of SᵀY, θ = yᵀy / sᵀy.
 
 Differences from the Fortran code: every pair is scaled so that sᵀy = 1, which leaves B as it is and K well conditioned
-in float32; the path's segments are computed at once rather than one after the other; the line search asks for
-sufficient decrease alone (1, the step to the minimum of the model, is its longest) and interpolates by parabolas, so
-that the iterates differ once a step was shortened; pairs without curvature are dropped.
+in float32; the path's segments are computed at once rather than one after the other; the line search requires only
+sufficient decrease (its first and longest step, 1, leads to the minimum of the model) and interpolates by parabolas, so
+the iterates differ from the Fortran code's once a step was shortened; pairs without curvature are dropped.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 _matmul = partial(jnp.matmul, precision="highest")  # GPUs would round to TF32
-_DECREASE = 1e-3  # share of the promised decrease that a step must bring
+_DECREASE = 1e-3  # a step must achieve this share of the decrease that the slope predicts
 _SEARCHES = 20
 
 
@@ -47,10 +47,10 @@ class _Model(NamedTuple):
 def minimize(
     fun: Callable[[Array], Array], x: Array, lower: Array, upper: Array, *, steps: int, memory: int = 10
 ) -> tuple[Array, Array]:
-    """(x, fun(x)) after at most `steps` iterations from x (D,), which lies in the box of lower and upper (D,).
+    """(x, fun(x)) after at most `steps` iterations from x (D,), which lies between `lower` and `upper` (D,).
 
-    `fun` maps (D,) to a scalar. It is called once per iteration, and again where the line search shortens the step;
-    under `vmap` as often as the slowest problem asks.
+    `fun` maps (D,) to a scalar. It is called once per iteration, and again each time the line search shortens the step;
+    under `vmap`, as often as the problem that needs most calls.
     """
     value_and_gradient = jax.value_and_grad(fun)
 
@@ -60,7 +60,7 @@ def minimize(
         target = _subspace_minimum(state.x, state.gradient, cauchy, lower, upper, model)
         moved, x, value, gradient = _line_search(value_and_gradient, state, target - state.x, lower, upper)
         s, y = _remember(state.s, state.y, x - state.x, gradient - state.gradient)
-        s, y = (jnp.where(moved, pairs, 0.0) for pairs in (s, y))  # no decrease: forget, and try the gradient
+        s, y = (jnp.where(moved, pairs, 0.0) for pairs in (s, y))  # no decrease: clear the memory
         new = _State(x, value, gradient, s, y)
         return jax.tree.map(lambda new, old: jnp.where(moved, new, old), new, state)._replace(s=s, y=y)
 
@@ -70,7 +70,7 @@ def minimize(
 
 
 def _remember(s_all, y_all, s, y):
-    """The memory with a new pair, scaled to sᵀy = 1, in place of the oldest; a pair without curvature is left out."""
+    """The memory with a new pair, scaled to sᵀy = 1, in place of the oldest; a pair without curvature is ignored."""
     sy, yy = jnp.sum(s * y), jnp.sum(y * y)
     curved = sy > jnp.finfo(s.dtype).eps * yy
     scale = lax.rsqrt(jnp.where(curved, sy, 1.0))
@@ -82,7 +82,7 @@ def _remember(s_all, y_all, s, y):
 
 
 def _model(s, y):
-    """B as θ, W and K. An empty pair gets a 1 on K's diagonals, and columns of zeros in W."""
+    """The model's B as (θ, W, K). An unused pair has 1 on the diagonals of K, and columns of zeros in W."""
     sy, ss, yy = _matmul(s.T, y), _matmul(s.T, s), jnp.sum(y[:, -1] ** 2)
     there = jnp.diagonal(sy) > 0
     theta = jnp.where(there[-1], yy, 1.0)
@@ -93,10 +93,10 @@ def _model(s, y):
 
 
 def _solve(a, b):
-    """a⁻¹b by Gauss-Jordan elimination with pivoting, (n, n) and (n,) or (n, k).
+    """a⁻¹b by Gauss-Jordan elimination with pivoting, for a (n, n) and b (n,) or (n, k).
 
-    Not by LAPACK: under `vmap` a call for many matrices waits on XLA's threads for its own parts, and two such calls at
-    a time hang for good on two cores (`ibjax.information.linalg`).
+    LAPACK is not used: under `vmap`, a batched call waits on XLA's threads for its own parts, and two such calls at the
+    same time deadlock on two cores (see `ibjax.information.linalg`).
     """
     n, rows = len(a), jnp.concatenate([a, b.reshape(len(a), -1)], axis=1)
 
@@ -112,7 +112,7 @@ def _solve(a, b):
 
 
 def _cauchy_point(x, g, lower, upper, model):
-    """The first minimum of m along P(x − t g), a parabola between the times t at which a variable meets its bound.
+    """The first minimum of m along P(x − t g), a parabola between the values of t where a variable meets its bound.
 
     After j of these, with d the direction of the variables still free, S = ‖d‖², p = Wᵀd and c = Wᵀ(P(x − t g) − x):
     m' = −S + θ t S − pᵀK⁻¹c and m'' = θS − pᵀK⁻¹p.
@@ -137,9 +137,9 @@ def _cauchy_point(x, g, lower, upper, model):
 
 
 def _subspace_minimum(x, g, cauchy, lower, upper, model):
-    """The minimum of m with the variables at their bounds kept there, projected onto the box.
+    """The minimum of m over the variables that are free at the Cauchy point, projected onto the box.
 
-    With the residual r = ∇m at the Cauchy point: d = −r/θ − W (K − WᵀW/θ)⁻¹ Wᵀr/θ², rows of free variables alone.
+    With the residual r = ∇m at the Cauchy point: d = −r/θ − W (K − WᵀW/θ)⁻¹ Wᵀr/θ², restricted to the free variables.
     """
     theta, free = model.theta, (lower < cauchy) & (cauchy < upper)
     w = jnp.where(free[:, None], model.w, 0.0)
@@ -154,11 +154,11 @@ def _subspace_minimum(x, g, cauchy, lower, upper, model):
 
 
 def _line_search(value_and_gradient, state, d, lower, upper):
-    """(whether f decreased enough, x, f(x), ∇f(x)): t = 1, then the minimum of the parabola through what is known."""
+    """(whether f decreased enough, x, f(x), ∇f(x)): tries t = 1, then minima of the interpolating parabola."""
     slope = jnp.sum(state.gradient * d)
 
     def try_step(t):
-        x = jnp.clip(state.x + t * d, lower, upper)  # d ends in the box; this is for rounding
+        x = jnp.clip(state.x + t * d, lower, upper)  # x + d lies in the box; clipping removes rounding
         return x, *value_and_gradient(x)
 
     def too_long(carry):
@@ -168,7 +168,7 @@ def _line_search(value_and_gradient, state, d, lower, upper):
     def shorten(carry):
         count, t, _, value, _ = carry
         parabola = -slope * t / (2 * (value - state.value - slope * t))
-        t = t * jnp.where(parabola > 0, jnp.clip(parabola, 0.1, 0.5), 0.5)  # also where the value is NaN
+        t = t * jnp.where(parabola > 0, jnp.clip(parabola, 0.1, 0.5), 0.5)  # one half also if the value is NaN
         return count + 1, t, *try_step(t)
 
     descends = slope < 0

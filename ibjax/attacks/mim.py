@@ -5,13 +5,14 @@
 
 | symbol | code      | default |
 |--------|-----------|---------|
-| μ      | decay     | 1.0     | 0 is the basic iterative method, `pgd(init="none")`
+| μ      | decay     | 1.0     | with μ = 0 it is the basic iterative method, `pgd(init="none")`
 | ε      | eps       | "8/255" |
 | α      | step_size | "2/255" |
 | T      | steps     | 10      |
 
-Deviations: the paper divides by the l_1 norm, here as in torchattacks it is the mean of absolute values, which scales g
-by the number of pixels and leaves its direction. A gradient of exactly zero stays zero, where torchattacks gets NaN.
+Deviations: the paper divides by the l_1 norm. This file, like torchattacks, divides by the mean of absolute values,
+which scales g by the number of pixels and does not change its direction. A gradient of exactly zero stays zero, where
+torchattacks computes NaN.
 """
 
 from collections.abc import Callable
@@ -37,13 +38,13 @@ def mim(
     unroll: bool | None = None,
     lookahead: bool = False,
 ) -> Attack:
-    """An attack `(key, logits_fn, x, target) -> x_adv`; `decay` is μ, all else as in `pgd`.
+    """An attack `(key, logits_fn, x, target) -> x_adv`; `decay` is μ, the other options are as in `pgd`.
 
-    `lookahead` takes the gradient at x_t + μ · step_size · g_t in place of x_t, in l_inf only: see `nifgsm`.
+    `lookahead` evaluates the gradient at x_t + μ · step_size · g_t instead of x_t, in l_inf only: see `nifgsm`.
 
     Raises:
-      InputError: an eps that is no radius on [0, 1] images, an unknown loss, norm or init, steps < 1, decay < 0, or
-        `lookahead` in another norm than "linf", as the length of the look-ahead is defined for signs only.
+      InputError: an eps that is not a radius for [0, 1] images, an unknown loss, norm or init, steps < 1, decay < 0, or
+        `lookahead` with a norm other than "linf", since the length of the look-ahead is defined for sign steps only.
     """
     norm = geometry.check_norm(norm, ("linf", "l2"))
     if lookahead and norm != "linf":

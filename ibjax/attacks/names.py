@@ -1,4 +1,4 @@
-"""Names of attacks as text: "cw-l2-200(c=0.1,lr=0.1)" is "cw-l2-200" with two options. What they mean: `named.py`.
+"""Names of attacks as text: "cw-l2-200(c=0.1,lr=0.1)" is "cw-l2-200" with two options. `named.py` builds the attacks.
 
 NAME            "fgsm", "pgd-20", "autoattack"
 NAME(OPTION=VALUE,…)
@@ -11,13 +11,13 @@ from typing import Any
 
 from ibjax.errors import InputError
 
-# C&W is by its authors an attack in l2; PGD on the margin loss, which papers write "CW" in l_inf, is called what it is
+# "cw" means the authors' l2 attack only. PGD on the margin loss, which many papers call CW in l_inf, is named "margin"
 RENAMED = {"cw": "margin"}
 log = logging.getLogger(__name__)
 
 
 def split(text: str) -> list[str]:
-    """The parts of a list with commas between them; those within parentheses belong to a part."""
+    """Splits text at its commas, except those within parentheses."""
     parts, depth = [""], 0
     for character in text:
         depth += (character == "(") - (character == ")")
@@ -29,7 +29,7 @@ def split(text: str) -> list[str]:
 
 
 def parse(name: str) -> tuple[str, dict[str, Any]]:
-    """("cw-l2-200", {"c": 0.1, "lr": 0.1}) of a name with options; raises InputError where it cannot be read."""
+    """Splits a name with options, as into ("cw-l2-200", {"c": 0.1, "lr": 0.1}); raises InputError on other syntax."""
     base, opened, inside = str(name).strip().partition("(")
     base = base.strip()
     family, dash, steps = base.rpartition("-")
@@ -53,7 +53,7 @@ def parse(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _value(text):
-    """A number, a truth value, or the text itself."""
+    """The value of an option: a number, a boolean, or the text itself."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -62,7 +62,7 @@ def _value(text):
 
 
 def with_options(base: str, options: dict[str, Any]) -> str:
-    """The name with its options in alphabetical order: one name for one attack."""
+    """The name with its options in alphabetical order, so that each attack has exactly one name."""
     if not options:
         return base
     texts = (f"{key}={value:.12g}" if isinstance(value, float) else f"{key}={value}" for key, value in options.items())
@@ -70,24 +70,24 @@ def with_options(base: str, options: dict[str, Any]) -> str:
 
 
 def add(name: str, **options: Any) -> str:
-    """The canonical name with more options."""
+    """The canonical name of the attack with further options."""
     base, given = parse(name)
     return with_options(base, {**given, **options})
 
 
 def canonical(name: str) -> str:
-    """The name as records have it: without spaces, options in alphabetical order, nothing under an old name."""
+    """The name as in records: without spaces, options in alphabetical order, old names replaced."""
     name, source, title = str(name).partition(" from ")
     return with_options(*parse(name)) + source + title
 
 
 def in_file_name(text: Any) -> str:
-    """A name or a length as part of a file's name: "4/255" as "4_255"."""
+    """A name or a length in a form that a file name can contain: "4/255" becomes "4_255"."""
     return str(text).replace("/", "_")
 
 
 def old(name: str) -> str:
-    """What a canonical name was called before it was renamed: itself, where it was not."""
+    """The former name of a canonical name; the name itself if it was never renamed."""
     for before, now in RENAMED.items():
         if name.startswith(f"{now}-"):
             return before + name.removeprefix(now)
@@ -95,7 +95,7 @@ def old(name: str) -> str:
 
 
 def tell_of_old(names: Iterable[str]) -> None:
-    """One line for each of the names that is an old one."""
+    """Logs a warning for each name that is an old one."""
     for name in names:
         base, _ = parse(name)
         if not name.strip().startswith(base):

@@ -7,13 +7,14 @@ Adversarial Attacks", ICLR 2020.
 
 | symbol | code      | default |
 |--------|-----------|---------|
-| μ      | decay     | 1.0     | 0 is the basic iterative method, `pgd(init="none")`
+| μ      | decay     | 1.0     | with μ = 0 it is the basic iterative method, `pgd(init="none")`
 | ε      | eps       | "8/255" |
 | α      | step_size | "2/255" |
 | T      | steps     | 10      |
 
-Deviation: the paper divides by the l_1 norm, here as in torchattacks it is the mean of absolute values. This is another
-method, not another scale: it makes the look-ahead longer by the number of pixels, about one step per pixel.
+Deviation: the paper divides by the l_1 norm. This file, like torchattacks, divides by the mean of absolute values. This
+changes the method, not only the scale of g: it lengthens the look-ahead by a factor of the number of pixels, to about
+one step size per pixel.
 """
 
 from collections.abc import Callable
@@ -35,6 +36,6 @@ def nifgsm(
     init: str = "none",
     unroll: bool | None = None,
 ) -> Attack:
-    """`mim` with its look-ahead; raises InputError as it does, so for every norm but "linf"."""
+    """`mim` with `lookahead`; raises InputError as `mim` does, and so for every norm but "linf"."""
     options = dict(eps=eps, step_size=step_size, steps=steps, decay=decay, init=init, unroll=unroll)
     return mim(loss=loss, norm=norm, **options, lookahead=True)

@@ -1,7 +1,7 @@
-"""Random noise: what no attack should do worse than.
+"""Random noise: a lower bound on the strength of any attack.
 
 uniform   x_adv = Π( x + U(−ε, ε) )                l2: a Gaussian direction, at a radius uniform in [0, ε]
-sign      x_adv = Π( x + ε · v ),  v ∈ {−1, 1}     l2: the same direction at distance ε, less what leaves the box
+sign      x_adv = Π( x + ε · v ),  v ∈ {−1, 1}     l2: the direction v at distance ε, clipped to the box
 """
 
 from collections.abc import Callable
@@ -17,14 +17,15 @@ KINDS = ("uniform", "sign")
 
 
 def noise(*, kind: str = "uniform", norm: str = "linf", eps: "str | float | Array" = "8/255") -> Attack:
-    """An attack `(key, logits_fn, x, target) -> x_adv` that looks at neither network nor target.
+    """An attack `(key, logits_fn, x, target) -> x_adv` that uses neither network nor target.
 
     Args:
-      kind: "uniform" fills the ball, "sign" goes to a corner of the l_inf cube or along its direction.
+      kind: "uniform" draws from the whole ball; "sign" takes a random corner of the l_inf cube, or in l2 the direction
+        of one.
       norm, eps: as in `pgd`.
 
     Raises:
-      InputError: an eps that is no radius on [0, 1] images, an unknown kind or norm.
+      InputError: an eps that is not a radius for [0, 1] images, an unknown kind or norm.
     """
     norm = geometry.check_norm(norm, ("linf", "l2"))
     eps = geometry.radius(eps, norm)

@@ -5,18 +5,18 @@
 
 | symbol      | code        | default  |
 |-------------|-------------|----------|
-| L           | loss        | "ce"     | also "kl" (to a distribution), "margin" (C&W), or a function: see below
+| L           | loss        | "ce"     | or "kl" (to a distribution), "margin" (C&W), or a function: see below
 | ε           | eps         | "8/255"  |
 | step        | step_size   | "2/255"  |
 | k           | steps       | 10       |
 | first point | init        | "uniform"| see geometry.STARTS
 
-Basic iterative method (Kurakin et al., 2017): init="none". Margin PGD, "CW l_inf" in many papers: loss="margin".
+Basic iterative method (Kurakin et al., 2017): init="none". Margin PGD, called "CW l_inf" in many papers: loss="margin".
 
-Adaptive attacks give their own loss(output, target). Where the network returns more than logits, its output is a tuple
-(logits, …), as `Net.predict` returns it, and where the loss needs more than labels, so is the target: (labels, …).
-The loss has a value per image (B,) or, where it couples the batch (HSIC), one for all of them: (). With the latter the
-result depends on the batch; keep its size fixed and name it.
+An adaptive attack passes its own loss(output, target). If the loss needs more than logits, the network returns a tuple
+(logits, …), as `Net.predict` does; if it needs more than labels, the target is a tuple (labels, …). The loss returns
+one value per image (B,) or, if it couples the images of a batch (HSIC), one scalar (). With a scalar loss the result
+depends on the composition of the batch; keep the batch size fixed and report it.
 
     def loss(output, target):                              # cross-entropy plus a term on a tap
         (logits, features), (labels, tap) = output, target
@@ -66,17 +66,18 @@ def pgd(
       step_size: length of one step, same units.
       steps: number of gradient steps.
       init: the first point, a name in `geometry.STARTS`.
-      clip_input: show the network every point clipped to [0, 1], so that pixels outside have no gradient: with
-        init="uniform_unclipped" and one step, Fast-AT's rule on ImageNet. Without it the first point may lie outside.
-      restarts: independent runs; of each image the misclassified one is kept, among equals the one of larger loss
-        (of larger margin, where the loss couples the batch and so has no value per image).
-      unroll: unroll the loop; None means on CPU only, where XLA runs a rolled body on fewer threads.
+      clip_input: clip every point to [0, 1] before the network sees it, so that pixels outside have no gradient. With
+        init="uniform_unclipped" and one step, this is Fast-AT's rule on ImageNet. Without it the first point may lie
+        outside [0, 1].
+      restarts: number of independent runs. For each image a misclassified result is preferred, then the larger loss
+        (the larger margin if the loss couples the batch and so has no value per image).
+      unroll: whether to unroll the loop; None: on CPUs only, where XLA runs the body of a rolled loop on fewer threads.
 
     Returns:
-      The attack. `x` is (B, H, W, C) in [0, 1], `target` what `loss` takes, `key` one key or one per image.
+      The attack. `x` is (B, H, W, C) in [0, 1], `target` is what `loss` takes, `key` is one key or one per image.
 
     Raises:
-      InputError: an eps that is no radius on [0, 1] images, an unknown loss, norm or init, a loss of another shape.
+      InputError: an eps that is not a radius for [0, 1] images, an unknown loss, norm or init, a loss of another shape.
     """
     threat = dict(norm=norm, eps=eps, step_size=step_size)
     ascend = _ascent(loss=loss, steps=steps, init=init, clip_input=clip_input, unroll=unroll, **threat)
@@ -96,7 +97,7 @@ def pgd(
             output = logits_fn(x_adv)
             logits, labels, height = first(output), first(target), value(output, target)
             height = losses.margin(logits, labels) if height.ndim == 0 else height
-            score = (~losses.correct(logits, labels), height)  # compared in this order
+            score = (~losses.correct(logits, labels), height)  # compared lexicographically
             better = (score[0] > score_best[0]) | ((score[0] == score_best[0]) & (score[1] > score_best[1]))
             x_best = jnp.where(geometry.per_image(better, x), x_adv, x_best)
             return x_best, jax.tree.map(lambda new, old: jnp.where(better, new, old), score, score_best)
@@ -119,10 +120,10 @@ def stateful_pgd(
     clip_input: bool = False,
     unroll: bool | None = None,
 ) -> StatefulAttack:
-    """PGD on a network that changes as it is evaluated: `(key, forward, x, target, state) -> (x_adv, state)`.
+    """PGD on a network whose state each evaluation updates: `(key, forward, x, target, state) -> (x_adv, state)`.
 
-    `forward(x, state) -> (output, state)`. Rice et al., ARD and IAD attack in batch-norm's training mode, so each
-    step of theirs moves the running statistics; here these are the state. Arguments as `pgd`.
+    `forward(x, state) -> (output, state)`. Rice et al., ARD and IAD attack with batch-norm in training mode, so each of
+    their attack steps updates the running statistics, which are the state here. Arguments as in `pgd`.
     """
     threat = dict(norm=norm, eps=eps, step_size=step_size)
     ascend = _ascent(loss=loss, steps=steps, init=init, clip_input=clip_input, unroll=unroll, **threat)
@@ -136,7 +137,7 @@ def stateful_pgd(
 
 
 def _ascent(*, loss, norm, eps, step_size, steps, init, clip_input, unroll):
-    """`stateful_pgd` without its entrance."""
+    """`stateful_pgd` without the checks of its arguments."""
     norm = geometry.check_norm(norm, ("linf", "l2"))
     value, eps = loss_function(loss), geometry.radius(eps, norm)
     step_size = geometry.step(step_size, norm, eps)
@@ -163,9 +164,9 @@ def _ascent(*, loss, norm, eps, step_size, steps, init, clip_input, unroll):
 
 
 def loss_function(loss: "str | Callable") -> Callable:
-    """The loss (output, target) -> (B,) or () that a name stands for, or a given one with its result's shape checked.
+    """The loss (output, target) -> (B,) or () of a name, or a given function with a check of its result's shape.
 
-    Losses with a name see the logits and the labels or distributions: the `first` of output and of target.
+    The named losses use only the `first` element of output and target: the logits, and the labels or distributions.
     """
     if not callable(loss):
         if loss not in LOSSES:
@@ -186,12 +187,13 @@ def loss_function(loss: "str | Callable") -> Callable:
 def loss_gradient(value: Callable, forward: Callable, x: Array, target: Array, state: Any) -> tuple[Array, Any]:
     """(∇_x Σ value(output, target), state) with output, state = forward(x, state).
 
-    It is 0 for the images whose logits name no class, as NaN do not: these are broken, and their gradient says nothing.
+    The gradient is 0 for images without a predicted class, for example with NaN logits: these count as broken, and
+    their gradient carries no information.
     """
 
     def total(x):
         output, after = forward(x, state)
-        return jnp.sum(value(output, target)), (first(output), after)  # a sum: gradients stay per image
+        return jnp.sum(value(output, target)), (first(output), after)  # the sum's gradient is that of each image
 
     gradient, (logits, state) = jax.grad(total, has_aux=True)(x)
     broken = losses.predicted(logits.reshape(x.shape[0], -1)) < 0
@@ -199,7 +201,7 @@ def loss_gradient(value: Callable, forward: Callable, x: Array, target: Array, s
 
 
 def target_kind(loss: "str | Callable") -> str:
-    """What the target of a loss may be, as the entrance names it."""
+    """The kind of target that a loss takes, one of the constants in entrance.py."""
     return ANYTHING if callable(loss) else DISTRIBUTIONS if loss == "kl" else SOFT_LABELS
 
 
@@ -209,5 +211,5 @@ def fold_in(key: Array, data: "int | Array") -> Array:
 
 
 def unrolled(unroll: bool | None) -> bool:
-    """Whether a short loop is unrolled: as asked, and on CPUs by default."""
+    """Whether a short loop is unrolled: as given, or if None, on CPUs only."""
     return cores.on_cpu() if unroll is None else unroll

@@ -1,8 +1,9 @@
-"""What AutoAttack has found so far, and the file that keeps it.
+"""The progress of an AutoAttack evaluation, and the state file that keeps it.
 
-The file says what its content depends on: images, labels, norm, eps, attacks, key, batch size, precision, the code of
-the attacks, and the network by its fingerprint, logits and gradients on a few images (see `checks.fingerprint`). Where
-any of it has changed, the file is refused and the difference named. It is read whole, and its content has a digest.
+The file records everything that its content depends on: images, labels, norm, eps, attacks, key, batch size, precision,
+the code of the attacks, and the fingerprint of the network, from its logits and gradients on a few images (see
+`checks.fingerprint`). If any of these has changed, the file is refused and the message names the difference. Its
+content has a digest.
 """
 
 import json
@@ -17,16 +18,16 @@ from ibjax.attacks import checks
 from ibjax.errors import InputError, UnreadableError
 from ibjax.files import content_digest, read_npz, replacing
 
-SAVE_SECONDS = 30.0  # between two states on disk
+SAVE_SECONDS = 30.0  # interval between saves
 
 
 class Progress:
-    """Of one evaluation; `restart` begins anew, whatever is in the file.
+    """The progress of one evaluation; with `restart` it ignores the content of the file and begins again.
 
     Args:
-      file: where it is kept; None: nowhere.
+      file: the state file; None: progress is not saved.
       settings: plain data that the result depends on.
-      fingerprint: of the network.
+      fingerprint: fingerprint of the network.
       x, clean: images (N, H, W, C), and which of them are classified correctly (N,).
     """
 
@@ -41,30 +42,30 @@ class Progress:
     ):
         self.file, self.settings, self.fingerprint, self.x, self.clean = file, settings, fingerprint, x, clean
         self.x_adv, self.broken = x.copy(), ~clean
-        self.right: np.ndarray | None = None  # (N,) of a random network: how many draws are right about x_adv
+        self.right: np.ndarray | None = None  # (N,) random network: number of draws that are right on x_adv
         self.after: list[np.ndarray] = []
-        self.seconds, self.flat = [0.0], [0]  # of each attack; the last one is under way
+        self.seconds, self.flat = [0.0], [0]  # one entry per attack; the last one is running
         self.position, self.saved = 0, time.monotonic()
-        self.own = self._begin() if settings["version"] == "rand" else None  # what the attack under way has found
+        self.own = self._begin() if settings["version"] == "rand" else None  # results of the running attack
         if file is not None and file.exists() and not restart:
             self._restore(file)
 
     @property
     def robust(self) -> np.ndarray:
-        """(N,) bool: not broken yet, by any attack that is finished."""
+        """(N,) bool: not broken by any finished attack."""
         return ~self.broken
 
     @property
     def todo(self) -> np.ndarray:
-        """(N,) bool: the images that the attack under way attacks, whatever it has broken of them by now."""
+        """(N,) bool: the images that the running attack works on, including those that it has already broken."""
         robust = self.after[-1] if self.after else self.clean
         return robust if self.right is None else robust | (self.right > 0)
 
     @property
     def attacked(self) -> tuple[np.ndarray, np.ndarray]:
-        """(images (N, H, W, C), which are broken (N,)) of the attack under way, for it to change.
+        """(images (N, H, W, C), which of them are broken (N,)), arrays that the running attack updates in place.
 
-        Of a random network these are its own, since it also attacks images that another has broken.
+        For a random network each attack has its own arrays, since it also attacks images that another one has broken.
         """
         return (self.x_adv, self.broken) if self.own is None else self.own
 
@@ -72,9 +73,9 @@ class Progress:
         return self.x.copy(), np.zeros(len(self.x), bool)
 
     def finish_attack(self, rows: np.ndarray, right: np.ndarray | None) -> None:
-        """Counts what the attack under way has found for the images `rows`.
+        """Records the results of the running attack for the images `rows`.
 
-        right: of a random network, how many draws are right about what it found for each of them.
+        right: for a random network, how many draws classify each of these results correctly.
         """
         if self.own is not None and self.right is not None and right is not None:
             images, broken = self.own
@@ -91,7 +92,7 @@ class Progress:
     # ---- the file --------------------------------------------------------------------------------------------
 
     def save(self, at_once: bool = True) -> None:
-        """Writes the file, whole or not at all; unless `at_once`, only where the last one is half a minute old."""
+        """Writes the file atomically; unless `at_once`, only if the last save is at least `SAVE_SECONDS` ago."""
         if self.file is None or jax.process_index() != 0:
             return
         if not at_once and time.monotonic() - self.saved < SAVE_SECONDS:

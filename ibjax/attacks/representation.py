@@ -3,16 +3,16 @@
 
     min_x'  ‖φ(x') − φ(x_guide)‖²        subject to  |x' − x| ≤ ε,  0 ≤ x' ≤ 1
 
-by L-BFGS-B from x' = x, per image. φ is the layer before the output (the mean, of a stochastic one). An image is
-broken when x' is no longer classified as x is labelled.
+by L-BFGS-B from x' = x, for each image separately. φ is the layer before the output (for a stochastic layer, its mean).
+An image is broken if x' is not classified as the label of x.
 
 | symbol | code  | default  |
 |--------|-------|----------|
 | σ      | eps   | "10/255" | the paper: 5, 10, 15 of 255
-| step   | steps | 20       | at most so many iterations; those of the line search do not count. The paper: 10, 20
+| step   | steps | 20       | maximum number of iterations, without those of the line search. The paper: 10, 20
 
-The start, and the guides of the test set, are not stated in the paper. Here it starts at x, and every image is guided
-by one drawn from those of another class (`guides`).
+The paper does not state the starting point or how the guides of the test set are chosen. Here the attack starts at x,
+and the guide of an image is drawn from the images of other classes (`guides`).
 """
 
 from collections.abc import Callable
@@ -28,14 +28,14 @@ from ibjax.errors import InputError, check_count
 
 
 def ara(*, eps: "str | float | Array" = "10/255", steps: int = 20) -> Attack:
-    """An attack `(key, features_fn, x, guide) -> x_adv`; `key` is not looked at.
+    """An attack `(key, features_fn, x, guide) -> x_adv`; `key` is not used.
 
-    `features_fn` maps (B, H, W, C) to features (B, …), each image by itself; `guide` holds an image for each of x.
+    `features_fn` maps (B, H, W, C) to features (B, …), each image independently; `guide` holds an image for each of x.
 
         x_adv = ara()(key, lambda x: net.predict(variables, x)[1]["pre_logits"], x, images[guides(labels)])
 
     Raises:
-      InputError: an eps that is no radius on [0, 1] images, steps < 1, guides of another shape.
+      InputError: an eps that is not a radius for [0, 1] images, steps < 1, guides of another shape.
     """
     eps = geometry.radius(eps, "linf")
     check_count("steps", steps)
@@ -61,16 +61,16 @@ def ara(*, eps: "str | float | Array" = "10/255", steps: int = 20) -> Attack:
 
 
 def guides(labels: np.ndarray, seed: int = 0) -> np.ndarray:
-    """For every image (N,) the index of another, drawn evenly from those with another label.
+    """For every image (N,), the index of its guide, drawn uniformly from the images with another label.
 
-    Pair the whole test set before it is cut into batches: then no result depends on them.
-    Raises InputError where all labels are the same.
+    Choose guides for the whole test set before splitting it into batches, so that no result depends on the batches.
+    Raises InputError if all labels are the same.
     """
     labels = np.asarray(labels)
-    order = np.argsort(labels, kind="stable")  # the images of a class are neighbours
+    order = np.argsort(labels, kind="stable")  # sorted by class
     _, group, count = np.unique(labels, return_inverse=True, return_counts=True)
     if len(count) < 2:
         raise InputError("guides come from another class; all images have the same label")
-    after_own = np.cumsum(count)[group]  # where in `order` the own class ends; the others follow, cyclically
+    after_own = np.cumsum(count)[group]  # where the image's class ends in `order`; other classes follow, cyclically
     drawn = np.random.default_rng(seed).integers(0, len(labels) - count[group])
     return order[(after_own + drawn) % len(labels)]

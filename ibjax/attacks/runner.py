@@ -1,12 +1,12 @@
 """Runs the steps of an attack over many images on all devices, driven from the host.
 
-The work is a list of items, one for each image and each restart or target, targets in order. A batch takes the next
-items whose image is not broken yet, whichever target they are for, so that the devices stay full while few images are
-left; of an image that several items break, the first item's result is kept. Batches are padded to one of a few sizes.
-Where an attack knows that an image is done (Square), the batch is compacted to a smaller size on the way.
+The work is a list of items: one for each image and each restart and target, in the order of the targets. A batch takes
+the next items whose image is not broken yet, for whichever target, so that the devices stay busy while few images are
+left. If several items break an image, the first item's result is kept. Batches are padded to one of a few sizes. If an
+attack reports that images are done (Square), the batch is compacted to a smaller size between its steps.
 
-Each item's randomness comes from the attack's name, the image's index and the item's number. So neither the batch size
-nor the number of devices nor an interruption between batches changes what is drawn.
+The random key of an item is derived from the attack's name, the image's index and the number of its pass (restart and
+target), so batch size, number of devices and interruptions between batches do not change the random draws.
 """
 
 import zlib
@@ -26,13 +26,13 @@ from ibjax.attacks.iterative import Iterative
 from ibjax.devices import cluster
 from ibjax.devices.cores import in_parts
 
-TOLERANCE = 1e-6  # of ball and box, in float32
+TOLERANCE = 1e-6  # how far x_adv may lie outside ball and box by float32 rounding
 _STEPS_PER_CALL = 50
-_COMPILING = 500  # a batch shrinks when that saves the time of so many steps: the smaller program must be compiled
+_COMPILING = 500  # a batch shrinks only if that saves the time of this many steps, as compiling takes time too
 
 
 class Programs(NamedTuple):
-    """One attack at one batch size."""
+    """The compiled programs of one attack at one batch size."""
 
     init: Callable
     steps: Callable
@@ -41,7 +41,7 @@ class Programs(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Of a batch."""
+    """The results of a batch."""
 
     x_adv: np.ndarray
     broken: np.ndarray
@@ -78,11 +78,11 @@ class Runner:
         shares = ((largest * eighths // 8) >> i for i in range(6) for eighths in (8, 7, 6, 5))
         self.sizes = sorted({_ceil(max(share, 1), mesh.size) for share in shares})
         self.programs: dict[tuple[str, int], Programs] = {}
-        self.constants: dict[int, tuple[Any, Array]] = {}  # id -> (what logits_fn closes over, its copy on all devices)
-        self.flat = 0  # items whose gradient was zero or not finite at the start, so far
+        self.constants: dict[int, tuple[Any, Array]] = {}  # id -> (array that logits_fn closes over, its replica)
+        self.flat = 0  # number of items so far whose gradient was zero or not finite at the start
 
     def clean_logits(self) -> np.ndarray:
-        """(N, classes) float32."""
+        """The logits of the clean images, (N, classes) float32."""
         parts, size = [], self.sizes[-1]
 
         def answer(key, image, x):
@@ -96,8 +96,9 @@ class Runner:
         return np.concatenate(parts).astype(np.float32)
 
     def draws(self, name: str, x: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
-        """Whether a random network classifies the images `rows` of x (N, H, W, C) correctly, in `count` draws of its
-        own for each: (count, len(rows)) bool. What it draws depends on `name`, the image's index and the draw's number.
+        """Whether a random network classifies the images `rows` of x (N, H, W, C) correctly, (count, len(rows)) bool.
+
+        Each image has `count` draws of its own; a draw depends on `name`, the image's index and the draw's number.
         """
         answers, size = np.zeros((count, len(rows)), bool), self.sizes[-1]
 
@@ -126,15 +127,15 @@ class Runner:
     ) -> Iterator[int]:
         """Attacks the images `todo`; after each batch updates `broken` and `x_adv` and yields the next position.
 
-        With a random network `x_adv` also takes what an attack finds for an image that withstands.
+        With a random network, `x_adv` also receives the attack's strongest image for an image that is not broken.
 
         Args:
-          name: of the attack; its draws depend on it.
-          attack: in its parts.
+          name: name of the attack; its random draws depend on it.
+          attack: the attack.
           todo: indices of the images.
-          others: (N, classes − 1) classes to target, in order.
-          broken, x_adv: (N,) bool and (N, H, W, C), changed in place.
-          position: how many items, of `passes(…)` times len(todo), are behind.
+          others: (N, classes − 1) target classes, in order.
+          broken, x_adv: (N,) bool and (N, H, W, C), updated in place.
+          position: number of items that are done, of `passes(…)` times len(todo).
         """
         total = passes(attack, others) * len(todo)
         while position < total:
@@ -151,7 +152,7 @@ class Runner:
             yield int(position)
 
     def _batch(self, name, attack, image, number, other):
-        """All steps for some items: images (n,), numbers of their passes (n,), classes to reach (n,)."""
+        """Runs all steps for some items: images (n,), numbers of their passes (n,), target classes (n,)."""
         count = len(image)
         rows = self._padded(np.arange(count))
         programs = self._programs(name, attack, len(rows))
@@ -182,7 +183,7 @@ class Runner:
         return result
 
     def _harvest(self, programs, x, fixed, state, rows, result):
-        """Writes what a batch has found so far into `result`, at the rows that it holds."""
+        """Writes the results of a batch so far into `result`, at the rows that the batch holds."""
         x_adv, broken, flat, distance = map(np.asarray, programs.finish(self.key, x, *fixed, state))
         if not float(distance.max()) <= self.eps + TOLERANCE:
             raise RuntimeError(
@@ -226,15 +227,16 @@ class Runner:
         )
 
     def _on_each_device(self, program, arguments, gathered=False, donate=False):
-        """A compiled program that runs on each device for its own images: no step of it waits for another device.
+        """Compiles a program that runs on each device for its own images; no step waits for another device.
 
-        What the program closes over, the weights of logits_fn, becomes an argument: baked in, it would be compiled too.
+        The arrays that the program closes over, the weights of logits_fn, become arguments, so that they are not
+        compiled in as constants.
 
         Args:
           program: a function of arrays and trees; it sees one device's share.
-          arguments: for each argument "s", split among the devices, or "c", common to all.
-          gathered: whether all processes need all of the result.
-          donate: whether the last argument's memory is taken for the result.
+          arguments: one letter per argument: "s", sharded over the devices, or "c", common to all.
+          gathered: whether all processes need the whole result.
+          donate: whether the result may reuse the memory of the last argument (buffer donation).
         """
         specs = tuple({"s": cluster.BATCH, "c": cluster.REPLICATED}[kind] for kind in arguments)
         split = jax.shard_map(program, mesh=self.mesh, in_specs=specs, out_specs=cluster.BATCH, check_vma=False)
@@ -257,7 +259,7 @@ class Runner:
         return call
 
     def _everywhere(self, constant):
-        """An array that logits_fn closes over, on all devices; moved once."""
+        """An array that logits_fn closes over, replicated on all devices; transferred only once."""
         if id(constant) not in self.constants:
             self.constants[id(constant)] = constant, jax.device_put(constant, self.replicated)
         return self.constants[id(constant)][1]
@@ -266,20 +268,20 @@ class Runner:
         return jax.random.wrap_key_data(data, impl=self.key_kind)
 
     def _image_keys(self, key, name, image, number):
-        """A key for each item, from the attack's name, the image and the number of the pass."""
+        """A key for each item, derived from the attack's name, the image and the number of the pass."""
         key = jax.random.fold_in(self._key(key), np.uint32(zlib.crc32(name.encode())))
         fold = jax.vmap(jax.random.fold_in)
         return fold(jax.vmap(jax.random.fold_in, (None, 0))(key, image), number)
 
     def _keys(self, key, name, image, number):
-        """What logits_fn takes beside x."""
+        """The arguments that logits_fn takes after x: keys for a random network, else none."""
         return [self._image_keys(key, name, image, number)] if self.randomized else []
 
     def _size(self, count):
         return next(size for size in self.sizes if size >= count)
 
     def _padded(self, rows):
-        """Rows, the last one repeated up to the next batch size."""
+        """`rows`, padded to the next batch size by repeating the last one."""
         return np.concatenate([rows, np.repeat(rows[-1:], self._size(len(rows)) - len(rows))])
 
     def _place(self, *arrays):
@@ -287,7 +289,7 @@ class Runner:
 
 
 def passes(attack: Iterative, others: np.ndarray) -> int:
-    """Runs of each image: all restarts towards the first target, then towards the next."""
+    """The number of runs for each image: all restarts towards the first target, then towards the next, …"""
     return attack.restarts * min(max(attack.targets, 1), others.shape[1])
 
 

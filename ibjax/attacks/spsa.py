@@ -12,9 +12,9 @@
 | lr     | lr      | 0.01     | Adam's
 | T      | steps   | 10       |
 
-It costs 2 · samples forward passes per step. The queries x ± δ v are not clipped to the box, as in advertorch.
-Deviation: advertorch draws one v for all images of a batch, so that its result depends on the batch; here every image
-has its own.
+A step costs 2 · samples forward passes. The queries x ± δ v are not clipped to the box, as in advertorch.
+Deviation: advertorch draws one v for all images of a batch, so its result depends on the batch; here every image has
+its own v.
 """
 
 from collections.abc import Callable
@@ -46,12 +46,12 @@ def spsa(
       loss: what to maximise, as in `pgd`, with a value per image.
       norm, eps: as in `pgd`.
       delta: half the length of the finite differences, in pixel units.
-      samples: directions per step, one forward pass of the batch after the other.
+      samples: number of directions v per step; they are evaluated one after the other.
       lr: Adam's learning rate, about the length of a step in each pixel.
-      steps: of Adam.
+      steps: number of Adam steps.
 
     Raises:
-      InputError: an eps that is no radius on [0, 1] images, an unknown loss or norm, numbers out of range.
+      InputError: an eps that is not a radius for [0, 1] images, an unknown loss or norm, numbers out of range.
     """
     norm = geometry.check_norm(norm, ("linf", "l2"))
     value, eps, optimizer = loss_function(loss), geometry.radius(eps, norm), optax.adam(lr)
@@ -71,14 +71,14 @@ def spsa(
             def add(q, total):
                 v = geometry.draw(jax.random.rademacher, fold_in(key, q), x)
                 difference = loss_at(x_adv + delta * v) - loss_at(x_adv - delta * v)
-                return total + geometry.per_image(geometry.finite(difference), x) * v  # NaN logits say nothing
+                return total + geometry.per_image(geometry.finite(difference), x) * v  # 0 for NaN logits
 
             return lax.fori_loop(0, samples, add, jnp.zeros_like(x)) / (2 * delta * samples)
 
         def step(t, carry):
             x_adv, adam = carry
             g = estimate(fold_in(key, t), x_adv)
-            updates, adam = optimizer.update(-g, adam)  # Adam descends
+            updates, adam = optimizer.update(-g, adam)  # optax minimises
             return geometry.project(x_adv + updates, x, norm, eps), adam
 
         return lax.fori_loop(0, steps, step, (x, optimizer.init(x)))[0]

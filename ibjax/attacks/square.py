@@ -2,26 +2,26 @@
 attack via random search", ECCV 2020; in l1: Croce & Hein, "Mind the box", ICML 2021.
 
     x_0 = vertical stripes of ±ε (l_inf), or a grid of bumps (l2, l1)
-    each query: a random square of side s is filled anew, the result projected onto ball and box; it replaces x_t where
-    the margin z_y − max_{k≠y} z_k is smaller, or is ≤ 0, which ends the search
+    each query: a random square of side s gets new values, and the result is projected onto ball and box; it replaces
+    x_t if its margin z_y − max_{k≠y} z_k is smaller, or if it is ≤ 0, which ends the search
 
-    s = max( round(√(p·H·W)), 1 )          l2, l1: at least 3, and odd; never above the image's shorter side
+    s = max( round(√(p·H·W)), 1 )          l2, l1: at least 3, and odd; at most the image's shorter side
 
 | symbol | code    | default |
 |--------|---------|---------|
 | N      | queries | 5000    |
 | p      | p_init  | 0.8     | divided by 2, 4, 8 … 512 after 10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000 queries
-|        | rescale | False   | True: the schedule is for 10,000 queries, and shrunk to N (the paper's)
+|        | rescale | False   | True: the schedule is for 10,000 queries, rescaled to N (the paper's)
 
-l_inf: the square gets ±2ε, one sign per channel. l2 and l1: a bump η of the square's size, plus the perturbation that
-was there, takes up the mass of the square, of a second square, which is set to zero, and what the ball had left. Bump
-and old perturbation each have length 1, in the attack's own norm, before they are added. The k-th ring of a bump weighs
-1/k² in l2 and 1/k⁴ in l1. What l1 changes in the l2 form, the first point included, is taken from the authors' code
-(fra31/auto-attack, a392200).
+l_inf: ±2ε is added in the square, with one sign per channel. l2 and l1: the perturbation in the square becomes the sum
+of a bump η of the square's size and the old perturbation there, each first scaled to length 1 in the attack's norm. A
+second square is set to zero. The sum is scaled so that it takes up the mass of both squares and what the ball has left.
+The k-th ring of a bump has weight 1/k² in l2 and 1/k⁴ in l1. The differences between l1 and l2, which include the first
+point, follow the authors' code (fra31/auto-attack, a392200).
 
-Deviations from the authors' code: it draws one square and one turn of the bump for a whole batch of images, so that
-results depend on what else is in the batch; here each image draws from its own key. Both choose uniformly, and neither
-ever chooses the last possible row or column.
+Deviation from the authors' code: it draws one square and one orientation of the bump for a whole batch, so results
+depend on the rest of the batch; here each image draws from its own key. Both draw uniformly, and neither ever chooses
+the last possible row or column.
 
 Guarantees (tests of the same names): x_adv lies in the eps-ball and in [0, 1]; the margin never rises; each image's
 result is independent of the others in its batch.
@@ -56,26 +56,26 @@ def square(
     Args:
       norm: "linf", "l2" or "l1".
       eps: radius in [0, 1] pixel units, as "8/255" or a float.
-      queries: proposals after the first point.
-      p_init: share of the pixels in the first squares.
-      restarts: runs, each on the images that are not broken yet.
-      rescale: shrink the schedule of squares, made for 10,000 queries, to `queries`.
+      queries: number of proposals after the first point.
+      p_init: share of the pixels that the first squares cover.
+      restarts: number of runs, each on the images that are not broken yet.
+      rescale: rescale the schedule of square sizes from 10,000 queries to `queries`.
 
     Returns:
       The attack. `x` is (B, H, W, C) in [0, 1], `y` labels (B,), `key` one key or one per image.
 
     Raises:
-      InputError: an unknown norm, or an eps or a number that is none.
+      InputError: an unknown norm, an invalid eps, or a number out of range.
     """
     return as_attack(iterative_square(norm, eps, queries, p_init, restarts, rescale))
 
 
 class State(NamedTuple):
-    """Of a run; images are (B, H, W, C), numbers (B,)."""
+    """The state of a run; images are (B, H, W, C), numbers (B,)."""
 
     keys: Array
     x_best: Array
-    margin: Array  # at x_best; infinite before the first query
+    margin: Array  # the margin at x_best; infinite before the first query
 
 
 def iterative_square(
@@ -86,7 +86,7 @@ def iterative_square(
     restarts: int = 1,
     rescale: bool = False,
 ) -> Iterative:
-    """Square in its parts; arguments as `square`. Its step 0 only evaluates the first point."""
+    """Square as an `Iterative`, for the runner; arguments as in `square`. Step 0 only evaluates the first point."""
     norm, radius = geometry.check_norm(norm), geometry.one_radius(eps, norm)
     check_range("square's p_init", p_init, 0, 1)
     check_count("square's queries", queries)
@@ -122,7 +122,7 @@ def iterative_square(
 
 
 def halvings(queries: int, rescale: bool = False) -> np.ndarray:
-    """How often p has been halved at each query, (queries,)."""
+    """The number of times that p has been halved before each query, (queries,)."""
     count = np.arange(queries)
     if rescale:
         count = (count / queries * 10_000).astype(int)
@@ -130,7 +130,7 @@ def halvings(queries: int, rescale: bool = False) -> np.ndarray:
 
 
 def side_lengths(shares: np.ndarray, image: tuple[int, int], norm: str) -> np.ndarray:
-    """Side of each query's square in an image of (H, W): (queries,) int."""
+    """The side of each query's square, in an image of size (H, W): (queries,) int."""
     height, width = image
     least = 1 if norm == "linf" else 3
     sides = np.maximum(np.round(np.sqrt(shares * height * width)).astype(int), least)
@@ -147,7 +147,7 @@ def _signs(keys, shape):
 
 
 def _stripes(keys, x, norm, eps):
-    """x ± ε, one sign per image, column and channel."""
+    """x ± ε with a random sign per image, column and channel."""
     _, _, width, channels = x.shape
     return jnp.clip(x + eps * _signs(keys, (1, width, channels)), 0.0, 1.0)
 
@@ -167,13 +167,13 @@ def _offsets(x, corner):
 
 
 def _inside(x, corner, side):
-    """Whether a pixel lies in the square: (B, H, W, 1)."""
+    """Whether each pixel lies in the square: (B, H, W, 1)."""
     rows, columns = _offsets(x, corner)
     return (rows >= 0) & (rows < side) & (columns >= 0) & (columns < side)
 
 
 def _squares(keys, x, x_best, norm, eps, sides, query):
-    """x_best ± 2ε in a random square, one sign per channel."""
+    """x_best ± 2ε in a random square, with a random sign per channel."""
     side = jnp.asarray(sides)[jnp.maximum(query, 0)]
     corner = _corner(geometry.fold(keys, 1), x, side)
     delta = 2 * eps * _signs(geometry.fold(keys, 2), (1, 1, x.shape[-1]))
@@ -209,16 +209,16 @@ def bump(side: int, norm: str) -> np.ndarray:
 
 
 def _scaled(delta, norm, x, eps):
-    """x + delta inside the box: in l2 at the length ε, in l1 the nearest point of the ball."""
+    """x + delta inside the box: in l2 delta is first scaled to length ε, in l1 it is projected onto the ball."""
     if norm == "l1":
         return geometry.project(x + delta, x, norm, eps)
     return geometry.project(x + eps * delta / (geometry.l2_norm(delta) + 1e-12), x, norm, eps)
 
 
 def _bumps(keys, x, norm, eps):
-    """A grid of five by five bumps, each turned by chance, with a random sign per channel.
+    """A grid of five by five bumps, each with a random orientation and a random sign per channel.
 
-    In l1 each bump has length 1 in each channel before all are projected onto the ball, which may be larger than that.
+    In l1 each bump has length 1 in each channel before the projection onto the ball, whose radius may be larger.
     """
     _, height, width, channels = x.shape
     side = max(height // 5, 1)
@@ -238,7 +238,7 @@ def _bumps(keys, x, norm, eps):
 
 
 def _moved_mass(keys, x, x_best, norm, eps, sides, query):
-    """The mass of two random squares, and what the ball has left, in the first square as a bump."""
+    """Moves the mass of two random squares, and what the ball has left, into the first square as a bump."""
     kinds = np.unique(sides)
     table = np.zeros((len(kinds), kinds.max(), kinds.max()), np.float32)
     for row, kind in zip(table, kinds, strict=True):
@@ -255,7 +255,7 @@ def _moved_mass(keys, x, x_best, norm, eps, sides, query):
     eta = jnp.where(turned[:, None, None], eta[columns, rows], eta[rows, columns])[..., None]
     signs = _signs(geometry.fold(keys, 4), (1, 1, channels))
 
-    def length(value, axes):  # of the attack's own norm
+    def length(value, axes):  # in the attack's norm
         if norm == "l2":
             return jnp.sqrt(jnp.sum(value**2, axes, keepdims=True))
         return jnp.sum(jnp.abs(value), axes, keepdims=True)

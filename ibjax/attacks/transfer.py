@@ -1,8 +1,9 @@
-"""Transfer: Papernot et al., "Transferability in Machine Learning", 2016. The attack sees a surrogate of the victim.
+"""Transfer: Papernot et al., "Transferability in Machine Learning", 2016. The attack is computed on a surrogate.
 
     x_adv = attack(surrogate, x, y)        robust where victim(x_adv) = y
 
-Gradients of the victim play no part, so a transfer that beats the white-box attack shows that those are masked.
+The attack does not use gradients of the victim, so a transfer attack that is stronger than the white-box attack shows
+gradient masking.
 """
 
 from collections.abc import Callable
@@ -13,10 +14,10 @@ from ibjax.attacks import Attack
 
 
 def transfer(*, attack: Attack, surrogate: Callable[[Array], Array]) -> Attack:
-    """`attack`, computed on `surrogate`, a `logits_fn` (B, H, W, C) -> (B, classes), whatever network it is given.
+    """`attack` computed on `surrogate`, a `logits_fn` (B, H, W, C) -> (B, classes), whatever network it is called with.
 
-    A surrogate that closes over its weights bakes them into a program that is jitted around the attack. `attack` checks
-    what it is given, labels against the surrogate's classes.
+    If a surrogate closes over its weights, jitting the attack compiles them in as constants. `attack` checks its
+    arguments against the surrogate, for example the labels against the surrogate's classes.
     """
 
     def on_surrogate(key: Array, logits_fn: Callable, x: Array, target: Array) -> Array:

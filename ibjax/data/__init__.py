@@ -4,10 +4,11 @@
     npz         one file in Keras's layout: x_train, y_train, x_test, y_test
     folder      class folders: train/<class>/*.jpg, test/<class>/*
     tfds        a data set of TensorFlow Datasets by name, without TensorFlow; `ibjax.data.prepare` makes the usual ones
-    stream      a data set too large for memory, as ImageNet, read from TFDS's files while training
+    stream      a data set too large for memory, such as ImageNet, read from TFDS's files during training
     synthetic   random images of a given shape, for smoke tests
 
-`load_splits` is the door: it loads, checks, holds out the validation split, and takes a fraction of the rest.
+`load_splits` is the entry point: it loads a source, checks it, holds out the validation split, and selects a fraction
+of the remaining training images.
 """
 
 import logging
@@ -22,7 +23,7 @@ from ibjax.errors import DataError
 
 log = logging.getLogger(__name__)
 
-# data.dataset, or data.name -> (shape of an image, classes); ImageNet's images have the recipe's size
+# data.dataset, or data.name -> (shape of an image, number of classes); for ImageNet, the recipe sets the size
 IMAGES: dict[str, tuple[tuple[int, int, int] | None, int]] = {
     "digits": ((8, 8, 1), 10),
     "mnist": ((28, 28, 1), 10),
@@ -39,7 +40,7 @@ IMAGES: dict[str, tuple[tuple[int, int, int] | None, int]] = {
 class Split(NamedTuple):
     """images (N, H, W, C) uint8, or float32 in [0, 1]; labels (N,) int32.
 
-    Images of `stream` are no array, but can be indexed like one.
+    The images of `stream` are not an array, but can be indexed like one.
     """
 
     images: Any
@@ -47,14 +48,14 @@ class Split(NamedTuple):
 
 
 class Stamp(NamedTuple):
-    """A file or folder as it is at one moment: a file that is written again has another stamp."""
+    """The state of a file or folder at one moment; it changes when the file is rewritten."""
 
     path: str
-    state: tuple[int, ...] | None  # size, times of change in ns, inode; None where there is nothing
+    state: tuple[int, ...] | None  # size, mtime and ctime in ns, inode; None if the file does not exist
 
 
 def stamps(paths: Iterable[Path | str]) -> tuple[Stamp, ...]:
-    """The stamps of files and folders. A source takes them before it reads, so that no later change is missed."""
+    """The stamps of files and folders. A source takes them before it reads the files, so that no change is missed."""
 
     def state(path):
         try:
@@ -67,31 +68,31 @@ def stamps(paths: Iterable[Path | str]) -> tuple[Stamp, ...]:
 
 
 class Arrays(NamedTuple):
-    """What a source returns. `val` is None where the source has no validation split of its own."""
+    """What a source returns. `val` is None if the source has no validation split of its own."""
 
     train: Split
     test: Split
     num_classes: int
     val: Split | None = None
-    label: str = ""  # how results on it must be called, as "CIFAR-10 (JPEG)"
-    classes: tuple[str, ...] = ()  # their names, by label; none where there is nothing to name, as in noise
-    warnings: tuple[str, ...] = ()  # what casts doubt on the data; every record of a run on it repeats them
-    read: tuple[Stamp, ...] = ()  # the files and folders that it was read from, as they were then
+    label: str = ""  # name of the data in results, such as "CIFAR-10 (JPEG)"
+    classes: tuple[str, ...] = ()  # names of the classes, in the order of labels; empty if they have none
+    warnings: tuple[str, ...] = ()  # doubts about the data; every record of a run on it repeats them
+    read: tuple[Stamp, ...] = ()  # stamps of the files and folders it was read from, taken before reading
 
 
 def unchanged(arrays: Arrays) -> bool:
-    """Whether the files that arrays were read from are still as they were."""
+    """Whether the files from which `arrays` was read are unchanged since."""
     return stamps(stamp.path for stamp in arrays.read) == arrays.read
 
 
 def load_splits(source: Any, *, val_size: int, split_seed: int = 0, fraction: float = 1.0, **options: Any) -> Arrays:
-    """Loads with `source(**options)`, checks every split, and takes `val_size` images per `split_seed` out of training.
+    """Loads `source(**options)`, checks every split, and holds out `val_size` training images, chosen by `split_seed`.
 
-    The validation split is stratified: each class gives its share. `val_size=0` leaves `val` empty (selection on the
-    test set must then be asked for). Of what is left for training a stratified `fraction` is kept, in its order:
-    smaller fractions lie within larger ones, and the validation split is the same for all. A batch's `index` counts in
-    this training split. Raises DataError with the file, what is wrong with it, and what to do; what only casts doubt
-    is logged, and stays in `warnings`.
+    The validation split is stratified by class. With `val_size=0` there is no validation split, and selection on the
+    test set must be requested explicitly. Of the remaining training images a stratified `fraction` is kept, in the
+    original order; a smaller fraction is a subset of a larger one, and the validation split is the same for all. A
+    batch's `index` refers to this training split. Raises DataError, which names the file, the fault and the remedy;
+    mere doubts are logged and kept in `warnings`.
     """
     arrays = _split(source(**options), val_size, split_seed, fraction)
     arrays = arrays._replace(warnings=(*arrays.warnings, *_classes_without_images(arrays)))
@@ -101,7 +102,7 @@ def load_splits(source: Any, *, val_size: int, split_seed: int = 0, fraction: fl
 
 
 def _split(arrays, val_size, split_seed, fraction):
-    """The checked splits: training without what is held out of it."""
+    """The checked splits, with the validation images removed from the training split."""
     arrays = arrays._replace(
         train=check(arrays.train, "train", arrays.num_classes),
         test=check(arrays.test, "test", arrays.num_classes),
@@ -124,14 +125,14 @@ def _split(arrays, val_size, split_seed, fraction):
 
 
 def require_classes(where: Path | str, labels: np.ndarray, num_classes: int, remedy: str) -> None:
-    """Raises DataError where more than half of the classes have no training image: it is their number that is wrong."""
+    """Raises DataError if over half of the classes lack training images, so that `num_classes` is probably wrong."""
     missing = num_classes - len(np.unique(labels))
     if 2 * missing > num_classes:
         raise DataError(f"{where}: {missing} of {num_classes} classes have no training image; {remedy}")
 
 
 def _classes_without_images(arrays):
-    """A warning for each split in which classes lack images."""
+    """Yields a warning for each split in which some classes have no image."""
     for name, split in (("training", arrays.train), ("test", arrays.test)) if arrays.classes else ():
         missing = np.flatnonzero(np.bincount(split.labels, minlength=arrays.num_classes) == 0)
         if missing.size:
@@ -146,32 +147,35 @@ def _class_name(label, name):
 
 
 def listed(names: Sequence[str], most: int = 10) -> str:
-    """As "a, b, c and 190 more": what one line can name."""
+    """A list of names that fits on one line, such as "a, b, c and 190 more"."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def part(split: Split, fraction: float, seed: int) -> Split:
-    """A stratified fraction of a split, in its order; 1.0 is the split itself."""
+    """A stratified fraction of a split, in the original order; 1.0 gives the split itself."""
     if fraction == 1.0:
         return split
     return subset(split, stratified(split.labels, max(1, round(fraction * len(split.labels))), seed))
 
 
 def streamed(split: Split) -> bool:
-    """Whether a split's images are read where they are needed: `ibjax.data.stream`."""
+    """Whether a split's images are read on demand (`ibjax.data.stream`)."""
     return hasattr(split.images, "subset")
 
 
 def subset(split: Split, kept: np.ndarray) -> Split:
-    """Some of a split's images; of a streamed one, nothing is read."""
+    """A subset of a split's images; a streamed split reads nothing for this."""
     images = split.images.subset(kept) if streamed(split) else split.images[kept]
     return Split(images, split.labels[kept])
 
 
 def check(split: Split, name: str, num_classes: int) -> Split:
-    """The split as (N, H, W, C) uint8 or float32 in [0, 1] and int32 labels, or DataError; (N, H, W) gets a channel."""
-    if streamed(split):  # a decoder of images makes them
+    """The split as (N, H, W, C) uint8 or float32 in [0, 1] and int32 labels; (N, H, W) gets a channel axis.
+
+    Raises DataError on any other content.
+    """
+    if streamed(split):  # its images come from a decoder and are valid
         return split
     images, labels = np.asarray(split.images), np.asarray(split.labels)
     if images.ndim == 3:
@@ -200,7 +204,7 @@ def check(split: Split, name: str, num_classes: int) -> Split:
     return Split(np.ascontiguousarray(images), labels.astype(np.int32))
 
 
-_NEARLY_BLACK = 2 / 255  # float images below it hold grey levels 0 and 1 only: they were divided by 255 once too often
+_NEARLY_BLACK = 2 / 255  # float images below this were probably divided by 255 twice
 
 
 def _as_float_images(images, name):
@@ -221,7 +225,7 @@ def _as_float_images(images, name):
 
 
 def hold_out(split: Split, size: int, seed: int) -> tuple[Split, Split | None]:
-    """Takes a stratified `size` of the images out: (the rest, the held out). Both keep the original order."""
+    """Holds out `size` images, stratified by class: (the rest, the held-out split). Both keep the original order."""
     if size == 0:
         return split, None
     if not 0 < size < len(split.labels):
@@ -232,18 +236,18 @@ def hold_out(split: Split, size: int, seed: int) -> tuple[Split, Split | None]:
 
 
 def first_of_each(labels: np.ndarray, size: int) -> np.ndarray:
-    """Sorted indices of `size` examples, of as many classes as there are: the first of each, then the second, ….
+    """Sorted indices of `size` examples that cover the classes evenly: the first example of each, then the second, ….
 
-    Of more classes than examples, those whose first example comes first.
+    If there are more classes than `size`, the classes whose first example comes earliest are covered.
     """
-    rank = np.empty(len(labels), int)  # of each example within its class
+    rank = np.empty(len(labels), int)  # position of each example within its class
     for c in np.unique(labels):
         rank[labels == c] = np.arange(np.sum(labels == c))
     return np.sort(np.argsort(rank, kind="stable")[:size])
 
 
 def stratified(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """Sorted indices of `size` examples in which each class has its share, to within one example."""
+    """Sorted indices of `size` examples, stratified: each class has its share to within one example."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(labels))
     rank = np.empty(len(labels))  # position of each example within its class, as a fraction

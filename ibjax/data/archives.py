@@ -1,4 +1,4 @@
-"""Official archives: found or downloaded, their digests checked, their members read without writing any to disk.
+"""Official archives: finding or downloading them, checking digests, and reading members without writing them to disk.
 
 Guarantees (tests of the same names): an archive with another digest is refused; a member that points outside the
 archive is refused; links and devices are refused; .npy with objects is never unpickled.
@@ -26,16 +26,16 @@ _CHUNK = 1 << 20
 
 
 class Archive(NamedTuple):
-    """One official file. With `content`, a `.gz` is known by what it holds, since distributions recompress it."""
+    """One official file. With `content`, the digest of a `.gz` is that of its content, as mirrors may recompress it."""
 
     name: str
     url: str
-    digest: str  # "sha256:…" or "md5:…", of the file as it is or, with `content`, uncompressed
+    digest: str  # "sha256:…" or "md5:…" of the file, or with `content` of the uncompressed content
     content: bool = False
 
 
 def find(archive: Archive, folder: Path, download: bool = False) -> Path:
-    """The archive's path in `folder`, fetched if it is absent and `download`; raises DataError naming file and URL."""
+    """The archive's path in `folder`; if it is absent, `download` fetches it, else DataError names file and URL."""
     names = [archive.name, archive.name.removesuffix(".gz")] if archive.content else [archive.name]
     for name in names:
         if (folder / name).is_file():
@@ -46,7 +46,7 @@ def find(archive: Archive, folder: Path, download: bool = False) -> Path:
 
 
 def _download(archive, folder):
-    """Fetches to NAME.part, which becomes NAME when it is whole."""
+    """Downloads to NAME.part, which is renamed to NAME when it is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{archive.name}.part"
     try:
@@ -66,7 +66,7 @@ def _download(archive, folder):
 
 
 def verify(archive: Archive, path: Path, unverified: bool = False) -> tuple[str, bool]:
-    """(digest of the file, whether it is the official one); a wrong one raises DataError unless `unverified`."""
+    """(digest of the file, whether it is the official one); another digest raises DataError unless `unverified`."""
     algorithm, _, official = archive.digest.partition(":")
     digest = hashlib.new(algorithm)
     with opened(path, archive.content) as handle:
@@ -83,20 +83,20 @@ def verify(archive: Archive, path: Path, unverified: bool = False) -> tuple[str,
 
 @contextlib.contextmanager
 def opened(path: Path, content: bool = False) -> Iterator[Any]:
-    """The file as bytes; with `content` a `.gz` is uncompressed. What cannot be read becomes a DataError."""
+    """Opens the file for reading bytes; with `content`, a `.gz` is decompressed. Read errors become DataErrors."""
     with damage(path), gzip.open(path) if content and path.suffix == ".gz" else path.open("rb") as handle:
         yield handle
 
 
 @contextlib.contextmanager
 def damage(path: Path) -> Iterator[None]:
-    """Turns the many errors of a damaged archive into one line: its readers raise whatever wrong bytes lead them to."""
+    """Turns any error of reading a damaged archive into a DataError of one line."""
     try:
         yield
     except DataError:
         raise
     except OSError as error:
-        if error.errno not in (None, errno.EINVAL):  # EINVAL: a seek to where damage says
+        if error.errno not in (None, errno.EINVAL):  # EINVAL: a seek to an offset from damaged bytes
             raise DataError(f"{path} cannot be read ({error.strerror}); try again, or download it again") from None
         raise _damaged(path, error) from None
     except Exception as error:
@@ -112,7 +112,7 @@ def _damaged(path, error):
 
 
 def read_tar(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the members whose name is `wanted`, in the order of the archive."""
+    """(name, content) of the members whose name satisfies `wanted`, in the order of the archive."""
     with damage(path), tarfile.open(path, "r:*") as tar:
         for member in tar:
             _refuse_unsafe(path, member.name)
@@ -120,17 +120,17 @@ def read_tar(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, b
                 raise DataError(f"{path} holds a link or device '{member.name}'; it is not the official archive")
             if member.isfile() and wanted(member.name):
                 handle = tar.extractfile(member)
-                assert handle is not None  # of a regular file
+                assert handle is not None  # true for regular files
                 content = handle.read()
                 if len(content) != member.size:
                     raise DataError(f"{path} ends within '{member.name}'; delete it and download it again")
                 yield member.name, content
-        while tar.fileobj and tar.fileobj.read(_CHUNK):  # to the checksum at the very end
+        while tar.fileobj and tar.fileobj.read(_CHUNK):  # reads to the end, where the checksum is
             pass
 
 
 def read_members(path: Path, names: list[str]) -> list[bytes]:
-    """The content of the named members of a tar; raises DataError where one is missing."""
+    """The content of the named members of a tar; raises DataError if one is missing."""
     found = dict(read_tar(path, set(names).__contains__))
     if missing := [name for name in names if name not in found]:
         raise DataError(f"{path} has no member '{missing[0]}'; it is not the official archive")
@@ -139,7 +139,7 @@ def read_members(path: Path, names: list[str]) -> list[bytes]:
 
 @contextlib.contextmanager
 def opened_zip(path: Path) -> Iterator[zipfile.ZipFile]:
-    """A zip whose names have all been checked."""
+    """A zip archive whose member names have all been checked."""
     with damage(path), zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             _refuse_unsafe(path, name)
@@ -147,14 +147,14 @@ def opened_zip(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def read_npy(content: bytes, where: str) -> Any:
-    """The array of a .npy file; refused are objects, which would be unpickled, and a header that leaves bytes over."""
+    """The array of a .npy file; refuses objects, which would be unpickled, and a header that leaves bytes unread."""
     try:
         handle = io.BytesIO(content)
         array = np.lib.format.read_array(handle, allow_pickle=False)
-        if left := len(handle.read()):  # a wrong length of the header shifts all values
+        if left := len(handle.read()):  # a wrong header length shifts all values
             raise ValueError(f"{left} bytes are left over")
         return array
-    except Exception as error:  # NumPy raises many kinds on damaged bytes
+    except Exception as error:  # NumPy raises many types on damaged bytes
         reason = " ".join(str(error).split())[:120]
         raise DataError(f"{where} is no array of numbers ({reason}); it is damaged or not official") from None
 

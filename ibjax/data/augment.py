@@ -15,7 +15,7 @@ PADDINGS = {"zero": "constant", "reflect": "reflect", "edge": "edge"}
 def crop_and_flip(*, pad: int = 4, padding: str = "zero", flip: bool = True) -> Callable[[Array, Array], Array] | None:
     """(key, images (B, H, W, C)) -> images: a random H×W window of the padded image, flipped with probability ½.
 
-    Returns None where nothing is to be done. Raises InputError on an unknown padding.
+    Returns None if the options leave images unchanged. Raises InputError on an unknown padding.
     """
     if padding not in PADDINGS:
         raise InputError(f"augment.padding '{padding}' is unknown; {nearest(padding, PADDINGS)}")

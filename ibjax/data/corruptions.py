@@ -1,14 +1,17 @@
-"""Common corruptions of 32×32 images at five severities, where CIFAR-10-C itself is not at hand.
+"""Common corruptions of 32×32 images at five severities, for use without the files of CIFAR-10-C.
 
-Dan Hendrycks, Thomas Dietterich, Benchmarking Neural Network Robustness to Common Corruptions and Perturbations,
-ICLR 2019; the constants are those of the paper's code for CIFAR. Eleven of the twelve corruptions that SiRIIB reports
-are made here; frost needs photographs of the authors: take it from CIFAR-10-C.
+Hendrycks & Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", ICLR 2019; the
+constants are those of the paper's code for CIFAR. This module has eleven of the twelve corruptions that SiRIIB reports;
+frost needs the authors' photographs: take it from CIFAR-10-C.
 
-Differences from the authors' code: draws are seeded for each image, theirs were not, so only the four that draw nothing
-(defocus, zoom, pixelate, JPEG) can agree image by image with the published files, JPEG up to the library's version.
-Motion blur follows ImageMagick's formula in floating point; the affine part of the elastic transform is sampled
-exactly, older OpenCV's in steps of 1/32 pixel. As theirs: results are rounded down, and glass blur copies pixels, since
-the swap in their code overwrites one of the two.
+Differences from the authors' code:
+- Random draws are seeded for each image, theirs were not. So only the four corruptions without randomness (defocus,
+  zoom, pixelate, JPEG) can match the published files image by image, JPEG up to the version of the library.
+- Motion blur follows ImageMagick's formula in floating point.
+- The affine part of the elastic transform is sampled exactly; older versions of OpenCV use steps of 1/32 pixel.
+
+As in the authors' code, results are rounded down, and glass blur copies pixels, since their swap of two pixels
+overwrites one of them.
 
 Guarantees (tests of the same names): an image's corruption depends on index, name, severity and seed alone.
 """
@@ -38,7 +41,7 @@ Rngs = list[np.random.Generator]  # one for each image
 def corrupt(
     images: np.ndarray, name: str, severity: int, seed: int = 0, indices: np.ndarray | None = None
 ) -> np.ndarray:
-    """(N, 32, 32, 3) uint8 -> the same, corrupted; `indices` (N,) of the images in their data set, None: 0, 1, ….
+    """Corrupts images (N, 32, 32, 3) uint8. `indices` (N,) are those of the images in their data set; None: 0, 1, ….
 
     Raises InputError on an unknown name or severity, on other images, and on frost.
     """
@@ -66,7 +69,7 @@ def _each(rngs: Rngs, draw: Callable[[np.random.Generator], Any]) -> np.ndarray:
 
 
 def _bytes(x):
-    """[0, 1] to uint8, rounding down as the authors do."""
+    """Converts [0, 1] to uint8, rounding down as the authors do."""
     return np.uint8(np.clip(x, 0, 1) * 255)
 
 
@@ -85,7 +88,7 @@ def _shot_noise(images, photons, rngs):
 
 
 def _impulse_noise(images, amount, rngs):
-    """Each value becomes, with probability `amount`, 0 or 1, either as likely."""
+    """Replaces each value, with probability `amount`, by 0 or 1 with equal probability."""
     hit, white = (_each(rngs, lambda rng: rng.random(images.shape[1:])) for _ in range(2))
     return np.where(hit < amount, np.where(white < 0.5, 255, 0), images).astype(np.uint8)
 
@@ -98,7 +101,7 @@ def _smooth(x, sigma):
 
 
 def _glass_blur(images, constants, rngs):
-    """Smoothed, each pixel replaced by a neighbour up to `reach` away, smoothed."""
+    """Smooths, replaces each pixel by a neighbour at most `reach` away, and smooths again."""
     sigma, reach, rounds = constants
     x = _bytes(_smooth(images / 255, sigma))
     shift = _each(rngs, lambda rng: rng.integers(-reach, reach, (rounds, SIZE + 1, SIZE + 1, 2)))
@@ -140,14 +143,14 @@ def _motion_blur(images, constants, rngs):
 
 
 def _zoom_blur(images, limit, rngs):
-    """Mean of the image and of it enlarged by 1, 1.01, … below `limit`."""
+    """The mean of the image and its enlargements by 1, 1.01, …, below `limit`."""
     x = np.float32(images / 255)
     factors = np.arange(1, limit, 0.01)
     return _bytes((x + sum(_zoomed(x, factor) for factor in factors)) / (len(factors) + 1))
 
 
 def _zoomed(x, factor):
-    """The middle of the image, enlarged bilinearly: corner to corner, then trimmed. In float64, as SciPy's `zoom`."""
+    """The centre of the image, enlarged bilinearly with aligned corners and cropped; in float64, as SciPy's `zoom`."""
     size = int(np.ceil(SIZE / factor))
     large = round(size * factor)
     top, trim = (SIZE - size) // 2, (large - SIZE) // 2
@@ -213,7 +216,7 @@ def _pixelate(images, factor, rngs):
 
 
 def _elastic_transform(images, constants, rngs):
-    """An affine map that moves three points by up to `reach`, then displacements α·(smoothed uniform noise)."""
+    """An affine map that moves three points by at most `reach`, then displacements α·(smoothed uniform noise)."""
     alpha, sigma, reach = (SIZE * c for c in constants)
     pairs = zip(images / 255, rngs, strict=True)
     return _bytes(np.stack([_elastic(x, alpha, sigma, reach, rng) for x, rng in pairs]))
@@ -222,7 +225,7 @@ def _elastic_transform(images, constants, rngs):
 def _elastic(x, alpha, sigma, reach, rng):
     points = np.array([[26.0, 26.0], [26.0, 6.0], [6.0, 6.0]])  # (x, y): the centre ± a third of the size
     moved = points + rng.uniform(-reach, reach, points.shape)
-    # the map that takes `moved` back to `points`: an output pixel shows the input there
+    # the map from `moved` to `points`: an output pixel takes the value of the input at its image
     back = np.linalg.solve(np.c_[moved, np.ones(3)], points)  # (3, 2): [x y 1] @ back
     column, row = np.meshgrid(np.arange(SIZE), np.arange(SIZE))
     from_x, from_y = np.moveaxis(np.stack([column, row, np.ones_like(row)], -1) @ back, -1, 0)
@@ -252,7 +255,7 @@ CORRUPTIONS: dict[str, tuple[Callable, tuple]] = {
     "fog": (_fog, ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75))),  # amount, decay of the fractal
     "jpeg_compression": (_jpeg_compression, (80, 65, 58, 50, 40)),  # quality
     "pixelate": (_pixelate, (0.95, 0.9, 0.85, 0.75, 0.65)),  # factor
-    # α, σ, reach, in parts of the size
+    # α, σ and reach, as fractions of the image's size
     "elastic_transform": (
         _elastic_transform,
         ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),

@@ -1,7 +1,7 @@
 """The 1,797 handwritten digits (8×8, 17 grey levels) that scikit-learn ships: NIST-derived, from the UCI archive.
 
-The split is fixed: 1,257 training, 180 validation, 360 test images, each class in proportion. Grey level g of 16
-becomes round(255·g/16).
+The split is fixed and stratified: 1,257 training, 180 validation and 360 test images. Grey level g of 0 to 16 becomes
+round(255·g/16).
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from ibjax.data import Arrays, Split, hold_out
 
 
 def load() -> Arrays:
-    """Needs no file and no network."""
+    """Loads the digits; needs neither a file nor network access."""
     from sklearn.datasets import load_digits
 
     raw: Any = load_digits()

@@ -1,11 +1,11 @@
-"""Class folders: train/<class>/*.jpg and test/<class>/*.jpg; classes are numbered in sorted order, numbers by value.
+"""Class folders: train/<class>/*.jpg and test/<class>/*.jpg; labels follow the sorted names, numeric names by value.
 
     data=dict(name="folder", path="DIR", size=64, fit="crop")    # images of different sizes: centre crops of 64×64
 
-A class has the images in and below its folder. The test folder is `test` or, where that has no labels, `val` or
-`validation`. In place of class folders there may be a table of labels, as Tiny-ImageNet's val/val_annotations.txt.
-Hidden files and folders are left out, other files that are no images are named. Images are turned as their EXIF
-orientation says.
+A class consists of the images in and below its folder. The test folder is `test` or, if that has no labels, `val` or
+`validation`. Instead of class folders there may be a table of labels, as Tiny-ImageNet's val/val_annotations.txt.
+Hidden files and folders are ignored, and so are files that are not images of a class, with a warning that names them.
+Images are rotated according to their EXIF orientation.
 """
 
 import collections
@@ -26,13 +26,13 @@ from ibjax.errors import DataError, InputError, check_range, nearest
 
 log = logging.getLogger(__name__)
 
-# What Pillow decodes by itself; for some of its other formats it runs a program, as Ghostscript for EPS.
+# Formats that Pillow decodes by itself; for some others it runs a program, such as Ghostscript for EPS.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "PPM", "GIF", "TIFF", "JPEG2000", "AVIF")
 TEST_FOLDERS = ("test", "val", "validation")
-FITS = {"crop": "centre crops of", "stretch": "stretched to"}  # option -> how results say it
+FITS = {"crop": "centre crops of", "stretch": "stretched to"}  # option -> description in results
 _LITTER = ("Thumbs.db", "desktop.ini", "__MACOSX")
-_ORIENTATION = 0x0112  # EXIF's tag; 1: as it is
-# a file of a known archive -> the data set that `ibjax.data.prepare` makes of it
+_ORIENTATION = 0x0112  # EXIF tag; 1: upright
+# a file of a known archive -> the data set that `ibjax.data.prepare` makes from that archive
 _KNOWN = {
     "data_batch_1*": "cifar10",
     "train.bin": "cifar100",
@@ -47,13 +47,13 @@ def load(*, path: str, label: str = "", grey: bool = False, size: int | None = N
     """Reads every image under `path` into memory.
 
     Args:
-      path: of the folder that holds train/ and test/.
-      label: how results on it are called; empty: the folder's name. With `size` they say how images were fitted, too.
-      grey: one channel instead of RGB.
-      size: side of the images in pixels; None: all have one size already.
-      fit: what becomes the square: "crop", the largest one in an image's middle, or "stretch", the whole image.
+      path: the folder that holds train/ and test/.
+      label: name of the data in results; empty: the folder's name. With `size`, `fit` is added to the name.
+      grey: read images with one channel instead of RGB.
+      size: side of the images in pixels; None: all images already have the same size.
+      fit: how an image becomes a square: "crop" takes the largest central square, "stretch" rescales the whole image.
 
-    Raises DataError with the file or folder, what is wrong with it, and what is wanted.
+    Raises DataError with the file or folder, what is wrong with it, and what is expected.
     """
     if size is not None:
         check_range("data.size", size, 1)
@@ -87,7 +87,7 @@ def _numbered(names):
 
 
 class _Tree(NamedTuple):
-    """What lies in and below a folder, sorted by path; nothing that is hidden, or in hidden folders."""
+    """The content of a folder and its subfolders, sorted by path; hidden files and folders are listed separately."""
 
     root: Path
     folders: list[Path]
@@ -121,7 +121,7 @@ def _suffixes():
 
 
 def _splits(root):
-    """(the trees of train and test, {class: its images} of each)."""
+    """((train tree, test tree), (train, test)), the last two as {class: images}."""
     candidates = [root / name for name in TEST_FOLDERS if (root / name).is_dir()]
     if not (root / "train").is_dir() or not candidates:
         raise DataError(f"data.path={root} has no folders train/ and test/ with one folder per class{_hint(root)}")
@@ -138,12 +138,12 @@ def _splits(root):
 
 
 def _by_class(tree):
-    """{class: its images}; None where nothing says which class an image has."""
+    """{class: images}; None if the classes of the images are not given."""
     table = tree.root / f"{tree.root.name}_annotations.txt"
     if table.is_file():
         return _from_table(table, tree)
     classes = {folder.name: [] for folder in tree.folders if folder.parent == tree.root}
-    if not classes or set(classes) == {"images"}:  # as Tiny-ImageNet's test/images, whose labels are not public
+    if not classes or set(classes) == {"images"}:  # Tiny-ImageNet's test/images: its labels are not public
         return None
     for image in tree.images:
         if image.parent == tree.root:
@@ -154,7 +154,7 @@ def _by_class(tree):
 
 
 def _from_table(table, tree):
-    """{class: images} by the lines FILE<TAB>CLASS<TAB>… of a table; the files lie anywhere below its folder."""
+    """{class: images} from the lines FILE<TAB>CLASS<TAB>… of a table; the files may be anywhere below its folder."""
     try:
         lines = table.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -168,7 +168,7 @@ def _from_table(table, tree):
                 f"{table}, line {number}: '{line[:60]}' is not FILE<TAB>CLASS of another file below {tree.root}"
             )
         classes[label].append(images.pop(name))
-    tree.folders.append(table)  # a change of it is one of the data
+    tree.folders.append(table)  # a change of the table is a change of the data
     tree.others.extend(images.values())
     return dict(classes)
 
@@ -222,14 +222,14 @@ def _read(files: Sequence[tuple[Path, int]], grey, size, fit) -> Split:
 
 
 def _image(file, grey, size, fit):
-    """(an image (H, W) or (H, W, 3) uint8, whether it was turned); DataError naming the file."""
+    """(an image (H, W) or (H, W, 3) uint8, whether it was rotated); raises DataError naming the file."""
     try:
         content = file.read_bytes()
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror}); mend it, or remove it") from None
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            if image.format == "PNG":  # the one format with checksums, which decoding alone does not compare
+            if image.format == "PNG":  # its checksums are not compared by decoding alone
                 image.verify()
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if problem := _unfit(image):
@@ -239,34 +239,34 @@ def _image(file, grey, size, fit):
             return np.asarray(pixels if size is None else _fitted(pixels, size, fit)), upright is not image
     except DataError:
         raise
-    except Exception as error:  # Pillow raises whatever a damaged file leads its decoders to
+    except Exception as error:  # Pillow's decoders raise many types on damaged files
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise DataError(f"{file} is not a readable image ({reason}); remove it or copy it again") from None
 
 
 def _unfit(image):
-    """Why an image cannot stand for one of a class as it is; empty where it can."""
+    """Why a file cannot be used as one image of a class, such as an animation; empty if it can."""
     if image.width * image.height > (Image.MAX_IMAGE_PIXELS or np.inf):
         return f"has {image.width}×{image.height} pixels, more than {Image.MAX_IMAGE_PIXELS:,}; make it smaller"
     if image.mode.startswith(("I", "F")):
         return f"has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits"
     frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":  # a camera's JPEG with a preview behind it
+    if frames > 1 and image.format != "MPO":  # MPO: a camera's JPEG, followed by a preview
         return f"has {frames} frames; keep one of them"
     return ""
 
 
 def _upright(image):
-    """The image as its EXIF orientation says; the image itself where there is none, or none that can be read."""
+    """The image rotated according to its EXIF orientation; unchanged if there is none, or none that can be read."""
     try:
         turned = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
-    except Exception:  # EXIF data are damaged more often than images, and viewers then show these as they are
+    except Exception:  # damaged EXIF data are common; viewers then ignore them
         turned = False
     return ImageOps.exif_transpose(image) if turned else image
 
 
 def _fitted(image, size, fit):
-    """A square of `size` pixels."""
+    """The image as a square of side `size` pixels."""
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2

@@ -1,8 +1,8 @@
-"""A data set at a glance: a picture of a few images of each class, and its counts.
+"""Shows a data set: a picture with a few images of each class, and the numbers of images.
 
     python -m ibjax.data.gallery --out=FILE.png name=tfds dataset=mnist data_dir=DIR
 
-Options are those of a configuration's `data` section. Prints a row of docs/data.md.
+The options are those of a configuration's `data` section. The command prints a row of docs/data.md.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from ibjax.data import Arrays, Split, augment, load_splits
 from ibjax.errors import InputError
 from ibjax.step import to_float
 
-_COLUMNS = 20  # classes shown at most
+_COLUMNS = 20  # maximum number of classes shown
 _EDGE = 1  # pixels between images
 
 
 def picture(split: Split, *, rows: int = 3, augmented: int = 2, pad: int = 4, padding: str = "edge") -> np.ndarray:
-    """(height, width, 3) uint8: a column for each class, `rows` of images, then the first row `augmented` times."""
+    """(height, width, 3) uint8: a column per class, `rows` rows of images, then `augmented` augmented first rows."""
     classes = np.unique(split.labels)[:_COLUMNS]
     chosen = np.stack([np.flatnonzero(split.labels == c)[np.arange(rows) % (split.labels == c).sum()] for c in classes])
     grid = [np.asarray(to_float(jax.numpy.asarray(split.images[chosen[:, row]]))) for row in range(rows)]

@@ -1,4 +1,4 @@
-"""One `.npz` file in Keras's layout: x_train, y_train, x_test, y_test. Objects in it are never unpickled."""
+"""One `.npz` file in Keras's layout: x_train, y_train, x_test, y_test. Pickled objects in it are never loaded."""
 
 import numpy as np
 
@@ -11,9 +11,9 @@ KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 def load(*, path: str, label: str = "", num_classes: int | None = None) -> Arrays:
-    """Reads `path`; without `num_classes` there are as many classes as the largest training label says.
+    """Reads `path`; without `num_classes`, the number of classes is the largest training label plus 1.
 
-    Raises DataError: no such file, damaged, an array is missing, or a single stray label would add classes.
+    Raises DataError if the file is absent or damaged, lacks an array, or has a single stray label that adds classes.
     """
     file = files.path(path)
     if not file.is_file():
@@ -37,7 +37,7 @@ def load(*, path: str, label: str = "", num_classes: int | None = None) -> Array
 
 
 def _count(path, y_train, y_test):
-    """One class more than the largest training label; DataError where that label looks like a slip."""
+    """The largest training label plus 1; raises DataError if that label looks like a mistake."""
     found, counts = np.unique(y_train, return_counts=True)
     largest = int(found[-1])
     if counts[-1] == 1 and np.median(counts) > 1 and not np.any(y_test == largest):

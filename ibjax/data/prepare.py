@@ -3,8 +3,8 @@
     python -m ibjax.data.prepare --dataset=cifar10 --archives=DIR --data_dir=DIR [--download] [--unverified]
 
 Data sets: cifar10 cifar100 svhn_cropped mnist fashion_mnist stl10 tiny_imagenet cifar10_c cifar100_c cifar10_1
-cifar10_1_v4. The archives' digests are checked and recorded. The data set is there whole or not at all, and one that is
-there is left alone.
+cifar10_1_v4. The archives' digests are checked and recorded. The data set is written completely or not at all; an
+existing one is not changed.
 """
 
 import argparse
@@ -48,12 +48,12 @@ def prepare(
     Args:
       dataset: one of the names above.
       data_dir: TFDS's folder of data sets.
-      archives_dir: where the archives lie or are downloaded to; None: `data_dir`/downloads.
-      download: fetch what is missing.
+      archives_dir: folder of the archives, to which they are also downloaded; None: `data_dir`/downloads.
+      download: download missing archives.
       unverified: accept archives that are not the official ones; the label then says so.
-      label: how results on the data are called; empty: its usual name.
+      label: name of the data in results; empty: its usual name.
 
-    Raises DataError naming the archive that is missing, damaged or another one.
+    Raises DataError naming the archive that is missing, damaged or not the official one.
     """
     if dataset == "imagenet2012":
         raise DataError(

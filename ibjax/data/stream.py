@@ -1,13 +1,13 @@
-"""Data sets too large for memory, as ImageNet: read lazily, decoded, cropped and resized by worker threads.
+"""Data sets too large for memory, such as ImageNet: worker threads read, decode, crop and resize images on demand.
 
     data=dict(name="stream", dataset="imagenet2012", size=224)    # a stock copy, made with --file_format=array_record
 
-Training images are random resized crops with flips, test and validation images centre crops; so `augment` has nothing
-left to do. Labels are read once and kept in ~/.cache/ibjax. Needs the extra `imagenet` (Grain).
+Training images are random resized crops with flips, test and validation images are centre crops, so `augment` is not
+used. Labels are read once and cached in ~/.cache/ibjax. Needs the extra `imagenet` (Grain).
 
-Guarantees (tests of the same names): a batch is a function of seed and step, so that reading can begin at any step with
-the same batches; an epoch shows every image once, but for a last incomplete batch; processes that read parts of a batch
-read together what one would.
+Guarantees (tests of the same names): a batch is a function of seed and step, so that reading can start at any step with
+the same batches; an epoch shows every image once, except those of a last incomplete batch; processes that read parts of
+a batch read together what one process would.
 """
 
 import concurrent.futures
@@ -31,9 +31,9 @@ from ibjax.data import Arrays, Split, stamps, tfds
 from ibjax.devices import cluster
 from ibjax.errors import DataError, InputError, UnreadableError, check_range
 
-_RESIZED = 256 / 224  # the shorter side of a test image, over the side of the crop that is shown
+_RESIZED = 256 / 224  # ratio of a test image's shorter side to the side of its centre crop
 _FOREVER = 2**62
-_SEAL_BYTES = 16  # of the digest after the labels that are kept
+_SEAL_BYTES = 16  # length of the digest after the cached labels
 log = logging.getLogger(__name__)
 
 
@@ -41,12 +41,12 @@ def load(*, dataset: str = "imagenet2012", data_dir: str = "", size: int = 224, 
     """The splits `train` and `validation`, which is the test set (ImageNet's own test images have no labels).
 
     Args:
-      dataset: name, with a folder of that name in `data_dir`.
+      dataset: name of the data set, which is also that of its folder in `data_dir`.
       data_dir: TFDS's folder; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
-      size: side of the images that the network sees.
-      threads: that read and decode, in each process.
+      size: side of the images that the network receives.
+      threads: number of threads that read and decode, in each process.
 
-    Raises DataError when it is not there, damaged, not readable at random, or small enough for data.name='tfds'.
+    Raises DataError if the data set is absent, damaged, without random access, or small enough for data.name='tfds'.
     """
     check_range("data.size", size, 1)
     check_range("data.threads", threads, 1)
@@ -68,7 +68,7 @@ def load(*, dataset: str = "imagenet2012", data_dir: str = "", size: int = 224, 
 
 
 class Pictures:
-    """The images of a split as an array (N, size, size, 3) uint8 of centre crops, read where it is indexed."""
+    """The images of a split, like an array (N, size, size, 3) uint8 of centre crops that is read when indexed."""
 
     dtype, ndim = np.dtype(np.uint8), 4
 
@@ -92,7 +92,7 @@ class Pictures:
         return len(self.rows)
 
     def subset(self, kept: np.ndarray) -> "Pictures":
-        """Some of the images; nothing is read."""
+        """A subset of the images; nothing is read."""
         return Pictures(self.stored, self.split, self.size, self.threads, self.rows[kept])
 
     def __getitem__(self, which: slice | np.ndarray) -> np.ndarray:
@@ -118,9 +118,9 @@ class Pictures:
         return pixels[:, ::-1] if rng is not None and rng.random() < 0.5 else pixels
 
     def digest(self) -> str:
-        """Of the files' names and sizes and of which images are taken, not of their 100 GB.
+        """A digest of the files' names and sizes and of the selected images' indices, not of their 100 GB of content.
 
-        The digest of a split has that of its labels beside this one.
+        The digest of a split also covers the labels.
         """
         total = hashlib.blake2b(self._files().encode(), digest_size=16)
         total.update(f"{self.size}".encode() + self.rows.astype(np.int64).tobytes())
@@ -134,9 +134,9 @@ class Pictures:
             raise tfds.damaged(self.stored, self.split, error) from None
 
     def labels(self) -> np.ndarray:
-        """(N,) int32; read from the records once, for which these have to be read whole.
+        """The labels (N,) int32, read from the records once and then cached, as this reads every record completely.
 
-        They are read again where a shard was written since: another set of the same names and sizes has other labels.
+        They are read again if a shard was rewritten since, as another data set may have the same names and sizes.
         """
         shards = self.stored.shards[self.split]
         lengths = [length for _, length in shards]
@@ -164,11 +164,11 @@ class Pictures:
 
 
 def _kept_labels(file, count, num_classes):
-    """The labels in a file of `_keep_labels`; None where there is none, or not as it was written."""
+    """The labels in a file of `_keep_labels`; None if the file is absent or damaged."""
     try:
         content = files.read_bytes(file)
     except (OSError, UnreadableError):
-        return None  # not there yet, or out of reach: the records have them
+        return None  # absent or unreadable: the caller reads the records
     values, seal = content[:-_SEAL_BYTES], content[-_SEAL_BYTES:]
     if bytes.fromhex(files.digest(values)) == seal and len(values) == 4 * count:
         found = np.frombuffer(values, "<i4").astype(np.int32)
@@ -179,7 +179,7 @@ def _kept_labels(file, count, num_classes):
 
 
 def _keep_labels(file, labels):
-    """Writes the labels with a digest after them; where that is not possible, they are read again next time."""
+    """Writes the labels, followed by a digest; if that fails, they are read from the records again next time."""
     values = labels.astype("<i4").tobytes()
     with contextlib.suppress(OSError):
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -194,16 +194,16 @@ def _keep_labels(file, labels):
 def batches(
     split: Split, *, batch_size: int, seed: int = 0, step: int = 0, rows: np.ndarray | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """{"image": (R, size, size, 3) uint8, "label" and "index" in the split (R,) int32}, from `step` on, without end.
+    """Endless {"image": (R, size, size, 3) uint8, "label", "index" in the split, each (R,) int32}, from `step` on.
 
     Args:
-      split: of `load`, or a part of one.
-      batch_size: images in a batch; an epoch's last incomplete batch is left out.
-      seed: of order and crops, which are new in each epoch.
+      split: a split from `load`, or a part of one.
+      batch_size: number of images in a batch; an epoch's last incomplete batch is left out.
+      seed: seed of order and crops, which differ between epochs.
       step: number of the first batch, counted over all epochs.
-      rows: which of the batch's places to read, (R,); None: all.
+      rows: which positions of the batch to read, (R,); None: all.
 
-    Raises DataError when the files are damaged, InputError on an impossible batch size.
+    Raises DataError if the files are damaged, InputError on an impossible batch size.
     """
     try:
         import grain
@@ -233,13 +233,16 @@ def batches(
 
 
 def _centre(width, height):
-    """The square that resizing the shorter side to 256 and cutting 224 out of the middle would show."""
+    """The box of the central square that resizing the shorter side to 256 and cropping 224×224 would show."""
     side = min(width, height) / _RESIZED
     return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
 
 
 def _random_box(width, height, rng):
-    """A box of 8 to 100 % of the area, its ratio log-uniform in 3:4 to 4:3; after ten misfits, the largest square."""
+    """A random box of 8 to 100 % of the area, with a log-uniform aspect ratio from 3:4 to 4:3.
+
+    If ten boxes in turn do not fit into the image, the largest central square.
+    """
     for _ in range(10):
         area = width * height * rng.uniform(0.08, 1)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))

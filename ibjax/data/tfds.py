@@ -3,12 +3,12 @@
     data=dict(name="tfds", dataset="cifar10", data_dir="~/tensorflow_datasets")
     data=dict(name="tfds", dataset="cifar10", test="cifar10_1")    # trained on CIFAR-10, tested on CIFAR-10.1
 
-Reads what `python -m ibjax.data.prepare` makes, and stock TFDS copies as they are, in ArrayRecord or TFRecord files,
-whose features are an image and a label. Images come in the data set's own order: where records carry an `id`, as those
-of stock CIFAR do, in the order of the ids.
+Reads data sets made by `python -m ibjax.data.prepare` and unchanged copies of TFDS's own, in ArrayRecord or TFRecord
+files, whose features are an image and a label. Images come in the data set's original order; if records have an `id`,
+as those of TFDS's CIFAR do, in the order of the ids.
 
 Guarantees (tests of the same names): TensorFlow is never imported; a damaged shard is named with how to make it again,
-or its images are unharmed; a description that promises more or fewer images than there are is refused.
+or its images are intact; a description that declares more or fewer images than the files hold is refused.
 """
 
 import concurrent.futures
@@ -24,7 +24,7 @@ from ibjax import files
 from ibjax.data import Arrays, Split, builders, listed, require_classes, stamps, tfrecord
 from ibjax.errors import DataError
 
-DEFAULT_DIR = "~/tensorflow_datasets"  # TFDS's own, unless TFDS_DATA_DIR says otherwise
+DEFAULT_DIR = "~/tensorflow_datasets"  # TFDS's default, unless TFDS_DATA_DIR is set
 _LABELS = {
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",
@@ -39,38 +39,39 @@ _BATCH = 4096  # records decoded at a time
 class Stored(NamedTuple):
     """A data set on disk."""
 
-    builder: Any  # TFDS's, read-only
+    builder: Any  # TFDS's read-only builder
     folder: Path
     label: str
-    keys: tuple[str, str]  # of image and label in a record
-    shape: tuple[int, int, int] | None  # of every image; None where they differ
-    classes: tuple[str, ...]  # their names, by label
-    shards: dict[str, tuple[tuple[Path, int], ...]]  # of each split: files, and how many records they hold
+    keys: tuple[str, str]  # keys of image and label in a record
+    shape: tuple[int, int, int] | None  # shape of every image; None if shapes differ
+    classes: tuple[str, ...]  # names of the classes, in the order of labels
+    shards: dict[str, tuple[tuple[Path, int], ...]]  # split -> its files, each with the number of its records
     remake: str  # what to do when a file is damaged
 
     @property
     def num_classes(self) -> int:
-        """How many labels there may be."""
+        """The number of classes."""
         return len(self.classes)
 
     @property
     def counts(self) -> dict[str, int]:
-        """Images in each split."""
+        """The number of images in each split."""
         return {split: sum(count for _, count in shards) for split, shards in self.shards.items()}
 
 
 def load(*, dataset: str, data_dir: str = "", test: str = "", label: str = "") -> Arrays:
     """Reads splits `train` and `test` (and `validation`, if there is one) of a data set into memory.
 
-    Where the labelled test images are a split named `validation`, as Tiny-ImageNet's, that is the test set.
+    If the labelled test images are in a split named `validation`, as in Tiny-ImageNet, that split is the test set.
 
     Args:
-      dataset: name, or name/config, with a folder of that name in `data_dir`.
+      dataset: name, or name/config, which is also the name of its folder in `data_dir`.
       data_dir: TFDS's folder; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
-      test: another data set of the same classes and shape, whose test images take the place of its own.
-      label: how results on it are called; empty: what `prepare` recorded, or the usual name.
+      test: another data set with the same classes and shape, whose test images replace those of `dataset`.
+      label: name of the data in results; empty: the name that `prepare` recorded, or the usual name.
 
-    Raises DataError: not there, and what to run; not a set of images with labels; damaged, and which file.
+    Raises DataError if the data set is absent (with the command to run), has no images with labels, or is damaged (with
+    the file).
     """
     for name in (dataset, test):
         if name.endswith("_c"):
@@ -123,9 +124,9 @@ def find(dataset: str, data_dir: str = "") -> Stored:
         classes, whole, kind = tuple(map(str, target.names)), tuple(image.shape), np.dtype(image.np_dtype)
         if int(target.num_classes) != len(classes):
             raise ValueError(f"{target.num_classes} classes with {len(classes)} names")
-        own = type(image) is tfds.features.Tensor  # stock builders have an Image
+        own = type(image) is tfds.features.Tensor  # TFDS's own builders have an Image
         label = builders.label(builder.info.metadata, classes, own) or _LABELS.get(dataset, dataset)
-    except Exception as error:  # TFDS raises whatever a damaged or foreign description leads it to
+    except Exception as error:  # TFDS raises many types on a damaged or foreign description
         reason = (str(error).splitlines() or [""])[0]
         raise DataError(
             f"{folder} does not describe images with class labels ({type(error).__name__}: {reason}); {remake}"
@@ -148,10 +149,10 @@ def _how_to_make(dataset, root):
 
 
 def _tested(stored, other):
-    """`other`, if its images can be classified by what is trained on `stored`; else DataError."""
+    """`other`, if a network trained on `stored` can classify its images; else raises DataError."""
     for what in ("shape", "num_classes", "classes"):
         ours, theirs = getattr(stored, what), getattr(other, what)
-        unnamed = what == "classes" and _numbers(len(ours)) in (ours, theirs)  # as in stock copies without names
+        unnamed = what == "classes" and _numbers(len(ours)) in (ours, theirs)  # copies whose classes have no names
         if ours != theirs and not unnamed:
             said = [listed(value) if what == "classes" else str(value) for value in (theirs, ours)]
             raise DataError(f"{other.folder} has {what} {said[0]}, {stored.folder} {said[1]}; give a set of the same")
@@ -159,7 +160,7 @@ def _tested(stored, other):
 
 
 def require_labels(stored: Stored, labels: np.ndarray) -> None:
-    """Raises DataError where most classes have no training image: the description is of another data set."""
+    """Raises DataError if most classes lack training images, as if the description were that of another data set."""
     require_classes(stored.folder, labels, stored.num_classes, f"correct its description, or {stored.remake}")
 
 
@@ -168,12 +169,12 @@ def _numbers(count):
 
 
 def read_files(stored: Stored) -> list[Path]:
-    """What a data set was read from: its files, and the folders in which a newer one would appear."""
+    """The paths that a data set depends on: its files, and the folders in which a newer version would appear."""
     return [stored.folder.parent, stored.folder, *sorted(stored.folder.iterdir())]
 
 
 def read(stored: Stored, split: str, start: int = 0, stop: int | None = None) -> Split:
-    """Images (N, H, W, C) uint8 and labels (N,) of records `start` to `stop` of a split, in its order."""
+    """Images (N, H, W, C) uint8 and labels (N,) of the records `start` to `stop` of a split, in its order."""
     check_counts(stored, split)
     stop = stored.counts[split] if stop is None else stop
     assert stored.shape is not None
@@ -185,7 +186,7 @@ def read(stored: Stored, split: str, start: int = 0, stop: int | None = None) ->
             if record[image].shape != stored.shape:
                 raise ValueError(f"record {start + i} is {record[image].shape}")
             images[i], labels[i] = record[image], record[label]
-        except Exception as error:  # a record that is not of the described features
+        except Exception as error:  # a record whose features differ from the description
             raise damaged(stored, split, error) from None
         if "id" in record:
             identities.append(record["id"])
@@ -196,7 +197,7 @@ def read(stored: Stored, split: str, start: int = 0, stop: int | None = None) ->
 
 
 def check_counts(stored: Stored, split: str) -> None:
-    """Raises DataError unless each shard holds as many records as the description says: fewer would be left unread."""
+    """Raises DataError unless each shard has as many records as the description says, as others would not be read."""
     if stored.builder.info.file_format.value != "array_record":  # TFRecord files are counted as they are read
         return
     from array_record.python.array_record_module import ArrayRecordReader
@@ -230,7 +231,7 @@ def records(stored: Stored, split: str, indices: range) -> Iterable[dict[str, An
         chosen = list(range(first, min(first + _BATCH, indices.stop)))
         try:
             batch = source.__getitems__(chosen)
-        except Exception as error:  # the C++ reader's RuntimeError, or what decoding damaged bytes leads to
+        except Exception as error:  # the C++ reader's RuntimeError, or any error of decoding damaged bytes
             raise damaged(stored, split, error) from None
         yield from batch
 
@@ -265,7 +266,7 @@ def _decoded(stored, features, split, raw):
 
 
 def damaged(stored, split, error):
-    """Names the first shard of the split that cannot be read from end to end."""
+    """The DataError that names the first shard of the split that cannot be read completely."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     reason = " ".join(str(error).split())[:120] or type(error).__name__

@@ -1,7 +1,8 @@
-"""TFRecord files without TensorFlow: what TFDS's stock builders write unless told otherwise.
+"""Reads TFRecord files, the default format of TFDS's own builders, without TensorFlow.
 
-A record is its length n (uint64), the masked CRC-32C of that (uint32), n bytes, and their masked CRC-32C; all
-little-endian. Every checksum is compared. A whole file is read at once: for data sets that fit in memory.
+A record consists of its length n (uint64), the masked CRC-32C of the length (uint32), n bytes, and the masked CRC-32C
+of these (uint32); all little-endian. Every checksum is compared. A whole file is read at once, so this is for data sets
+that fit in memory.
 """
 
 from pathlib import Path
@@ -15,7 +16,7 @@ _HEAD, _TAIL = 12, 4
 
 
 def read(path: Path) -> list[bytes]:
-    """The records of a file, or DataError where it is truncated or a checksum is wrong."""
+    """The records of a file; raises DataError if it is truncated or a checksum is wrong."""
     content = np.frombuffer(path.read_bytes(), np.uint8)
     starts, lengths, at = [], [], 0
     while at < len(content):
@@ -35,8 +36,8 @@ def read(path: Path) -> list[bytes]:
 
 
 def crc32c(content: np.ndarray, first: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """CRC-32C (uint32) of the stretches content[first : first + size], all of them a byte at a time."""
-    order = np.argsort(-size, kind="stable")  # the longest first: those still running are a prefix
+    """CRC-32C (uint32) of the slices content[first : first + size], a byte at a time for all slices together."""
+    order = np.argsort(-size, kind="stable")  # longest first, so that the unfinished slices are a prefix
     first, size = first[order], size[order]
     crc = np.full(len(first), 0xFFFFFFFF, np.uint32)
     running = len(first)
@@ -51,7 +52,7 @@ def crc32c(content: np.ndarray, first: np.ndarray, size: np.ndarray) -> np.ndarr
 
 
 def masked(crc: np.ndarray) -> np.ndarray:
-    """As it is stored: rotated right by 15 bits, plus a constant, modulo 2³²."""
+    """The masked CRC as stored in a file: rotated right by 15 bits, plus a constant, modulo 2³²."""
     rotated = (crc.astype(np.uint64) >> 15 | crc.astype(np.uint64) << 17) & 0xFFFFFFFF
     return ((rotated + 0xA282EAD8) & 0xFFFFFFFF).astype(np.uint32)
 

@@ -1,6 +1,6 @@
-"""The one place where a process meets JAX: `jax.distributed`, the platform, the mesh, preemption.
+"""How a process sets up JAX: `jax.distributed`, the platform, the device mesh, preemption.
 
-What is compiled is kept by `ibjax.devices.compiled`; how the processes of a run agree is in `ibjax.devices.peers`.
+`ibjax.devices.compiled` caches compiled programs; `ibjax.devices.peers` coordinates the processes of a run.
 """
 
 import contextlib
@@ -26,26 +26,29 @@ from ibjax.devices.compiled import keep as keep_compiled
 from ibjax.devices.peers import agree, word_of_first
 from ibjax.errors import InputError
 
-__all__ = ["agree", "cache_folder", "keep_compiled", "word_of_first"]  # for the modules that know this one only
+__all__ = ["agree", "cache_folder", "keep_compiled", "word_of_first"]  # re-exported
 
 BATCH = PartitionSpec("data")
 REPLICATED = PartitionSpec()
-_HEARTBEAT_SECONDS = 60  # JAX ends a process whose peer is silent for so long; `ibjax.devices.peers` names it before
-_START_SECONDS = 300  # that a process waits for the others of its run to start
+_HEARTBEAT_SECONDS = 60  # after this silence of a peer, JAX ends a process; `ibjax.devices.peers` reports it earlier
+_START_SECONDS = 300  # how long a process waits for the others of its run to start
 
 _notices = itertools.count()
 log = logging.getLogger(__name__)
 
 
 def initialize() -> None:
-    """Prepares a process: what is compiled is kept, and on CPUs memory; `jax.distributed` is started.
+    """Prepares a process: enables the compilation cache, keeps freed memory on CPUs, and starts `jax.distributed`.
 
-    `jax.distributed` also for one process: then SIGTERM is a notice and no end.
+    `jax.distributed` is started for a single process too: SIGTERM then is a preemption notice and does not end the
+    process. The other processes are found in this order:
 
-    Where the processes come from, in this order: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in the
-    environment (launch/local.sh sets them); the step of a SLURM job that srun has started; another cluster that JAX
-    knows (TPU, Kubernetes, Open MPI); else alone. Raises InputError where the environment contradicts itself, or names
-    a platform that is not there.
+    1. JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment (launch/local.sh sets them)
+    2. the step of a SLURM job that srun has started
+    3. another cluster that JAX detects (TPU, Kubernetes, Open MPI)
+    4. none: a single process
+
+    Raises InputError if the environment contradicts itself, or names a platform that is not available.
     """
     if jax.distributed.is_initialized():
         return
@@ -64,7 +67,7 @@ def initialize() -> None:
 
 
 def backend() -> str:
-    """The platform that is computed on, as "cpu"; raises InputError where JAX_PLATFORMS names one that is not there."""
+    """JAX's platform, as "cpu"; raises InputError if JAX_PLATFORMS names one that is not available."""
     try:
         return jax.default_backend()
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -83,10 +86,10 @@ def backend() -> str:
 
 
 def _no_platform(error):
-    """The InputError that names the platforms that are there, where `error` comes of JAX_PLATFORMS; else None.
+    """If JAX_PLATFORMS caused `error`, an InputError that lists the available platforms; else None.
 
-    JAX looks for its devices where it first computes, which is anywhere in a command that does not begin with
-    `initialize`, and raises errors of several kinds.
+    JAX looks for its devices at its first computation. In a command that does not call `initialize` first, this can
+    happen anywhere, and the errors are of several types.
     """
     if os.environ.get("JAX_PLATFORMS") and isinstance(error, RuntimeError | AssertionError | ValueError):
         try:
@@ -104,7 +107,7 @@ errors.explanations.append(_no_platform)
 
 @contextlib.contextmanager
 def _without_proxies():
-    """No *_proxy variable in the environment: gRPC would send what one process says to another through the proxy."""
+    """Removes the *_proxy variables from the environment, as gRPC would send traffic between processes to the proxy."""
     taken = {name: os.environ.pop(name) for name in list(os.environ) if name.lower().endswith("_proxy")}
     try:
         yield
@@ -128,7 +131,7 @@ def _start_distributed():
     elif "SLURM_JOB_ID" in os.environ and "SLURM_PROCID" in os.environ:
         _join_slurm_step()
     else:
-        try:  # what the cluster says of the processes only JAX knows
+        try:  # JAX detects the cluster and its processes
             with _speaking("this process", "the others that its cluster tells of", "start all processes"):
                 jax.distributed.initialize(**_common())
         except (ValueError, RuntimeError) as error:
@@ -138,14 +141,14 @@ def _start_distributed():
 
 
 def _common():
-    # past our own limit, JAX would end the process in C++
+    # longer than our own limit, since JAX ends the process in C++, without a Python exception
     return dict(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS, initialization_timeout=_START_SECONDS + 60)
 
 
 def _start_alone():
-    """One process, on a port that no other process is given as long as this one runs."""
+    """Starts a single process, on a port that is reserved while the process runs."""
     holder = socket.socket()
-    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # gRPC's own socket does the same
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as gRPC's own socket
     holder.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{holder.getsockname()[1]}"
     holder.detach()  # it stays open to the end of the process
@@ -155,9 +158,9 @@ def _start_alone():
 
 
 def _join_slurm_step():
-    """The tasks of a step that srun has started; alone, where it has started this process alone or not at all.
+    """Joins the tasks of a step that srun has started; without srun, or with one task, starts a single process.
 
-    SLURM_NTASKS is that of the job in a batch script or an interactive shell, where nobody starts the others.
+    In a batch script or an interactive shell, SLURM_NTASKS is that of the job, although its tasks were not started.
     """
     step, tasks = os.environ.get("SLURM_STEP_ID", "0"), os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if not tasks.isdigit() or int(tasks) == 1:
@@ -168,7 +171,7 @@ def _join_slurm_step():
             )
         _start_alone()
         return
-    if not os.environ.get("JAX_COORDINATOR_PORT"):  # JAX's own choice is one for all steps of a job
+    if not os.environ.get("JAX_COORDINATOR_PORT"):  # JAX would choose the same port for all steps of a job
         number = 31 * int(os.environ["SLURM_JOB_ID"]) + (int(step) if step.isdigit() else 0)
         os.environ["JAX_COORDINATOR_PORT"] = str(61440 + number % 4096)
     port = int(os.environ["JAX_COORDINATOR_PORT"])
@@ -176,7 +179,7 @@ def _join_slurm_step():
 
 
 def _join(port, count, index, variable, *address):
-    """`jax.distributed.initialize(*address)`, with words while it waits, and an end to it."""
+    """Calls `jax.distributed.initialize(*address)`, with log lines while it waits and a time limit."""
     if index == 0:
         _check_free(port, variable)
     others = "process 0" if index else f"the other {count - 1} processes"
@@ -188,7 +191,7 @@ def _join(port, count, index, variable, *address):
 
 @contextlib.contextmanager
 def _speaking(who, whom, advice):
-    """Says in between for whom a process waits, and ends it where they do not come."""
+    """Logs from time to time which processes this one waits for, and ends it if they do not start in time."""
     joined = threading.Event()
 
     def speak():
@@ -209,7 +212,7 @@ def _speaking(who, whom, advice):
 
 
 def _check_free(port, variable):
-    """Raises InputError where another process listens at the port: JAX would crash, or join what is there."""
+    """Raises InputError if another process listens on the port: JAX would crash, or connect to that process."""
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -223,12 +226,12 @@ def _check_free(port, variable):
 
 
 def keep_memory() -> None:
-    """Memory that a program has freed stays with the process, where its allocator is glibc's.
+    """Makes glibc's allocator keep freed memory in the process; other allocators are not changed.
 
-    By default glibc returns blocks of more than 32 MB at once, and the kernel then zeroes the work space of every call
-    of a compiled program anew: on a CPU a fifth of APGD's time on a small network.
+    By default glibc returns freed blocks of more than 32 MB to the system at once, so the kernel zeroes the work space
+    of a compiled program again at every call: on a CPU this takes a fifth of APGD's time on a small network.
     """
-    trim_threshold, mmap_max = -1, -4  # glibc's names: M_TRIM_THRESHOLD, M_MMAP_MAX
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX in glibc
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_max, 0)
@@ -236,17 +239,17 @@ def keep_memory() -> None:
 
 
 def preempted() -> bool:
-    """Whether a preemption notice has reached all processes; every process calls it equally often."""
+    """Whether a preemption notice has reached all processes; every process must call this equally often."""
     return multihost_utils.reached_preemption_sync_point(next(_notices))
 
 
 def mesh() -> Mesh:
-    """All devices of all processes in one axis, "data"."""
+    """A mesh of all devices of all processes, with the single axis "data"."""
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
 
 def replicate(tree, mesh: Mesh):
-    """Host arrays (the same on every process) as arrays on all devices."""
+    """Replicates host arrays, which are the same on every process, on all devices."""
     sharding = NamedSharding(mesh, REPLICATED)
     return jax.tree.map(
         lambda leaf: jax.make_array_from_callback(np.shape(leaf), sharding, np.asarray(leaf).__getitem__), tree
@@ -254,7 +257,7 @@ def replicate(tree, mesh: Mesh):
 
 
 def check_divides(batch_size: int, name: str, devices: int, parts: int = 1) -> None:
-    """Raises InputError unless the batch divides among so many devices, in so many parts."""
+    """Raises InputError unless `batch_size` is a multiple of `devices` times `parts`."""
     count = devices * parts
     if batch_size % count:
         split = f"{devices} devices" if parts == 1 else f"{devices} devices in {parts} parts"

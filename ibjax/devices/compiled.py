@@ -1,8 +1,8 @@
-"""The cache of compiled programs, each entry with a digest that is compared before it is used.
+"""JAX's compilation cache, with a digest for each entry that is verified before the entry is used.
 
-JAX writes no checksum of its own. Under zstd, which it takes where Python has it, a flipped bit goes into the program:
-wrong numbers, or the end of the process by a signal. So every entry `KEY-cache` has a file `KEY-digest` beside it; an
-entry without one, or with another one, is removed and compiled again. The entries themselves stay as JAX writes them.
+JAX writes no checksum. With zstd compression, which it uses if Python has it, a flipped bit reaches the program, which
+then computes wrong numbers or is killed by a signal. Therefore every entry `KEY-cache` has a file `KEY-digest` beside
+it; an entry without a matching digest is removed and compiled again. The format of the entries is unchanged.
 """
 
 import hashlib
@@ -21,14 +21,14 @@ log = logging.getLogger(__name__)
 
 
 def keep() -> None:
-    """Compiled programs are kept in ~/.cache/ibjax, in a folder that only its user can read.
+    """Enables the compilation cache in ~/.cache/ibjax, which only its user can read.
 
-    JAX_COMPILATION_CACHE_DIR in the environment names another folder, or, empty, none. Programs for a CPU are kept by
-    its instruction set: a home may be shared by machines of several kinds.
+    JAX_COMPILATION_CACHE_DIR in the environment names another folder; if it is empty, there is no cache. Each CPU
+    instruction set has a subfolder, since machines of several kinds may share a home folder.
     """
     verify()
     if (given := os.environ.get("JAX_COMPILATION_CACHE_DIR")) is not None:
-        if given and str(files.path(given)) != given:  # of ~/x JAX would make a folder called ~
+        if given and str(files.path(given)) != given:  # for ~/x, JAX would create a folder called ~
             jax.config.update("jax_compilation_cache_dir", str(files.path(given)))
         return
     try:
@@ -44,9 +44,9 @@ def keep() -> None:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: $XDG_CACHE_HOME/ibjax, or ~/.cache/ibjax.
+    """The folder for files that can be recomputed: $XDG_CACHE_HOME/ibjax, or ~/.cache/ibjax.
 
-    Raises RuntimeError where there is no home folder.
+    Raises RuntimeError if there is no home folder.
     """
     named = os.environ.get("XDG_CACHE_HOME")
     return (files.path(named) if named else Path.home() / ".cache") / "ibjax"
@@ -61,14 +61,14 @@ def _instruction_set():
 
 
 def verify() -> None:
-    """Has this process compare an entry's digest before it uses it, in whatever folder JAX keeps them."""
+    """Makes this process verify the digest of each cache entry before its use, in whatever folder JAX has its cache."""
     try:
         from jax._src import compilation_cache
         from jax._src.compilation_cache_interface import CacheInterface
 
         opened, before = compilation_cache.get_file_cache, compilation_cache._cache
-    except (ImportError, AttributeError):  # another version of JAX: these names are not its public ones
-        if any(importlib.util.find_spec(name) for name in ("zstandard", "compression")):  # else zlib: it has a checksum
+    except (ImportError, AttributeError):  # another version of JAX: these names are private
+        if any(importlib.util.find_spec(name) for name in ("zstandard", "compression")):  # else zlib, with a checksum
             log.info("nothing compiled is kept: this version of JAX does not let its entries be verified")
             jax.config.update("jax_enable_compilation_cache", False)
         return
@@ -88,7 +88,7 @@ def verify() -> None:
 
 def _checked(interface):
     class Checked(interface):
-        """JAX's cache in a folder, with a digest beside each entry."""
+        """JAX's file cache, with a digest beside each entry."""
 
         def __init__(self, cache):
             self._cache, self._path = cache, cache._path
@@ -100,7 +100,7 @@ def _checked(interface):
             try:
                 expected = files.read_bytes(self._digest(key)).decode(errors="replace")
             except (FileNotFoundError, UnreadableError):
-                expected = ""  # the entry of another program, or of a process that was killed
+                expected = ""  # written without ibjax, or by a process that was killed
             if expected == files.digest(entry):
                 return entry
             if expected:
@@ -109,7 +109,7 @@ def _checked(interface):
             return None
 
         def put(self, key, value):
-            self._remove(key)  # JAX never replaces an entry
+            self._remove(key)  # JAX never overwrites an entry
             self._cache.put(key, value)
             with files.replacing(self._digest(key)) as temporary:
                 temporary.write_text(files.digest(value), encoding="utf-8")

@@ -1,12 +1,13 @@
-"""What a program does otherwise where a CPU will run it.
+"""Program variants for CPUs.
 
-There short loops are unrolled and factorisations made one after the other (`on_cpu`), and a pass is several passes, of
-parts of the batch, in one program (`in_parts`):
+On a CPU, short loops are unrolled and factorisations run one after the other (`on_cpu`), and a forward pass is split
+into passes over parts of the batch, within one program (`in_parts`).
 
-XLA's CPU compiler runs a convolution of few channels on one thread, but what does not depend on each other side by
-side; and what a part leaves behind still lies in the cache when its next layer asks for it. On two cores PGD on a
-ResNet-18 at batch 128 so takes 9.5 s in place of 13.6, on a small network on 28×28 images half as long. Each part is
-compiled: that takes a second longer per part and attack. Accelerators and several devices need none of it.
+The split helps because XLA's CPU compiler runs a convolution with few channels on one thread, but runs independent
+operations in parallel, and because the activations of a part are still in the processor's cache when the next layer
+reads them. On two cores, PGD on a ResNet-18 at batch 128 takes 9.5 s instead of 13.6 s, and half the time for a small
+network on 28×28 images. Each part is compiled, which takes a second longer per part and attack. Accelerators and
+several devices do not need the split.
 """
 
 import contextlib
@@ -16,21 +17,21 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-_MOST = 4  # parts: each is compiled
-_PIXELS = 2**14  # of a part at least: 16 images of 32×32
+_MOST = 4  # largest number of parts, as each is compiled
+_PIXELS = 2**14  # smallest number of pixels in a part: 16 images of 32×32
 
 _whole = contextvars.ContextVar("whole", default=False)
 _elsewhere = contextvars.ContextVar("elsewhere", default=False)
 
 
 def on_cpu() -> bool:
-    """Whether a CPU will run what is traced now."""
+    """Whether the program that is traced now will run on a CPU."""
     return jax.default_backend() == "cpu" and not _elsewhere.get()
 
 
 @contextlib.contextmanager
 def elsewhere():
-    """Within it programs are traced for accelerators that are not here."""
+    """A context in which programs are traced for accelerators that this machine lacks (ahead-of-time compilation)."""
     token = _elsewhere.set(True)
     try:
         yield
@@ -39,15 +40,15 @@ def elsewhere():
 
 
 def in_parts(f: Callable) -> Callable:
-    """`f`, on one CPU in parts of the batch.
+    """`f`, applied to parts of the batch if one CPU runs it.
 
     Args:
-      f: arrays (B, …), the first of them images (B, H, W, C) -> a tree of arrays (B, …), each image's part of it
-        independent of the other images.
+      f: a function of arrays (B, …), the first of them images (B, H, W, C), that returns a tree of arrays (B, …). The
+        result for an image must not depend on the other images.
 
     Returns:
-      A function of the same values, to rounding. Within it `in_parts` changes nothing; nor does it where the batch does
-      not divide, where it is small, or where an array of the tree has no batch.
+      A function with the same values, up to rounding. It calls `f` once, without a split, if the batch is small or not
+      divisible, if an array of the result has no batch axis, or inside another `in_parts`.
     """
 
     def apply(*arrays):
@@ -67,7 +68,7 @@ def in_parts(f: Callable) -> Callable:
 
 @contextlib.contextmanager
 def whole():
-    """Within it `in_parts` changes nothing."""
+    """A context in which `in_parts` does not split."""
     token = _whole.set(True)
     try:
         yield

@@ -1,10 +1,11 @@
-"""The processes of one run: they agree before they compute together, and notice when one of them is gone.
+"""Coordination of the processes of one run: consistency checks before joint computation, and detection of lost ones.
 
-Everything goes through the key-value store of `jax.distributed`, whose service is in process 0; no device takes part.
-With one process there is nobody to ask, and every function returns at once.
+All communication uses the key-value store of `jax.distributed`, which process 0 serves; no device is involved. With a
+single process every function returns at once.
 
 Guarantees (tests of the same names): processes that see different things end, each naming the difference; a process
-that waits says for whom; a process that dies, is stopped or ends with an error is named by the others, which end too.
+that waits logs which one it waits for; a process that dies, is stopped or ends with an error is named by the others,
+which end too.
 """
 
 import atexit
@@ -27,10 +28,10 @@ import jax
 from ibjax import errors
 from ibjax.errors import InputError
 
-PATIENCE = 300  # seconds that a process waits for the others to come to the same point
+PATIENCE = 300  # seconds that a process waits for the others to reach the same point
 SILENCE = 30  # seconds without a sign of life after which a process counts as lost
-_INTERVAL = 2  # seconds between signs of life
-_GRACE = 10  # seconds that the others have to end by themselves once one has ended with an error
+_INTERVAL = 2  # seconds between signs of life (heartbeats)
+_GRACE = 10  # seconds that the other processes have to end by themselves after one has ended with an error
 _topics = itertools.count()
 log = logging.getLogger(__name__)
 
@@ -39,9 +40,9 @@ log = logging.getLogger(__name__)
 
 
 def agree(topic: str, values: Mapping[str, Any], advice: str = "start all processes with one command") -> None:
-    """Raises InputError, in every process, unless all of them call this with equal values; all wait for the last.
+    """Raises InputError in every process unless all processes call this with equal values; each waits for all others.
 
-    The message names the first value that differs and who has which, and ends with `advice`.
+    The message states the first value that differs, in which processes, and ends with `advice`.
     """
     client = _client()
     if client is None:
@@ -61,7 +62,7 @@ def agree(topic: str, values: Mapping[str, Any], advice: str = "start all proces
 
 
 def word_of_first(topic: str, word: str = "") -> str:
-    """What process 0 gives as `word`, in all processes."""
+    """Broadcasts the `word` of process 0 to all processes."""
     client = _client()
     if client is None:
         return word
@@ -83,7 +84,7 @@ def _difference(own, index, other):
 
 
 def _wait(client, key, index, topic):
-    """The value of a key that process `index` sets; says for whom it waits."""
+    """The value of a key that process `index` sets; logs which process it waits for."""
     started = told = time.monotonic()
     while True:
         with _only_timeouts(index):
@@ -108,28 +109,28 @@ def _only_timeouts(index):
 
 
 def _client():
-    """The client of the key-value store; None where there is one process."""
+    """The client of the key-value store; None if there is only one process."""
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return None
-    from jax._src import distributed  # not public, but what Orbax uses too
+    from jax._src import distributed  # not public, but Orbax uses it too
 
     return distributed.global_state.client
 
 
 def _name(client, index):
-    """As "process 1 of 4 (node3, pid 4711)"."""
+    """A process's name in messages, such as "process 1 of 4 (node3, pid 4711)"."""
     return _known(client, f"ibjax/name/{index}") or f"process {index} of {jax.process_count()}"
 
 
 def _known(client, key):
     try:
         return client.key_value_try_get(key)
-    except jax.errors.JaxRuntimeError:  # not there
+    except jax.errors.JaxRuntimeError:  # the key is not set
         return ""
 
 
 def _ended(client):
-    """{process: what is to be said} of those that have ended with an error."""
+    """{process: message} for the processes that have ended with an error."""
     return {int(key.rpartition("/")[2]): text for key, text in client.key_value_dir_get("ibjax/ended/")}
 
 
@@ -137,7 +138,7 @@ def _ended(client):
 
 
 def watch() -> None:
-    """From here on this process gives signs of life, and ends where another one does not, or ends with an error."""
+    """Starts this process's heartbeat; from then on it ends if another process is lost or ends with an error."""
     client = _client()
     if client is None:
         return
@@ -148,31 +149,31 @@ def watch() -> None:
 
 
 class _Watch:
-    """The threads that give signs of life and look for those of the others.
+    """The threads that send the heartbeats of this process and check those of the others.
 
-    Process 0 compares them; the others ask it for its verdict, so that the traffic grows with their number only.
+    Only process 0 checks all heartbeats; the others read its verdict, so traffic is linear in the number of processes.
     """
 
     def __init__(self, client, me, witness):
         self.client, self.me, self.witness = client, me, witness
         self.others = set(range(jax.process_count())) - {me}
-        self.heard = time.monotonic()  # when process 0 has answered last
+        self.heard = time.monotonic()  # when process 0 last answered
         self.done = threading.Event()
         self.lock = threading.Lock()
 
     def start(self):
-        atexit.register(self.leave)  # before JAX's own, which waits for the others to end
+        atexit.register(self.leave)  # runs before JAX's own exit handler, which waits for the others
         errors.at_failure.append(self.fail)
         for loop in (self.talk, self.listen):
             threading.Thread(target=loop, daemon=True).start()
 
     def talk(self):
-        """Signs of life out, verdicts in."""
+        """Sends heartbeats and reads the verdicts of process 0."""
         last, failed = {}, {}
         for beat in itertools.count():
             if self.done.wait(_INTERVAL):
                 return
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # `listen` says so when it lasts
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # `listen` reports lasting failures
                 self.client.key_value_set(f"ibjax/beat/{self.me}", str(beat), allow_overwrite=True)
                 if self.me == 0:
                     self.judge(last)
@@ -184,7 +185,7 @@ class _Watch:
                 self.heard = time.monotonic()
 
     def listen(self):
-        """Notices when process 0 no longer answers: a call to it returns late, or never."""
+        """Detects that process 0 no longer answers, without a call to it, which would return late or never."""
         while not self.done.wait(_INTERVAL):
             if time.monotonic() - self.heard > SILENCE:
                 self.end(f"{_first(self)} has not answered for {SILENCE} s: it has died or is stopped")
@@ -201,11 +202,11 @@ class _Watch:
                     f"{_name(self.client, index)} has given no sign of life for {SILENCE} s: it has died or is stopped"
                 )
                 self.client.key_value_set("ibjax/lost", text, allow_overwrite=True)
-                time.sleep(2 * _INTERVAL)  # for the others to read it
+                time.sleep(2 * _INTERVAL)  # time for the others to read it
                 self.end(text)
 
     def end(self, text):
-        """Ends this process, whatever its main thread waits for."""
+        """Ends this process at once, even if its main thread is blocked."""
         with self.lock:
             if self.done.is_set():
                 return
@@ -215,7 +216,7 @@ class _Watch:
             os._exit(errors.EXIT_PEER_LOST)
 
     def leave(self):
-        """This process has come to its end; the others may take longer."""
+        """Announces the normal end of this process, so that the others do not count it as lost."""
         if not self.done.is_set():
             self.done.set()
             self.witness.dismiss()
@@ -223,8 +224,8 @@ class _Watch:
                 self.client.key_value_set(f"ibjax/left/{self.me}", "", allow_overwrite=True)
 
     def fail(self, code, message, bug):
-        """Tells the others of an error and ends; Python's own end would wait for them, who may wait for this one."""
-        if isinstance(bug, RuntimeError):  # as a collective raises it where another process is gone: that is the line
+        """Reports an error to the other processes and ends; Python's own exit would wait for them, perhaps forever."""
+        if isinstance(bug, RuntimeError):  # a collective may raise it because another process is lost: report that one
             log.info("%s; looking for a process that is lost", " ".join(message.split())[:200])
             self.done.wait(SILENCE + 4 * _INTERVAL)
         if bug is not None:
@@ -236,7 +237,7 @@ class _Watch:
             text = f"{_name(self.client, self.me)} has ended: {message}"
             self.client.key_value_set(f"ibjax/ended/{self.me}", text, allow_overwrite=True)
             deadline = time.monotonic() + _GRACE + 2 * _INTERVAL
-            while self.me == 0 and time.monotonic() < deadline:  # its service goes when it goes
+            while self.me == 0 and time.monotonic() < deadline:  # the key-value store ends with this process
                 left = {int(key.rpartition("/")[2]) for key, _ in self.client.key_value_dir_get("ibjax/left/")}
                 if self.others <= left | set(_ended(self.client)):
                     break
@@ -251,9 +252,9 @@ def _first(watch):
 
 
 class _Witness:
-    """A shell that says a last line for this process where it ends without a word: killed, or aborted.
+    """A shell process that prints a last message if this process is killed or aborted.
 
-    Where process 0 is killed, JAX's C++ code aborts the others at once, before any of their Python code can run.
+    If process 0 is killed, JAX's C++ code aborts the others at once, before any of their Python code can run.
     """
 
     def __init__(self, name):
@@ -276,5 +277,5 @@ class _Witness:
                 self.process.stdin.flush()
 
     def dismiss(self):
-        """This process says itself what there is to say."""
+        """Cancels the message, as this process prints its own."""
         self.say("end\n")

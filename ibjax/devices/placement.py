@@ -1,11 +1,11 @@
-"""Where the arrays of a measure lie when a train step runs on several devices.
+"""Sharding of the arrays of a dependence measure when a train step runs on several devices.
 
-Features come split by image; a Gram matrix is about all pairs of images. Split by their d entries, each device adds up
-its part of every pair: the features change hands once, a D-th of them per device, and what is summed over devices is
-(B, B). Left to itself the compiler gives all features to all devices, or spreads a split that suits the measure into
-the network and its attack.
+Features arrive sharded by image, but a Gram matrix involves all pairs of images. Therefore features are resharded along
+their d entries: each device sums its share of the entries for every pair. The features are transferred once, a D-th of
+them per device with D devices, and the sum over devices is (B, B). By default the compiler would replicate all features
+on all devices, or propagate the sharding of the measure into the network and its attack.
 
-All functions change no value, and do nothing but within `over` several devices.
+These functions do not change values, and have an effect only within `over` with several devices.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ _mesh = contextvars.ContextVar("mesh", default=None)
 
 @contextlib.contextmanager
 def over(mesh: Mesh):
-    """Within it what is traced is split over the devices of a mesh."""
+    """A context in which these functions shard traced arrays over the devices of a mesh."""
     token = _mesh.set(mesh)
     try:
         yield
@@ -31,14 +31,14 @@ def over(mesh: Mesh):
 
 
 def devices() -> Mesh | None:
-    """The mesh over which the compiler splits what is traced now; None with one device, or where one's share is."""
+    """The mesh over which arrays are sharded now; None with one device, or where one device's share is traced."""
     mesh = _mesh.get()
     alone = mesh is None or mesh.size == 1 or not jax.sharding.get_abstract_mesh().empty
     return None if alone else mesh
 
 
 def split(x: Array, axis: int) -> Array:
-    """`x`, split along an axis among all devices where its size divides; all of it everywhere where not."""
+    """`x`, sharded along an axis over all devices; replicated if the size is not a multiple of their number."""
     mesh = devices()
     if mesh is None or x.shape[axis] % mesh.size:
         return everywhere(x)
@@ -46,11 +46,11 @@ def split(x: Array, axis: int) -> Array:
 
 
 def everywhere(x: Array) -> Array:
-    """`x`, all of it on every device."""
+    """`x`, replicated on every device."""
     mesh = devices()
     return x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, cluster.REPLICATED))
 
 
 def by_feature(x: Array) -> Array:
-    """(B, …) -> (B, d): images, one per row, split by their entries."""
+    """(B, …) -> (B, d): one row per image, sharded along the d entries."""
     return split(split(x, 0).reshape(len(x), -1), 1)

@@ -1,1 +1,1 @@
-"""Measures of dependence and of distance between distributions, as pure functions with stable derivatives."""
+"""Dependence measures and divergences between distributions, as pure functions with numerically stable derivatives."""

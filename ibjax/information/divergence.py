@@ -1,7 +1,7 @@
-"""Closed-form divergences, in nats: every function returns one value per example (B,); callers reduce and say how.
+"""Closed-form divergences, in nats: every function returns one value per example (B,); the caller reduces them.
 
-Gaussians are diagonal, given by mean and standard deviation (B, K), and divergences are sums over the K dimensions:
-a mean would make the coefficient of such a term K times smaller.
+Gaussians are diagonal, given by mean and standard deviation (B, K). Divergences are sums over the K dimensions; with a
+mean, the effective coefficient of such a loss term would be K times smaller.
 """
 
 import jax
@@ -12,7 +12,7 @@ from jax import Array
 def symmetrised_gaussian_kl(mean: Array, std: Array, other_mean: Array, other_std: Array) -> Array:
     """½ [KL(N || N') + KL(N' || N)] = ¼ Σ_k [ (σ² − σ'²)² / (σσ')² + (μ − μ')² (1/σ² + 1/σ'²) ], shape (B,).
 
-    The logarithms cancel; the first summand is σ²/σ'² + σ'²/σ² − 2 without its cancellation at σ = σ'.
+    The logarithms cancel. The first summand equals σ²/σ'² + σ'²/σ² − 2, in a form without cancellation at σ = σ'.
     """
     scale = jnp.square((std - other_std) * (std + other_std) / (std * other_std))
     shift = jnp.square(mean - other_mean) * (1 / jnp.square(std) + 1 / jnp.square(other_std))

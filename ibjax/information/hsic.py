@@ -1,6 +1,6 @@
 """HSIC: Gretton, Bousquet, Smola & Schölkopf, "Measuring Statistical Dependence with Hilbert-Schmidt Norms", ALT 2005;
-normalised: Fukumizu, Gretton, Sun & Schölkopf, "Kernel Measures of Conditional Dependence", NeurIPS 2007, as the
-HSIC bottleneck (Ma, Lewis & Kleijn, AAAI 2020), HBaR and IB-RAR have it.
+normalised: Fukumizu, Gretton, Sun & Schölkopf, "Kernel Measures of Conditional Dependence", NeurIPS 2007, as in the
+HSIC bottleneck (Ma, Lewis & Kleijn, AAAI 2020), HBaR and IB-RAR.
 
     K_ab       = exp(−||u_a − u_b||² / (2 σ²))                     Gaussian;   K = U Uᵀ linear
     HSIC(U, V) = (B − 1)⁻² tr(K H L H)                             H = I − 11ᵀ/B, biased
@@ -9,17 +9,17 @@ HSIC bottleneck (Ma, Lewis & Kleijn, AAAI 2020), HBaR and IB-RAR have it.
 
 | symbol | code  | default |
 |--------|-------|---------|
-| σ      | sigma | 5, of nHSIC |
+| σ      | sigma | 5 (nHSIC) |
 | ε      | ridge | 1e-5    |
 
-These are different measures, not scalings of each other: with σ = 5 and a batch of 100 images, nHSIC(X, T) is in the
-tens where HSIC of the same kernels is about 6e-7. nHSIC lies between 0 and the smaller of the two ranks, which is at
-most B − 1, and C − 1 for labels of C classes; the ridge is ε·B, so its value depends on the batch size as well.
+HSIC and nHSIC are different measures, not scalings of each other: with σ = 5 and a batch of 100 images, nHSIC(X, T) is
+in the tens, while HSIC of the same kernels is about 6e-7. nHSIC lies between 0 and the smaller of the two ranks, which
+is at most B − 1, and C − 1 for labels of C classes. The ridge is ε·B, so nHSIC also depends on the batch size.
 
-The authors' code centres on one side only, K̃ = K H; tr(R_U R_V) is the same number, and the symmetric form has a
-Cholesky factor.
+The authors' code centres on one side only, K̃ = K H. tr(R_U R_V) is the same, and the symmetric form used here permits
+a Cholesky factorisation.
 
-Precision: all matrix products are true float32 (accelerators would round to TF32 or bfloat16), inputs of lower
+Precision: all matrix products are true float32 (accelerators would round to TF32 or bfloat16); inputs of lower
 precision are converted. Guarantees (tests of the same names): no NaN in values or gradients for identical samples,
 constant images, a batch of one class, or fewer samples than classes.
 """
@@ -43,10 +43,10 @@ KERNELS = ("linear", "gaussian")
 
 
 def squared_distances(x: Array) -> Array:
-    """||x_a − x_b||², shape (B, B), of samples (B, …) that are flattened: no (B, B, d) array is formed.
+    """||x_a − x_b||², shape (B, B), of flattened samples (B, …), without a (B, B, d) array.
 
-    Never negative, zero on the diagonal, with a finite gradient everywhere. The samples' mean is subtracted first,
-    so that what is lost to rounding is relative to their spread and not to their size.
+    The result is non-negative and zero on the diagonal, and its gradient is finite everywhere. The samples' mean is
+    subtracted first, so that rounding errors are relative to the spread of the samples, not to their magnitude.
     """
     x = _samples(x)
     x = x - jnp.mean(x, axis=0, keepdims=True)
@@ -64,10 +64,10 @@ def gaussian_gram(x: Array, sigma: "float | Array") -> Array:
 
 
 def scaled_gram(x: Array, sigma: float = SIGMA) -> Array:
-    """K − 1, shape (B, B), with the Gaussian K of width σ·√d, d the dimension of one flattened sample.
+    """K − 1, shape (B, B), for the Gaussian kernel K of nHSIC with width σ·√d, d being the dimension of a sample.
 
-    The kernel of nHSIC. With σ = 5 its values are so close to 1 that float32 would keep few digits of what varies;
-    the constant drops out on centring.
+    With σ = 5 the values of K are so close to 1 that float32 would keep few digits of their variation. Centring removes
+    the constant 1.
     """
     dimension = x.size / len(x)
     return jnp.expm1(squared_distances(x) / (-2.0 * sigma**2 * dimension))
@@ -82,8 +82,8 @@ def linear_gram(x: Array) -> Array:
 def label_gram(labels: Array, num_classes: int, kernel: str = "linear", sigma: float = SIGMA) -> Array:
     """The Gram matrix (B, B) of one-hot labels with all `num_classes` columns; `kernel` is "linear" or "gaussian".
 
-    The Gaussian width is σ·√C. Taking the columns from the labels present, as the authors' code does, would change it
-    from batch to batch.
+    The Gaussian width is σ·√C. The authors' code has columns only for the labels that occur in the batch, so its width
+    changes from batch to batch.
     """
     if kernel not in KERNELS:
         raise InputError(f"label kernel '{kernel}' is unknown; {nearest(kernel, KERNELS)}")
@@ -92,14 +92,14 @@ def label_gram(labels: Array, num_classes: int, kernel: str = "linear", sigma: f
 
 
 def knn_width(z: Array, k: int = 10) -> Array:
-    """A kernel width from the data: the mean Euclidean distance of a sample to its k nearest others, averaged.
+    """A kernel width from the data: the mean Euclidean distance of a sample to its k nearest neighbours.
 
     Args:
       z: samples (B, …), at least two.
-      k: neighbours, the sample itself not among them; all others where there are fewer.
+      k: number of neighbours, without the sample itself; if there are fewer other samples, all of them.
 
     Returns:
-      A scalar without gradient, above 0 also where all samples are equal.
+      A scalar without gradient, above 0 even if all samples are equal.
     """
     if len(z) < 2 or k < 1:
         raise InputError(f"knn_width of {len(z)} samples with k={k}; give at least 2 samples and k of at least 1")
@@ -135,9 +135,9 @@ def hsic(k: Array, l: Array) -> Array:
 def correlation_operator(k: Array, ridge: float = RIDGE) -> Array:
     """R = K̃ (K̃ + ε B I)⁻¹ of a Gram matrix (B, B): symmetric, with eigenvalues in [0, 1).
 
-    By Cholesky; its gradient is one more solve with the same factor, since a derivative through the factorisation
-    or through eigenvectors is slower and less stable. For kernels of entries up to about 1: in float32 the rounding of
-    much larger ones would outweigh the ridge.
+    Computed by Cholesky factorisation. The gradient is one more solve with the same factor, as a derivative through the
+    factorisation or through eigenvectors is slower and less stable. The entries of the kernel should be at most about
+    1: in float32, the rounding error of much larger ones would exceed the ridge.
     """
     k = centered(k)
     regularised = k + ridge * len(k) * jnp.eye(len(k), dtype=k.dtype)
@@ -152,10 +152,10 @@ def correlation_operator(k: Array, ridge: float = RIDGE) -> Array:
 def label_operator(
     labels: Array, num_classes: int, kernel: str = "linear", sigma: float = SIGMA, ridge: float = RIDGE
 ) -> Array:
-    """R = `correlation_operator(label_gram(…))`, to more digits: its zero eigenvalues are zero.
+    """R = `correlation_operator(label_gram(…))`, more accurately: eigenvalues that should be zero are zero.
 
     Two one-hot rows are equal or √2 apart, so for both kernels K̃ = s·Ỹ Ỹᵀ with Ỹ = H Y, s = 1 or 1 − exp(−1/(σ²C)),
-    and R = Ỹ (ỸᵀỸ + ε B/s I)⁻¹ Ỹᵀ takes a solve of C × C.
+    and R = Ỹ (ỸᵀỸ + ε B/s I)⁻¹ Ỹᵀ needs only a C × C solve.
     """
     if kernel not in KERNELS:
         raise InputError(f"label kernel '{kernel}' is unknown; {nearest(kernel, KERNELS)}")
@@ -180,8 +180,8 @@ def nhsic_layers(r: Array, layers: Sequence[Array], sigma: float = SIGMA, ridge:
     """nHSIC of each of n given variables with each of L layers, shape (n, L).
 
     Args:
-      r: correlation operators (n, B, B) of what the layers are compared with, as of the images and the labels.
-      layers: features (B, …), of any sizes: a Gram matrix each, then one batched solve for all.
+      r: correlation operators (n, B, B) of the given variables, such as the images and the labels.
+      layers: features (B, …) of any sizes; each gives a Gram matrix, and one batched solve treats all of them.
     """
     grams = jnp.stack([scaled_gram(z, sigma) for z in layers])  # (L, B, B)
     return _products(r, each_matrix(lambda k: correlation_operator(k, ridge), grams))
@@ -194,8 +194,8 @@ def nhsic_channels(
 
     Args:
       r: correlation operators (n, B, B).
-      features: (B, …, C); a channel's sample is all its positions.
-      chunk: how many channels an accelerator treats at a time, each with a few (B, B) arrays; None: all at once.
+      features: (B, …, C); a sample of a channel consists of all positions.
+      chunk: number of channels that an accelerator treats at a time, with a few (B, B) arrays each; None: all at once.
     """
     channels = jnp.moveaxis(placement.split(features, 0), -1, 0)  # (C, B, …)
 
@@ -220,5 +220,5 @@ def _samples(x: Array) -> Array:
 
 
 def at_least_float32(x: Array) -> Array:
-    """float64 stays; anything else becomes float32."""
+    """x unchanged if it is float64, else converted to float32."""
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Factorisations of many small matrices."""
+"""Applies functions, such as factorisations, to many small matrices."""
 
 import functools
 from collections.abc import Callable
@@ -11,14 +11,15 @@ from ibjax.devices import cluster, cores, placement
 
 
 def each_matrix(f: Callable[[Array], Any], matrices: Array, chunk: int | None = None) -> Any:
-    """f of each of (N, …), stacked: batched on accelerators (`chunk` at a time), one after the other on a CPU.
+    """Applies f to each of (N, …) and stacks the results: batched on accelerators (`chunk` at a time), serial on a CPU.
 
-    There, a call of LAPACK for several matrices splits them over XLA's threads and waits for them on one of these
-    threads. Where as many such calls run at a time as there are threads, all wait and none works: two batched SVDs in
-    one program hung for good on two cores (jaxlib 0.10.2). A call for one matrix does not wait.
+    On a CPU, a LAPACK call for several matrices splits them over XLA's threads and waits for them on one of these
+    threads. If as many such calls run at a time as there are threads, all of them wait and none makes progress: two
+    batched SVDs in one program deadlocked on two cores (jaxlib 0.10.2). A call for one matrix does not wait.
 
-    Within `placement.over` several devices each takes its share of the matrices where N divides. Left to itself
-    the compiler gathers them on all devices, in every round of an iteration, and lets these agree when to stop.
+    Within `placement.over` several devices, each device takes its share of the matrices if their number N is a multiple
+    of the number of devices. By default the compiler would gather the matrices on all devices in every round of an
+    iteration, and synchronise the devices to decide when to stop.
     """
     mesh = placement.devices()
     if mesh is not None and len(matrices) % mesh.size == 0:

@@ -8,13 +8,13 @@ scores by the spectral Stein gradient estimator, SSGE: Shi, Sun & Zhu, ICML 2018
 
 | symbol | code  | default |
 |--------|-------|---------|
-| J      | share | 0.99    | the smallest number of largest eigenvalues λ_j of the Gram matrix whose sum reaches this
-|        |       |         | share of all: the one with which it does counts. The authors' code leaves that one out
+| J      | share | 0.99    | the smallest number of leading eigenvalues λ_j of the Gram matrix whose sum reaches this
+|        |       |         | share of the sum of all. The authors' code uses one eigenvalue less
 
 The width of the Gaussian kernel is the median distance between two samples.
 
-At the samples themselves the sum collapses: with the Gram matrix K = U Λ Uᵀ and G_m = Σ_i ∇_{x_i} k(x_i, x_m),
-ŝ = −U_J Λ_J⁻¹ U_Jᵀ G, which is what the code computes. No derivative passes through the eigenvectors.
+At the samples themselves the sum simplifies: with the Gram matrix K = U Λ Uᵀ and G_m = Σ_i ∇_{x_i} k(x_i, x_m),
+ŝ = −U_J Λ_J⁻¹ U_Jᵀ G, which is what the code computes. No derivative is taken through the eigenvectors.
 """
 
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from ibjax.information.hsic import at_least_float32, squared_distances
 
 
 def score(x: Array, share: float = 0.99) -> Array:
-    """∇ log q at samples x (M, d) of q, shape (M, d), without gradient; 0 where all samples are equal."""
+    """∇ log q at samples x (M, d) of q, shape (M, d), without gradient; 0 if all samples are equal."""
     x = lax.stop_gradient(at_least_float32(x))
     distances = squared_distances(x)
     width = _squared_width(distances)
@@ -34,7 +34,7 @@ def score(x: Array, share: float = 0.99) -> Array:
 
     values, vectors = jnp.linalg.eigh(gram)  # ascending
     values, vectors = jnp.maximum(values[::-1], 0.0), vectors[:, ::-1]
-    before = jnp.cumsum(values) - values  # what the larger ones make
+    before = jnp.cumsum(values) - values  # for each eigenvalue, the sum of the larger ones
     kept = before < share * jnp.sum(values)
     inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1.0), 0.0)
     coefficients = inverse[:, None] * jnp.matmul(vectors.T, g, precision=highest)
@@ -42,17 +42,17 @@ def score(x: Array, share: float = 0.99) -> Array:
 
 
 def information_surrogate(z: Array, z_other: Array, share: float = 0.99) -> Array:
-    """A scalar whose gradient with respect to z and z' (B, K) estimates that of I(Z;Z'); its value means nothing."""
+    """A scalar whose gradient with respect to z and z' (B, K) estimates that of I(Z;Z'); its value has no meaning."""
     pair = jnp.concatenate([z, z_other], axis=1)
 
-    def entropy(x):  # up to a constant: its gradient is that of H
+    def entropy(x):  # only its gradient is that of H
         return -jnp.mean(jnp.sum(score(x, share) * x, axis=1))
 
     return entropy(z) + entropy(z_other) - entropy(pair)
 
 
 def _squared_width(distances: Array) -> Array:
-    """The median squared distance of two samples; the mean where more than half are 0, and 1 where all are."""
+    """The median squared distance of two samples; the mean if more than half of them are 0, and 1 if all are."""
     rows, columns = jnp.triu_indices(len(distances), 1)
     pairs = distances[rows, columns]
     width = jnp.median(pairs)

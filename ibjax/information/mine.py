@@ -1,18 +1,18 @@
 """MINE: Belghazi et al., "Mutual Information Neural Estimation", ICML 2018.
 
-    I(Z;Z') ≥ E_joint[T] − log E_marginal[e^T]                   Donsker & Varadhan, largest over networks T
+    I(Z;Z') ≥ E_joint[T] − log E_marginal[e^T]                   Donsker & Varadhan, maximised over networks T
     ∇      = E_joint[∇T] − E_marginal[e^T ∇T] / M                M: moving average of E_marginal[e^T]
 
-The gradient of the logarithm of a minibatch mean is biased; with the moving average in the denominator much less.
+The gradient of the logarithm of a minibatch mean is biased; the moving average in the denominator reduces the bias.
 
 | symbol   | code       | default    |
 |----------|------------|------------|
-| T        | widths     | (512, 512) | ReLU layers, then one number
-|          | projection | None       | a linear map of the pair (z, z') to so many numbers comes before them
+| T        | widths     | (512, 512) | ReLU layers of these widths, then a linear layer with one output
+|          | projection | None       | if set, a linear map of the pair (z, z') to this dimension precedes them
 | M        | decay      | 0.99       |
-|          | tap        | required   | the feature that is Z
+|          | tap        | required   | the name of the feature Z
 
-Features become float32, and the products of T are true float32, as those of all estimators of this package.
+Features are converted to float32, and the matrix products of T are true float32, as in all estimators of this package.
 """
 
 import functools
@@ -25,24 +25,25 @@ from jax import Array, lax
 
 
 class Mine(nn.Module):
-    """The statistics network with its moving average; the head of an objective, which climbs what it returns.
+    """The statistics network T with its moving average, used as the head of an objective that maximises its output.
 
-    Called as every head, `(features, other_features, train)`, with taps of two passes over the network that are pairs
-    row by row; the second may be None, as where a state is initialised, and then stands for the first. Returns the
-    estimate in nats, a scalar, whose gradient with respect to the parameters and to both features is the corrected one.
-    One loss, −λ·estimate, so trains both: the network T climbs to the bound, and the features to more information.
+    It is called as every head, `(features, other_features, train)`, with the taps of two forward passes; equal rows
+    form the joint pairs. `other_features` may be None, as when a state is initialised; then `features` is used twice.
+    It returns the estimate in nats, a scalar whose gradient with respect to the parameters and to both features is the
+    corrected one. The single loss −λ·estimate therefore trains both: T tightens the bound, and the features gain mutual
+    information.
 
-    In training mode it needs `rngs={"permutation": key}`: marginal pairs are made within the batch, along one random
-    cycle, so that no row meets itself. It then updates "batch_stats": log_average, the logarithm of M, and count, the
-    updates so far; the average is the plain mean until its window is full. Evaluation mode pairs each row with the
-    next and changes nothing.
+    In training mode it needs `rngs={"permutation": key}`: marginal pairs are formed within the batch, along one random
+    cycle, so that no row is paired with itself. It then updates "batch_stats": log_average, the logarithm of M, and
+    count, the number of updates; until its window is full, M is the plain mean. Evaluation mode pairs each row with the
+    next one and updates nothing.
     """
 
     tap: str
     widths: tuple[int, ...] = (512, 512)
     projection: int | None = None
     decay: float = 0.99
-    layer: Callable[..., nn.Module] = nn.Dense  # (features, name=…), a linear layer
+    layer: Callable[..., nn.Module] = nn.Dense  # factory of linear layers, (features, name=…)
 
     @nn.compact
     def __call__(self, features: dict[str, Array], other_features: dict[str, Array] | None, train: bool) -> Array:
@@ -75,6 +76,6 @@ class Mine(nn.Module):
 
 
 def random_cycle(key: Array, n: int) -> Array:
-    """A permutation (n,) that is one cycle, each with the same probability: no index stays where it is."""
+    """A uniformly random permutation (n,) among those that are one cycle, so that no index maps to itself."""
     order = jax.random.permutation(key, n)
     return jnp.zeros(n, order.dtype).at[order].set(jnp.roll(order, -1))

@@ -3,33 +3,34 @@
     A = U Σ Vᵀ,    P = U Vᵀ = Σ_{σ_i > τ} u_i v_iᵀ                            τ = n · machine epsilon · σ_max
 
     σ̄ -> Ā = U diag(σ̄) Vᵀ
-    P̄ -> Ā = U W Vᵀ,  M = Uᵀ P̄ V,   W_ij = (M − Mᵀ)_ij / (σ_i + σ_j)         both σ above τ
-                                     W_ij = M_ij / σ_i or M_ij / σ_j           only one above τ, σ its value
-                                     W_ij = 0                                  none
+    P̄ -> Ā = U W Vᵀ,  M = Uᵀ P̄ V,   W_ij = (M − Mᵀ)_ij / (σ_i + σ_j)         σ_i and σ_j above τ
+                                     W_ij = M_ij / σ_i                         only σ_i above τ
+                                     W_ij = M_ij / σ_j                         only σ_j above τ
+                                     W_ij = 0                                  neither above τ
 
-The derivatives of U and of V contain 1/(σ_i² − σ_j²) and are undefined at equal singular values; those of σ and of P
-are not, and a function of the image that needs both singular vectors can be written with them.
+The derivatives of U and of V contain 1/(σ_i² − σ_j²) and are undefined at equal singular values. Those of σ and of P
+are defined there, and a function of the image that needs both singular vectors can be expressed in σ and P.
 
-A matrix of lower rank, as a flat image, leaves U Vᵀ undetermined. Here P is then the partial isometry of the polar
-decomposition A = P·(AᵀA)^½, the one that depends on A alone, 0 for a black image; and the derivative is that within
-matrices of the same rank. Denominators are at least 10⁻⁴·σ_max: natural images have singular values down to
-10⁻⁵·σ_max (128 CIFAR-10 images: median 2·10⁻⁵, 10 % below 3·10⁻⁶), and the exact derivative would be as large as
-their inverse.
+For a rank-deficient matrix, such as a flat image, U Vᵀ is not unique. P is then the partial isometry of the polar
+decomposition A = P·(AᵀA)^½, which is unique (0 for a black image), and the derivative is that within matrices of the
+same rank. Denominators are at least 10⁻⁴·σ_max: natural images have singular values down to 10⁻⁵·σ_max (128 CIFAR-10
+images: median 2·10⁻⁵, 10 % below 3·10⁻⁶), and the exact derivative would be as large as their inverse.
 
-Why an SVD: 384 matrices of 32 × 32 (128 CIFAR-10 images), float32, two cores, jax 0.10.2, median of 7; errors of σ
-relative to σ_max and of P's entries, median over the matrices, against float64:
+Comparison of algorithms on 384 matrices of 32 × 32 (128 CIFAR-10 images), float32, two cores, jax 0.10.2, median of 7
+runs; errors of σ relative to σ_max and of P's entries, median over the matrices, against float64:
 
 | | ms | error of σ | error of P |
 |---|---|---|---|
 | `jnp.linalg.svd` | 12 – 20 | 9e-8 | 1e-5 |
 | the same, algorithm QR | 15 | 8e-8 | 1e-5 |
-| `eigh` of AᵀA | 10 | 9e-5 | useless: 1/σ of what rounding left |
+| `eigh` of AᵀA | 10 | 9e-5 | unusable: it divides by σ values that are rounding errors |
 | Newton–Schulz, 30 iterations; `eigh` of PᵀA for σ | 31; 48 | 2e-7 | 2e-5 |
 | Newton–Schulz, 15 iterations | 16 | – | 4e-1 |
 
-Here a CPU gets one matrix per call (see linalg.py); two such sets of images, with the gradient of a squared difference
-of their σ and P to one of them, then took 65 ms of processor time. On CUDA the default algorithm is Jacobi's, batched
-by cuSOLVER up to 32 × 32; on TPUs there is only the one by polar decomposition. Neither has been measured here.
+On a CPU this module passes one matrix per call (see linalg.py). The forward pass for two such sets of images and the
+gradient of a squared difference of their σ and P with respect to one set then took 65 ms of processor time. On CUDA the
+default algorithm is Jacobi's, batched by cuSOLVER up to 32 × 32; TPUs only have an algorithm by polar decomposition.
+Neither has been measured here.
 """
 
 import jax
@@ -46,7 +47,7 @@ SMALLEST_SUM = 1e-4  # of σ_i + σ_j in a derivative, relative to σ_max
 def singular_values_and_polar(a: Array) -> tuple[Array, Array]:
     """Singular values (…, n), descending, and polar factor (…, n, n) of square matrices (…, n, n).
 
-    In float32 at least. Reverse-mode derivatives only: a `custom_vjp` has no `jvp`.
+    Computed in at least float32. Only reverse-mode derivatives are available, since a `custom_vjp` has no `jvp`.
 
     Raises:
       InputError: matrices that are not square.

@@ -1,9 +1,11 @@
 """Small convolutional networks for small images.
 
 The defaults are the four-convolution network of the MNIST experiments (TRADES's SmallCNN): 3×3 convolutions
-without padding, 32-32-pool-64-64-pool, then linear 200, dropout, 200, classes, the last one starting at zero.
+without padding, 32-32-pool-64-64-pool, then linear layers with 200, 200 and `num_classes` outputs, dropout after the
+first, and zeros as initial weights of the last.
 
-Taps: `conv1` … (after the activation), `stage1` … (after its pooling), `fc1` …, `pre_logits` (the last hidden layer).
+Taps: `conv1` … (after the activation), `stage1` … (after the stage's pooling), `fc1` …, `pre_logits` (the last hidden
+layer).
 """
 
 import flax.linen as nn
@@ -17,9 +19,9 @@ from ibjax.models import layers
 class Model(nn.Module):
     """(B, H, W, C) in [0, 1] -> (logits (B, num_classes), features); num_classes None: (pre_logits, features).
 
-    widths: channels of the convolutions; an inner tuple is a stage and ends with 2×2 max-pooling.
-    hidden: widths of the linear layers between; () with `pool="average"` is a fully convolutional network.
-    linear_init: how they start, "torch" or "xavier": see `layers.LINEAR_INITS`.
+    widths: channels of the convolutions; an inner tuple is a stage, which ends with 2×2 max-pooling.
+    hidden: widths of the hidden linear layers; () with `pool="average"` gives a fully convolutional network.
+    linear_init: initialisation of the hidden linear layers, "torch" or "xavier": see `layers.LINEAR_INITS`.
     """
 
     num_classes: int | None
@@ -27,7 +29,7 @@ class Model(nn.Module):
     hidden: tuple[int, ...] = (200, 200)
     padding: int = 0
     batch_norm: bool = False
-    pool: str = "flatten"  # or "average": what stands between the convolutions and the linear layers
+    pool: str = "flatten"  # or "average": the operation between convolutions and linear layers
     dropout: float = 0.5  # after the first hidden layer
     linear_init: str = "torch"
     mean: tuple[float, ...] | None = None
@@ -61,7 +63,7 @@ class Model(nn.Module):
                     use_bias=not self.batch_norm,
                     kernel_init=layers.kaiming_normal,
                     bias_init=zeros,
-                    dtype=jnp.float32 if index == 1 else dtype,  # the first one sees pixels: see layers.py
+                    dtype=jnp.float32 if index == 1 else dtype,  # float32 for pixels: see layers.py
                     name=f"conv{index}",
                 )(x).astype(dtype)
                 if self.batch_norm:

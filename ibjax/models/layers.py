@@ -1,8 +1,8 @@
-"""Layers as PyTorch has them: initialisation, padding, batch-norm; input normalisation; and the taps.
+"""Layers that match PyTorch's initialisation, padding and batch-norm; input normalisation; and taps of features.
 
-Parameters, batch statistics and logits are float32; `dtype` is what convolutions and activations compute in. The
-first convolution always takes float32: bfloat16 pixels would swallow small perturbations, as a start of 0.001·N. These
-are types of arrays: how an accelerator rounds the operands of float32 products is the caller's choice, JAX's default
+Parameters, batch statistics and logits are float32; convolutions and activations use `dtype`. The first convolution is
+always float32, since bfloat16 pixels would round away small perturbations, such as a start of 0.001·N(0, 1). These are
+dtypes of arrays. How an accelerator rounds the operands of float32 products is the caller's choice; JAX's default is
 TensorFloat-32 on a GPU and bfloat16 on a TPU (docs/precision.md).
 """
 
@@ -21,7 +21,7 @@ from ibjax.errors import InputError, nearest
 
 # U(−1/√fan_in, 1/√fan_in): PyTorch's default for convolutions and linear layers (kaiming_uniform with a=√5)
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-# N(0, 2/(k²·C_out)): the WideResNet files, and torchvision's ResNets
+# N(0, 2/(k²·C_out)): the published WideResNets, and torchvision's ResNets
 fan_out_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # N(0, 2/fan_in): TRADES's network for MNIST
 kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -33,8 +33,8 @@ def uniform_bias(fan_in: int):
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-# how linear layers start, by name: PyTorch's default, or weights U(±√(6/(fan_in + fan_out))) and biases of zero, which
-# is TensorFlow's
+# initialisation of linear layers, by name: "torch" is PyTorch's default; "xavier" is TensorFlow's, with weights
+# U(±√(6/(fan_in + fan_out))) and zero biases
 LINEAR_INITS: dict[str, dict[str, Any]] = {
     "torch": {},
     "xavier": dict(kernel_init=nn.initializers.xavier_uniform(), bias_init=nn.initializers.zeros),
@@ -42,22 +42,23 @@ LINEAR_INITS: dict[str, dict[str, Any]] = {
 
 
 def linear_init(name: str) -> dict[str, Any]:
-    """Options of `Dense` by their name in LINEAR_INITS; raises InputError on an unknown one."""
+    """The options of `Dense` called `name` in LINEAR_INITS; raises InputError on an unknown name."""
     if name not in LINEAR_INITS:
         raise InputError(f"model.linear_init '{name}' is unknown; {nearest(name, LINEAR_INITS)}")
     return LINEAR_INITS[name]
 
 
-Edits = Mapping[str, Callable[[Array], Array]]  # feature -> what to do with it on its way through the network
+Edits = Mapping[str, Callable[[Array], Array]]  # name of a feature -> function that replaces it
 
 
 class Taps:
     """The features of one forward pass, by name, and the caller's edits of them.
 
-        x = tap("stage1", x)          records x, or edits["stage1"](x) where there is one, and returns what it records
+        x = tap("stage1", x)          records and returns edits["stage1"](x), or x if there is no such edit
 
-    so everything after a tap sees the edited feature. A model inside a model is given the outer one's `Taps` for its
-    `edits`: both then write one record, and only the outer one knows all the names.
+    so the layers after a tap receive the edited feature. A model inside another model gets the outer model's `Taps` as
+    its `edits`. Both then write to one dict of features, and only the outer model can tell whether an edit's name is
+    unknown.
     """
 
     def __init__(self, edits: "Edits | Taps | None" = None):
@@ -75,7 +76,7 @@ class Taps:
         return x
 
     def finish(self) -> dict[str, Array]:
-        """All features; raises InputError if there was an edit of something else."""
+        """All features; raises InputError if an edit names a feature that does not exist."""
         for name in () if self.inner else self.edits:
             if name not in self.features:
                 raise InputError(f"edits: there is no feature '{name}'; {nearest(name, self.features)}")
@@ -83,16 +84,17 @@ class Taps:
 
 
 def remat(block: Callable[..., Array], wanted: bool) -> Callable[..., Array]:
-    """`block(module, x, …)`; if wanted, its gradient keeps only the arguments and computes the rest again.
+    """`block(module, x, …)`; if wanted, with rematerialisation: the backward pass recomputes activations.
 
-    Networks ask for it in training mode, with `remat=True`: the same gradients, up to one forward pass more for each,
-    less memory. An attack in evaluation mode keeps less, as it needs no gradients of weights, and stays as it is.
+    Only the block's arguments are stored. Networks use it in training mode, with `remat=True`: the gradients are the
+    same, a gradient costs up to one more forward pass, and memory use falls. It is not used in evaluation mode, where
+    an attack stores less anyway, since it needs no gradients of weights.
     """
     return nn.remat(block) if wanted else block
 
 
 class Conv(nn.Module):
-    """Convolution with PyTorch's explicit symmetric padding ("SAME" pads stride-2 layers on one side only)."""
+    """Convolution with PyTorch's explicit symmetric padding ("SAME" would pad stride-2 layers on one side only)."""
 
     features: int
     kernel: int = 3
@@ -134,7 +136,7 @@ class Dense(nn.Module):
     kernel_init: Any = torch_uniform
     bias_init: Any = None  # None: PyTorch's default
     dtype: Any = jnp.float32
-    precision: lax.PrecisionLike = None  # of the product; None: JAX's default
+    precision: lax.PrecisionLike = None  # precision of the matrix product; None: JAX's default
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -151,20 +153,20 @@ class Dense(nn.Module):
 
 
 def classifier(x: Array, num_classes: int | None, **options: Any) -> Array:
-    """The final linear layer, in float32; without `num_classes` x itself: a backbone whose caller has the head."""
+    """The final linear layer, in float32; with `num_classes=None`, x itself: a backbone for another head."""
     x = x.astype(jnp.float32)
     return x if num_classes is None else Dense(num_classes, **options, name="head")(x)
 
 
 def compute_dtype(name: str) -> Any:
-    """The dtype that a model computes in; raises InputError on anything but float32 and bfloat16."""
+    """The dtype for a model's computations; raises InputError on names other than "float32" and "bfloat16"."""
     if name not in ("float32", "bfloat16"):
         raise InputError(f"model.dtype '{name}' is unknown; {nearest(name, ('float32', 'bfloat16'))}")
     return jnp.dtype(name)
 
 
 def check_groups(groups: int, x: Array) -> None:
-    """Raises InputError unless the batch divides into that many groups."""
+    """Raises InputError unless the batch size is a multiple of the number of groups."""
     if groups < 1 or x.shape[0] % groups:
         raise InputError(f"model.bn_groups={groups} does not divide a batch of {x.shape[0]}")
 
@@ -175,9 +177,9 @@ class BatchNorm(nn.Module):
         train:  y = (x − mean_B) / √(var_B + ε) · scale + bias        running ← keep·running + (1 − keep)·batch
         eval:   the same with the running mean and variance
 
-    Statistics are float32 and over the whole global batch, so they are the same numbers on any number of devices.
-    `groups` > 1 normalises each of that many equal parts of the batch by itself, as data-parallel training without
-    synchronisation does; the running statistics then take the groups' average.
+    Statistics are float32 and over the whole global batch, so they do not depend on the number of devices. `groups` > 1
+    splits the batch into that many equal parts and normalises each with its own statistics, as data-parallel training
+    without synchronised batch-norm does; the running statistics then use the average over the groups.
     """
 
     keep: float = 0.9  # PyTorch's momentum is 1 − keep
@@ -218,7 +220,7 @@ def per_channel(values: Array, x: Array) -> Array:
 
 
 def normalize(x: Array, mean: Sequence[float] | None, std: Sequence[float] | None) -> Array:
-    """(x − mean) / std per channel; x itself where both are None. Raises InputError unless there is one per channel."""
+    """(x − mean) / std per channel; x if both are None. Raises InputError unless there is one value per channel."""
     if mean is None and std is None:
         return x
     channels = x.shape[-1]
@@ -228,9 +230,10 @@ def normalize(x: Array, mean: Sequence[float] | None, std: Sequence[float] | Non
 
 
 def standardize(x: Array) -> Array:
-    """Each image less its mean, over its standard deviation, of which at least 1/√(H·W·C) counts.
+    """Subtracts each image's mean and divides by its standard deviation, or by 1/√(H·W·C) if that is larger.
 
-    TensorFlow's per_image_standardization, with PyTorch's deviation of H·W·C − 1 degrees as advertorch has it.
+    This is TensorFlow's per_image_standardization, but with PyTorch's standard deviation, which divides by H·W·C − 1,
+    as in advertorch.
     """
     n = x.size // len(x)
     centred = x - jnp.mean(x, axis=(1, 2, 3), keepdims=True)
@@ -245,7 +248,8 @@ def zero_border(x: Array, width: int) -> Array:
     return jnp.pad(x, ((0, 0), (width, width), (width, width), (0, 0))) if width else x
 
 
-# Operations without parameters are modules too: whoever intercepts module calls (`analysis.complexity`) sees them.
+# Operations without parameters are modules too, so that code that intercepts module calls (`analysis.complexity`) sees
+# them.
 
 
 class Activation(nn.Module):
@@ -270,7 +274,7 @@ class Add(nn.Module):
 
 
 class MaxPool(nn.Module):
-    """Max-pooling; rows and columns that fill no window are dropped, as in PyTorch."""
+    """Max-pooling; rows and columns that do not fill a window are dropped, as in PyTorch."""
 
     window: int = 2
     stride: int = 2
@@ -291,10 +295,10 @@ class MaxPool(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _max_of_windows(x, size):
-    """Max-pooling with windows that do not overlap; of equal values the first has the gradient, as everywhere.
+    """Max-pooling with windows that do not overlap; among equal values the first receives the gradient, as usual.
 
-    The gradient is ours because XLA's, select-and-scatter, takes three times as long on CPUs: longer than the
-    convolutions around it.
+    The gradient is implemented here because XLA's (select-and-scatter) takes three times as long on CPUs, longer than
+    the neighbouring convolutions.
     """
     return nn.max_pool(x, (size, size), (size, size))
 
@@ -332,8 +336,11 @@ def global_average(x: Array) -> Array:
 
 
 class AdaptiveAverage(nn.Module):
-    """(B, H, W, C) -> (B, size, size, C), PyTorch's adaptive average pooling: cell i is the mean of rows
-    floor(i·H/size) to ceil((i + 1)·H/size), columns likewise; a smaller map's pixels are repeated."""
+    """(B, H, W, C) -> (B, size, size, C), PyTorch's adaptive average pooling.
+
+    Cell i is the mean of rows floor(i·H/size) to ceil((i + 1)·H/size) − 1, and likewise for columns. The pixels of a
+    map smaller than `size` are repeated.
+    """
 
     size: int
 
@@ -348,7 +355,7 @@ class AdaptiveAverage(nn.Module):
 
 
 class AveragePool(nn.Module):
-    """Average-pooling with windows of `factor`×`factor`, which must divide the map."""
+    """Average-pooling with windows of `factor`×`factor`; height and width must be multiples of `factor`."""
 
     factor: int
 
@@ -363,10 +370,11 @@ class AveragePool(nn.Module):
 def resize(x: Array, size: tuple[int, int]) -> Array:
     """(B, H, W, C) -> (B, *size, C), bilinear between pixel centres and without anti-aliasing, PyTorch's default.
 
-    Each axis takes y_i = Σ_j w_ij·x_j, in float32 whatever the accelerator's default is: on a CPU as a product of
-    precision HIGHEST, elsewhere as multiplications and a sum. XLA's compiler for GPUs (jax 0.10.2) finds no tiles for
-    such a product of three channels, while the sum is one pass over memory; its compiler for CPUs makes the sum's
-    gradient, which computes what comes before it anew for each term, up to 200 times slower than the product's.
+    Along each axis it computes y_i = Σ_j w_ij·x_j, in float32 whatever the accelerator's default precision is: on a CPU
+    as a matrix product of precision HIGHEST, elsewhere as an elementwise product and a sum. XLA's GPU compiler (jax
+    0.10.2) finds no tiling for such a product with three channels, while the sum is one pass over memory. With XLA's
+    CPU compiler, the gradient of the sum recomputes its inputs for each term and is up to 200 times slower than that of
+    the matrix product.
     """
     if cores.on_cpu():
         return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), "bilinear", antialias=False)
@@ -380,10 +388,10 @@ def resize(x: Array, size: tuple[int, int]) -> Array:
 
 
 def _bilinear(n, length):
-    """(length, n): the weight of each pixel in each new one, which falls to 0 at a distance of one pixel."""
+    """(length, n): the weight of each old pixel in each new one, falling linearly to 0 at a distance of one pixel."""
     centres = (np.arange(length) + 0.5) * n / length - 0.5
     weights = np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(n)))
-    return weights / weights.sum(1, keepdims=True)  # beyond the border there is no neighbour
+    return weights / weights.sum(1, keepdims=True)  # at the border a neighbour is missing
 
 
 def pixel_unshuffle(x: Array, factor: int = 2) -> Array:

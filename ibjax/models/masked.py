@@ -1,11 +1,10 @@
-"""A network of which some channels of one feature are always zero: the permanent mask of IB-RAR (Xu et al., 2023).
+"""A network in which some channels of one feature are always zero: the permanent mask of IB-RAR (Xu et al., 2023).
 
-    T_last ← T_last * mask          mask ∈ {0, 1}^C, in training, in attacks and at test
+    T_last ← T_last * mask          mask ∈ {0, 1}^C, in training, in attacks and at test time
 
-The mask stands where the feature is tapped, so everything after it sees zeros there, shortcuts included. It is part of
-the architecture: weights are the inner network's, under "backbone". `ibjax.analysis.mask` makes such networks.
-
-Features are the inner network's.
+The mask is applied where the feature is tapped, so all later layers, shortcuts included, receive zeros in these
+channels. It is part of the architecture and has no weights; those of the inner network are under "backbone".
+`ibjax.analysis.mask` makes such networks. The features are those of the inner network.
 """
 
 import flax.linen as nn
@@ -20,9 +19,9 @@ from ibjax.models import layers
 class Model(nn.Module):
     """(B, H, W, C) in [0, 1] -> (logits (B, num_classes), features).
 
-    backbone: the section of the whole network, as dict(name="resnet", depth=18).
-    tap: the feature, (B, …, C).
-    channels: which of it are zero, from 0 to C − 1.
+    backbone: the section of the inner network, as dict(name="resnet", depth=18).
+    tap: name of the feature, (B, …, C).
+    channels: indices of the channels that are zero, from 0 to C − 1.
     """
 
     num_classes: int | None

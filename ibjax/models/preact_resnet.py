@@ -1,20 +1,27 @@
 """Pre-activation ResNet: He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016, in its CIFAR form.
 
-A 3×3 stem without batch-norm, basic blocks BN-ReLU-conv-BN-ReLU-conv, average pooling. Published files differ in these
-places, and weights trained with one give other logits with another:
+A 3×3 stem without batch-norm, basic blocks BN-ReLU-conv-BN-ReLU-conv, average pooling. Published implementations differ
+in the following points, and weights trained with one give other logits in another:
 
-| projection | the projection shortcut is | strided 3×3 convolutions pad | in                                  |
+| projection | the projection shortcut is | strided 3×3 convolutions pad | used by                             |
 |------------|----------------------------|------------------------------|-------------------------------------|
 | activated  | 1×1 of ReLU(BN(x))         | (1, 1)                       | Rice et al.                         |
 | raw        | 1×1 of x                   | (1, 1)                       | pytorch-cifar, RobustBench          |
 | deepmind   | 3×3 of x                   | (0, 1), TensorFlow's SAME    | Rebuffi et al. (with `activation=   |
 |            |                            |                              | "silu"`, mean and std)              |
 
-`final_norm`: BN and ReLU before the pooling, as Rice and Rebuffi et al. have; pytorch-cifar has nothing there.
+`final_norm` adds BN and ReLU before the pooling, as in Rice et al. and Rebuffi et al.; pytorch-cifar has neither.
 
-Taps: `stem`; `blockN`, the sum that leaves block N; `blockN_relu`, the same after the BN-ReLU that follows it
-(what the next block's convolutions see); `stageN`, `stageN_relu` the last block of a stage; `pre_logits`. Without the
-final norm the last block has no `_relu`. Convolutions and linear layer start as PyTorch's default.
+| tap                     | feature                                                                                    |
+|-------------------------|--------------------------------------------------------------------------------------------|
+| `stem`                  | output of the first convolution                                                            |
+| `blockN`                | output of block N, the sum of shortcut and residual                                        |
+| `blockN_relu`           | the same after the following BN-ReLU: the input of the next block's convolutions           |
+| `stageN`, `stageN_relu` | those of the last block of stage N                                                         |
+| `pre_logits`            | after the pooling                                                                          |
+
+Without `final_norm` the last block has no `_relu` tap. Convolutions and the linear layer have PyTorch's default
+initialisation.
 """
 
 from collections.abc import Callable
@@ -31,7 +38,7 @@ DEPTHS = stages.BASIC
 
 
 class Block(nn.Module):
-    """x -> x + residual; `see` is called with the activated input, the tap of the block before."""
+    """x -> x + residual; `see` taps the activated input, as the `_relu` feature of the previous block."""
 
     width: int
     stride: int
@@ -66,8 +73,8 @@ class Model(nn.Module):
     """(B, H, W, C) in [0, 1] -> (logits (B, num_classes), features); num_classes None: (pre_logits, features).
 
     depth: 10, 18 or 34; or give `blocks`, the number of blocks of each stage (stages after the first halve the
-    image and double the width). width: channels of the first stage. projection, final_norm: see above. border: zeros
-    around the image, which are normalised with it. remat: for less memory, see `layers.remat`.
+    resolution and double the width). width: channels of the first stage. projection, final_norm: see above. border:
+    width of a border of zeros around the image, added before normalisation. remat: saves memory, see `layers.remat`.
     """
 
     num_classes: int | None

@@ -1,10 +1,10 @@
 """ResNet: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016.
 
-Stages of widths 64·(1, 2, 4, 8); basic blocks to depth 34, bottlenecks (1×1, 3×3 with the stride, 1×1 to four times
-the width) from 50; projection shortcuts with batch-norm. `inner_width=2` makes the bottlenecks' 3×3 convolutions twice
-as wide: WideResNet-50-2 of torchvision and timm.
+Stages of widths 64·(1, 2, 4, 8); basic blocks up to depth 34, and from depth 50 bottlenecks (1×1, 3×3 with the stride,
+1×1 to four times the width); projection shortcuts with batch-norm. `inner_width=2` makes the bottlenecks' 3×3
+convolutions twice as wide, as in WideResNet-50-2 of torchvision and timm.
 
-| stem       |                                                             | convolutions start from | files          |
+| stem       | layers                                                      | initialisation of conv. | as in          |
 |------------|-------------------------------------------------------------|-------------------------|----------------|
 | "cifar"    | 3×3 convolution, BN, ReLU                                   | PyTorch's default       | pytorch-cifar  |
 | "imagenet" | 7×7 convolution with stride 2, BN, ReLU, 3×3 max-pooling    | N(0, 2/(k²·C_out))      | torchvision    |
@@ -64,8 +64,8 @@ class Block(nn.Module):
 class Model(nn.Module):
     """(B, H, W, C) in [0, 1] -> (logits (B, num_classes), features); num_classes None: (pre_logits, features).
 
-    depth: 10, 18, 34 or 50. blocks: how many there are in each stage, in place of the depth's own. inner_width: of
-    bottlenecks, the factor of their first two convolutions' width. remat: for less memory, see `layers.remat`.
+    depth: 10, 18, 34 or 50. blocks: number of blocks in each stage, in place of the depth's default. inner_width: a
+    factor on the width of a bottleneck's first two convolutions. remat: saves memory, see `layers.remat`.
     """
 
     num_classes: int | None

@@ -1,6 +1,6 @@
 """The network of SiRIIB: singular regularisation with an implicit information bottleneck.
 
-    x → { x_s }  →  SR_s  →  sigmoid  →  up to full size  →  mean over s  =  x_avg ∈ (0, 1)
+    x → resized to scales s  →  SR_s  →  sigmoid  →  resized to full size  →  mean over s  =  x_avg ∈ (0, 1)
     f_i = p_i(c(x_avg))  is added to the classifier's i-th feature: stem, stage 1, stage 2, …
     SR(x) = BN(W_u (A + B)),   A = shuffle₂(W_o unshuffle₂(x)) modulates singular vectors, W_o 12×12 near orthogonal
                                B = FFT⁻¹((W_f |F|) · F / |F|), F = FFT(x), modulates singular values
@@ -8,23 +8,24 @@
 | paper       | code             | default             |                                                              |
 |-------------|------------------|---------------------|--------------------------------------------------------------|
 | {s}         | scales           | 32, 24, 16, 8       | for 32×32 images; 64, 48, 24, 16 for 64×64                   |
-| # of p_i    | connections      | 3                   | the first so many of stem, stage 1, 2, 3, 4; 0: SR stands    |
-|             |                  |                     | beside a plain classifier, to be trained by itself           |
-|             | classify         | "image"             | what the classifier sees, x; "calibrated": x_avg in its place|
+| # of p_i    | connections      | 3                   | added to the first 3 of stem, stage 1, 2, 3, 4; with 0, SR   |
+|             |                  |                     | is beside a plain classifier, to be trained by itself        |
+|             | classify         | "image"             | the classifier's input: x, or with "calibrated", x_avg       |
 | c           | widths           | (16, 32, 64)        | 3×3 convolutions – BN – ReLU                                 |
-|             | basic_blocks     | False               | or WRN blocks of these widths and a final BN-ReLU: SR-L is   |
+|             | basic_blocks     | False               | True: WRN blocks of these widths, then BN-ReLU. SR-L has     |
 |             |                  |                     | widths=(160, 160), SR-XL widths=(160, 160, 160, 160)         |
 | p_i         |                  |                     | 3×3 convolution at full resolution, then average-pooling     |
-| W_f         | fourier          | "amplitude"         | or "amp_phase", "reim", which map 2·3 channels together      |
+| W_f         | fourier          | "amplitude"         | or "amp_phase", "reim", which map 2·3 channels jointly       |
 | A + B       | fuse             | "add"               | or "concat"                                                  |
 | R_τ         | penalty          | "off_diagonal"      | ‖(W_o W_oᵀ) ⊙ (1 − I)‖²_F, or "full": ‖W_o W_oᵀ − I‖²_F      |
 
-Features are the backbone's, with what is added, and `x_avg`; `info1` … are the f_i; `orthogonality` is R_τ, a scalar.
-They are all that the method's losses need, and XLA drops what a loss does not use.
+The features are those of the backbone, after the addition of f_i; `x_avg`; `info1` …, the f_i; and `orthogonality`, the
+scalar R_τ. The method's losses need no others, and XLA removes the computation of features that a loss does not use.
 
-There is no public code. The printed parameter and operation counts settle which features are added to, that p_i comes
-before the pooling, and the widths and blocks of c; they do not settle the inside of SR, hence its options. That W_o
-acts on 12 = 3·2² channels of 2×2 windows and W_f on amplitudes is our reading of the text.
+There is no public code. The published numbers of parameters and operations determine to which features f_i is added,
+that p_i comes before the pooling, and the widths and blocks of c. They do not determine the inside of SR, which
+therefore has options. That W_o acts on the 12 = 3·2² channels of 2×2 windows, and W_f on amplitudes, is our
+interpretation of the text.
 """
 
 from typing import Any
@@ -59,7 +60,7 @@ class SingularRegularization(nn.Module):
         channels, wide = x.shape[-1], x.shape[-1] * 4
         vectors = layers.Conv(wide, 1, kernel_init=nn.initializers.orthogonal(), name="vectors")
         a = layers.pixel_shuffle(vectors(layers.pixel_unshuffle(x)))
-        w_o = vectors.variables["params"]["conv"]["kernel"].reshape(wide, wide).T  # a row is a filter
+        w_o = vectors.variables["params"]["conv"]["kernel"].reshape(wide, wide).T  # one filter per row
         stacked = channels if self.fourier == "amplitude" else 2 * channels
         b = FOURIER[self.fourier](x, layers.Conv(stacked, 1, name="values"))
         fused = a + b if self.fuse == "add" else jnp.concatenate([a, b], -1)
@@ -96,7 +97,7 @@ class Calibration(nn.Module):
         for i, s in enumerate(scales, 1):
             module = SingularRegularization(self.fourier, self.fuse, self.penalty, self.bn_groups, name=f"sr{i}")
             y, penalty = module(layers.resize(x, (s, s)), train)
-            maps.append(layers.resize(jax.nn.sigmoid(y), size))  # the sigmoid comes first: interpolation is after it
+            maps.append(layers.resize(jax.nn.sigmoid(y), size))  # the sigmoid is applied before the interpolation
             penalties.append(penalty)
         return jnp.mean(jnp.stack(maps), 0), jnp.sum(jnp.stack(penalties))
 
@@ -116,7 +117,7 @@ class Extractor(nn.Module):
             return layers.Activation()(norm(x, train))
 
         for i, width in enumerate(self.widths, 1):
-            dtype = jnp.float32 if i == 1 else self.dtype  # the first one sees pixels: see layers.py
+            dtype = jnp.float32 if i == 1 else self.dtype  # float32 for pixels: see layers.py
             if self.basic_blocks:
                 block = wide_resnet.Block(width, bn_groups=self.bn_groups, dtype=dtype, name=f"block{i}")
                 x = block(x, train).astype(self.dtype)
@@ -129,8 +130,8 @@ class Extractor(nn.Module):
 class Model(nn.Module):
     """(B, H, W, C) in [0, 1] -> (logits (B, num_classes), features).
 
-    backbone: the section of the classifier, as dict(name="resnet", depth=18); its `dtype` and `bn_groups` hold for the
-    added parts too. The other options: see above.
+    backbone: the section of the classifier, as dict(name="resnet", depth=18); its `dtype` and `bn_groups` apply to the
+    added parts too. For the other options see above.
     """
 
     num_classes: int | None
@@ -167,7 +168,7 @@ class Model(nn.Module):
             extracted = Extractor(self.widths, self.basic_blocks, bn_groups, dtype, name="extractor")(x_avg, train)
 
         def connection(i, edit):
-            """Adds f_i, made when the feature comes by and shows its shape; then the caller's own edit, if any."""
+            """An edit that adds f_i, built once the feature's shape is known, and then applies the caller's edit."""
 
             def add(feature):
                 conv = layers.Conv(feature.shape[-1], use_bias=True, dtype=dtype, name=f"p{i}", parent=self)

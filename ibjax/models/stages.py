@@ -1,6 +1,6 @@
-"""The stages of the residual networks: their blocks in order, and the taps after each.
+"""The stages of the residual networks: their blocks in order, with a tap after each block and each stage.
 
-Stage s has `width`·2^(s − 1) channels; from the second one on the first block of a stage halves the image.
+Stage s has `width`·2^(s − 1) channels; from the second stage on, the first block of a stage halves the resolution.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,13 +11,13 @@ from jax import Array
 from ibjax.errors import InputError
 from ibjax.models import layers
 
-BASIC = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # depth -> blocks of each stage, two convolutions each
+BASIC = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # depth -> blocks of each stage
 
 
 def block_counts(
     name: str, depth: int, blocks: tuple[int, ...] | None, depths: dict[int, tuple[int, ...]]
 ) -> tuple[int, ...]:
-    """The number of blocks of each stage; raises InputError on a depth or a list that there is not."""
+    """The number of blocks of each stage; raises InputError on an unknown depth or an invalid list."""
     if blocks is None and depth in depths:
         return depths[depth]
     if blocks and min(blocks) >= 1:
@@ -29,16 +29,16 @@ def block_counts(
 def through(
     x: Array, tap: layers.Taps, counts: Sequence[int], width: int, block: Callable[..., Array]
 ) -> tuple[Array, Callable[[Array], Array]]:
-    """(x after all blocks, the `see` of what follows them); taps `blockN` after block N, `stageS` after stage S.
+    """(x after all blocks, the `see` function for the layer after them); taps `blockN` and, after stage S, `stageS`.
 
     Args:
       x: (B, H, W, C), the feature `stem`.
       counts: the number of blocks of each stage.
       width: channels of the first stage.
       block: `(x, see, width=…, stride=…, name=…) -> x`. A pre-activation block calls `see` with its input after BN and
-        ReLU and goes on with what that returns: these are the taps `NAME_relu` of the features before it.
+        ReLU and continues with the result; `see` taps it as `NAME_relu`, after the name of the feature x.
     """
-    names, number = ["stem"], 0  # of the feature x; of the last block
+    names, number = ["stem"], 0  # names of the feature x; number of the last block
     for stage, count in enumerate(counts, 1):
         for i in range(count):
             number += 1
@@ -51,7 +51,7 @@ def through(
 
 
 def _see(tap, names, x):
-    """Taps the activated x as `NAME_relu` for each name of the feature that it was made of."""
+    """Taps the activated x as `NAME_relu` for each name of the feature before the activation."""
     for name in names:
         x = tap(f"{name}_relu", x)
     return x

@@ -2,19 +2,19 @@
 
     h = backbone(x)        (μ, s) = W h + b ∈ R^{2K}        z = μ + σ(s) ⊙ ξ,  ξ ~ N(0, I)        logits = V z + c
 
-In training z is one sample; otherwise, for attacks and tests, z = μ. A network that samples when it is tested looks
-more robust than it is: attacks that expect a deterministic one then fail for want of a gradient.
+In training mode z is one sample; in evaluation mode, for attacks and tests, z = μ. A network that samples at test time
+appears more robust than it is, as attacks that assume a deterministic network fail for lack of a useful gradient.
 
 | option         | default    |                                                                                        |
 |----------------|------------|----------------------------------------------------------------------------------------|
-| latent         | 256        | K; None: μ is h itself, with sigma="unit" (CEB on pooled features)                     |
+| latent         | 256        | K; None, with sigma="unit": μ is h itself (CEB on pooled features)                     |
 | sigma          | "softplus" | σ = softplus(s) + 1e-7; "shifted": softplus(s − 5) (VIB); "unit": 1, no s (CEB).       |
-|                |            | σ is kept in [1e-4, 1e2]                                                               |
+|                |            | σ is clipped to [1e-4, 1e2]                                                            |
 | sample_at_test | False      | True: the caller gives `apply` rngs={"sample": key} in evaluation mode too             |
 | class_means    | False      | CEB's b(z|y) = N(m_y, I): a trainable table, features["class_means"] (num_classes, K)  |
-| linear_init    | "torch"    | how W and V start, or "xavier" (VIB): see `layers.LINEAR_INITS`                        |
+| linear_init    | "torch"    | initialisation of W and V; or "xavier" (VIB): see `layers.LINEAR_INITS`                |
 
-Features are the backbone's (`pre_logits` is h) and `mu`, `sigma`, `z` (B, K), all float32.
+The features are those of the backbone (`pre_logits` is h) and `mu`, `sigma`, `z` (B, K), all float32.
 """
 
 import flax.linen as nn
@@ -36,7 +36,7 @@ SIGMAS = {
 class Model(nn.Module):
     """(B, H, W, C) in [0, 1] -> (logits (B, num_classes), features).
 
-    backbone: the section of a network, as dict(name="resnet", depth=18), used without its final layer.
+    backbone: the section of a network, as dict(name="resnet", depth=18), which is used without its final layer.
     """
 
     num_classes: int
@@ -70,11 +70,11 @@ class Model(nn.Module):
         return layers.classifier(z, self.num_classes, **linear), tap.finish()
 
     def samples(self, train: bool) -> bool:
-        """Whether z is drawn; not when the network is initialised, which has no key for it."""
+        """Whether z is sampled; in evaluation mode, never while parameters are initialised, as there is no key then."""
         return train or (self.sample_at_test and not self.is_initializing())
 
     def noise(self, mu: Array) -> Array:
-        """ξ ~ N(0, I) from the stream "sample"; raises InputError where the caller gives none."""
+        """ξ ~ N(0, I) from the random stream "sample"; raises InputError if the caller supplies none."""
         if not self.has_rng("sample"):
             raise InputError("this network samples: call apply(…, rngs={'sample': key}), or set sample_at_test=False")
         return jax.random.normal(self.make_rng("sample"), mu.shape, mu.dtype)

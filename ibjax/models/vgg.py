@@ -1,17 +1,17 @@
 """VGG with batch-norm: Simonyan & Zisserman, ICLR 2015.
 
-Five groups of 3×3 convolutions (biased) – BN – ReLU, each group followed by 2×2 max-pooling; then linear layers, the
-last of which gives the logits. What the published files have different is `variant`:
+Five groups of 3×3 convolutions (with bias) – BN – ReLU, each group followed by 2×2 max-pooling; then linear layers, the
+last of which gives the logits. `variant` selects between published implementations, which differ as follows:
 
 | variant                                     | "ib_rar" (CIFAR, VGG16-BN)  | "torchvision" (ImageNet)           |
 |---------------------------------------------|-----------------------------|------------------------------------|
 | between convolutions and linear layers      | global average              | adaptive average to 7×7, flattened |
 | after each linear layer but the last        | BN, ReLU                    | ReLU, dropout of one half          |
-| convolutions start from                     | PyTorch's default           | N(0, 2/(k²·C_out)), biases 0       |
-| linear layers start from                    | PyTorch's default           | N(0, 0.01²), biases 0              |
+| initialisation of convolutions              | PyTorch's default           | N(0, 2/(k²·C_out)), biases 0       |
+| initialisation of linear layers             | PyTorch's default           | N(0, 0.01²), biases 0              |
 
-Taps: `convN` (after the ReLU); `stage1` … `stage5` (after the pooling), `fc1`, `fc2`: these are IB-RAR's seven;
-`pre_logits`, which is `fc2`.
+Taps: `convN` (after the ReLU); `stage1` … `stage5` (after the pooling), `fc1` and `fc2`, which are the seven layers of
+IB-RAR; and `pre_logits`, the same as `fc2`.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ from jax import Array
 from ibjax.errors import InputError, nearest
 from ibjax.models import layers
 
-# how many convolutions each group has; their widths are WIDTHS times `width`
+# depth -> number of convolutions in each group; a group's width is its entry in WIDTHS times `width`
 DEPTHS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 WIDTHS = (1, 2, 4, 8, 8)
 VARIANTS = ("ib_rar", "torchvision")
@@ -33,7 +33,7 @@ POOLED = 7  # side of torchvision's map before the linear layers
 class Model(nn.Module):
     """(B, H, W, C) in [0, 1] -> (logits (B, num_classes), features); num_classes None: (pre_logits, features).
 
-    depth: 11, 13, 16 or 19. width: channels of the first group. hidden: widths of the linear layers between.
+    depth: 11, 13, 16 or 19. width: channels of the first group. hidden: widths of the hidden linear layers.
     """
 
     num_classes: int | None
@@ -65,7 +65,7 @@ class Model(nn.Module):
         for stage, (count, factor) in enumerate(zip(DEPTHS[self.depth], WIDTHS, strict=True), 1):
             for _ in range(count):
                 index += 1
-                first = jnp.float32 if index == 1 else dtype  # it sees pixels: see layers.py
+                first = jnp.float32 if index == 1 else dtype  # for pixels: see layers.py
                 conv = layers.Conv(
                     self.width * factor, use_bias=True, dtype=first, name=f"conv{index}", **of_convolutions
                 )
@@ -87,7 +87,7 @@ class Model(nn.Module):
 
 
 def _start(variant: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What convolutions and linear layers of a variant start from."""
+    """The options that initialise a variant's convolutions and its linear layers."""
     if variant == "ib_rar":
         return {}, {}
     zeros = nn.initializers.zeros

@@ -1,7 +1,8 @@
 """Wide residual networks: Zagoruyko & Komodakis, BMVC 2016.
 
-Pre-activation, three stages of (depth − 4) / 6 blocks with widths 16·width·(1, 2, 4), 3×3 stem of 16 channels; where
-input and output widths agree, the raw input is added. What the published files have different is `variant`:
+Pre-activation blocks, in three stages of (depth − 4) / 6 blocks with widths 16·width·(1, 2, 4), after a 3×3 stem of 16
+channels. If a block's input and output have the same width, the shortcut is its raw input. `variant` selects between
+published implementations, which differ as follows:
 
 | variant                 | "trades"           | "deepmind"                 | "ib_rar"                    |
 |-------------------------|--------------------|----------------------------|-----------------------------|
@@ -9,15 +10,16 @@ input and output widths agree, the raw input is added. What the published files 
 |                         | most of RobustBench| al. (with `activation=     | there with `dropout=0.3`)   |
 |                         |                    | "silu"`, mean and std)     |                             |
 | stride 2 in             | the first conv     | the first conv             | the second conv             |
-| it pads (before, after) | (1, 1)             | (0, 1), TensorFlow's SAME  | (1, 1)                      |
-| projection sees         | activated x        | activated x                | raw x                       |
-| dropout stands          | after BN-ReLU 2    | after BN-ReLU 2            | before BN-ReLU 2            |
-| convolutions' biases    | no                 | no                         | yes                         |
-| convolutions start from | N(0, 2/(k²·C_out)) | N(0, 2/(k²·C_out))         | PyTorch's default           |
-| linear bias starts from | 0                  | 0                          | PyTorch's default           |
-| final batch-norm keeps  | 0.9                | 0.9                        | 0.1 (momentum 0.9)          |
+| its padding             | (1, 1)             | (0, 1), TensorFlow's SAME  | (1, 1)                      |
+| input of the projection | activated x        | activated x                | raw x                       |
+| dropout                 | after BN-ReLU 2    | after BN-ReLU 2            | before BN-ReLU 2            |
+| biases of convolutions  | no                 | no                         | yes                         |
+| initialisation of conv. | N(0, 2/(k²·C_out)) | N(0, 2/(k²·C_out))         | PyTorch's default           |
+| … of the linear bias    | 0                  | 0                          | PyTorch's default           |
+| `keep` of the final BN  | 0.9                | 0.9                        | 0.1 (momentum 0.9)          |
 
-Taps: as `preact_resnet`: `stem`, `blockN`, `blockN_relu`, `stageN`, `stageN_relu`, `pre_logits`.
+Paddings are (before, after). Taps as in `preact_resnet`: `stem`, `blockN`, `blockN_relu`, `stageN`, `stageN_relu`,
+`pre_logits`.
 """
 
 from collections.abc import Callable
@@ -34,7 +36,7 @@ VARIANTS = ("trades", "deepmind", "ib_rar")
 
 
 class Block(nn.Module):
-    """x -> x + residual; `see` is called with the activated input, the tap of the block before."""
+    """x -> x + residual; `see` taps the activated input, as the `_relu` feature of the previous block."""
 
     width: int
     stride: int = 1
@@ -75,9 +77,9 @@ class Block(nn.Module):
 class Model(nn.Module):
     """(B, H, W, C) in [0, 1] -> (logits (B, num_classes), features); num_classes None: (pre_logits, features).
 
-    depth: 6n + 4. width: the factor, 10 in WRN-28-10. standardize: each image to mean 0 and deviation 1 first, as in
-    MMA's networks. border: zeros around the image, which are normalised with it; Gowal et al. make MNIST's 28×28 pixels
-    32×32 by a border of 2. remat: for less memory, see `layers.remat`.
+    depth: 6n + 4. width: the widening factor, 10 in WRN-28-10. standardize: first standardise each image to mean 0 and
+    deviation 1, as in MMA's networks. border: width of a border of zeros around the image, added before normalisation;
+    Gowal et al. enlarge MNIST's 28×28 pixels to 32×32 by a border of 2. remat: saves memory, see `layers.remat`.
     """
 
     num_classes: int | None
@@ -130,5 +132,5 @@ class Model(nn.Module):
 
 
 def conv_options(variant: str) -> dict[str, Any]:
-    """The biases and the initialisation of a variant's convolutions."""
+    """The options of a variant's convolutions: biases and initialisation."""
     return dict(use_bias=True) if variant == "ib_rar" else dict(kernel_init=layers.fan_out_normal)

@@ -1,7 +1,7 @@
 """TFDS data sets made from official archives, without TensorFlow: uint8 `Tensor` features in ArrayRecord files.
 
-One family a file. A `Recipe` says which archives and how to read them; `write` makes the data set. Images are in the
-archive's order, so that "the first 1,000 test images" are those of every paper.
+Each module has one family of data sets. A `Recipe` names the archives and the function that reads them; `write` makes
+the data set. Images keep the archive's order, so "the first 1,000 test images" are the same as in papers.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ from tqdm import tqdm
 from ibjax.data.archives import Archive
 from ibjax.errors import DataError
 
-VERSION = "1.0.0"  # of our own format
+VERSION = "1.0.0"  # version of the format that `write` produces
 
 
 class Contents(NamedTuple):
-    """What archives hold; the splits are iterated once, in order."""
+    """The content of a data set's archives; each split is iterated once, in order."""
 
     shape: tuple[int, int, int]
     classes: tuple[str, ...]
@@ -34,23 +34,23 @@ class Contents(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """How a data set is made."""
+    """How a data set is made from archives."""
 
-    label: str  # how results on it are called
+    label: str  # name of the data in results
     archives: tuple[Archive, ...]
     read: Callable[[list[Path]], Contents]  # the archives' paths, in their order
 
 
 def folder(name: str, data_dir: Path) -> Path:
-    """Where `write` puts a data set: TFDS's own layout."""
+    """The folder in which `write` puts a data set, in TFDS's layout."""
     return data_dir / name / VERSION
 
 
 def label(metadata: Any, classes: tuple[str, ...], own: bool) -> str:
-    """How results on a data set are called, by the metadata.json that `write` made; "" where it made none.
+    """The name of a data set in results, from the metadata.json of `write`; "" for data sets that `write` did not make.
 
-    Raises ValueError where that of a data set of our `own` is missing or damaged: without it a copy would count as the
-    official data.
+    Raises ValueError if the file of a data set made by `write` (`own`) is missing or damaged, as a copy of other data
+    would otherwise count as the official data.
     """
     recorded = dict(metadata or {})
     digest, name = recorded.pop("digest", None), recorded.get("label", "")  # earlier versions wrote no digest
@@ -66,14 +66,14 @@ def _digest(metadata, classes):
 
 
 def write(name: str, contents: Contents, data_dir: Path, metadata: dict[str, Any]) -> Path:
-    """Writes the data set whole or not at all, and returns its folder. `metadata` goes to metadata.json, with a digest.
+    """Writes the data set atomically and returns its folder. `metadata` goes to metadata.json, with a digest.
 
-    Raises DataError where an image or label is not what the contents promise.
+    Raises DataError if an image or a label is not as `contents` declares.
     """
     import tensorflow_datasets as tfds
 
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # pyright: ignore[reportGeneralTypeIssues, reportCallIssue]
-        """`contents` as TFDS sees it."""
+        """A TFDS builder that yields `contents`."""
 
         VERSION = tfds.core.Version(VERSION)
 
@@ -84,7 +84,7 @@ def write(name: str, contents: Contents, data_dir: Path, metadata: dict[str, Any
                 builder=self,
                 features=tfds.features.FeaturesDict({"image": image, "label": label}),
                 supervised_keys=("image", "label"),
-                disable_shuffling=True,  # the archive's order
+                disable_shuffling=True,  # keeps the archive's order
                 metadata=tfds.core.MetadataDict({**metadata, "digest": _digest(metadata, contents.classes)}),
             )
 
@@ -113,7 +113,7 @@ def write(name: str, contents: Contents, data_dir: Path, metadata: dict[str, Any
 
 @contextlib.contextmanager
 def _quiet(tfds):
-    """Without TFDS's own progress bars."""
+    """A context without TFDS's own progress bars."""
     tfds.disable_progress_bar()
     try:
         yield
@@ -126,7 +126,7 @@ def _terminal():
 
 
 def _sweep(parent):
-    """Removes what a run killed a day ago has left; TFDS renames its folder only when it is whole."""
+    """Removes incomplete folders of killed runs, at least a day old; TFDS renames a folder only when it is complete."""
     for leftover in parent.glob("*incomplete*"):
-        if time.time() - leftover.stat().st_mtime > 86_400:  # a younger one may be another's work
+        if time.time() - leftover.stat().st_mtime > 86_400:  # a younger one may belong to a running process
             shutil.rmtree(leftover, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) from the binary archives: no pickle is touched.
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) from the binary archives, without pickles.
 
-A record is 1 label byte (CIFAR-100: coarse, then fine) and 3072 pixel bytes, channel after channel, row after row.
-CIFAR-100 has its 100 fine classes.
+A record has 1 label byte (CIFAR-100 has 2: coarse, then fine) and 3072 pixel bytes, channel after channel, row after
+row. The labels of CIFAR-100 are its 100 fine classes.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """CIFAR-10.1 (Recht et al., ICML 2019), a second test set for CIFAR-10's classes, from two .npy files.
 
-Version v6 has 2,000 images, balanced, and is the one that its authors recommend; v4 has 2,021 and is that of the
-paper's main tables. There is a split `test` only.
+Version v6 has 2,000 class-balanced images and is the one that its authors recommend; v4 has 2,021 images and is used in
+the paper's main tables. The only split is `test`.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from ibjax.data.archives import Archive, read_npy
 from ibjax.data.builders import Contents, Recipe
 from ibjax.errors import DataError
 
-# as CIFAR-10's batches.meta.txt has them
+# the names in CIFAR-10's batches.meta.txt
 _CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _URL = "https://raw.githubusercontent.com/modestyachts/CIFAR-10.1/master/datasets"
 

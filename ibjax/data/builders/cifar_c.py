@@ -1,6 +1,6 @@
 """CIFAR-10-C and CIFAR-100-C (Hendrycks & Dietterich, ICLR 2019) from their tars of .npy files.
 
-One split for each corruption: the test set five times, at severity 1 first, at severity 5 last.
+There is one split per corruption; it holds the test set five times, at severities 1 to 5.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def _read(path: Path, num_classes: int) -> Contents:
 
 
 def _images(path: Path, member: str, labels: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-    """One member at a time is in memory: 154 MB."""
+    """The images and labels of one corruption; only one member, 154 MB, is in memory at a time."""
     content = dict(read_tar(path, lambda name: name == member))[member]
     images = read_npy(content, f"{path}: '{member}'")
     if len(images) != len(labels):

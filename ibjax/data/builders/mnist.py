@@ -1,4 +1,4 @@
-"""MNIST (LeCun et al. 1998) and Fashion-MNIST (Xiao et al. 2017) from their four IDX files, compressed or not.
+"""MNIST (LeCun et al. 1998) and Fashion-MNIST (Xiao et al. 2017) from their four IDX files, gzipped or not.
 
 IDX: two zero bytes, the type (8: uint8), the number of axes, each axis as a big-endian uint32, the values.
 """
@@ -19,7 +19,7 @@ _CLOTHES = (
 
 
 def read_idx(path: Path, axes: int) -> np.ndarray:
-    """The uint8 array of an IDX file with so many axes; raises DataError on any other file."""
+    """The uint8 array of an IDX file with `axes` axes; raises DataError on any other file."""
     with opened(path, content=True) as handle:
         content = handle.read()
     head = 4 + 4 * axes

@@ -1,7 +1,7 @@
-"""STL-10 (Coates et al., AISTATS 2011) from its binary archive: 10 classes, 96×96, 5,000 images and 8,000 to test.
+"""STL-10 (Coates et al., AISTATS 2011) from its binary archive: 10 classes, 96×96, 5,000 training, 8,000 test images.
 
-`*_X.bin` holds uint8 images, channel after channel, each column by column; `*_y.bin` a byte for each label, 1 to 10.
-The 100,000 unlabelled images, and the ten folds of the training set, are left out.
+`*_X.bin` holds uint8 images, channel after channel, each column by column; `*_y.bin` holds a byte per label, 1 to 10.
+The 100,000 unlabelled images and the ten folds of the training set are not used.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ def _read(paths: list[Path]) -> Contents:
 
 
 def _pairs(path, pixels, labels, num_classes):
-    """(image, label) pairs; DataError where the two files do not belong together."""
+    """(image, label) pairs; raises DataError if the two files do not belong together."""
     y = np.frombuffer(labels, np.uint8)
     if not len(y) or len(pixels) != len(y) * 3 * _SIDE * _SIDE or not (y.min() >= 1 and y.max() <= num_classes):
         raise DataError(

@@ -1,6 +1,6 @@
-"""SVHN, cropped digits (Netzer et al. 2011), from its two MATLAB files; the `extra` images are left out.
+"""SVHN, cropped digits (Netzer et al. 2011), from its two MATLAB files; the `extra` images are not used.
 
-`X` is (32, 32, 3, N) uint8, `y` is (N, 1) with 10 for the digit 0.
+`X` is (32, 32, 3, N) uint8; `y` is (N, 1), with 10 for the digit 0.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ def _read_mat(path):
     try:
         mat = loadmat(path, variable_names=("X", "y"))
         images, labels = np.moveaxis(mat["X"], -1, 0), mat["y"].reshape(-1)
-    except Exception as error:  # SciPy raises whatever a damaged file leads it to
+    except Exception as error:  # SciPy raises many types on damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path} is no MATLAB file with X and y ({reason}); delete it and download it again") from None
     if len(images) != len(labels) or not np.isin(labels, np.arange(1, 11)).all():

@@ -1,7 +1,7 @@
-"""Tiny-ImageNet-200 (Stanford CS231n) from its zip: 200 classes, 64×64, grey images become RGB.
+"""Tiny-ImageNet-200 (Stanford CS231n) from its zip: 200 classes, 64×64; grey images are converted to RGB.
 
 The labels of its test set are not public, so the splits are `train` and `validation`; papers test on the latter.
-Classes are numbered by their sorted WordNet ids, as class folders would be. JPEGs are decoded once, by Pillow.
+Labels follow the sorted WordNet ids, as with class folders. JPEGs are decoded once, by Pillow.
 """
 
 import io
@@ -52,7 +52,7 @@ def _images(path: Path, files: list[tuple[str, int]]) -> Iterator[tuple[np.ndarr
             try:
                 with Image.open(io.BytesIO(archive.read(name))) as image:
                     yield np.asarray(image.convert("RGB")), label
-            except Exception as error:  # zipfile and Pillow raise whatever a damaged file leads them to
+            except Exception as error:  # zipfile and Pillow raise many types on damaged files
                 reason = " ".join(str(error).split())[:120]
                 raise DataError(f"{path}: '{name}' is missing or no image ({reason}); download it again") from None
 
