@@ -86,7 +86,7 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|condition|body|branch_computations|true_computation|false_computation)=")
 
 
-# computations inside one kernel: those of a fusion, and the function of a reduction, sort or scatter, but not of a `call`
+# computations inside one kernel: of a fusion, and the function of a reduction, sort or scatter, but not of a `call`
 _INSIDE = re.compile(r" fusion\(.*calls=%?([\w.\-]+)| (?!call\()[\w\-]+\(.*to_apply=%?([\w.\-]+)")
 _COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\("
