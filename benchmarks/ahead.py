@@ -1,15 +1,16 @@
-"""Every compiled part of the package, compiled for a GPU that is not here: does it compile, and what is in it.
+"""Compiles every compiled part of the package for a GPU that this machine lacks, and counts kernels, bytes and memory.
 
     pip install -e '.[cuda13]'
     python benchmarks/ahead.py [--topology=h200] [--programs='attack *'] [--out=FILE]
 
 The programs are those of `programs.py`: each objective's train step and each perturbation (ResNet-18, batch 512,
 bfloat16, teachers WRN-34-10), each attack of an evaluation by name and each analysis (float32, a batch of 500). Nothing
-is run, and no card or driver is needed. "In loops" is what the bodies of the program's loops launch, each counted once,
-as PGD's step; GB are what kernels read and write. Nothing is tuned, so that a card may need more temporaries.
+is run, and no card or driver is needed. "In loops" counts the kernels in the bodies of loops, such as PGD's step; each
+body counts once. GB are the bytes that kernels read and write. Nothing is autotuned, so a real card may need more
+temporary memory.
 
-One process per program, which a compiler that crashes does not outlive; the same command goes on where it was stopped,
-and tries again what did not compile. Writes a JSON and the table beside it.
+Each program has its own process, so that a crash of the compiler affects that program only. The same command continues
+where it was stopped, and retries programs that did not compile. Writes a JSON file and the table beside it.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""All benchmarks that fit this machine, one after the other, into one dated JSON file with its tables beside it.
+"""Runs all benchmarks that fit this machine, one after another; writes a dated JSON file and its tables beside it.
 
     python benchmarks/all.py [--quick] [--quiet] [--parts=pgd,flops,…] [--workdir=runs/small_cnn] [--out=FILE]
 
 | part        | script               | what                                                                            |
 |-------------|----------------------|---------------------------------------------------------------------------------|
 | pgd         | train_step.py        | the PGD-10 step against PyTorch, at two batch sizes                             |
-| two_devices | train_step.py        | the same where a CPU is divided into two devices; on CPUs only                  |
+| two_devices | train_step.py        | the same with a CPU divided into two devices; on CPUs only                      |
 | objectives  | train_step.py        | the step of every objective but SiRIIB against PyTorch                          |
-| information | information.py       | nHSIC, mask and SVD terms beside the step that they add to                      |
-| cost        | cost.py              | what each of the four methods adds to PGD-AT                                    |
+| information | information.py       | time of the nHSIC, mask and SVD terms, next to the step that contains them      |
+| cost        | cost.py              | the cost that each of the four methods adds to PGD-AT                           |
 | scaling     | scaling.py           | cost against batch, image, layers of HSIC, devices                              |
 | startup     | startup.py           | compile time and time to the first step, cold and cached                        |
 | flops       | compiled.py          | compiled FLOPs over their count, all but SiRIIB; always compiled for a CPU      |
@@ -17,9 +17,10 @@
 | autoattack  | autoattack.py        | AutoAttack's parts against torchattacks', on the network of --workdir           |
 | invariance  | invariance.py        | AutoAttack's flags against batch size, devices, interruptions; of --workdir     |
 
-Sizes are those of the backend, CPU or accelerator. Every part is a process of its own; one that fails is named and
-stops no other, one that needs what is not here is left out with a word. The same command goes on where it was stopped:
-parts that are done stay. On a quiet machine with 2 cores all takes hours; --quick tries everything at tiny sizes.
+Problem sizes depend on the backend, CPU or accelerator. Every part runs in its own process. A part that fails is
+reported and does not stop the others; a part whose requirements are missing is skipped with a message. The same command
+continues where it was stopped and keeps finished parts. On an idle machine with 2 cores all parts take hours; --quick
+tries everything at tiny sizes.
 """
 
 import argparse

@@ -1,20 +1,20 @@
-"""Every attack in every norm that it offers, beside an independent implementation: robust accuracy at equal effort.
+"""Compares every attack, in every norm that it supports, with an independent implementation at equal effort.
 
     pip install torch scipy && pip install --no-deps torchattacks==3.5.1
     pip install git+https://github.com/fra31/auto-attack@a39220048b3c9f2cca9a4d3a54604793c68eca7e
     python benchmarks/attacks_by_norm.py [--only=square] [--out=results/attacks-by-norm.json]
 
-A network of one tanh layer with random weights, and the images that it is asked about, come from NumPy's generator, so
-that they are the same everywhere; the labels are its own answers. Each row attacks with the same steps, samples or
-queries on both sides, so few that the strength of a step shows, and at an eps that leaves part of the images robust.
-Attacks that draw run several times on both sides.
+The measure is robust accuracy. The network has one tanh layer. Its random weights and the images come from NumPy's
+generator, so that they are the same on every machine; the labels are the network's own predictions. In each row both
+sides use the same number of steps, samples or queries. These numbers are small enough to reveal differences in single
+steps, and eps leaves a part of the images robust. Random attacks run several times on both sides.
 
-Oracles: fra31/auto-attack and torchattacks; scipy's L-BFGS-B; and where neither has the attack in this norm, its
-formula as a loop in PyTorch or NumPy, below. Randomised networks are judged on their mean weights, transferred images
-on the network that was not attacked, and C&W's only within eps.
+The reference implementations are fra31/auto-attack, torchattacks and scipy's L-BFGS-B. Where none of them has the
+attack in a norm, its formula is written below as a loop in PyTorch or NumPy. Randomised networks are evaluated at their
+mean weights, transfer attacks on the network that was not attacked. C&W's images count only within eps.
 
-`tests/test_attacks_by_norm.py` runs our side of each row again and asks for at most 2 points of difference from the
-oracle's mean in the file that this writes.
+`tests/test_attacks_by_norm.py` runs our side of each row again; the result may differ by at most 2 points from the
+reference's mean in the file that this script writes.
 """
 
 import json

@@ -1,14 +1,15 @@
-"""Robust accuracy under ibjax's attacks and under torchattacks' on the same weights and images, and what they cost.
+"""Compares the attacks of ibjax and of torchattacks on the same weights and images: robust accuracy and time.
 
     pip install torch torchvision && pip install --no-deps torchattacks==3.5.1
     python -m ibjax.main --config=configs/small_cnn.py --workdir=runs/small_cnn --config.data.path=FOLDER
     python benchmarks/attacks_vs_torch.py --workdir=runs/small_cnn [--n=256] [--eps=4/255 --step-size=1/255]
 
-The weights of a trained network go into a PyTorch twin, whose logits are compared first. Random attacks but SPSA run
-`--repeats` times and give the mean; `flags` counts the images on which the two disagree in the first run. C&W's radius
-is free, so its accuracy says little by itself; the distances of the broken images stand beside it.
+The weights of a trained network are copied into a PyTorch twin, whose logits are compared first. Random attacks except
+SPSA run `--repeats` times, and the table shows their mean; `flags` counts the images on which the two implementations
+disagree in the first run. C&W has no perturbation budget, so its accuracy alone says little; the table also shows the
+distances of its successful images.
 
-Writes a JSON, and the table beside it as Markdown.
+Writes a JSON file, and the table beside it as Markdown.
 """
 
 import time

@@ -1,16 +1,17 @@
-"""AutoAttack's parts against torchattacks', on the same weights, images, steps and queries: accuracy and time.
+"""Compares AutoAttack's parts with those of torchattacks on the same weights and images: robust accuracy and time.
 
     pip install torch torchvision && pip install --no-deps torchattacks==3.5.1
     python -m ibjax.main --config=configs/small_cnn.py --workdir=runs/small_cnn --config.data.path=FOLDER
     python benchmarks/autoattack.py --workdir=runs/small_cnn [--n=256] [--queries=5000] [--eps=4/255] [--rounds=1]
 
 Each part attacks all correctly classified images by itself: APGD on cross-entropy, APGD on targeted DLR and FAB with
-100 steps and 9 targets, Square with torchattacks' schedule. In each round ibjax runs first, then PyTorch; the first
-round of ibjax compiles, and where there are more its times do not count; the others trace the programs again and load
-them. `flags` counts the images on which the two disagree; both draw at random.
+100 steps and 9 targets, Square with torchattacks' schedule. Steps and queries are equal on both sides. In each round
+ibjax runs first, then PyTorch. The first round of ibjax includes compilation; if there are more rounds, its times do
+not count. Later rounds trace the programs again and load them from the cache. `flags` counts the images on which the
+two disagree; both are random.
 
-Writes a JSON after every attack, from which the same command with the same code, versions and machine goes on, and the
-table beside it as Markdown.
+Writes a JSON file after every attack, and the table beside it as Markdown. The same command with the same code,
+versions and machine continues from this file.
 """
 
 import itertools

@@ -1,16 +1,16 @@
-"""Every objective of the package on the digits, with equal networks, epochs and seeds: one page, unattended.
+"""Compares all objectives of the package on the digits, with equal networks, epochs and seeds; runs unattended.
 
     python benchmarks/comparison.py --workdir=runs/comparison [--out=PATH] [--epochs=20] [--seeds=3]
 
-Trains the convolutional network of configs/digits.py with each objective that the package has (`--only=mart,te` for
-some), attacks the best checkpoint on validation with PGD-20, margin PGD-20 and AutoAttack, and writes OUT.json and
-OUT.md after every run; at the end it times the steps of all objectives in turn, for which the machine should rest. The
-same command continues where it was stopped. An objective that refuses these settings, or diverges, is named on the page
-with its reason and stops no other.
+Trains the convolutional network of configs/digits.py with each objective (`--only=mart,te` selects some), attacks the
+checkpoint that is best on validation with PGD-20, margin PGD-20 and AutoAttack, and writes OUT.json and OUT.md after
+every run. At the end it times the steps of all objectives in turn; the machine should be idle then. The same command
+continues where it was stopped. An objective that rejects these settings, or diverges, is listed on the page with the
+reason and does not stop the others.
 
-Every method has its own paper's defaults, but for what is tied to a length of training, a learning rate or an eps
-(OPTIONS). Teachers, where a method has them, are a TRADES network and an undefended one of the same architecture,
-trained first.
+Every method has the defaults of its paper, except options that depend on the length of training, the learning rate or
+eps (OPTIONS). The teachers of distillation methods are a TRADES network and an undefended one of the same architecture,
+which are trained first.
 """
 
 import argparse

@@ -1,15 +1,16 @@
-"""What compiled train steps cost, objective by objective: FLOPs over their count, and memory; nothing is timed.
+"""Measures compiled train steps, objective by objective: FLOPs relative to the expected count, and memory.
 
     python benchmarks/compiled.py --what=flops    [--objective=all] [--batch 8]
     python benchmarks/compiled.py --what=memory   [--objective=all] [--batch 128] [--microbatches 1 2 4]
 
-| flops  | of the compiled step with unrolled attack over what its method needs (`ibjax.analysis.flops`), both in      |
-|        | compiled forward passes; IBD also with a WRN-34-10 for a teacher. The bar is 1.05                           |
-| memory | temporary buffers and arguments (state, batch, teachers) as the compiler plans them; on an accelerator also |
-|        | the peak of a process that takes one step, all that it holds included                                       |
+| flops  | FLOPs of the compiled step with unrolled attack, divided by what its method needs (`ibjax.analysis.flops`), |
+|        | both in compiled forward passes; IBD also with a WRN-34-10 teacher. The quotient should be at most 1.05     |
+| memory | temporary buffers and arguments (state, batch, teachers) as planned by the compiler; on an accelerator also |
+|        | the peak memory of a process that takes one step, including everything that it holds                        |
 
-ResNet-18 on 32×32 images, teachers too; the attack has ten steps. Every row of memory is a process of its own, so that
-one that does not fit leaves the others. Writes a JSON and the table beside it as Markdown.
+Networks and teachers are ResNet-18 on 32×32 images; the attack has ten steps. Nothing is timed. Every row of `memory`
+runs in its own process, so that one which runs out of memory does not affect the others. Writes a JSON file and the
+table beside it as Markdown.
 """
 
 import itertools

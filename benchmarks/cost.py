@@ -1,12 +1,13 @@
-"""Times what the four methods, TRADES and MART add to a step of PGD-AT, and to testing, all alternating in one run.
+"""Times what the four methods, TRADES and MART add to a step of PGD-AT and to inference, alternating in one run.
 
     python benchmarks/cost.py [--batch 32] [--width=64] [--repeats=5] [--dtype=float32|bfloat16] [--quiet]
 
-A method's step over that of PGD-AT on the same network, and over that of PGD-AT on the plain ResNet-18 of `--width`:
-quotients of the same round, as min – median – max. The attack is PGD-10, IBD's teacher another such ResNet-18, images
-are noise. Testing is one prediction of a batch. Memory: `compiled.py`; parameters: `ibjax.analysis.complexity`.
+The table shows the time of a method's step divided by that of PGD-AT on the same network, and by that of PGD-AT on the
+plain ResNet-18 of `--width`. Both times of a quotient are from the same round; the format is min – median – max. The
+attack is PGD-10, IBD's teacher is another such ResNet-18, and images are noise. Testing is one prediction of a batch.
+For memory see `compiled.py`, for parameters `ibjax.analysis.complexity`.
 
-Writes a JSON with every single time, and the table beside it as Markdown.
+Writes a JSON file with every single time, and the table beside it as Markdown.
 """
 
 from functools import partial

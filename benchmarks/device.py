@@ -1,20 +1,20 @@
-"""What one runs once on an accelerator: one command, under ten minutes, one JSON file.
+"""A complete check on an accelerator: one command, under ten minutes, one JSON file.
 
     python benchmarks/device.py --out=results/device.json [--data=FOLDER|FILE.npz] [--minutes=2.5] [--total-minutes=9.5]
-    python benchmarks/device.py --parts=methods --total-minutes=15      every method once, to the end
+    python benchmarks/device.py --parts=methods --total-minutes=15      every method once
     python benchmarks/device.py --quick            the same in a few minutes on a CPU, at tiny sizes
 
 | part       | what                                                                                                  |
 |------------|-------------------------------------------------------------------------------------------------------|
 | step       | PGD-10 and IBD-10 of ResNet-18 in bf16 against their PyTorch twins (benchmarks/train_step.py)         |
 | throughput | images/s and share of peak: PGD-10 PreActResNet-18 and WRN-28-10, TRADES-10, IBD-10 (ResNet-18)       |
-| training   | PGD-AT of PreActResNet-18 on --data, as many epochs as fit --minutes; FGSM, PGD-20, CW-20             |
+| training   | PGD-AT of PreActResNet-18 on --data, as many epochs as fit in --minutes; FGSM, PGD-20, CW-20          |
 | autoattack | a shortened AutoAttack against torchattacks', on a small CNN trained on --data                        |
 | methods    | two steps of every objective, perturbation, attack by name and analysis: finite, seconds, memory      |
 | tests      | the quick tests with JAX on the accelerator                                                           |
 
-Every part is a process of its own with a share of the time; what it finds is written as it is found, and a part that
-fails or runs out of time is recorded with its last lines and stops no other.
+Every part runs in its own process with a share of the time. Results are written as soon as they are available. A part
+that fails or runs out of time is recorded with its last lines and does not stop the others.
 """
 
 import argparse

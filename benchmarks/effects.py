@@ -1,4 +1,4 @@
-"""Does each term do what its paper says? Every method beside its base, at equal epochs, seeds and networks; unattended.
+"""Does each term do what its paper claims? Compares every method with its base at equal epochs, seeds and networks.
 
     python benchmarks/effects.py --workdir=runs/effects-digits [--data=digits] [--epochs=20] [--seeds=3] [--out=PATH]
     python benchmarks/effects.py --workdir=runs/effects-mnist --data=mnist:FILE.npz --fraction=0.1 --n=1000
@@ -12,17 +12,17 @@
 | SiRIIB             | PGD-AT of its network           | L_svd is lower                                         |
 | IBD, three times   | PGD-AT; TRADES                  | PGD-20 accuracy is higher                              |
 
-A term is what the method's own loss reports for a network after its last epoch, in evaluation mode, on test images
-and their PGD-20 images: a mean over full batches of the training's size, which nHSIC depends on. IB-RAR stands here
-with the weights of the authors' code, with the paper's for VGG16 (β = 1), and with the latter's X term alone, also at
-a tenth of its weight. IBD's teacher is a TRADES network trained as long as its student, of the same size or with
-three times the channels ("wider"), or the latter trained five times as long ("stronger"), which is nearest to the
-paper's. Networks (half as wide on MNIST and CIFAR-10), optimiser and attacks are those of `comparison.py`, the other
-weights the papers' own.
+The value of a term is what the method's own loss reports after the last epoch, in evaluation mode, on test images and
+their PGD-20 images. It is a mean over full batches of the training's batch size, on which nHSIC depends. IB-RAR is run
+with the weights of the authors' code, with the paper's weights for VGG16 (β = 1), and with the X term of the latter
+alone, also at a tenth of its weight. IBD has three teachers, all TRADES networks: one of the student's size and
+training time; one with three times the channels ("wider"); and the wider one trained five times as long ("stronger"),
+which is closest to the paper's. Networks (half as wide on MNIST and CIFAR-10), optimiser and attacks are those of
+`comparison.py`; all other weights are those of the papers.
 
-Runs of one seed share their first weights and the order of their images, hence differences are taken by seed. A claim
-appears where its mean difference over seeds has the claimed sign and a one-sided t-test at 5 %. OUT.json and OUT.md
-are written after every run; the same command continues where it was stopped.
+Runs of one seed share their initial weights and the order of their images, so differences are taken seed by seed. A
+claim "appears" if the mean difference over seeds has the claimed sign and is significant in a one-sided t-test at
+5 %. OUT.json and OUT.md are written after every run; the same command continues where it was stopped.
 """
 
 import argparse

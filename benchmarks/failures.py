@@ -1,16 +1,16 @@
-"""Lets `open` and `read` fail below Python, one trial at a time, and looks at what a user would then see.
+"""Injects failures of `open` and `read` below Python, one trial at a time, and records what a user would see.
 
     python benchmarks/failures.py [--trials=100] [--seed=0] [--out=results/failures.json]
 
-The run, its data, its caches and what reads them are those of `flips.py`. A trial draws what is done, a call of `open`
-(with `opendir`) or `read` in it, one of five errors, and whether that call alone fails or all from it on; it counts
-where a call has failed. Its outcome is one of
+The run, its data, its caches and the operations that read them are those of `flips.py`. Each trial draws an operation,
+one of its calls of `open` (or `opendir`) or `read`, one of five errors, and whether only this call fails or all calls
+from it on. A trial counts if a call has failed. Its outcome is one of
 
-    the right numbers   what failed was tried again, or a line said that it was computed anew
+    the right numbers   the call was repeated, or a line said that the result was computed again
     refused             one line named what could not be read, and no number was shown
-    traceback           an exception that is no line
-    wrong               a number was another one
-    changed             a file of the run or of its data is not what it was: moved, removed, or written again
+    traceback           an exception that was not reported as one line
+    wrong               a number differed from the right one
+    changed             a file of the run or of its data was changed: moved, removed, or written again
 
 Needs Linux and gcc, for `tests/failing_disk.c`.
 """

@@ -1,21 +1,23 @@
-"""Flips random bits in everything that a number depends on, one at a time, and looks at what a user would then see.
+"""Flips random bits in all files that a result depends on, one at a time, and records what a user would see.
 
     python benchmarks/flips.py [--trials=1000] [--processes=20] [--seed=0] [--out=results/flips-DATE.json]
 
-One run of configs/digits.py:smoke is made, with its teacher and the undefended network beside it, on an npz file; a
-data set of TFDS whose labels are kept; and a cache of compiled programs. A trial chooses one of all files (in turn each
-as often as any other, and each kind as often as any other), flips one of its bits, and does what reads it: loads a
-network and attacks test images, evaluates with the records that are there, reads the report, begins to train again,
-reads the streamed images and their labels, compiles, where a bit of every program is flipped, since few are used. Then
-everything is as before. Its outcome is one of
+The script first creates the files: a run of configs/digits.py:smoke on an npz file, with its teacher and the undefended
+network; a data set of TFDS with cached labels; and a cache of compiled programs.
 
-    nothing             every number is the right one, and nothing was said
-    computed again      every number is the right one, and a line named what was damaged
+A trial draws a file, flips one of its bits, and runs every operation that reads it: load a network and attack test
+images; evaluate with the existing records; read the report; start training again; read the streamed images and their
+labels; compile. Odd trials draw uniformly from all files, even trials draw a kind of file first. In the cache of
+compiled programs a bit of every program is flipped, since few of them are used. Afterwards all files are restored. The
+outcome is one of
+
+    nothing             all numbers are right, and nothing was logged
+    computed again      all numbers are right, and a line named what was damaged
     refused             one line named what was damaged, and no number was shown
-    traceback           an exception that is no line
-    wrong               a number was another one, and nothing was said
+    traceback           an exception that was not reported as one line
+    wrong               a number differed from the right one, and nothing was logged
 
---processes more trials start the command itself anew: `ibjax.main` again, as a user would.
+--processes is the number of additional trials that start `ibjax.main` again in a new process, as a user would.
 """
 
 import contextlib

@@ -1,13 +1,13 @@
-"""SiRIIB's `info_stop`: does training diverge where the clean f_i are a target of L_info, without gradient?
+"""SiRIIB's `info_stop`: does training diverge if L_info sends no gradient to the clean f_i?
 
     python benchmarks/info_stop.py [--lr=0.1] [--lam=20] [--seeds=3]
     python benchmarks/info_stop.py --data digits mnist:FILE.npz --fraction 1 0.1 --steps 400 60
 
 Trains SiRIIB on PGD-AT with λ₁ = 20 on the network of `effects.py`, in batches of 64 at a constant learning rate, with
-`info_stop=False` and `True`, from the same weights and on the same images, and notes L_info and accuracy on the way. A
-run has diverged at the first step whose loss or gradient is not finite; it ends there. Writes OUT.json after every run,
-with the metrics of some twenty of its steps, and the table beside it as Markdown; the same command with the same --out
-continues where it was stopped, or where code or versions have changed since, begins again.
+`info_stop=False` and `True`, from the same weights and on the same images, and records L_info and accuracy. A run
+diverges, and ends, at the first step whose loss or gradient is not finite. Writes OUT.json after every run, with the
+metrics of about twenty of its steps, and the table beside it as Markdown. The same command with the same --out
+continues where it was stopped; if code or versions have changed since, it begins again.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Times the information terms at the size of a CIFAR batch, beside the PGD-10 step of ResNet-18 that they add to.
+"""Times the information terms on a CIFAR batch, and for comparison the PGD-10 step of ResNet-18 without them.
 
     python benchmarks/information.py [--batch 128] [--repeats=5] [--dtype=float32|bfloat16] [--quiet]
 
@@ -6,8 +6,8 @@
     mask    nHSIC of X and of Y with each of 512 pooled channels, no gradient
     SVD     mean squared differences of singular values, polar factors and pixels of two batches, with its gradient
 
-Taps and images come from a network with random weights, or for the SVD are noise. Writes a JSON with every single time,
-and the table beside it as Markdown.
+Taps are those of a network with random weights; the images of the SVD are noise. Writes a JSON file with every single
+time, and the table beside it as Markdown.
 """
 
 import statistics

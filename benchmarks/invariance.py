@@ -3,12 +3,13 @@
     python -m ibjax.main --config=configs/small_cnn.py --workdir=runs/small_cnn --config.data.path=FOLDER
     python benchmarks/invariance.py --workdir=runs/small_cnn [--n=256] [--eps=4/255]
 
-Runs the standard version in processes of their own: at batch 256 and at batch 1 on one device, on eight devices, and
-killed several times without notice (SIGKILL) and started again from its state. `flags` counts the images, after each
-attack and at the end, on which a run differs from the first; `images` is the largest difference of a pixel. Batch sizes
-and devices may change rounding, and with it an image on the edge; an interruption changes no bit.
+Runs the standard version in separate processes: with batch 256 and batch 1 on one device, on eight devices, and killed
+several times without notice (SIGKILL) and continued from its state file. `flags` counts the images, after each attack
+and at the end, on which a run differs from the first run; `images` is the largest difference in a pixel. Batch size and
+number of devices may change rounding, and so flip an image on the decision boundary; an interruption must change no
+bit.
 
-Eight devices are virtual ones of a CPU; on an accelerator all that are there take their place. Writes a JSON after
+The eight devices are virtual devices of a CPU; on an accelerator, all available ones are used. Writes a JSON file after
 every run, and the table beside it as Markdown.
 """
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: taking turns in one run, a machine's load and peak, processes of their own, files."""
+"""Shared by the benchmarks: alternating timing, the machine's load and peak FLOP/s, subprocesses, and files."""
 
 import argparse
 import datetime

@@ -1,7 +1,8 @@
-"""One train step of every objective of the package at its paper's defaults, for benchmarks: on noise, unaugmented.
+"""For benchmarks: a train step of every objective of the package at its paper's defaults, on noise, unaugmented.
 
-`NAMES` are the objectives, and "awp": PGD-AT with a weight perturbation. The network is a ResNet, in or below what a
-method puts around it (NETWORKS); the teacher, where a method has one, another such ResNet or a given network.
+`NAMES` are the objectives, and "awp", which is PGD-AT with a weight perturbation. The network is a ResNet, wrapped in
+the modules that a method adds (NETWORKS). The teacher of a distillation method is another such ResNet or a given
+network.
 """
 
 import argparse

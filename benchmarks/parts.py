@@ -1,6 +1,6 @@
-"""Command lines, and long jobs in parts: each a process of its own, and one JSON file that is there whole at any time.
+"""Shared command lines, and long jobs that run in parts: one process per part, and one JSON file that is always whole.
 
-Touches no accelerator.
+This module does not use an accelerator, so that its child processes can.
 """
 
 import argparse

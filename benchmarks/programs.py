@@ -1,7 +1,8 @@
-"""Every compiled part of the package as a program: each objective, perturbation, attack by name and analysis.
+"""Builds every compiled part of the package as a program: each objective, perturbation, attack by name and analysis.
 
-`TABLE` maps names, as "objective trades", "attack pgd-20" or "analysis plane", to what builds the program at a scale on
-a mesh. `ahead.py` compiles all of them for a card that is not here, and `device.py` runs each twice on one that is.
+`TABLE` maps names, such as "objective trades", "attack pgd-20" or "analysis plane", to functions that build the program
+at a given scale on a mesh. `ahead.py` compiles all of them for a card that this machine lacks, and `device.py` runs
+each of them twice on an available device.
 """
 
 from collections.abc import Callable, Mapping

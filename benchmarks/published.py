@@ -1,10 +1,10 @@
-"""Networks that others have published, with what they publish of them: our attacks beside their numbers.
+"""Compares our attacks with published robust accuracies, on the published networks.
 
     python benchmarks/published.py --folder=FOLDER --data=mnist.npz [--only=LPD_MLP_B_0.1,WK17a] [--n=1000]
         [--attacks=clean,pgd-40,autoattack] [--state=FOLDER] [--out=results/published-cpu.json]
 
-FOLDER has, anywhere below it, any of these files of PyTorch. None is unpickled, and a file of another SHA-256 is
-refused. Images are MNIST's test set / 255.
+FOLDER contains, at any depth, one or more of these PyTorch files. They are not unpickled, and a file with another
+SHA-256 is refused. Images are MNIST's test set, divided by 255.
 
 | file                                  | network               | known                        | source |
 |---------------------------------------|-----------------------|------------------------------|--------|
@@ -16,13 +16,13 @@ refused. Images are MNIST's test set / 255.
 robust-verify-benchmark: Salman et al., NeurIPS 2019. [3] yaodongyu/TRADES: Zhang et al., ICML 2019; AutoAttack's number
 is that of fra31/auto-attack.
 
-No sound attack leaves fewer images than are exactly robust, and AutoAttack should leave at most one point more. Where a
-number on all 10,000 images falls outside, its row says so and the script ends with 1; on fewer images nothing is
-judged, since the published numbers are not of these. PGD-40 climbs cross-entropy in steps of 0.01 from x, as TRADES'
-authors evaluate, which gives the numbers of [2] too.
+A valid attack cannot report a robust accuracy below the exact one, and AutoAttack should be at most one point above it.
+If a number on all 10,000 images violates this, its row says so and the script exits with 1. With fewer images nothing
+is checked, since the published numbers are for all of them. PGD-40 maximises cross-entropy in steps of 0.01 from x, as
+in the evaluation of TRADES' authors; it also reproduces the numbers of [2].
 
-AutoAttack keeps its progress in --state, and an interrupted command goes on there. --out is a JSON file with the table
-beside it as Markdown; records of other networks that it has stay in it, each with the number of its images.
+AutoAttack stores its progress in --state, from which an interrupted command continues. --out is a JSON file, with the
+table beside it as Markdown; records of other networks in it are kept, each with its number of images.
 """
 
 import sys

@@ -1,17 +1,17 @@
-"""What a train step costs as the batch, the images, the layers of HSIC and the devices grow; ResNet-18.
+"""Measures how the cost of a ResNet-18 train step grows with batch, image size, layers of HSIC, and devices.
 
     python benchmarks/scaling.py [--axes=batch,image,layers,devices] [--batch 32] [--dtype=float32|bfloat16] [--quiet]
 
-| axis    |                                                                                                          |
+| axis    | what is timed                                                                                            |
 |---------|----------------------------------------------------------------------------------------------------------|
 | batch   | a PGD-10 step at a quarter to four times the batch                                                       |
 | image   | a PGD-10 step on images of 32×32, 48×48 and 64×64                                                        |
-| layers  | IB-RAR on PGD-10 with nHSIC of 1, 2, 5 and all 10 layers, over PGD-10 itself, which is 0                 |
-| devices | a PGD-10 step of the same batch over 1, 2, 4 and 8 devices, a process each; on a CPU they are pretended  |
-|         | and share its cores, which shows what dividing costs and not what it gains                               |
+| layers  | IB-RAR on PGD-10 with nHSIC of 1, 2, 5 and all 10 layers, relative to plain PGD-10 (0 layers)            |
+| devices | a PGD-10 step of the same batch on 1, 2, 4 and 8 devices, in separate processes; on a CPU the devices    |
+|         | are virtual and share its cores, which shows the overhead of sharding but not its gain                   |
 
-The points of an axis alternate in one run, but for devices. Writes a JSON with every single time, and the table beside
-it as Markdown.
+The points of an axis alternate in one run, except those of `devices`. Writes a JSON file with every single time, and
+the table beside it as Markdown.
 """
 
 import json

@@ -1,15 +1,15 @@
-"""What the large recipes need of a TPU slice that is not here: `ibjax.aot` on every WideResNet and ImageNet row.
+"""The memory and cost of the large recipes on a TPU slice: `ibjax.aot` on every WideResNet and ImageNet row.
 
     pip install -e '.[tpu]'
     python benchmarks/slices.py [--topology=v5e:2x2] [--rows='ibd_*'] [--out=FILE]
 
-Each row is compiled as it stands, at its own batch size and bfloat16. Memory is that of a chip; images/s is what its
-FLOPs allow and what its bytes allow, never reached; "≥" where the program has loops other than the attack's, whose
-bodies FLOPs and bytes count once. "Collectives" counts the communication of one step; "in loops" would be that inside
-an attack or another loop, of which there must be none.
+No slice is needed. Each row is compiled with its own batch size, in bfloat16. Memory is that of one chip. The images/s
+are the upper bounds that follow from FLOPs and from bytes, which no run reaches. "≥" marks programs with loops other
+than the attack's, whose bodies count only once in FLOPs and bytes. "Collectives" counts the communication of one step;
+"in loops" counts those inside an attack or another loop, which must be none.
 
-One process per row, minutes each on two cores; the same command goes on where it was stopped: a row is compiled again
-where the code or a version has changed since. Writes a JSON and the table beside it.
+Each row has its own process, which takes minutes on two cores. The same command continues where it was stopped; a row
+is compiled again if the code or a version has changed since. Writes a JSON file and the table beside it.
 """
 
 import contextlib

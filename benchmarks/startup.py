@@ -1,11 +1,11 @@
-"""How long a run takes to its first step: compile time and all the rest, cold and with the cache of compiled programs.
+"""Measures the time to the first step of a run, by part, with an empty and with a filled compilation cache.
 
     python benchmarks/startup.py [--batch 32] [--dtype=float32|bfloat16]
 
-One step of ResNet-18 under PGD-10, and under IBD-10 from a WRN-34-10, each twice in a fresh process with one private
-cache: first empty, then with what the first left in it. Seconds to import and find the devices, to trace, to compile
-(or load) the step, and from the start of the process to the end of the first step, random weights and their programs
-included. Writes a JSON and the table beside it as Markdown.
+The step is one of PGD-10 on ResNet-18, or of IBD-10 with a WRN-34-10 teacher. Each runs twice, in a fresh process with
+a private cache, which is empty at first and filled by the first run for the second. The table shows seconds to import
+and find the devices, to trace, to compile (or load) the step, and from the start of the process to the end of the first
+step, including the programs that initialise the weights. Writes a JSON file and the table beside it as Markdown.
 """
 
 import json

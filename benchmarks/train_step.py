@@ -1,15 +1,15 @@
-"""Times one train step of ibjax against its plain PyTorch twin, alternating in one run: ResNet-18, any objective.
+"""Times a ResNet-18 train step of ibjax and of its plain PyTorch twin, alternating in one run, for any objective.
 
     python benchmarks/train_step.py [--objective=pgd_at,trades|all] [--batch 32 128] [--dtype=bfloat16] [--quiet]
     JAX_NUM_CPU_DEVICES=2 python benchmarks/train_step.py --devices=2
 
-Speed is steps per second of ibjax over steps per second of the twin in the same round, as min – median – max: above 1,
-ibjax is faster. On a CPU the twin runs as NCHW and as channels-last; on CUDA as channels-last with bf16 autocast, eager
-and through `torch.compile`. ibjax runs on --devices of its devices; those of a CPU are pretended and share its cores.
-Attacks have ten steps, teachers are ResNet-18 too, images are noise. The share of peak counts the forward passes
-that a method needs (`ibjax.analysis.flops`), F = 1.11 GFLOP.
+Speed is the ratio of steps per second, ibjax to twin in the same round, as min – median – max; above 1 ibjax is faster.
+On a CPU the twin runs in NCHW and in channels-last layout; on CUDA in channels-last with bf16 autocast, eager and with
+`torch.compile`. ibjax uses --devices devices; those of a CPU are virtual and share its cores. Attacks have ten steps,
+teachers are ResNet-18 too, and images are noise. The share of the peak FLOP/s counts the forward passes that a method
+needs (`ibjax.analysis.flops`), each of 1.11 GFLOP per image.
 
-Writes a JSON with every single time, and the table beside it as Markdown.
+Writes a JSON file with every single time, and the table beside it as Markdown.
 """
 
 import statistics

@@ -1,7 +1,8 @@
-"""The networks of the benchmarks in plain PyTorch, with ibjax's names: what ibjax's speed is held against.
+"""PyTorch twins of the benchmarks' networks, with ibjax's parameter names: the baseline for ibjax's speed.
 
-ResNet (11,173,962 parameters at depth 18 and 10 classes), the stochastic layer of VIB, CEB and shared information
-around it, IBD's attention, and the small network on which attacks are compared. `twin_step.py` has the objectives.
+The module has a ResNet (11,173,962 parameters at depth 18 and 10 classes), the stochastic layer of VIB, CEB and shared
+information, IBD's attention, and the small network on which attacks are compared. `twin_methods.py` has the objectives,
+`twin_step.py` the train step.
 
 Guarantees (tests of the same names): the same weights give the same logits; one step from the same weights gives the
 same loss, weights and running statistics.

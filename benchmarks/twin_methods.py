@@ -1,7 +1,7 @@
-"""ibjax's objectives in plain PyTorch, written from the same papers: what their speed is held against.
+"""PyTorch twins of ibjax's objectives, written from the same papers: the baseline for ibjax's speed.
 
-Formulas and defaults stand in `ibjax/objectives/`. A twin takes the same options as the objective of its name, as far
-as it has them. SiRIIB has no twin: its network is a method of its own.
+Formulas and defaults are documented in `ibjax/objectives/`. A twin takes the same options as the objective of its name,
+as far as it implements them. SiRIIB has no twin, since it also needs its own network.
 """
 
 import math

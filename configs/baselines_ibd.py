@@ -1,10 +1,10 @@
-"""The baselines of IBD's Table 1 (Kuang et al., NeurIPS 2023) that learn from no teacher: PreActResNet-18.
+"""The baselines without a teacher in IBD's Table 1 (Kuang et al., NeurIPS 2023): PreActResNet-18.
 
     python -m ibjax.main --config=configs/baselines_ibd.py:sat --workdir=runs/baselines_ibd/sat
 
-Arguments: a method, `sat` (default), `trades`, `hbar` or `infoat_r`; `-cifar100` behind it changes the data set.
-`hbar_pgd` is HBaR on PGD training, `hbar-natural` without adversarial training. `,smoke` shrinks any. `infoat_r` is a
-reconstruction from InfoAT's abstract: its numbers are not InfoAT's, which stand here for contrast.
+Arguments: a method, `sat` (default), `trades`, `hbar` or `infoat_r`; the suffix `-cifar100` changes the data set.
+`hbar_pgd` is HBaR with PGD training, `hbar-natural` HBaR without adversarial training. `,smoke` shrinks any of them.
+`infoat_r` is a reconstruction from InfoAT's abstract; the table lists the published numbers of InfoAT for comparison.
 
 | best checkpoint  | clean | FGSM  | PGD-100 | CW-100 | AutoAttack | last: AutoAttack |
 |------------------|-------|-------|---------|--------|------------|------------------|
@@ -18,11 +18,12 @@ reconstruction from InfoAT's abstract: its numbers are not InfoAT's, which stand
 | HBaR, CIFAR-100  | 59.53 | 34.46 | 31.82   | 27.42  | 26.62      | 25.43            |
 | InfoAT, CIFAR-100| 58.23 | 34.46 | 31.39   | 28.68  | 26.76      | 26.21            |
 
-IBD does not say on what it trains HBaR: its accuracy is near that of TRADES, hence TRADES with HBaR's own λ.
+IBD does not say with which adversarial training it combines HBaR. Since its accuracy is close to that of TRADES, we use
+TRADES, with HBaR's own λ.
 
 AutoAttack and the last checkpoint: `python -m ibjax.evaluate --workdir=DIR [--checkpoint=last] --attacks=autoattack`.
-The paper selects on the test set; here the default is 1,000 held-out training images. Cost: 23 (SAT) to 27 forward
-passes per image, 3 of `hbar-natural`; 200 epochs of SAT are 200·49,000·23·1.11 GFLOP = 0.25 EFLOP.
+The paper selects checkpoints on the test set; here the default is 1,000 held-out training images. Cost: 23 (SAT) to 27
+forward passes per image, 3 for `hbar-natural`; 200 epochs of SAT are 200·49,000·23·1.11 GFLOP = 0.25 EFLOP.
 """
 
 from ibjax.config import base, parse_arg, smoke

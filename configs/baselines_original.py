@@ -1,4 +1,4 @@
-"""Baselines with their own papers' settings, where these differ from those of the papers that compare with them.
+"""Baselines with the settings of their own papers, where papers that compare with them use other settings.
 
     python -m ibjax.main --config=configs/baselines_original.py:mart --workdir=runs/baselines_original/mart
 
@@ -15,12 +15,13 @@
 | hbar_mnist, hbar_natural_mnist | the same on the CNN, 100 epochs                                                     |
 | alp                            | Kannan et al. 2018, who have no CIFAR-10: the defaults of ibjax.config              |
 
-`,smoke` shrinks any. The settings are those of each paper's own code; docs/recipes.md has them side by side, with
-what is different here and why. The paper of each selects on its test set; here the default is 1,000 held-out training
-images. An epoch's last incomplete batch is left out. Fast-AT on ImageNet is `ibd_imagenet.py:fast_at-4`.
+`,smoke` shrinks any of them. The settings are those of each paper's own code; docs/recipes.md lists them side by side,
+with our deviations and their reasons. All these papers select checkpoints on the test set; here the default is 1,000
+held-out training images. An incomplete last batch of an epoch is left out. Fast-AT on ImageNet is
+`ibd_imagenet.py:fast_at-4`.
 
 Cost in forward passes per image and step: 24 sat, 26 mart, 38 mma, 24 te, 5 fast_at, 26 hbar, 3 hbar_natural. Fast-AT
-is 15·49,000·5·1.11 GFLOP = 4.1 PFLOP; MART on ResNet-18 120·49,000·26·1.11 GFLOP = 0.17 EFLOP.
+takes 15·49,000·5·1.11 GFLOP = 4.1 PFLOP, MART on ResNet-18 120·49,000·26·1.11 GFLOP = 0.17 EFLOP.
 """
 
 from functools import partial
@@ -43,12 +44,12 @@ def get_config(arg=None):
     return config
 
 
-CIFAR10 = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616))  # as Rice, Wong, Wu and Pang et al. have it
+CIFAR10 = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616))  # as in Rice, Wong, Wu and Pang et al.
 NARROW_CNN = dict(widths=((2,), (4,)), hidden=(8,))
 
 
 def threat(config, eps, step_size):
-    """The threat model, and one step size in training, selection and evaluation."""
+    """Sets the threat model, and the same step size in training, selection and evaluation."""
     config.threat.eps = eps
     for section in (config.attack, config.validate.attack, config.evaluate):
         section.step_size = step_size
@@ -86,8 +87,8 @@ def trades_awp(config):
     wide(config, 34, 10)
     config.objective = dict(name="trades", beta=6.0, passes="adv,clean,clean")
     config.attack.update(loss="kl", init="gaussian")
-    config.schedule.boundaries = (99, 149)  # theirs counts epochs from 1
-    config.perturb = dict(name="awp", gamma=0.005, warmup=9)  # and starts in the tenth
+    config.schedule.boundaries = (99, 149)  # the authors count epochs from 1
+    config.perturb = dict(name="awp", gamma=0.005, warmup=9)  # starts in the tenth epoch
 
 
 def mart(config):
@@ -97,7 +98,7 @@ def mart(config):
     config.attack.init = "gaussian"
     config.optimizer.update(lr=0.01, weight_decay=3.5e-3)
     config.epochs = 120
-    config.schedule.boundaries = (74, 89, 99)  # theirs counts epochs from 1
+    config.schedule.boundaries = (74, 89, 99)  # the authors count epochs from 1
     config.validate.dense_from = 70
     config.validate.attack.update(steps=20, step_size="0.003")
     config.evaluate.update(attacks=("pgd-20",), step_size="0.003")
@@ -121,7 +122,7 @@ def mma(config, max_eps):
     config.objective = dict(name="mma", max_eps=max_eps)
     config.data.val_size = 5000
     config.optimizer.update(lr=0.3, weight_decay=2e-4)
-    config.epochs = 142  # 50,000 steps of 351 an epoch; drops at 20, 30 and 40 thousand
+    config.epochs = 142  # 50,000 steps, 351 per epoch; the rate drops at 20, 30 and 40 thousand
     config.schedule = dict(name="piecewise", boundaries=(57, 85.5, 114), factor=(0.3, 1 / 3, 0.3), stepping="step")
     config.validate.update(every=5, dense_from=None)
     config.evaluate.attacks = ("pgd-100(restarts=5)", "margin-100(restarts=5)")

@@ -1,12 +1,14 @@
-"""The baselines of the shared-information paper (Yu et al., MERL TR2022-141), with its Tables 2 and 3's settings.
+"""The baselines of the shared-information paper (Yu et al., MERL TR2022-141), with the settings of its Tables 2 and 3.
 
     python -m ibjax.main --config=configs/baselines_shared.py:mart --workdir=runs/baselines_shared/mart
 
-Arguments: a method, `standard` (PGD training, as the paper calls it; default), `trades`, `mart` or `mma`, on ResNet-18
-and CIFAR-10; `mnist-METHOD` (four-layer CNN), `wrn-METHOD` and `wrn100-METHOD` (WRN-34-10 on CIFAR-10 and CIFAR-100,
-without MMA); `trades_beta-VALUE` and `mart_beta-VALUE`, the curves of Figure 3 between natural and robust accuracy
-(β from 0.1 to 30; its other values are ours); `ara-standard`, `ara-trades` and `ara-mart`, trained and tested with
-representation attacks. `,smoke` shrinks any.
+Arguments (`,smoke` shrinks any of them):
+
+- a METHOD, on ResNet-18 and CIFAR-10: `standard` (default; the paper's name for PGD training), `trades`, `mart`, `mma`;
+- `mnist-METHOD` (four-layer CNN), `wrn-METHOD` and `wrn100-METHOD` (WRN-34-10 on CIFAR-10 and CIFAR-100, without MMA);
+- `trades_beta-VALUE` and `mart_beta-VALUE`: the trade-off of natural and robust accuracy in Figure 3 (β from 0.1 to 30;
+  the values in between are ours);
+- `ara-standard`, `ara-trades` and `ara-mart`: trained and tested with representation attacks.
 
 | last epoch, natural / PGD-20 / PGD-40 / AA | MNIST                         | ResNet-18                     |
 |--------------------------------------------|-------------------------------|-------------------------------|
@@ -34,11 +36,12 @@ representation attacks. `,smoke` shrinks any.
 | `mma` with `--config.epochs=76`                         | 81.78 / 52.21 / 48.85 / 43.61 |
 | `mart` with `--config.epochs=91`                        | 82.23 / 55.32 / 54.15 / 52.31 |
 
-Means of three runs. Evaluate the last epoch with `--checkpoint=last`. Its AutoAttack is
-not the standard one (APGD-CE, untargeted APGD-DLR, FAB and Square). Where table and text differ the text counts: ten
-attack steps on CIFAR-10, twenty on CIFAR-100. Not stated, ours: Standard trains as TRADES does; MMA's last rate is 0.03
-(the table says 0.003, MMA's own code 0.03 and 0.009). Cost: 23 to 27 forward passes per image (twenty more on
-CIFAR-100), 38 with MMA; 120 epochs of MART on ResNet-18 are 120·49,000·26·1.11 GFLOP = 0.17 EFLOP.
+The numbers are means of three runs. Evaluate the last epoch with `--checkpoint=last`. The paper's AA is not the
+standard AutoAttack but APGD-CE, untargeted APGD-DLR, FAB and Square. Where its tables and text differ, we follow the
+text: ten attack steps on CIFAR-10, twenty on CIFAR-100. Our choices where the paper states nothing: Standard trains
+with the settings of TRADES; MMA's last learning rate is 0.03 (the table says 0.003, MMA's own code 0.03 and 0.009).
+Cost: 23 to 27 forward passes per image (twenty more on CIFAR-100), 38 with MMA; 120 epochs of MART on ResNet-18 are
+120·49,000·26·1.11 GFLOP = 0.17 EFLOP.
 """
 
 from ibjax.config import base, parse_arg, smoke
@@ -46,7 +49,7 @@ from ibjax.runs.recipe_files import beside
 
 shared = beside(__file__, "shared_information.py")  # the settings of the paper's own method
 CIFAR = ("standard", "trades", "mart")
-BETAS = ("0.1", "0.3", "1.0", "2.0", "4.0", "10.0", "20.0", "30.0")  # TRADES has 6, MART 5
+BETAS = ("0.1", "0.3", "1.0", "2.0", "4.0", "10.0", "20.0", "30.0")  # the main rows use 6 for TRADES and 5 for MART
 ROWS = (
     *CIFAR,
     "mma",

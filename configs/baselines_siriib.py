@@ -2,9 +2,9 @@
 
     python -m ibjax.main --config=configs/baselines_siriib.py:te --workdir=runs/baselines_siriib/te
 
-Arguments: `pgd_at` (default), `trades`, `awp`, `te` on ResNet-18 and CIFAR-10, `-cifar100` behind them changes the data
-set; `wrn` (PGD training of a WRN-28-10, Table 5), `tiny` (FGSM training on Tiny-ImageNet, Table 6). `,smoke` shrinks
-any.
+Arguments: `pgd_at` (default), `trades`, `awp` and `te` on ResNet-18 and CIFAR-10, or with the suffix `-cifar100` on
+CIFAR-100; `wrn` (PGD training of a WRN-28-10, Table 5); `tiny` (FGSM training on Tiny-ImageNet, Table 6). `,smoke`
+shrinks any of them.
 
 | CIFAR-10 or Tiny-ImageNet    | clean | PGD-20 | PGD-100 | CW-100 | AutoAttack |
 |------------------------------|-------|--------|---------|--------|------------|
@@ -13,10 +13,11 @@ any.
 | wrn (Table 5)                | 86.78 | 53.68  | 53.48   | 53.22  | 50.92      |
 | tiny (Table 6), eps 2/255    | 42.47 | 33.92  | 33.91   | 32.14  | 31.85      |
 
-The other rows are points of figures. For Table 7: `python -m ibjax.evaluate --workdir=runs/baselines_siriib/pgd_at
---norm=l2 --eps=0.5 --step_size=0.1`. Not stated, ours: 200 epochs, β 6 for TRADES, γ 0.01 for AWP on PGD training, TE
-on PGD training, whose attack starts unclipped as its authors' does; `tiny` attacks with one step of 1.25·eps from a
-uniform start. Cost: 23 to 27 forward passes per image; 200 epochs of TE are 200·49,000·24·1.11 GFLOP = 0.26 EFLOP.
+The other rows are points in figures. For Table 7: `python -m ibjax.evaluate --workdir=runs/baselines_siriib/pgd_at
+--norm=l2 --eps=0.5 --step_size=0.1`. Our choices where the paper states nothing: 200 epochs; β 6 for TRADES; γ 0.01 for
+AWP on PGD training; TE on PGD training, with an unclipped start of the attack as in the authors' code; for `tiny` an
+attack of one step of 1.25·eps from a uniform start. Cost: 23 to 27 forward passes per image; 200 epochs of TE are
+200·49,000·24·1.11 GFLOP = 0.26 EFLOP.
 """
 
 from ibjax.config import base, parse_arg, smoke

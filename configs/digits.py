@@ -2,8 +2,9 @@
 
     python -m ibjax.main --config=configs/digits.py --workdir=runs/digits
 
-Trains a TRADES teacher, an undefended network for contrast, and from the teacher an IBD student of the same
-architecture; attacks all three at eps 2/16, two of the digits' grey levels. Two minutes on two CPU cores.
+Trains a TRADES teacher, an undefended network for contrast, and an IBD student of the same architecture, which learns
+from the teacher. Attacks all three at eps 2/16, which is two grey levels of the digits. Takes two minutes on two CPU
+cores.
 """
 
 from ibjax.config import base, held, parse_arg, smoke
@@ -40,7 +41,7 @@ def undefended():
 
 
 def recipe(title):
-    """What the three runs share."""
+    """The settings that the three runs share."""
     config = base()
     config.title = title
     config.data = dict(name="digits", val_size=0, split_seed=0)  # the digits bring their own validation split

@@ -1,8 +1,8 @@
-"""ARD, IAD and RSLAD, the distillation baselines of IBD's Table 1 (Kuang et al., NeurIPS 2023), and as published.
+"""ARD, IAD and RSLAD: as distillation baselines in IBD's Table 1 (Kuang et al., NeurIPS 2023), and as published.
 
     python -m ibjax.main --config=configs/distillation.py:ROW --workdir=runs/distillation/ROW
 
-PreActResNet-18 taught by a TRADES WRN-34-10; the numbers printed in IBD's Table 1, best / last checkpoint:
+PreActResNet-18 taught by a TRADES WRN-34-10; the numbers are those of IBD's Table 1, best / last checkpoint:
 
 | ROW             | clean         | FGSM          | PGD-100       | CW-100        | AutoAttack    |
 |-----------------|---------------|---------------|---------------|---------------|---------------|
@@ -14,21 +14,22 @@ PreActResNet-18 taught by a TRADES WRN-34-10; the numbers printed in IBD's Table
 | rslad-cifar100  | 57.72 / 57.83 | 34.23 / 34.09 | 31.01 / 30.55 | 28.27 / 28.07 | 26.73 / 26.41 |
 | iad_2           | IAD-II, not in that table                                                     |
 
-There every method has IBD's schedule and, presumably, attacks in batch-norm's evaluation mode; what is the method's own
-is as its authors have it: ARD's T = 30 and mean over B·C, RSLAD's mean over B·C (times 10 on CIFAR-100), IAD's weights.
+In IBD's comparison every method uses IBD's schedule and, presumably, attacks in batch-norm's evaluation mode. The
+settings specific to a method are those of its authors: for ARD T = 30 and the mean over B·C, for RSLAD the mean over
+B·C (times 10 on CIFAR-100), for IAD its weights.
 
 The authors' own settings (ResNet-18, zero padding, weight decay 2e-4):
 
 | ROW             | differs in                                                                                       |
 |-----------------|--------------------------------------------------------------------------------------------------|
-| ard-original    | training-mode attack from an unclipped start; the rate stays 0.01 after epoch 100, as a slip in  |
-|                 | the published schedule has it. Its student is a MobileNetV2, here a ResNet-18                    |
+| ard-original    | training-mode attack from an unclipped start; the learning rate stays 0.01 after epoch 100, due  |
+|                 | to an error in the published schedule. The authors' student is a MobileNetV2, ours a ResNet-18   |
 | iad-original    | the same attack and schedule; a ResNet-18 teacher; no A in front of the first term; two passes   |
 |                 | over x' and two over x                                                                           |
 | iad_2-original  | the same, with a naturally trained ResNet-18 as second teacher; no pass over x before epoch 40   |
-| rslad-original  | 300 epochs, drops at 215, 260 and 285                                                            |
+| rslad-original  | 300 epochs; the learning rate drops at 215, 260 and 285                                          |
 
-docs/recipes.md has every setting beside what the papers and their code say. `,smoke` shrinks any row. Cost: 24 to 26
+docs/recipes.md compares every setting with the papers and their code. `,smoke` shrinks any row. Cost: 24 to 26
 forward passes of the student and 1 or 2 of the teacher per image; 200 epochs are 200·49,000·(26·1.11 + 2·13.3) GFLOP
 = 0.54 EFLOP.
 """
@@ -90,7 +91,7 @@ def original(config, method):
         config.validate.attack.update(steps=20, step_size="0.003")
         config.validate.update(every=20, dense_from=215)
         return
-    config.schedule.boundaries = (100,)  # theirs multiplies the first rate again at 150, which changes nothing
+    config.schedule.boundaries = (100,)  # at 150 the authors multiply the initial rate again: no change
     config.attack.init = config.validate.attack.init = "uniform_unclipped"
     config.attack_bn = "train"
     config.validate.update(every=1, dense_from=None)

@@ -1,4 +1,4 @@
-"""IB-RAR, Xu, Perin & Picek, DSN-W 2023: every row of its tables and figures that is its method, and its baselines.
+"""IB-RAR, Xu, Perin & Picek, DSN-W 2023: the rows of its tables and figures with its own method, and its baselines.
 
     python -m ibjax.main --config=configs/ib_rar.py:ROW --workdir=runs/ib_rar/ROW
     launch/sweep.sh configs/ib_rar.py runs/ib_rar 'beta-*'          all rows of a kind, one after another
@@ -68,49 +68,55 @@ The paper's numbers, means of three runs, last epoch (`python -m ibjax.evaluate 
 | svhn-layer-fc2         |                                           |       |  9.98 |       |       |       |         |
 | svhn_resnet18-last     | ResNet-18, "the last layer"               |       |  6.13 |       |       |       |         |
 | **Figure 4**           | VGG16, SVHN: does it converge?            |       |       |       |       |       |         |
-| svhn-mart-base         | stays at 19.587                           |       |       |       |       |       |         |
-| svhn-mart              | the terms in the first epoch only: does   |       |       |       |       |       |         |
+| svhn-mart-base         | does not converge: stays at 19.587        |       |       |       |       |       |         |
+| svhn-mart              | converges; terms in the first epoch only  |       |       |       |       |       |         |
 | svhn-pgd-base          | leaves 19.587 after around 30 epochs      |       |       |       |       |       |         |
-| svhn-pgd               | does so much faster                       |       |       |       |       |       |         |
+| svhn-pgd               | leaves 19.587 much earlier                |       |       |       |       |       |         |
 | **Figure 6**           | curves only; α = β/10                     |       |       |       |       |       |         |
 | beta-vgg16-4.0 … -0.0  | PGD, VGG16                                |       |       |       |       |       |         |
 | beta-resnet18-…        | TRADES, ResNet-18                         |       |       |       |       |       |         |
 | **Section 3.1.1**      | I(X', T) instead of I(X, T)               |       |       |       |       |       |         |
-| vgg16-pgd-adv_input    | more against PGD, less against others     |       |       |       |       |       |         |
+| vgg16-pgd-adv_input    | more robust to PGD, less to other attacks |       |       |       |       |       |         |
 
 Table 6, adaptive attacks on VGG16 and CIFAR-10, PGD-AD-10 / PGD-AD-100 / PGD-100: plain (IB-RAR) 15.38 / 35.86 /
-22.64, AT 45.06 / 42.26 / 44.71, AT (IB-RAR) 45.97 / 45.03 / 45.60. Its first line cannot be: 35.86 is Table 4's
-PGD-10, and more steps do not help the defender. `python -m ibjax.evaluate --workdir=DIR --checkpoint=last
+22.64, AT 45.06 / 42.26 / 44.71, AT (IB-RAR) 45.97 / 45.03 / 45.60. Its first line cannot be right: 35.86 is the PGD-10
+accuracy of Table 4, and more attack steps do not increase robust accuracy. To reproduce the table, run
+`python -m ibjax.evaluate --workdir=DIR --checkpoint=last
 "--attacks=ib_rar-10(count=attacked),ib_rar-100(count=attacked),pgd-scaled-100(count=attacked)"` on the runs of
 vgg16-l-fc, vgg16-pgd-base and vgg16-pgd.
 
-The columns: rows are evaluated with FGSM, `pgd-scaled-10` (the code's PGD, in steps of 2.3·eps/10) and NI-FGSM-10 in
-steps of 2/255; CW and FAB by `"--attacks=cw-l2-200(c=0.1,lr=0.1,count=attacked),fab(steps=10,count=attacked)"`; all of
-the last checkpoint by `--checkpoint=last`. As the code does, they count what is right under the attack, also where it
-is wrong as it is: `count=attacked`.
+Columns: the recipes evaluate FGSM, `pgd-scaled-10` (the code's PGD, in steps of 2.3·eps/10) and NI-FGSM-10 in steps of
+2/255. CW and FAB need `"--attacks=cw-l2-200(c=0.1,lr=0.1,count=attacked),fab(steps=10,count=attacked)"`. For the last
+checkpoint add `--checkpoint=last`. As in the authors' code, an image counts as robust if it is classified correctly
+under attack, even if its clean version is not: `count=attacked`.
 
-All of these rows have the settings of the published code, from which the printed numbers presumably come, and which
-are not the paper's text: α 0.008, β 0.08; eps 0.03 and PGD's step 0.0069 = 2.3·eps/10 where the paper says 8/255 and
-2/255 (the ladder has 8/255 too); the code's TRADES and MART, on CE-PGD with half of the KL, MART at a constant rate;
-SGD without momentum and a weight decay of 1e-2, without adversarial training momentum 0.9 and no decay; labels' kernels
-Gaussian but for PGD and for the rows with FC; the channel mask on every tenth batch of training, never in a test.
-`ROW-paper` (each row of Tables 1 and 2 without `-base`) has the text's: α and β 0.1 and 1 for VGG16, 5e-5 and 5e-4 for
-ResNet-18 (they are swapped where the paper prints them; WRN-28-10 has none there and keeps the code's), 8/255 and
-2/255, the original TRADES and MART; `ROW-paper-base` is its baseline, without the terms. The mask of `ROW-paper` comes
-after training, permanent, in attacks and at test:
+All rows above use the settings of the published code, from which the printed numbers presumably come. They differ from
+the paper's text, whose settings are in the rows `ROW-paper` (for each row of Tables 1 and 2 without `-base`):
+
+| setting         | published code (ROW)                              | text of the paper (ROW-paper)                 |
+|-----------------|---------------------------------------------------|-----------------------------------------------|
+| α, β            | 0.008, 0.08                                       | 0.1, 1 for VGG16; 5e-5, 5e-4 for ResNet-18    |
+|                 |                                                   | (swapped in print); WRN-28-10: as the code    |
+| eps, PGD's step | 0.03 (the ladder adds 8/255), 0.0069 = 2.3·eps/10 | 8/255, 2/255                                  |
+| TRADES, MART    | CE-PGD and half of the KL; MART: constant rate    | the original objectives                       |
+| channel mask    | on every tenth training batch, never at test      | after training, in attacks and at test too    |
+
+Further settings of the code: SGD without momentum and with a weight decay of 1e-2; without adversarial training
+momentum 0.9 and no decay; Gaussian label kernels except for PGD and for the rows with FC. `ROW-paper-base` is the
+baseline of `ROW-paper`, without the terms. The mask of `ROW-paper` is made by
 
     python -m ibjax.analysis.mask --workdir=runs/ib_rar/vgg16-pgd-paper --checkpoint=last --tap=stage5 \
         --out=runs/ib_rar/vgg16-pgd-masked
 
-(`pre_logits` for ResNet-18 and WRN-28-10). The paper's Algorithm 1 has the mask in training as well, on each batch:
-`vgg16-pgd-algorithm_1`, with the same command afterwards. Robust layers are found by `python -m
-ibjax.analysis.layers`, see there.
+(with --tap=pre_logits for ResNet-18 and WRN-28-10). The paper's Algorithm 1 also masks every batch in training:
+`vgg16-pgd-algorithm_1`, with the same command afterwards. `python -m ibjax.analysis.layers` finds robust layers.
 
-Not stated, ours: Tables 3 and 4 use the robust layers of VGG16, all of ResNet-18, and Table 3 has the mask, as its
-last line is that of Table 4; what HBaR is trained with (its authors' λ and layers, IB-RAR's optimiser); the values of
-β but for 4, 2, 0.02 and 0; no mask in svhn-mart. CW of ResNet-18 is near natural accuracy because that network ends in
-log-softmax, on which the C&W of torchattacks has no gradient. The code runs x' through the network once more after each
-step, for logging, which moves the running statistics; that is left out.
+Our choices where the paper states nothing: Tables 3 and 4 use the robust layers of VGG16 and all layers of ResNet-18;
+Table 3 uses the mask, since its last line is that of Table 4; HBaR is trained with its authors' λ and layers and
+IB-RAR's optimiser; the values of β other than 4, 2, 0.02 and 0; svhn-mart has no mask. The CW accuracy of ResNet-18 is
+near the natural accuracy because that network ends in a log-softmax, on which the C&W of torchattacks has no gradient.
+After each step the authors' code passes x' through the network once more for logging, which updates the running
+statistics; we leave this pass out.
 
 Cost: 23 (PGD) or 26 forward passes per image, 3 without adversarial training. 60 epochs of PGD on CIFAR-10 are
 60·49,000·23 passes of 0.67 GFLOP (VGG16; 45 PFLOP), 1.11 (ResNet-18; 75) or 10.5 (WRN-28-10; 0.71 EFLOP); on
@@ -119,7 +125,7 @@ Tiny-ImageNet 60·99,000·23·2.55 GFLOP = 0.35 EFLOP. `,smoke` shrinks any row.
 
 from ibjax.config import base, parse_arg, smoke
 
-# name -> (data set, shape, classes, where the mask is, channels of each of its rules)
+# name -> (data set, shape, classes, masked tap, channels that each of the two mask rules zeroes)
 NETWORKS = {
     "vgg16": ("cifar10", (32, 32, 3), 10, "stage5", 10),
     "tiny": ("tiny_imagenet", (64, 64, 3), 200, "stage5", 10),
@@ -189,18 +195,18 @@ def network(config, name):
         config.model = dict(name="wide_resnet", depth=28, width=10, variant="ib_rar", dropout=0.3, dtype="bfloat16")
     elif "resnet18" in name:
         config.model = dict(name="resnet", depth=18, dtype="bfloat16")
-    threat(config, "0.03", "0.0069")  # 2.3·eps/steps, PGD's step; evaluation has its own, "pgd-scaled"
+    threat(config, "0.03", "0.0069")  # PGD's step in training, 2.3·eps/steps; evaluation uses "pgd-scaled"
     config.batch_size = 100
     config.epochs = 60
     config.optimizer.update(lr=0.01, momentum=0.0, weight_decay=1e-2)
     config.schedule.update(boundaries=(20, 40), factor=0.2)
     config.validate.every = 10
-    config.evaluate.update(step_size="2/255", ladder=("8/255",))  # the step is NI-FGSM's
+    config.evaluate.update(step_size="2/255", ladder=("8/255",))  # the step of NI-FGSM
     config.evaluate.attacks = counting_attacked("fgsm", "pgd-scaled-10", "nifgsm-10")
 
 
 def counting_attacked(*names):
-    """The published code counts what is right under the attack, whether or not it is right as it is."""
+    """Attack names with count=attacked: like the published code, they ignore whether the clean image is correct."""
     return tuple(f"{name}(count=attacked)" for name in names)
 
 
@@ -211,7 +217,7 @@ def threat(config, eps, step_size):
 
 
 def mask(name):
-    """The published code's, as options of the objective."""
+    """The options of the objective for the published code's channel mask."""
     _, _, _, tap, channels = NETWORKS[name]
     return dict(mask_tap=tap, mask_channels=channels)
 
@@ -252,7 +258,7 @@ def clean(config):
 
 
 def ablation(config, name, how, variant):
-    """Rows of Tables 3 and 4 and of section 3.2.1: `how` is which terms there are, `variant` a layer, or "fc"."""
+    """Rows of Tables 3 and 4 and of section 3.2.1: `how` selects the terms, `variant` is a layer or "fc" (mask)."""
     config.objective = dict(name="ib_rar", base="standard", layers="all" if "resnet18" in name else "robust")
     if how in ("ce", "y"):
         config.objective.alpha = 0.0

@@ -1,4 +1,4 @@
-"""IBD's ablations, Kuang et al., NeurIPS 2023: one change each to configs/ibd_resnet18.py, on CIFAR-10.
+"""IBD's ablations, Kuang et al., NeurIPS 2023: each row makes one change to configs/ibd_resnet18.py, on CIFAR-10.
 
     python -m ibjax.main --config=configs/ibd_ablations.py:ROW --workdir=runs/ibd_ablations/ROW
     launch/sweep.sh configs/ibd_ablations.py runs/ibd_ablations 'alpha-*'          all rows of a kind, one after another
@@ -36,13 +36,13 @@ The paper's numbers, best checkpoint:
 | alpha-0.5 … alpha-1.0  | 0.9 is ibd_resnet18.py                             |       |         |        |            |
 | beta-0.2 … beta-1.2    | 0 is matching-none-wrn, 0.8 is ibd_resnet18.py     |       |         |        |            |
 
-Tables 7 and 8 disagree about PreActResNet-18 -> PreActResNet-18 (51.46, 50.52): the paper does not say how its
-teachers differ. Neither does it give the values of Figure 2's α and β: the grids here are ours. The attack climbs away
-from the same label as the loss; the feature term keeps its robust teacher. Teachers: configs/teachers.py.
-`,smoke` shrinks any row.
+Tables 7 and 8 disagree about PreActResNet-18 -> PreActResNet-18 (51.46, 50.52); the paper does not say how the teachers
+of the two tables differ. Nor does it give the values of α and β in Figure 2; the grids here are ours. The attack
+maximises the divergence from the same label that the loss uses; the feature term keeps its robust teacher. Teachers:
+configs/teachers.py. `,smoke` shrinks any row.
 
-Cost: as ibd_resnet18.py, 0.5 EFLOP a row, with the student WRN-34-10 as ibd_wrn.py, 3.6; `natural` 0.16. Two passes of
-the teacher per image are in that: 1.1 GFLOP each for PreActResNet-18, 13.3 for WRN-34-10, 78 for WRN-70-16.
+Cost per row: 0.5 EFLOP, as ibd_resnet18.py; with the student WRN-34-10 3.6, as ibd_wrn.py; `natural` 0.16. This
+includes two passes of the teacher per image: 1.1 GFLOP each for PreActResNet-18, 13.3 for WRN-34-10, 78 for WRN-70-16.
 """
 
 from ibjax.config import base, held, parse_arg, smoke
@@ -57,7 +57,7 @@ MATCHING = (
     "matching-hand-wrn",
     "matching-adaptive-res",
 )
-# row's name -> (the teacher's workdir, what makes it)
+# name in a row -> (the teacher's workdir, the command that makes it)
 TRAINED = "python -m ibjax.main --config=configs/"
 IMPORTED = "python -m ibjax.convert --torch FILE --arch dm_wide_resnet --workdir="
 TEACHERS = {
@@ -123,7 +123,7 @@ def get_config(arg=None):
 
 
 def small_teacher(kind, objective):
-    """A teacher for the smoke test, of the real one's architecture."""
+    """A teacher for the smoke test, with the architecture of the real one."""
     config = base()
     config.title = "teacher"
     config.model = dict(name="preact_resnet" if "resnet" in kind else "wide_resnet")

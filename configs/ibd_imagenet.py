@@ -1,5 +1,5 @@
-"""FAST-IBD and what it is compared with, Table 5 of Kuang et al., NeurIPS 2023: ResNet-50 on ImageNet-1k, one-step
-attacks of 2 or 4 grey levels, taught by Salman et al.'s ResNet-50.
+"""FAST-IBD and its baselines, Table 5 of Kuang et al., NeurIPS 2023: ResNet-50 on ImageNet-1k, one-step attacks with
+eps 2/255 or 4/255, taught by the ResNet-50 of Salman et al.
 
     python -m ibjax.main --config=configs/ibd_imagenet.py:ROW --workdir=runs/ibd_imagenet/ROW
 
@@ -12,21 +12,25 @@ attacks of 2 or 4 grey levels, taught by Salman et al.'s ResNet-50.
 | rslad-4    | 4/255 | 60.64         | 30.19   | 26.53      |
 | fast_ibd-4 | 4/255 | 59.10         | 31.52   | 27.74      |
 
-FAST-IBD has no published code or settings. Ours: the attack of Fast-AT (Wong, Rice & Kolter, ICLR 2020), one step of
-1.25·eps from a uniform start, away from the teacher's prediction; the four stages' outputs as features; α 0.9, β 0.8;
-Fast-AT's 15 epochs, rates (0, 0.4, 0.04, 0.004 and 0.0004 at epochs 0, 1, 6, 12 and 15) and weight decay, 1e-4 on all
-but batch-norm. RSLAD with the sum over classes: the mean over 1,000 would train next to nothing.
+FAST-IBD has no published code or settings. Our settings:
 
-`fast_at` attacks as its authors do on ImageNet: in batch-norm's training mode, from a start that may leave the image
-box, of which the network sees what lies inside. The taught rows attack in evaluation mode from a clipped start, as IBD
-and RSLAD do.
+- the attack of Fast-AT (Wong, Rice & Kolter, ICLR 2020): one step of 1.25·eps from a uniform start, away from the
+  teacher's prediction;
+- the outputs of the four stages as features; α 0.9, β 0.8;
+- Fast-AT's 15 epochs, learning rates (0, 0.4, 0.04, 0.004 and 0.0004 at epochs 0, 1, 6, 12 and 15) and weight decay
+  (1e-4 on everything but batch-norm);
+- RSLAD with the sum over classes, since the mean over 1,000 classes would make the loss too small to train.
 
-docs/recipes.md has every setting beside the papers'. What differs from Fast-AT: one image size throughout,
-`data.size`, where Fast-AT grows crops from 128 to 288 pixels in three phases and batches of 512, 224 and 128.
-`,smoke` shrinks any row.
+`fast_at` attacks as its authors do on ImageNet: in batch-norm's training mode, from a start that may lie outside [0, 1]
+and is clipped before the network sees it. The rows with a teacher attack in evaluation mode from a clipped start, as
+IBD and RSLAD do.
+
+docs/recipes.md compares every setting with the papers. One deviation from Fast-AT: images have one size, `data.size`,
+throughout training, whereas Fast-AT grows crops from 128 to 288 pixels in three phases, with batches of 512, 224 and
+128. `,smoke` shrinks any row.
 
 Data: `tfds build imagenet2012 --file_format=array_record` (docs/data.md), decoded and cropped while training; evaluate
-with `--config.evaluate.n=5000`, as RobustBench does. Where one 16 GB device is all there is: `--config.microbatches=4`.
+with `--config.evaluate.n=5000`, as RobustBench does. On a single device with 16 GB use `--config.microbatches=4`.
 
 Teacher: RobustBench's Salman2020Do_R50, imported; the command is in configs/teachers.py.
 
@@ -47,7 +51,7 @@ def get_config(arg=None):
     config = base()
     config.title = f"{method} eps {eps}"
     config.data = dict(name="stream", dataset="imagenet2012", size=224, val_size=10_000, split_seed=0)
-    config.augment.update(pad=0, flip=False)  # the crops are random as they are read
+    config.augment.update(pad=0, flip=False)  # images are cropped at random when they are read
     config.model = dict(name="resnet", depth=50, stem="imagenet", mean=MEAN, std=STD, dtype="bfloat16")
     config.threat.eps = eps
     config.attack = dict(name="fgsm", loss="kl", step_size=step_size, init="uniform")

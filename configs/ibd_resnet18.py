@@ -2,8 +2,8 @@
 
     python -m ibjax.main --config=configs/ibd_resnet18.py:ROW --workdir=runs/ibd_resnet18-ROW
 
-Rows: `paper` (default) and `cifar100` with the paper's settings, `code` and `cifar100-code` with those of the authors'
-code where they differ (α 0.8, features of the teacher on the clean image, 150 epochs). `,smoke` shrinks any.
+Rows: `paper` (default) and `cifar100` use the paper's settings; `code` and `cifar100-code` use those of the authors'
+code where they differ (α 0.8, features of the teacher on the clean image, 150 epochs). `,smoke` shrinks any of them.
 
 | paper's numbers |      | clean | FGSM  | PGD-100 | CW-100 | AutoAttack |
 |-----------------|------|-------|-------|---------|--------|------------|
@@ -13,8 +13,8 @@ code where they differ (α 0.8, features of the teacher on the clean image, 150 
 |                 | last | 58.32 | 36.17 | 33.40   | 30.87  | 28.74      |
 
 AutoAttack and the last checkpoint: `python -m ibjax.evaluate --workdir=DIR [--checkpoint=last] --attacks=autoattack`.
-The paper selects on the test set; here the default is 1,000 held-out training images. Cost: 26 forward passes of the
-student and 2 of the teacher per image; 200 epochs are 200·49,000·(26·1.11 + 2·13.3) GFLOP = 0.54 EFLOP.
+The paper selects checkpoints on the test set; here the default is 1,000 held-out training images. Cost: 26 forward
+passes of the student and 2 of the teacher per image; 200 epochs are 200·49,000·(26·1.11 + 2·13.3) GFLOP = 0.54 EFLOP.
 """
 
 from ibjax.config import base, held, parse_arg, smoke
@@ -50,7 +50,7 @@ def get_config(arg=None):
 
 
 def teacher():
-    """A teacher for the smoke test: a WideResNet, as the real one."""
+    """A teacher for the smoke test: a WideResNet, like the real one."""
     config = base()
     config.title = "teacher"
     config.model = dict(name="wide_resnet", depth=10, width=1)

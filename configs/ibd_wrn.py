@@ -3,16 +3,17 @@
     python -m ibjax.main --config=configs/ibd_wrn.py --workdir=runs/ibd_wrn
     python -m ibjax.main --config=configs/ibd_wrn.py:awp --workdir=runs/ibd_wrn-awp
 
-Rows: `ibd` (default) and `awp`, IBD with adversarial weight perturbation as it goes with TRADES (γ 0.005 after 10
-epochs; the paper gives no settings). `,smoke` shrinks either.
+Rows: `ibd` (default) and `awp`, IBD with adversarial weight perturbation. The paper gives no settings for it; ours are
+those of TRADES-AWP (γ 0.005, from the tenth epoch on). `,smoke` shrinks either.
 
 | best checkpoint, paper's | clean                            | AutoAttack |
 |--------------------------|----------------------------------|------------|
 | IBD                      | 83.33 (Table 4), 84.21 (Table 8) | 55.65      |
 | IBD + AWP                | 85.21                            | 57.18      |
 
-The paper selects on the test set; here the default is 1,000 held-out training images. Cost: 28 forward passes of a
-WRN-34-10 per image; 200 epochs are 200·49,000·28·13.3 GFLOP = 3.6 EFLOP, 2.9 hours at 350 TFLOP/s. AWP: 34 passes.
+The paper selects checkpoints on the test set; here the default is 1,000 held-out training images. Cost: 28 forward
+passes of a WRN-34-10 per image; 200 epochs are 200·49,000·28·13.3 GFLOP = 3.6 EFLOP, or 2.9 hours at 350 TFLOP/s. AWP:
+34 passes.
 """
 
 from ibjax.config import base, held, parse_arg, smoke
@@ -34,7 +35,7 @@ def get_config(arg=None):
     config.evaluate.attacks = ("fgsm", "pgd-100", "margin-100")
     if row == "awp":
         config.title += " + AWP"
-        config.perturb = dict(name="awp", gamma=0.005, warmup=9)  # as TRADES-AWP: from the tenth epoch on
+        config.perturb = dict(name="awp", gamma=0.005, warmup=9)  # as in TRADES-AWP, from the tenth epoch on
     if small:
         smoke(config, (32, 32, 3), 10, dict(depth=10, width=1, dtype="float32"))
         config.teacher.update(workdir="", recipe=held(teacher()))
@@ -42,7 +43,7 @@ def get_config(arg=None):
 
 
 def wide_resnet(**options):
-    """The authors' WRN-34-10, which normalises inside."""
+    """The authors' WRN-34-10, which normalises its input itself."""
     mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
     return dict(name="wide_resnet", depth=34, width=10, mean=mean, std=std, **options)
 

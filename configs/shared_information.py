@@ -1,10 +1,10 @@
-"""Shared information, Yu et al., Pattern Recognition 2023 (MERL TR2022-141): the rows of its tables that are its own.
+"""Shared information, Yu et al., Pattern Recognition 2023 (MERL TR2022-141): the rows of its own method.
 
     python -m ibjax.main --config=configs/shared_information.py:ROW --workdir=runs/shared_information/ROW
     launch/sweep.sh configs/shared_information.py runs/shared_information 'beta-*'     all rows of a kind
 
-The paper's numbers, means of three runs, last epoch (`python -m ibjax.evaluate --workdir=DIR --checkpoint=last`); the
-networks not named are ResNet-18 on CIFAR-10:
+The paper's numbers, means of three runs, last epoch (`python -m ibjax.evaluate --workdir=DIR --checkpoint=last`);
+unless stated otherwise, the network is ResNet-18 on CIFAR-10:
 
 | ROW                  | what                                          | natural | PGD-20 | PGD-40 | C&W   | AA    |
 |----------------------|-----------------------------------------------|---------|--------|--------|-------|-------|
@@ -48,33 +48,35 @@ networks not named are ResNet-18 on CIFAR-10:
 
 Its baselines are `ara-standard`, `ara-trades` and `ara-mart` of baselines_shared.py.
 
-Table 9, with 40, 60 and 80 % of the training images: `fraction-0.4` 66.76, `fraction-0.6` 69.31, `fraction-0.8` 71.22;
-its metric is not stated, the caption names ARA: `--mode=eval "--config.evaluate.attacks=('ara-10',)"
---config.evaluate.eps=5/255`. Its baselines are baselines_shared.py's rows with `--config.data.fraction=0.4`, and
-Figure 3's the rows `trades_beta-…` and `mart_beta-…` there; this method's curve is `beta-…` (the values are ours,
-between 0.1 and 30).
+Table 9, with 40, 60 and 80 % of the training images: `fraction-0.4` 66.76, `fraction-0.6` 69.31, `fraction-0.8` 71.22.
+The paper does not state the metric; the caption names ARA: `--mode=eval "--config.evaluate.attacks=('ara-10',)"
+--config.evaluate.eps=5/255`. The baselines of Table 9 are the rows of baselines_shared.py with
+`--config.data.fraction=0.4`. Figure 3: the rows `beta-…` are the curve of this method (the values between 0.1 and 30
+are ours), the rows `trades_beta-…` and `mart_beta-…` of baselines_shared.py those of its baselines.
 
 Table 6, black-box, natural / PGD-10 / PGD-20 / PGD-40 / C&W / Square: 82.28 / 81.42 / 81.37 / 81.31 / 81.85 / 83.53.
-(natural of this method and of MMA are those of each other in Table 4). Its surrogate is `surrogate`, a ResNet-50 (100
-epochs; undefended, which the paper does not say):
+(Compared with Table 4, it swaps the natural accuracies of this method and of MMA.) The surrogate is the row
+`surrogate`, a ResNet-50 (100 epochs; the paper does not say whether it is defended, ours is not):
 
     python -m ibjax.evaluate --workdir=runs/shared_information/resnet18 --checkpoint=last \
         --surrogate=runs/shared_information/surrogate --surrogate_checkpoint=last \
         "--attacks=pgd-10(count=attacked),pgd-20(count=attacked),pgd-40(count=attacked),cw-l2-20(count=attacked),square(count=attacked)"
 
-It counts what is right under the attack, for 83.53 under Square is above its natural accuracy. C&W is `cw-l2-20`, on
-MNIST `cw-l2-20(lr=0.003)`. Its AA, APGD-CE, untargeted APGD-DLR, FAB and Square,
-is the worst case of `--attacks=apgd-ce,apgd-dlr,fab,square` (at the run's eps; on MNIST its table has 0.031). It is
-above its PGD-20 on CIFAR-10, which no attack on a deterministic network can be: its tests probably drew z. Recipes
-test with z = μ; `--samples=12 --attacks=pgd-20,autoattack-rand` draws it, and says so in every record.
+The paper counts images that are correct under attack, whether or not they are correct when clean: its 83.53 under
+Square exceeds its natural accuracy. C&W is `cw-l2-20`, on MNIST `cw-l2-20(lr=0.003)`. Its AA consists of APGD-CE,
+untargeted APGD-DLR, FAB and Square: the worst case of `--attacks=apgd-ce,apgd-dlr,fab,square` (at the run's eps; the
+paper's table states 0.031 for MNIST). On CIFAR-10 its AA accuracy exceeds its PGD-20 accuracy, which is implausible for
+a deterministic network: its tests probably drew z. The recipes test with z = μ; `--samples=12
+--attacks=pgd-20,autoattack-rand` draws z, and every record states this.
 
-Where its Table 3 says 20 attack steps on CIFAR-10, its text says 10: here 10, and 20 on CIFAR-100. `hsic-trace` and
-`hsic-normalised` measure I otherwise, since λ times the biased HSIC is a hundred times smaller than its effect in Table
-10 suggests: the first without its division by (B − 1)², the second by nHSIC, whose kernels have the fixed width 5·√K.
-`mine` trains its statistics network by Adam with 1e-4 (ours, and at the same schedule); `mige` has none to train.
+For CIFAR-10, the paper's Table 3 states 20 attack steps, its text 10; we use 10, and 20 on CIFAR-100. λ times the
+biased HSIC is a hundred times smaller than its effect in Table 10 suggests; two rows therefore measure I in another
+way: `hsic-trace` without the division by (B − 1)², `hsic-normalised` by nHSIC, whose kernels have the fixed width 5·√K.
+`mine` trains its statistics network with Adam at a learning rate of 1e-4 (our choice) on the same schedule; `mige` has
+no such network.
 
 Cost: 26 forward passes per image (46 on CIFAR-100); 120 epochs of ResNet-18 are 120·49,000·26·1.11 GFLOP = 0.17 EFLOP,
-of WRN-34-10 2.0 (CIFAR-100 3.6). `,smoke` shrinks any row.
+those of WRN-34-10 2.0 EFLOP (on CIFAR-100 3.6). `,smoke` shrinks any row.
 """
 
 from ibjax.config import base, parse_arg, smoke
@@ -179,11 +181,11 @@ def shrink(config, row):
     smoke(config, shape, classes, {})
 
 
-# ---- what the paper's baselines share, `baselines_shared.py` ------------------------------------------------
+# ---- shared with `baselines_shared.py` ----------------------------------------------------------------------
 
 
 def cifar_settings(config, setting):
-    """CIFAR-10 or, as "wrn100", CIFAR-100; ResNet-18 or, as "wrn…", WRN-34-10."""
+    """Sets data and network: CIFAR-100 for "wrn100", else CIFAR-10; WRN-34-10 for "wrn…", else ResNet-18."""
     config.data.dataset = "cifar100" if setting == "wrn100" else "cifar10"
     config.model = dict(name="resnet", depth=18, dtype="bfloat16")
     if setting.startswith("wrn"):
@@ -211,7 +213,7 @@ def mnist_settings(config):
 
 
 def small_form(setting):
-    """(shape of images, number of classes, changes of the network) under `,smoke`."""
+    """(shape of images, number of classes, changes of the network) for `,smoke`."""
     if setting == "mnist":
         return (28, 28, 1), 10, dict(widths=((2,), (4,)), hidden=(8,))
     classes, width = 100 if setting == "wrn100" else 10, 1 if setting.startswith("wrn") else 4

@@ -41,24 +41,25 @@ After `python -m ibjax.main`, on its workdir:
   siriib-ce-svd-20,siriib-ce-info-20,siriib-20`: 52.53, 82.64, 83.11, 52.56, 52.51 and 52.61.
 - Table 7: `python -m ibjax.evaluate --workdir=runs/siriib/pgd_at --norm=l2 --eps=0.5 --step_size=0.1
   --attacks=pgd-20,pgd-100,margin-100`.
-- Table 8: `python -m ibjax.analysis.calibration --workdir=runs/siriib/isolated`. Its attacks do not know of the SR
-  modules; the command also attacks through them.
+- Table 8: `python -m ibjax.analysis.calibration --workdir=runs/siriib/isolated`. The paper's attacks do not know of the
+  SR modules; the command also attacks through them.
 - Table 9: `python -m ibjax.analysis.corruptions --workdir=runs/siriib/isolated --data_dir=DIR`, and with
-  `--calibrated`. Means of the twelve, without and with SR: 69.51 and 70.93.
+  `--calibrated`. The paper's means over the twelve corruptions, without and with SR: 69.51 and 70.93.
 - Table 3: `python -m ibjax.analysis.complexity --config=configs/siriib.py:ROW`.
 
-What the text leaves open is an option: `--config.model.fourier=amp_phase` or `reim`, `--config.model.fuse=concat`,
-`--config.model.penalty=full`, `--config.objective.distance=l2_per_image` or `fro_batch`. All rows let L_info's gradient
-flow to the clean f_i; `--config.objective.info_stop=True` makes them a target, with which training may diverge (see
-ibjax/objectives/siriib.py).
+Where the paper's text is ambiguous, the alternatives are options: `--config.model.fourier=amp_phase` or `reim`,
+`--config.model.fuse=concat`, `--config.model.penalty=full`, `--config.objective.distance=l2_per_image` or `fro_batch`.
+In all rows the gradient of L_info flows to the clean f_i. `--config.objective.info_stop=True` makes them a fixed
+target; training may then diverge (see ibjax/objectives/siriib.py).
 
-Not stated, ours: λ₁ = 1 for `isolated`, 200 epochs, β 6 for TRADES, γ 0.01 for AWP on PGD training, TE on PGD
-training, whose attack starts unclipped as its authors' does; `tiny` attacks with one step of 1.25·eps from a uniform
-start. The text names 1 and 20 of Table 2's λ₁; the others are Figure 4's, and 30.
+Our choices where the paper states nothing: λ₁ = 1 for `isolated`; 200 epochs; β 6 for TRADES; γ 0.01 for AWP on PGD
+training; TE on PGD training, with an unclipped start of the attack as in the authors' code; for `tiny` an attack of one
+step of 1.25·eps from a uniform start. Of the values of λ₁ in Table 2, the text names 1 and 20; the others are those of
+Figure 4, and 30.
 
-Cost: 1.3 times configs/baselines_siriib.py in operations, 1.47 GFLOP for a forward pass of ResNet-18-SR: 200 epochs of
-PGD-AT are 200·49,000·23·1.47 GFLOP = 0.33 EFLOP, of `wrn` 2.5, `wrn-l` 3.0 and `wrn-xl` 3.4, beside the singular value
-decompositions of 6 matrices of 32×32 per image (`benchmarks/information.py`).
+Cost: 1.3 times the operations of configs/baselines_siriib.py. A forward pass of ResNet-18-SR takes 1.47 GFLOP, so that
+200 epochs of PGD-AT are 200·49,000·23·1.47 GFLOP = 0.33 EFLOP; `wrn` takes 2.5, `wrn-l` 3.0 and `wrn-xl` 3.4 EFLOP. The
+singular value decompositions of 6 matrices of 32×32 per image come on top (`benchmarks/information.py`).
 """
 
 from ibjax.config import base, parse_arg, smoke
@@ -67,7 +68,7 @@ from ibjax.data import IMAGES
 METHODS = ("pgd_at", "trades", "awp", "te")
 LAMS = ("0", "1", "1.5", "3", "5", "30")
 CONNECTIONS = ("1", "2", "4", "5")
-# c of SiRIIB on WRN-28-10: convolutions, or so many basic blocks
+# the function c of SiRIIB on WRN-28-10: convolutions, or a number of basic blocks
 EXTRACTORS = {"wrn": {}, "wrn-l": dict(widths=(160,) * 2), "wrn-xl": dict(widths=(160,) * 4)}
 ROWS = (
     *METHODS,

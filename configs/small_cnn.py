@@ -1,4 +1,4 @@
-"""A small robust network on 32×32 class folders, to compare attacks on: adversarial training for minutes on a CPU.
+"""A small robust network on 32×32 class folders, for comparing attacks: adversarial training in minutes on a CPU.
 
     python -m ibjax.main --config=configs/small_cnn.py --workdir=runs/small_cnn --config.data.path=FOLDER
 

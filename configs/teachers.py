@@ -1,4 +1,4 @@
-r"""The teachers of the IBD recipes other than its TRADES WRN-34-10 (configs/trades_wrn.py), Kuang et al., NeurIPS 2023.
+r"""The teachers of the IBD recipes (Kuang et al., NeurIPS 2023), except the TRADES WRN-34-10 (configs/trades_wrn.py).
 
     python -m ibjax.main --config=configs/teachers.py:ROW --workdir=runs/ROW
 
@@ -13,9 +13,9 @@ r"""The teachers of the IBD recipes other than its TRADES WRN-34-10 (configs/tra
 |                     | of IAD's code (Zhu et al., ICLR 2022)      | iad-original         |               |            |
 | iad-st-resnet18     | the same without attacks                   | iad_2-original       |               |            |
 
-`,smoke` shrinks any. docs/recipes.md has every setting beside what the papers and their code say. The paper's
-CIFAR-100 teacher is trained "with a way of TRADES and AWP" and not published: this one is TRADES with our settings.
-Its larger teachers come from RobustBench:
+`,smoke` shrinks any row. docs/recipes.md compares every setting with the papers and their code. The paper's CIFAR-100
+teacher is trained "with a way of TRADES and AWP" and not published; ours is trained by TRADES with our settings. The
+paper's larger teachers come from RobustBench:
 
 | RobustBench                         | architecture            | in      | clean | AutoAttack |
 |-------------------------------------|-------------------------|---------|-------|------------|
@@ -28,10 +28,10 @@ Its larger teachers come from RobustBench:
     python -m ibjax.convert --torch FILE --arch imagenet_resnet --clean_acc 64.02 --workdir runs/teacher-resnet50 \
         --config.data.name=stream --config.data.dataset=imagenet2012 --config.data.val_size=10000
 
-docs/teachers.md says more. We recognise them by their accuracies; the paper names only the last.
+docs/teachers.md gives details. The paper names only the last of them; we identified the others by their accuracies.
 
-Cost of 200 epochs, 200·49,000·(27, with AWP 33)·1.11 GFLOP: 0.29 and 0.36 EFLOP for ResNet-18; twice that for
-ResNet-34; twelve times for WRN-34-10; the undefended network 0.03.
+Cost of 200 epochs: 200·49,000·27·1.11 GFLOP = 0.29 EFLOP for ResNet-18, with AWP (33 passes instead of 27) 0.36; twice
+that for ResNet-34, twelve times that for WRN-34-10; 0.03 EFLOP for the undefended network.
 """
 
 from ibjax.config import base, parse_arg, smoke
@@ -61,14 +61,14 @@ def get_config(arg=None):
         config.attack = None
     if row == "sat-resnet18":
         config.objective = dict(name="pgd_at", passes="clean,adv")
-        config.seed = 1  # a surrogate shares no randomness with what it attacks
+        config.seed = 1  # a surrogate must not share randomness with the attacked network
     config.validate.update(every=10, dense_from=95)
     config.evaluate.attacks = ("fgsm", "pgd-100", "margin-100")
     if row.startswith("iad"):
         config.model.name = "resnet"
         config.augment.padding = "zero"
         config.optimizer.weight_decay = 2e-4
-        config.schedule.boundaries = (99, 149)  # theirs counts epochs from 1
+        config.schedule.boundaries = (99, 149)  # the authors count epochs from 1
         config.validate.update(every=1, dense_from=None)
     if small:
         shrunk = dict(depth=10, width=1) if "wrn" in row else dict(depth=10, width=4)

@@ -4,7 +4,7 @@
 
 Arguments: `ibd` (default), the settings of IBD's comparison (8/255, 2/255, weight decay 5e-4, 200 epochs), or
 `original` (eps 0.031, step 0.007, weight decay 2e-4, 76 epochs, three forward passes; evaluated as in the authors'
-code, by PGD-20 in steps of 0.003). `,smoke` shrinks either. docs/recipes.md has every setting beside the authors'.
+code, by PGD-20 in steps of 0.003). `,smoke` shrinks either. docs/recipes.md compares every setting with the authors'.
 
 | checkpoint                      | clean | PGD-100 | AutoAttack |
 |---------------------------------|-------|---------|------------|
@@ -34,7 +34,7 @@ def get_config(arg=None):
         config.evaluate.update(attacks=("pgd-20",), step_size="0.003")
         config.optimizer.weight_decay = 2e-4
         config.epochs = 76
-        config.schedule.boundaries = (74, 89, 99)  # theirs counts epochs from 1
+        config.schedule.boundaries = (74, 89, 99)  # the authors count epochs from 1
         config.validate.dense_from = 70
     if small:
         smoke(config, (32, 32, 3), 10, dict(depth=10, width=1, dtype="float32"))

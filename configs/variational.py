@@ -11,13 +11,15 @@
 | vib-vgg16    | 90.52         |               | curves        | curves        |               | IB-RAR, Figure 2   |
 | vib-mnist    | 98.87         |               |               |               |               | VIB, 12 samples    |
 
-`ceb-rho1` and `ceb-rho5` are for tuning CEB; the others have ρ 3.
+`ceb-rho1` and `ceb-rho5` are for tuning CEB; the other rows have ρ 3.
 
-IBD does not say how it trains CEB: here PGD adversarial training with CEB's loss, PreActResNet-18 whose 512 pooled
-features are μ, ρ 3. IB-RAR compares "under the same conditions": VGG16-BN, its optimiser and attacks (eps 0.03; see
-ib_rar.py), a 2×256 layer after FC2.
-Evaluation is on z = μ everywhere; the published VIB averages 12 samples and trains on all 60,000 images, here 59,000:
-`--config.data.val_size=0 --config.select_on=test`. docs/recipes.md has every setting. `,smoke` shrinks any row.
+IBD does not say how it trains CEB. We use PGD adversarial training with CEB's loss and ρ 3, on a PreActResNet-18 whose
+512 pooled features are μ. IB-RAR compares "under the same conditions", which we read as VGG16-BN, IB-RAR's optimiser
+and attacks (eps 0.03; see ib_rar.py), and a 2×256 layer after FC2.
+
+All rows are evaluated at z = μ, whereas the published VIB averages 12 samples. It also trains on all 60,000 images,
+ours on 59,000; `--config.data.val_size=0 --config.select_on=test` uses all of them. docs/recipes.md has every setting.
+`,smoke` shrinks any row.
 
 Cost: CEB 23 forward passes per image, 200·49,000·23·1.11 GFLOP = 0.25 EFLOP; VIB 3 passes, minutes on any accelerator.
 """
@@ -69,12 +71,12 @@ def vib_vgg16(config):
     config.threat.eps = "0.03"
     config.validate.attack.step_size = "0.0069"
     config.validate.every = 10
-    attacks = ("fgsm(count=attacked)", "pgd-scaled-10(count=attacked)", "nifgsm-10(count=attacked)")  # as ib_rar.py's
+    attacks = ("fgsm(count=attacked)", "pgd-scaled-10(count=attacked)", "nifgsm-10(count=attacked)")  # as in ib_rar.py
     config.evaluate.update(attacks=attacks, step_size="2/255", ladder=("8/255",))
 
 
 def vib_mnist(config):
-    """Two linear layers of 1,024 on pixels in [−1, 1], started as TensorFlow starts them."""
+    """Two linear layers of width 1,024 on pixels in [−1, 1], with TensorFlow's default initialisation."""
     config.data.dataset = "mnist"
     config.augment.update(pad=0, flip=False)
     backbone = dict(name="cnn", widths=(), hidden=(1024, 1024), dropout=0.0, mean=(0.5,), std=(0.5,))

@@ -5,16 +5,17 @@ import sys
 
 
 def _leave_folder():
-    """Takes the folder that `python -m ibjax.…` was started in off the path of imports, where it should not be there.
+    """Removes the current folder from sys.path when `python -m ibjax.…` starts, unless it may be needed there.
 
-    Python puts it first, so that of `cd RUN; python -m ibjax.evaluate --workdir=.` a json.py or optax.py in a run's
-    folder, which may come from elsewhere, would be imported for the real one. It stays for a recipe, which is the
-    user's own code and may import its neighbours, unless the folder is a run's, and where ibjax itself lies in it. What
-    Python imports before ibjax nobody but Python can keep out: `python -P -m ibjax.…` does.
+    Python puts the current folder first. With `cd RUN; python -m ibjax.evaluate --workdir=.`, a json.py or optax.py in
+    the run's folder, which may come from elsewhere, would be imported in place of the real module. The folder stays
+    where ibjax itself lies in it, and for commands that execute a recipe, which is the user's own code and may import
+    its neighbours, unless the folder is a run's. Modules that Python imports before ibjax are out of reach here;
+    `python -P -m ibjax.…` protects them too.
     """
     try:
         folder = os.getcwd()
-    except OSError:  # it is not there any more
+    except OSError:  # the folder no longer exists
         return
     own = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     recipe = any(word.partition(":")[0].endswith(".py") for word in sys.argv[1:]) and not os.path.exists("config.json")
@@ -22,7 +23,7 @@ def _leave_folder():
         del sys.path[0]
 
 
-if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:  # before anything is imported that has a file
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:  # before any import from a file
     _leave_folder()
 
 import signal  # noqa: E402
@@ -35,18 +36,18 @@ __all__ = ["Run", "load"]
 
 
 def _leave(number, frame):
-    """Ctrl-C while a command is still importing: nothing has begun that would have to be ended."""
+    """Handles Ctrl-C while a command is still importing, when nothing needs to be cleaned up."""
     os.write(2, b"interrupted\n")
     os._exit(130)
 
 
-# `python -m ibjax.…`: until the command begins, and takes Ctrl-C as an exception (`errors.exit_with`)
+# for `python -m ibjax.…`, until the command begins and handles Ctrl-C as an exception (`errors.exit_with`)
 if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _leave)
 
 
 def __getattr__(name):
-    """`ibjax.load` and `ibjax.Run`, imported when they are used: JAX and Flax take seconds."""
+    """Imports `ibjax.load` and `ibjax.Run` on first use, since importing JAX and Flax takes seconds."""
     if name in __all__:
         from ibjax.runs import run
 

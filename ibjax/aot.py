@@ -1,20 +1,22 @@
-"""Compiles the real train step for a TPU slice or a GPU that is not here: what it costs, and where it communicates.
+"""Compiles a recipe's train step for a TPU slice or a GPU that this machine lacks; prints its cost and communication.
 
     python -m ibjax.aot --config=configs/ibd_wrn.py --topology=v5e:16x16 [--config.batch_size=1024 …]
     python -m ibjax.aot --config=configs/ibd_wrn.py --topology=h200
 
-Prints memory of each chip against its HBM, FLOPs and bytes of each chip and step, the images/s that either of them
-allows at most, and the collectives with the loop in which they stand. An attack must contain none: in evaluation mode
-images are independent. Needs the extra [tpu], or for a GPU [cuda13], whose compilers need neither chip nor driver, and
-no data: only their shape counts.
+Prints the memory of each chip against its HBM, the FLOPs and bytes per chip and step, the upper bounds on images/s that
+follow from them, and the collectives with the loop that contains them. An attack must contain no collective, since
+images are independent in evaluation mode. Needs the extra [tpu], or for a GPU [cuda13]; their compilers need neither
+chip nor driver. No data are read: only their shape matters.
 
-    FLOPs = m · ( FLOPs(dispatch) + (k − 1) · FLOPs(attack step) ), likewise the bytes
+    FLOPs = m · ( FLOPs(dispatch) + (k − 1) · FLOPs(attack step) )          for m microbatches; the same for bytes
 
-of m microbatches, since the compiler counts a rolled loop's body once, whatever its length k; so it does with the
-bodies of other loops, as MMA's bisection, whose number is printed. Both are what it reports for the optimised program
-of one chip; the bounds assume its peak in bfloat16 and its bandwidth, so they are never reached.
+The compiler counts the body of a rolled loop once, however long the loop is, hence the correction for the k steps of
+the attack. The bodies of other loops, such as MMA's bisection, are counted once too; the number of such loops is
+printed. FLOPs and bytes are the compiler's figures for the optimised program of one chip. The bounds assume the chip's
+peak in bfloat16 and its full bandwidth, so no run reaches them.
 
-For a GPU it reports neither; printed are the kernels in loops and outside, and the bytes that they read and write.
+For a GPU the compiler reports neither figure. Printed instead are the number of kernels inside and outside of loops,
+and the bytes that they read and write.
 """
 
 import os

@@ -1,20 +1,22 @@
-"""PyTorch networks become runs, and runs PyTorch networks; logits must agree, or nothing is written.
+"""Converts PyTorch networks into runs, and runs into PyTorch networks; writes nothing unless their logits agree.
 
     python -m ibjax.convert --torch FILE --arch NAME --workdir DIR [--clean_acc=84.92] [--config.KEY=VALUE …]
     python -m ibjax.convert --workdir DIR --to FOLDER [--checkpoint=best|last|STEP] [--arch NAME]
 
-FILE is .pt, .pth, .t7 or .safetensors. Of several networks in it, --key says which. The data set is that of the
-configuration, as --config.data.data_dir=…; an import compares on its test images, or where it is not at hand, with
---photographs=SIDE, on crops of photographs. The run that an import makes is evaluated and taught from like any other;
-how its network was trained nobody knows: the configuration's other sections are defaults that say nothing of it.
+FILE is .pt, .pth, .t7 or .safetensors; --key selects one of several networks in it. An import compares logits on the
+test images of the configuration's data set (set by --config.data.data_dir=…), or without that data set on crops of
+photographs (--photographs=SIDE). The resulting run can be evaluated and can serve as a teacher like any other. The file
+does not say how its network was trained, so the other sections of the configuration hold defaults that do not describe
+the training.
 
 Guarantees (tests of the same names): nothing in a file is ever unpickled; every tensor is used exactly once and every
 weight is filled; the gate, 1e-4 on the logits of real images, sees every single weight; import, export and import again
 end in the same bits; a folder that holds something is refused and one that is made is whole.
 
-PyTorch's file says nothing of how pixels are normalised unless its network keeps mean and std. Where it does not,
---mean and --std say it, or --no-normalisation, else the architecture's usual values hold; --clean_acc, the published
-accuracy, shows whether they are right. After an import one line says what was taken, and where each thing came from.
+A PyTorch file does not say how pixels are normalised unless the network itself holds mean and std. Otherwise give
+--mean and --std, or --no-normalisation; without them the architecture's usual values are used. --clean_acc, the
+published accuracy, checks whether they are right. After an import, one line lists every property of the network and its
+source.
 """
 
 from ibjax import errors, files

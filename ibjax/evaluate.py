@@ -1,17 +1,18 @@
-"""Evaluation: restore, attack the test set, write one result record per attack.
+"""Evaluation: restore a network, attack the test set, write one result record per attack.
 
     python -m ibjax.evaluate --workdir=DIR [--checkpoint=best|last|STEP] [--attacks=autoattack,pgd-20] [--n=1000]
     python -m ibjax.evaluate --workdir=DIR --surrogate=DIR2 --attacks=fgsm,pgd-100         transfer from another run
-    python -m ibjax.evaluate --workdir=DIR --samples=12 --attacks=pgd-20,autoattack-rand   of a stochastic network
+    python -m ibjax.evaluate --workdir=DIR --samples=12 --attacks=pgd-20,autoattack-rand   a stochastic network
 
-An attack's name is one of `evaluation/named.py`: `fgsm`, `pgd-STEPS` (cross-entropy), `margin-STEPS` (PGD on the margin
-loss), `autoattack` and its parts, adaptive attacks, with options as in `--attacks="fgsm, cw-l2-200(c=0.1,lr=0.1)"`. An
-image counts as robust when it is classified correctly both as it is and under attack. AutoAttack runs at the main eps
-only, and goes on where it was ended.
+`evaluation/named.py` lists the names of attacks: `fgsm`, `pgd-STEPS` (cross-entropy), `margin-STEPS` (PGD on the margin
+loss), `autoattack` and its parts, adaptive attacks. Options are given as in
+`--attacks="fgsm, cw-l2-200(c=0.1,lr=0.1)"`. An image counts as robust if it is classified correctly both clean and
+under attack. AutoAttack runs at the main eps only, and continues where it was stopped.
 
-Stochastic networks are judged on the mean of their latent variable, without `samples`; with it, on the mean of so many
-drawn softmaxes, which every attack climbs too (`scoring.sampling`). Transfer attacks are those of a surrogate, of its
-`--surrogate_checkpoint`, at the main eps. Records and reports say either.
+A stochastic network is evaluated at the mean of its latent variable; with --samples, its prediction is the mean of that
+many sampled softmaxes, and every attack differentiates through this mean (`scoring.sampling`). With --surrogate, the
+attacks run on that run's network, at its `--surrogate_checkpoint`, and at the main eps only. Records and reports state
+both.
 """
 
 import jax

@@ -1,14 +1,23 @@
 """Train, evaluate and report from one configuration.
 
     python -m ibjax.main --config=configs/NAME.py[:arg] --workdir=DIR [--config.a.b=v …] [--mode=train|eval] [--restart]
-    python -m ibjax.main --config=OTHER/config.json --workdir=DIR [--config.a.b=v …]        as another run was made
+    python -m ibjax.main --config=OTHER/config.json --workdir=DIR [--config.a.b=v …]        repeats another run
 
-Trains the teacher of the configuration first where it holds the recipe of one and its checkpoint is absent, then the
-runs it is contrasted with, then itself; evaluates all of them; writes report.html and prints its table. Run again, it
-continues where it stopped. Where the checkpoints of a run were lost, or all of them are damaged, it says so and ends:
---restart then begins that run again at step 0, with what is left of it in restarted-N/. A run that has a good
-checkpoint continues from it with --restart too. Exit codes: 0 done, 2 wrong input, 3 diverged or out of memory,
-69 another process of the run was lost, 75 preempted and saved, 130 interrupted.
+The command trains, in this order: the teacher, if the configuration holds its recipe and it has no checkpoint yet; the
+runs for contrast; the configuration itself. It evaluates all of them, writes report.html and prints its table. The same
+command continues where it was stopped.
+
+If all checkpoints of a run are lost or damaged, the command says so and ends. --restart then begins that run again at
+step 0 and moves what is left of it to restarted-N/; a run with an undamaged checkpoint continues from it all the same.
+
+| exit code | meaning                                |
+|-----------|----------------------------------------|
+| 0         | done                                   |
+| 2         | invalid input                          |
+| 3         | diverged, or out of memory             |
+| 69        | another process of the run was lost    |
+| 75        | preempted; the state is saved          |
+| 130       | interrupted                            |
 """
 
 import contextlib
@@ -38,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 class Command(NamedTuple):
-    """What a command line asks for."""
+    """A parsed command line."""
 
     settings: ConfigDict
     workdir: Path
@@ -47,7 +56,7 @@ class Command(NamedTuple):
 
 
 def parse(argv: list[str]) -> Command:
-    """Reads a command line; raises InputError on anything that it does not understand."""
+    """Parses a command line; raises InputError on anything unknown."""
     values = flags.FlagValues()
     flags.DEFINE_string(
         "config",
@@ -91,13 +100,13 @@ def execute(settings: ConfigDict, workdir: Path, mode: str = "train", restart: b
     for job in todo:
         for text in _departures(job.settings, settings.evaluate):
             log.warning("%s: %s", job.settings.title or job.workdir, text)
-    for job in todo if mode == "train" else ():  # all before the first: a typo in the last must not cost the others
+    for job in todo if mode == "train" else ():  # check all jobs before any is trained: a typo must not cost hours
         loop.check(job.settings, job.teachers)
         data = run.load_data(job.settings)
         check_images(data.test, data.label, settings.evaluate)
         model = run.build_model(job.settings.model, data.num_classes, "model")
         check_network(model, data.test.images.shape[1:], settings.evaluate)
-    for job in todo if mode == "eval" else ():  # what is evaluated is the run that is there
+    for job in todo if mode == "eval" else ():  # evaluate only runs that match the configuration
         if not rundir.has_checkpoint(job.workdir):
             raise InputError(
                 f"{job.workdir} holds no trained run; train it with --mode=train, or give another --workdir"
@@ -111,7 +120,7 @@ def execute(settings: ConfigDict, workdir: Path, mode: str = "train", restart: b
             for job in todo:
                 loop.train(build(job.settings, job.teachers), job.workdir, restart=restart)
         records = []
-        for job in reversed(todo):  # the run itself first, then what it is contrasted with
+        for job in reversed(todo):  # the run itself first, then the runs for contrast
             records += evaluate(job.workdir, "best", settings=settings.evaluate)
         if jax.process_index() == 0:
             report.write([job.workdir for job in reversed(todo)], workdir / "report.html")
@@ -119,7 +128,7 @@ def execute(settings: ConfigDict, workdir: Path, mode: str = "train", restart: b
 
 
 def _check_results(page, folders):
-    """Raises InputError where what comes of the training could not be written."""
+    """Raises InputError, before training, if the results could not be written."""
     if page.is_dir():
         raise InputError(
             f"{page} cannot be written ({os.strerror(errno.EISDIR)}); results would be lost; make way for it"
@@ -128,7 +137,7 @@ def _check_results(page, folders):
 
 
 def _departures(settings, evaluated):
-    """What a report will say of threat models that differ, before the training is paid for."""
+    """The report's sentences on differing threat models, so that they can be shown before the training."""
     threats = dict(train_threat=threat.trained(settings), validate_threat=threat.validated(settings))
     return results.departures({"norm": evaluated.norm, "eps": evaluated.eps, **threats})
 

@@ -1,9 +1,10 @@
-"""Results of runs: the table that is printed, and one self-contained HTML page that checks itself.
+"""Reports the results of runs: prints a table, and writes a self-contained HTML page that checks itself.
 
     python -m ibjax.report DIR [DIR …] [--out=report.html] [--each]
 
-A DIR is a workdir or a folder above some; every run below it is reported, teachers and contrasts included. Runs of one
-recipe that differ in their seed alone are one line, mean ± standard deviation; with --each every one has its own.
+A DIR is a workdir, or a folder that contains workdirs; every run below it is reported, including teachers and runs for
+contrast. Runs that differ only in their seed share one line with mean ± standard deviation; --each gives every run its
+own line.
 """
 
 from ibjax import errors, files

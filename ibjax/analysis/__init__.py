@@ -1,1 +1,1 @@
-"""Looking at what was trained, and at what it costs."""
+"""Analyses of trained networks, and of the cost of training them."""

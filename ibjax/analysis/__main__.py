@@ -29,7 +29,7 @@ def analyses() -> dict[str, str]:
 
 
 def lines(found: dict[str, str]) -> Iterator[str]:
-    """Of each analysis its name with the docstring's first sentence, and its calls as the docstring has them."""
+    """For each analysis: its name, the first sentence of its docstring, and the command lines in it."""
     yield "python -m ibjax.analysis.NAME --help describes an analysis in full; NAME is one of:"
     for name, text in found.items():
         sentence = re.match(r".*?[.?](?=\s|$)", text, re.DOTALL)

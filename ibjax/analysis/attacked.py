@@ -1,4 +1,4 @@
-"""A run's images under one of the named attacks, and what a network takes images for: for the analyses of these."""
+"""Shared by the analyses: attacks a run's images with a named attack, and returns a network's predictions."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,9 +26,9 @@ from ibjax.step import to_float
 def load(
     workdir: Path, checkpoint: str = "best", *, attacks: Sequence[str] | None = None, n: int | None = None
 ) -> tuple[run.Run, dict[str, Any], Split]:
-    """(a run, its checked `evaluate` section, its test images); `attacks` and `n` in place of the section's.
+    """(a run, its checked `evaluate` section, its test images); `attacks` and `n` replace the section's values.
 
-    The analyses judge a stochastic network on its mean, hence no `samples`.
+    The analyses evaluate a stochastic network at its mean, so `samples` is unset.
     """
     trained = run.load(workdir, checkpoint)
     settings = config.plain(trained.config.evaluate) | {"samples": None}
@@ -42,7 +42,7 @@ def load(
 def attack(
     name: str, predict: Callable, trained: run.Run, split: Split, settings: dict[str, Any]
 ) -> tuple[Flags, np.ndarray]:
-    """(flags, adversarial images) of the whole split under one attack of `attacks/named.py` on one of the networks."""
+    """(flags, adversarial images) of the whole split under one attack of `evaluation/named.py` on a network."""
     chosen, total, seed = named(name, trained.config.objective), len(split.labels), trained.config.seed
     norm, eps, batch_size = settings["norm"], settings["eps"], settings["batch_size"]
     if chosen.make is None:
@@ -55,7 +55,7 @@ def attack(
 
 
 def feature_shapes(predict: Callable, variables: Any, input_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """tap -> its shape for one image, in the order in which the network makes them."""
+    """{tap: its shape for one image}, in the order in which the network computes them."""
     found = {}
 
     def note(variables, x):  # what eval_shape returns is sorted by name
@@ -66,7 +66,7 @@ def feature_shapes(predict: Callable, variables: Any, input_shape: Sequence[int]
 
 
 def predictions(predict: Callable, variables: Any, images: np.ndarray, batch_size: int) -> np.ndarray:
-    """The classes (N,) that images (N, H, W, C) are taken for; raises InputError where NaN logits name none."""
+    """The predicted classes (N,) of images (N, H, W, C); raises InputError where logits are NaN."""
     classify = jax.jit(partial(classes_of, predict))
     parts = [images[first : first + batch_size] for first in range(0, len(images), batch_size)]
     classes = np.concatenate([np.asarray(classify(variables, part)) for part in parts])
@@ -78,5 +78,5 @@ def predictions(predict: Callable, variables: Any, images: np.ndarray, batch_siz
 
 
 def classes_of(predict: Callable, variables: Any, images: Array) -> Array:
-    """The classes (B,) that one batch (B, H, W, C) is taken for; −1 where NaN logits name none."""
+    """The predicted classes (B,) of one batch (B, H, W, C); −1 where logits are NaN."""
     return losses.predicted(predict(variables, to_float(images))[0])

@@ -1,19 +1,22 @@
-"""Which student layer is made to look like which teacher layer, as IBD's matching has learned it: Figure 4 of IBD.
+"""Which student layer IBD's learned matching assigns to which teacher layer: Figure 4 of IBD.
 
     python -m ibjax.analysis.attention --workdir=DIR [--checkpoint=best] [--attack=pgd-10] [--n=1000]
                                        [--picture=FILE.pdf]
 
     A_{i,j} = mean_b Attn_{b,i,j}                   i of n teacher layers, j of m student layers; rows sum to 1
 
-of the trained matching in evaluation mode (`objectives/ibd_matching.py`, running statistics of its batch-norms), over
-test images x' that attack the student; the paper does not say over which images. The student sees x', the teacher what
-it saw in training: x' with `teacher_features="adv"`, else x (and x with `adversarial=False`), without `teacher_noise`.
-The student's weights are those that are evaluated; averaged ones, where a run has them, are not what the matching saw.
+Attn comes from the trained matching in evaluation mode (`objectives/ibd_matching.py`, running statistics of its
+batch-norms). The mean is over test images x' that attack the student; the paper does not say which images it uses. The
+student sees x'. The teacher sees what it saw in training: x' with `teacher_features="adv"`, else x (also x with
+`adversarial=False`), without `teacher_noise`. The student has the weights that are evaluated; where a run averages its
+weights, these are not the ones with which the matching was trained.
 
-1/m is a matching without preference. A standard deviation over the images of 0 is one that does not adapt to them.
+A value of 1/m everywhere means no preference among student layers. A standard deviation of 0 over the images means that
+the matching does not adapt to the image.
 
-For runs of `objective=dict(name="ibd", matching="adaptive", …)` with beta above 0, with the teacher of their training.
-Writes `attention/<checkpoint>.json` in the workdir. In the picture rows are teacher layers, columns student layers.
+Requires a run of `objective=dict(name="ibd", matching="adaptive", …)` with beta above 0, and the teacher with which it
+was trained. Writes `attention/<checkpoint>.json` in the workdir. In the picture, rows are teacher layers and columns
+student layers.
 """
 
 from collections.abc import Callable, Iterable
@@ -42,7 +45,7 @@ from ibjax.training.jobs import jobs
 
 
 def experiment_of(workdir: Path) -> Experiment:
-    """What a run was trained as, with its teacher; InputError where it learned no matching, or the teacher differs."""
+    """The experiment of a run, with its teacher; InputError where it learned no matching, or the teacher changed."""
     saved, facts = rundir.read_config(workdir)
     settings = config.complete(saved.copy_and_resolve_references())
     objective = settings.objective
@@ -51,7 +54,7 @@ def experiment_of(workdir: Path) -> Experiment:
             f"{workdir} is a run of objective '{objective.name}' and has learned no matching; give one of "
             f"objective.name='ibd', objective.matching='adaptive' and objective.beta above 0"
         )
-    one = Mesh(np.array(jax.local_devices()[:1]), ("data",))  # nothing is trained, and any batch size divides
+    one = Mesh(np.array(jax.local_devices()[:1]), ("data",))  # one device, so that any batch size divides evenly
     experiment = build(settings, jobs(settings, workdir)[-1].teachers, mesh=one)
     if "teacher" in facts and facts["teacher"]["weights"] != experiment.facts["teacher"]["weights"]:
         raise InputError(f"the teacher of {workdir} is not the one of its training; restore that, or train again")
@@ -77,10 +80,10 @@ def attention(
 ) -> tuple[np.ndarray, list[str], list[str]]:
     """(Attn (N, n, m) float32, names of the n teacher layers, of the m student layers).
 
-    images, taught: (N, H, W, C), what the student sees and what the teacher sees.
+    images, taught: (N, H, W, C), the inputs of the student and of the teacher.
     """
     module = experiment.objective.head
-    assert module is not None  # experiment_of saw to it
+    assert module is not None  # experiment_of has checked it
     predict = linen_net(run.in_float32(trained.model)).predict
 
     features = partial(features_of, predict, experiment.bind_net)
@@ -116,9 +119,9 @@ def attend_to(
 def evaluate(
     workdir: Path, checkpoint: str = "best", *, attack: str = "pgd-10", n: int | None = None
 ) -> dict[str, Any]:
-    """Attacks a run's test images, or `n` of them, and shows them to its matching; writes and returns the record.
+    """Attacks a run's test images, or `n` of them, and applies its matching; writes and returns the record.
 
-    attack: a name of `attacks/named.py`; norm, eps and step size are those of the run's `evaluate` section.
+    attack: a name of `evaluation/named.py`; norm, eps and step size are those of the run's `evaluate` section.
     """
     experiment = experiment_of(workdir)
     trained, settings, split = attacked.load(workdir, checkpoint, attacks=(attack,), n=n)
@@ -147,7 +150,7 @@ def evaluate(
 
 
 def about(record: dict[str, Any]) -> tuple[str, str]:
-    """What the matrix is of: (network and data, images)."""
+    """Describes what the matrix was computed on: (network and data, images)."""
     images = f"n = {record['n']}, {attack_label(record['attack'])}, {record['norm']} eps {record['eps']}"
     return f"{record['title']} on {record['dataset']}", images
 
@@ -163,13 +166,13 @@ def lines(record: dict[str, Any]) -> Iterable[str]:
 
 
 def draw(record: dict[str, Any], file: Path) -> None:
-    """The mean as a heat map with its numbers, from 0 to 1: rows teacher layers, columns student layers."""
+    """The mean as an annotated heat map from 0 to 1; rows are teacher layers, columns student layers."""
     teacher, student = record["teacher_layers"], record["student_layers"]
     drawn = pictures.figure(2.8 + 0.45 * len(student), 1.7 + 0.45 * len(teacher))
     panel = drawn.subplots()
     heat = panel.imshow(record["mean"], cmap="viridis", vmin=0, vmax=1)
     for (i, j), value in np.ndenumerate(np.array(record["mean"])):
-        colour = "black" if value > 0.6 else "white"  # what can be read on viridis
+        colour = "black" if value > 0.6 else "white"  # legible on viridis
         panel.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
     panel.set_xticks(range(len(student)), student, rotation=45, ha="right", rotation_mode="anchor")
     panel.set_yticks(range(len(teacher)), teacher)

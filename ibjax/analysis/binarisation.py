@@ -3,17 +3,17 @@ Confidence in Adversarial Robustness Evaluations", NeurIPS 2022.
 
     python -m ibjax.analysis.binarisation --workdir=DIR [--checkpoint=best] [--attacks=pgd-20,apgd-ce] [--n=64]
 
-For each image x, the last layer gives way to a readout that has an adversarial image within ε by construction:
+For each image x, the last layer is replaced by a readout that has an adversarial image within ε by construction:
 
     x_i  = x, and points drawn in the ball of radius η·ε around it, i = 0 … inner
     x_b  = a point drawn on the sphere of radius ε; all of them lie in [0, 1]
     w    = argmin ||w||  subject to  <w, φ(x_b) − φ(x_i)> ≥ 1 for all i            φ: the features before the last layer
     f(u) = ( 0, <w, φ(u) − φ(x_b)> + τ )                                           class 1 at x_b, class 0 at all x_i
 
-An attack on f with label 0 should find x_b or another image of class 1. Where it does for fewer than 95 % of the images
-it is too weak for this network, or gradients are masked: its robust accuracy says nothing. A passed test is necessary,
-not sufficient. Beside it stands how often `inner` random draws from the sphere do as well; where they reach 95 % too,
-the test is too easy to say anything.
+An attack on f with label 0 should find x_b or another image of class 1. If it succeeds on fewer than 95 % of the
+images, the attack is too weak for this network, or gradients are masked: the robust accuracy under it is then no
+evidence. Passing the test is necessary, not sufficient. The record also states how often one of `inner` random draws
+from the sphere succeeds; if these reach 95 % too, the test is too easy to be informative.
 
 | symbol        | code  | default |
 |---------------|-------|---------|
@@ -21,12 +21,13 @@ the test is too easy to say anything.
 | points inside | inner | 999     | beside x itself, for one point on the sphere
 | τ             | SLACK | 0.01    | of the margin between the two classes
 
-Images whose features no readout separates are left out and counted. With two classes AutoAttack's DLR gives way to the
-margin, and its targeted attacks have one target. What is found counts only within ε, in the evaluation's norm.
+Images whose features no readout separates are left out and counted. With two classes, AutoAttack's DLR loss is
+replaced by the margin, and its targeted attacks have one target. A result counts only within ε, in the norm of the
+evaluation.
 
-Deviations: the authors fit a logistic regression without penalty, which tends to the readout of largest margin; with
-one point on the sphere that one has a closed problem (`readout`). Their class boundary can come within 0.1 % of the
-margin of φ(x_b), here it is 1 %, for the rounding of float32.
+Deviations: the authors fit an unpenalised logistic regression, which tends to the readout of largest margin. With one
+point on the sphere that readout solves a small problem directly (`readout`). Their class boundary may be as close to
+φ(x_b) as 0.1 % of the margin; ours is at 1 %, because of rounding in float32.
 
 Guarantees (tests of the same names): the boundary point is adversarial for its own readout; batch size changes no flag.
 Writes `binarisation/<checkpoint>.json` in the workdir.
@@ -59,18 +60,18 @@ from ibjax.runs import command_line, run
 from ibjax.step import linen_net, to_float
 
 ETA, SLACK, CRITERION = 0.95, 0.01, 95.0
-_SEPARATED = 1e-4  # of the features' length: a margin well above the rounding of float32
+_SEPARATED = 1e-4  # minimum margin relative to the features' length, well above the rounding of float32
 _BINARISATION = 0x62696E  # folded into the seed, then an image's index, then what is drawn
 _INNER, _BOUNDARY, _RANDOM, _ATTACK = range(4)
 
 
 class Found(NamedTuple):
-    """Per image, in their order; false where a readout could not be made."""
+    """The results for each image; the flags are false where no readout separates the features."""
 
-    used: np.ndarray  # (N,) bool: the features of the points inside and on the sphere can be separated
+    used: np.ndarray  # (N,) bool: a readout separates the features of the points inside and on the sphere
     broken: dict[str, np.ndarray]  # attack -> (N,) bool: it found an adversarial image within eps
-    random: np.ndarray  # (N,) bool: so did one of `inner` random draws
-    boundary: np.ndarray  # (N, H, W, C) float32: x_b, which is one
+    random: np.ndarray  # (N,) bool: one of `inner` random draws is adversarial
+    boundary: np.ndarray  # (N, H, W, C) float32: x_b, adversarial by construction
 
 
 def binarisation(
@@ -86,7 +87,7 @@ def binarisation(
     batch_size: int = 64,
     progress: str | None = None,
 ) -> Found:
-    """Which images each attack breaks behind readouts that are known to be breakable.
+    """Finds the images on which each attack succeeds, with readouts that are known to have an adversarial image.
 
     Args:
       features: φ in evaluation mode, (variables, x (B, H, W, C) in [0, 1]) -> (B, …).
@@ -100,7 +101,7 @@ def binarisation(
       batch_size: images at once, on all devices together.
       progress: show a bar with this name, and stop at a preemption notice with PreemptedError.
 
-    Raises InputError on an eps or a count that is none, and on features that are not finite.
+    Raises InputError on an invalid eps or count, and on features that are not finite.
     """
     norm, radius = geometry.check_norm(norm), geometry.one_radius(eps, norm)
     if not radius > 0:
@@ -132,7 +133,7 @@ def binarisation(
 
         x_b = sphere(_BOUNDARY, 0)
         anchor = np.asarray(phi(variables, x_b))
-        # one by one: of many programs in flight that gather, each would wait for all others on CPUs
+        # one at a time: on CPUs, several running programs with all-gathers would wait for each other
         around = [np.asarray(phi(variables, inside(number))) for number in range(inner)]
         w, separated = _readouts(anchor, np.stack([np.asarray(phi(variables, x)), *around], 1), count)
         at = partial(score, variables, *map(place, (w, anchor)))
@@ -160,13 +161,13 @@ def _flat(features, variables, x):
 
 
 def _logits(features, variables, w, anchor, x):
-    """f(x): row by row, each with its own readout, so x is a whole batch in its order."""
+    """f(x), where each row has its own readout; x must therefore be a whole batch in its order."""
     score = jnp.sum(w * (_flat(features, variables, x) - anchor), axis=1) + SLACK
     return jnp.stack([jnp.zeros_like(score), score], axis=1)
 
 
 def _broken(attack, features, norm, radius, variables, w, anchor, keys, x):
-    """(B,) bool: what the attack returns lies within the radius and the box, and is of class 1."""
+    """(B,) bool: the attack's result lies within the radius and in [0, 1], and is of class 1."""
     shown, label = partial(_logits, features, variables, w, anchor), jnp.zeros(len(x), jnp.int32)
     x_adv = attack(geometry.fold(keys, _ATTACK), shown, x, label)
     in_box = jnp.all((x_adv >= 0) & (x_adv <= 1), axis=(1, 2, 3))  # NaN fails
@@ -178,14 +179,15 @@ def _broken(attack, features, norm, radius, variables, w, anchor, keys, x):
 
 
 def readout(anchor: np.ndarray, inside: np.ndarray) -> np.ndarray | None:
-    """w (D,), the shortest with <w, anchor − φ> ≥ 1 for each row φ of `inside` (inner, D); None where there is none.
+    """The shortest w (D,) with <w, anchor − φ> ≥ 1 for each row φ of `inside` (inner, D); None where there is none.
 
-    The least distance problem of Lawson & Hanson, "Solving Least Squares Problems", 1974, ch. 23; d_i = anchor − φ_i:
+    This is the least distance problem of Lawson & Hanson, "Solving Least Squares Problems", 1974, ch. 23, with
+    d_i = anchor − φ_i:
 
         r = (Σ u_i d_i, Σ u_i − 1),   u = argmin_{u ≥ 0} ||r||²          w = −r_{1…D} / r_{D+1}
 
-    1 / ||w|| is the distance from the anchor to the convex hull of `inside`; 0 where it lies in it, and then r = 0. A
-    distance that rounding could have made is taken for 0.
+    1 / ||w|| is the distance from the anchor to the convex hull of `inside`. It is 0 where the anchor lies in the hull,
+    and then r = 0. A distance as small as rounding errors is treated as 0.
     """
     d = (anchor - inside.astype(np.float64)).T  # (D, inner)
     scale = float(np.linalg.norm(d, axis=0).max())
@@ -206,7 +208,7 @@ def readout(anchor: np.ndarray, inside: np.ndarray) -> np.ndarray | None:
 
 
 def _readouts(anchor, inside, count):
-    """(w (B, D) float32, separated (B,) bool) of the first `count` rows; zeros in all others."""
+    """(w (B, D) float32, separated (B,) bool) of the first `count` rows; all other rows are zero."""
     if not (np.all(np.isfinite(inside)) and np.all(np.isfinite(anchor))):
         raise InputError("the network's features are NaN or infinite within eps; mend the network first")
     found = [readout(anchor[row], inside[row]) for row in range(count)]
@@ -234,7 +236,7 @@ _DIRECTIONS = {
     "linf": lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -1.0, 1.0),
     "l2": jax.random.normal,
     "l1": jax.random.laplace,
-}  # over their norm: as the uniform distribution on the ball sees the sphere from its centre
+}  # divided by their norm: the directions of points that are uniform in the ball
 
 
 def in_ball(keys: Array, x: Array, norm: str, radius: float) -> Array:
@@ -245,9 +247,10 @@ def in_ball(keys: Array, x: Array, norm: str, radius: float) -> Array:
 
 
 def on_sphere(keys: Array, x: Array, norm: str, radius: float) -> Array:
-    """A point for each image, in [0, 1] and at distance `radius`: where a random ray, clipped to the box, reaches it.
+    """A point for each image, in [0, 1] and at distance `radius`, on a random ray from the image that is clipped.
 
-    The distance grows along the ray, so bisection finds the place; where the box ends the ray before, its end.
+    The distance grows along the clipped ray, so bisection finds the point. Where clipping stops the ray before it
+    reaches the radius, the point is the end of the ray.
     """
     direction = _direction(keys, x, norm)
 
@@ -274,7 +277,7 @@ def _direction(keys, x, norm):
 
 
 def attack_of(name: str, *, norm: str, eps: "str | float", step_size: "str | float") -> tuple[Attack, list[str]]:
-    """(attack, warnings) of a name of `attacks/named.py`, for two classes; InputError unless logits suffice it."""
+    """(attack, warnings) of a name of `evaluation/named.py`, for two classes; InputError if it needs features."""
     chosen = named(name)
     if chosen.features is not None:
         raise InputError(f"attack '{name}' climbs features or losses of the whole network; give one on logits alone")
@@ -287,7 +290,7 @@ def attack_of(name: str, *, norm: str, eps: "str | float", step_size: "str | flo
 
 
 def _in_turn(attacks):
-    """Of each image the first attack's result that breaks it; each returns x where it finds nothing."""
+    """Runs attacks in turn; the result for an image is the first success, or x where all attacks fail."""
 
     def attack(keys: Array, logits_fn: Callable, x: Array, y: Array) -> Array:
         x_adv = x
@@ -300,7 +303,7 @@ def _in_turn(attacks):
 
 
 def features_of(model: nn.Module, input_shape: Sequence[int]) -> Callable:
-    """φ of a network in float32: what its last layer sees, `mu` of a stochastic one, else `pre_logits`."""
+    """φ of a network in float32, the input of its last layer: `mu` of a stochastic network, else `pre_logits`."""
     predict = linen_net(run.in_float32(model)).predict
     x = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
     taps = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x)[0][1], x)
@@ -320,8 +323,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Tests attacks on a run; writes and returns the record, rates in percent of the images used.
 
-    attacks: in place of those of the run's `evaluate` section, of which norm, eps and step size are.
-    n, inner: test images, and points inside the ball of each.
+    attacks: replace those of the run's `evaluate` section, which sets norm, eps and step size.
+    n, inner: numbers of test images, and of points inside the ball around each.
     """
     trained, settings, split = attacked.load(workdir, checkpoint, attacks=attacks, n=n)
     lengths = {key: settings[key] for key in ("norm", "eps", "step_size")}
@@ -359,7 +362,7 @@ def evaluate(
 
 
 def verdict(success: float, random: float) -> str:
-    """Of an attack's rate and that of random draws, in percent."""
+    """The conclusion from the success rates of an attack and of random draws, in percent."""
     if success < CRITERION:
         return "fails"
     return "passes" if random < CRITERION else "too easy"

@@ -1,4 +1,4 @@
-"""How much of an attack the singular regularisation takes out of an image: Table 8 of SiRIIB.
+"""How much of an attack the singular regularisation removes from an image: Table 8 of SiRIIB.
 
     python -m ibjax.analysis.calibration --workdir=DIR [--checkpoint=best] [--attacks=pgd-20,margin-100] [--n=1000]
 
@@ -8,9 +8,9 @@
 | calibrated | x_avg of the same x' | the classifier  | grey-box: what is removed, and no robustness        |
 | through    | x_avg of x'          | both together   | white-box: the robustness of the two                |
 
-For runs of `model=dict(name="siriib", connections=0, …)`, which trains the two apart. The paper has the first two rows.
-An image counts where it is classified correctly as it is and under attack, through the same path. Writes
-`calibration/<checkpoint>.json` in the workdir.
+Requires a run of `model=dict(name="siriib", connections=0, …)`, which trains classifier and calibration separately. The
+paper has the first two rows. An image counts as robust if it is classified correctly both clean and under attack, along
+the path of its row. Writes `calibration/<checkpoint>.json` in the workdir.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,7 +30,7 @@ ROWS = ("image", "calibrated", "through")
 
 
 def calibrated(model: Any) -> siriib.Model:
-    """The same network with x_avg shown to the classifier; InputError unless the two are trained apart."""
+    """The network whose classifier sees x_avg; InputError unless calibration and classifier were trained separately."""
     if not isinstance(model, siriib.Model) or model.connections:
         raise InputError(
             "only a network with model.name='siriib', model.connections=0 is trained apart from its classifier"
@@ -43,7 +43,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Attacks a run as the three rows say; writes and returns the record, accuracies in percent.
 
-    attacks, n: in place of those of the run's `evaluate` section, of which norm, eps and step size are.
+    attacks, n: replace those of the run's `evaluate` section, which sets norm, eps and step size.
     """
     trained, settings, split = load(workdir, checkpoint, attacks=attacks, n=n)
     model = run.in_float32(trained.model)

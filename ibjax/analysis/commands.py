@@ -1,4 +1,4 @@
-"""What the command lines of the analyses have in common: their arguments, and how an analysis runs from its command."""
+"""Shared by the command lines of the analyses: their arguments, and how a command runs its analysis."""
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +21,7 @@ Found = TypeVar("Found")
 def add_n(
     parser: argparse.ArgumentParser, default: int | None = None, otherwise: str = "that of the run's configuration"
 ) -> None:
-    """Adds --n, the number of test images; `otherwise` says what it is where there is no default."""
+    """Adds --n, the number of test images; `otherwise` describes the value that is used without a default."""
     said = f"; default: {otherwise}" if default is None else ""
     parser.add_argument("--n", type=int, default=default, help=f"number of test images{said}")
 
@@ -41,9 +41,9 @@ def add_class_names(parser: argparse.ArgumentParser) -> None:
 
 
 def class_names(given: list[str] | None, facts: Mapping[str, Any]) -> list[str]:
-    """What --names gives the classes of a run's data; without it what the data calls them, else their numbers.
+    """The class names for a run's data: those given by --names, else those of the data, else the class numbers.
 
-    InputError if not all have one.
+    Raises InputError unless every class has a name.
     """
     count = facts["num_classes"]
     names = given or facts.get("classes") or [str(c) for c in range(count)]
@@ -60,16 +60,16 @@ def conduct(
     *,
     recipe: Callable[[], ConfigDict] | None = None,
 ) -> None:
-    """Runs an analysis and ends the process, as `errors.exit_with` says.
+    """Runs an analysis and ends the process, as described in `errors.exit_with`.
 
-    What was given wrongly is told before the processes of a run meet: `given.picture` is checked, `given.names` becomes
-    the list of the classes' names, and `given.settings` what `recipe` reads.
+    Invalid arguments are reported before the processes of a run connect: `given.picture` is checked, `given.names`
+    becomes the list of class names, and `given.settings` the configuration that `recipe` reads.
 
     Args:
       given: the parsed command line.
-      measure: the work; every process calls it.
-      lines: what the first process prints of what was found.
-      draw: draws it into a file, on the first process, where --picture names one.
+      measure: computes the result; every process calls it.
+      lines: formats the result as the lines that the first process prints.
+      draw: draws the result into the file that --picture names, on the first process.
       recipe: as `command_line.parse_recipe` returns it.
     """
 

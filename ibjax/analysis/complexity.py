@@ -1,4 +1,4 @@
-"""How large a network is: its parameters, and the multiply-adds of one image by ptflops' rules.
+"""The size of a network: its parameters, and its multiply-adds for one image by the rules of ptflops.
 
     python -m ibjax.analysis.complexity --config=configs/NAME.py[:arg] [--shape=H,W,C --classes=10] [--config.KEY=…]
 
@@ -14,8 +14,9 @@ Images have the shape and the classes of the recipe's data set, unless others ar
 | `layers.Add`                     | 1 per element                               |
 | everything else                  | 0: sigmoid, FFT, resizing, normalisation    |
 
-ptflops sees `torch.add`, which WideResNet's published file has, and not `+=`, which ResNet's have: hence `layers.Add`
-in the one and `+` in the other. Nothing is computed: the model is traced on shapes, its module calls intercepted.
+ptflops counts `torch.add`, as used in the published code of WideResNet, but not `+=`, as used in that of ResNet. Our
+models therefore use `layers.Add` in the former and `+` in the latter. Nothing is computed: the model is traced on
+shapes, and its module calls are intercepted.
 """
 
 import math
@@ -33,14 +34,14 @@ from ibjax.training import ahead
 
 
 class Complexity(NamedTuple):
-    """Of each part of a network, in the order of their calls: trainable parameters, and multiply-adds of one image."""
+    """Trainable parameters, and multiply-adds for one image, of each part of a network in the order of its calls."""
 
     parameters: Counter[str]
     operations: Counter[str]
 
 
 def complexity(model: nn.Module, shape: tuple[int, int, int]) -> Complexity:
-    """Counts a model for images (H, W, C); sums are `.parameters.total()` and `.operations.total()`."""
+    """The complexity of a model for images (H, W, C); its sums are `.parameters.total()`, `.operations.total()`."""
     operations: Counter[str] = Counter()
 
     def count(call, args, kwargs, context):
@@ -59,7 +60,7 @@ def complexity(model: nn.Module, shape: tuple[int, int, int]) -> Complexity:
 
 
 def multiply_adds(module: nn.Module, x: Any, y: Any) -> int:
-    """What one call y = module(x) counts, by the table above."""
+    """The multiply-adds of one call y = module(x), by the table above."""
     match module:
         case nn.Conv():
             height_width = math.prod(y.shape[1:3])
@@ -78,12 +79,12 @@ def multiply_adds(module: nn.Module, x: Any, y: Any) -> int:
 
 
 def part(path: tuple[str, ...]) -> str:
-    """The part of a network that a module or a parameter belongs to; a network inside another shows its own parts."""
+    """The part of a network that holds a module or parameter; a network inside another is split into its own parts."""
     return "/".join(path[: 2 if path[:1] == ("backbone",) else 1])
 
 
 def table(found: Complexity) -> str:
-    """One line for each part that has parameters or costs an operation, and the sums."""
+    """One line for each part with parameters or operations, and the sums."""
     names = [name for name in found.operations | found.parameters if found.operations[name] or found.parameters[name]]
     rows = [(name, found.parameters[name], found.operations[name]) for name in names]
     rows.append(("total", found.parameters.total(), found.operations.total()))
@@ -95,7 +96,7 @@ def table(found: Complexity) -> str:
 
 
 def _short(count):
-    """As "6.67 G", "0.07 M" or "9,999"."""
+    """A count in short form, such as "6.67 G", "0.07 M" or "9,999"."""
     unit, name = (1e9, "G") if count >= 1e8 else (1e6, "M")
     return f"{count / unit:.2f} {name}" if count >= 1e4 else f"{count:,}"
 

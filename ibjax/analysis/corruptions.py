@@ -4,11 +4,11 @@
     python -m ibjax.analysis.corruptions --workdir=DIR --generate
     python -m ibjax.analysis.corruptions --workdir=DIR --calibrated …
 
-The first reads the published images (made ready by `python -m ibjax.data.prepare --dataset=cifar10_c`), the twelve
-corruptions of SiRIIB's Table 9. The second makes eleven of them from the run's own test images. With
-`--calibrated` the classifier sees x_avg of them, of a run whose calibration is trained beside it (the table's second
-row). Writes `corruptions/<checkpoint>.json`, or `<checkpoint>.calibrated.json`, in the workdir; the aggregate is the
-mean over severities, then over corruptions.
+The first command reads the published images of the twelve corruptions in SiRIIB's Table 9, which
+`python -m ibjax.data.prepare --dataset=cifar10_c` prepares. The second generates eleven of them from the run's own test
+images. With `--calibrated` the classifier sees their x_avg (the table's second row); this requires a run whose
+calibration was trained beside the classifier. Writes `corruptions/<checkpoint>.json`, or
+`<checkpoint>.calibrated.json`, in the workdir. The aggregate is the mean over severities, then over corruptions.
 """
 
 import logging
@@ -40,7 +40,7 @@ class Source(NamedTuple):
 
 
 def stored(num_classes: int, data_dir: str = "") -> Source:
-    """The published images, CIFAR-10-C or CIFAR-100-C by the number of classes; DataError where they are not there."""
+    """The published images, CIFAR-10-C or CIFAR-100-C by the number of classes; DataError where they are missing."""
     if num_classes not in (10, 100):
         raise InputError(f"the run has {num_classes} classes; CIFAR-10-C has 10, CIFAR-100-C 100: use --generate")
     found = tfds.find(f"cifar{num_classes}_c", data_dir)
@@ -55,7 +55,7 @@ def stored(num_classes: int, data_dir: str = "") -> Source:
 
 
 def generated(test: Split, label: str, seed: int = 0, n: int | None = None) -> Source:
-    """The corruptions that can be made of the test images themselves, or of `n` of them: all but frost."""
+    """All corruptions that can be generated from the test images, or from `n` of them: all but frost."""
     total = len(test.labels)
     chosen = np.arange(total) if n is None or n >= total else stratified(test.labels, n, seed=0)
     images, labels = test.images[chosen], test.labels[chosen]
@@ -67,7 +67,7 @@ def generated(test: Split, label: str, seed: int = 0, n: int | None = None) -> S
 
 
 def accuracies(logits_fn: Callable, source: Source, n: int | None = None, batch_size: int = 500) -> dict[str, Any]:
-    """{corruption: its five accuracies in percent, …} for any (B, H, W, C) in [0, 1] -> (B, classes)."""
+    """{corruption: its five accuracies in percent, …} of a network (B, H, W, C) in [0, 1] -> (B, classes)."""
     table: dict[str, list[float]] = {name: [] for name in source.names}
     pairs = [(name, severity) for name in source.names for severity in corruptions.SEVERITIES]
     for name, severity in tqdm(pairs, desc="corruptions", disable=not sys.stderr.isatty()):
@@ -80,7 +80,7 @@ def accuracies(logits_fn: Callable, source: Source, n: int | None = None, batch_
 
 
 def _accuracy(logits_fn, split, batch_size):
-    """Batches have one size: the last repeats its final image, which then does not count."""
+    """Accuracy in percent. All batches have one size: the last is padded with its final image, which does not count."""
     total, correct = len(split.labels), 0
     for first in range(0, total, batch_size):
         chosen = np.minimum(np.arange(first, first + batch_size), total - 1)
@@ -122,7 +122,7 @@ def evaluate(
         "trained_on": trained.facts["label"],
         "dataset": source.label,
         "calibrated": calibrated,
-        "n": n,  # of each corruption and severity; null: all
+        "n": n,  # images per corruption and severity; null: all
         "mean_acc": round(float(np.mean([np.mean(row) for row in table.values()])), 4),
         "acc": table,
         "missing": [name for name in corruptions.TWELVE if name not in table],

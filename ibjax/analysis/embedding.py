@@ -1,4 +1,4 @@
-"""What a network makes of its test images, in two dimensions: t-SNE, Figure 3 of IB-RAR and Figure 8 of SiRIIB.
+"""A network's features of its test images in two dimensions, by t-SNE: Figure 3 of IB-RAR and Figure 8 of SiRIIB.
 
     python -m ibjax.analysis.embedding --workdir=DIR [--workdir=DIR2 …] [--checkpoint=best] [--attack=pgd-10] [--n=1000]
                     [--tap=pre_logits] [--seed=33] [--names=plane,car,bird,…] [--picture=FILE.pdf]
@@ -6,17 +6,17 @@
     silhouette = mean_i (b_i − a_i) / max(a_i, b_i)    a_i, b_i: the mean distance of image i's feature to those of its
                                                        own class, and of the nearest other one; between −1 and 1
 
-The features are penultimate ones in evaluation mode; another tap with --tap, a spatial one averaged over its positions,
-as the networks' own pooling has it: flattened, where something stands would count as much as what it is. t-SNE is
-scikit-learn's with its default perplexity, 30 (neither paper states one), and from random points: from principal
-components, its newer default, the seed would decide nothing. Here another seed moves the clusters about. Several runs
-are drawn beside each other with the same range of axes, as SiRIIB has it.
+The features are the penultimate ones in evaluation mode, or another tap with --tap. A spatial tap is averaged over its
+positions, as in the networks' own pooling; if it were flattened, the position of an object would count as much as its
+kind. t-SNE is that of scikit-learn with its default perplexity of 30 (neither paper states one). It starts from random
+points, so that the seed matters: another seed moves the clusters. (scikit-learn's newer default starts from principal
+components.) Several runs are drawn side by side with the same range of axes, as in SiRIIB.
 
-A picture is no evidence: t-SNE keeps who is near whom, and neither how wide clusters are nor how far apart, of which
-both papers speak. What can be compared is the silhouette by true class, taken in the *feature* space.
+The picture alone is no evidence: t-SNE preserves neighbourhoods, but neither the widths of clusters nor the distances
+between them, on which both papers rely. The silhouette by true class, computed in *feature* space, can be compared.
 
-Writes `embedding/<checkpoint>.<attack>.npz` in each workdir (attack "clean" without one; `….<tap>` for another tap)
-with `coordinates` (n, 2), `labels` and `predictions` (n,), and where they come from beside it in a .json.
+Writes `embedding/<checkpoint>.<attack>.npz` in each workdir, with `coordinates` (n, 2), `labels` and `predictions`
+(n,), and a .json that states their origin. <attack> is "clean" without an attack; another tap adds `.<tap>`.
 """
 
 import importlib.metadata
@@ -38,27 +38,27 @@ from ibjax.evaluation.scoring import percent
 from ibjax.runs import command_line, run, rundir
 from ibjax.step import linen_net, to_float
 
-CLEAN = "clean"  # stands where an attack's name would
+CLEAN = "clean"  # used in place of an attack's name
 PERPLEXITY = 30.0  # scikit-learn's default
-# Petroff, "Accessible Color Sequences for Data Visualization" (2021): ten that the colour-blind can tell apart
+# ten colours that the colour-blind can distinguish: Petroff, "Accessible Color Sequences for Data Visualization" (2021)
 COLOURS = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"]
 _MARKS, _COLUMNS = "o^", 4
 
 
 class Embedding(NamedTuple):
-    """Of one run, with its record: one row per test image."""
+    """The embedding of one run, with its record; each row belongs to one test image."""
 
     record: dict[str, Any]
     coordinates: np.ndarray  # (n, 2) float32
     labels: np.ndarray  # (n,)
-    predictions: np.ndarray  # (n,): as the images were shown, attacked if so
+    predictions: np.ndarray  # (n,): for the embedded images, which may be attacked
 
 
 # ---- numbers -------------------------------------------------------------------------------------------------
 
 
 def taps(predict: Callable, variables: Any, input_shape: Sequence[int]) -> list[str]:
-    """The features of a network that each image has one of; a random network also has some of its own."""
+    """The taps of a network that have one entry per image; other features of a stochastic network do not."""
     shapes = attacked.feature_shapes(predict, variables, input_shape)
     return [name for name, shape in shapes.items() if len(shape) > 1 and shape[0] == 1]
 
@@ -78,14 +78,14 @@ def averaged(predict: Callable, tap: str, variables: Any, images: Array) -> Arra
 
 
 def embedded(found: np.ndarray, seed: int = 33) -> np.ndarray:
-    """t-SNE of features (n, d): coordinates (n, 2) without a unit; n > 30. The same seed gives the same."""
-    from sklearn.manifold import TSNE  # slow to load, as is the other
+    """t-SNE of features (n, d), n > 30: coordinates (n, 2) without a unit, determined by the seed."""
+    from sklearn.manifold import TSNE  # slow to import
 
     return TSNE(2, perplexity=PERPLEXITY, init="random", random_state=seed).fit_transform(found)
 
 
 def silhouette(found: np.ndarray, labels: np.ndarray) -> float:
-    """The mean silhouette of features (n, d) by class, Euclidean; an image that is alone in its class counts 0."""
+    """The mean silhouette of features (n, d) by class, in Euclidean distance; the only image of a class counts as 0."""
     from sklearn.metrics import silhouette_score
 
     classes = len(np.unique(labels))
@@ -103,10 +103,10 @@ def evaluate(
     tap: str = "pre_logits",
     seed: int = 33,
 ) -> Embedding:
-    """Embeds a run's test images, or `n` of them, each class in proportion; writes and returns it.
+    """Embeds a run's test images, or `n` of them stratified by class; writes and returns the embedding.
 
-    attack: "clean", or a name of `attacks/named.py`; norm, eps and step size are those of the run's `evaluate` section.
-    The record's accuracy, in percent, counts every image as it is shown.
+    attack: "clean", or a name of `evaluation/named.py`; the run's `evaluate` section sets norm, eps and step size.
+    The record's accuracy, in percent, is that on the embedded images, which may be attacked.
     """
     check_range("--seed", seed, 0, 2**32 - 1)
     names = None if attack == CLEAN else (attack,)
@@ -147,7 +147,7 @@ def evaluate(
 def compare(
     workdirs: Sequence[Path], checkpoint: str = "best", *, n: int | None = None, **options: Any
 ) -> list[Embedding]:
-    """`evaluate` of each run; InputError where they would not be of the same images."""
+    """`evaluate` of each run; InputError unless all runs have the same images."""
     shown = set()
     for workdir in workdirs:
         settings, facts = rundir.read_config(workdir)
@@ -178,10 +178,10 @@ def _shown(record):
 
 
 def draw(results: Sequence[Embedding], names: Sequence[str]) -> Any:
-    """A Figure with a panel for each run, at most four in a row, all of the same range; `names` are of the classes.
+    """A Figure with a panel for each run, at most four in a row, all with the same axes; `names` are the class names.
 
-    Up to ten classes have a colour each, up to twenty a colour and a mark; of more, neighbours in number look alike and
-    a colour bar takes the legend's place.
+    Up to ten classes have a colour each, up to twenty a colour and a marker. With more, classes with close numbers look
+    alike, and a colour bar replaces the legend.
     """
     rows = -(-len(results) // _COLUMNS)
     columns = -(-len(results) // rows)

@@ -1,11 +1,11 @@
-"""The FLOPs audit: does a compiled train step compute what its method needs, and nothing twice?
+"""A FLOPs audit: does a compiled train step compute only what its method needs, and nothing twice?
 
     python -m ibjax.analysis.flops --config=configs/NAME.py[:arg] [--batch=8] [--shape=32,32,3 --classes=10]
                                    [--config.KEY=…]
 
     ratio    = FLOPs of the compiled step / FLOPs of one compiled forward pass in evaluation mode, same batch
-    expected = forward passes that the method's page amounts to; an input gradient costs 2, an update 3
-    quotient = ratio / expected                                                    the bar: at most 1.05
+    expected = cost of the method's formulas in forward passes; an input gradient costs 2, an update 3
+    quotient = ratio / expected                                                    should be at most 1.05
 
 | method           | expected                                  |
 |------------------|-------------------------------------------|
@@ -28,13 +28,14 @@
 | HBaR             | 2k + 6            (3: base="standard"; + 1: "trades")                                      |
 | shared information | 2k + 6                                |
 
-A pass that only moves the running statistics (`objective.passes`) costs 1 more, or nothing where the compiler sees
-that it repeats another. MMA shows the network x once more than its update does, to know which images are right. A
-weight perturbation takes the update's forward and backward passes a second time. k attack steps; t and a are one
-forward pass of the teacher and of the assistant in units of the student's. Gram matrices are not counted: at a batch
-of 128 those of IB-RAR are about a hundredth of a ResNet-18 step. FLOPs are XLA's own count, which leaves out padding.
-A rolled loop's body is counted once, so the attack is unrolled here. `--shape` puts noise in place of the
-configuration's data. The command compiles for the CPU, whatever else is there.
+In the table, k is the number of attack steps; t and a are the costs of a forward pass of the teacher and of the
+assistant, in units of the student's. A pass that only updates the running statistics (`objective.passes`) costs 1 more,
+or nothing where the compiler sees that it repeats another. MMA makes one more pass over x than its update needs, to
+find the correctly classified images. A weight perturbation repeats the forward and backward passes of the update. Gram
+matrices are not counted: at a batch of 128 those of IB-RAR are about a hundredth of a ResNet-18 step.
+
+FLOPs are XLA's own count, which leaves out padding. It counts the body of a rolled loop once, so the attack is unrolled
+here. With `--shape`, noise replaces the configuration's data. The command always compiles for the CPU.
 """
 
 from collections.abc import Callable, Mapping
@@ -54,7 +55,7 @@ from ibjax.training.experiment import build, initial_state
 
 
 def compiled_flops(function: Callable, *args: Any) -> float:
-    """What XLA counts for `function` once compiled; arguments may be `jax.ShapeDtypeStruct`s."""
+    """XLA's FLOP count of the compiled `function`; arguments may be `jax.ShapeDtypeStruct`s."""
     cost = jax.jit(function).lower(*args).compile().cost_analysis()
     if not cost or "flops" not in cost:
         raise RuntimeError(f"the compiler for {jax.default_backend()} counts no FLOPs; compile for the CPU")
@@ -68,10 +69,10 @@ def step_cost(
     batch: Any,
     frozen: Mapping[str, Variables] | None = None,
 ) -> dict[str, float]:
-    """FLOPs of a train step and of what it is made of: {"forward", "teacher", "assistant", "step"}; nothing is run.
+    """FLOPs of a train step and its parts: {"forward", "teacher", "assistant", "step"}; nothing is run.
 
     Args:
-      train_step, bind_net: as `ibjax.step.make_train_step` returns and takes them; the attack's loop unrolled.
+      train_step, bind_net: the result and an argument of `ibjax.step.make_train_step`; the attack must be unrolled.
       state, batch, frozen: arrays, or their shapes and types.
     """
     state, batch, frozen = (_abstract(tree) for tree in (state, batch, frozen))
@@ -90,21 +91,21 @@ def step_cost(
 
 
 def _abstract(tree):
-    """Shapes and types without devices: everything is compiled for one."""
+    """Shapes and types without devices, so that everything is compiled for a single device."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 def expected_forwards(settings: ConfigDict, teacher: float = 0.0, assistant: float = 0.0) -> float | None:
-    """Forward passes of the network that a step of the configuration amounts to; None for a method not in the table.
+    """The expected cost of a step in forward passes of the network; None for a method that is not in the table.
 
-    `teacher` and `assistant` are the cost of one pass of theirs, in the same unit.
+    `teacher` and `assistant` are the costs of one forward pass of each, in the same unit.
     """
     objective, attack = settings.objective, settings.attack
     ascent = 0
     if attack is not None:
         steps, restarts = attack.get("steps", 1 if attack.name == "fgsm" else 10), attack.get("restarts", 1)
         ascent = 2 * steps if restarts == 1 else restarts * (2 * steps + 1)
-    rest = 0  # passes that are neither an attack's nor an update's
+    rest = 0  # passes of neither the attack nor the update
     made = (objective.get("passes") or "").count(",") + 1  # in training mode
     more = made - (2 if objective.name == "trades" else 1) if "passes" in objective else 0
     match objective.name:

@@ -2,12 +2,14 @@
 
     python -m ibjax.analysis.layers --config=configs/ib_rar.py:vgg16-l --workdir=DIR [--gain=1] [--config.epochs=20 …]
 
-Trains a network for each tap with the terms of this tap alone, and one without any, in DIR/TAP and DIR/none; attacks
-the last checkpoint of each with the recipe's first PGD (or PGD-10): on the validation images, or on the test set with
---config.select_on=test, whose accuracies the paper prints. Robust are the taps that gain at least `gain` points over
-none: the paper asks for an "obviously higher" accuracy; its own robust layers keep 3.27 % or more, the others 0.05 % or
-less. Prints the table and the flag for the recipe, and writes DIR/layers.json; both say which images chose. Run again,
-it trains on where it stopped.
+Trains one network per tap with the information terms of this tap alone, in DIR/TAP, and one without terms, in DIR/none.
+Attacks the last checkpoint of each with the recipe's first PGD (or PGD-10), on the validation images, or with
+--config.select_on=test on the test set, on which the paper reports accuracies. A tap is robust if its network gains at
+least `gain` points over the one without terms. The paper only asks for an "obviously higher" accuracy; its own robust
+layers reach 3.27 % or more, the others 0.05 % or less.
+
+Prints the table and the flag for the recipe, and writes DIR/layers.json; both state on which images the layers were
+selected. The same command continues where it was stopped.
 """
 
 from pathlib import Path
@@ -30,7 +32,7 @@ from ibjax.training.experiment import build
 
 
 def candidates(settings: ConfigDict) -> dict[str, ConfigDict]:
-    """{tap: the recipe with the terms of this tap alone}, and under "none" the recipe without any."""
+    """{tap: the recipe with the information terms of this tap alone}; "none" is the recipe without terms."""
     if settings.objective.name != "ib_rar":
         raise InputError(f"objective '{settings.objective.name}' has no layers to choose; give a recipe of ib_rar")
     data = run.load_data(settings)
@@ -53,7 +55,7 @@ def candidates(settings: ConfigDict) -> dict[str, ConfigDict]:
 def choose(settings: ConfigDict, workdir: Path, gain: float = 1.0) -> dict[str, Any]:
     """{"attack", "selected_on", "n", "gain", "accuracy": {tap: {"clean", "robust", "gain"}}, "layers"}; also on disk.
 
-    "layers" are the robust ones, by the `n` images of the split `selected_on`, "val" or "test".
+    "layers" are the robust taps, as measured on `n` images of the split `selected_on`, "val" or "test".
     """
     settings = config.effective(config.complete(settings))
     pgd = next((name for name in settings.evaluate.attacks if name.startswith("pgd-")), "pgd-10")
@@ -81,7 +83,7 @@ def choose(settings: ConfigDict, workdir: Path, gain: float = 1.0) -> dict[str, 
 
 
 def table(found: dict[str, Any]) -> str:
-    """What was found as a Markdown table, and the flag that uses it."""
+    """The result as a Markdown table, and the flag that makes a recipe use the robust layers."""
     images = {"val": "validation", "test": "test"}[found["selected_on"]]
     lines = [f"percent of {found['n']} {images} images, last checkpoint", ""]
     lines += [f"| terms of | clean | {found['attack']} | gain | robust |", "|---|---|---|---|---|"]

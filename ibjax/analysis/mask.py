@@ -1,13 +1,13 @@
-"""The permanent channel mask of IB-RAR (Xu et al., 2023), section 2.3: channels that tell little of the label are zero.
+"""The permanent channel mask of IB-RAR (Xu et al., 2023), section 2.3: zeroes channels with little label information.
 
-    φ_c = 1 where nHSIC(Y, f_c) ≥ thr, else 0            thr leaves out the 5 % of channels with the lowest values
+    φ_c = 1 where nHSIC(Y, f_c) ≥ thr, else 0            thr excludes the 5 % of channels with the lowest values
 
     python -m ibjax.analysis.mask --workdir=DIR --tap=stage5 --out=DIR2 [--checkpoint=best] [--share=0.05]
 
 nHSIC is a mean over batches of clean training images, of the run's own batch size, in evaluation mode. DIR2 becomes a
-run with the same weights in a network of `ibjax.models.masked`: its mask is there in attacks and at test, and it is
-evaluated, loaded and reported like any other. The tap is the last convolution's output: stage5 of VGG, pre_logits
-(pooled) of residual networks. The paper does not say on what the values are computed; ours: 50 batches.
+run with the same weights in a network of `ibjax.models.masked`, which applies the mask in attacks and at test; it can
+be evaluated, loaded and reported like any other. The tap is the last convolution's output: stage5 of VGG, pre_logits
+(pooled) of residual networks. The paper does not say on which images it computes nHSIC; we use 50 batches.
 """
 
 import functools
@@ -47,7 +47,7 @@ def information(trained: run.Run, tap: str, batches: int = BATCHES) -> np.ndarra
 
 
 def mask(workdir: Path, out: Path, tap: str, checkpoint: str = "best", share: float = 0.05) -> tuple[int, ...]:
-    """Writes the masked run into `out`; returns the channels that are zero in it."""
+    """Writes the masked run into `out`; returns the masked channels."""
     out = files.path(out)
     trained = run.load(workdir, checkpoint)
     with_y = information(trained, tap)
@@ -61,7 +61,7 @@ def mask(workdir: Path, out: Path, tap: str, checkpoint: str = "best", share: fl
     masked = dict(step=trained.step, weights=trees.digest(trained.variables), share=share)
     with rundir.lock(out):
         variables = {kind: {"backbone": tree} if tree else {} for kind, tree in trained.variables.items()}
-        validation = trained.validation  # of the network without its mask
+        validation = trained.validation  # of the unmasked network
         facts = {**trained.facts, "masked": masked}
         rundir.write_network(out, settings, facts, variables, step=trained.step, validation=validation)
         log = trained.workdir / "metrics.jsonl"

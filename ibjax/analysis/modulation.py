@@ -1,23 +1,24 @@
-"""What SiRIIB's calibration makes of attacked images, seen and measured: Figures 4 and 9 to 11 of SiRIIB.
+"""The effect of SiRIIB's calibration on attacked images, in pictures and numbers: Figures 4 and 9 to 11 of SiRIIB.
 
     python -m ibjax.analysis.modulation --workdir=DIR [--checkpoint=best] [--n=1000] [--picture=FILE.pdf]
                                         [--attacks=pgd-20,margin-20,siriib-svd-20,siriib-info-20]
 
-    passed = mean ‖x_avg(x') − x_avg(x)‖ / ‖x' − x‖         how much of a perturbation passes, over images that moved
+    passed = mean ‖x_avg(x') − x_avg(x)‖ / ‖x' − x‖         share of a perturbation that passes, over perturbed images
     σ      = mean ‖σ(x') − σ(x)‖                            change of the singular values of a colour channel
-    σ_avg  = mean ‖σ(x_avg(x')) − σ(x_avg(x))‖              the same behind the calibration          all norms are l2
+    σ_avg  = mean ‖σ(x_avg(x')) − σ(x_avg(x))‖              the same after the calibration           all norms are l2
 
-For runs of `model=dict(name="siriib", …)`, whose feature x_avg is. The paper shows pictures and no numbers; it
-concludes from them that x_avg is stable under all attacks, adaptive ones included. A calibration that only lowered the
-contrast would look stable too: what it does to a perturbation says something beside what it does to an image. Hence the
-last row, "another image", where the next image of the test set stands for x': a calibration that takes away
-perturbations and keeps images passes less of the former. --attacks=noise-sign adds what it does to noise.
+Requires a run of `model=dict(name="siriib", …)`, whose network has the feature x_avg. The paper shows pictures without
+numbers, and concludes from them that x_avg is stable under all attacks, including adaptive ones. A calibration that
+merely lowered the contrast would look stable too, so its effect on perturbations must be compared with its effect on
+images. Hence the last row, "another image", which replaces x' by the next image of the test set: a calibration that
+removes perturbations but keeps images passes a smaller share of the former. --attacks=noise-sign adds a row for noise.
 
-The picture has 8 of the images, each class in proportion: x, x_avg(x), and for each attack x', x_avg(x') and their
-difference, mid-grey where there is none, all in one scale, which it states. Figure 4 is one such picture for each λ₁.
-Figure 7 is of `analysis.score_cam`, 8 an embedding. Writes `modulation/<checkpoint>.json` in the workdir.
+The picture shows 8 images, stratified by class: x, x_avg(x), and for each attack x', x_avg(x') and their difference.
+Mid-grey means no difference; all differences have the same scale, which the picture states. The paper's Figure 4 has
+one such picture for each λ₁. (For Figure 7 see `analysis.score_cam`, for Figure 8 `analysis.embedding`.) Writes
+`modulation/<checkpoint>.json` in the workdir.
 
-With connections=0 there is no L_info to climb: such attacks are refused, and are not among the default ones.
+With connections=0 there is no L_info to attack: attacks on it are refused, and are not among the default ones.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -46,7 +47,7 @@ SHOWN = 8  # images in the picture at most
 
 
 class Seen(NamedTuple):
-    """Images before and behind the calibration, and the singular values of their colour channels, descending."""
+    """Images before and after the calibration, and the singular values of their colour channels, descending."""
 
     x: np.ndarray  # (N, H, W, C), float32 in [0, 1]
     x_avg: np.ndarray
@@ -55,7 +56,7 @@ class Seen(NamedTuple):
 
 
 def check(model: Any, attacks: Sequence[str] | None) -> tuple[str, ...]:
-    """The attacks to make, `ATTACKS` for None; InputError on other networks, and on attacks that these do not have."""
+    """The attacks to run (None: `ATTACKS`); InputError on networks other than SiRIIB's, and on unsuitable attacks."""
     if not isinstance(model, siriib.Model):
         raise InputError("the network has no x_avg; give a run with model.name='siriib', as of configs/siriib.py")
     names = ATTACKS if attacks is None else tuple(attacks)
@@ -86,9 +87,9 @@ def seen(predict: Callable, variables: Any, images: Array) -> Seen:
 
 
 def change(before: Seen, after: Seen) -> dict[str, Any]:
-    """{"moved", "passed", "sigma", "sigma_avg"} between images and others, image by image.
+    """{"moved", "passed", "sigma", "sigma_avg"} from the images in `before` to those in `after`, pair by pair.
 
-    moved: how many differ; passed: the mean over these, None without any.
+    moved: the number of pairs that differ; passed: the mean over these, None where there are none.
     """
 
     def norms(a, b, axes):
@@ -109,8 +110,8 @@ def evaluate(
 ) -> tuple[dict[str, Any], dict[str, Seen]]:
     """Attacks a run's test images, or `n` of them; writes the record and returns (record, `SHOWN` of the images).
 
-    attacks: names of `attacks/named.py`; norm, eps and step size are those of the run's `evaluate` section. The images
-    are under "x" and the attacks' names.
+    attacks: names of `evaluation/named.py`; the run's `evaluate` section sets norm, eps and step size. The keys of the
+    images are "x" and the attacks' names.
     """
     saved, facts = rundir.read_config(workdir)
     attacks = check(run.build_model(saved.model, facts["num_classes"], "model"), attacks)
@@ -137,7 +138,7 @@ def evaluate(
 
 
 def heading(record: dict[str, Any]) -> str:
-    """What was measured on what, in a line."""
+    """One line that states what was measured, and on which data."""
     return f"{record['title']} on {record['dataset']}, n = {record['n']}, {record['norm']} eps {record['eps']}"
 
 

@@ -1,4 +1,4 @@
-"""What an analysis writes, and the line that says where."""
+"""Writes the files of an analysis, and logs where they are."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def writing(file: Path) -> Iterator[Path]:
-    """A temporary path for what becomes `file`, whole or not at all; its folder is made, and its place is said."""
+    """A temporary path that becomes `file` if the block succeeds; creates the folder and reports the file's path."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(file) as temporary:
         yield temporary

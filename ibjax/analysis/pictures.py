@@ -1,7 +1,7 @@
-"""Pictures of the analyses, on white, drawn without a display. matplotlib is loaded by the first of them.
+"""Pictures of the analyses, on a white background, drawn without a display. matplotlib is imported on first use.
 
-A file's name says its kind: .png in 300 dots an inch, or .pdf and .svg, whose lines and letters stay lines and letters.
-Text in which a $ is to be a $, as a run's title, is given with parse_math=False.
+The suffix of the file determines the format: .png with 300 dots per inch, or the vector formats .pdf and .svg, which
+keep text as text. Pass parse_math=False for text in which a $ is literal, such as a run's title.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from ibjax.step import to_float
 SUFFIXES = (".png", ".pdf", ".svg")
 _DPI = 300
 _STYLE = {
-    "svg.fonttype": "none",  # letters, not their outlines
+    "svg.fonttype": "none",  # text stays text instead of outlines
     "pdf.fonttype": 42,
     "svg.hashsalt": "ibjax",  # the same numbers give the same bytes
 }
@@ -31,19 +31,19 @@ _METADATA: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "svg": {
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds --picture, for `check` and then for drawing."""
+    """Adds --picture, the file to draw into; `check` verifies it."""
     parser.add_argument("--picture", type=files.path, help="draw it into FILE.pdf, FILE.svg or FILE.png")
 
 
 def check(file: Path | None) -> None:
-    """Raises InputError unless the name of a picture, if any, says a known kind; before the work, not after it."""
+    """Raises InputError if `file` is given and has an unknown suffix; call it before the computation."""
     if file is not None and file.suffix.lower() not in SUFFIXES:
         raise InputError(f"--picture={file} has no known ending; give a name that ends in {', '.join(SUFFIXES)}")
 
 
 def figure(width: float, height: float, layout: str | None = "constrained") -> Any:
     """An empty matplotlib Figure, in inches."""
-    for chatty in ("matplotlib", "fontTools"):  # they report every font and every part of one
+    for chatty in ("matplotlib", "fontTools"):  # they log every font
         logging.getLogger(chatty).setLevel(logging.WARNING)
     from matplotlib.figure import Figure
 
@@ -51,7 +51,7 @@ def figure(width: float, height: float, layout: str | None = "constrained") -> A
 
 
 def save(drawn: Any, file: Path) -> None:
-    """Writes a Figure, whole or not at all, and says where; its folder is made."""
+    """Writes a Figure, whole or not at all, and reports the path; creates the folder."""
     from matplotlib import rc_context
 
     kind = file.suffix.lower().removeprefix(".")
@@ -63,9 +63,9 @@ def save(drawn: Any, file: Path) -> None:
 
 
 def grid(labels: Sequence[str], columns: int, above: Sequence[float], right: float = 0.1) -> tuple[Any, np.ndarray]:
-    """(Figure, panels (rows, columns)) without axes: a row for each label, which stands at its left and may have $x$.
+    """(Figure, panels (rows, columns)) without axes: one row per label, printed to its left; labels may contain $x$.
 
-    above, right: room over each row and at the right edge, in inches.
+    above, right: space above each row and at the right edge, in inches.
     """
     size, gap, left, top = 0.85, 0.05, 1.25, 0.3
     width, height = left + columns * (size + gap) + right, top + sum(above) + len(labels) * (size + gap)
@@ -84,22 +84,22 @@ def grid(labels: Sequence[str], columns: int, above: Sequence[float], right: flo
 
 
 def attack_lines(name: str) -> str:
-    """An attack's label in lines that fit the left of `grid`."""
+    """An attack's label, broken into lines that fit left of `grid`."""
     return "\n".join(textwrap.wrap(attack_label(name), 18))
 
 
 def short(name: str) -> str:
-    """A class's name as far as it fits over an image of `grid`."""
+    """A class name, shortened to fit above an image of `grid`."""
     return name if len(name) <= 14 else f"{name[:13]}…"
 
 
 def title(drawn: Any, text: str) -> None:
-    """A line over the panels of `grid`, as small as it must be to fit."""
+    """Writes a title above the panels of `grid`, in a font size that fits."""
     size = min(9.0, 72 * 1.8 * drawn.get_figwidth() / len(text))  # a letter is about half as wide as high
     drawn.text(0.5, 1 - 0.18 / drawn.get_figheight(), text, ha="center", va="center", fontsize=size, parse_math=False)
 
 
 def show(panel: Any, image: np.ndarray) -> None:
-    """An (H, W, 1 or 3) image in [0, 1], or uint8, in a panel."""
+    """Shows an image (H, W, 1 or 3), in [0, 1] or uint8, in a panel."""
     image = np.asarray(to_float(jnp.asarray(image)), np.float32)
     panel.imshow(np.broadcast_to(np.clip(image, 0, 1), (*image.shape[:2], 3)), interpolation="nearest")

@@ -1,24 +1,25 @@
-"""The information plane of a network while it trains: Figure 5 of IB-RAR (Xu et al., 2023).
+"""The information plane of a network during training: Figure 5 of IB-RAR (Xu et al., 2023).
 
     python -m ibjax.analysis.plane --config=configs/ib_rar.py:vgg16-ce --workdir=DIR [--every=50] [--n=200]
                                    [--taps=stage4] [--attack=pgd-10] [--picture=FILE.pdf] [--config.epochs=20 …]
 
-    per layer l, every so many steps:    ( nHSIC(X, T_l), nHSIC(Y, T_l) )     Gaussian kernels, of one-hot labels too,
+    per layer l, every `every` steps:    ( nHSIC(X, T_l), nHSIC(Y, T_l) )     Gaussian kernels, also for one-hot labels,
                                                                               σ = 5: see information/hsic.py
 
-X are n test images, the same throughout, and T_l what evaluation mode makes of them in float32. With an attack they
-are x', made anew at each record against the network as it then is, in X and in T_l. nHSIC is no mutual information:
-nHSIC(X, T) is at most n − 1, nHSIC(Y, T) at most C − 1, and both depend on n through their ridge.
+X is a fixed set of n test images, and T_l their features in evaluation mode and float32. With --attack, both X and T_l
+are those of x', attacked anew at each record against the current network. nHSIC is not mutual information: nHSIC(X, T)
+is at most n − 1, nHSIC(Y, T) at most C − 1, and both depend on n through their ridge.
 
-The default taps are IB-RAR's (`ib_rar.layers_of`); its figure is of stage4 of VGG16, trained by the recipes vgg16-l and
-vgg16-ce. The authors record within an epoch and skip its first step; here the steps of a run count, the untrained
-network is the first record and the trained one the last. The published code leaves the buffer of test images unfilled;
-the paper does not say which ones they are: ours have each class in proportion. Its values per channel are left out.
+The default taps are those of IB-RAR (`ib_rar.layers_of`); its figure shows stage4 of VGG16, trained by the recipes
+vgg16-l and vgg16-ce. The authors record within an epoch and skip its first step. Here steps are counted from the start
+of the run; the first record is of the untrained network, the last of the trained one. The published code never fills
+its buffer of test images, and the paper does not say which images it uses; ours are stratified by class. We do not
+record the authors' values per channel.
 
-The network is the one that `ibjax.main` trains from this configuration, to the bit; it is not kept. The teacher of a
-recipe is trained first, in DIR/teacher, where it is not there yet. Writes DIR/plane.json, every tenth record and at the
-end. On a finished one the same command reads it and draws it again, and says so where other code or versions have made
-it; another configuration or precision is refused. A training that was stopped is not resumed, it starts again.
+The network equals, bit for bit, the one that `ibjax.main` trains from this configuration, but it is not saved. The
+teacher of a recipe is trained first, in DIR/teacher, if it is not there yet. Writes DIR/plane.json after every tenth
+record and at the end. If the file is complete, the same command reads and draws it again, with a notice where other
+code or versions have made it; another configuration or precision is refused. An interrupted training starts again.
 """
 
 import json
@@ -54,7 +55,7 @@ from ibjax.training.experiment import build, initial_state, run_key
 
 log = logging.getLogger(__name__)
 _RECORDS, _COLUMNS = 10, 4  # records between two writings of the file; panels in a row
-# of a finished one, which the same command reads; the last are there where they are not JAX's defaults
+# what must agree for a finished plane to be reused; "jax_settings" is there only for settings that are not the defaults
 _FIXED = ("config", "data", "n", "every", "attack", "taps", "jax_settings")
 
 
@@ -74,25 +75,25 @@ def record(
     taps: Sequence[str] | None = None,
     attack: str | None = None,
 ) -> dict[str, Any]:
-    """Trains a configuration and writes and returns its plane; of a finished one, reads it.
+    """Trains a configuration, and writes and returns its information plane; if that is complete, only reads it.
 
     Args:
       settings: the configuration; norm, eps and step size of the attack are those of its `evaluate` section.
       workdir: of plane.json.
       every: steps between two records.
-      n: test images, each class in proportion.
+      n: number of test images, stratified by class.
       taps: features of the network; None: the paper's layers.
-      attack: a name of `attacks/named.py`, but for AutoAttack and its parts; None: clean images.
+      attack: a name of `evaluation/named.py`, except AutoAttack and its parts; None: clean images.
 
-    Returns the record: "step" is a list, "nhsic" {tap: {"x": list, "y": list}}. Raises InputError where the plane there
-    is another, DivergedError where a value is not finite.
+    Returns the record: "step" is a list, "nhsic" {tap: {"x": list, "y": list}}. Raises InputError where plane.json is
+    of another configuration, DivergedError where a value is not finite.
     """
     check_range("--every", every, 1)
     check_range("--n", n, 2)
     alone = config.effective(config.complete(settings).copy_and_resolve_references())
     alone.contrast = {}
     todo = jobs.jobs(alone, workdir)
-    for job in todo:  # all before the first: what is wrong with the last must not cost the training of a teacher
+    for job in todo:  # check all jobs first: an error in the last must not cost the training of a teacher
         loop.check(job.settings, job.teachers)
     settings, teachers = todo[-1].settings, todo[-1].teachers
     _measure(build(settings, teachers, abstract=True), n, taps, attack)
@@ -112,12 +113,12 @@ def record(
             "config": config.plain(settings),
             **provenance.jax_settings(),
         }
-        about = json.loads(json.dumps(about))  # as it is read again
+        about = json.loads(json.dumps(about))  # equal to what is read from the file
         return _finished(workdir / "plane.json", about) or _train(experiment, workdir, about, measure)
 
 
 def _finished(file, about):
-    """The plane that is there, if it is finished and the one asked for; None where there is none to keep."""
+    """The plane in the file, if it is complete and the requested one; None where there is none worth keeping."""
     if not file.is_file():
         return None
     try:
@@ -144,7 +145,7 @@ def _finished(file, about):
 
 
 def _measure(experiment, n, taps, attack):
-    """(variables -> (2, L) on the fixed images, names of the L taps)."""
+    """(a function variables -> (2, L) on the fixed images, the names of the L taps)."""
     model = run.in_float32(experiment.model)
     predict = linen_net(model).predict
     shape = experiment.data.train.images.shape[1:]
@@ -158,7 +159,7 @@ def _measure(experiment, n, taps, attack):
     if n > len(test.labels):
         raise InputError(f"--n={n} is not allowed; the test set has {len(test.labels)} images")
     split = subset(test, stratified(test.labels, n, seed=0))
-    split = split._replace(images=np.asarray(split.images[:]))  # read once, where they are streamed
+    split = split._replace(images=np.asarray(split.images[:]))  # streamed images are read once
     attacked = None if attack is None else _attacker(experiment, model, predict, split, attack)
 
     @jax.jit
@@ -171,7 +172,7 @@ def _measure(experiment, n, taps, attack):
 
 
 def _attacker(experiment, model, predict, split, name) -> Callable[[Any], np.ndarray]:
-    """variables -> the attacked images (n, H, W, C); compiled once."""
+    """A function variables -> the attacked images (n, H, W, C), which is compiled once."""
     settings, chosen = config.plain(experiment.config.evaluate), named(name, experiment.config.objective)
     settings["attacks"] = (name,)
     check_settings(settings)
@@ -235,7 +236,7 @@ def _title(settings):
 
 
 def draw(found: dict[str, Any]) -> Any:
-    """A matplotlib Figure of a plane: a panel for each layer, four in a row, its colour the progress of training."""
+    """A matplotlib Figure of a plane: a panel for each layer, four in a row; colour shows the progress of training."""
     taps = found["taps"]
     rows = -(-len(taps) // _COLUMNS)
     columns = -(-len(taps) // rows)
@@ -263,7 +264,7 @@ def draw(found: dict[str, Any]) -> Any:
 
 
 def lines(found: dict[str, Any]) -> Iterable[str]:
-    """The plane's ends as a Markdown table: of the untrained network and of the trained one."""
+    """The first and last record as a Markdown table: the untrained network and the trained one."""
     yield f"{found['title']} on {found['dataset']}, n = {found['n']}, {len(found['step'])} records"
     yield f"| layer | nHSIC(X, T) at step 0 | at step {found['step'][-1]} | nHSIC(Y, T) at step 0 | at the end |"
     yield "|---|---|---|---|---|"

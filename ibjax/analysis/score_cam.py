@@ -1,26 +1,27 @@
-"""Score-CAM heat maps of images and of what an attack makes of them: Figure 7 of SiRIIB. Wang, Wang, Du, Yang, Zhang,
-Ding, Mardziel & Hu, "Score-CAM: Score-Weighted Visual Explanations for Convolutional Neural Networks", CVPRW 2020.
+"""Score-CAM heat maps of clean and attacked images: Figure 7 of SiRIIB. Score-CAM: Wang, Wang, Du, Yang, Zhang, Ding,
+Mardziel & Hu, "Score-CAM: Score-Weighted Visual Explanations for Convolutional Neural Networks", CVPRW 2020.
 
     python -m ibjax.analysis.score_cam --workdir=DIR [--checkpoint=best] [--attack=pgd-20] [--n=8] [--tap=stage4]
                                        [--picture=FILE.pdf] [--names=plane,car,bird,cat,deer,dog,frog,horse,ship,truck]
 
-    M_k = unit(up(A_k))                        A_k channel k of the tap, up: bilinear to the size of x
+    M_k = unit(up(A_k))                        A_k: channel k of the tap; up: bilinear resizing to the size of x
     w_k = softmax(f(x ⊙ M_k))_c                unit(a) = (a − min a) / (max a − min a)
-    map = unit(ReLU(Σ_k w_k up(A_k)))          channels that are the same everywhere are left out
+    map = unit(ReLU(Σ_k w_k up(A_k)))          constant channels are left out
 
-c is the class that the network takes the clean image for, in the map of x' too: both maps say where evidence for the
-same class stands. The tap is by default the network's last map of more than one pixel, the output of the last stage of
-convolutions. SiRIIB's paper names neither layer nor class.
+c is the network's prediction for the clean image, also in the map of x': both maps show the evidence for the same
+class. The default tap is the network's last map of more than one pixel, the output of the last stage of convolutions.
+The paper of SiRIIB states neither layer nor class.
 
-The paper subtracts a baseline's score from w_k and takes a softmax of them over channels; here, as in its code, they
-are plain scores. That code masks images after normalisation, so that what is masked is the mean colour; here, where
-networks normalise inside, it is black.
+The paper of Score-CAM subtracts a baseline's score from w_k and takes a softmax over channels; here, as in its code,
+the w_k are plain scores. That code masks images after normalisation, so that masked pixels have the mean colour. Our
+networks normalise inside, so masked pixels are black.
 
-What can be compared over runs: the mean cosine similarity between the maps of x and x'. No map is negative, so those of
-different images are similar too; beside it stands the mean over all pairs of x and the x' of another image. A map that
-is 0 everywhere, as where all channels are left out, is called empty and counts in neither. Writes
-`score_cam/<checkpoint>.json` in the workdir, and the images and maps beside it (.npz). The picture shows up to ten
-of them, each class in proportion.
+To compare runs, use the mean cosine similarity between the maps of x and x'. Maps are nonnegative, so even those of
+different images are similar; as a reference, the record has the mean over all pairs of x and the x' of another image.
+A map that is 0 everywhere, for instance because all channels are left out, is called empty and enters neither mean.
+
+Writes `score_cam/<checkpoint>.json` in the workdir, and the images and maps beside it (.npz). The picture shows up to
+ten of them, stratified by class.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -46,7 +47,7 @@ SHOWN = 10  # images in the picture at most
 
 
 def spatial_taps(predict: Callable, variables: Any, input_shape: Sequence[int]) -> list[str]:
-    """The features (B, H, W, C) of more than one pixel, in the order in which the network makes them."""
+    """The names of features (B, H, W, C) with more than one pixel, in the order of their computation."""
     shapes = attacked.feature_shapes(predict, variables, input_shape)
     return [name for name, shape in shapes.items() if len(shape) == 4 and max(shape[1:3]) > 1]
 
@@ -66,7 +67,7 @@ def explainer(predict: Callable, tap: str, chunk: int = CHUNK) -> Callable[[Any,
         size, weights = min(chunk, len(a)), np.zeros(len(a), np.float32)
         for first in range(0, len(kept), size):
             part = kept[first : first + size]
-            padded = np.resize(part, size)  # one program for all: what is too much is computed and dropped
+            padded = np.resize(part, size)  # one compiled size for all chunks; the excess is dropped
             weights[part] = np.asarray(scores(variables, x, a[padded], c))[: len(part)]
         total = np.tensordot(weights, a, 1)[None, ..., None]  # up is linear: the sum comes first
         total = np.maximum(np.asarray(layers.resize(jnp.asarray(total), x.shape[:2]))[0, ..., 0], 0)
@@ -80,7 +81,7 @@ def explainer(predict: Callable, tap: str, chunk: int = CHUNK) -> Callable[[Any,
 
 
 def masked_scores(predict: Callable, variables: Any, x: Array, channels: Array, c: Array) -> Array:
-    """(k,): the probability of class c of one image (H, W, C), seen through each of the channels (k, h, w)."""
+    """(k,): the probability of class c for one image (H, W, C), masked by each of the channels (k, h, w)."""
     up = layers.resize(channels[..., None], x.shape[:2])
     low, high = (pick(up, axis=(1, 2), keepdims=True) for pick in (jnp.min, jnp.max))
     masks = (up - low) / jnp.maximum(high - low, jnp.finfo(up.dtype).tiny)
@@ -88,10 +89,10 @@ def masked_scores(predict: Callable, variables: Any, x: Array, channels: Array, 
 
 
 def similarity(maps: np.ndarray, others: np.ndarray) -> dict[str, Any]:
-    """Of maps (N, H, W) and those of the same images under attack: {"cosine", "cosine_between", "empty"}.
+    """Compares maps (N, H, W) with those of the same images under attack: {"cosine", "cosine_between", "empty"}.
 
-    cosine: the mean over images; cosine_between: over pairs of different ones; None where there is none that counts.
-    empty: images that do not, for one of their maps is 0.
+    cosine: mean similarity over images; cosine_between: over pairs of different images; None where no pair counts.
+    empty: the number of images that are left out because one of their two maps is 0.
     """
     a, b = (m.reshape(len(m), -1).astype(np.float64) for m in (maps, others))
     counts = a.any(1) & b.any(1)
@@ -105,9 +106,9 @@ def similarity(maps: np.ndarray, others: np.ndarray) -> dict[str, Any]:
 def evaluate(
     workdir: Path, checkpoint: str = "best", *, attack: str = "pgd-20", n: int = 8, tap: str | None = None
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Explains `n` of a run's test images as they are and attacked; writes and returns (record, arrays).
+    """Computes the maps of `n` of a run's test images, clean and attacked; writes and returns (record, arrays).
 
-    attack: a name of `attacks/named.py`; norm, eps and step size are those of the run's `evaluate` section.
+    attack: a name of `evaluation/named.py`; norm, eps and step size are those of the run's `evaluate` section.
     arrays: x, x_adv (n, H, W, C); map, map_adv (n, H, W); label, predicted, predicted_adv (n,).
     """
     trained, settings, split = attacked.load(workdir, checkpoint, attacks=(attack,), n=n)
@@ -141,7 +142,7 @@ def evaluate(
 
 
 def heading(record: dict[str, Any]) -> str:
-    """What was measured on what, in a line."""
+    """One line that states what was measured, and on which data."""
     about = f"{attack_label(record['attack'])}, {record['norm']} eps {record['eps']}"
     return f"{record['title']} on {record['dataset']}, n = {record['n']}, {about}, Score-CAM of {record['tap']}"
 
@@ -159,7 +160,7 @@ def lines(record: dict[str, Any]) -> Iterable[str]:
 
 
 def draw(record: dict[str, Any], arrays: dict[str, np.ndarray], file: Path, names: Sequence[str]) -> None:
-    """The picture: rows x, its map, x', its map; above an image what it is taken for, and where wrong what it is."""
+    """The picture: rows x, its map, x', its map; above an image its prediction and, if that is wrong, its class."""
     shown = stratified(arrays["label"], min(len(arrays["label"]), SHOWN), seed=0)
     labels = ["$x$", "map of $x$", f"$x'$\n{pictures.attack_lines(record['attack'])}", "map of $x'$"]
     drawn, panels = pictures.grid(labels, len(shown), above=(0.3, 0.0, 0.35, 0.0), right=0.5)
@@ -172,7 +173,7 @@ def draw(record: dict[str, Any], arrays: dict[str, np.ndarray], file: Path, name
             colour = "black" if seen == true else "firebrick"
             column[row].set_title(text, fontsize=8, pad=2, color=colour, parse_math=False)
             pictures.show(column[row], image)
-            # the image shows through, in greys too much alike to change the lightness that the map is read by
+            # the image shows through in similar greys, which hardly change the lightness that encodes the map
             grey = 0.35 + 0.3 * np.mean(to_float(jnp.asarray(image)), -1, keepdims=True)
             pictures.show(column[row + 1], grey)
             heat = column[row + 1].imshow(arrays[f"map{suffix}"][i], cmap="viridis", vmin=0, vmax=1, alpha=0.75)

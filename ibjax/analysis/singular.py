@@ -3,28 +3,30 @@
     python -m ibjax.analysis.singular --workdir=DIR [--checkpoint=best] [--attacks=pgd-20,margin-20,autoattack]
                                       [--n=1000] [--picture=FILE.pdf]
 
-    x = U Σ Vᵀ,   x' = U' Σ' V'ᵀ                               of each channel, an H×W matrix; values descending
+    x = U Σ Vᵀ,   x' = U' Σ' V'ᵀ                               SVD of each channel, an H×W matrix; values descending
 
 | row       | the network sees          |                                                                          |
 |-----------|---------------------------|--------------------------------------------------------------------------|
 | image     | x'                        | Figure 1, solid                                                          |
 | swapped   | x'' = U' Σ V'ᵀ in [0, 1]  | Figure 1, hollow                                                         |
-| unclipped | x'' as it is              | what clipping adds                                                       |
-| converse  | U Σ' Vᵀ in [0, 1]         | what the attack does through the values alone                            |
-| noise     | x' + N, ‖N‖ = ‖Σ − Σ'‖    | whether any change as long as that of the swap would do as well; clipped |
+| unclipped | x'' without clipping      | shows the effect of clipping                                             |
+| converse  | U Σ' Vᵀ in [0, 1]         | the effect of the attack through the singular values alone               |
+| noise     | x' + N, ‖N‖ = ‖Σ − Σ'‖    | control: any change as large as that of the swap; clipped                |
 | clipped   |                           | share of the values of x'' outside [0, 1]                                |
 | moved     |                           | ‖x'' − x'‖ / ‖x' − x‖ = ‖Σ − Σ'‖ / ‖x' − x‖, at most 1 (Mirsky)          |
 | left      |                           | ‖x'' − x‖ / ‖x' − x‖                                                     |
 
-The paper has the first two rows and concludes that singular values hold adversarial information. They cannot tell this
-from x'' being nearer to x, which is why the others are there; each costs a pass of the network, and no further SVD.
-It does not say whether x'' is clipped; here it is, because a network is made for images. An image counts where it is
-classified correctly as it is and as in the row. The last three rows are means over the images that the attack changed:
-AutoAttack leaves those that withstand as they are. Where singular values of x' coincide, as zeros do, U' and V' are
-LAPACK's choice, and so is x''. In float64, on the host. Writes `singular/<checkpoint>.json` in the workdir, in percent.
+The paper has the first two rows and concludes that singular values hold adversarial information. But these rows could
+also differ because x'' is nearer to x; the other rows separate the two explanations. Each costs a forward pass and no
+further SVD. The paper does not say whether x'' is clipped; here it is, because networks expect images in [0, 1].
 
-The picture has x, x', x'', x' − x, x'' − x' of the first images that the first attack turns into errors, with the
-predicted class below x' and x''; in the differences mid-grey is no change.
+An image counts if it is classified correctly both clean and as the row changes it. The last three rows are means over
+the images that the attack changed, since AutoAttack leaves images that stay robust unchanged. Where singular values of
+x' coincide, for instance at zero, U' and V' are not unique, and x'' depends on LAPACK's choice. The SVD runs in float64
+on the host. Writes `singular/<checkpoint>.json` in the workdir, in percent.
+
+The picture shows x, x', x'', x' − x and x'' − x' for the first images on which the first attack succeeds, with the
+predicted class below x' and x''; in the differences, mid-grey means no change.
 """
 
 from collections.abc import Iterable, Sequence
@@ -48,7 +50,7 @@ DRAWN = 4  # images of each attack in the picture
 
 
 class Example(NamedTuple):
-    """What a picture shows of an attack: k images (k, H, W, C) in [0, 1], and of each what it is and is taken for."""
+    """The part of the picture for one attack: images (k, H, W, C) in [0, 1] with their true and predicted classes."""
 
     x: np.ndarray
     x_adv: np.ndarray
@@ -65,14 +67,14 @@ def decompose(images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def compose(u: np.ndarray, s: np.ndarray, vt: np.ndarray) -> np.ndarray:
-    """The images (N, H, W, C) of these singular vectors and values, as they are: not clipped."""
+    """The images (N, H, W, C) with these singular vectors and values, not clipped."""
     return np.moveaxis((u * s[..., None, :]) @ vt, 1, -1)
 
 
 def swap(x: np.ndarray, x_adv: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """{row of SEEN: images (N, H, W, C) in float32, of MEASURES: shares (N,)} of images in [0, 1].
+    """{row: value} for images in [0, 1]: changed images (N, H, W, C) float32 for SEEN, shares (N,) for MEASURES.
 
-    The shares are NaN where x and x_adv agree.
+    The shares are NaN where x and x_adv are equal.
     """
     (u, s, vt), (u_adv, s_adv, vt_adv) = decompose(x), decompose(x_adv)
     swapped, noise = compose(u_adv, s, vt_adv), rng.standard_normal(x.shape)
@@ -109,9 +111,9 @@ def evaluate(
     n: int | None = None,
     picture: Path | None = None,
 ) -> dict[str, Any]:
-    """Attacks a run and swaps; writes and returns the record, accuracies and shares in percent; draws `picture`.
+    """Attacks a run and swaps singular values; writes and returns the record, in percent; draws `picture`.
 
-    attacks, n: in place of those of the run's `evaluate` section, of which norm, eps and step size are.
+    attacks, n: replace those of the run's `evaluate` section, which sets norm, eps and step size.
     """
     trained, settings, split = load(workdir, checkpoint, attacks=attacks, n=n)
     predict, size = linen_net(run.in_float32(trained.model)).predict, settings["batch_size"]
@@ -123,7 +125,7 @@ def evaluate(
     accuracy: dict[str, dict[str, float]] = {row: {} for row in ("image", *SEEN)}
     perturbation: dict[str, dict[str, float | None]] = {row: {} for row in MEASURES}
     examples: dict[str, Example] = {}
-    chosen = None  # what is drawn: the first errors of the first attack; where they are few, other images too
+    chosen = None  # images to draw: the first successes of the first attack; if few, others too
     for name in settings["attacks"]:
         flags, x_adv = attack(name, predict, trained, split, settings)
         rng = np.random.default_rng(trained.config.seed)
@@ -154,7 +156,7 @@ def evaluate(
 
 
 def _mean(shares):
-    """In percent, over the images that have one; None where none has."""
+    """The mean in percent over the images with a finite share; None where there are none."""
     known = shares[~np.isnan(shares)]
     return round(100 * float(np.mean(known)), 4) if len(known) else None
 
@@ -174,12 +176,12 @@ def lines(record: dict[str, Any]) -> Iterable[str]:
 
 
 def draw(examples: dict[str, Example], record: dict[str, Any], classes: Sequence[str], file: Path) -> None:
-    """Figure 2: the images of each attack side by side; both differences in one scale, which is stated.
+    """Figure 2: the images of each attack side by side; both differences have the same scale, which is stated.
 
-    classes: what they are called, in order.
+    classes: the class names, in order.
     """
     size = np.quantile([np.abs(_differences(example)) for example in examples.values()], 0.999)
-    scale = max(1, int(0.5 / size)) if size > 1e-3 else 1  # the largest whole one that clips at most a thousandth
+    scale = max(1, int(0.5 / size)) if size > 1e-3 else 1  # the largest whole number that clips at most a thousandth
     names = ("x", "x′", "x″", f"x′ − x\n(× {scale})", f"x″ − x′\n(× {scale})")
     count, shown = len(examples), len(next(iter(examples.values())).x)
     widths = ([1.0] * shown + [0.25]) * count
@@ -203,7 +205,7 @@ def _differences(example):
 
 
 def _fill(panels, example, scale, names):
-    """The images into (5, k) panels; classes below the first three rows, wrong ones in red."""
+    """Draws the images into (5, k) panels, with classes below the first three rows, wrong predictions in red."""
     rows = [example.x, example.x_adv, example.swapped, *(0.5 + scale * _differences(example))]
     under = [example.label, example.predicted_adv, example.predicted_swapped, None, None]
     for row, images, classes in zip(panels, rows, under, strict=True):

@@ -5,10 +5,11 @@
 
     count[y, c] = #{ x' of true class y : argmax f(x') = c }
 
-Per class the wrong classes that most of its attacked images are taken for. A pair that stands first in both of its rows
-is a tendency both ways, as the paper finds between cars and trucks. It counts every image, whether or not the network
-knew it before the attack. The authors' code ranks the true class among the others, the table in the paper does not;
-here it has a column of its own. Writes `tendency/<checkpoint>.<attack>.json` in the workdir, with all counts.
+For each class, the table lists the wrong classes that are predicted most often for its attacked images. Two classes
+that are first in each other's row are confused in both directions, as the paper finds for cars and trucks. Every image
+counts, whether or not the network classified it correctly before the attack. The authors' code ranks the true class
+among the others, the table in the paper does not; here it has its own column. Writes
+`tendency/<checkpoint>.<attack>.json` in the workdir, with all counts.
 """
 
 from collections.abc import Iterable
@@ -26,14 +27,14 @@ from ibjax.step import linen_net
 
 
 def counts(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
-    """(classes, classes) of images (N,): how many of the class of the row are taken for that of the column."""
+    """The confusion matrix (classes, classes): row y, column c counts images of class y that are predicted as c."""
     table = np.zeros((num_classes, num_classes), np.int64)
     np.add.at(table, (labels, predictions), 1)
     return table
 
 
 def ranked(table: np.ndarray, top: int) -> list[list[int]]:
-    """For each class the `top` wrong ones that it is taken for most often, and ever; of equals the first."""
+    """For each class, up to `top` wrong classes with nonzero counts, most frequent first; ties go to lower numbers."""
     rows = []
     for true, row in enumerate(table):
         order = [int(c) for c in np.argsort(-row, kind="stable") if c != true and row[c] > 0]
@@ -46,7 +47,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Attacks a run's test images, or `n` of them; writes and returns the record.
 
-    attack: a name of `attacks/named.py`; norm, eps and step size are those of the run's `evaluate` section.
+    attack: a name of `evaluation/named.py`; norm, eps and step size are those of the run's `evaluate` section.
     """
     trained, settings, split = attacked.load(workdir, checkpoint, attacks=(attack,), n=n)
     predict = linen_net(run.in_float32(trained.model)).predict

@@ -1,8 +1,9 @@
 """Attacks the test set of a trained run and writes one result record per attack.
 
-An image counts as robust when it is classified correctly both as it is and under attack. AutoAttack runs at the main
-eps only, and continues where it was interrupted. Stochastic networks are judged on the mean of their latent variable,
-or with `samples` on the mean of so many drawn softmaxes, which every attack climbs too (`scoring.sampling`).
+An image counts as robust if it is classified correctly both clean and under attack. AutoAttack runs at the main eps
+only, and continues where it was interrupted. A stochastic network is evaluated at the mean of its latent variable; with
+`samples`, its prediction is the mean of that many sampled softmaxes, and every attack differentiates through this mean
+(`scoring.sampling`).
 
 Guarantee (test of the same name): a record that is there is not computed again.
 """
@@ -35,9 +36,9 @@ from ibjax.evaluation.settings import changed, check_network, check_settings, sc
 from ibjax.runs import run, rundir, trees
 from ibjax.step import linen_net, to_float
 
-# what a record must agree in to be used again
+# the fields that must agree for a record to be reused
 _IDENTITY = ("weights", "images", "dtype", "attack", "attack_settings", "eps", "step_size", "norm", "seed", "samples")
-_IDENTITY += ("code", "precision")  # of the attacks; the network's own code and settings: its fingerprint
+_IDENTITY += ("code", "precision")  # "code" is that of the attacks; the fingerprint covers the network's code
 log = logging.getLogger(__name__)
 
 
@@ -64,16 +65,16 @@ def evaluate(
     Args:
       workdir: of the run.
       checkpoint: "best", "last" or a step.
-      settings: an `evaluate` section; None takes the run's own.
-      attacks, n, samples, norm, eps, step_size, batch_size: in place of the section's. Another norm needs its own eps;
-        without `step_size`, the step is the same share of another eps. Another norm or eps has no ladder.
-      surrogate: workdir of a run whose network is attacked instead, at `surrogate_checkpoint`; what breaks it is then
-        shown to this one.
-      keep: how many adversarial images of each attack at the main eps to keep for the report, of as many classes.
+      settings: an `evaluate` section; None uses the run's own.
+      attacks, n, samples, norm, eps, step_size, batch_size: replace the section's values. Another norm needs its own
+        eps. With another eps and no `step_size`, the step keeps its ratio to eps. Another norm or eps has no ladder.
+      surrogate: workdir of a run for transfer attacks: its network, at `surrogate_checkpoint`, is attacked, and the
+        adversarial images are evaluated on this run.
+      keep: number of adversarial images of each attack at the main eps to keep for the report, from as many classes.
 
-    A record on disk is read, not computed again, where all that it depends on is the same: weights, images, attack with
-    its settings and code, eps, norm, seed, precision, and on a few images the logits and gradients of the network, and
-    of the surrogate. A transfer's record of an earlier version, which says less of its surrogate, is computed again.
+    A record on disk is reused if everything that it depends on is the same: weights, images, attack with its settings
+    and code, eps, norm, seed, precision, and on a few images the logits and gradients of the network and of the
+    surrogate. Records of transfer attacks by earlier versions, which say less about the surrogate, are computed again.
     """
     workdir = files.path(workdir)
     trained = run.load(workdir, checkpoint)
@@ -91,7 +92,7 @@ def evaluate(
     keys = draw_keys(trained.config.seed, len(split.labels))
     x = np.asarray(to_float(jnp.asarray(split.images[:256])))
     asked = checks.network(lambda x, keys: logits(trained.variables, x, keys)[0], x, split.labels, keys[: len(x)])
-    # of the data, of the network and of its checkpoints
+    # warnings about the data, the network and its checkpoints
     warnings = [*trained.facts.get("warnings", ()), *asked.warnings, *rundir.doubts(trained.workdir)]
 
     which = str(trained.step) if str(checkpoint).isdecimal() else str(checkpoint)
@@ -104,7 +105,7 @@ def evaluate(
     mesh, records = cluster.mesh(), []
     main, plan = settings["eps"], list(_plan(settings, trained, source))
 
-    @functools.lru_cache(maxsize=1)  # of one attack after the other: its program serves its whole ladder
+    @functools.lru_cache(maxsize=1)  # keeps one attack's compiled program for its whole ladder of eps
     def executor(name):
         return _executor(named(name, trained.config.objective), victim, source, trained, split, settings, mesh)
 
@@ -133,7 +134,7 @@ def evaluate(
             if pictured:
                 _save_examples(file.with_suffix(".examples.npz"), subset(split, wanted), x_adv, trained)
             if jax.process_index() == 0:
-                if not pictured:  # those that are there are of another evaluation
+                if not pictured:  # existing examples belong to another evaluation
                     file.with_suffix(".examples.npz").unlink(missing_ok=True)
                 files.write_json(file, record)
                 state.unlink(missing_ok=True)
@@ -142,7 +143,7 @@ def evaluate(
 
 
 def _plan(settings, trained, source):
-    """(name, attack, eps) of every evaluation: an attack at the main eps, then where it has one on the ladder."""
+    """(name, attack, eps) of every evaluation: each attack at the main eps, then at each eps of its ladder, if any."""
     main = settings["eps"]
     for name in settings["attacks"]:
         attack = named(name, trained.config.objective)
@@ -152,11 +153,11 @@ def _plan(settings, trained, source):
 
 
 class Surrogate(NamedTuple):
-    """A network that is attacked in place of another."""
+    """The network that a transfer attack attacks in place of the evaluated one."""
 
     predict: Callable  # (variables, x) -> (logits, features)
     variables: Any
-    says: dict[str, Any]  # what records say of it
+    says: dict[str, Any]  # its description in records
 
     def logits(self, x: Any) -> Any:
         """(B, H, W, C) in [0, 1] -> (B, classes)."""
@@ -179,7 +180,7 @@ def _surrogate(workdir, checkpoint, trained, settings):
 
 
 def _victim(trained, samples):
-    """`predict(variables, x, keys)` of the run in float32, on its mean or on drawn samples."""
+    """`predict(variables, x, keys)` of the run in float32; stochastic networks use their mean, or `samples` draws."""
     model = run.in_float32(trained.model)
     if samples:
         return sampling(model, samples)
@@ -188,7 +189,7 @@ def _victim(trained, samples):
 
 
 def _executor(attack: Named, victim, source, trained, split, settings, mesh):
-    """(eps, step_size, title, keep, state) -> (flags, the first `keep` x_adv, what the record says beside them)."""
+    """A function (eps, step_size, title, keep, state) -> (flags, `keep` adversarial images, more of the record)."""
     norm, batch_size, seed = settings["norm"], settings["batch_size"], trained.config.seed
     attacked = None if source is None else lambda x, keys: source.logits(x)
     if attack.make is None:
@@ -231,10 +232,16 @@ def make_scorer(attack: Named, predict: Callable, settings: Any, mesh: Any, atta
 
 
 def _file_name(attack, eps, settings, source=None, own=None):
-    """As "pgd-20.json"; "pgd-20@4_255.json" on the ladder; "pgd-20.n1000.json" on part of the test set.
+    """The file name of a record.
 
-    Predictions that were drawn: "pgd-20.sampled12.json"; a transfer: "pgd-20~3fa1c2e4.json", the surrogate's digest;
-    under another threat model than that of `own`, the run's section: "pgd-20.l2.eps0.5.json".
+    | record                                                     | name                     |
+    |------------------------------------------------------------|--------------------------|
+    | usual                                                      | pgd-20.json              |
+    | at another eps of the ladder                               | pgd-20@4_255.json        |
+    | on a part of the test set                                  | pgd-20.n1000.json        |
+    | with sampled predictions                                   | pgd-20.sampled12.json    |
+    | transfer attack; digits of the digest of the surrogate     | pgd-20~3fa1c2e4.json     |
+    | threat model other than that of `own`, the run's section   | pgd-20.l2.eps0.5.json    |
     """
     surrogate = "" if source is None else f"~{source.says['weights'][:8]}"
     other = "" if own is None or settings["norm"] == own["norm"] else f".{settings['norm']}"
@@ -247,7 +254,7 @@ def _file_name(attack, eps, settings, source=None, own=None):
 
 
 def _step_size(attack, settings, eps):
-    """Of an attack at the main eps or on the ladder; None where AutoAttack sees to it."""
+    """The step size of an attack at `eps` (main or of the ladder); None for AutoAttack, which sets its own."""
     if attack.make is None:
         return None
     main = settings["step_size"] if attack.length is None else attack.length
@@ -260,7 +267,7 @@ def _common(trained, checkpoint, settings, split, warnings):
     imported, classes = ({key: trained.facts[key]} if key in trained.facts else {} for key in ("imported", "classes"))
     return {
         **imported,
-        **classes,  # their names, by label
+        **classes,  # the names of the classes, by label
         **run.origin(trained, checkpoint),
         "dataset": trained.facts["label"],
         "norm": settings["norm"],
@@ -280,15 +287,15 @@ def _common(trained, checkpoint, settings, split, warnings):
 
 
 def _state_digest(identity, batch_size):
-    """Names the file that keeps AutoAttack's progress by what it is of."""
+    """A digest of everything that AutoAttack's progress depends on, for the name of its state file."""
     text = json.dumps({"batch_size": batch_size, **{key: identity[key] for key in _IDENTITY}}, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
 def _existing(file, identity):
-    """The record in `file`, under its present title, if it is of the same evaluation of the same weights.
+    """The record in `file`, with the run's current title; None unless it is of the same evaluation and weights.
 
-    An attack that has been renamed may have its record under the old name.
+    The record of a renamed attack is also found under its old name.
     """
     if not file.exists():
         file = file.with_name(names.old(file.name))
@@ -319,7 +326,7 @@ def _existing(file, identity):
 
 
 def _record(identity, flags):
-    finite = flags.loss[np.isfinite(flags.loss)]  # NaN logits have their warning; JSON has no NaN
+    finite = flags.loss[np.isfinite(flags.loss)]  # NaN logits have a warning of their own; JSON has no NaN
     return {
         "clean_acc": percent(flags.clean),
         "robust_acc": percent(flags.robust),
@@ -335,7 +342,7 @@ def _save_examples(file, split, x_adv, trained):
     """Clean and adversarial images with their predictions, for the report's picture."""
     x = np.asarray(to_float(jnp.asarray(split.images[:])))
     predicted, predicted_adv = (np.asarray(trained.logits_fn(jnp.asarray(images))).argmax(1) for images in (x, x_adv))
-    if jax.process_index() == 0:  # the others only took part in the computation
+    if jax.process_index() == 0:  # the other processes only take part in the computation
         file.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(file) as temporary, temporary.open("wb") as handle:
             np.savez_compressed(

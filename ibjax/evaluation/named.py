@@ -1,21 +1,22 @@
-"""The attacks of an evaluation by name, with the settings that its records state. A line in a table adds one.
+"""The attacks of an evaluation by name, with the settings that its records state.
 
 | name                         | attack                                                                              |
 |------------------------------|-------------------------------------------------------------------------------------|
 | pgd-STEPS, margin-STEPS      | PGD on cross-entropy, on the margin (`cw-STEPS` is its old name)                    |
 | pgd-scaled-STEPS             | PGD in steps of 2.3·eps/STEPS, as IB-RAR's authors evaluate                         |
-| bim-, mim-, nifgsm-, spsa-   | with STEPS behind, as `cw-l2-STEPS`; see the files of these names                   |
+| bim-STEPS, mim-STEPS, nifgsm-STEPS, spsa-STEPS, cw-l2-STEPS | see pgd.py, mim.py, nifgsm.py, spsa.py and cw.py in  |
+|                              | ibjax/attacks                                                                       |
 | fgsm, noise, noise-sign      |                                                                                     |
-| autoattack, -plus, -rand     | and its parts, as `apgd-ce`, `fab-t`, `square`                                      |
+| autoattack, autoattack-plus, autoattack-rand | AutoAttack's versions; parts alone: `apgd-ce`, `fab-t`, `square`, …  |
 | ara-STEPS                    | the representation attack, guided by images of other classes                        |
-| ib_rar-STEPS                 | IB-RAR's adaptive attack, on the run's own α and β or the defaults                  |
-| siriib-STEPS, siriib-TERMS-STEPS | SiRIIB's, on CE, L_svd and L_info or some of them, as `siriib-ce-svd-20`        |
+| ib_rar-STEPS                 | IB-RAR's adaptive attack, with the run's own α and β or the defaults                |
+| siriib-STEPS, siriib-TERMS-STEPS | SiRIIB's adaptive attack on CE, L_svd and L_info or some: `siriib-ce-svd-20`    |
 
-Options stand in parentheses, as in `cw-l2-200(c=0.1,lr=0.1)`, and so in every record:
+Options are given in parentheses, as in `cw-l2-200(c=0.1,lr=0.1)`; records state them in the same form:
 
 | name                              | options, with their defaults                                                   |
 |-----------------------------------|--------------------------------------------------------------------------------|
-| pgd, margin, bim, pgd-scaled, fgsm| loss, init, restarts=1; the first three step_size                              |
+| pgd, margin, bim, pgd-scaled, fgsm| loss, init, restarts=1; pgd, margin and bim also step_size                     |
 | mim, nifgsm                       | loss=ce, decay=1, init=none, step_size                                         |
 | spsa                              | loss=margin, samples=128, delta=0.01, lr=0.01                                  |
 | cw-l2                             | c=1, kappa=0, lr=0.01, torchattacks_compat=False                               |
@@ -25,9 +26,9 @@ Options stand in parentheses, as in `cw-l2-200(c=0.1,lr=0.1)`, and so in every r
 | siriib                            | lam=1, the weight λ₁ of L_svd and L_info; restarts=1, step_size                |
 | all                               | count=both or attacked, see below                                              |
 
-With count=both an image is robust that is classified correctly both as it is and under the attack, with count=attacked
-one that is under the attack, as some papers count. AutoAttack as a whole has no other option: it is a standard. In l1
-its parts have the settings of l1 where an option is not given.
+With count=both an image counts as robust if it is classified correctly both clean and under attack. With
+count=attacked, as some papers count, only the prediction under attack matters. AutoAttack as a whole has no other
+option, since it is a standard. In l1 the defaults of its parts are those of AutoAttack for l1.
 """
 
 from collections.abc import Callable, Mapping
@@ -55,48 +56,48 @@ COUNTS = ("both", "attacked")
 
 
 class Named(NamedTuple):
-    """What a name stands for."""
+    """The attack that a name denotes."""
 
     settings: dict[str, Any]  # as the record states them
     make: Callable[..., Attack] | None  # (norm=, eps=, step_size=) -> attack; None: autoattack(**settings) runs it
-    step: float | None = None  # the step as a share of eps, whatever `evaluate.step_size` says
-    length: str | float | None = None  # the step at the main eps, in place of `evaluate.step_size`
-    bounded: bool = True  # False: it looks for the smallest perturbation, of whatever size
-    features: tuple[str, ...] | None = None  # it is shown (logits, features) and needs these; None: the logits alone
-    guided: bool = False  # its target is (labels, for each image another one, of another class)
-    group: int = 1  # images that it couples: the first so many, then the next
-    count: str = "both"  # robust: right as it is and under the attack; "attacked": under the attack
+    step: float | None = None  # the step as a share of eps; overrides `evaluate.step_size`
+    length: str | float | None = None  # the step at the main eps; overrides `evaluate.step_size`
+    bounded: bool = True  # False: it minimises the perturbation, without a budget
+    features: tuple[str, ...] | None = None  # features it needs: the network returns (logits, features); None: logits
+    guided: bool = False  # its target is (labels, guides): one guide image of another class for each image
+    group: int = 1  # number of consecutive images that it couples
+    count: str = "both"  # robust images are correct "both" clean and under attack, or only when "attacked"
 
     def step_size(self, eps: Any, otherwise: Any) -> Any:
-        """The step at this eps, the main one where the name says a length; `otherwise` where it is left open."""
+        """The step at `eps`: the attack's own `step` or `length`, else `otherwise`. A `length` is for the main eps."""
         if self.step is None:
             return otherwise if self.length is None else self.length
         return eps if self.step == 1 else self.step * geometry.fraction(eps)
 
     def of_autoattack(self) -> dict[str, Any]:
-        """The arguments of `autoattack` that its settings are."""
+        """The settings as arguments of `autoattack`."""
         return {key: value for key, value in self.settings.items() if key != "count"}
 
     def parts(self, norm: str, eps: Any, num_classes: int) -> tuple[dict[str, Iterative], list[str]]:
-        """Of AutoAttack and its parts, those that run in turn, and warnings."""
+        """(the attacks that AutoAttack, or the named part of it, runs in turn; warnings)."""
         made = {key: self.settings[key] for key in ("version", "attacks", "options") if key in self.settings}
         return sub_attacks(norm=norm, eps=eps, num_classes=num_classes, **made)
 
 
 class _Form(NamedTuple):
-    """What names of one form have in common."""
+    """A family of attack names that share a factory and its options."""
 
-    make: Callable[..., Named]  # of the settings
+    make: Callable[..., Named]  # takes the settings as keywords
     settings: dict[str, Any]  # with their defaults
     more: dict[str, Any] = {}  # noqa: RUF012 - options whose defaults a record does not state
 
     def options(self) -> dict[str, Any]:
-        """Those that a name may have, with values of their type."""
-        fixed = ("kind", "terms", "version", "attacks")  # by the name
+        """The options that a name may have, with example values of their types."""
+        fixed = ("kind", "terms", "version", "attacks")  # set by the name itself
         return {key: value for key, value in {**self.settings, **self.more}.items() if key not in fixed}
 
 
-_LENGTH = {"step_size": "2/255"}  # of forms that leave the step to `evaluate.step_size`
+_LENGTH = {"step_size": "2/255"}  # an option of forms whose step is otherwise `evaluate.step_size`
 
 
 def _own(factory, **settings):
@@ -104,7 +105,7 @@ def _own(factory, **settings):
 
 
 def _sized(factory, **settings):
-    """An attack that has no step size."""
+    """An attack without a step size."""
     return Named(settings, lambda *, norm, eps, step_size: factory(norm=norm, eps=eps, **settings))
 
 
@@ -137,8 +138,8 @@ def _ara(steps):
 
 
 def _ib_rar(steps, group, **settings):
-    """Groups of 100 images and a step of 2.3·eps/steps, as the authors' code."""
-    check_range("group", group, 2)  # HSIC is of several images
+    """Attacks groups of images jointly with a step of 2.3·eps/steps; the authors' code uses groups of 100."""
+    check_range("group", group, 2)  # HSIC needs several images
 
     def make(*, norm, eps, step_size):
         geometry.check_norm(norm, ("linf",))
@@ -173,7 +174,7 @@ def _fgsm(**settings):
     return _own(pgd, steps=1, **settings)._replace(step=1.0)
 
 
-# family -> its form, for names with the number of steps behind, as "pgd-20"
+# family -> its form, for names that end with the number of steps, such as "pgd-20"
 FAMILIES: dict[str, _Form] = {
     "pgd": _pgd(),
     "pgd-scaled": _Form(_scaled, _pgd().settings),
@@ -211,9 +212,9 @@ ATTACKS: dict[str, _Form] = {
 
 
 def named(name: str, objective: Mapping[str, Any] | None = None) -> Named:
-    """The attack of a name as "fgsm", "pgd-20(restarts=5)" or "autoattack"; raises InputError on others.
+    """The attack of a name such as "fgsm", "pgd-20(restarts=5)" or "autoattack"; InputError if there is none.
 
-    `objective`, the section of the run that is attacked, has the values that an adaptive attack takes from it.
+    `objective` is the section of the attacked run, from which adaptive attacks take their weights.
     """
     base, given = parse(name)
     if base in ATTACKS:
@@ -251,14 +252,14 @@ def _check_options(name, family, given, allowed, has_steps):
 
 
 def takes_step_size(name: str) -> bool:
-    """Whether the step of a name's attack is `evaluate.step_size`: it could say one, and does not."""
+    """Whether a name's attack uses `evaluate.step_size`: it has the option step_size, and the name does not set it."""
     base, given = parse(name)
     form = ATTACKS.get(base) or FAMILIES[base.rpartition("-")[0]]
     return "step_size" in form.options() and "step_size" not in given
 
 
 def check(name: str, norm: str, eps: Any, step_size: Any) -> None:
-    """Raises InputError where a name's attack cannot be made for this norm and these lengths."""
+    """Raises InputError where a name's attack does not support this norm, eps or step size."""
     attack = named(name)
     if attack.make is None:
         attack.parts(norm, eps, 10)
@@ -270,7 +271,7 @@ def check(name: str, norm: str, eps: Any, step_size: Any) -> None:
 
 
 def in_groups(attack: Attack, size: int) -> Attack:
-    """`attack` on each `size` neighbouring images by themselves, of which a batch has a multiple."""
+    """`attack`, applied separately to every `size` consecutive images; the batch size must be a multiple of `size`."""
 
     def grouped(key: Array, logits_fn: Callable, x: Array, target: Array) -> Array:
         if len(x) % size:

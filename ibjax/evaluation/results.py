@@ -1,4 +1,4 @@
-"""What a result record says. No file is read or written here.
+"""Interprets result records; reads and writes no file.
 
 A record is what evaluate.py writes for one network under one attack at one eps.
 """
@@ -33,13 +33,13 @@ _NAMES = {
 
 
 def robust_flags(record: Record) -> np.ndarray:
-    """The (n,) bool flags of a record: classified correctly both as it is and under the attack."""
+    """The (n,) bool flags of a record: which images count as robust."""
     packed = np.frombuffer(base64.b64decode(record["robust_flags"]), np.uint8)
     return np.unpackbits(packed, count=record["n"]).astype(bool)
 
 
 def validate(record: Record) -> None:
-    """Raises ValueError, TypeError, KeyError or AttributeError unless a record has what the functions below need."""
+    """Raises ValueError, TypeError, KeyError or AttributeError unless a record has the fields that are used below."""
     for name in ("attack", "norm", "dataset", "checkpoint", "selected_on", "robust_flags"):
         if not isinstance(record[name], str):
             raise TypeError(f"{name} is {record[name]!r}")
@@ -66,37 +66,37 @@ def validate(record: Record) -> None:
 
 
 def is_main(record: Record) -> bool:
-    """Whether a record is at the eps of the table; the others are the ladder of the curve."""
+    """Whether a record is at the main eps, that of the table; the others belong to the ladder of the curve."""
     if "main" in record:
         return record["main"]
     return record["eps"] == record.get("config", {}).get("evaluate", {}).get("eps")
 
 
 def is_bounded(record: Record) -> bool:
-    """Whether its attack stays within eps; one that looks for the smallest perturbation does not."""
+    """Whether its attack is bounded by eps; attacks that minimise the perturbation are not."""
     return record.get("bounded", True)
 
 
 def weights_of(says: Mapping[str, Any]) -> str | None:
-    """The digest of the weights that a record, or what it says of a surrogate, is of; None where it says none."""
+    """The digest of the weights in a record, or in its description of a surrogate; None where it has none."""
     weights = says.get("weights")
     return weights if isinstance(weights, str) else None
 
 
 def surrogate_of(record: Record) -> dict[str, Any] | None:
-    """What a record says of the network that was attacked in place of its own; None where there was none."""
+    """A record's description of the surrogate of a transfer attack; None for other attacks."""
     made = record.get("attack_settings")
     source = made.get("surrogate") if isinstance(made, dict) else None
     return source if isinstance(source, dict) and weights_of(source) else None
 
 
 def is_transfer(attack: str) -> bool:
-    """Whether its images were made on another network, as those of "pgd-100 from teacher"."""
+    """Whether an attack is a transfer attack, such as "pgd-100 from teacher"."""
     return " from " in attack
 
 
 def attack_label(name: str) -> str:
-    """As "PGD-20 (restarts 5)" for "pgd-20(restarts=5)", "PGD-9, transfer from teacher" for "pgd-9 from teacher"."""
+    """The printed name: "PGD-20 (restarts 5)" for "pgd-20(restarts=5)", "PGD-9, transfer from X" for "pgd-9 from X"."""
     name, _, source = name.partition(" from ")
     base, options = parse(name)
     count = options.pop("count", "both")
@@ -112,9 +112,9 @@ def attack_label(name: str) -> str:
 
 
 def departures(record: Record) -> list[str]:
-    """Where training, validation and evaluation of a record's network had different threat models, as sentences.
+    """Sentences that say where training, validation and evaluation of a network used different threat models.
 
-    Training on clean images has none, and of an imported network it is not known: neither is a difference.
+    Training on clean images has no threat model, and that of an imported network is unknown: neither is a difference.
     """
     evaluated = {"norm": record["norm"], "eps": record["eps"]}
     found = []
@@ -135,7 +135,7 @@ def _threat_in_words(threat):
 
 
 def departed(records: Iterable[Record]) -> list[str]:
-    """The departures of all records at their main eps, each once and behind the title of its network."""
+    """The departures of all records at their main eps, each listed once, after the title of its network."""
     mains = [record for record in records if is_main(record)]
     return list(dict.fromkeys(f"{record['title']}: {text}" for record in mains for text in departures(record)))
 
@@ -151,11 +151,11 @@ def strength(attack: str) -> tuple:
 
 
 def network_label(record: Record) -> str:
-    """The run's title; where its predictions were drawn, with "(sampled, 12)": that is another classifier."""
+    """The run's title; for sampled predictions, which are another classifier, with a suffix such as "(sampled, 12)"."""
     samples = record.get("samples")
     return f"{record['title']} (sampled, {samples})" if samples else record["title"]
 
 
 def run_label(record: Record) -> str:
-    """The name of a run that is unique where several are read together (`report.read`); else its title."""
+    """The run's name that is unique among runs read together (`report.read`), if it has one; else its title."""
     return record.get("run", record["title"])

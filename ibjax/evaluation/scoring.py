@@ -1,8 +1,8 @@
 """Scoring: one attack on one network over a split, with a flag for each image.
 
-An image counts as robust when it is classified correctly both as it is and under attack; with `count="attacked"`, as
-some papers count, when it is under attack. A network is called as
-`predict(variables, x, keys)`, with a key per image for what it draws; most draw nothing.
+An image counts as robust if it is classified correctly both clean and under attack; with `count="attacked"`, as some
+papers count, only the prediction under attack matters. A network is called as `predict(variables, x, keys)`, with one
+random key per image; deterministic networks ignore the keys.
 
 Guarantees (tests of the same names): batch size and number of devices change no flag; every x_adv lies in the eps-ball
 and in [0, 1] to 1e-6, checked per example in float32.
@@ -28,24 +28,24 @@ from ibjax.devices import cluster
 from ibjax.errors import InputError, PreemptedError
 from ibjax.step import Variables, to_float
 
-TOLERANCE = 1e-6  # of ball and box, in float32
-_EVALUATION = 0x65766C  # folded into the seed: keys of evaluation are not those of training
-# folded into an image's key: a random network's draws are not those of the attack, and not the same when it is attacked
-# as when it is judged, or an attack that keeps the best of its images would keep the luckiest draws
+TOLERANCE = 1e-6  # of the eps-ball and of [0, 1], in float32
+_EVALUATION = 0x65766C  # folded into the seed, so that evaluation uses other keys than training
+# folded into an image's key. A random network must draw independently of the attack, and not the same when it is scored
+# as when it is attacked: an attack that keeps its best image would otherwise profit from lucky draws
 _ATTACKED, _JUDGED = 0x617474, 0x6A7564
 
 
 class Flags(NamedTuple):
     """Per image of the split, in its order."""
 
-    clean: np.ndarray  # (N,) bool: classified correctly as it is
-    robust: np.ndarray  # (N,) bool: and under the attack, or with count="attacked" under the attack
-    loss: np.ndarray  # (N,) float32: cross-entropy under the attack; NaN where the logits are
+    clean: np.ndarray  # (N,) bool: the clean image is classified correctly
+    robust: np.ndarray  # (N,) bool: counts as robust, see `count`
+    loss: np.ndarray  # (N,) float32: cross-entropy under the attack; NaN where the logits are NaN
     distance: np.ndarray  # (N,) float32: size of the perturbation, in the attack's norm
 
 
 def nan_warnings(flags: Flags) -> list[str]:
-    """The warning of a record where images under attack have no class."""
+    """A record's warning about images whose logits under attack are NaN or infinite; empty where there are none."""
     undefined = int(np.sum(np.isnan(flags.loss)))  # NaN exactly where `losses.predicted` finds no class
     if not undefined:
         return []
@@ -53,24 +53,25 @@ def nan_warnings(flags: Flags) -> list[str]:
 
 
 def percent(flags: np.ndarray) -> float:
-    """The share of true flags."""
+    """The share of true flags in percent."""
     return round(100 * float(np.mean(flags)), 4)
 
 
 class Scorer:
     """One attack on one network, compiled once for all images and all eps.
 
-    The last batch is padded and the padding discarded; each image's randomness comes from its index in the split.
+    The last batch is padded, and the results of the padding are discarded. The random key of an image depends on its
+    index in the split.
 
     Args:
       predict: the network, (variables, x, keys) -> (logits, features).
       make_attack: (eps=, step_size=) -> attack.
       mesh, batch_size, norm: of the evaluation.
-      bounded: whether the attack keeps to eps; where not, only the box is checked.
-      features: whether it is shown (logits, features), not the logits alone.
-      guided: whether its target is (labels, for each image another one, of another class).
-      count: which images are robust, "both" or "attacked": see above.
-      attacked: a surrogate, which is attacked in place of `predict`; called as it is.
+      bounded: whether the attack is bounded by eps; if not, only the range [0, 1] is checked.
+      features: whether the attack sees (logits, features) instead of the logits alone.
+      guided: whether its target is (labels, guides), with one guide image of another class for each image.
+      count: which images count as robust, "both" or "attacked": see above.
+      attacked: a surrogate with the signature of `predict`, which is attacked in place of `predict`.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class Scorer:
         self.score = jax.jit(score, out_shardings=replicated)
 
     def trace(self, variables: Any, split: Split) -> None:
-        """Traces the program without compiling or running it; raises what is wrong with it."""
+        """Traces the program without compiling or running it; raises the errors that tracing finds."""
         images, labels = (jax.ShapeDtypeStruct((self.batch_size, *a.shape[1:]), a.dtype) for a in split)
         scalars = (np.uint32(0), np.float32(0), np.float32(0))
         jax.eval_shape(self.score, variables, images, labels, images if self.guided else None, labels, *scalars)
@@ -132,10 +133,11 @@ class Scorer:
         progress: str | None = None,
         keep: int | np.ndarray = 0,
     ) -> tuple[Flags, np.ndarray]:
-        """(flags of the whole split, the adversarial images `keep`: of these indices, rising, or so many first ones).
+        """Attacks and scores a split: (flags of all images, the adversarial images that `keep` selects).
 
-        With `progress`, its name, a bar is shown and a preemption notice ends the evaluation. Raises RuntimeError
-        when an adversarial image leaves the ball or the box.
+        keep: ascending indices, or the number of images to keep from the start. progress: a name, with which a progress
+        bar is shown and a preemption notice ends the evaluation with PreemptedError. Raises RuntimeError where an
+        adversarial image leaves the eps-ball or [0, 1], and InputError where the network's gradient is not finite.
         """
         eps, step_size = (np.float32(geometry.fraction(value)) for value in (eps, step_size))
         total, size = len(split.labels), self.batch_size
@@ -148,7 +150,7 @@ class Scorer:
         with bar:
             for first in range(0, total, size):
                 index = np.arange(first, first + size, dtype=np.int32)
-                chosen = index % total  # padded with the first images: to what couples a batch, one like the others
+                chosen = index % total  # padded with real images, for attacks that couple a batch
                 guiding = split.images[guide[chosen]] if self.guided else None
                 arrays = (split.images[chosen], split.labels[chosen], guiding, index)
                 arrays = (None if array is None else self._shard(array) for array in arrays)
@@ -157,7 +159,7 @@ class Scorer:
                 parts.append(jax.tree.map(lambda value, n=count: np.asarray(value)[:n], flags))
                 if len(here := keep[(first <= keep) & (keep < first + count)]):
                     kept.append(np.asarray(x_adv)[here - first])
-                if progress and cluster.preempted():  # in validation the train loop notices, and saves
+                if progress and cluster.preempted():  # during validation the train loop handles it
                     raise PreemptedError(f"stopped during {progress}; finished records are kept")
                 bar.update(count)
                 bar.set_postfix_str(f"robust {100 * np.mean(np.concatenate([p.robust for p in parts])):.1f} %")
@@ -193,15 +195,17 @@ def auto_attack(
     attacked: Callable | None = None,
     count: str = "both",
 ) -> tuple[Flags, np.ndarray, dict[str, Any]]:
-    """(flags of the whole split, the adversarial images `keep`, as of `Scorer`, what the record says of each attack).
+    """Runs AutoAttack: (flags of the whole split, the images that `keep` selects, further fields of the record).
 
-    `network` is (x, keys) -> logits; only version "rand" has keys for it. `state` is a file that keeps the progress;
-    with it, the same call goes on where it was ended. `attacked` is a surrogate, (x, keys) -> logits: AutoAttack runs
-    on it, and `network` is shown what it finds; images that withstand on the surrogate, or are wrong there, stay as
-    they are. `count` as for `Scorer`; on the network itself AutoAttack leaves alone what is wrong as it is.
+    Args:
+      network: (x, keys) -> logits; only version "rand" passes keys while it attacks.
+      state: a file that holds the progress; the same call continues where an earlier one was stopped.
+      attacked: a surrogate, (x, keys) -> logits. AutoAttack runs on it, and `network` is evaluated on the result.
+        Images that the surrogate misclassifies or on which it stays robust are not perturbed.
+      keep, count: as in `Scorer`. Without a surrogate, AutoAttack does not perturb misclassified images.
 
-    Of version "rand" the record's accuracies are means over fresh draws, the flags are those of the first of these, and
-    `reference` says what the authors' code counts: see autoattack.py.
+    With version "rand" the record's accuracies are means over fresh draws, the flags are those of the first draw, and
+    `reference` holds the accuracies as the authors' code counts them: see autoattack.py.
     """
     climbed = attacked or network
     x = np.asarray(to_float(jnp.asarray(split.images[:])))
@@ -223,7 +227,7 @@ def auto_attack(
         return [np.concatenate(column) for column in zip(*values, strict=True)]
 
     withstood, loss, distance = judge(result.x_adv)
-    if attacked is None:  # what was judged while attacking: rounding may decide otherwise in another batch
+    if attacked is None:  # keep the flags found while attacking: in another batch, rounding may change one
         flags = Flags(result.clean, result.robust, loss, distance)
         after = {name: percent(kept) for name, kept in result.robust_after.items()}
         more = {"robust_after": after}
@@ -242,7 +246,7 @@ def auto_attack(
 
 
 def drawn_record(result: autoattack.Result) -> dict[str, Any]:
-    """What a record says of version "rand", in percent."""
+    """The fields of a record of version "rand"; accuracies are in percent."""
     drawn = result.drawn
     assert drawn is not None
     return {
@@ -261,10 +265,10 @@ def drawn_record(result: autoattack.Result) -> dict[str, Any]:
 def sampling(model: nn.Module, samples: int) -> Callable:
     """`predict(variables, x, keys)` of a stochastic network: the logarithm of the mean of `samples` softmaxes.
 
-        log p̄(x) = log 1/k Σ_s softmax(f(x, ξ_s))               ξ_s from an image's key and its pixels
+        log p̄(x) = log 1/k Σ_s softmax(f(x, ξ_s))               ξ_s depends on an image's key and its pixels
 
-    Every new point has fresh draws (see attacks/eot.py), so an attack that climbs a loss of log p̄ climbs a mean over
-    k samples at each of its steps: expectation over transformation on the very prediction that is judged.
+    Every new point has fresh draws (see attacks/eot.py), so each step of an attack on log p̄ uses a mean over k
+    samples: expectation over transformation, applied to the prediction that is evaluated.
     """
     drawing = model.clone(sample_at_test=True)
 
@@ -279,7 +283,7 @@ def sampling(model: nn.Module, samples: int) -> Callable:
 
 
 def draw_keys(seed: int, n: int) -> jax.Array:
-    """The keys (n,) from which a network draws where `Scorer` judges it, by the images' index in the split."""
+    """The keys (n,) of images 0 to n − 1 of a split, from which a network draws when `Scorer` scores it."""
     return geometry.fold(_image_keys(seed, jnp.arange(n)), _JUDGED)
 
 

@@ -1,4 +1,4 @@
-"""The `evaluate` section of a configuration: checks before anything is trained or attacked, and changes to it."""
+"""The `evaluate` section of a configuration: checks that run before training or attacking, and changes to it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from ibjax.step import linen_net
 
 
 def check_settings(settings: Any) -> None:
-    """Raises InputError where an `evaluate` section asks for what there is not, or for a length that is none."""
+    """Raises InputError where an `evaluate` section names an unknown attack or has an invalid value."""
     if not settings["attacks"]:
         raise InputError("evaluate.attacks is empty; give names as ('fgsm', 'pgd-20', 'margin-20')")
     for name in settings["attacks"]:
@@ -40,7 +40,7 @@ def check_settings(settings: Any) -> None:
 
 
 def check_images(test: Split, label: str, settings: Any) -> None:
-    """Raises InputError where an `evaluate` section asks for more test images than there are."""
+    """Raises InputError where an `evaluate` section asks for more test images than the data set has."""
     if settings["n"] is not None and settings["n"] > len(test.labels):
         raise InputError(
             f"evaluate.n={settings['n']} is not allowed; the test set of {label} has {len(test.labels)} images, None "
@@ -49,7 +49,7 @@ def check_images(test: Split, label: str, settings: Any) -> None:
 
 
 def check_network(model: nn.Module, input_shape: Sequence[int], settings: Any) -> None:
-    """Raises InputError where a network does not sample but should, or lacks features that an attack needs."""
+    """Raises InputError where `samples` is set for a deterministic network, or an attack needs a missing feature."""
     if settings["samples"] and not hasattr(model, "sample_at_test"):
         raise InputError(
             f"evaluate.samples={settings['samples']}: this network draws nothing; give a model=dict(name='stochastic', "
@@ -68,7 +68,7 @@ def check_network(model: nn.Module, input_shape: Sequence[int], settings: Any) -
 
 
 def _trace(name, model, input_shape, settings):
-    """Traces an attack that climbs features: whether it has all that it looks at. Nothing is computed."""
+    """Traces an attack that uses features, to find whether the network has all of them; nothing is computed."""
     attack, predict = named(name), linen_net(model).predict
     assert attack.make is not None
     lengths = dict(eps=settings["eps"], step_size=attack.step_size(settings["eps"], settings["step_size"]))
@@ -88,13 +88,13 @@ def _trace(name, model, input_shape, settings):
 
 
 def changed(settings, norm, eps, step_size):
-    """A section with another norm, eps or step size, and its names as records have them, each once.
+    """The section with another norm, eps or step size, and with canonical attack names, each once.
 
-    The ladder goes with norm and eps. A step other than the usual one becomes an option of the attacks that leave it
-    open: what differs has another name.
+    Another norm or eps drops the ladder. A step other than the usual one becomes an option in the names of the attacks
+    whose step is `evaluate.step_size`, so that different attacks have different names.
     """
     for name in settings["attacks"]:
-        named(name)  # one that is none is told as it was given
+        named(name)  # reports an unknown name as it was given, not in its canonical form
     attacks = tuple(dict.fromkeys(map(names.canonical, settings["attacks"])))
     if (norm, eps, step_size) == (None, None, None):
         return settings | {"attacks": attacks}
@@ -112,7 +112,7 @@ def changed(settings, norm, eps, step_size):
 
 
 def scaled_step(settings, eps):
-    """The step for another eps: in the same proportion, so that every eps is within reach, unless it is fixed."""
+    """The step for another eps, scaled in proportion so that the attack can reach every eps, unless it is fixed."""
     if eps == settings["eps"] or settings["fixed_step"]:
         return settings["step_size"]
     if threat.same_length(settings["step_size"], threat.quarter(settings["eps"])):

@@ -6,12 +6,14 @@
 | symbol | code         | default |
 |--------|--------------|---------|
 | λ      | pairing      | 0.5     |
-| ω      | clean_weight | 0.5     | the mixed minibatch; 0: adversarial images alone, as Engstrom et al. (2018) train
+| ω      | clean_weight | 0.5     | 0.5 is the mixed minibatch; 0 trains on adversarial images alone, as Engstrom et al.
+|        |              |         | (2018) do
 
-Batch-norm: one training-mode pass over x and x' together, as the authors' code has it: their statistics are shared.
+Batch-norm: one training-mode pass over x and x' together, so that both share their batch statistics, as in the
+authors' code.
 
-Differences from the authors' ImageNet code: the attack is untargeted, theirs aims at the least likely class; labels
-are not smoothed, theirs are by 0.1.
+Differences from the authors' ImageNet code: our attack is untargeted, whereas theirs targets the least likely class;
+we do not smooth labels, whereas they smooth them by 0.1.
 """
 
 import jax.numpy as jnp

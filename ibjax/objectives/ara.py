@@ -1,19 +1,20 @@
-"""Any objective under representation attacks: shared information, Yu et al., Pattern Recognition 2023, table 7.
+"""Any objective trained on representation attacks: Yu et al. (shared information), Pattern Recognition 2023, table 7.
 
-    the first half of a batch are guides, the second half x with labels y
+    the first half of a batch is the guide images, the second half is x with labels y
     x'_i = argmin ‖φ(x') − φ(guide_i)‖²,    |x' − x_i| ≤ σ,  by L-BFGS-B                attacks/representation.py
     L    = the loss of `base` on x, y and x'
 
 | symbol | code  | default  |
 |--------|-------|----------|
-|        | base  |          | the section of an objective, as dict(name="trades", beta=6.0)
+|        | base  |          | the configuration section of an objective, such as dict(name="trades", beta=6.0)
 | σ      | eps   | "10/255" |
 | step   | steps | 20       |
 
-φ is the layer before the output, in evaluation mode; of a stochastic layer the mean. The guides have no adversarial
-image and no part in the loss, which the paper leaves open; a guide may have the label of its image.
+φ is the penultimate layer in evaluation mode, or the mean μ where that layer is stochastic. The guides are not
+attacked and do not enter the loss; the paper does not say whether they should. A guide may have the same label as the
+image that it guides.
 
-Batch-norm: as `base`, over x alone.
+Batch-norm: the passes of `base`, over x alone.
 """
 
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from ibjax.step import Objective
 
 
 def ara(*, base: config.ObjectiveSection, eps: str = "10/255", steps: int = 20) -> Objective:
-    """An objective whose adversarial images are adversarial representations; its attack is None, its batch even."""
+    """`base` on images that imitate a guide's representation; needs attack=None and an even batch size."""
     inner = config.build("objectives", base, "objective.base")
     if inner.attack is not None or not inner.attack_losses:
         raise InputError(f"objective.base='{base['name']}' has no adversarial images, or makes its own; give another")
@@ -58,5 +59,5 @@ def ara(*, base: config.ObjectiveSection, eps: str = "10/255", steps: int = 20) 
 
 
 def second_half(value):
-    """Of an array with a batch axis; a number that all images share stays."""
+    """The second half of an array along its batch axis; a scalar, which all images share, is returned as it is."""
     return jnp.split(value, 2)[1] if jnp.ndim(value) else value

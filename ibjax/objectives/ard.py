@@ -9,11 +9,11 @@
 | T         | temperature | 30                                                                 |
 | mean of D | reduction   | "mean" over B·C, as the authors' code; or "sum" over C, mean over B |
 
-The two reductions differ by the factor C. The code of IAD has ARD with T = 1 and "sum".
+The two reductions differ by the factor C. The code of IAD implements ARD with T = 1 and "sum".
 
-Batch-norm: training-mode passes over x', then x (with α = 1 for its statistics alone). The authors attack in training
-mode, from a start that may leave the image box: `config.attack_bn = "train"`, `attack.init = "uniform_unclipped"`.
-The teacher is frozen and sees x.
+Batch-norm: training-mode passes over x', then x; with α = 1 the pass over x only updates the running statistics. The
+authors attack in training mode, from a start that may lie outside [0, 1]: `config.attack_bn = "train"`,
+`attack.init = "uniform_unclipped"`. The teacher is frozen and sees x.
 """
 
 import jax.numpy as jnp
@@ -58,5 +58,5 @@ def check_reduction(reduction: str) -> None:
 
 
 def reduce(divergence, logits, reduction):
-    """Divergences (B,), each a sum over the classes of logits (B, C): their mean over B·C, or over B."""
+    """The mean over B·C ("mean") or over B ("sum") of divergences (B,) that are sums over the C classes."""
     return jnp.mean(divergence) / (logits.shape[-1] if reduction == "mean" else 1)

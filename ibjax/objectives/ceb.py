@@ -1,5 +1,5 @@
 """CEB: Fischer, "The Conditional Entropy Bottleneck", Entropy 2020; Fischer & Alemi, "CEB Improves Model Robustness",
-Entropy 2020; as IBD (Kuang et al., NeurIPS 2023) compares with it.
+Entropy 2020; as a baseline of IBD (Kuang et al., NeurIPS 2023).
 
     L = mean_b [ CE(f(z), y) + e^{−ρ}·KL(e(z|x) || b(z|y)) ]
     e(z|x) = N(μ(x), σ²),  b(z|y) = N(μ_y, I),      KL = ½ Σ_k ( (μ − μ_y)_k² + σ_k² − 1 − 2 ln σ_k )
@@ -8,15 +8,15 @@ With the unit variance of the papers, σ = 1, the KL is ½‖μ(x) − μ_y‖²
 
 | symbol | code        | default |
 |--------|-------------|---------|
-| ρ      | rho         | 3; larger is less compression |
+| ρ      | rho         | 3; a larger ρ compresses less |
 |        | adversarial | True: L at x' = PGD on CE; False: at x |
 
-The network has it all (`models/stochastic.py`: sigma="unit", class_means=True): z, μ, σ and the table of μ_y, a linear
-map of the one-hot label, are its features. The attack and the evaluation see z = μ. The papers do not say how CEB was
-combined with adversarial training; this is the combination of the comparison in IBD as we read it.
+The network (`models/stochastic.py` with sigma="unit", class_means=True) returns z, μ, σ and the table of μ_y, a linear
+map of the one-hot label, as features. The attack and the evaluation see z = μ. No paper says how CEB was combined with
+adversarial training; this is our reading of the comparison in IBD.
 
-Batch-norm: one training-mode pass over x' (x). Fischer estimates the KL from the sample; here it is in closed form,
-which is its mean.
+Batch-norm: one training-mode pass over x', or over x with adversarial=False. Fischer estimates the KL from the sampled
+z; here it is computed in closed form, which is the expectation of that estimate.
 """
 
 import math

@@ -1,7 +1,7 @@
 """HBaR: Wang, Jian, Masoomi, Ioannidis & Dy, "Revisiting Hilbert-Schmidt Information Bottleneck for Adversarial
 Robustness", NeurIPS 2021.
 
-    L = w·L_base + Σ_l [ λ_x·nHSIC(X, T_l) − λ_y·nHSIC(Y, T_l) ]               X, T_l: of the clean images, or of x'
+    L = w·L_base + Σ_l [ λ_x·nHSIC(X, T_l) − λ_y·nHSIC(Y, T_l) ]         X and T_l belong to the clean images, or to x'
 
     base       L_base
     standard   CE(x)
@@ -11,18 +11,27 @@ Robustness", NeurIPS 2021.
 
 | symbol | code          | default |
 |--------|---------------|---------|
-| λ_x    | lambda_x      | 0.0005  | with adversarial training on CIFAR; without 0.006; MNIST: 0.003 and 1
-| λ_y    | lambda_y      | 0.005   | 0.05; MNIST: 0.001 and 50
+| λ_x    | lambda_x      | 0.0005  | see below
+| λ_y    | lambda_y      | 0.005   | see below
 | w      | base_weight   | 1       |
 | σ, ε   | sigma, ridge  | 5, 1e-5 | σ in units of √dimension; the label kernel is linear
-| l      | layers        | "all"   | or names; of VGG16 the authors have stage1 to stage4, fc1 and fc2
-|        | hsic_adv      | False   | True: X = x' and T_l its features; the authors' code has this choice with "mart"
-|        | robust_weight | None    | of KL; None: the base's own in the table above
+| l      | layers        | "all"   | or names; the authors use stage1 to stage4, fc1 and fc2 of VGG16
+|        | hsic_adv      | False   | True: X = x' and T_l its features; the authors' code offers this with "mart"
+|        | robust_weight | None    | weight of the KL term; None: the base's own in the table above
 
-Batch-norm: training-mode passes over x', then x, for "pgd_at", where the second only gives the features; x, then x',
-for "trades" and "mart"; x for "standard". `hsic_adv` changes none of them.
+The authors' weights:
 
-Deviations from the authors' code: labels have one column per class of the data set, theirs always ten.
+| data  | training    | λ_x    | λ_y   |
+|-------|-------------|--------|-------|
+| CIFAR | adversarial | 0.0005 | 0.005 |
+| CIFAR | standard    | 0.006  | 0.05  |
+| MNIST | adversarial | 0.003  | 0.001 |
+| MNIST | standard    | 1      | 50    |
+
+Batch-norm, training-mode passes in order: x', then x for "pgd_at", where the second pass only provides the features;
+x, then x' for "trades" and "mart"; x for "standard". `hsic_adv` does not change them.
+
+Deviation from the authors' code: the label matrix has one column per class of the data set, theirs always has ten.
 """
 
 import jax
@@ -46,7 +55,7 @@ def hbar(
     sigma: float = hsic.SIGMA,
     ridge: float = hsic.RIDGE,
 ) -> Objective:
-    """HSIC bottleneck as regulariser; its attack is that of its base."""
+    """HSIC bottleneck as a regulariser; it uses the attack of its base objective."""
     if base not in CHOICES["base"]:
         raise InputError(f"objective.base='{base}' is unknown; {nearest(base, CHOICES['base'])}")
     if hsic_adv and base == "standard":

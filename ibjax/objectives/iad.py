@@ -1,6 +1,6 @@
 """IAD: Zhu et al., "Reliable Adversarial Distillation with Unreliable Teachers", ICLR 2022.
 
-The student trusts its teacher by A, and itself by 1 − A:
+The student weights its teacher's prediction by A and its own by 1 − A:
 
     A_b = p_t(y_b | x'_b)^β    from epoch `begin` on, 1 before
     L   = mean_b [ α·( A·KL(p_t(u) || p_s(x')) + (1−A)·KL(p_s(x) || p_s(x')) )
@@ -16,7 +16,7 @@ The student trusts its teacher by A, and itself by 1 − A:
 | α      | alpha               | 1           | 0.5          |
 | α_2    | alpha_2             | 0           | 0.25         |
 |        | begin               | 60          | 40           |
-|        | weight_teacher_term | True        | True         | False: the first term without A, as the code of "I"
+|        | weight_teacher_term | True        | True         | False: first term without A, as in the code of "I"
 |        | passes              | "once"      | "once"       | or "code", see below
 
 Gradients flow through p_s(x) as well. Teachers are frozen. The authors attack in training mode (`config.attack_bn =
@@ -24,7 +24,7 @@ Gradients flow through p_s(x) as well. Teachers are frozen. The authors attack i
 
     passes   variant   before `begin`   from `begin` on
     once     I, II     x', x            x', x
-    code     I         x', x', x        x', x', x, x           their code, which uses one of each for its loss
+    code     I         x', x', x        x', x', x, x           the authors' code; its loss uses one pass over each
     code     II        x'               x', x
 """
 
@@ -40,7 +40,7 @@ from ibjax.step import Objective
 
 
 class Defaults(NamedTuple):
-    """What None means in a variant."""
+    """The defaults of a variant: what an argument of None stands for."""
 
     alpha: float
     alpha_2: float
@@ -48,7 +48,7 @@ class Defaults(NamedTuple):
 
 
 DEFAULTS = {"I": Defaults(1.0, 0.0, 60), "II": Defaults(0.5, 0.25, 40)}
-# passes -> variant -> (those always made, those made from `begin` on)
+# passes -> variant -> (passes of every step, passes of the steps from epoch `begin` on)
 PASSES = {
     "once": {"I": (("adv", "clean"), ()), "II": (("adv", "clean"), ())},
     "code": {"I": (("adv", "adv", "clean"), ("clean",)), "II": (("adv",), ("clean",))},
@@ -74,7 +74,7 @@ def iad(
     begin = defaults.begin if begin is None else begin
     if passes not in PASSES:
         raise InputError(f"objective.passes='{passes}' is unknown; {nearest(passes, PASSES)}")
-    always, later = PASSES[passes][variant]  # `later`: a pass that only counts from `begin` on
+    always, later = PASSES[passes][variant]  # `later`: a pass whose statistics count only from `begin` on
     check_range("objective.beta", beta, 0)
     check_range("objective.alpha", alpha, 0, 1)
     check_range("objective.begin", begin, 0)

@@ -13,36 +13,40 @@
 |----------|---------------|------------|
 | α        | alpha         | 0.008      | the paper: β/10
 | β        | beta          | 0.08       | the paper: 1 for VGG16, 5e-4 for ResNet-18
-| S        | layers        | "all"      | "robust": stage5, fc1, fc2 of VGG16; or taps' names, as "stage5,fc1"
+| S        | layers        | "all"      | "robust": stage5, fc1, fc2 of VGG16; or names of taps, such as "stage5,fc1"
 | σ, ε     | sigma, ridge  | 5, 1e-5    | σ in units of √dimension
-|          | estimator     | "nhsic"    | or "hsic", the biased one, orders of magnitude smaller
+|          | estimator     | "nhsic"    | or "hsic", the biased estimator, whose values are orders of magnitude smaller
 |          | y_kernel      | "linear"   | or "gaussian": in the authors' code for all but PGD-AT and the robust layers
 |          | x_input       | "clean"    | or "adv", X = x'
 | base     | base, form    | "pgd_at", "code" |
-|          | robust_weight | None       | of KL; None: the base's own in the table above
-| FC       | mask_tap      | None       | whose channels: "stage5" of VGG, "pre_logits" of ResNet, "stage2" of WRN
+|          | robust_weight | None       | weight of the KL term; None: the base's own in the table above
+| FC       | mask_tap      | None       | tap to mask: "stage5" of VGG, "pre_logits" of ResNet, "stage2" of WRN
 |          | mask_rule     | "code"     | or "paper", see below
-|          | mask_channels | 10         | masked by each of the code's two rules; it has 20 for ResNet-18
-|          | mask_every    | 10         | steps of an epoch; 1 with the paper's rule
+|          | mask_channels | 10         | masked by each of the code's two rules; the code has 20 for ResNet-18
+|          | mask_every    | 10         | steps of an epoch from one mask to the next; 1 with the paper's rule
 |          | until_epoch   | None       | the terms count before this epoch only: 1 for SVHN with MART
 
-The paper's text swaps α and β where it gives their values; its figure and its rule α = β/10 tell.
+The paper's text swaps the values of α and β: its figure and its rule α = β/10 show which is which.
 
-The attack climbs cross-entropy from x + U(−ε, ε), for all bases in form "code"; the original TRADES climbs its KL.
-The authors' attack has eps 0.03 and step 0.0069 where the paper says 8/255 and 2/255.
+In form "code" the attack maximises cross-entropy from x + U(−ε, ε) for every base; in form "original" that of TRADES
+maximises its KL. The authors' code attacks with eps 0.03 and step 0.0069, the paper states 8/255 and 2/255.
 
-Channel mask (FC): every `mask_every` steps of an epoch, except at its first, the training passes have channels of one
-tap zeroed: of all but the last channel those with the lowest nHSIC(Y, f_c) and those with the highest nHSIC(X, f_c),
-X the pass's input, both kernels Gaussian, without gradient. It is never there in attacks and at test. The terms see
-the masked feature, but for `pre_logits`: the authors' ResNet-18 notes that vector before the mask. The paper
-describes another mask, of the 5 % with the lowest nHSIC(Y, f_c), both in every training step (its Algorithm 1:
-mask_rule="paper", mask_every=1, no step left out, all terms of masked features) and after training:
-`ibjax.analysis.mask`, which makes it permanent, in attacks and at test too.
+Channel mask (FC), two versions:
+
+- The authors' code (mask_rule="code"): in every `mask_every`-th step of an epoch, but not in its first step, the
+  training passes zero channels of one tap. The last channel is never masked. Of the others, those with the lowest
+  nHSIC(Y, f_c) and those with the highest nHSIC(X, f_c) are; X is the input of the pass, both kernels are Gaussian, and
+  no gradient flows through the choice. Attacks and tests never use the mask. The information terms see the masked
+  feature, except at `pre_logits`: the authors' ResNet-18 records that vector before it is masked.
+- The paper's text: mask the 5 % of channels with the lowest nHSIC(Y, f_c). Its Algorithm 1 does so in every training
+  step (mask_rule="paper", mask_every=1; all terms see masked features). After training, `ibjax.analysis.mask` makes
+  the mask permanent, in attacks and at test too.
 
 Batch-norm: one training-mode pass for "standard" and "pgd_at"; x, then x', for "trades" and "mart".
 
 Deviations from the authors' code: Y has one column per class of the data set, theirs one per class up to the largest
-in the batch; their extra training-mode pass over x' (x without an attack) after each step, for logging, is left out.
+label in the batch. After each step their code makes one more training-mode pass, for logging, over x' (over x without
+an attack); ours does not.
 """
 
 import re
@@ -92,7 +96,7 @@ def ib_rar(
     mask_every: int = 10,
     until_epoch: float | None = None,
 ) -> Objective:
-    """IB-RAR; its attack is PGD on cross-entropy, for the original TRADES dict(loss="kl", init="gaussian")."""
+    """IB-RAR; its attack is PGD on cross-entropy, with the original TRADES PGD on KL: loss="kl", init="gaussian"."""
     given = dict(base=base, form=form, estimator=estimator, y_kernel=y_kernel, x_input=x_input, mask_rule=mask_rule)
     for name, value in given.items():
         if value not in CHOICES[name]:
@@ -165,7 +169,7 @@ def ib_rar(
 
 
 def base_loss(base: str, form: str, logits: list[Array], batch: Batch, weight: float) -> tuple[Array, dict[str, Array]]:
-    """(L_base, its metrics) of the table above; `logits` of x and x', or of the only one there is."""
+    """(L_base of the table above, its metrics); `logits` has those of x and of x', or of the only one that is used."""
     clean, adv, y = logits[0], logits[-1], batch["label"]
     if base == "standard":
         return jnp.mean(losses.cross_entropy(clean, y)), {"clean_acc": accuracy(clean, batch)}
@@ -186,10 +190,12 @@ def base_loss(base: str, form: str, logits: list[Array], batch: Batch, weight: f
 
 
 def layers_of(features: dict[str, Array], layers: "str | tuple[str, ...]" = "all") -> list[Array]:
-    """The taps T_l: "all", "robust" (VGG16's), or by their names, a tuple or separated by commas.
+    """The features T_l of the chosen taps.
 
-    All are the paper's: stem, blocks and the pooled vector of a residual network; of a plain one the groups of
-    convolutions after their pooling, and the hidden linear layers or, without any, the pooled vector.
+    layers: "all", "robust" (those of VGG16), or names, as a tuple or separated by commas.
+
+    "all" are the paper's layers. In a residual network: the stem, the blocks and the pooled vector. In a plain one:
+    each group of convolutions after its pooling, and the hidden linear layers or, without any, the pooled vector.
     """
 
     def numbered(kind):
@@ -244,9 +250,9 @@ def batch_mask(
     sigma: float = hsic.SIGMA,
     ridge: float = hsic.RIDGE,
 ) -> Callable[[Array], Array]:
-    """An edit of a feature (B, …, C): where `active`, channels are zero for the whole batch.
+    """A function that, where `active`, zeroes channels of a feature (B, …, C) for the whole batch.
 
-    Those of the code's two rules, so many of each; with `channels` None those of the paper's rule.
+    `channels` is how many each of the code's two rules chooses; None applies the paper's rule.
     """
 
     def keep(z):
@@ -295,7 +301,7 @@ def permanent_mask(with_y: Array, share: float = 0.05) -> Array:
 
 
 def masked(mask: Array) -> Callable[[Array], Array]:
-    """The edit of a feature (B, …, C) that multiplies its channels by a mask (C,)."""
+    """A function that multiplies the channels of a feature (B, …, C) by a mask (C,)."""
     return lambda z: z * mask.astype(z.dtype).reshape((1,) * (z.ndim - 1) + (-1,))
 
 
@@ -315,9 +321,10 @@ def adaptive_attack(
 ) -> Attack:
     """PGD on mean_b CE + Σ_l [ α·nHSIC(X, T_l) − β·nHSIC(Y, T_l) ], X the clean images: the paper's PGD_AD.
 
-    Called as an attack with labels, but `logits_fn` returns (logits, features). The terms couple the images of a
-    batch, so the result depends on its composition: the paper has batches of 100. `step_size` is 2.3·eps/steps by
-    default, as in the authors' code; `options` are those of `dependence`, with Gaussian labels by default.
+    It is called like any attack on labels, except that `logits_fn` returns (logits, features). The terms couple the
+    images of a batch, so the result depends on which images share a batch; the paper uses batches of 100. `step_size`
+    is 2.3·eps/steps by default, as in the authors' code. `options` are those of `dependence`; the label kernel is
+    Gaussian by default.
     """
     options = {"y_kernel": "gaussian", **options}
     step = 2.3 * geometry.radius(eps, "linf") / steps if step_size is None else step_size
@@ -327,7 +334,7 @@ def adaptive_attack(
             logits, features = output
             taps = layers_of(features, layers)
             with_x, with_y = dependence(x, labels, logits.shape[-1], taps, **options)
-            # pgd climbs the sum over examples, which so is mean CE plus the terms
+            # pgd maximises the sum over examples, which is thus the mean CE plus the terms
             return (losses.cross_entropy(logits, labels) + alpha * with_x - beta * with_y) / len(labels)
 
         climb = pgd(loss=per_example, eps=eps, step_size=step, steps=steps, init=init)

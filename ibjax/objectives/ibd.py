@@ -14,9 +14,9 @@
 | δ           | smoothing        | 0.3       | of labels="smooth"; the paper does not give it
 | Attn        | matching         | "adaptive"| or "hand": layers of the same level
 |             | adversarial      | True      | False: L = D(x, y_t) + β·L_feat(x), without adversarial training
-| inner goal  | attack_target    | "teacher" | y_t; or "student": TRADES's KL(p_s(x) || p_s(x')), as the paper's text
-| Z_t from    | teacher_features | "adv"     | or "nat", as the authors' code does
-|             | teacher_noise    | 0         | the authors' code shows the teacher x + 0.001·N(0, 1)
+| attack goal | attack_target    | "teacher" | y_t; or "student": TRADES's KL(p_s(x) || p_s(x')), as the paper's text
+| input of z_t | teacher_features | "adv"    | x'; or "nat": x, as in the authors' code
+|             | teacher_noise    | 0         | std of noise on the teacher's x; 0.001 in the authors' code
 | layers      | granularity      | "block"   | as the authors' last code; or "stage": the last block of each stage
 |             | stem             | False     | True: the stem too; with "stage" our reading of the authors' earlier code
 | p_t·p_s     | positional       | True      | absent from the paper's formula
@@ -24,15 +24,19 @@
 | e           | energy           | "square"  | mean over channels of z²; "mean" of z, as the paper's text says
 
 Batch-norm: training-mode passes over x (its features are not used), then x'. The teachers are frozen.
-A weight perturbation (IBD+AWP) climbs L without L_feat.
+A weight perturbation (IBD+AWP) maximises L without L_feat.
 
-Deviations from the authors' code, which does not run as published: KL in place of the paper's cross-entropy (they
-differ by the teacher's entropy, a constant; the attack may use either); with `teacher_noise` the noise is not the
-very draw that starts the attack. Their last code takes the features 1 to 15 of the teacher and 1 to 8 of the student,
-blocks without the stem, their earlier code 0 to 4 of both; the networks that return them are not published, and five
-are a ResNet's stem and four stages (a WideResNet has three). β multiplies squared differences of unit-norm maps
-*divided by H·W*: L_feat ≤ Σ_i 2/(H_i·W_i), 0.2 for a WRN-34-10 teacher; other scalings change the method by orders of
-magnitude.
+The authors' code does not run as published. Deviations from it:
+
+- We use the KL in place of the paper's cross-entropy. They differ by the teacher's entropy, a constant, so the attack
+  may use either.
+- With `teacher_noise`, the noise is drawn independently of the attack's start; their code uses one draw for both.
+- Their last code takes features 1 to 15 of the teacher and 1 to 8 of the student, which are the blocks without the
+  stem. Their earlier code takes features 0 to 4 of both. The networks that return them are not published; five features
+  fit the stem and four stages of a ResNet (a WideResNet has three stages).
+
+β multiplies squared differences of unit-norm maps that are *divided by H·W*: L_feat ≤ Σ_i 2/(H_i·W_i), which is 0.2
+for a WRN-34-10 teacher. Another scaling would change the weight of this term by orders of magnitude.
 """
 
 import jax
@@ -110,7 +114,7 @@ def ibd(
         return teach(net, variables, batch, jax.random.split(key, 3)[0])[0]
 
     def soft_label(net, variables, batch, x_adv, key):
-        """The loss without its feature term, and the features of student and teacher for it."""
+        """The loss without its feature term, and the features of student and teacher that this term compares."""
         key_teacher, key_clean, key_adv = jax.random.split(key, 3)
         y_t, features_t = teach(net, variables, batch, key_teacher)
         (clean, features_s), variables = net.forward(variables, batch["image"], key_clean)

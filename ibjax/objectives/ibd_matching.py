@@ -5,7 +5,7 @@
     adaptive       w is an attention over the student's layers, learned sample by sample        `AttentionMatching`
     hand-crafted   w is 1 or n / pairs for layers of the same level, else 0                     `hand_matching`
 
-In both the weights of a sample sum to n. ê: energy maps of unit norm, see `energy_differences`.
+In both cases the weights of a sample sum to n. ê are energy maps of unit norm, see `energy_differences`.
 """
 
 import math
@@ -29,7 +29,7 @@ class AttentionMatching(nn.Module):
         q_i = BN(W_i GAP(z_t^i))            k_j = ReLU(BN(W_j GAP(z_s^j)))         k̃_{j,i} = BN(W k_j)_i
         Attn_{b,i,·} = softmax_j( (⟨k̃_{b,j,i}, q_{b,i}⟩ + ⟨p_t^i, p_s^j⟩) / √d )
 
-    Called with the taps of student and teacher; returns (L_feat, Attn (B, n, m)), n teacher and m student layers.
+    It takes the taps of student and teacher and returns (L_feat, Attn (B, n, m)) for n teacher and m student layers.
     """
 
     qk_dim: int = 128
@@ -72,8 +72,9 @@ def hand_matching(
 ) -> Array:
     """L_feat for layers of the same level, n · mean_pairs mean_b mean_{hw} (ê_s − ê_t)².
 
-    The pairs are layer j with layer j where both networks have the same maps (equal architectures), else the last
-    blocks of the stages that both have. The paper does not say which; the factor n keeps the meaning of β.
+    Where both networks have the same feature maps (equal architectures), layer j is paired with layer j; otherwise the
+    last blocks of the stages that both networks have are paired. The paper does not define the pairs. The factor n
+    gives β the same meaning as in adaptive matching.
     """
     z_s, z_t = (layers_of(features, granularity, stem) for features in (student, teacher))
     n = len(z_t)
@@ -85,12 +86,13 @@ def hand_matching(
 
 
 def layers_of(features: dict[str, Array], granularity: str, stem: bool = False) -> list[Array]:
-    """The post-activation taps of all blocks (or stages) in order, with `stem` after the stem's.
+    """The post-activation taps of all blocks (or stages) in order; with `stem`, that of the stem comes first.
 
-    Pre-activation networks offer `blockN_relu`, what the next block sees; others are after a ReLU as they are.
+    Pre-activation networks have a tap `blockN_relu`, the activated input of the next block; in other networks the
+    output of a block has already passed a ReLU.
     """
     numbers = {int(match[1]): match[0] for name in features if (match := re.fullmatch(rf"{granularity}(\d+)", name))}
-    if not numbers:  # a plain network has convolutions for blocks
+    if not numbers:  # in a plain network, convolutions take the place of blocks
         numbers = {int(match[1]): match[0] for name in features if (match := re.fullmatch(r"conv(\d+)", name))}
     names = [numbers[i] for i in sorted(numbers)]
     if stem:

@@ -1,5 +1,5 @@
 """InfoAT-R: a reconstruction, from its abstract alone, of Xu et al., "InfoAT: Improving Adversarial Training Using the
-Information Bottleneck Principle", IEEE TNNLS 2022. It is not InfoAT: every formula and constant here is ours.
+Information Bottleneck Principle", IEEE TNNLS 2022. It is not InfoAT: every formula and constant here is our own.
 
     r(u) = ½ · Σ_k g_k(u)²                  KL(N(g, I) || N(0, I)) in nats;  g: standardised penultimate features
     L    = mean_b BCE(x') + β · mean_b KL(p(x) || p(x'))·w_b                      BCE and KL as in MART
@@ -10,11 +10,12 @@ Information Bottleneck Principle", IEEE TNNLS 2022. It is not InfoAT: every form
 |--------|------|---------|
 | β      | beta | 5       |
 | τ      | tau  | 0.01    |
-| g      |      | `pre_logits`, d wide, less the mean over the clean minibatch and divided by its standard deviation |
+| g      |      | `pre_logits` of width d, standardised by the mean and standard deviation of the clean minibatch |
 
-The abstract: images whose features hold much information on the input are attacked more easily; find and use them.
+The abstract says that images whose features carry much information about the input are easier to attack, and that
+training should find and use them.
 
-Batch-norm: training-mode passes over x, then x'; the attack in evaluation mode.
+Batch-norm: training-mode passes over x, then x'; the attack runs in evaluation mode.
 """
 
 import jax

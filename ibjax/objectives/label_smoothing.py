@@ -1,5 +1,5 @@
-"""Label smoothing: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016; in
-adversarial training: Pang et al., "Bag of Tricks for Adversarial Training", ICLR 2021.
+"""Label smoothing: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016; combined
+with adversarial training: Pang et al., "Bag of Tricks for Adversarial Training", ICLR 2021.
 
     L   = CE(f(x̃), y_δ)                             x̃ = x' ("pgd_at") or x ("standard"),  x' = PGD on CE to y
     y_δ = 1 − δ for the true class,  δ / (C − 1) for each other
@@ -10,11 +10,11 @@ adversarial training: Pang et al., "Bag of Tricks for Adversarial Training", ICL
 |        | base   | "pgd_at" |
 |        | passes | None     | training-mode passes, in order; None: one over x̃
 
-This is Pang et al.'s form; PyTorch's and Optax's, (1 − δ)·onehot + δ/C, leaves δ·(C − 1)/C for the other classes.
-The attack sees hard labels.
+This is Pang et al.'s form. The form of PyTorch and Optax, (1 − δ)·onehot + δ/C, gives the other classes together
+δ·(C − 1)/C instead of δ. The attack sees hard labels.
 
-Batch-norm: one training-mode pass over x̃. Pang et al.'s code runs x' and, for its log, x before the optimiser's step
-and once more after it: `passes="adv,clean,clean"`, here all before the step.
+Batch-norm: one training-mode pass over x̃. Pang et al.'s code makes a pass over x' and, for logging, one over x before
+the optimiser's step and another over x after it. `passes="adv,clean,clean"` reproduces them, all before the step.
 """
 
 import jax

@@ -11,7 +11,7 @@
 The authors' constants are kept: log(1.0001 − max p'_k + 1e-12), a weight of 1 − p_y + 1e-7, and log(p' + 1e-12) in the
 KL. Gradients flow through all of p, p' and the weight.
 
-Batch-norm: training-mode passes over x, then x'; the attack runs in evaluation mode. As the authors' code.
+Batch-norm: training-mode passes over x, then x'; the attack runs in evaluation mode. Both are as in the authors' code.
 """
 
 import jax

@@ -4,8 +4,8 @@ Adversarial Training", ICLR 2020.
     L     = (1 − ω) · L_mma + ω · mean_b CE(x, y)
     L_mma = 1/B · ( Σ_{correct, ε* < d_max} CE(x + ε*·u, y) + Σ_{wrong} CE(x, y) )       correct: SLM(x) < 0
     SLM   = logsumexp_{k≠y} z_k − z_y                                                    soft logit margin
-    u     = (PGD on SLM within ε − x) / ε,      ε = max(d_min, the image's ε* of its last visit)
-    ε*    = where SLM(clip(x + ε·u)) changes sign, by bisection over [0, 1.05·d_max] from ε
+    u     = (x_PGD − x) / ε,   x_PGD: PGD on SLM within ε,   ε = max(d_min, the image's ε* of the previous epoch)
+    ε*    = where SLM(clip(x + ε·u)) changes sign, by bisection over [0, 1.05·d_max] that starts at ε
 
 | symbol       | code         | default  |
 |--------------|--------------|----------|
@@ -15,12 +15,12 @@ Adversarial Training", ICLR 2020.
 | PGD steps    | steps        | 10       | of length 2.5·ε/steps, from U(−ε, ε); 40 on MNIST
 | bisections   | search_steps | 10       |
 
-The attack is the method's own, one radius for each image: set `attack=None`. ε* of a wrong image is stored as 0; the
-adversarial image is not clipped to [0, 1], as in the authors' code.
+The method brings its own attack, with a radius for each image: set `attack=None`. The ε* of a misclassified image is
+stored as 0. The adversarial image is not clipped to [0, 1], as in the authors' code.
 
-Batch-norm: training-mode passes over x, then one over the result of PGD, `search_steps` in the bisection, one over the
-mixed minibatch; PGD in evaluation mode. The authors' code runs PGD and bisection on the correct images alone; here the
-wrong ones stand unperturbed in the bisection's minibatches and their statistics.
+Batch-norm: training-mode passes over x, over the result of PGD, `search_steps` times in the bisection, and over the
+mixed minibatch; PGD runs in evaluation mode. The authors' code runs PGD and bisection on the correctly classified
+images alone. Here the misclassified ones stay in the bisection's minibatches, unperturbed, and enter their statistics.
 """
 
 import jax
@@ -98,7 +98,7 @@ def mma(
 
 
 def soft_logit_margin(logits: Array, labels: Array) -> Array:
-    """logsumexp_{k≠y} z_k − z_y, shape (B,): negative where the true class has more than half of the probability."""
+    """logsumexp_{k≠y} z_k − z_y, shape (B,): negative where the true class has a probability above one half."""
     logits = logits.astype(jnp.float32)
     is_true = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     others = jax.nn.logsumexp(jnp.where(is_true, -jnp.inf, logits), axis=-1)
@@ -106,11 +106,12 @@ def soft_logit_margin(logits: Array, labels: Array) -> Array:
 
 
 def bisect(margin, eps, max_eps, steps, state):
-    """Where `margin(eps, state) -> ((B,), state)` changes from negative to positive in [0, max_eps]: (eps (B,), state).
+    """Bisects for the eps in [0, max_eps] at which a margin changes sign; returns (eps (B,), state).
 
-    The first interval is split at the given eps (B,), `steps` − 1 more at their middle; the middle of the last is
-    returned, at most 2^-steps·max_eps from the root where there is one. As in the authors' code the margin is also
-    evaluated there, which moves the running statistics.
+    `margin(eps, state) -> ((B,), state)` rises from negative to positive. The first interval is split at the given eps
+    (B,), the following `steps` − 1 at their middle. The middle of the last interval is returned; it lies within
+    2^-steps·max_eps of the root, if there is one. As in the authors' code, the margin is also evaluated there, which
+    updates the running statistics.
     """
 
     def halve(_, carry):

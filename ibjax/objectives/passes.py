@@ -1,8 +1,8 @@
-"""The training-mode passes of an objective, in order: each moves the running statistics of batch-norm once.
+"""The training-mode passes of an objective, in order: each updates the running statistics of batch-norm once.
 
-Published code runs more passes than its loss needs: for its log, or because a loss is written in two places. What such
-a pass computes is the same again, but it counts once more in the running statistics, with which the network is attacked
-and tested. An order is text, "adv,clean,clean": first x', then x twice.
+Published code often makes more passes than its loss needs: for logging, or because it computes the loss in two places.
+Such a pass yields the same outputs again, but it updates the running statistics once more, and the network is attacked
+and tested with those. An order of passes is written as text: "adv,clean,clean" is first x', then x twice.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from ibjax.step import Net, Output, Variables
 
 
 def order(passes: str, needed: tuple[str, ...]) -> tuple[str, ...]:
-    """The names in `passes`, each of `needed` at least once and no other; raises InputError."""
+    """The names in `passes`; InputError unless these are the names in `needed`, each at least once."""
     names = tuple(name.strip() for name in passes.split(","))
     if set(names) != set(needed):
         raise InputError(
@@ -29,9 +29,9 @@ def order(passes: str, needed: tuple[str, ...]) -> tuple[str, ...]:
 def forward(
     net: Net, variables: Variables, images: Mapping[str, Array], names: tuple[str, ...], key: Array
 ) -> tuple[dict[str, Output], Variables]:
-    """Passes over `images[name]` for each of `names`: ({name: (logits, features)}, variables).
+    """Makes a training-mode pass over `images[name]` for each of `names`: ({name: (logits, features)}, variables).
 
-    The outputs are those of the first pass over each; the others only count for the statistics.
+    The outputs are those of the first pass over each image batch; repeated passes only update the running statistics.
     """
     outputs: dict[str, Output] = {}
     for name, key_pass in zip(names, jax.random.split(key, len(names)), strict=True):
@@ -41,6 +41,6 @@ def forward(
 
 
 def where(condition: Array, new: Variables, old: Variables) -> Variables:
-    """`new`, with the batch statistics of `old` unless `condition` () holds: a pass that is made at times only."""
+    """`new` where the scalar `condition` holds, else `new` with the batch statistics of `old`: a conditional pass."""
     statistics = jax.tree.map(lambda a, b: jnp.where(condition, a, b), new["batch_stats"], old["batch_stats"])
     return {**new, "batch_stats": statistics}

@@ -6,19 +6,20 @@ as in Rice, Wong & Kolter, "Overfitting in Adversarially Robust Deep Learning", 
 | symbol | code          | default |
 |--------|---------------|---------|
 |        | passes        | "adv"   | training-mode passes, in order: see below
-|        | clean_forward | False   | of older runs: True adds ",clean" to `passes`
+|        | clean_forward | False   | an option of older runs: True adds ",clean" to `passes`
 
-Batch-norm: one training-mode pass over x'. Published code makes more of them, for its log:
+Batch-norm: one training-mode pass over x'. Published code makes more of them, for logging:
 
     passes            in
-    adv,adv,clean     Rice et al., AWP; the attack ends with a pass over x', the step with one over x
+    adv,adv,clean     Rice et al., AWP; their attack ends with a pass over x', their step with one over x
     clean,adv         adversarial training in the code of IBD
     adv,clean,clean   Pang et al. (label_smoothing)
 
-Here all come before the optimiser's step, there the last one over x comes after it, at the new weights; with AWP the
-first is at the unperturbed weights there. In the attack, evaluation mode is the default; `config.attack_bn = "train"`
-attacks in training mode as Rice et al. and Fast-AT do. AWP's code does so too, but for the first batch of each epoch
-after the first, which it attacks in evaluation mode, because validation came before; here no batch is special.
+Here all passes come before the optimiser's step. In the published code the last pass over x comes after the step, at
+the new weights, and the first pass of AWP is made at the unperturbed weights. The attack runs in evaluation mode by
+default; with `config.attack_bn = "train"` it runs in training mode, as that of Rice et al. and of Fast-AT. The code of
+AWP attacks in training mode too, except in the first batch of every epoch but the first: that one it attacks in
+evaluation mode, which the validation before it has set. Here all batches are treated alike.
 """
 
 import jax.numpy as jnp

@@ -3,9 +3,9 @@ Recognition 134, 2023 (MERL TR2022-141).
 
     L     = α CE(f(x'), y) + (1−α) CE(f(x), y) + β(e) D_SKL − λ I(z; z')
     D_SKL = mean_b ½ [ KL(p(z|x) || p(z|x')) + KL(p(z|x') || p(z|x)) ],   p(z|x) = N(μ, σ²), a sum over its K dimensions
-    I     = HSIC of z and z', Gaussian kernels, the width of each its mean distance to the k nearest neighbours (not
-            so for information="nhsic", whose widths are 5·√K, as of the HSIC bottleneck)
-    β(e)  = β₀ (β/β₀)^clip((⌊e⌋ − warmup)/ramp, 0, 1)           superfluous information is squeezed out slowly
+    I     = HSIC of z and z' with Gaussian kernels; the width of each kernel is the mean distance to the k nearest
+            neighbours (with information="nhsic" it is 5·√K, as in the HSIC bottleneck)
+    β(e)  = β₀ (β/β₀)^clip((⌊e⌋ − warmup)/ramp, 0, 1)           e epochs; superfluous information is removed slowly
 
 | symbol | code        | default                                                                             |
 |--------|-------------|-------------------------------------------------------------------------------------|
@@ -13,26 +13,26 @@ Recognition 134, 2023 (MERL TR2022-141).
 | β, β₀  | beta, beta_start | 4 (MNIST, CIFAR-10; 6 for CIFAR-100), 1e-3                                     |
 |        | warmup, ramp | 10, 90 epochs                                                                      |
 | λ      | lam         | 1e-3; the recipes with "mine" and "mige" have 0.01                                  |
-| k      | neighbours  | 10, of "hsic" and "trace"                                                            |
+| k      | neighbours  | 10; used by "hsic" and "trace"                                                       |
 | I      | information | "hsic", biased; "trace", without its (B − 1)⁻²; "nhsic"; "mine"; "mige"             |
 |        | mine_widths | (512, 512), the ReLU layers of MINE's network                                       |
-|        | mine_projection | None; 256: a linear map of the pair (z, z') to so many numbers comes before them |
-|        | location    | "latent": p(z|x) of a stochastic layer; "prediction": p(y|x), which needs none      |
+|        | mine_projection | None; 256: a linear map of the pair (z, z') to 256 numbers comes before them     |
+|        | location    | "latent": p(z|x) of a stochastic layer; "prediction": p(y|x), which needs no such layer |
 
-Use with model=dict(name="stochastic", …): each view draws one z for the CE terms and I; attack and test see z = μ. The
-paper's AutoAttack accuracy, above its PGD accuracy, suggests that its tests drew z too, which no attack that expects a
-deterministic network can judge.
+Use with model=dict(name="stochastic", …). For each of x and x' one z is drawn for the CE terms and I; the attack and
+the evaluation see z = μ. The paper reports an AutoAttack accuracy above its PGD accuracy, which suggests that its tests
+also drew z: attacks that expect a deterministic network then overestimate robustness.
 
-x' is PGD on CE(f(x'), y), or with `ara` around this objective a representation attack.
+x' is PGD on CE(f(x'), y), or a representation attack where `ara` wraps this objective.
 
 Batch-norm: training-mode passes over x', then x.
 
-Read from an incomplete text: gradients flow through both views; the divergence is summed over dimensions; the kernel
-is exp(−d²/(2σ²)) (the minus sign is missing in the paper), its width without gradient, of z and z' separately. The
-biased HSIC is of order 0.05 here, so that λ = 1e-3 makes it nearly vanish; what the paper's ablation shows of this
-term suggests another scale, hence "trace", and "nhsic", which is another measure with other kernels. MINE's network is
-"256 – 512 – 512 – 1": read as K = 256 numbers of each view and two ReLU layers, or with `mine_projection=256` as 256
-inputs in all.
+The paper leaves details open. Our reading: gradients flow through both views; the divergence is summed over
+dimensions; the kernel is exp(−d²/(2σ²)) (the paper lacks the minus sign); its width carries no gradient and is computed
+for z and z' separately. The biased HSIC is of order 0.05 here, so that λ = 1e-3 makes it nearly vanish, whereas the
+paper's ablation shows a larger effect of this term. Hence the options "trace", with another scale, and "nhsic", a
+different measure with other kernels. The paper describes MINE's network as "256 – 512 – 512 – 1". We read this as K =
+256 numbers of each view and two ReLU layers, or with `mine_projection=256` as 256 inputs in all.
 """
 
 import jax
@@ -122,7 +122,7 @@ def shared_information(
 
 
 def beta_at(epoch: Array, beta: float, start: float, warmup: int, ramp: int) -> Array:
-    """β(e), constant within an epoch: `start` until `warmup` are done, then exponentially to `beta` in `ramp` more."""
+    """β(e), constant within an epoch: `start` for `warmup` epochs, then exponentially to `beta` over `ramp` epochs."""
     progress = jnp.clip((jnp.floor(epoch) - warmup) / ramp, 0.0, 1.0)
     return start * (max(beta, 1e-12) / start) ** progress if beta else jnp.zeros(())
 
@@ -142,7 +142,7 @@ def divergences(clean, adv, location: str) -> Array:
 
 
 def measure(z: Array, z_adv: Array, information: str, neighbours: int) -> Array:
-    """I(z; z') in the chosen measure; of "mige" only the gradient means something."""
+    """I(z; z') in the chosen measure; with "mige" only the gradient of the returned value is meaningful."""
     if information == "mige":
         return mige.information_surrogate(z, z_adv)
     if information == "nhsic":

@@ -2,11 +2,11 @@
 
     L      = L_ori + λ₁ (L_svd + L_info) + λ₂ R_τ
     L_svd  = d(Σ_avg, Σ) + d(P_avg, P) + d(x_avg, x)       U Σ Vᵀ the SVD of an image's channel, P = U Vᵀ
-    L_info = Σ_i d(f_i(x'), f_i(x))                        what is added to the classifier's features
+    L_info = Σ_i d(f_i(x'), f_i(x))                        f_i: what is added to the classifier's features
     R_τ                                                    keeps the kernels that modulate singular vectors orthogonal
 
-x_avg is the calibrated x' (models/siriib.py), Σ and P without index those of x. L_ori is the loss of any other
-objective on the whole network, from which also the attack climbs.
+x_avg is the calibrated x' (models/siriib.py); Σ_avg and P_avg belong to it, Σ and P to x. L_ori is the loss of another
+objective on the whole network; the attack is also the one of that objective.
 
 | symbol | code       | default  |                                                                                 |
 |--------|------------|----------|---------------------------------------------------------------------------------|
@@ -15,18 +15,19 @@ objective on the whole network, from which also the attack climbs.
 | L_ori  | base       | "pgd_at" | or "trades" (β: `base_beta`, 6), "te", "te_trades"; AWP by config.perturb       |
 | d      | distance   | "mse"    | mean over all elements of the square; "l2_per_image": mean_b ‖·‖₂, by colour    |
 |        |            |          | channel or feature map; "fro_batch": ‖·‖₂ of the whole batch                     |
-|        | info_stop  | False    | True: no gradient to the clean f_i, which then are a target                     |
+|        | info_stop  | False    | True: no gradient to the clean f_i, which are then a fixed target               |
 
-With model.connections=0 the singular regularisation stands beside a plain classifier (isolated training, Tables 8 and
-9): L_info is empty and no gradient of L_svd reaches the classifier. The paper names no λ₁ there; our recipe has 1.
+With model.connections=0 the singular regularisation is trained beside a plain classifier (isolated training, Tables 8
+and 9): L_info is empty and no gradient of L_svd reaches the classifier. The paper states no λ₁ for it; our recipe uses
+1.
 
-A weight perturbation (AWP) climbs L_ori alone.
+A weight perturbation (AWP) maximises L_ori alone.
 
-Batch-norm: as L_ori has it. Where that makes no training-mode pass over x, one follows whose statistics count for the
-added parts alone.
+Batch-norm: the passes of L_ori. If none of them is a training-mode pass over x, one follows that updates the running
+statistics of the added parts only.
 
-There is no public code. The paper writes d as ‖·‖₂ without a reduction; with norms that are not squared λ₁ = 1 would
-already swamp L_ori, against its Table 2, hence the mean square. Derivatives: information/svd.py.
+There is no public code. The paper writes d as ‖·‖₂ without a reduction. With norms that are not squared, λ₁ = 1 would
+already swamp L_ori, which contradicts the paper's Table 2; hence our mean square. Derivatives: information/svd.py.
 
 Why the clean f_i have a gradient: without it, the step does not descend on L_info. Where f_i(x') < f_i(x) it makes
 the weights of p_i larger, and both features and their difference grow. With λ₁ = 20, a constant rate of 0.1 and
@@ -126,7 +127,7 @@ def siriib(
 
 
 def _recorded(net: Net, passes: list[tuple[Array, Output]]) -> Net:
-    """The network, with its training-mode passes noted as (x, output): what L_ori computes is not computed again."""
+    """The network, which appends (x, output) of each training-mode pass to `passes`, so that it can be reused."""
 
     def forward(variables, x, key, edits=None):
         output, variables = net.forward(variables, x, key, edits)
@@ -148,9 +149,9 @@ def _with_added_statistics(variables, updated):
 def svd_loss(x_avg: Array, x: Array, d=mean_square) -> Array:
     """L_svd of calibrated images and their clean ones, (B, H, W, C) with H = W; gradients flow to x_avg only."""
 
-    pair = jnp.stack([x_avg, lax.stop_gradient(x)], axis=1)  # one SVD for both: a TPU's takes minutes to compile
+    pair = jnp.stack([x_avg, lax.stop_gradient(x)], axis=1)  # one SVD for both: it takes minutes to compile for a TPU
     sigma, polar = singular_values_and_polar(jnp.moveaxis(pair, -1, 2))  # (B, 2, C, H, W): one matrix per channel
-    sigma, polar = jnp.moveaxis(sigma, 2, -1), jnp.moveaxis(polar, 2, -1)  # as the images have it
+    sigma, polar = jnp.moveaxis(sigma, 2, -1), jnp.moveaxis(polar, 2, -1)  # channels last, as in the images
     return d(sigma[:, 0], sigma[:, 1]) + d(polar[:, 0], polar[:, 1]) + d(x_avg, x)
 
 
@@ -178,8 +179,9 @@ def adaptive_attack(
 ) -> Attack:
     """PGD on a sum of CE, L_svd and L_info, from a random start (L_info has no gradient at x): Table 4 of the paper.
 
-    Called as an attack with labels, but `logits_fn` returns (logits, features). `weights` are 1 by default; L_svd and
-    L_info are means over the batch, and counted once for each image, so that no image's result depends on the others.
+    It is called like any attack on labels, except that `logits_fn` returns (logits, features). `weights` are those of
+    the terms, 1 by default. L_svd and L_info are computed for each image by itself, so that no image's result depends
+    on the rest of the batch.
     """
     for term in terms:
         if term not in ("ce", "svd", "info"):

@@ -16,10 +16,10 @@
 |        | start, end | 90, 150  |
 | β      | beta       | 6        | of base "trades"
 
-e is kept for every training image, whatever the augmentation shows of it; it starts at zero.
+Every training image has one e, which all its augmented versions update; it starts at zero.
 
-Batch-norm: training-mode passes over x' ("pgd_at"), or x, then x' ("trades"); the attack and p(x_i) in evaluation mode.
-As the authors' code.
+Batch-norm: training-mode passes over x' ("pgd_at"), or over x, then x' ("trades"). The attack and p(x_i) use evaluation
+mode. Both are as in the authors' code.
 """
 
 import jax
@@ -64,7 +64,7 @@ def te(
 
     def ensemble(variables, batch):
         e = variables["memory"][batch["index"]]
-        return e / jnp.maximum(jnp.sum(e, axis=-1, keepdims=True), 1e-12)  # zero before `start`, and so is w
+        return e / jnp.maximum(jnp.sum(e, axis=-1, keepdims=True), 1e-12)  # e is zero before `start`, and so is w
 
     def target(net, variables, batch, key):
         known = {"t": ensemble(variables, batch), "w": ramp(batch)}

@@ -7,14 +7,13 @@
 |--------|----------|-------------|
 | β      | beta     | 6           | 1 on MNIST
 |        | passes   | "clean,adv" | training-mode passes, in order
-|        | forwards | 2           | of older runs: 3 adds ",clean" to `passes`
+|        | forwards | 2           | an option of older runs: 3 adds ",clean" to `passes`
 
-Gradients flow through p(x) as well: stopping them there is a different method.
+Gradients flow through p(x) as well; stopping them there would be a different method.
 
-Batch-norm: training-mode passes over x, then x', as the code of IBD has it. The authors' code runs x once more for the
-regulariser, a third update of the running statistics (`passes="clean,adv,clean"`; values and gradients are the same),
-that of TRADES-AWP starts with x' (`"adv,clean,clean"`). The attack runs in evaluation mode, with p(x) from evaluation
-mode.
+Batch-norm: training-mode passes over x, then x', as in the code of IBD. The authors' code makes another pass over x for
+the regulariser, which updates the running statistics a third time (`passes="clean,adv,clean"`; values and gradients are
+the same). The code of TRADES-AWP starts with x' (`"adv,clean,clean"`). The attack and its p(x) use evaluation mode.
 """
 
 import jax

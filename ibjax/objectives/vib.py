@@ -7,12 +7,12 @@
 | symbol | code        | default |
 |--------|-------------|---------|
 | β      | beta        | 1e-3    |
-|        | adversarial | False; True: L at x' = PGD on CE, as adversarial training |
+|        | adversarial | False; True: L at x' = PGD on CE, as in adversarial training |
 
-μ, σ and z are features of the network (`models/stochastic.py`); the attack and the evaluation see z = μ. The authors'
-test averages the probabilities of 12 samples instead, which an attack must then do as well.
+μ, σ and z are features of the network (`models/stochastic.py`); the attack and the evaluation see z = μ. The authors
+average the probabilities of 12 samples at test time; an attack on that prediction must average them as well.
 
-Batch-norm: one training-mode pass over x (x').
+Batch-norm: one training-mode pass over x, or over x' with adversarial=True.
 """
 
 import math

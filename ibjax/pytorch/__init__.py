@@ -1,11 +1,13 @@
-"""What import and export of PyTorch networks are made of; `ibjax.convert` is their command line.
+"""Import and export of PyTorch networks; `ibjax.convert` is the command line.
 
-imports, exports  a file becomes a run, a run becomes files
-published         digests of published files
-state_dicts       which network of a file is meant
-normalisation     with which mean and std it normalises
-sizes, fit        its depth and width, and whether it is exactly the architecture that it should be
-twins             the definitions in ibjax.pytorch.networks with a network's options and weights
-gate              images, and the logits of both networks on them
-folders           that are made whole or not at all
+| module           | task                                                                                            |
+|------------------|-------------------------------------------------------------------------------------------------|
+| imports, exports | turn a PyTorch file into a run, and a run into PyTorch files                                    |
+| published        | digests of published files                                                                      |
+| state_dicts      | finds the requested network in a file                                                           |
+| normalisation    | decides the mean and std with which the network normalises pixels                               |
+| sizes, fit       | read depth and width from the file; check that it matches the architecture exactly              |
+| twins            | builds the definitions in ibjax.pytorch.networks with a network's options and weights           |
+| gate             | compares the logits of both networks on the same images                                         |
+| folders          | writes a folder completely or not at all                                                        |
 """

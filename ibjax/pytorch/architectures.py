@@ -1,6 +1,6 @@
-"""The names that published PyTorch networks give the weights of ours.
+"""Maps the weights of our networks to the parameter names of published PyTorch networks, and back.
 
-| --arch                   | network of ours                      | whose files                           |
+| --arch                   | our network                          | files of                              |
 |--------------------------|--------------------------------------|---------------------------------------|
 | wide_resnet              | wide_resnet                          | TRADES, MART, AWP, RobustBench        |
 | dm_wide_resnet           | wide_resnet, variant="deepmind"      | Gowal et al., Rebuffi et al.          |
@@ -15,11 +15,16 @@
 | vgg                      | vgg                                  | IB-RAR                                |
 | torchvision_vgg          | vgg, variant="torchvision"           | torchvision's vggN_bn                 |
 | small_cnn                | cnn                                  | TRADES's network for MNIST            |
-| cnn                      | cnn                                  | ours, as the quickstart's; no other's |
+| cnn                      | cnn                                  | ibjax only, such as the quickstart's  |
 
-Depth, width and classes are read off a file's shapes (`ibjax.pytorch.sizes`). A convolution's weight (out, in, height,
-width) is our kernel (height, width, in, out), a linear layer's (out, in) our (in, out), and where it sees a flattened
-map, PyTorch's order (channel, row, column) becomes ours (row, column, channel); batch-norm's weight is our scale.
+Depth, width and classes follow from the shapes in a file (`ibjax.pytorch.sizes`). The layouts differ:
+
+| layer                           | PyTorch                               | ours                                   |
+|---------------------------------|---------------------------------------|----------------------------------------|
+| convolution                     | weight (out, in, height, width)       | kernel (height, width, in, out)        |
+| linear layer                    | weight (out, in)                      | kernel (in, out)                       |
+| linear layer on a flattened map | inputs ordered (channel, row, column) | inputs ordered (row, column, channel)  |
+| batch-norm                      | weight                                | scale                                  |
 """
 
 import functools
@@ -40,7 +45,7 @@ CIFAR100 = dict(mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 _LEAVES = {"kernel": "weight", "bias": "bias", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
-State = Mapping[str, np.ndarray]  # a network in PyTorch: name -> value
+State = Mapping[str, np.ndarray]  # the state dict of a PyTorch network: name -> value
 Shape = tuple[int, int, int]  # of an image: height, width, channels
 _RGB = (32, 32, 3)
 _NONE: Mapping[str, Any] = MappingProxyType({})
@@ -49,17 +54,17 @@ _NONE: Mapping[str, Any] = MappingProxyType({})
 class Architecture(NamedTuple):
     """A published network."""
 
-    torch: str  # its definition in ibjax.pytorch.networks
-    model: str  # ours in ibjax.models
-    fixed: Mapping[str, Any]  # our options that make it this one
-    names: Mapping[str, str]  # our layers that it calls otherwise, in blocks and outside
-    block: str = ""  # the name of a block, in the order of ours; stages and blocks count from 0
-    defaults: Mapping[str, Any] = _NONE  # our options where neither file nor caller says otherwise
-    # data set, or how its name begins -> our options that normalise its images as the authors' files do. A network
-    # that has any here normalises: on another data set the caller must say how. One that has none usually does not.
+    torch: str  # module of its definition in ibjax.pytorch.networks
+    model: str  # module of our model in ibjax.models
+    fixed: Mapping[str, Any]  # options of our model that make it this architecture
+    names: Mapping[str, str]  # our layer name -> the published name, where they differ
+    block: str = ""  # template for the name of a block; stages and blocks count from 0
+    defaults: Mapping[str, Any] = _NONE  # our options unless file or caller say otherwise
+    # data set, or prefix of its name -> our options that normalise its images as the authors' files do. A network with
+    # any entry here normalises: on another data set the caller must say how. One without entries usually does not.
     normalized: Mapping[str, Mapping[str, Any]] = _NONE
-    twin: Mapping[str, Any] = _NONE  # options of its definition that are none of ours
-    unused: str = "(?!)"  # what its files hold beside the network, never called
+    twin: Mapping[str, Any] = _NONE  # further options of its PyTorch definition
+    unused: str = "(?!)"  # regular expression of names in its files that the network never uses
 
 
 _DM = dict(
@@ -81,7 +86,7 @@ ARCHITECTURES = {
         dict(variant="trades"),
         dict(stem="conv1", bn="bn1", head="fc", shortcut="convShortcut"),
         "block{stage1}.layer.{index}",
-        unused=r"sub_block1\..*",  # a second copy of stage 1 that TRADES's constructor makes
+        unused=r"sub_block1\..*",  # a second copy of stage 1 that TRADES's constructor creates
     ),
     "dm_wide_resnet": Architecture(
         "dm_wide_resnet",
@@ -129,7 +134,7 @@ ARCHITECTURES = {
 
 
 def matching(model: nn.Module) -> list[str]:
-    """The published networks that a model of ours is, which differ in their names alone; [] where there is none."""
+    """The published architectures equal to our model, which differ in parameter names only; [] where there is none."""
     return [
         name
         for name, known in ARCHITECTURES.items()
@@ -139,7 +144,7 @@ def matching(model: nn.Module) -> list[str]:
 
 
 def build(name: str, options: Mapping[str, Any]) -> nn.Module:
-    """Our model of these `sizes`."""
+    """Our model of an architecture, with the options that `sizes.sizes` returns."""
     known = ARCHITECTURES[name]
     section = {"name": known.model, **options, **known.fixed}
     return run.build_model(section, section.pop("num_classes"), "model")
@@ -149,11 +154,11 @@ def build(name: str, options: Mapping[str, Any]) -> nn.Module:
 
 
 class Leaf(NamedTuple):
-    """A parameter or a batch statistic of ours, and what it is in PyTorch."""
+    """The PyTorch counterpart of one of our parameters or batch statistics."""
 
     name: str  # in PyTorch
     shape: tuple[int, ...]  # ours
-    flattened: Shape | None  # the map (h, w, c) that a linear layer's weight sees flattened
+    flattened: Shape | None  # shape (h, w, c) of the map whose flattened values a linear layer takes
 
     def theirs(self) -> tuple[int, ...]:
         """Its shape in PyTorch."""
@@ -162,7 +167,7 @@ class Leaf(NamedTuple):
 
 @functools.lru_cache(maxsize=32)
 def key_map(name: str, model: nn.Module, shape: Shape = _RGB) -> dict[str, Leaf]:
-    """{path of our leaf: what it is in PyTorch} of all parameters and batch statistics, for images of this shape."""
+    """{path of our leaf: its PyTorch counterpart} of all parameters and batch statistics, for images of this shape."""
     known = ARCHITECTURES[name]
     names, flattened = {**known.names, **_numbered(name, model)}, _flattened(model, shape)
     found = {}
@@ -175,9 +180,9 @@ def key_map(name: str, model: nn.Module, shape: Shape = _RGB) -> dict[str, Leaf]
 
 
 def anchors(name: str) -> tuple[str, ...]:
-    """Weights that every file of an architecture has, whatever its size, the first layer's first.
+    """Names of weights that every file of an architecture has, at any depth and width; the first layer's comes first.
 
-    No part of a network has them all.
+    Only a whole network has all of them.
     """
     known = ARCHITECTURES[name]
     if known.model == "vgg":
@@ -209,7 +214,7 @@ def _numbered(name, model):
 
 
 def _vgg_names(groups, hidden, variant):
-    """`features` counts convolution, batch-norm, ReLU and pooling; `classifier` linear layer and the two after it."""
+    """`features` numbers convolutions, batch-norms, ReLUs and poolings; `classifier` has three numbers per layer."""
     names, place, conv = {}, 0, 0
     for count in groups:
         for _ in range(count):
@@ -234,7 +239,7 @@ def _cnn_names(name, model):
 
 
 def _flattened(model, shape):
-    """(our linear layer that sees a flattened map, the map (h, w, c)); None where all see averages."""
+    """(our linear layer that takes a flattened map, the map's shape (h, w, c)); None where features are averaged."""
     family = type(model).__module__.rpartition(".")[2]
     layer = "fc1" if getattr(model, "hidden", ()) else "head"
     if family == "vgg" and model.variant == "torchvision":
@@ -251,7 +256,7 @@ def _flattened(model, shape):
 
 
 def to_ours(name: str, model: nn.Module, state: State, shape: Shape = _RGB) -> dict[str, Any]:
-    """Our variables {"params", "batch_stats"} with a checked state's values."""
+    """Our variables {"params", "batch_stats"} with the values of a state that `fit.check` has accepted."""
     variables: dict[str, Any] = {"params": {}, "batch_stats": {}}
     for path, leaf in key_map(name, model, shape).items():
         *above, last = path.split("/")

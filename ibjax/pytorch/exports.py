@@ -1,4 +1,4 @@
-"""A run's network as files that PyTorch alone reads: weights with the published names, a definition, a check."""
+"""Writes a run's network as files that need only PyTorch: weights with published names, a definition, a check."""
 
 import json
 import logging
@@ -23,13 +23,13 @@ def to_torch(
 
     Args:
       workdir: of the run.
-      to: must not exist, or be empty.
+      to: a folder that does not exist or is empty.
       checkpoint: "best", "last" or a step.
-      arch: whose names the weights are given; None: those of the file that the run was imported from, or else the first
-        of `ARCHITECTURES` that fits.
-      n: how many test images are compared, and kept in check.npz.
+      arch: the architecture whose parameter names are used; None: that of the file from which the run was imported,
+        else the first of `ARCHITECTURES` that fits.
+      n: number of test images that are compared and stored in check.npz.
 
-    Raises InputError, CheckpointError or DataError; then nothing is written.
+    Raises InputError, CheckpointError or DataError; nothing is written then.
     """
     torch_file.modules()
     to = files.path(to)
@@ -49,13 +49,13 @@ def to_torch(
         files.write_json(folder / "model_info.json", model_info(trained, str(checkpoint)))
         check = (twins.DEFINITIONS / "check.py").read_text(encoding="utf-8")
         (folder / "check.py").write_text(check, encoding="utf-8")
-        labels = logits.argmax(1) if side else images.split.labels  # of photographs what the network says itself
+        labels = logits.argmax(1) if side else images.split.labels  # photographs have no labels
         np.savez_compressed(folder / "check.npz", x_test=images.split.images, y_test=labels, logits=logits)
     return delta
 
 
 def _names(trained, arch):
-    """The architecture whose names an export has; raises InputError where the network is none, or not the given one."""
+    """The architecture whose names an export uses; InputError where the network matches none, or not the given one."""
     fitting = architectures.matching(trained.model)
     if not fitting:
         raise InputError(
@@ -69,20 +69,20 @@ def _names(trained, arch):
 
 
 def _safetensors(to, twin, name, model, shape):
-    """The weights, with what cannot be seen in them: architecture and options, and a digest of all tensors."""
+    """The weights as safetensors; the metadata hold the architecture, its options and a digest of all tensors."""
     from safetensors.torch import save
 
     tensors = {key: value.contiguous() for key, value in twin.state_dict().items() if value.is_floating_point()}
     seen = {option: getattr(model, option) for option in twins.options(name, model, shape) if option in vars(model)}
-    del seen["num_classes"]  # the shapes say it
+    del seen["num_classes"]  # follows from the shapes
     said = {"arch": name, "model": seen, "digest": torch_file.digest_of(to, tensors)}
     return save(tensors, metadata={torch_file.METADATA: json.dumps(said, sort_keys=True)})
 
 
 def model_info(trained: run.Run, checkpoint: str) -> dict[str, Any]:
-    """RobustBench's description of a network; null is what this run cannot know. Accuracies are those of its records.
+    """RobustBench's description of a network; a field that the run does not know is None.
 
-    Only records of the whole test set and of these very weights count.
+    The accuracies come from the run's records, but only from those of the whole test set and of exactly these weights.
     """
     weights, records = trees.digest(trained.variables), {}
     folder = trained.workdir / "eval" / checkpoint
@@ -117,7 +117,7 @@ def model_info(trained: run.Run, checkpoint: str) -> dict[str, Any]:
 
 
 def _readable(model):
-    """As RobustBench writes it: WideResNet-34-10, PreActResNet-18."""
+    """The architecture in RobustBench's notation, such as WideResNet-34-10 or PreActResNet-18."""
     family = type(model).__module__.rpartition(".")[2]
     if family == "cnn":
         return f"CNN-{sum(map(len, model.widths))}"

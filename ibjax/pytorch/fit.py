@@ -1,4 +1,4 @@
-"""Whether a state is exactly an architecture's: every name, every shape; and which architecture's it may be."""
+"""Checks that a state dict matches an architecture exactly, in names and shapes; else finds the closest one."""
 
 import re
 from pathlib import Path
@@ -10,11 +10,11 @@ from ibjax.errors import CheckpointError, InputError, nearest
 from ibjax.pytorch.architectures import ARCHITECTURES, Shape, State, anchors, build, key_map
 from ibjax.pytorch.sizes import input_shape, sizes
 
-_SIMILAR = 0.5  # share of names from which on an architecture is named as the closest
+_SIMILAR = 0.5  # minimum share of matching names for which an architecture is named as the closest
 
 
 def check(where: Path, name: str, model: nn.Module, state: State, shape: Shape) -> None:
-    """Raises CheckpointError unless the state is exactly the network's: every name, every shape, sound values."""
+    """Raises CheckpointError unless the state has exactly the network's names and shapes, and sound values."""
     expected = {leaf.name: leaf.theirs() for leaf in key_map(name, model, shape).values()}
     missing = [key for key in expected if key not in state]
     extra = [key for key in state if key not in expected]
@@ -38,7 +38,7 @@ def check(where: Path, name: str, model: nn.Module, state: State, shape: Shape) 
 
 
 def closest(*states: State) -> str:
-    """Says which architecture's names and shapes those of a file are nearest to, or that they are of none."""
+    """Says which architecture is closest to a file in names and shapes, or that none is close."""
     shares = {name: max(_agreement(name, state) for state in states) for name in ARCHITECTURES}
     best = max(shares.values())
     if best < _SIMILAR:
@@ -48,10 +48,8 @@ def closest(*states: State) -> str:
 
 
 def _agreement(name, state):
-    """The share of names that the state and an architecture of its sizes have in common, with the same shapes."""
-    if not any(
-        anchor in state for anchor in anchors(name)
-    ):  # what would be a network of the usual size need not be built
+    """The share of names that a state and an architecture of the state's sizes share, with equal shapes."""
+    if not any(anchor in state for anchor in anchors(name)):  # saves building a network of default size for nothing
         return 0.0
     try:
         model = build(name, sizes(name, state))

@@ -1,4 +1,4 @@
-"""Folders that are made whole or not at all, and never over anything."""
+"""Writes folders completely or not at all, and never overwrites anything."""
 
 import contextlib
 import os
@@ -10,14 +10,14 @@ from ibjax.errors import InputError
 
 
 def refuse_existing(folder: Path) -> None:
-    """Raises InputError where there is anything at `folder` but an empty folder."""
+    """Raises InputError unless `folder` does not exist or is an empty folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not an empty folder; give another, or delete it")
 
 
 @contextlib.contextmanager
 def whole(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends well: it is there whole or not at all."""
+    """A temporary folder that is renamed to `folder` if the block succeeds, and deleted otherwise."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)

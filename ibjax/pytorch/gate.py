@@ -1,4 +1,4 @@
-"""Logits of a PyTorch network and of ours on the same real images: nothing is written unless they are equal."""
+"""Compares the logits of a PyTorch network and of ours on the same real images; conversion requires that they agree."""
 
 import functools
 from typing import Any, NamedTuple
@@ -16,16 +16,16 @@ from ibjax.pytorch.architectures import Shape
 from ibjax.runs import run
 from ibjax.step import linen_net, to_float
 
-TOLERANCE = 1e-4  # of logits
+TOLERANCE = 1e-4  # maximum difference between two logits
 _BATCH = 64  # images at a time
 
 
 class Images(NamedTuple):
-    """What is compared."""
+    """The images on which both networks are compared."""
 
     split: Split  # (N, H, W, C) uint8 and labels (N,)
-    facts: dict[str, Any]  # what config.json says of the data
-    words: str  # what the images are
+    facts: dict[str, Any]  # description of the data for config.json
+    words: str  # description of the images for messages
 
     @property
     def shape(self) -> Shape:
@@ -35,7 +35,7 @@ class Images(NamedTuple):
 
 
 def images(settings: ConfigDict, classes: int, channels: int, n: int, side: int | None) -> Images:
-    """`n` test images of the configuration's data set, each class in proportion; with a side, crops of photographs."""
+    """`n` test images of the configuration's data set, stratified by class; with `side`, crops of photographs."""
     if side:
         facts = {"label": "photographs", "input_shape": [side, side, channels], "num_classes": classes}
         words = f"{n} crops of scikit-learn's two photographs"
@@ -61,7 +61,7 @@ def images(settings: ConfigDict, classes: int, channels: int, n: int, side: int 
 def crops(side: int, n: int, channels: int = 3) -> np.ndarray:
     """Random crops (n, side, side, channels) uint8 of the photographs that scikit-learn ships, the same in every call.
 
-    One channel is the mean of the three.
+    With channels=1 a crop is the mean of the three colour channels.
     """
     from sklearn.datasets import load_sample_images
 

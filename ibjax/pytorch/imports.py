@@ -1,8 +1,8 @@
-"""A network of a PyTorch file becomes a run: read, checked name by name, compared in logits, then written.
+"""Turns a network of a PyTorch file into a run: reads it, checks every name, compares logits, then writes the run.
 
-What a file does not say is decided in one order, and where each thing came from is said and kept: the file itself, then
-the caller, then what the architecture usually has. Where the architecture has several, or its normalisation is lost,
-the caller must say which.
+Each property of the network is taken from the file, else from the caller, else from the architecture's usual value; its
+source is reported and stored in the run. Where the architecture has several usual values, or the file shows that its
+normalisation was lost, the caller must give the value.
 """
 
 import math
@@ -31,12 +31,12 @@ class Network(NamedTuple):
     arch: str
     model: nn.Module
     classes: int
-    shape: Shape  # (H, W, C) of images that it takes
+    shape: Shape  # (H, W, C) of its input images
     state: dict[str, np.ndarray]  # its weights and statistics, by their names in PyTorch
     found: state_dicts.Found
     settings: ConfigDict
     sha256: str
-    origins: dict[str, tuple[str, str]]  # what -> (its value in words, where that came from)
+    origins: dict[str, tuple[str, str]]  # property -> (its value in words, the source of this value)
 
 
 def from_torch(
@@ -54,23 +54,23 @@ def from_torch(
     n: int = 256,
     photographs: int | None = None,
 ) -> dict[str, Any]:
-    """Writes `workdir` with the network of a PyTorch file; returns what config.json says of the import.
+    """Writes `workdir` with the network of a PyTorch file; returns the import's section of config.json.
 
     Args:
-      file: of a state dict, alone or within a checkpoint.
-      arch: which network it is, a key of `ARCHITECTURES`.
-      workdir: must not exist, or be empty.
-      key: of several networks in the file, where the one that is meant lies: `state_dicts` says how it is written.
-      mean, std: with which pixels are normalised, where the file does not say it.
-      no_normalisation: that they are not.
-      sha256: which the file must have, or its first digits.
-      overrides: of the configuration, as ["--config.data.data_dir=…"].
-      clean_acc: in percent; the network must have it on the `n` images, to three standard errors.
-      n: how many test images are compared, each class in proportion.
-      photographs: side of the crops that are compared in place of a data set's images; the run can then teach, but
-        not be evaluated.
+      file: a state dict, alone or within a checkpoint.
+      arch: the architecture, a key of `ARCHITECTURES`.
+      workdir: a folder that does not exist or is empty.
+      key: the path of the requested network, where the file holds several; `state_dicts` describes the notation.
+      mean, std: of pixels in [0, 1], with which the network normalises, where the file does not hold them.
+      no_normalisation: True states that the network does not normalise.
+      sha256: the required digest of the file, or its first digits.
+      overrides: of the configuration, such as ["--config.data.data_dir=…"].
+      clean_acc: published clean accuracy in percent; that on the `n` images must agree to three standard errors.
+      n: number of test images that are compared, stratified by class.
+      photographs: side of crops of photographs that replace the data set's images in the comparison; the run can then
+        serve as a teacher, but not be evaluated.
 
-    Raises InputError, CheckpointError or DataError; then nothing is written.
+    Raises InputError, CheckpointError or DataError; nothing is written then.
     """
     file, workdir = files.path(file), files.path(workdir)
     folders.refuse_existing(workdir)
@@ -98,7 +98,7 @@ def from_torch(
 
 
 def read(file: Path, arch: str, said: Said = Said()) -> Network:  # noqa: B008
-    """The network of a file, which is exactly one of the architecture; raises InputError or CheckpointError."""
+    """The network of a file; raises InputError or CheckpointError unless it is exactly of the architecture."""
     content = torch_file.read(file, said.sha256)
     if arch not in ARCHITECTURES:
         raise InputError(f"--arch={arch} is unknown; {nearest(arch, ARCHITECTURES)}; {hint(content)}")
@@ -114,7 +114,7 @@ def read(file: Path, arch: str, said: Said = Said()) -> Network:  # noqa: B008
     if arch not in architectures.matching(model):
         raise InputError(f"--config.model… makes it another network than --arch={arch}: {known.model}, {known.fixed}")
     shape = sizes.input_shape(arch, model, state)
-    fit.check(file, arch, model.clone(mean=None, std=None), state, shape)  # how it normalises is asked next
+    fit.check(file, arch, model.clone(mean=None, std=None), state, shape)  # the normalisation is decided next
     values, source = normalisation.decide(file, arch, channels, found, exported, said, settings.data.get("dataset"))
     settings.model.update(values)
     model = run.build_model(settings.model, classes, "model")
@@ -124,12 +124,12 @@ def read(file: Path, arch: str, said: Said = Said()) -> Network:  # noqa: B008
 
 
 def hint(content: torch_file.Content) -> str:
-    """Which architecture the file's names and shapes are nearest to."""
+    """Says which architecture is closest to the file in names and shapes."""
     return fit.closest(*state_dicts.all_of(content))
 
 
 def _configuration(file, section, classes, channels, overrides):
-    """The defaults, with the network's section, the data set that goes with its classes, and what the caller says."""
+    """The default configuration with the network's section, the data set suggested by its classes, and `overrides`."""
 
     settings = config.base()
     settings.title = file.stem
@@ -159,7 +159,7 @@ def _compared(network, images):
 
 
 def _origins(network, content, measured, exported, normalised, said):
-    """{what: (its value in words, where that came from)} of everything that makes the network what it is."""
+    """{property: (its value in words, the source of this value)} of all properties that define the network."""
     model, found = network.model, network.found
 
     def where(option):
@@ -189,7 +189,7 @@ def _origins(network, content, measured, exported, normalised, said):
 
 
 def _padding(model):
-    """What convolutions and the image are padded with, in words."""
+    """The padding of convolutions and of the image, in words."""
     strided = "deepmind" in (getattr(model, "variant", ""), getattr(model, "projection", ""))
     words = "of strided convolutions TensorFlow's SAME" if strided else "symmetric"
     if hasattr(model, "padding"):
@@ -212,7 +212,7 @@ def _check_clean_acc(published, photographs):
 
 
 def _clean_accuracy(logits, labels, published):
-    """In percent; raises CheckpointError where it is more than three standard errors from the published one."""
+    """Clean accuracy in percent; CheckpointError where it is over three standard errors from the published one."""
     found = 100 * float(np.mean(logits.argmax(1) == labels))
     if published is not None:
         allowed = 300 * math.sqrt(published / 100 * (1 - published / 100) / len(labels)) + 0.01

@@ -1,7 +1,8 @@
-"""With which mean and std an imported network normalises pixels, decided in one order, and who says so.
+"""Decides with which mean and std an imported network normalises pixels, and reports the source of the decision.
 
-The file, where it keeps them; else the caller; else what the architecture's authors have for the data set, which is
-none for many. Where it is known that a network normalises and not how, the caller must say.
+The sources, in order: the file, if it holds mean and std; the caller; the values that the architecture's authors use
+for the data set, which for many architectures is no normalisation. Where a network is known to normalise but mean and
+std are unknown, the caller must give them.
 """
 
 import math
@@ -17,35 +18,36 @@ _HOW = "give --mean=… --std=…, for pixels from 0 to 1, or --no-normalisation
 
 
 class Said(NamedTuple):
-    """What the caller of an import says of the file."""
+    """What the caller of an import states about the file."""
 
-    key: str | None = None  # of several networks in it: the path of one
+    key: str | None = None  # path of the requested network, where the file holds several
     mean: Sequence[float] | None = None  # of pixels from 0 to 1, one number for each channel or one for all
     std: Sequence[float] | None = None
     no_normalisation: bool = False
     sha256: str | None = None
-    overrides: Sequence[str] = ()  # of the configuration, as ["--config.data.data_dir=…"]
+    overrides: Sequence[str] = ()  # of the configuration, such as ["--config.data.data_dir=…"]
 
     def paths(self) -> set[str]:
-        """The configuration's keys that are overridden, as "model.mean"."""
+        """The overridden keys of the configuration, such as "model.mean"."""
         return {flag.lstrip("-").removeprefix("config.").partition("=")[0] for flag in self.overrides}
 
 
 def decide(
     file: Path, arch: str, channels: int, found: Found, exported: Mapping[str, Any], said: Said, dataset: str | None
 ) -> tuple[dict[str, Any], str]:
-    """(our model's options, who says so).
+    """(our model's options for the normalisation, the source of this decision in words).
 
     Args:
-      file: for messages.
+      file: named in messages.
       arch: key of `ARCHITECTURES`.
       channels: of the images.
       found: the network in the file.
-      exported: what an export of ours says of the network's options; {} of any other file.
-      said: what the caller says.
-      dataset: the name of the data set that the network is for, where it has one.
+      exported: the network's options, if the file is an export of ibjax; {} for any other file.
+      said: what the caller states.
+      dataset: the name of the network's data set, if it has one.
 
-    Raises InputError or CheckpointError where two of them contradict each other, or nobody knows.
+    Raises InputError or CheckpointError where two sources contradict each other, or where no source has mean and std
+    of a network that is known to normalise.
     """
     voices = {
         "--mean and --std": said.mean is not None or said.std is not None,
@@ -80,7 +82,7 @@ def decide(
 
 
 def _spoken(said, channels):
-    """What the caller says, other than by --config."""
+    """The options that the caller gives by --mean, --std or --no-normalisation; {} where --config sets them."""
     if said.no_normalisation:
         return dict(mean=None, std=None)
     if said.mean is None and said.std is None:
@@ -99,7 +101,7 @@ def _spoken(said, channels):
 
 
 def _each(name, values, channels):
-    """One number for each channel."""
+    """The values, one for each channel; a single value is repeated."""
     if len(values) not in (1, channels):
         raise InputError(f"{name}={_text(values)} has {len(values)} numbers, the network takes {channels} channels")
     return tuple(map(float, values)) * (channels // len(values))

@@ -1,7 +1,8 @@
-"""Digests of published files, by their names.
+"""SHA-256 digests of published files, by file name.
 
-RobustBench publishes none; Carmon2019Unlabeled.pt's is the one that three public repositories record independently. The
-files of torch.hub, torchvision and timm bear the first digits of theirs in their names, as resnet18-f37072fd.pth.
+RobustBench publishes no digests; that of Carmon2019Unlabeled.pt is recorded independently in three public repositories.
+Files of torch.hub, torchvision and timm have the first digits of their digest in their names, such as
+resnet18-f37072fd.pth.
 """
 
 import re
@@ -15,17 +16,17 @@ SHA256 = {
 
 
 def expected(name: str) -> tuple[str, str] | None:
-    """(the first digits of a file's SHA-256, who says so); None where nothing is published of a file of this name."""
+    """(the first digits of a file's SHA-256, their source); None where none is published for this file name."""
     if name in SHA256:
         return SHA256[name], "the published one"
     match = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
-    if match and not match[1].isdigit():  # those are dates
+    if match and not match[1].isdigit():  # digits alone are a date
         return match[1], "the one in its name"
     return None
 
 
 def compare(name: str, digest: str, given: str | None) -> str:
-    """What a file's digest agrees with, in words: the caller's, or else the published one, if there is either.
+    """Compares a file's digest with the caller's, else with the published one; says in words which one it matches.
 
     Raises InputError where `given` is no SHA-256, CheckpointError where the digests differ.
     """

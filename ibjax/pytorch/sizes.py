@@ -1,4 +1,4 @@
-"""Our options that the names and shapes of a PyTorch network tell: depth, width, classes."""
+"""Infers our model's options (depth, width, classes) from the names and shapes of a PyTorch network."""
 
 import math
 import re
@@ -11,7 +11,10 @@ from ibjax.pytorch.architectures import ARCHITECTURES, Shape, State, anchors
 
 
 def sizes(name: str, state: State) -> dict[str, Any]:
-    """Our options that names and shapes tell, `num_classes` among them; of another network's file, whatever fits."""
+    """Our options as inferred from names and shapes, including `num_classes`.
+
+    For a file of another architecture the result is a guess, which `fit.check` then rejects.
+    """
     known = ARCHITECTURES[name]
     if known.model == "vgg":
         return _vgg_sizes(state)
@@ -56,7 +59,7 @@ def _vgg_sizes(state):
 
 
 def _cnn_sizes(name, state):
-    """Where the poolings stand is seen in the names of `cnn`; SmallCNN has one after each two convolutions."""
+    """In `cnn` the names show where the poolings are; SmallCNN has one after every second convolution."""
     small = name == "small_cnn"
     pattern = r"feature_extractor\.()conv(\d+)\.weight" if small else r"stage(\d+)\.conv(\d+)\.weight"
     stages: dict[int, dict[int, int]] = {}
@@ -76,14 +79,15 @@ def _cnn_sizes(name, state):
 
 
 def _numbered(state):
-    """(name, value) in the order of the numbers in names: files may have them in any."""
+    """(name, value) pairs sorted by the numbers in the names; a file may have them in any order."""
     return sorted(state.items(), key=lambda item: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", item[0])])
 
 
 def input_shape(name: str, model: nn.Module, state: State) -> Shape:
-    """(height, width, channels) of images that a network takes; where it takes any size, of one that is large enough.
+    """(height, width, channels) of a network's input images; a size that is large enough, if it takes any size.
 
-    Linear layers that see a flattened map say how large it is; the image is the smallest square one with that map.
+    A linear layer on a flattened map fixes the size of that map; the result is the smallest square image that yields
+    it.
     """
     if ARCHITECTURES[name].model != "cnn":
         return 32, 32, channels(name, state)
@@ -96,6 +100,6 @@ def input_shape(name: str, model: nn.Module, state: State) -> Shape:
 
 
 def channels(name: str, state: State) -> int:
-    """Of the images: what the first layer takes."""
+    """The number of input channels, from the first layer's weight."""
     stem = state.get(anchors(name)[0])
     return stem.shape[1] if stem is not None and stem.ndim == 4 else 3

@@ -1,12 +1,12 @@
-"""Which network of a file is meant: under which key, what stands before its names, and how it normalises pixels.
+"""Finds the requested network in a file: its key, the common prefix of its names, and its normalisation of pixels.
 
-A checkpoint may hold a network and its running average, a student and its teacher, the same network twice. Each place
-that has the weights which every file of an architecture has (`architectures.anchors`) is a candidate. One candidate is
-taken, copies with equal values count once; of several the caller must name one. Its place is written as a path: the
-keys that lead to the mapping, then what stands before every name in it, with dots between: state_dict.module.encoder.
+A checkpoint may hold several networks: a network and its running average, a student and its teacher, or one network
+twice. A candidate is every place that has all weights common to the files of an architecture (`architectures.anchors`).
+Copies with equal values count once. A single candidate is taken; of several the caller must name one by its path, which
+joins with dots the keys that lead to its mapping and the prefix of its names: state_dict.module.encoder.
 
-What wrappers of a module put into names, at the front or within, is no part of them: DataParallel's `module`,
-torch.compile's `_orig_mod`, those of FSDP. Counters are left out, whatever their type.
+Names that wrappers add, at the front or within, are removed: `module` of DataParallel, `_orig_mod` of torch.compile,
+and those of FSDP. Counters are ignored, whatever their type.
 """
 
 from collections.abc import Mapping
@@ -29,31 +29,31 @@ Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of e
 
 
 class Found(NamedTuple):
-    """One network of a file."""
+    """A network that was found in a file."""
 
-    state: dict[str, np.ndarray]  # weights and statistics by their own names, float32
-    key: str  # of the mapping that holds it; "" is the file's own
-    prefix: str  # what stood before its names, as they are in the file
-    chosen: str  # why this one: "--key", or "the only network in it"
-    normalization: Normalization | None  # where the file keeps it
-    lost: str | None  # what says that there was a normalisation which the file does not keep
-    left_out: int  # tensors of its mapping that are no part of it
+    state: dict[str, np.ndarray]  # weights and statistics in float32, by their names without prefix
+    key: str  # path of the mapping that holds it; "" is the top-level mapping
+    prefix: str  # common prefix of its names, as in the file
+    chosen: str  # reason for the choice: "--key", or "the only network in it"
+    normalization: Normalization | None  # None where the file does not hold it
+    lost: str | None  # evidence that the network normalised but the file does not hold mean and std
+    left_out: int  # number of tensors in the mapping that do not belong to the network
 
 
 class _Place(NamedTuple):
-    """Where a candidate is."""
+    """The place of a candidate in a file."""
 
     node: torch_file.Node
     names: Mapping[str, str]  # clean name -> name in the file, of the whole mapping
-    stem: str  # before the clean names, with a dot at the end, or ""
-    prefix: str  # the same as it is in the file
+    stem: str  # common prefix of the clean names, ending with a dot, or ""
+    prefix: str  # the same prefix as written in the file
 
     @property
     def path(self) -> str:
         return ".".join(part for part in (self.node.key, self.prefix.rstrip(".")) if part)
 
     def own(self) -> dict[str, Any]:
-        """The network's tensors by their own names, without what normalises."""
+        """The network's tensors by their names without prefix, but not those of a normalisation."""
         tensors = {
             clean.removeprefix(self.stem): self.node.tensors[name]
             for clean, name in self.names.items()
@@ -67,10 +67,10 @@ class _Place(NamedTuple):
 
 
 def find(file: Path, content: torch_file.Content, arch: str, key: str | None = None) -> Found:
-    """The network of an architecture in a file; of several the one at the path `key`.
+    """The network of an architecture in a file; where there are several, the one at the path `key`.
 
-    Where there is none of that architecture, the largest state dict, without what stands before all its names: what it
-    lacks is then said by `fit.check`. Raises InputError or CheckpointError where nothing can be chosen.
+    Where there is none, the largest state dict is returned, without the common prefix of its names; `fit.check` then
+    reports what it lacks. Raises InputError or CheckpointError where no network can be chosen.
     """
     places = _places(content, arch)
     chosen = "the only network in it"
@@ -87,13 +87,13 @@ def find(file: Path, content: torch_file.Content, arch: str, key: str | None = N
 
 
 def all_of(content: torch_file.Content) -> list[dict[str, Any]]:
-    """What may be a network in a file, of any architecture: tensors by their own names, to say which one it is."""
+    """All possible networks in a file, of any architecture, as tensors by name, to find the closest architecture."""
     places = [place for arch in ARCHITECTURES for place in _places(content, arch)]
     return [place.own() for place in [*{place.path: place for place in places}.values(), _largest(content)]]
 
 
 def _places(content, arch):
-    """The candidates of a file, those with shorter paths first."""
+    """The candidates of a file, shorter paths first."""
     found = []
     first, *others = anchors(arch)
     for node in content.nodes:
@@ -106,7 +106,7 @@ def _places(content, arch):
 
 
 def _clean(node):
-    """{name without wrappers: name in the file}, without counters; with wrappers where two would be the same."""
+    """{name without wrappers: name in the file}, without counters; wrappers stay if names would otherwise collide."""
     names = {name: name.split(".") for name in node.tensors}
     names = {name: parts for name, parts in names.items() if parts[-1] not in _COUNTERS}
     clean = {".".join(part for part in parts if part not in _WRAPPERS): name for name, parts in names.items()}
@@ -114,7 +114,7 @@ def _clean(node):
 
 
 def _prefix(name, anchor):
-    """What stands before `anchor` in a name of the file, whose parts wrappers may separate."""
+    """The prefix before `anchor` in a name of the file; wrappers may separate the parts of the anchor."""
     parts, wanted = name.split("."), anchor.split(".")
     while wanted:
         if parts.pop() == wanted[-1]:
@@ -123,7 +123,7 @@ def _prefix(name, anchor):
 
 
 def _distinct(places):
-    """Without those whose tensors equal another's."""
+    """The places without those whose tensors equal the tensors of an earlier one."""
     kept: list[_Place] = []
     for place in places:
         if not any(_equal(place.own(), other.own()) for other in kept):
@@ -138,14 +138,14 @@ def _equal(first, second):
     def same(one, other):
         try:
             return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
-        except (RuntimeError, NotImplementedError):  # those without plain values
+        except (RuntimeError, NotImplementedError):  # tensors without plain values
             return False
 
     return first.keys() == second.keys() and all(same(first[name], second[name]) for name in first)
 
 
 def _named(file, content, places, key):
-    """The candidate at a path, or what is at the path where that is none."""
+    """The candidate at a path, or where there is none, the state dict at that path."""
     key = key.rstrip(".")
     found = [place for place in places if key in (place.path, place.stem.rstrip("."))]
     found = found or _distinct([place for place in places if place.node.key == key])
@@ -164,7 +164,7 @@ def _named(file, content, places, key):
 
 
 def _largest(content):
-    """The largest state dict without what stands before all its names, for a message that says what it is."""
+    """The largest state dict, without the common prefix of its names, for use in error messages."""
     node = max(content.nodes, key=lambda node: len(node.tensors))
     names = _clean(node)
     shared = [name.split(".")[:-2] for name in names if not _is_normalization(name, node.tensors[names[name]])]
@@ -179,7 +179,7 @@ def _largest(content):
 
 
 def _take(file, place, chosen, copies):
-    """The network at a place; raises CheckpointError where its mapping holds more that nobody has told to leave out."""
+    """The network at a place; CheckpointError where its mapping holds other weights and --key was not given."""
     node, state, outside = place.node, {}, []
     constants: dict[str, tuple[float, ...]] = {}
     for clean, name in place.names.items():
@@ -212,13 +212,13 @@ def _last(name):
 
 
 def _stands_before(name, stem):
-    """Whether the module of a constant, or the one that holds that module, holds the network at `stem` too."""
+    """Whether the module that holds a constant, or its parent, also contains the network at `stem`."""
     parts = name.split(".")
     return any(stem.startswith("".join(f"{part}." for part in above)) for above in (parts[:-1], parts[:-2]))
 
 
 def _normalization(where, constants):
-    """(mean, std) out of {name: values}, all of which the network's images pass."""
+    """(mean, std) from {name: values} of the constants before the network; CheckpointError unless they are one pair."""
     found = {}
     for kind, names in (("mean", _MEANS), ("std", _STDS)):
         values = [constants[name] for name in constants if _last(name) in names]
@@ -241,7 +241,7 @@ def _normalization(where, constants):
 
 
 def _lost(place):
-    """Says why there must have been a module before the network: the network is number 1 or more, 0 has no tensors."""
+    """Says why a module, likely a normalisation, preceded the network: in a Sequential, its number is not the first."""
     parts = place.stem.split(".")[:-1]
     for i, part in enumerate(parts):
         before = "".join(f"{above}." for above in parts[:i])

@@ -1,9 +1,9 @@
-"""PyTorch's files: the tensors in them, by the mappings that hold them, and whether the bytes are the right ones.
+"""Reads the tensors of PyTorch files, by the mappings that hold them, and verifies the files' checksums.
 
-Nothing is ever unpickled: a file that holds more than tensors and plain containers is refused. Every member of a zip
-archive, which torch.save writes, is read whole and its CRC compared. Safetensors, the older format of torch.save, and
-archives that it was told to write without have no checksum, and are known by their SHA-256 alone. What a damaged file
-makes the readers raise becomes one line.
+Nothing is ever unpickled: a file that holds more than tensors and plain containers is refused. torch.save writes a zip
+archive; every member is read completely and its CRC compared. Three kinds of file have no checksum and are verified by
+their SHA-256 alone: safetensors, the older format of torch.save, and archives written with CRCs switched off. Any
+exception that a damaged file causes in the readers becomes an error of one line.
 """
 
 import hashlib
@@ -20,28 +20,28 @@ import numpy as np
 from ibjax.errors import CheckpointError, InputError
 from ibjax.pytorch import published
 
-METADATA = "ibjax"  # the key of what exports say of themselves in the metadata of safetensors
+METADATA = "ibjax"  # key in the metadata of safetensors under which our exports describe themselves
 _AGAIN = "download it again"
 
 
 class Node(NamedTuple):
     """A mapping of a file that holds tensors."""
 
-    key: str  # the keys that lead to it, with dots between; "" is the file's own mapping
+    key: str  # the keys that lead to it, joined by dots; "" is the top-level mapping
     tensors: dict[str, Any]  # name -> torch.Tensor
 
 
 class Content(NamedTuple):
-    """What a file holds."""
+    """The content of a file."""
 
     nodes: list[Node]
     sha256: str
-    compared: str  # what the digest agrees with, in words
-    metadata: dict[str, Any]  # of one of our exports; {} of any other file
+    compared: str  # says which digest the file's SHA-256 was compared with
+    metadata: dict[str, Any]  # description of the network, if ibjax exported the file; else {}
 
 
 def modules() -> Any:
-    """PyTorch, which only conversion needs; raises InputError where it or safetensors is not installed."""
+    """The module `torch`, which only conversion needs; InputError where it or safetensors is not installed."""
     try:
         import safetensors  # noqa: F401
         import torch
@@ -54,8 +54,8 @@ def read(file: Path, sha256: str | None = None) -> Content:
     """The tensors of a file; raises InputError or CheckpointError, in one line, on anything else.
 
     Args:
-      file: .pt, .pth, .t7, .ckpt or .safetensors; its first bytes, not its name, say which.
-      sha256: the digest that it must have. Without one it is compared with the published digest of a file of this name
+      file: .pt, .pth, .t7, .ckpt or .safetensors; its format is recognised by its first bytes, not by its name.
+      sha256: the required digest. None compares with the published digest for this file name
         (`ibjax.pytorch.published`), if there is one.
     """
     torch = modules()
@@ -82,7 +82,7 @@ def read(file: Path, sha256: str | None = None) -> Content:
 
 
 def array(where: Path, name: str, tensor: Any) -> np.ndarray:
-    """A tensor's values in float32, whatever it is kept in; raises CheckpointError where there are none to be read."""
+    """A tensor's values in float32, whatever its type; CheckpointError where they cannot be read."""
     try:
         return np.ascontiguousarray(tensor.detach().to(device="cpu", dtype=modules().float32).numpy())
     except (RuntimeError, TypeError, NotImplementedError, ValueError) as error:  # sparse, quantised, without values
@@ -120,7 +120,7 @@ _NO_WEIGHTS = "ibjax.convert reads PyTorch's state dicts"
 
 
 def _other_kind(file, start):
-    """What a file is that is none of torch.save or safetensors, and what to do; None where it may be one."""
+    """For a file of neither torch.save nor safetensors: what it is and what to do. None where it may be one of them."""
     text = start.lstrip()[:200].lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "a web page, as a server sends that asks for a confirmation or refuses; download the file itself"
@@ -151,7 +151,7 @@ def _other_zip(file):
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
-    except Exception:  # whatever a damaged archive makes zipfile raise; `_load` names it
+    except Exception:  # zipfile raises many types on damaged archives; `_load` reports them
         return None
     if any(name.endswith("/constants.pkl") for name in names):
         return (
@@ -177,7 +177,7 @@ def _damaged(file, kind, reason):
 
 
 def _load(torch, file):
-    """The content of a file of torch.save: tensors and plain containers, nothing that would run code."""
+    """The content of a file of torch.save, loaded without running code: tensors and plain containers only."""
     try:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
@@ -198,7 +198,7 @@ def _load(torch, file):
 
 
 def _check_members(file, archive):
-    """Reads every member whole, so that its CRC is compared; torch.load compares none."""
+    """Reads every member completely, which compares its CRC; torch.load does not compare them."""
     members, wrong = archive.infolist(), []
     if not any(member.CRC for member in members):  # saved after torch.serialization.set_crc32_options(False)
         return
@@ -217,7 +217,7 @@ def _check_members(file, archive):
 
 
 def _load_safetensors(file):
-    """(tensors, what our export says of itself) of a file of safetensors."""
+    """(tensors, the metadata of our export) of a safetensors file."""
     from safetensors import safe_open
 
     try:
@@ -244,11 +244,11 @@ def digest_of(where: Path, tensors: Mapping[str, Any]) -> str:
 
 
 def _nodes(torch, content: Any, key: str = "") -> Iterator[Node]:
-    """The mappings of a checkpoint that hold tensors, the outer ones first; names that are no text are no names."""
+    """The mappings of a checkpoint that hold tensors, outer ones first; keys that are not strings are skipped."""
     if isinstance(content, list) and all(
         isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) for p in content
     ):
-        content = dict(content)  # as list(network.named_parameters()) is
+        content = dict(content)  # a list of pairs, such as list(network.named_parameters())
     if not isinstance(content, Mapping):
         return
     named = {name: value for name, value in content.items() if isinstance(name, str)}

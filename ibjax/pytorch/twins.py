@@ -1,4 +1,4 @@
-"""The definitions of `ibjax.pytorch.networks` with the options of a network of ours, and their text for an export."""
+"""Builds the PyTorch twin of one of our networks from `ibjax.pytorch.networks`, and its source text for an export."""
 
 import importlib
 import inspect
@@ -16,7 +16,7 @@ DEFINITIONS = Path(__file__).parent / "networks"
 
 
 def options(name: str, model: nn.Module, shape: Shape) -> dict[str, Any]:
-    """What the definition of an architecture is called with, for a model of ours and its images (H, W, C)."""
+    """The arguments of an architecture's PyTorch definition, for one of our models and images of shape (H, W, C)."""
     known = ARCHITECTURES[name]
     given = {**vars(model), "channels": shape[2], "image": tuple(shape[:2]), **known.twin}
     return {option: given[option] for option in inspect.signature(_definition(known)).parameters if option in given}
@@ -27,7 +27,7 @@ def make(
 ) -> Any:
     """The PyTorch network in evaluation mode.
 
-    `state` has its weights, else they are random; it normalises by (mean, std), or else as the model does.
+    state: its weights; None leaves them random. normalization: (mean, std); None normalises as `model` does.
     """
     torch = torch_file.modules()
     given = options(name, model, shape)

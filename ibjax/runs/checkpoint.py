@@ -1,18 +1,19 @@
-"""Checkpoints: the only file that knows Orbax and what it writes.
+"""Checkpoints: the only file that uses Orbax and knows its format on disk.
 
-On disk, `checkpoints/<step>/` holds three items:
+`checkpoints/<step>/` holds three items:
 
-    variables   what is evaluated: {"params", "batch_stats"}, averaged parameters where the run has them
+    variables   what is evaluated: {"params", "batch_stats"}, with averaged parameters if the run averages them
     training    the rest of the train state
-    manifest    shape, type and digest of every leaf of both, the validation metrics of that step, the run that it is of
+    manifest    shape, type and digest of every leaf of both, the validation metrics of that step, the run's identity
 
-Orbax writes a step and commits it by renaming its folder, so a step is there whole or not at all. It is read here
-without Orbax: the bytes of every file first, which separates a failure of the disk from damage, then, in memory, the
-OCDBT database that they are (its own checksums tell a changed bit), then each leaf, whose digest is compared.
+Orbax writes a step and commits it by renaming its folder, so a step is there whole or not at all. This module reads it
+without Orbax, in three stages. First it reads the bytes of every file, which tells a failing disk from damaged
+content. Then it opens, in memory, the OCDBT database that these bytes form; its own checksums detect changed bits.
+Finally it compares the digest of each leaf.
 
 Guarantees (tests of the same names): a save that is killed leaves the previous step restorable; a flipped byte is
-found and its leaf named; damaged steps are set aside and the newest good one is used, but a step that cannot be read
-just now is left where it is; a changed manifest does not make another step the best in silence; another run,
+found and its leaf named; damaged steps are set aside and the newest good one is used, but a step that temporarily
+cannot be read is left where it is; a changed manifest does not silently make another step the best; another run,
 architecture, class count or type is refused with the first differences; restoring works on any number of devices;
 nothing is unpickled.
 """
@@ -46,7 +47,7 @@ _DATABASE = "manifest.ocdbt"  # the root of an item's database
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not committed, or that is being deleted
 
 
-KEEP_LATEST = 2  # so that a damaged newest step has one to fall back on
+KEEP_LATEST = 2  # so that training can fall back on the second where the newest is damaged
 
 
 log = logging.getLogger(__name__)
@@ -57,25 +58,25 @@ class Store:
 
     Attributes:
       directory: `workdir/checkpoints`.
-      run: what identifies the run ({path in the configuration: value}, see `run.identity`): saved with every step and
-        compared with what a step was saved with; None compares nothing.
+      run: what identifies the run ({path in the configuration: value}, see `rundir.identity`). It is saved with every
+        step, and compared when a step is read; with None nothing is compared.
     """
 
     def __init__(self, directory: Path, run: Mapping[str, Any] | None, orbax: ocp.CheckpointManager | None):
         self.directory, self.run, self.orbax = directory, run, orbax
 
     def all_steps(self) -> list[int]:
-        """The committed steps, rising."""
+        """The committed steps, in ascending order."""
         return steps_in(self.directory)
 
     def wait_until_finished(self) -> None:
-        """Returns when a save in the background is on files."""
+        """Returns once a save in the background is on disk."""
         if self.orbax is not None:
             self.orbax.wait_until_finished()
 
 
 def steps_in(folder: Path) -> list[int]:
-    """The committed steps in a folder of checkpoints, rising; empty where there is no such folder."""
+    """The committed steps in a folder of checkpoints, in ascending order; empty where there is no such folder."""
     try:
         return files.patiently(lambda: sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()), folder)
     except FileNotFoundError:
@@ -90,10 +91,10 @@ def manager(
     asynchronous: bool | None = None,
     run: Mapping[str, Any] | None = None,
 ) -> Iterator[Store]:
-    """The store of `workdir`; on leaving, pending saves are finished.
+    """The store of `workdir`; leaving the context waits for pending saves.
 
-    `asynchronous=None` saves in the background on accelerators only: on CPU the arrays are the ones that the next
-    step overwrites. Opening for writing sweeps what a killed save has left. `run`: see `Store`.
+    `asynchronous=None` saves in the background on accelerators only: on a CPU the next training step overwrites the
+    very arrays that are being saved. Opening for writing removes what a killed save has left. `run`: see `Store`.
     """
     folder = Path(workdir).absolute() / "checkpoints"
     if read_only:
@@ -115,14 +116,14 @@ def manager(
         with orbax:
             yield store
     except Exception as error:  # a save in the background reports its failure at the next call, or here
-        for _ in range(10):  # what else was being written goes on for a moment
+        for _ in range(10):  # other threads of the failed save may still write for a moment
             _sweep(folder)
             time.sleep(0.1)
         raise _disk_full(error, store) or error from None
 
 
 def _sweep(folder):
-    """Removes what a save that was killed or failed has left."""
+    """Removes the uncommitted folders that killed or failed saves have left."""
     if jax.process_index() == 0 and folder.is_dir():
         for leftover in files.patiently(lambda: [p for p in folder.iterdir() if _UNFINISHED in p.name], folder):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -131,9 +132,9 @@ def _sweep(folder):
 def save(store: Store, state: TrainState, metrics: dict[str, Any] | None = None) -> None:
     """Saves the state as its step's checkpoint, then deletes all but the two latest and the best.
 
-    `metrics` are the step's validation metrics, of which "selection" ranks it and "select" says what that is. A state
-    with a NaN is never saved.
-    Raises CheckpointError when the disk is full; earlier checkpoints stay.
+    `metrics` are the step's validation metrics: "selection" is the value that ranks the step, "select" the name of the
+    accuracy that this value is. Raises CheckpointError where the state has a NaN or Inf, and where the disk is full;
+    earlier checkpoints stay.
     """
     step, orbax = int(state.step), store.orbax
     assert orbax is not None, "opened for reading"
@@ -171,7 +172,7 @@ def _disk_full(error, store):
 
 
 def _delete_superseded(store):
-    """Deletes committed steps, so that one which is being saved in the background supersedes none yet."""
+    """Deletes superseded steps; only committed steps supersede others, not one that is still being saved."""
     if jax.process_index() != 0:
         return
     steps = store.all_steps()
@@ -181,9 +182,9 @@ def _delete_superseded(store):
         log.warning("no superseded checkpoint is deleted: %s", error)
         return
     for step in steps:
-        if step not in keep:  # renamed first, to what the next start sweeps: a step is there whole or not at all
+        if step not in keep:  # renamed first, so that a step is whole or gone; the next start sweeps leftovers
             going = store.directory / f"{step}.superseded{_UNFINISHED}"
-            with contextlib.suppress(OSError):  # it is superseded in either case
+            with contextlib.suppress(OSError):  # a superseded step that stays does no harm
                 (store.directory / str(step)).rename(going)
             shutil.rmtree(going, ignore_errors=True)
 
@@ -196,7 +197,7 @@ _OWN = ("head", "memory")  # what an objective adds to the network's variables
 
 
 def split(state: TrainState) -> tuple[Any, Any]:
-    """(what is evaluated, the rest): the two items on files."""
+    """(what is evaluated, the rest of the state): the two items of `ITEMS`."""
     rest = {"step": state.step, "opt_state": state.opt_state}
     rest |= {name: state.variables[name] for name in _OWN if name in state.variables}
     if state.ema_params is not None:
@@ -215,12 +216,12 @@ def join(evaluated: Any, rest: Any) -> TrainState:
 def restore_latest(store: Store, like: TrainState, *, restart: bool = False) -> TrainState | None:
     """The newest good state, placed as `like` (arrays or ShapeDtypeStructs with shardings); None if there is none.
 
-    Steps that a digest or the format proves damaged are moved to `damaged/`, with one line each, once a good one is
-    found. Where none is good, nothing is moved: CheckpointError; with `restart` all are moved to `restarted-N/`, and
-    None is returned.
+    Once a good step is found, the steps that a digest or the format proves damaged are moved to `damaged/` and logged
+    with one line each. Where no step is good, CheckpointError is raised and nothing is moved; with `restart` all steps
+    are moved to `restarted-N/` instead, and None is returned.
 
-    Raises CheckpointError too when a step belongs to another network or run, or when the processes of a run do not see
-    the same; UnreadableError when a step cannot be read just now. Nothing is moved then.
+    Raises CheckpointError also where a step belongs to another network or run, or where the processes of a run see
+    different checkpoints, and UnreadableError where a step temporarily cannot be read. Nothing is moved then.
     """
     found, damaged = None, {}
     for step in reversed(store.all_steps()):
@@ -229,7 +230,7 @@ def restore_latest(store: Store, like: TrainState, *, restart: bool = False) -> 
                 items = (_restore_item(store, step, item, tree) for item, tree in zip(ITEMS, split(like), strict=True))
                 found = join(*items)
             else:
-                _manifest(store, step)  # it says whether the step is the best one
+                _manifest(store, step)  # must be sound, since it decides which step is the best
         except _DamagedError as error:
             damaged[step] = str(error)
     cluster.agree(
@@ -262,7 +263,7 @@ def restore_variables(store: Store, which: str | int, like: Any) -> tuple[int, A
 
 def restore_part(store: Store, which: str | int, item: str, like: Any) -> tuple[int, Any]:
     """(step, one of `ITEMS`) of the checkpoint "best", "last" or a step; placed as `like`, that item of `split`."""
-    for _ in range(10):  # a run that trains deletes the steps that it supersedes
+    for _ in range(10):  # a run that is still training may delete the step meanwhile
         step = find_step(store, which)
         try:
             return step, _restore_item(store, step, item, like)
@@ -275,7 +276,7 @@ def restore_part(store: Store, which: str | int, item: str, like: Any) -> tuple[
 
 
 def find_step(store: Store, which: str | int) -> int:
-    """The step that "best", "last" or a number means; raises CheckpointError naming the steps there are."""
+    """The step that "best", "last" or a number means; CheckpointError, which names the existing steps, if none."""
     steps = store.all_steps()
     if not steps:
         raise CheckpointError(f"{store.directory} has no checkpoint; train first")
@@ -292,10 +293,9 @@ def find_step(store: Store, which: str | int) -> int:
 
 
 def best_step(store: Store) -> int | None:
-    """The step of highest validation "selection"; among equals that of higher clean accuracy, then the latest.
+    """The step of highest validation "selection"; ties go to the higher clean accuracy, then to the later step.
 
-    None where none was validated.
-    Raises CheckpointError where a step is damaged so that it cannot be known whether it was the best.
+    None where no step was validated. Raises CheckpointError where a step is damaged, since it may have been the best.
     """
     scores = {}
     for step in store.all_steps():
@@ -324,9 +324,9 @@ def metrics(store: Store, step: int) -> dict[str, Any]:
 
 
 def check_run(store: Store) -> None:
-    """Raises CheckpointError unless every step says that it is of `store.run`; damaged ones are not judged.
+    """Raises CheckpointError unless every undamaged step was saved with an identity equal to `store.run`.
 
-    Without config.json this is how a run is known. Steps that were saved without it, by an older version, say nothing.
+    This identifies a run whose config.json is missing. Older versions saved no identity; their steps raise as well.
     """
     for step in store.all_steps():
         with contextlib.suppress(_DamagedError, _GoneError):
@@ -346,7 +346,7 @@ class _GoneError(CheckpointError):
 
 
 def _manifest(store, step):
-    """What a step says of itself, once compared with the store's run."""
+    """The manifest of a step; CheckpointError where it is of another run than the store's."""
     folder = store.directory / str(step)
     try:
         manifest = files.read_json(folder / "manifest" / "metadata", sealed=True)
@@ -365,7 +365,7 @@ def _manifest(store, step):
 
 
 def _refuse_other_run(store, step, saved):
-    if store.run is None or saved is None:  # steps of older versions do not say
+    if store.run is None or saved is None:  # older versions did not save the identity
         return
     now = json.loads(json.dumps(dict(store.run)))
     differing = [
@@ -384,7 +384,7 @@ def _refuse_other_run(store, step, saved):
 def _restore_item(store, step, item, like):
     try:
         return _restore_once(store, step, item, like)
-    except _DamagedError:  # read again before it is believed: a wrong byte may have come on the way
+    except _DamagedError:  # read once more before it is called damaged: the wrong byte may come from the transfer
         return _restore_once(store, step, item, like)
 
 
@@ -420,7 +420,7 @@ def _read_item(folder, item, saved):
             array = tensorstore.open(spec, context=context, open=True, read=True).result().read().result()
         except MemoryError:
             raise
-        except Exception as error:  # nothing but memory was read: it is the format that refuses
+        except Exception as error:  # only memory was read, so the content is damaged, not the disk
             raise _DamagedError(f"{where} is damaged ({_first_line(error)})") from None
         if trees.describe(array) != description:
             raise _DamagedError(f"{where} is damaged (its digest differs from the saved one)")
@@ -449,7 +449,7 @@ def _refuse_other_network(step, saved, wanted):
 
 
 def _set_aside(store, step):
-    """Moves a step to `damaged/`, beside whatever was moved there before."""
+    """Moves a step to `damaged/`; steps that were moved there before stay."""
     above = store.directory.parent / "damaged"
     names = (str(step), *(f"{step}-{n}" for n in range(2, 1000)))
     target = next(above / name for name in names if not (above / name).exists())
@@ -458,7 +458,7 @@ def _set_aside(store, step):
 
 
 def retire(workdir: Path) -> Path:
-    """Moves what is left of a run that begins again, `damaged/` and metrics.jsonl, to a folder of its own."""
+    """Moves `damaged/` and metrics.jsonl of a run that restarts to a new folder `restarted-N/`, which is returned."""
     target = next(folder for n in range(1, 10**6) if not (folder := workdir / f"restarted-{n}").exists())
     target.mkdir()
     for name in ("damaged", "metrics.jsonl"):

@@ -1,4 +1,4 @@
-"""What the command lines have in common: --workdir and --checkpoint of a run, or the --config of a recipe."""
+"""The parts that command lines share: --workdir and --checkpoint of a run, or the --config of a recipe."""
 
 import argparse
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from ibjax.runs import recipe_files
 
 
 def of_run(module: str, description: str | None) -> argparse.ArgumentParser:
-    """The command line of a module that reads a run: --workdir and --checkpoint, for it to add to."""
+    """A parser for a module that reads a run, with --workdir and --checkpoint; the module adds its own arguments."""
     parser = bare(module, description)
     parser.add_argument("--workdir", type=files.path, required=True)
     parser.add_argument("--checkpoint", default="best", help="best, last or a step")
@@ -21,12 +21,12 @@ def of_run(module: str, description: str | None) -> argparse.ArgumentParser:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line on stderr, as for every other wrong input."""
+        """Prints one line to stderr, as for every other invalid input."""
         self.exit(errors.EXIT_INPUT, f"error: {message}; {self.prog} --help says what there is\n")
 
 
 def bare(module: str, description: str | None, *, prog: str | None = None) -> argparse.ArgumentParser:
-    """The command line of any module, without arguments yet; `prog` is how it is called, where that is otherwise."""
+    """A parser without arguments for any module; `prog` replaces the usual "python -m MODULE" in its help."""
     errors.prepare_streams()  # help texts are not ASCII
     return _Parser(
         prog=prog or f"python -m {module}",
@@ -37,7 +37,7 @@ def bare(module: str, description: str | None, *, prog: str | None = None) -> ar
 
 
 def add_attacks(parser: argparse.ArgumentParser) -> None:
-    """Adds --attacks, in place of those of the run's `evaluate` section."""
+    """Adds --attacks, which replaces the attacks of the run's `evaluate` section."""
     parser.add_argument(
         "--attacks",
         type=comma_list,
@@ -46,12 +46,12 @@ def add_attacks(parser: argparse.ArgumentParser) -> None:
 
 
 def comma_list(text: str) -> list[str]:
-    """The type of an argument that lists names, separated by commas; those within parentheses belong to a name."""
+    """The type of an argument that lists names, separated by commas; a comma within parentheses is part of a name."""
     return split(text)
 
 
 def of_recipe(module: str, description: str | None) -> argparse.ArgumentParser:
-    """The command line of a module that reads a recipe and runs nothing of it: --config, for it to add to."""
+    """A parser for a module that reads a recipe without training it, with --config; the module adds its arguments."""
     parser = bare(module, description)
     help_text = "the recipe, FILE.py[:arg] or a run's config.json; --config.KEY=VALUE changes it"
     parser.add_argument("--config", required=True, help=help_text)
@@ -59,16 +59,17 @@ def of_recipe(module: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def of_training(module: str, description: str | None) -> argparse.ArgumentParser:
-    """The command line of a module that trains a recipe: --config and --workdir, for it to add to."""
+    """A parser for a module that trains a recipe, with --config and --workdir; the module adds its own arguments."""
     parser = of_recipe(module, description)
     parser.add_argument("--workdir", type=files.path, required=True, help="folder of the run; made if absent")
     return parser
 
 
 def parse_recipe(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Callable[[], ConfigDict]]:
-    """(what was given, what reads the recipe, changed by --config.KEY=VALUE) of a command line with --config.
+    """Parses a command line with --config: (the arguments, a function that returns the configuration).
 
-    Anything else that is unknown ends the process; reading raises InputError.
+    The function applies --config.KEY=VALUE to the recipe and raises InputError. Any other unknown argument ends the
+    process.
     """
     given, rest = parser.parse_known_args()
     overrides = [flag for flag in rest if flag.startswith("--config.")]

@@ -1,9 +1,14 @@
-"""metrics.jsonl: one JSON object a line, with "kind" and "step"; accuracies are in percent.
+"""metrics.jsonl: one JSON object per line, with "kind" and "step"; accuracies are in percent.
 
-"train" averages its metrics over the `steps` steps that end at `step`: every step is in one row; `compiles` counts
-the programs that were compiled meanwhile, which should be 0 after the first rows. "val" has the
-accuracies that select a checkpoint. "diverged" has the reason why training stopped, "preempted" the step that was
-saved. Every row ends with the CRC-32 of what stands before it in its line, as text; rows of older versions have none.
+| kind      | content                                                                                                |
+|-----------|--------------------------------------------------------------------------------------------------------|
+| train     | means over the `steps` steps that end at `step`; every step is in exactly one row. `compiles` counts   |
+|           | the programs compiled meanwhile, which should be 0 after the first rows                                |
+| val       | the validation accuracies that select a checkpoint                                                     |
+| diverged  | the reason why training stopped                                                                        |
+| preempted | `step` is the step that was saved                                                                      |
+
+Every row ends with the CRC-32 of the text before it in its line; rows of older versions have none.
 
 Guarantees (tests of the same names): a line that is damaged is left out and told of, and stops nothing.
 """
@@ -27,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """Appends rows; on opening, rows after `step` (written before a crash, to be written again) are dropped."""
+    """Appends rows. Opening drops the rows after `step`: a run that crashed takes those steps again."""
 
     def __init__(self, workdir: Path, step: int):
         self.file = workdir / "metrics.jsonl"
@@ -46,7 +51,7 @@ class MetricsLog:
         self.board = _tensorboard(workdir)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """One row; it is on disk when this returns."""
+        """Writes one row; it is on disk when this returns."""
         with files.naming(self.file):
             self.handle.write(_line({"kind": kind, "step": step, **values}))
             self.handle.flush()
@@ -56,7 +61,7 @@ class MetricsLog:
                 self.board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        """Closes the file; what a full disk did not take was told of when it was written."""
+        """Closes the file, without an error: `write` has already raised where the disk was full."""
         with contextlib.suppress(OSError):
             self.handle.close()
         if self.board:
@@ -69,7 +74,7 @@ def _line(row):
 
 
 def _gap(rows):
-    """Which steps of training no row tells of; "" where there are none."""
+    """A sentence that names the training steps which no row covers; "" where there are none."""
     last, missing = 0, []
     for row in rows:
         if row.get("kind") == "train" and type(row.get("steps")) is int:
@@ -91,22 +96,22 @@ jax.monitoring.register_event_duration_secs_listener(_count_compilations)
 
 
 class Window:
-    """Metrics that are still on the device: those of the steps since the last row."""
+    """The metrics of the steps since the last row, which are still on the device."""
 
     def __init__(self, step: int):
         self.first, self.parts, self.started, self.compiled = step, [], time.perf_counter(), len(_compiled)
 
     def add(self, count: int, values: dict[str, Any]) -> None:
-        """Takes a dispatch's arrays, of which the first `count` entries count; nothing is fetched."""
+        """Adds the arrays of a dispatch, whose first `count` entries are valid; nothing is fetched from the device."""
         self.parts.append((count, values))
 
     def fetch(self) -> dict[str, np.ndarray]:
-        """All values, one array (steps,) a name; this waits for the device."""
+        """{name: array (steps,)} of all values; this waits for the device."""
         parts = [(count, jax.device_get(values)) for count, values in self.parts]
         return {name: np.concatenate([values[name][:count] for count, values in parts]) for name in parts[0][1]}
 
     def row(self, values: dict[str, np.ndarray], step: int, batch_size: int) -> dict[str, float]:
-        """Means over the window, accuracies in percent, with the number of steps and the rate."""
+        """Means over the window (accuracies in percent), the number of steps, images per second, and `compiles`."""
         steps, seconds = step - self.first, time.perf_counter() - self.started
         percent = {name: 100.0 if name.endswith("_acc") else 1.0 for name in values}
         means = {name: percent[name] * float(np.mean(value)) for name, value in values.items()}
@@ -115,12 +120,12 @@ class Window:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """All whole rows of a metrics file; empty where there is no file."""
+    """All undamaged rows of a metrics file; empty where there is no file."""
     return read_lines(file)[0]
 
 
 def read_lines(file: Path) -> tuple[list[dict[str, Any]], int]:
-    """(whole rows, number of damaged lines); the last line, which a crash may have cut, is not counted as damaged."""
+    """(undamaged rows, number of damaged lines); the last line, which a crash may have cut off, does not count."""
     try:
         lines = files.read_bytes(file).split(b"\n")
     except FileNotFoundError:
@@ -131,7 +136,7 @@ def read_lines(file: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _row(line):
-    """The row of a line without its CRC; None where it is not what was written, or not a row."""
+    """The row of a line, without its CRC; None where the CRC does not match or the line is no row."""
     try:
         text = line.decode("utf-8")
         before, separator, rest = text.rpartition(_CRC)
@@ -144,7 +149,7 @@ def _row(line):
 
 
 def saved_step(file: Path) -> int | None:
-    """The last step at which, by its rows, a run has saved a checkpoint; None where it has come to none."""
+    """The last step at which a run saved a checkpoint, according to its rows; None where they tell of none."""
     return max((row["step"] for row in read(file) if row.get("kind") in ("val", "preempted")), default=None)
 
 

@@ -1,4 +1,4 @@
-"""Where a number comes from: versions, commit and hardware, as records and env.json state them."""
+"""The provenance of a number: versions, commit and hardware, as records and env.json state them."""
 
 import contextlib
 import importlib.metadata
@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 
-_SOURCE = Path(__file__).resolve().parent.parent.parent  # of ibjax, where it is not installed
+_SOURCE = Path(__file__).resolve().parent.parent.parent  # the source tree of ibjax, unless it is installed
 
 
 def versions() -> dict[str, str]:
-    """Of everything that can change a number."""
+    """{name: version} of everything that can change a number."""
     found = {"python": platform.python_version(), "ibjax": own_version()}
     for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
         try:
@@ -27,7 +27,7 @@ def versions() -> dict[str, str]:
 
 
 def own_version() -> str:
-    """Of the code that runs: that of its source tree where it lies in one, else of the installed package."""
+    """The version of the running code: that of its source tree, if it runs from one, else of the installed package."""
     with contextlib.suppress(OSError, KeyError, ValueError):
         project = tomllib.loads((_SOURCE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         if project["name"] == "ibjax":
@@ -39,7 +39,7 @@ def own_version() -> str:
 
 
 def jax_settings() -> dict[str, Any]:
-    """{"jax_settings": those settings of JAX that change a number and are not its defaults}; empty where all are."""
+    """{"jax_settings": the non-default settings of JAX that can change a number}; {} where there are none."""
     usual = dict(default_matmul_precision=None, default_prng_impl="threefry2x32", threefry_partitionable=True)
     found = {name: getattr(jax.config, f"jax_{name}") for name in (*usual, "enable_x64", "disable_jit")}
     changed = {name: value for name, value in found.items() if value != usual.get(name, False)}
@@ -47,7 +47,7 @@ def jax_settings() -> dict[str, Any]:
 
 
 def hardware() -> str:
-    """As "8 × NVIDIA H100 (2 processes)" or "1 × cpu, 2 cores"."""
+    """The devices in words, such as "8 × NVIDIA H100 (2 processes)" or "1 × cpu, 2 cores"."""
     device = jax.devices()[0]
     text = f"{jax.device_count()} × {device.device_kind}"
     if device.platform == "cpu":
@@ -58,8 +58,8 @@ def hardware() -> str:
 def commit() -> str:
     """The commit of ibjax's own repository, with "+" where it has changes; else its version, as "version 0.1.0".
 
-    A repository that merely encloses the package, as that of a project with a virtual environment in it, says nothing
-    of ibjax.
+    A repository that merely encloses the package does not count, such as that of a project with a virtual environment
+    inside it.
     """
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         if Path(_git("rev-parse", "--show-toplevel")).resolve() == _SOURCE:
@@ -68,13 +68,13 @@ def commit() -> str:
 
 
 def _git(*arguments):
-    """What git prints of the repository that ibjax lies in; raises SubprocessError where there is none."""
+    """The output of a git command in the repository that holds ibjax; raises SubprocessError where there is none."""
     command = ["git", "-C", str(_SOURCE), *arguments]
     done = subprocess.run(command, capture_output=True, check=True, encoding="utf-8", errors="replace", timeout=10)
     return done.stdout.strip()
 
 
 def environment() -> dict[str, Any]:
-    """What env.json says."""
+    """The content of env.json."""
     where = {"hardware": hardware(), "platform": platform.platform(), **jax_settings()}
     return {"command": sys.argv, "versions": versions(), "commit": commit(), **where}

@@ -18,14 +18,14 @@ from ibjax.errors import InputError, nearest
 def parse_flags(values, argv):
     try:
         return values(argv)
-    except Exception as error:  # absl's own, and KeyError, TypeError, ValueError of config_flags
+    except Exception as error:  # errors of absl, and KeyError, TypeError, ValueError of config_flags
         raise InputError(last_line(error)) from None
 
 
 def override(settings: ConfigDict, overrides: list[str]) -> ConfigDict:
-    """The configuration with `--config.KEY=VALUE` applied; every option of every call can be set.
+    """The configuration with `--config.KEY=VALUE` applied; every option of every section can be set.
 
-    `--config.attack=None` takes an optional section away, `--config.perturb.name=awp` brings one.
+    `--config.attack=None` removes an optional section, `--config.perturb.name=awp` adds one.
     """
     overrides = [flag for flag in overrides if not _decides(settings, *_pair(flag))]
     config.complete(settings)
@@ -47,7 +47,7 @@ def _pair(flag):
 
 
 def _decides(settings, path, value):
-    """Applies a flag that decides which options there are, a section's name or its absence; says whether it did."""
+    """Applies a flag that names or removes a section, and so decides which options exist; returns whether it did."""
     section, _, key = path.rpartition(".")
     optional = config.local(section) in config.OPTIONAL and config.lookup(settings, section, 0) != 0
     if key == "name" and value and (optional or config.lookup(settings, path, None) is not None):
@@ -60,7 +60,7 @@ def _decides(settings, path, value):
 
 
 def _is_none(settings, path, value):
-    """Applies a flag whose value is None, where the key may be; says whether it did."""
+    """Applies a flag whose value is None, where the key allows None; returns whether it did."""
     section, _, key = path.rpartition(".")
     parent = config.lookup(settings, section, {}) if section else settings
     if value != "None" or key not in parent or not config.may_be_none(settings, path):
@@ -70,7 +70,7 @@ def _is_none(settings, path, value):
 
 
 def _check_key(settings, path):
-    """Raises InputError unless a path is that of one value."""
+    """Raises InputError unless `path` names a single value: it may be unknown, or a section."""
     paths = [path for path, _ in config.leaves(settings)]
     below = (p.removeprefix(f"{path}.").partition(".")[0] for p in paths if p.startswith(f"{path}."))
     inside = list(dict.fromkeys(below))
@@ -105,9 +105,9 @@ def load(value: str) -> ConfigDict:
 
 
 def beside(recipe: str, name: str) -> SimpleNamespace:
-    """What another recipe defines, for one that shares its settings: `beside(__file__, "NAME.py")`.
+    """The definitions of another recipe in the same folder, for shared settings: `beside(__file__, "NAME.py")`.
 
-    It is looked for in the folder of the recipe, which may be given by any path. Raises InputError where it is not.
+    Raises InputError where there is no such file beside `recipe`.
     """
     file = Path(recipe).with_name(name)
     if not file.is_file():
@@ -116,7 +116,7 @@ def beside(recipe: str, name: str) -> SimpleNamespace:
 
 
 def _instead(file):
-    """What to give in place of a file that is not there."""
+    """Advice for a message about a missing file: the similar names, or what its folder holds."""
     folder = file if file.is_dir() else file.parent
     if not folder.is_dir():
         return f"there is no folder {folder}"
@@ -153,7 +153,7 @@ def _of_recipe(file, arg):
 
 
 def _of_run(file, arg):
-    """The configuration that a run was made with, for the same run or a changed one."""
+    """The configuration of a run's config.json, to repeat the run or to change it."""
     if arg:
         raise InputError(f"--config={file} is a run's configuration and takes no argument; leave ':{arg}' out")
     try:
@@ -166,6 +166,6 @@ def _of_run(file, arg):
 
 
 def last_line(error):
-    """The line of an error that says what is wrong: flags wrap tracebacks into their messages."""
+    """The last line of an error's message, which says what is wrong: absl's flags put tracebacks before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

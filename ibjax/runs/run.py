@@ -28,7 +28,7 @@ from ibjax.runs import checkpoint as checkpoints
 from ibjax.runs import provenance, rundir, trees
 from ibjax.step import Variables, linen_net
 
-__all__ = ["replacing", "write_json"]  # of ibjax.files, for the modules that write into a run's folder
+__all__ = ["replacing", "write_json"]  # re-exported from ibjax.files for modules that write into a run's folder
 
 
 _PATHS = ("path", "data_dir")  # of a data section: `~` and $VARIABLES are expanded
@@ -52,7 +52,7 @@ class Run(NamedTuple):
     # ---- command lines -----------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        """On one screen: what it is, how it was trained, what can be done with it."""
+        """A summary on one screen: the network, how it was trained, what can be done with it."""
         shape, classes = tuple(self.facts["input_shape"]), self.facts["num_classes"]
         weights = sum(leaf.size for leaf in jax.tree.leaves(self.variables["params"]))
         model, objective = (_in_words(self.config[section]) for section in ("model", "objective"))
@@ -80,11 +80,11 @@ def _in_words(section):
 def load(workdir: str | os.PathLike, checkpoint: str | int = "best") -> Run:
     """Restores a trained network: `checkpoint` is "best" (on validation), "last" or a step.
 
-    Its `logits_fn` takes images as the attacks do: values are looked at where there are some, inside a trace shape and
-    type.
+    Its `logits_fn` checks its images as the attacks do: the values of concrete arrays; inside a trace, where there are
+    no values, shape and type only.
 
-    Raises CheckpointError when there is none, it is damaged, or it is of another network, run or data set. Where a run
-    has several processes, all of them call this, and InputError is raised unless they see the same.
+    Raises CheckpointError where the checkpoint is missing, damaged, or of another network, run or data set. If several
+    processes run, all of them must call this; InputError is raised unless they see the same checkpoint.
     """
     workdir = files.path(workdir)
     saved, facts = rundir.read_config(workdir)
@@ -107,7 +107,7 @@ def load(workdir: str | os.PathLike, checkpoint: str | int = "best") -> Run:
 
 
 def build_model(section: Any, num_classes: int, where: str) -> nn.Module:
-    """The network of a `model` section; the data, not the configuration, says how many classes it has."""
+    """The network of a `model` section; the number of classes comes from the data, not from the configuration."""
     return config.build("models", section, where, num_classes=num_classes)
 
 
@@ -118,9 +118,9 @@ _loaded: dict[tuple, Arrays] = {}
 
 
 def load_data(settings: ConfigDict) -> Arrays:
-    """The checked splits of a configuration, read once for all runs of a process that use them.
+    """The checked splits of a configuration, cached for all runs of a process that use them.
 
-    They are read again where a file that they were read from has changed since.
+    They are read again if one of their files has changed since.
     """
     section = json.dumps(config.plain(settings.data), sort_keys=True)
     key = (
@@ -163,7 +163,7 @@ def test_split(trained: Run, n: int | None = None) -> Split:
 
 
 def in_float32(model: nn.Module) -> nn.Module:
-    """The network, and the ones inside it if there are any, computing in float32: as it is attacked and scored."""
+    """The network, and any network inside it, with dtype float32: networks are attacked and scored in float32."""
     changes: dict[str, Any] = {"dtype": "float32"} if hasattr(model, "dtype") else {}
     if hasattr(model, "backbone"):
         changes["backbone"] = _section_in_float32(model.backbone)
@@ -177,7 +177,7 @@ def _section_in_float32(section):
 
 
 def facts(data: Arrays) -> dict[str, Any]:
-    """What config.json says of the data: its name, shape, classes, sizes, warnings, and a digest of each split."""
+    """The data's description in config.json: name, shape, classes, sizes, warnings, and a digest of each split."""
     splits = {name: split for name in ("train", "val", "test") if (split := getattr(data, name)) is not None}
     return {
         "label": data.label,
@@ -198,7 +198,7 @@ def abstract_variables(model: nn.Module, input_shape: tuple[int, ...], mesh: Any
 
 
 def origin(trained: Run, checkpoint: str) -> dict[str, Any]:
-    """What every record says of the run that it is of, and of where it was made."""
+    """What every record states about its run, and about where and with what it was made."""
     return {
         "title": trained.config.title or trained.workdir.resolve().name,
         "checkpoint": checkpoint,

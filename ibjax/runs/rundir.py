@@ -1,4 +1,4 @@
-"""The folder of a run: who may write into it, its configuration, and whether what lies there is the same run.
+"""The folder of a run: its lock, its configuration, and the check that an existing folder holds the same run.
 
 workdir/  config.json env.json metrics.jsonl checkpoints/<step>/ eval/<checkpoint>/<attack>.json report.html
 """
@@ -29,15 +29,15 @@ log = logging.getLogger(__name__)
 
 
 # Keys that change neither the training nor its result, and so may differ when a run is continued. The teacher is
-# compared by its weights, the data by its content: where they lie may change. The threat model is compared in the
-# attacks that take it.
+# compared by its weights and the data by its content, so the paths of both may change. The threat model is compared
+# through the attacks that use it.
 _FREE_KEYS = (
     *("title", "threat", "evaluate", "contrast", "log_every", "checkpoint_every", "steps_per_dispatch"),
     *config.TEACHERS,
 )
 
 
-# what config.json says of the data beside its content, which the digests are of; runs of earlier versions lack it
+# what config.json says of the data that is not part of its content and has no digest; earlier versions did not save it
 DESCRIPTIONS = ("classes", "warnings")
 
 
@@ -46,9 +46,9 @@ _FREE_PATHS = ("data.path", "data.data_dir")
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[None]:
-    """Holds the workdir for this run, all its processes together.
+    """Locks the workdir for this run, for all its processes together.
 
-    A second run in it is refused with InputError, and so is a folder that not all processes share.
+    Raises InputError where another run holds the lock, and where the processes do not all share the folder.
     """
     handle, problem, token = None, "", secrets.token_hex(8)
     if jax.process_index() == 0:
@@ -76,7 +76,7 @@ def lock(workdir: Path) -> Iterator[None]:
 
 
 def _sees(file, token):
-    """Whether this process reads the token in the file; folders of a network may take a moment."""
+    """Whether this process can read the token in the file; network folders may need a few seconds."""
     for wait in (0.0, 0.5, 1.0, 2.0, 4.0, 8.0):
         time.sleep(wait)
         with contextlib.suppress(OSError):
@@ -86,9 +86,9 @@ def _sees(file, token):
 
 
 def check_writable(*folders: Path) -> None:
-    """Raises InputError, on every process, where the first could not write a result into one of the folders.
+    """Raises InputError, on every process, where the first process cannot write into one of the folders.
 
-    A folder that is absent is made.
+    A missing folder is created.
     """
     problem = ""
     for folder in folders if jax.process_index() == 0 else ():
@@ -110,7 +110,7 @@ def has_checkpoint(workdir: Path) -> bool:
 
 
 def doubts(workdir: Path) -> list[str]:
-    """What every record must say of the run's checkpoints."""
+    """Warnings about the run's checkpoints that every record must carry."""
     steps = _damaged_steps(workdir)
     if not steps:
         return []
@@ -129,8 +129,8 @@ def write_config(workdir: Path, given: ConfigDict, facts: dict[str, Any], *, res
     """Writes config.json and env.json, or checks that the run which is already there is the same one.
 
     Returns the run's `identity`, for `checkpoint.manager`. Before its first checkpoint a run has nothing to protect,
-    and another configuration may take its place. Raises InputError where another run is there, where checkpoints were
-    lost and not `restart`, and where the processes of this run do not see the same.
+    and another configuration may take its place. Raises InputError where the folder holds another run, where its
+    checkpoints were lost and `restart` is False, and where processes see different configurations or folders.
     """
     own, found = identity(given, facts), checkpoints.steps_in(workdir / "checkpoints")
     advice = "start all processes with one command and a --workdir that all of them share"
@@ -155,14 +155,14 @@ def write_network(
     step: int = 0,
     validation: Mapping[str, Any] | None = None,
 ) -> None:
-    """Makes `workdir` a run with one checkpoint, of a network that was not trained there and cannot be trained on.
+    """Makes `workdir` a run with one checkpoint of a network that was trained elsewhere; training cannot continue it.
 
     Args:
-      workdir: locked by the caller, where another process could write into it.
-      settings, facts: as of `write_config`, which raises what it raises.
+      workdir: the caller must have locked it, if another process could write into it.
+      settings, facts: as in `write_config`, whose errors are raised.
       variables: {"params", "batch_stats"}.
       step: of the checkpoint.
-      validation: metrics that go with it; without any it is the "best" one all the same.
+      validation: its validation metrics; even without them it is the "best" checkpoint.
     """
     own = write_config(workdir, settings, facts)
     with checkpoints.manager(workdir, run=own) as store:
@@ -171,14 +171,14 @@ def write_network(
 
 
 def identity(settings: ConfigDict, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """{path: value} of what makes a run this run: options that change its result, and the facts of its data."""
+    """{path: value} of what identifies a run: the options that change its result, and the facts of its data."""
     found = {path: value for path, value in _options(settings).items() if not _is_free(path)}
     about = {key: value for key, value in config.plain(facts).items() if key not in DESCRIPTIONS}
     return {**found, **{f"its {path}": value for path, value in config.leaves(about)}}
 
 
 def _options(settings):
-    """{path: value} of all options, those of every call and the lengths of every attack among them."""
+    """{path: value} of all options, with the defaults of every section and the eps and step size of every attack."""
     return dict(config.leaves(config.plain(config.complete(config.effective(settings)))))
 
 
@@ -192,7 +192,7 @@ def _refuse_other_run(workdir, given, facts, own):
         saved, saved_facts = read_config(workdir)
     except UnreadableError:
         raise
-    except CheckpointError as error:  # absent or damaged: the checkpoints say of which run they are
+    except CheckpointError as error:  # absent or damaged, but the checkpoints hold the run's identity
         with checkpoints.manager(workdir, read_only=True, run=own) as store:
             checkpoints.check_run(store)
         log.warning("%s; its checkpoints are of this configuration: it is written anew", error)
@@ -209,7 +209,7 @@ def _refuse_other_run(workdir, given, facts, own):
 def refuse_other_options(
     workdir: Path, saved: ConfigDict, given: ConfigDict, sections: tuple[str, ...] | None = None
 ) -> None:
-    """Raises InputError where two configurations differ in one of the `sections`; None: in what makes a training."""
+    """Raises InputError where two configurations differ in `sections`; None compares all that affects training."""
     old, new = _options(saved), _options(given)
     for path in {**new, **old}:
         compared = not _is_free(path) if sections is None else path.split(".")[0] in sections
@@ -221,7 +221,7 @@ def refuse_other_options(
 
 
 def _refuse_lost_checkpoints(workdir, restart):
-    """Refuses to begin at step 0 in silence where there was a checkpoint once."""
+    """Raises InputError where a run once had a checkpoint, so that it does not silently begin at step 0."""
     aside = _damaged_steps(workdir)
     saved = metrics.saved_step(workdir / "metrics.jsonl")
     if not aside and saved is None:
@@ -241,7 +241,7 @@ def _refuse_lost_checkpoints(workdir, restart):
 def read_config(workdir: Path) -> tuple[ConfigDict, dict[str, Any]]:
     """(configuration, facts of the data) of a run.
 
-    Raises CheckpointError where there is none or it is damaged, UnreadableError where it cannot be read just now.
+    Raises CheckpointError where config.json is missing or damaged, UnreadableError where it temporarily cannot be read.
     """
     file = workdir / "config.json"
     try:
@@ -262,7 +262,7 @@ def read_config(workdir: Path) -> tuple[ConfigDict, dict[str, Any]]:
         ) from None
     except UnreadableError:
         raise
-    except InputError as error:  # it was read, and says what there is not
+    except InputError as error:  # it was read, but names something that does not exist
         raise CheckpointError(
             f"{file} cannot be used: {error}; it is of another version, or was changed: the training command writes it "
             f"again, or restore it from a copy"

@@ -16,7 +16,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def nest(flat):
-    """Plain nested dicts, so that what lies on disk does not depend on the classes of optax or of this library."""
+    """Plain nested dicts, so that the format on disk does not depend on the classes of optax or of this library."""
     nested: dict[str, Any] = {}
     for path, leaf in flat.items():
         *folders, name = path.split("/")
@@ -28,7 +28,7 @@ def nest(flat):
 
 
 def array_digest(array: Any) -> str:
-    """A 128-bit digest of an array's bytes, or what stands for one in place of an array."""
+    """A 128-bit digest of an array's bytes; of an object that brings its own digest instead of values, that digest."""
     if hasattr(array, "digest"):
         return array.digest()
     return files.digest(np.ascontiguousarray(array).tobytes())

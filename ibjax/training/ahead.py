@@ -1,13 +1,14 @@
-"""Compiles a recipe's train step for accelerators that are not here, and counts what it costs and communicates.
+"""Compiles a recipe's train step for an accelerator that this machine lacks; counts its FLOPs, bytes and collectives.
 
-    FLOPs = m · ( FLOPs(dispatch) + (k − 1) · FLOPs(attack step) ), likewise the bytes
+    FLOPs = m · ( FLOPs(dispatch) + (k − 1) · FLOPs(attack step) )          for m microbatches; the same for bytes
 
-of m microbatches, since the compiler counts a rolled loop's body once, whatever its length k; so it does with the
-bodies of other loops, as MMA's bisection, whose number is printed. Both are what it reports for the optimised program
-of one chip; the bounds assume its peak in bfloat16 and its bandwidth, so they are never reached.
+The compiler counts the body of a rolled loop once, however long the loop is, hence the correction for the k steps of
+the attack. The bodies of other loops, such as MMA's bisection, are counted once too; the number of such loops is
+reported. FLOPs and bytes are the compiler's figures for the optimised program of one chip. The bounds on images/s
+assume the chip's peak in bfloat16 and its full bandwidth, so no run reaches them.
 
-For a GPU that is not here the compiler counts neither; in their place are the kernels, and the bytes that each of them
-reads and writes. Nothing is tuned there: which of cuDNN's kernels are fastest only a card says.
+For a GPU, compiling without the card yields neither figure. Reported instead are the kernels and the bytes that they
+read and write. Nothing is autotuned: which of cuDNN's kernels is fastest can only be measured on a card.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from ibjax.runs import (
 from ibjax.training import feed
 from ibjax.training.experiment import build, initializer
 
-# Before jax looks for chips: there are none, and another process may be compiling as well.
+# Set before jax looks for chips: there are none, and another process may be compiling at the same time.
 WITHOUT_CHIPS = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -44,24 +45,24 @@ WITHOUT_CHIPS = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # CUDA's compiler needs no driver
 }
-GPUS = {"h200": Path(cluster.__file__).with_name("h200.txtpb")}  # topology -> facts of the card, for XLA's compiler
+GPUS = {"h200": Path(cluster.__file__).with_name("h200.txtpb")}  # topology -> description of the card for XLA
 
 
 log = logging.getLogger(__name__)
 
 
 class Chip(NamedTuple):
-    """What a chip can do at most, as its maker says."""
+    """The peak figures of a chip, according to its vendor."""
 
-    flops: float  # a second, dense bfloat16
+    flops: float  # per second, dense bfloat16
     hbm: float  # bytes
-    bandwidth: float  # bytes a second
+    bandwidth: float  # bytes per second
 
 
 GIB = 2**30
 
 
-CHIPS = {  # by the name that JAX gives the kind; Cloud TPU's documentation, NVIDIA's data sheet
+CHIPS = {  # keys: JAX's `device_kind`; sources: Cloud TPU's documentation, NVIDIA's data sheet
     "NVIDIA H200 141GB HBM3e": Chip(989e12, 151_397_597_184, 4800e9),
     "TPU v4": Chip(275e12, 32 * GIB, 1228e9),
     "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9),
@@ -71,10 +72,10 @@ CHIPS = {  # by the name that JAX gives the kind; Cloud TPU's documentation, NVI
 
 
 class Collective(NamedTuple):
-    """A kind of communication, in one place of the program."""
+    """All communication of one kind at one loop depth of the program."""
 
     kind: str
-    depth: int  # number of loops around it, less those around a step: −1 once a dispatch, 0 once a step
+    depth: int  # number of loops around it, minus those around a step: −1 once per dispatch, 0 once per step
     count: int
     bytes: int  # of all results together, on one chip
 
@@ -85,14 +86,14 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|condition|body|branch_computations|true_computation|false_computation)=")
 
 
-# what one kernel runs: of a fusion, and the function of a reduction, a sort or a scatter; a `call` is none
+# computations inside one kernel: of a fusion, and the function of a reduction, sort or scatter, but not of a `call`
 _INSIDE = re.compile(r" fusion\(.*calls=%?([\w.\-]+)| (?!call\()[\w\-]+\(.*to_apply=%?([\w.\-]+)")
 _COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\("
 )
 
 
-_PIECE = re.compile(r'chain_id="(\d+)"')  # a TPU's compiler interleaves one collective with several convolutions
+_PIECE = re.compile(r'chain_id="(\d+)"')  # the TPU compiler splits a collective into pieces between convolutions
 
 
 _NO_FLOPS = re.compile(r'op_name="[^"]*(/gather|/scatter|/dynamic_slice|/dynamic_update_slice|searchsorted.*/while)"')
@@ -102,7 +103,7 @@ _SHAPE = re.compile(r"(pred|[a-z]+\d+)\[([\d,]*)\]")
 
 
 def collectives(program: str, around: int = 0) -> list[Collective]:
-    """All communication in an optimised HLO module; `around` loops are around a step."""
+    """All communication in an optimised HLO module; `around` is the number of loops that enclose a train step."""
     found, sizes, chains = Counter(), Counter(), set()
     for line, depth in _lines(program):
         if match := _COLLECTIVE.search(line):
@@ -116,12 +117,12 @@ def collectives(program: str, around: int = 0) -> list[Collective]:
 
 
 def loops(program: str) -> int:
-    """Loops in an optimised HLO module, without those of a gather or scatter or of a search in a table: no FLOPs."""
+    """The number of loops in an optimised HLO module, without those of gathers, scatters and searches: no FLOPs."""
     return sum(" while(" in line and not _NO_FLOPS.search(line) for line, _ in _lines(program))
 
 
 def _lines(program, without=frozenset()):
-    """(line, number of loops around it) of all computations that the module's entry reaches, but for those named."""
+    """(line, number of loops around it) of all computations that the module's entry reaches, except `without`."""
     blocks, entry, current = {}, None, None
     for line in program.splitlines():
         if match := _HEADER.match(line):
@@ -154,7 +155,7 @@ def _bytes(shapes):
 class Kernels(NamedTuple):
     """What an optimised module for a GPU launches, and the bytes that these kernels read and write."""
 
-    in_loops: int  # each body of a loop once
+    in_loops: int  # the body of each loop counts once
     bytes_in_loops: int
     outside: int
     bytes_outside: int
@@ -167,7 +168,7 @@ _NO_KERNEL = frozenset(
 
 
 def kernels(program: str, around: int = 0) -> Kernels:
-    """The kernels of an optimised HLO module for a GPU; `around` loops are around what is asked for."""
+    """The kernels of an optimised HLO module for a GPU; `around` enclosing loops do not count as loops."""
     inside = {
         name for line in program.splitlines() if (match := _INSIDE.search(line)) for name in match.groups() if name
     }
@@ -186,7 +187,7 @@ def kernels(program: str, around: int = 0) -> Kernels:
 
 
 def slice_mesh(topology: str) -> Mesh:
-    """The devices of a slice, as "v5e:16x16", or a GPU of GPUS in one axis; raises InputError where there is none."""
+    """A mesh of one axis for a TPU slice such as "v5e:16x16", or for a GPU in GPUS; InputError if it is unknown."""
     if topology in GPUS:
         return _gpu_mesh(topology)
     try:
@@ -209,13 +210,13 @@ def _gpu_mesh(name):
     facts = GPUS[name].read_text(encoding="utf-8")
     try:
         devices = topologies.get_topology_desc(name, platform="cuda", target_config=facts, topology="1x1x1").devices
-    except (ValueError, RuntimeError, NotImplementedError):  # as JAX refuses a platform without its plugin
+    except (ValueError, RuntimeError, NotImplementedError):  # JAX has no plugin for the platform
         raise InputError("the compiler for GPUs is not installed; pip install 'ibjax[cuda13]'") from None
     return Mesh(np.array(devices)[:1], ("data",), axis_types=(AxisType.Auto,))
 
 
 def prepare(settings: ConfigDict, shape: tuple[int, ...], classes: int, teachers: dict[str, ConfigDict]) -> ConfigDict:
-    """The configuration for a compilation: shapes in place of data, loops rolled as on an accelerator."""
+    """The configuration for a compilation: shapes in place of data, and rolled loops as on an accelerator."""
     settings = settings.copy_and_resolve_references()
     with settings.unlocked():
         size = dict(shape=shape, num_classes=classes, n_train=settings.batch_size + classes)
@@ -230,9 +231,9 @@ def prepare(settings: ConfigDict, shape: tuple[int, ...], classes: int, teachers
 
 @cores.elsewhere()
 def compile_step(settings: ConfigDict, mesh: Mesh, images: int | None) -> dict[str, Any]:
-    """Compiles what a configuration (see `prepare`) runs on the devices of `mesh`; nothing is run.
+    """Compiles the train step of a configuration (see `prepare`) for the devices of `mesh`; nothing is run.
 
-    `images` is the number of training images on every device, None where they are streamed. Returns numbers of one
+    `images` is the number of training images on every device, None where they are streamed. Returns figures for one
     chip and one step.
     """
     experiment = build(settings, {role: Path("/nowhere") for role in config.TEACHERS}, abstract=True, mesh=mesh)
@@ -262,7 +263,7 @@ def compile_step(settings: ConfigDict, mesh: Mesh, images: int | None) -> dict[s
     compiled = lowered.compile()
     seconds = time.perf_counter() - began
     cost, memory, program = compiled.cost_analysis() or {}, compiled.memory_analysis(), compiled.as_text()
-    flops, accessed = cost.get("flops"), cost.get("bytes accessed")  # of a GPU's program without a GPU neither
+    flops, accessed = cost.get("flops"), cost.get("bytes accessed")  # both None for a GPU that is absent
     repeated = _attack_steps(settings)
     if flops is not None and repeated > 1:
         part = of_images(settings.batch_size // settings.microbatches, jnp.float32, sharded)
@@ -311,7 +312,7 @@ def _attack_step(experiment):
 
 
 def table(found: dict[str, Any]) -> str:
-    """What `compile_step` found, for people."""
+    """The result of `compile_step` as a readable table."""
     chip = CHIPS.get(found["kind"])
     lines = [
         f"{found['chips']} × {found['kind']}, batch {found['batch_size']} "
@@ -346,7 +347,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def teachers_of(settings, given):
-    """role -> recipe of the teachers that the objective needs: --teacher, the configuration's, or its hint's."""
+    """{role: recipe} of the teachers that the objective needs: from --teacher, the configuration, or its hint."""
     found = {}
     for role in config.build("objectives", settings.objective, "objective").teachers:
         hint = re.search(r"--config=(\S+)", settings[role].made_by)
@@ -363,9 +364,9 @@ def teachers_of(settings, given):
 
 
 def images_of(data: ConfigDict, shape: str | None, classes: int | None) -> tuple[tuple[int, ...], int]:
-    """(shape, classes) of a recipe's images: as given, as its data set is known to have, or as its own files say.
+    """(shape, classes) of a recipe's images: the given ones, else those of the known data set, else of its files.
 
-    Raises InputError where these are not there either.
+    Raises InputError where the files are missing too.
     """
     known, number = IMAGES.get(data.get("dataset", data.name), (None, None))
     if data.name == "synthetic":
@@ -392,7 +393,7 @@ def images_of(data: ConfigDict, shape: str | None, classes: int | None) -> tuple
 
 
 def in_words(shape: Sequence[int], classes: int) -> str:
-    """As "images 32×32×3, 10 classes"."""
+    """The shape and classes in words, such as "images 32×32×3, 10 classes"."""
     return f"images {'×'.join(map(str, shape))}, {classes} classes"
 
 

@@ -1,6 +1,6 @@
-"""What a configuration means: every part built and checked, and the first state. Nothing is compiled or written.
+"""Builds and checks every part of an experiment from a configuration, and its initial state. Writes nothing.
 
-The loop around it is `ibjax.training.loop`, its compiled steps are `ibjax.training.feed`.
+`ibjax.training.feed` compiles the train steps, `ibjax.training.loop` runs them.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,11 +23,11 @@ from ibjax.step import Net, Objective, TrainState, Variables, init_state, linen_
 
 
 class Experiment(NamedTuple):
-    """What a configuration means, built and checked; nothing has been written or compiled."""
+    """The built and checked parts of a configuration; nothing has been written or compiled."""
 
     config: ConfigDict  # `effective`
     data: Arrays
-    facts: dict[str, Any]  # what identifies data and teacher, for config.json
+    facts: dict[str, Any]  # the facts that identify data and teacher, for config.json
     model: nn.Module
     bind_net: Callable[[Mapping[str, Variables] | None], Net]
     objective: Objective
@@ -40,12 +40,12 @@ class Experiment(NamedTuple):
 
     @property
     def attacked(self) -> bool:
-        """Whether it is trained on adversarial images."""
+        """Whether the objective trains on adversarial images."""
         return self.config.attack is not None or self.objective.attack is not None
 
     @property
     def select(self) -> str:
-        """The validation accuracy that `best` is the best in: "robust", "clean" or "mean" of both."""
+        """The validation accuracy that selects the `best` checkpoint: "robust", "clean" or the "mean" of both."""
         return self.config.validate.select or ("robust" if self.attacked else "clean")
 
 
@@ -60,9 +60,9 @@ def build(
 
     Args:
       settings: the configuration.
-      folders: role -> workdir of that teacher; without one, `teacher.workdir` and `assistant.workdir` count.
-      abstract: give a teacher's variables as shapes where it has yet to be trained from its recipe.
-      mesh: the devices to train on; None takes all that are here.
+      folders: {role: workdir of that teacher}; None uses `teacher.workdir` and `assistant.workdir`.
+      abstract: represent a teacher by the shapes of its variables if it has yet to be trained from its recipe.
+      mesh: the devices to train on; None uses all available devices.
     """
     config.check(settings)
     settings = config.effective(settings)
@@ -131,7 +131,7 @@ def build(
 
 
 def _check_padding(pad, size):
-    """A crop must hold some of its image: one pixel at least, when it is moved by `pad` in both directions."""
+    """Raises InputError if a crop shifted by `pad` in both directions could miss its image altogether."""
     if pad >= min(size):
         raise InputError(
             f"augment.pad={pad} is not allowed with images of {size[0]}×{size[1]} pixels: crops would miss the image; "
@@ -140,7 +140,7 @@ def _check_padding(pad, size):
 
 
 def _check_attack(settings, objective):
-    """Refuses an attack that the objective would ignore, lacks, or that climbs away from something else."""
+    """Raises InputError where the objective ignores the attack, lacks one, or needs one with another loss."""
     name, losses = settings.objective.name, objective.attack_losses
     if settings.attack is None:
         if losses:
@@ -213,7 +213,7 @@ def _optimizer(settings, steps_per_epoch):
 
 
 def _attacks(settings, objective):
-    """(attack in evaluation mode, attack in training mode): at most one of them is there."""
+    """(attack in evaluation mode, attack in training mode); at most one of them is not None."""
     if settings.attack is None:
         return None, None
     options = config.arguments("attacks", settings.attack, "attack")
@@ -240,7 +240,7 @@ def _perturb(settings):
 
 
 def initial_state(experiment: Experiment) -> TrainState:
-    """The state before the first step, on all devices, from the configuration's seed."""
+    """The state before the first step, replicated on all devices, from the configuration's seed."""
     replicated = NamedSharding(experiment.mesh, cluster.REPLICATED)
     key = run_key(experiment.config.seed, 0, experiment.mesh)
     x = np.zeros((1, *experiment.data.train.images.shape[1:]), np.float32)
@@ -248,7 +248,7 @@ def initial_state(experiment: Experiment) -> TrainState:
 
 
 def initializer(experiment: Experiment) -> Callable[..., TrainState]:
-    """(key, x, frozen) -> the first state."""
+    """A function (key, x, frozen) -> the initial state."""
     objective, data = experiment.objective, experiment.data
     ema = experiment.config.ema_decay is not None
 

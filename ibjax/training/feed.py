@@ -1,4 +1,4 @@
-"""How training images reach the step: they lie in device memory, or are streamed to it, one batch ahead.
+"""How training images reach the step: they stay in device memory, or are streamed to it one batch ahead.
 
 Guarantees (tests of the same names): the data order is a function of (seed, epoch, step); nothing is transferred from
 the host inside an epoch, where the data lie in device memory; the step compiles once.
@@ -21,19 +21,19 @@ from ibjax.training.experiment import Experiment
 
 
 class Feed(NamedTuple):
-    """Of one run."""
+    """The compiled steps of a run, together with their data."""
 
-    capacity: int  # steps of one dispatch, at most
+    capacity: int  # maximum number of steps in one dispatch
     dispatch: Callable[[TrainState, int], tuple[TrainState, dict[str, Array]]]  # (state, steps) -> (state, metrics)
 
 
 def feed(experiment: Experiment, key: Array, step: int) -> Feed:
-    """The compiled steps from `step` on, with their data; `key` is the run's key of training."""
+    """The compiled steps from `step` on, with their data; `key` is the run's key for training."""
     return (_streaming if streamed(experiment.data.train) else _resident)(experiment, key, step)
 
 
 def trace(experiment: Experiment, state: Any, key: Any) -> None:
-    """Traces one step on shapes; raises whatever is wrong with it."""
+    """Traces one step on shapes; raises whatever error the tracing meets."""
     images, labels = experiment.data.train
     n = jax.ShapeDtypeStruct((), jnp.int32)
     if streamed(experiment.data.train):
@@ -47,7 +47,7 @@ def trace(experiment: Experiment, state: Any, key: Any) -> None:
 
 
 def _nothing_transferred():
-    """Within it a transfer from the host is an error; not under JAX_DISABLE_JIT, where every operation is one."""
+    """A context in which transfers from the host are errors, except under JAX_DISABLE_JIT, which needs them."""
     eager = jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue]
     return jax.transfer_guard("allow" if eager else "disallow")
 
@@ -73,9 +73,9 @@ def _resident(experiment, key, step):
 def make_dispatch(experiment: Experiment, capacity: int) -> Callable:
     """The jitted `(state, images, labels, key, frozen, n) -> (state, metrics)`: n <= capacity steps.
 
-    `metrics` are arrays (capacity,), of which the first n count. The loop's length is an argument, so that one program
-    serves every n; on CPU the capacity is 1 and there is no loop, whose body XLA would run on fewer threads.
-    The order of an epoch is a permutation drawn from (key, epoch); a last incomplete batch is left out.
+    `metrics` are arrays (capacity,) whose first n entries are valid. The loop's length is an argument, so that one
+    program serves every n. On a CPU the capacity is 1 and there is no loop, since XLA runs the body of a loop on fewer
+    threads there. The order of an epoch is a permutation drawn from (key, epoch); an incomplete last batch is left out.
     """
     batch_size, per_epoch = experiment.config.batch_size, experiment.steps_per_epoch
     sharded, replicated = (NamedSharding(experiment.mesh, spec) for spec in (cluster.BATCH, cluster.REPLICATED))
@@ -86,7 +86,7 @@ def make_dispatch(experiment: Experiment, capacity: int) -> Callable:
         order = jax.random.permutation(jax.random.fold_in(order_key, epoch), len(labels))
 
         def one(state):
-            # or the compiler may split a weight between two steps, and gather it in every step of the attack
+            # otherwise the compiler may shard a weight between two steps and gather it in every step of the attack
             state = lax.with_sharding_constraint(state, replicated)
             index = lax.dynamic_slice(order, (state.step % per_epoch * batch_size,), (batch_size,))
             index = lax.with_sharding_constraint(index, sharded)
@@ -120,7 +120,7 @@ def _streaming(experiment, key, step):
         raise InputError(f"steps_per_dispatch={settings.steps_per_dispatch}: streamed data take 1 step at a time")
     dispatch = make_batch_dispatch(experiment)
     sharding, size = NamedSharding(mesh, cluster.BATCH), settings.batch_size
-    held = sharding.addressable_devices_indices_map((size,)).values()  # the places of a batch on this process's devices
+    held = sharding.addressable_devices_indices_map((size,)).values()  # batch positions on this process's devices
     rows = np.unique(np.concatenate([np.arange(size)[index] for index in held]))
     source = stream.batches(experiment.data.train, batch_size=size, seed=settings.seed, step=step, rows=rows)
 

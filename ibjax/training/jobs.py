@@ -1,4 +1,4 @@
-"""The trainings that one configuration stands for: its teachers, what it is contrasted with, and itself."""
+"""The training jobs of one configuration: its teachers, the runs that it is contrasted with, and itself."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from ibjax.errors import InputError
 
 
 class Job(NamedTuple):
-    """One training that a configuration stands for."""
+    """One training job of a configuration."""
 
     settings: ConfigDict
     workdir: Path
@@ -18,7 +18,7 @@ class Job(NamedTuple):
 
 
 def jobs(settings: ConfigDict, workdir: Path) -> list[Job]:
-    """Everything that one configuration stands for, in the order of training: teacher, contrasts, itself."""
+    """All training jobs of one configuration, in order: teachers, runs for contrast, the configuration itself."""
     settings = config.effective(settings)
     made, teachers = [], {}
     for role in config.TEACHERS:

@@ -1,6 +1,7 @@
 """Training: the check of a whole configuration, and the loop around the compiled steps (`ibjax.training.feed`).
 
-Guarantees (tests of the same names): a killed run continues to the bit; the step compiles once.
+Guarantees (tests of the same names): a killed run continues to the bit, that is, it ends with the same bits as an
+uninterrupted one; the step compiles once.
 """
 
 import contextlib
@@ -29,14 +30,14 @@ from ibjax.training import feed
 from ibjax.training.experiment import Experiment, build, initial_state, initializer, run_key
 
 log = logging.getLogger(__name__)
-_CATASTROPHE = 20.0  # points of robust accuracy lost on validation images, where one-step training overfits at once
+_CATASTROPHE = 20.0  # drop in robust validation accuracy, in points, that counts as catastrophic overfitting
 
 
 def check(settings: ConfigDict, folders: Mapping[str, Path] | None = None) -> None:
-    """Raises InputError on whatever is wrong with a configuration, its data or its teacher.
+    """Raises InputError on any error in a configuration, its data or its teacher.
 
     The whole step and the validation are traced; nothing is saved, compiled or computed. A teacher that has yet to be
-    made is taken from its recipe.
+    trained is represented by its recipe.
     """
     experiment = build(settings, folders, abstract=True)
     frozen = experiment.frozen
@@ -49,7 +50,7 @@ def check(settings: ConfigDict, folders: Mapping[str, Path] | None = None) -> No
         scorer.trace(checkpoints.split(state)[0], _selection_split(experiment))
     except InputError:
         raise
-    except Exception as error:  # a contradiction that only tracing sees: shapes, types, values
+    except Exception as error:  # an inconsistency of shapes, types or values that only tracing finds
         first = (str(error).strip() or "no message").splitlines()[0]
         raise InputError(f"this configuration cannot be traced: {type(error).__name__}: {first}") from error
 
@@ -58,10 +59,11 @@ def check(settings: ConfigDict, folders: Mapping[str, Path] | None = None) -> No
 
 
 def train(experiment: Experiment, workdir: Path, *, restart: bool = False) -> None:
-    """Trains to the last epoch, from the newest good checkpoint if there is one.
+    """Trains to the last epoch, from the newest undamaged checkpoint if there is one.
 
-    Where checkpoints were lost, or none is whole, `restart` begins at step 0; without it that is an InputError.
-    Raises PreemptedError after saving when SIGTERM has come, DivergedError when the loss is not finite.
+    Where all checkpoints are lost or damaged, `restart` begins again at step 0; without it, InputError is raised for
+    lost checkpoints and CheckpointError for damaged ones. Raises PreemptedError after it has saved because of a
+    SIGTERM, and DivergedError where a metric or the state is not finite.
     """
     settings = experiment.config
     total = settings.epochs * experiment.steps_per_epoch
@@ -119,7 +121,7 @@ def _loop(experiment, orbax, state, step, total, write):
             if saved or preempted:
                 try:
                     scores = _validate(experiment, validator, state) if validated else None
-                except InputError as error:  # weights so large that nothing can be told of the network
+                except InputError as error:  # the weights are so large that the network cannot be judged
                     reason = _in_words("validation accuracy", step, values["grad_norm"], orbax, str(error))
                     write("diverged", step, reason=reason)
                     raise DivergedError(reason) from None
@@ -139,7 +141,7 @@ def _loop(experiment, orbax, state, step, total, write):
 
 @contextlib.contextmanager
 def _naming_the_batch(settings, mesh):
-    """An out-of-memory error that says how many images a device had to hold."""
+    """Turns an out-of-memory error into one that says how many images a device had to hold."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -168,7 +170,7 @@ def _selection_split(experiment):
 
 
 def _validator(experiment):
-    """The scorer of the attack that selects checkpoints, with its eps and step size."""
+    """(the scorer with the attack that selects checkpoints, {"eps", "step_size"} of this attack)."""
     section = config.complete(experiment.config.copy_and_resolve_references()).validate.attack
     options = config.arguments("attacks", section, "validate.attack")
     eps, step_size = options.pop("eps"), options.pop("step_size", None)
@@ -179,7 +181,7 @@ def _validator(experiment):
 
 
 def _validate(experiment, validator, state):
-    """{"clean_acc", "robust_acc", "selection"} in percent on the split that selects."""
+    """{"clean_acc", "robust_acc", "selection"} in percent on the split that selects checkpoints."""
     (scorer, size), split = validator, _selection_split(experiment)
     flags, _ = scorer(checkpoints.split(state)[0], split, experiment.config.seed, **size)
     for text in nan_warnings(flags):
@@ -190,7 +192,7 @@ def _validate(experiment, validator, state):
 
 
 def _overfitted(experiment, orbax, scores):
-    """Whether the robust accuracy that was trained for has fallen catastrophically from the best checkpoint's."""
+    """Whether adversarial training has overfitted: its robust accuracy is far below the best checkpoint's."""
     best = checkpoints.best_step(orbax)
     if best is None or "robust_acc" not in scores or not experiment.attacked:
         return False
@@ -198,7 +200,7 @@ def _overfitted(experiment, orbax, scores):
 
 
 def _alarm(settings, epoch):
-    """Tells of catastrophic overfitting; returns whether to stop."""
+    """Logs catastrophic overfitting; returns whether to stop."""
     stop = settings.validate.stop_on_overfitting
     log.warning(
         "%s: epoch %d: robust accuracy fell by more than %g points: catastrophic overfitting; the best checkpoint is "
@@ -212,7 +214,7 @@ def _alarm(settings, epoch):
 
 
 def _divergence(values, first, orbax):
-    """Which metric was not finite first, where, and what to do; None when all is well."""
+    """Says which metric was the first to be non-finite, at which step, and what to do; None where all are finite."""
     broken = {
         name: int(np.argmin(np.isfinite(value))) for name, value in values.items() if not np.isfinite(value).all()
     }
@@ -232,7 +234,7 @@ def _in_words(name, step, norms, orbax, why=""):
 
 
 def _first_broken(state):
-    """The name of the first leaf of the state that is not finite; "" where all are."""
+    """The path of the first leaf of the state that is not finite; "" where all are finite."""
     finite = trees.flatten(jax.device_get(_finite(state)))
     return next((path for path, value in finite.items() if not value), "")
 
@@ -244,7 +246,7 @@ def _finite(state):
 
 @contextlib.contextmanager
 def _progress(settings, total, step):
-    """A bar with the time left, on a terminal; what is logged meanwhile stands above it."""
+    """A progress bar with the time left, if stderr is a terminal; log lines appear above it."""
     visible = sys.stderr.isatty() and jax.process_index() == 0
     with (
         tqdm(total=total, initial=step, desc=_name(settings), unit="step", disable=not visible, mininterval=0.5) as bar,
@@ -254,7 +256,7 @@ def _progress(settings, total, step):
 
 
 def _tell(settings, epoch, scores, seconds_left):
-    """One line for each validation."""
+    """Logs one line for each validation."""
     if jax.process_index() == 0:
         log.info(
             "%s: epoch %d of %d, validation clean %.2f %%, robust %.2f %%, %.0f s left",

@@ -1,4 +1,4 @@
-"""Results of runs: the table that is printed, and one self-contained HTML page that checks itself.
+"""Reports the results of runs: a printed table, and one self-contained HTML page that checks itself.
 
 Guarantees (tests of the same names): a file that cannot be read is named, and the rest is shown; the page refers to
 nothing outside itself; whatever stands in a file is escaped; a page is there whole or not at all.
@@ -20,20 +20,20 @@ __all__ = ["RunResults", "read", "table", "write"]
 def table(records: Iterable[Record], each: bool = False) -> str:
     """The plain-text tables of records: a line for each run, a column for each attack at the main eps, in percent.
 
-    Runs that differ in their seed alone are one line, mean ± standard deviation; with `each` every one has a line.
+    Runs that differ only in their seed share a line with mean ± standard deviation; with `each` every run has its own.
     """
     return tables.as_text(records, each)
 
 
 def write(workdirs: Iterable[str | os.PathLike], out: str | os.PathLike, each: bool = False) -> list[RunResults]:
-    """Writes the HTML page of all runs in and below the folders, whole or not at all; returns what it shows.
+    """Writes the HTML page of all runs in and below the folders, whole or not at all; returns the runs that it shows.
 
-    each: a line for every seed of a recipe, in place of their mean.
+    each: show a line for every seed of a recipe instead of their mean.
 
     Raises InputError where a folder holds no run, or the page cannot be written.
     """
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it reports every font that it finds
-    from ibjax.evaluation.report import page  # loads matplotlib, of which training has no need
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it logs every font that it finds
+    from ibjax.evaluation.report import page  # imports matplotlib, which training does not need
 
     found, out = read(workdirs), files.path(out)
     text = page.page(found, out, each)

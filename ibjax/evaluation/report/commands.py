@@ -1,4 +1,4 @@
-"""Commands that make the numbers of a report again, to be pasted into a shell as they are.
+"""Shell commands that reproduce the numbers of a report.
 
 Guarantee (test of the same name): a shell splits each command into the arguments that are meant, whatever a path holds.
 """
@@ -14,14 +14,14 @@ from ibjax.evaluation.results import Record, is_transfer, surrogate_of, weights_
 
 
 class Block(NamedTuple):
-    """Commands under a heading, which is text for a reader and no part of them."""
+    """Commands under a heading; the heading is text for the reader, not part of the commands."""
 
     heading: str
     commands: list[str]
 
 
 def blocks(runs: Sequence[Any], out: Path, each: bool) -> list[Block]:
-    """How to train, evaluate and report `report.RunResults` again; a run inside another is trained by that one."""
+    """Commands to train, evaluate and report `report.RunResults` again; a nested run is trained by the outer one."""
     folders = [run.folder.resolve() for run in runs]
     top = [run for run in runs if not any(folder in run.folder.resolve().parents for folder in folders)]
     found = []
@@ -49,7 +49,7 @@ def blocks(runs: Sequence[Any], out: Path, each: bool) -> list[Block]:
 
 
 def imported_from(run: Any) -> str:
-    """Where an imported network comes from."""
+    """The origin of an imported network, in words."""
     source = _section(run.facts, "imported")
     return f"imported by ibjax.convert from {source.get('file')}, sha256 {source.get('sha256')}"
 
@@ -61,12 +61,12 @@ def _command(module, *positional, **options):
 
 
 def _evaluations(run, sources):
-    """(commands, what cannot be one): the main records of a run, those of one checkpoint and setting in one command."""
+    """(commands, notes on records without one) for a run's main records; one command per checkpoint and setting."""
     groups: dict[tuple, list[Record]] = {}
     for record in filter(results.is_main, run.records):
         source = weights_of(surrogate_of(record) or {})
         if is_transfer(record["attack"]) and source not in sources:
-            source = record["attack"].partition(" from ")[2]  # its name; the weights say no more
+            source = record["attack"].partition(" from ")[2]  # only its name is known
         samples = str(record["samples"]) if record.get("samples") else None
         key = record["checkpoint"], record["n"], record["norm"], str(record["eps"]), samples, source
         groups.setdefault(key, []).append(record)
@@ -87,7 +87,7 @@ def _evaluations(run, sources):
 
 
 def _threat(configuration, norm, eps, group):
-    """The options of a threat model that is not the run's own, as of a teacher that its student's settings attacked."""
+    """The options for a threat model other than the run's own: a teacher may be attacked with those of its student."""
     evaluated = {name: value for name, value in _section(configuration, "evaluate").items() if value is not None}
     own = {**_section(configuration, "threat"), **evaluated}
     same = norm == own.get("norm") and _length(eps) == _length(own.get("eps"))
@@ -104,13 +104,13 @@ def _section(configuration: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _takes_step(record):
-    """Whether an attack has the step size of its evaluation, and not one of its own."""
+    """Whether an attack uses the step size of the `evaluate` section instead of its own."""
     family, _, steps = record["attack"].rpartition("-")
     return family in ("pgd", "cw", "margin", "bim", "mim", "nifgsm") and steps.isdecimal()
 
 
 def _length(value):
-    """A length as a number; None where it is none."""
+    """A length as a number; None where it is not a number."""
     try:
         return float(fraction(value))
     except (TypeError, ValueError):

@@ -1,7 +1,7 @@
 """The figures of a report as HTML: curves against eps, training curves, example images.
 
-Plots are SVG by matplotlib whose colours are replaced by CSS variables of the page, so that they follow its light or
-dark style: --line, and --s0 to --s6 for series. Images are PNG, one pixel of data to one of the file up to `_LARGEST`.
+Plots are SVG by matplotlib. Their colours are replaced by CSS variables of the page, so that they follow its light or
+dark style: --line, and --s0 to --s6 for series. Images are PNG, in original resolution up to `_LARGEST` pixels a side.
 """
 
 import base64
@@ -22,12 +22,12 @@ from ibjax.evaluation.report import tables
 from ibjax.evaluation.report.tables import Family
 from ibjax.evaluation.results import attack_label
 
-# Colours that a plot is drawn in, and what the page puts in their place.
+# Colours in which a plot is drawn, and the CSS variables that replace them on the page.
 _TEXT, _GRID, _SERIES = "#0a0b0c", "#0a0b0d", [f"#5e0{i}5e" for i in range(7)]
 _STYLE = {
-    "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
+    "svg.fonttype": "none",  # text stays text: small files, selectable, in the page's font
     "svg.hashsalt": "ibjax",  # the same results give the same bytes
-    "text.parse_math": False,  # a "$" in a title is a "$"
+    "text.parse_math": False,  # a "$" in a title is literal
     "font.size": 8.5,
     "axes.titlesize": 9.5,
     "axes.titlelocation": "left",
@@ -41,15 +41,15 @@ _STYLE = {
     "grid.color": _GRID,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _TEXT),
 }
-_MARKS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), ("P", "✚"), ("X", "✖"))  # in plot, in legend
-_UNCLIPPED = dict(clip_on=False, in_layout=False)  # marks at 0 and 100 % are whole, and move no axes
-_WIDTH = 9.6  # inches; what the page's column shows at about 1.35 times its size
+_MARKS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), ("P", "✚"), ("X", "✖"))  # (in plot, in legend)
+_UNCLIPPED = dict(clip_on=False, in_layout=False)  # marks at 0 and 100 % are not cut off and do not move the axes
+_WIDTH = 9.6  # inches; the page's column enlarges it by a factor of about 1.35
 _LARGEST = 96  # pixels a side of an example; larger ones are reduced
-_POINTS = 300  # of a training curve; beyond them neighbours are averaged
+_POINTS = 300  # maximum number of points in a training curve; longer ones are averaged
 
 
 def escape(value: Any) -> str:
-    """Text for HTML, attributes included."""
+    """Escapes a value for HTML text and attributes."""
     return html.escape(str(value), quote=True)
 
 
@@ -79,22 +79,22 @@ def _series_variables():
 
 
 def _legend(entries):
-    """(number of the series, its symbol, text) -> a line of HTML: it never hides a curve, and takes any title."""
+    """An HTML legend from (number of the series, its symbol, text); outside the plot it cannot hide a curve."""
     items = (f'<li><span style="color:var(--s{i})">{mark}</span> {escape(text)}</li>' for i, mark, text in entries)
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
 def _look(i):
-    """(colour, mark) of series i: 49 pairs before one comes again."""
+    """(colour, mark) of series i; the pairs repeat after 49."""
     return i % 7, (i + i // 7) % 7
 
 
 def curves(families: Sequence[Family]) -> str:
-    """Accuracy against eps: a panel for each attack that keeps to eps, a curve for each line of the table."""
+    """Accuracy against eps: a panel for each attack that is bounded by eps, a curve for each line of the table."""
     drawn = [tables.curves(family) for family in families]
     attacks = {attack for found in drawn for attack in found}
     ladders = {attack for attack in attacks if any(len(found.get(attack, [])) > 2 for found in drawn)}
-    attacks = sorted(ladders or attacks, key=results.strength)  # of the others the tables say as much
+    attacks = sorted(ladders or attacks, key=results.strength)  # for the others the tables suffice
     if not attacks:
         return ""
     columns = min(3, len(attacks))
@@ -128,7 +128,7 @@ def curves(families: Sequence[Family]) -> str:
 
 
 def _draw_curves(panel, series):
-    """One curve of (eps, eps as written, value) for each line of the table; through two points no line is drawn."""
+    """A curve of (eps, eps as written, value) for each line of the table; two points are not joined by a line."""
     ticks = {0.0: "0"}
     for i, points in enumerate(series):
         ticks.update((eps, text) for eps, text, _ in points)
@@ -146,7 +146,7 @@ def _draw_curves(panel, series):
 
 
 def _eps_axis(panel, ticks):
-    """Ticks at the eps of {eps: as written}; of 2/255, 4/255 … only the numerators stand at the axis."""
+    """Sets ticks at the eps of {eps: as written}; for 2/255, 4/255 … the labels are the numerators alone."""
     denominators = {text.partition("/")[2] for text in ticks.values() if text != "0"}
     common = denominators.pop() if len(denominators) == 1 else ""
     panel.set_xlabel(f"eps in 1/{common}" if common else "eps")
@@ -156,7 +156,7 @@ def _eps_axis(panel, ticks):
 
 
 def training(runs: Sequence[Any]) -> str:
-    """Training curves of `report.RunResults`: a figure for each run, one for all that differ in their seed alone."""
+    """Training curves of `report.RunResults`: one figure per run; runs that differ only in their seed share one."""
     parts = []
     for i, group in enumerate(_alike(runs)):
         title = escape(_heading(group))
@@ -172,7 +172,7 @@ def training(runs: Sequence[Any]) -> str:
 
 
 def _alike(runs):
-    """The runs in groups that differ in their seed alone."""
+    """Groups of runs that differ only in their seed."""
     groups: dict[str, list[Any]] = {}
     for run in runs:
         recipe = tables.without_seed(run.config, run.config.get("title", "")) if run.config else str(run.folder)
@@ -181,7 +181,7 @@ def _alike(runs):
 
 
 def _heading(group):
-    """The title of one run, or "student, seeds 0, 1, 2"; of copies, which have one seed, how many they are."""
+    """The title of a group: that of its one run, "student, seeds 0, 1, 2", or for copies with one seed their number."""
     if len(group) == 1:
         return group[0].title
     seeds = list(dict.fromkeys(str(run.config.get("seed")) for run in group))
@@ -190,14 +190,14 @@ def _heading(group):
 
 
 class _Curve(NamedTuple):
-    """A metric of training in a panel."""
+    """The curve of one training metric in a panel."""
 
     panel: str
-    kind: str  # of its rows
+    kind: str  # of its rows in metrics.jsonl
     key: str
     colour: int
-    line: str  # through more than two points
-    marker: str  # of one or two
+    line: str  # line style, for more than two points
+    marker: str  # for one or two points
     symbol: str  # in the legend
     text: str
 
@@ -262,14 +262,14 @@ def _draw_metric(panel, curve, x, y, alpha):
 
 
 def _in_words(section):
-    """An `attack` section of a configuration, as "pgd-10, loss kl, eps 0.15"."""
+    """An `attack` section of a configuration in words, such as "pgd-10, loss kl, eps 0.15"."""
     steps = f"-{section['steps']}" if "steps" in section else ""
     rest = (f"{key} {section[key]}" for key in ("loss", "norm", "eps", "step_size", "init") if key in section)
     return ", ".join([f"{section.get('name')}{steps}", *rest])
 
 
 def _points(metrics, kind, key):
-    """(epochs, values) of a metric, NaN where it is not a finite number; at most `_POINTS`, means of neighbours."""
+    """(epochs, values) of a metric, NaN where it is not finite; longer curves are averaged down to `_POINTS`."""
     rows = [row for row in metrics if row.get("kind") == kind]
     pairs = [
         (row["epoch"], row[key]) for row in rows if all(isinstance(row.get(k), int | float) for k in ("epoch", key))
@@ -285,7 +285,7 @@ def _points(metrics, kind, key):
 
 
 def examples(runs: Sequence[Any]) -> str:
-    """The stored images of `report.RunResults`: a strip for each that has some, one of those that are seeds."""
+    """The stored images of `report.RunResults`: a strip for each run that has some; seeds of a recipe share one."""
     with_some = [[run for run in group if run.examples] for group in _alike(runs)]
     parts = [_strip(group[0]) for group in with_some if group]
     if not parts:
@@ -302,7 +302,7 @@ def _strip(run):
     )
     delta = x_adv.astype(np.float64) - x
     largest = float(np.abs(np.nan_to_num(delta)).max(initial=0.0))
-    factor = max(1, int(0.5 / largest)) if largest > 1e-3 else 1  # the largest whole one that clips no difference
+    factor = max(1, int(0.5 / largest)) if largest > 1e-3 else 1  # the largest whole number that clips no difference
     count = range(len(label))
     head = "".join(f'<th scope="col">{escape(_class_name(names, label[i]))}</th>' for i in count)
     lines = [
@@ -331,7 +331,7 @@ def _strip(run):
 
 
 def class_names(facts: Mapping[str, Any]) -> Sequence[str]:
-    """What the data calls its classes, in order; empty where it has numbers only."""
+    """The class names of the data, in order; empty where it has none."""
     names = facts.get("classes")
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
 
@@ -349,7 +349,7 @@ def _png(image: np.ndarray) -> str:
     """An (H, W, 1 or 3) image in [0, 1] as a base64 PNG."""
     pixels = np.round(255 * np.clip(np.nan_to_num(image), 0, 1)).astype(np.uint8)
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-    picture.thumbnail((_LARGEST, _LARGEST))  # leaves smaller ones as they are
+    picture.thumbnail((_LARGEST, _LARGEST))  # does not enlarge smaller images
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()

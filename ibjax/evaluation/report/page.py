@@ -1,6 +1,6 @@
 """The HTML page of a report: one file with its style and pictures inside, for screens light and dark and for paper.
 
-Every text that is not of this file passes `escape`.
+All text that does not come from this file is passed through `escape`.
 """
 
 import datetime
@@ -42,7 +42,7 @@ def page(runs: Sequence[Any], out: Path, each: bool = False) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        # no script, no network, whatever a file may have smuggled in
+        # forbids scripts and network access, in case a file has smuggled something in
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
         f"<title>{escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
@@ -64,7 +64,7 @@ def _badge(status, text=None):
 
 
 def _verdict(checks: Sequence[Check]) -> str:
-    """How the checks end, at the top where it is read."""
+    """The summary of the checks, for the top of the page."""
     counts = {status: sum(check.status == status for check in checks) for status in _SYMBOLS}
     one = {"fail": "check fails", "warn": "with a warning", "pass": "check passes", "not checked": "not checked"}
     many = {**one, "fail": "checks fail", "pass": "checks pass"}
@@ -82,7 +82,7 @@ def _problems(problems):
 
 
 def _tables(records, each):
-    """The tables, each with AutoAttack step by step; where lines are means over seeds, every seed can be unfolded."""
+    """The tables, each followed by the stages of AutoAttack; means over seeds can be unfolded into the single seeds."""
     single = {table[:3]: table for table in tables.tables(records, each=True)}  # by data set, norm, eps
     for table in tables.tables(records, each):
         caption = f"{escape(table.dataset)}, {_norm(table.norm)}, eps {escape(table.eps)}: accuracy in percent"
@@ -116,7 +116,7 @@ def _grid(table: Table, caption: str = "") -> str:
 
 
 def _word(word):
-    """A word of a heading: it breaks at the slashes of a path and nowhere else."""
+    """A word of a heading, in which only the slashes of a path allow a line break."""
     return f"<span>{escape(word).replace('/', '/<wbr>')}</span>"
 
 
@@ -138,7 +138,7 @@ def _norm(norm):
 
 
 def _provenance(records):
-    """Attacks, n, seeds, selection, hardware, versions and commits behind the tables."""
+    """Attacks, n, seeds, selection, hardware, versions and commits from which the tables result."""
     if not records:
         return ""
 
@@ -179,7 +179,7 @@ def _on_ladder(records):
 
 
 def _selected(record):
-    """What chose a checkpoint: which images, and by which accuracy where the record says so."""
+    """How a checkpoint was selected: on which images, and by which accuracy, if the record states it."""
     if record["selected_on"] == "last":
         return ""
     return f", selected on {record['selected_on']}" + (f" by {by} accuracy" if (by := record.get("select")) else "")
@@ -194,7 +194,7 @@ def _number(value):
 
 
 def _describe(record):
-    """An attack's constants, as its record states them."""
+    """An attack's settings, as its record states them."""
     made, label = record.get("attack_settings"), attack_label(record["attack"])
     if not isinstance(made, dict) or not made:
         return label
@@ -246,7 +246,7 @@ def _configs(runs):
 
 
 def _commands(blocks: Sequence[Block]) -> str:
-    """Headings outside, commands inside what is copied."""
+    """HTML of the blocks: the commands can be copied, the headings are not part of the copied text."""
     parts = []
     for block in blocks:
         lines = f"<pre>{escape(chr(10).join(block.commands))}</pre>" if block.commands else ""

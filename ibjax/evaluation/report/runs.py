@@ -1,4 +1,4 @@
-"""Reads what lies in the folders of runs, for a report."""
+"""Reads the contents of run folders for a report."""
 
 import os
 import re
@@ -19,15 +19,15 @@ from ibjax.files import read_npz
 from ibjax.runs import metrics
 from ibjax.runs.rundir import doubts
 
-_SKIPPED = ("checkpoints", "damaged", "eval", "tensorboard")  # folders of a workdir in which no other run lies
+_SKIPPED = ("checkpoints", "damaged", "eval", "tensorboard")  # folders of a workdir that contain no other run
 
 
 class RunResults(NamedTuple):
-    """What a workdir holds; parts that are missing or damaged are empty, and named in `problems`."""
+    """The contents of a workdir; missing or damaged parts are empty, and named in `problems`."""
 
     folder: Path
     name: str  # the recipe's title, else that of the folder
-    title: str  # the name, with what tells it apart from the other runs that are read together
+    title: str  # the name, extended so that it is unique among the runs that are read together
     config: dict[str, Any]
     facts: dict[str, Any]  # of the data
     env: dict[str, Any]
@@ -48,7 +48,7 @@ def read(workdirs: Iterable[str | os.PathLike]) -> list[RunResults]:
 
 
 def _with_title(run, namesakes):
-    """The run under a title of its own: of seeds of one recipe with the seed, of others with the folder."""
+    """The run with a unique title: runs of one name add the seed, if only that differs, else the folder."""
     recipes = {tables.without_seed(other.config, "") for other in namesakes}
     seeds = {str(other.config.get("seed")) for other in namesakes}
     title, folder = run.name, str(run.folder)
@@ -61,7 +61,7 @@ def _with_title(run, namesakes):
 
 
 def _folders(workdirs):
-    """Folders of runs, each once: a given folder, then what lies below it unless it is given too."""
+    """The run folders, each once: each given folder is followed by those below it, unless these are given too."""
     given = {workdir.resolve() for workdir in workdirs}
     found = {}
     for workdir in workdirs:
@@ -81,7 +81,7 @@ def _folders(workdirs):
 
 
 def _refuse(error):
-    """Of a folder that cannot be listed: what it holds would be missing on the page in silence."""
+    """Raises InputError for a folder that cannot be listed, since its runs would silently be missing on the page."""
     raise InputError(f"{error.filename} cannot be listed ({error.strerror}); give the folders of runs one by one")
 
 
@@ -105,7 +105,7 @@ def _read_run(folder):
 
 
 def _state(config, facts, logged, problems):
-    """Steps per epoch, None where there are none; a run that has not reached its last epoch is a problem."""
+    """The steps per epoch, or None where they are unknown; adds a problem for a diverged or unfinished run."""
     if "imported" in facts:
         return None
     try:
@@ -125,7 +125,7 @@ def _state(config, facts, logged, problems):
 
 
 def _read_json(file, problems):
-    """The object in a file; an empty one, and a problem, where there is none."""
+    """The JSON object in a file; where it is missing or unreadable, {} and a problem."""
     try:
         return files.read_json(file)
     except FileNotFoundError:
@@ -136,12 +136,12 @@ def _read_json(file, problems):
 
 
 def _short(file):
-    """The path below the workdir of what lies in eval/<checkpoint>/; the name of other files."""
+    """A file's path below the workdir if it is in eval/<checkpoint>/, else its name."""
     return "/".join(file.parts[-3:]) if file.parent.parent.name == "eval" else file.name
 
 
 def _results(folder, suffix, problems):
-    """The files eval/<checkpoint>/* with such names, sorted."""
+    """The files eval/<checkpoint>/* whose names end with `suffix`, sorted."""
     try:
         names = files.files_below(folder / "eval")
     except FileNotFoundError:
@@ -164,7 +164,7 @@ def _read_metrics(file, problems):
 
 
 def _read_records(folder, problems):
-    """The records of all checkpoints, each (checkpoint, step, attack, eps and what else makes another number) once."""
+    """The records of all checkpoints, without duplicates in checkpoint, step, attack, eps and further settings."""
     found: dict[tuple, Record] = {}
     for file in _results(folder, ".json", problems):  # "pgd-20.json" before "pgd-20@0.1.json"
         record = _read_json(file, problems)
@@ -179,20 +179,20 @@ def _read_records(folder, problems):
             continue
         key = (file.parent.name, record["attack"], fraction(record["eps"]))
         key += tuple(str(record.get(name)) for name in ("step", "norm", "n", "samples", "count", "attack_settings"))
-        # the main eps of one evaluation may be on the ladder of an earlier one: the same numbers, kept once
+        # the main eps of one evaluation may be on the ladder of an earlier one; the numbers are equal and kept once
         found.setdefault(key, {**record, "main": "@" not in file.stem})
     return list(found.values())
 
 
 def _attack_of(file_name):
-    """The attack in the name of an evaluation's file, as "pgd-20(restarts=5)" of "pgd-20(restarts=5).n40"."""
+    """The attack in a record's file name: "pgd-20(restarts=5)" for "pgd-20(restarts=5).n40"."""
     found = re.match(r"[\w-]+(\([^()]*\))?", file_name)
     attack = re.sub(r"(\d)_(\d)", r"\1/\2", found[0] if found else file_name)
     return f"{attack} from another network" if "~" in file_name else attack
 
 
 def _read_examples(folder, problems):
-    """The stored images under PGD on the cross-entropy; of `best`, and of most steps, where there is a choice."""
+    """The stored images of one attack: preferably PGD on cross-entropy, then of `best`, then with the most steps."""
     suffix = ".examples.npz"
     files = {f: _attack_of(f.name.removesuffix(suffix)) for f in _results(folder, suffix, problems)}
     best_last = sorted(files, key=lambda f: (files[f].startswith("pgd-"), f.parent.name == "best", strength(files[f])))

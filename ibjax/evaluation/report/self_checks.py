@@ -1,6 +1,6 @@
-"""Checks of the numbers in result records: what should make a reader of a report trust or doubt them.
+"""Checks the numbers in result records for signs that a reader should not trust them.
 
-A check that fails says that the numbers mean nothing, one that warns that they may not mean what a reader expects.
+A failed check means that the numbers are invalid; a warning means that they may not mean what a reader expects.
 
 Guarantee (test of the same name): each check warns on the fault that it is for.
 """
@@ -16,11 +16,11 @@ from ibjax.attacks.geometry import fraction
 from ibjax.evaluation.report.tables import ladders, rows
 from ibjax.evaluation.results import Record, attack_label, departed, is_bounded, is_transfer, robust_flags, run_label
 
-TOLERANCE = 0.5  # percentage points by which the weaker of two attacks may do better before a check warns
+TOLERANCE = 0.5  # percentage points by which a weaker attack may beat a stronger one without a warning
 
 
 class Check(NamedTuple):
-    """A statement that the numbers support or not."""
+    """A statement about the numbers, and whether they support it."""
 
     name: str
     status: str  # "pass", "fail", "warn" or "not checked"
@@ -28,7 +28,7 @@ class Check(NamedTuple):
 
 
 def checks(records: Sequence[Record], problems: Sequence[str] = ()) -> list[Check]:
-    """What should make a reader trust or doubt a table; `problems` are those of the files that records came from."""
+    """All checks of the records; `problems` are the problems of the files from which the records were read."""
     grouped = rows(filter(is_bounded, records))
     warned = Counter((run_label(record), str(text)) for record in records for text in record.get("warnings", ()))
     warnings = [f"{title}: {text} ({count} records)" for (title, text), count in warned.items()]
@@ -70,7 +70,7 @@ def _facts(name, faults, otherwise):
 
 
 def _cases(name, cases, missing="no records to compare", fault="warn"):
-    """A check from (margin, text) of each comparison: its status is `fault`, with every text of negative margin."""
+    """A check from comparisons [(margin, text)]: `fault` with all texts of negative margin, "pass" without any."""
     if not cases:
         return Check(name, "not checked", [missing])
     faults = [text for margin, text in cases if not margin >= 0]
@@ -80,9 +80,9 @@ def _cases(name, cases, missing="no records to compare", fault="warn"):
 
 
 def _chance(grouped):
-    """Clean accuracy against what a guess scores, and two standard errors of that on as many images.
+    """Compares clean accuracy with chance plus two standard errors of chance on as many images: [(margin, text)].
 
-    The guess is the most frequent class (`chance_acc`) where a record says how frequent it is, else any class.
+    Chance is the share of the most frequent class (`chance_acc`) where a record states it, else one over the classes.
     """
     cases = []
     for row in grouped:
@@ -99,7 +99,7 @@ def _chance(grouped):
 
 
 def _same_images(records):
-    """Warns where records differ in data set or n, or those of one checkpoint in the step that it was of."""
+    """Warns where records differ in data set or n, or where those of one checkpoint differ in its step."""
     digests: dict[str, set[str]] = {}
     for record in records:
         known = digests.setdefault(f"{record['dataset']}, n = {record['n']}", set())
@@ -179,7 +179,7 @@ def _agreement(grouped):
     cases = []
     for row in grouped:
         for record in row.records:
-            # of a random network the accuracies are means over draws, and the flags are those of the first
+            # for a random network the accuracies are means over draws, but the flags are those of the first draw
             one_draw = record.get("robust_acc_of_draws", [record["robust_acc"]])[0]
             counted, stated = 100 * float(np.mean(robust_flags(record))), one_draw
             clean = max(record["clean_acc"], one_draw) if "draws" in record else record["clean_acc"]

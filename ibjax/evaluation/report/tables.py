@@ -1,6 +1,6 @@
-"""Tables and curves of result records: what stands in which line, and how much a number says.
+"""Groups result records into the lines of tables and the curves against eps.
 
-A line is one network, or the runs of a recipe that differ in their seed alone.
+A line is one network, or the runs of a recipe that differ only in their seed.
 
 Guarantees (tests of the same names): the worst case counts the images that withstand every attack; no line loses its
 worst case because another one has more attacks; one network is one line, whatever its checkpoint is called.
@@ -33,31 +33,32 @@ from ibjax.evaluation.results import (
 
 
 class Row(NamedTuple):
-    """All records of one network on one set of images: every attack, every eps once, sorted by both."""
+    """All records of one network on one set of images, sorted by attack and eps; each pair occurs once."""
 
     label: str  # unique among rows
     records: list[Record]
-    checkpoints: tuple[str, ...]  # all names that the network has, as ("best", "last") where both are of one step
+    checkpoints: tuple[str, ...]  # all names of the network: ("best", "last") if both are the same step
 
 
 class Family(NamedTuple):
-    """Rows that a table shows as one line: one row, or those of runs that differ in their seed alone."""
+    """Rows that a table shows as one line: one row, or those of runs that differ only in their seed."""
 
     label: str  # unique among families
     rows: list[Row]
     checkpoints: tuple[str, ...]  # names that all of its rows have
 
 
-# what rows of one title may differ in; as many of these as are needed tell them apart, in this order
+# fields that distinguish rows with equal titles; labels contain as many of them as needed, in this order
 _PARTS = ("checkpoint", "step", "seed", "n", "dataset", "norm", "count", "folder")
-# parts of a configuration in which runs may differ and be seeds of one another: they do not change what is learned
+# parts of a configuration in which the seeds of one recipe may differ: they do not affect training
 _FREE = ("seed", "title", "evaluate", "contrast", "log_every", "checkpoint_every", "steps_per_dispatch")
 
 
 def rows(records: Iterable[Record]) -> list[Row]:
-    """Groups records by network and images; rows of one title get what they differ in as part of their label.
+    """Groups records by network and images; the labels of rows with equal titles contain the fields that differ.
 
-    Checkpoints of one step, and copies of a run, are one network: by the digest of the weights, where records have it.
+    Checkpoints of one step, and copies of a run, count as one network, identified by the digest of its weights where
+    records have it.
     """
     groups: dict[str, list[Record]] = {}
     for record in sources_told_apart(records):
@@ -74,7 +75,7 @@ def rows(records: Iterable[Record]) -> list[Row]:
 
 
 def _which(record):
-    """What says that two records are of one network: the weights, or the step of a run, or its checkpoint."""
+    """The key of a record's network: the digest of its weights, else run and step, else run and checkpoint."""
     if weights := weights_of(record):
         return weights
     step = record.get("step")
@@ -87,7 +88,7 @@ def _checkpoint_order(name):
 
 
 def _each_once(group):
-    """The records of a network sorted by attack and eps, each pair once: that at the main eps, then that of best."""
+    """The records of a network sorted by attack and eps; of equal pairs, main eps comes first, then `best`."""
     once: dict[tuple, Record] = {}
     for record in sorted(group, key=lambda r: (not is_main(r), _checkpoint_order(r["checkpoint"]))):
         once.setdefault((strength(record["attack"]), fraction(record["eps"])), record)
@@ -99,7 +100,7 @@ def _named(checkpoints):
 
 
 def _labels(titles, parts):
-    """Titles with as many of `_PARTS` behind them as tell those of one title apart, else with a number."""
+    """Unique labels: titles followed by as many of `_PARTS` as distinguish equal titles, else by a number."""
     labels = []
     for title, own in zip(titles, parts, strict=True):
         others, chosen = [p for t, p in zip(titles, parts, strict=True) if t == title], []
@@ -115,16 +116,16 @@ def _labels(titles, parts):
 
 def _shown(parts, names):
     values = {name: parts.get(name) for name in names}
-    bare = ("checkpoint", "folder")  # what these are is seen without their name
+    bare = ("checkpoint", "folder")  # these values are clear without their names
     return tuple(
         "" if value is None else str(value) if name in bare else f"{name} {value}" for name, value in values.items()
     )
 
 
 def sources_told_apart(records: Iterable[Record]) -> list[Record]:
-    """The records, with a name for each surrogate that no other network has.
+    """The records with a unique name for each surrogate, such as "pgd-20 from WRN (step 8, weights 3fa1c2e4)".
 
-    As "pgd-20 from WRN (step 8, weights 3fa1c2e4)"; one that is itself among the records has the name of its run.
+    A surrogate that is itself among the records has the name of its run.
     """
     records = list(records)
     sources = [source for record in records if (source := surrogate_of(record))]
@@ -145,7 +146,7 @@ def sources_told_apart(records: Iterable[Record]) -> list[Record]:
 
 
 def families(records: Iterable[Record], each: bool = False) -> list[Family]:
-    """The rows of records; those of runs that differ in their seed alone together, unless `each` is asked for."""
+    """The rows of records, in families of runs that differ only in their seed; with `each`, one family per row."""
     alike: dict[str, list[Row]] = {}
     for row in rows(records):
         first = row.records[0]
@@ -168,7 +169,7 @@ def families(records: Iterable[Record], each: bool = False) -> list[Family]:
 
 
 def _title(family):
-    """What the rows of a family are called; of names that differ, as those of folders, what they begin with."""
+    """The common title of a family's rows; where titles differ, as those from folders, their common prefix."""
     titles = list(dict.fromkeys(network_label(row.records[0]) for row in family.rows))
     if len(titles) == 1:
         return titles[0]
@@ -177,14 +178,14 @@ def _title(family):
 
 
 def _parts(members, checkpoints):
-    """What rows have in common, by the names of `_PARTS`."""
+    """{name in `_PARTS`: value} of the fields on which all rows agree."""
     first, *others = (row.records[0] for row in members)
     common = {part: first.get(part) for part in _PARTS if all(other.get(part) == first.get(part) for other in others)}
     return {**common, "checkpoint": _named(checkpoints)}
 
 
 def without_seed(configuration: Mapping[str, Any], title: str) -> str:
-    """What runs have in common that differ in their seed alone, as text; `title` counts where the recipe gives one."""
+    """A text that is equal for runs which differ only in their seed; `title` is part of it if the recipe sets one."""
     kept = {name: value for name, value in configuration.items() if name not in _FREE}
     return json.dumps([kept, title if configuration.get("title", title) else ""], sort_keys=True, default=str)
 
@@ -193,12 +194,12 @@ def without_seed(configuration: Mapping[str, Any], title: str) -> str:
 
 
 class Value(NamedTuple):
-    """An accuracy in percent, or the mean over seeds of some."""
+    """An accuracy in percent, or its mean over seeds."""
 
     mean: float
-    std: float | None  # the sample standard deviation over seeds; None of one run
-    count: int  # runs that have it
-    of: int  # runs of the line
+    std: float | None  # the sample standard deviation over seeds; None for a single run
+    count: int  # number of runs that have the accuracy
+    of: int  # number of runs in the line
 
 
 class Line(NamedTuple):
@@ -215,13 +216,13 @@ class Line(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Lines that may be compared: one data set, one threat model."""
+    """Comparable lines: all are of one data set and one threat model."""
 
     dataset: str
     norm: str
     eps: str
     attacks: list[str]
-    bounded: frozenset[str]  # of the attacks, those that keep to eps: what a worst case is over
+    bounded: frozenset[str]  # the attacks that are bounded by eps; the worst case is over these
     lines: list[Line]
 
 
@@ -249,7 +250,7 @@ def tables(records: Iterable[Record], each: bool = False) -> list[Table]:
 
 
 def _line(family, runs):
-    """The line of a family from the records, of one table, of each of its runs."""
+    """The line of a family in one table; `runs` holds the records of each of its runs in this table."""
     by_attack = [{record["attack"]: record for record in run} for run in runs]
     attacks = dict.fromkeys(itertools.chain(*by_attack))
     robust = {attack: [run[attack]["robust_acc"] for run in by_attack if attack in run] for attack in attacks}
@@ -270,7 +271,7 @@ def _line(family, runs):
 
 
 def _selected_on(family, runs):
-    """Of a network that is best and last, what the best one was selected on."""
+    """The images on which the checkpoint was selected; for a network that is both best and last, those of best."""
     records = list(itertools.chain(*runs))
     own = [record for record in records if record["checkpoint"] == family.checkpoints[0]]
     return ", ".join(dict.fromkeys(record["selected_on"] for record in own or records))
@@ -282,17 +283,17 @@ def _value(values, of):
 
 
 def _withstanding(records):
-    """Percent of images that withstand every one of these attacks."""
+    """The percentage of images that are robust under all of these attacks."""
     return 100 * float(np.mean(np.logical_and.reduce([robust_flags(record) for record in records])))
 
 
 def worst_case(records: Sequence[Record]) -> float | None:
-    """Percent of images that withstand every one of these attacks; None where there is one attack only."""
+    """The percentage of images that are robust under all of these attacks; None for fewer than two attacks."""
     return None if len(records) < 2 else _withstanding(records)
 
 
 def text_of(value: Value | None) -> str:
-    """As "83.33", "83.33 ± 0.42" over seeds, "45.00 (1/3)" where one of three runs has it, "–" where none has."""
+    """The text of a cell: "83.33"; "83.33 ± 0.42" over seeds; "45.00 (1/3)" if one of three runs has it; else "–"."""
     if value is None:
         return "–"
     spread = "" if value.std is None else f" ± {value.std:.2f}"
@@ -306,7 +307,7 @@ def cells(table: Table) -> list[list[str]]:
     grid = [[*header, "worst case"] if worst else header]
     for line in table.lines:
         numbers = [text_of(value) for value in (line.clean, *(line.robust.get(attack) for attack in table.attacks))]
-        if worst:  # that of fewer attacks is a bound
+        if worst:  # over fewer attacks it is an upper bound
             numbers.append(("≤ " if _is_bound(table, line) else "") + text_of(line.worst))
         grid.append([line.label, f"{line.checkpoint} / {line.selected_on}", str(line.n), *numbers])
     return grid
@@ -317,7 +318,7 @@ def _is_bound(table, line):
 
 
 def notes(table: Table) -> list[str]:
-    """What the signs in a table mean, a sentence each; none where there are none."""
+    """One sentence for each sign that occurs in the table."""
     values = [value for line in table.lines for value in (line.clean, *line.robust.values(), line.worst) if value]
     found = []
     if len(table.bounded) > 1 and any(_is_bound(table, line) for line in table.lines):
@@ -330,10 +331,11 @@ def notes(table: Table) -> list[str]:
 
 
 def stages(table: Table, records: Iterable[Record], each: bool = False) -> list[list[list[str]]]:
-    """Robust accuracy after each attack of AutoAttack: for each list of attacks a grid of text, header first.
+    """Robust accuracy after each attack of AutoAttack: one grid of text, header first, per list of attacks.
 
-    Of version "rand" these are the numbers of the authors' code, one draw for each image and attack; the last column is
-    that of the table, the mean over fresh draws of every adversarial image (of one run with its standard error).
+    For version "rand" these are the numbers as the authors' code computes them, with one draw for each image and
+    attack. The last column is that of the table, the mean over fresh draws for every adversarial image (with its
+    standard error for a single run).
     """
     found: dict[tuple[str, ...], list[list[str]]] = {}
     for family in families(records, each):
@@ -347,7 +349,7 @@ def stages(table: Table, records: Iterable[Record], each: bool = False) -> list[
             columns = zip(*(_stages_of(record) for record in runs), strict=True)
             numbers = [text_of(_value(column, len(family.rows))) for column in columns]
             names = [*map(attack_label, after)]
-            if draws:  # of a random network: the stages count one draw, as the authors' code
+            if draws:  # for a random network the stages count one draw, as in the authors' code
                 names = [*(f"{name}, one draw" for name in names), f"mean of {draws} draws"]
                 if len(runs) == 1:
                     numbers[-1] += f" ± {runs[0]['standard_error']:.2f}"
@@ -356,15 +358,15 @@ def stages(table: Table, records: Iterable[Record], each: bool = False) -> list[
 
 
 def _stages_of(record):
-    """Clean accuracy, that after each attack and, of a random network, the mean over fresh draws."""
+    """Clean accuracy, robust accuracy after each attack and, for a random network, the mean over fresh draws."""
     one_draw = record.get("reference", record)["clean_acc"]
     return [one_draw, *record["robust_after"].values(), *([record["robust_acc"]] if "draws" in record else [])]
 
 
 def as_text(records: Iterable[Record], each: bool = False) -> str:
-    """The tables of records, as the terminal shows them, each with the stages of AutoAttack below it.
+    """The tables of records for a terminal, each followed by the stages of AutoAttack.
 
-    Runs that differ in their seed alone are one line, mean ± standard deviation; with `each` a line for every one.
+    Runs that differ only in their seed share a line with mean ± standard deviation; with `each` every run has its own.
     """
     texts, records = [], list(records)
     for table in tables(records, each):
@@ -376,7 +378,7 @@ def as_text(records: Iterable[Record], each: bool = False) -> str:
 
 
 def _aligned(grid, words):
-    """Lines of text: the first `words` columns to the left, the others to the right."""
+    """Lines of text; the first `words` columns are left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     for line in grid:
         sides = [str.ljust] * words + [str.rjust] * (len(line) - words)
@@ -387,7 +389,7 @@ def _aligned(grid, words):
 
 
 def ladders(row: Row) -> dict[str, list[tuple[float, str, float]]]:
-    """attack -> [(eps, eps as written, accuracy)], rising in eps from (0, "0", clean accuracy)."""
+    """{attack: [(eps, eps as written, accuracy)]}, in ascending order of eps from (0, "0", clean accuracy)."""
     found: dict[str, list] = {}
     for record in row.records:
         points = found.setdefault(record["attack"], [(0.0, "0", record["clean_acc"])])
@@ -397,7 +399,7 @@ def ladders(row: Row) -> dict[str, list[tuple[float, str, float]]]:
 
 
 def curves(family: Family) -> dict[str, list[tuple[float, str, Value]]]:
-    """`ladders` over the seeds of a family, of the attacks that keep to eps."""
+    """`ladders` over the seeds of a family, for the attacks that are bounded by eps."""
     found: dict[str, dict[float, tuple[str, list[float]]]] = {}
     for row in family.rows:
         bounded = row._replace(records=list(filter(is_bounded, row.records)))

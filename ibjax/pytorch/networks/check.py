@@ -1,8 +1,8 @@
 """Clean accuracy of the network in this folder, in plain PyTorch: python check.py [--data=FILE.npz]
 
-Needs torch, safetensors and numpy. Without --data, on the images of check.npz, which holds what ibjax's network
-answers to them; with it, on the x_test (N, H, W, C) and y_test of a file in Keras's layout. Exits with 1 where the
-logits are not ibjax's to 1e-4.
+Needs torch, safetensors and numpy. Without --data it uses the images of check.npz, which also holds the logits of
+ibjax's network on them; it exits with 1 where the two differ by more than 1e-4. With --data it uses x_test
+(N, H, W, C) and y_test of a file in Keras's layout.
 """
 
 import argparse
@@ -18,9 +18,9 @@ FOLDER = Path(__file__).parent
 
 
 def main():
-    """The command line; exits with 1 where the logits are not ibjax's."""
+    """The command line; exits with 1 where the logits differ from those of ibjax."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # what a terminal cannot show in its encoding
+        stream.reconfigure(errors="replace")  # for characters outside the terminal's encoding
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=str(FOLDER / "check.npz"))
     file = os.path.expanduser(os.path.expandvars(parser.parse_args().data))  # as a shell would, but for --data=~/x

@@ -10,8 +10,8 @@ from torch import nn
 class Model(nn.Module):
     """(B, channels, *image) in [0, 1] -> logits (B, num_classes).
 
-    `widths` of the convolutions of each stage, `padding` theirs; pool "flatten" or "average"; `hidden` linear layers
-    with ReLU, and dropout after the first.
+    `widths`: the channels of the convolutions, stage by stage; `padding`: of each convolution; `pool`: "flatten" or
+    "average"; `hidden`: widths of linear layers with ReLU, and dropout after the first.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Pre-activation ResNet of Rebuffi et al. 2021: SiLU, 3×3 projections of x itself, strided padding as TensorFlow's."""
+"""Pre-activation ResNet of Rebuffi et al. 2021: SiLU, 3×3 projections of the raw x, TensorFlow's padding at strides."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""WideResNet of Gowal et al. 2020 and Rebuffi et al. 2021: SiLU, and strided convolutions that pad as TensorFlow's."""
+"""WideResNet of Gowal et al. 2020 and Rebuffi et al. 2021: SiLU, and TensorFlow's padding of strided convolutions."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,6 @@
-"""Pre-activation ResNet for CIFAR: Rice et al. (projections of the activated input, final batch-norm) and its kin."""
+"""Pre-activation ResNet for CIFAR: that of Rice et al. (projections of the activated input, final batch-norm) and its
+variants.
+"""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""SmallCNN, the network of TRADES (Zhang et al., ICML 2019) for MNIST, with the names of its files."""
+"""SmallCNN, the network of TRADES (Zhang et al., ICML 2019) for MNIST, with the parameter names of its files."""
 
 import math
 from collections import OrderedDict
@@ -10,7 +10,8 @@ from torch import nn
 class Model(nn.Module):
     """(B, channels, *image) in [0, 1] -> logits (B, num_classes).
 
-    `widths` of the unpadded 3×3 convolutions of each stage, which ends with 2×2 max-pooling; `hidden` linear layers.
+    `widths`: the channels of the unpadded 3×3 convolutions, stage by stage; each stage ends with 2×2 max-pooling.
+    `hidden`: widths of the linear layers before the last.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""WideResNet (Zagoruyko & Komodakis, BMVC 2016) as TRADES publishes it, and most of RobustBench."""
+"""WideResNet (Zagoruyko & Komodakis, BMVC 2016) in the version of TRADES, which most of RobustBench uses."""
 
 import torch
 import torch.nn.functional as F
