@@ -15,7 +15,8 @@ from ibjax import config, files, threat
 from ibjax.errors import InputError, nearest
 
 
-def parse_flags(values, argv):
+def parse_flags(values: flags.FlagValues, argv: list[str]) -> list[str]:
+    """Reads argv into absl flags and returns the words that are no flags; raises InputError on a bad flag."""
     try:
         return values(argv)
     except Exception as error:  # errors of absl, and KeyError, TypeError, ValueError of config_flags

@@ -23,13 +23,9 @@ from ibjax.attacks import entrance
 from ibjax.data import Arrays, Split, load_splits, stratified, subset, unchanged
 from ibjax.devices import cluster
 from ibjax.errors import InputError
-from ibjax.files import replacing, write_json
 from ibjax.runs import checkpoint as checkpoints
 from ibjax.runs import provenance, rundir, trees
 from ibjax.step import Variables, linen_net
-
-__all__ = ["replacing", "write_json"]  # re-exported from ibjax.files for modules that write into a run's folder
-
 
 _PATHS = ("path", "data_dir")  # of a data section: `~` and $VARIABLES are expanded
 

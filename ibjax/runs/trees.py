@@ -40,17 +40,21 @@ def digest(tree: Any) -> str:
     return files.digest("".join(f"{path}:{array_digest(leaf)};" for path, leaf in leaves).encode())
 
 
-def describe(leaf):
+def describe(leaf: Any) -> dict[str, Any]:
+    """Shape, dtype and digest of an array, as a checkpoint's manifest lists them."""
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "digest": array_digest(leaf)}
 
 
-def shape_and_type(leaf):
+def shape_and_type(leaf: Any) -> dict[str, Any] | None:
+    """Shape and dtype of an array, as in `describe`; None for None."""
     return None if leaf is None else {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
 
 
-def kind(description):
+def kind(description: dict[str, Any] | None) -> str:
+    """A description in words, as "float32[6, 5]"; "nothing" for None."""
     return "nothing" if description is None else f"{description['dtype']}{description['shape']}"
 
 
-def finite(leaf):
+def finite(leaf: Any) -> bool:
+    """Whether a NumPy array holds neither NaN nor Inf; dtypes that NumPy does not count as floating always pass."""
     return not np.issubdtype(leaf.dtype, np.floating) or math.isfinite(float(np.sum(np.abs(leaf), dtype=np.float64)))
