@@ -21,14 +21,12 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import measuring
 from jax.sharding import NamedSharding
-from parts import ROOT, bare, update
-from slices import reason
+from parts import ROOT, bare, compile_rows, reason
 
 from ibjax import errors, files
 from ibjax.devices import cluster, cores
@@ -121,21 +119,13 @@ def parent(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     if not chosen:
         parser.error(f"--programs={given.programs} matches none of {', '.join(programs.TABLE)}")
     out = given.out or ROOT / "results" / f"ahead-{given.topology}-{datetime.date.today()}.json"
-    known = files.read_json(out) if out.is_file() else {}
-    if known.get("run", {}).get("topology", given.topology) != given.topology:
-        parser.error(f"--out={out} is of {known['run']['topology']}; give another")
-    versions = provenance.versions()
-    update(out, "run", topology=given.topology, date=datetime.date.today().isoformat(), versions=versions)
-    for name in chosen:
-        if name in known and not known[name]["error"]:
-            continue
-        update(out, name, **{"error": "", **in_new_process(name, given.topology)})
-        content = files.read_json(out)
-        ordered = {"run": content["run"], **{each: content[each] for each in programs.TABLE if each in content}}
-        note = f"{given.topology}; {', '.join(' '.join(item) for item in versions.items())}; {content['run']['date']}"
-        Path(out).with_suffix(".md").write_text(f"{table(ordered)}\n\n{note}\n", encoding="utf-8")
-        print(name, content[name]["error"] or f"{content[name]['compile_seconds']} s", flush=True)
-    print(out.with_suffix(".md"))
+    versions = ", ".join(" ".join(item) for item in provenance.versions().items())
+
+    def page(content):
+        ordered = {each: content[each] for each in programs.TABLE if each in content}
+        return f"{table(ordered)}\n\n{given.topology}; {versions}; {content['run']['date']}\n"
+
+    compile_rows(parser, out, given.topology, chosen, lambda name: in_new_process(name, given.topology), page)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,18 @@ This module does not use an accelerator, so that its child processes can.
 
 import argparse
 import contextlib
+import datetime
+import importlib.metadata
 import os
+import re
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ibjax import files
-from ibjax.runs import command_line
+from ibjax.runs import command_line, provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,6 +30,56 @@ def update(out: Path, part: str, **values: Any) -> None:
     """Adds values to one part of the JSON file."""
     content = files.read_json(out) if out.is_file() else {}
     files.write_json(out, {**content, part: {**content.get(part, {}), **values}})
+
+
+def made_by() -> dict[str, Any]:
+    """Of which code and versions a row is, those of the compilers for accelerators among them."""
+    versions = provenance.versions()
+    for name in ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {"commit": provenance.commit(), "versions": versions}
+
+
+def done(row: Mapping[str, Any] | None, source: Mapping[str, Any]) -> bool:
+    """Whether a row is there, without an error, and of this `made_by()`."""
+    return row is not None and not row["error"] and all(row.get(key) == value for key, value in source.items())
+
+
+def reason(code: int, log: str) -> str:
+    """Why a compilation ended, in a line: the compiler's fatal one, the last one, or the signal."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    if code > 0:
+        return lines[-1][:200] if lines else f"exit code {code}"
+    fatal = [line for line in lines if re.match(r"F\d{4} ", line)]  # as Abseil logs: F1122 09:44:11.680648 … message
+    return f"the compiler crashed, {signal.Signals(-code).name} {fatal[0].partition('] ')[2] if fatal else ''}"[:200]
+
+
+def compile_rows(
+    parser: argparse.ArgumentParser,
+    out: Path,
+    topology: str,
+    names: Iterable[str],
+    compile_one: Callable[[str], dict[str, Any]],
+    page: Callable[[dict[str, Any]], str],
+) -> None:
+    """Compiles rows one by one into the JSON file, with `page` of its content beside it as Markdown.
+
+    A row that is `done` stays. `compile_one` returns the numbers of a row, with "compile_seconds", or {"error": …}. A
+    file of another topology ends the command.
+    """
+    known, source = files.read_json(out) if out.is_file() else {}, made_by()
+    if known.get("run", {}).get("topology", topology) != topology:
+        parser.error(f"--out={out} is of {known['run']['topology']}; give another")
+    update(out, "run", topology=topology, date=datetime.date.today().isoformat())
+    for name in names:
+        if done(known.get(name), source):
+            continue
+        found = {"error": "", **compile_one(name), **source}
+        update(out, name, **found)
+        out.with_suffix(".md").write_text(page(files.read_json(out)), encoding="utf-8")
+        print(name, found["error"] or f"{found['compile_seconds']:.0f} s", flush=True)
+    print(out.with_suffix(".md"))
 
 
 @contextlib.contextmanager

@@ -12,25 +12,19 @@ Each row has its own process, which takes minutes on two cores. The same command
 is compiled again if the code or a version has changed since. Writes a JSON file and the table beside it.
 """
 
-import contextlib
-import datetime
 import fnmatch
-import importlib.metadata
-import re
 import runpy
-import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import measuring
-from parts import ROOT, bare, update
+from parts import ROOT, bare, compile_rows, reason
 
 from ibjax import errors, files
-from ibjax.runs import provenance, recipe_files
+from ibjax.runs import recipe_files
 from ibjax.training.ahead import CHIPS, GIB
 
 IMAGENET_TEACHER = "configs/ibd_imagenet.py:fast_at-2"  # a ResNet-50 too; the real one is imported
@@ -61,28 +55,6 @@ def compile_row(name: str, options: list[str], topology: str) -> dict[str, Any]:
         if process.returncode:
             return {"error": reason(process.returncode, process.stderr)}
         return files.read_json(found)
-
-
-def made_by() -> dict[str, Any]:
-    """Of which code and versions a row is, the TPU compiler's among them."""
-    versions = provenance.versions()
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        versions["libtpu"] = importlib.metadata.version("libtpu")
-    return {"commit": provenance.commit(), "versions": versions}
-
-
-def done(row: Mapping[str, Any] | None, source: Mapping[str, Any]) -> bool:
-    """Whether a row is there, without an error, and of this `made_by()`."""
-    return row is not None and not row["error"] and all(row.get(key) == value for key, value in source.items())
-
-
-def reason(code: int, log: str) -> str:
-    """Why a compilation ended, in a line: the compiler's fatal one, the last one, or the signal."""
-    lines = [line for line in log.splitlines() if line.strip()]
-    if code > 0:
-        return lines[-1][:200] if lines else f"exit code {code}"
-    fatal = [line for line in lines if re.match(r"F\d{4} ", line)]  # as Abseil logs: F1122 09:44:11.680648 … message
-    return f"the compiler crashed, {signal.Signals(-code).name} {fatal[0].partition('] ')[2] if fatal else ''}"[:200]
 
 
 def table(content: dict[str, Any]) -> str:
@@ -122,19 +94,10 @@ def main() -> None:
     chosen = {name: options for name, options in rows().items() if fnmatch.fnmatch(name, given.rows)}
     if not chosen:
         parser.error(f"--rows={given.rows} matches none of {', '.join(rows())}")
-    known = files.read_json(out) if out.is_file() else {}
-    if known.get("run", {}).get("topology", given.topology) != given.topology:
-        parser.error(f"--out={out} is of {known['run']['topology']}; give another")
-    update(out, "run", topology=given.topology, date=datetime.date.today().isoformat())
-    source = made_by()
-    for name, options in chosen.items():
-        if done(known.get(name), source):
-            continue
-        found = {"error": "", **compile_row(name, options, given.topology), **source}
-        update(out, name, **found)
-        out.with_suffix(".md").write_text(f"{table(files.read_json(out))}\n\n{given.topology}\n", encoding="utf-8")
-        print(name, found["error"] or f"{found['compile_seconds']:.0f} s", flush=True)
-    print(out.with_suffix(".md"))
+    page = lambda content: f"{table(content)}\n\n{given.topology}\n"  # noqa: E731
+    compile_rows(
+        parser, out, given.topology, chosen, lambda name: compile_row(name, chosen[name], given.topology), page
+    )
 
 
 if __name__ == "__main__":

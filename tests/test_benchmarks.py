@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import others_slow
 from jax.sharding import AxisType, Mesh
 
 from ibjax import perturb
@@ -24,25 +23,26 @@ import compiled  # noqa: E402
 import info_stop  # noqa: E402
 import measuring  # noqa: E402
 import methods  # noqa: E402
+import parts  # noqa: E402
 import programs  # noqa: E402
 import scaling  # noqa: E402
 import slices  # noqa: E402
 
 from ibjax.runs import provenance  # noqa: E402
 
-QUICK = ("trades", "mma", "awp", "ibd", "ib_rar", "shared_information", "siriib")  # the others are like one of these
-
 
 def test_every_objective_of_the_package_has_a_step():
     assert set(methods.NAMES) == {*comparison.names(), "awp"}
 
 
-@pytest.mark.parametrize("name", others_slow(methods.NAMES, QUICK))
+@pytest.mark.parametrize("name", methods.NAMES)
 def test_each_step_can_be_traced(name):
     """With its attack, its teacher and its network, in float32 and, in two parts, in bfloat16."""
     given = methods.settings(name, methods.TINY, attack_steps=1)
-    for dtype, parts in (("float32", 1), ("bfloat16", 2)):
-        made = methods.program(methods.build(given, methods.TINY, dtype=dtype, unroll=False), 8, microbatches=parts)
+    for dtype, microbatches in (("float32", 1), ("bfloat16", 2)):
+        made = methods.program(
+            methods.build(given, methods.TINY, dtype=dtype, unroll=False), 8, microbatches=microbatches
+        )
         shapes = made.shapes(8, (32, 32, 3))
         state, metrics = jax.eval_shape(made.train_step, *shapes)
         assert metrics["loss"].shape == ()
@@ -63,7 +63,7 @@ def test_every_compiled_part_of_the_package_is_a_program():
     assert {"mask", "plane"} <= compiling - {"flops"} <= kinds["analysis"]  # flops compiles for CPUs only
 
 
-@pytest.mark.parametrize("name", others_slow(programs.TABLE, ("attack pgd", "attack apgd-ce", "analysis score_cam")))
+@pytest.mark.parametrize("name", programs.TABLE)
 @jax.numpy_dtype_promotion("standard")  # optax's Adam mixes a float with its integer count
 def test_each_program_takes_two_finite_steps(name):
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
@@ -214,7 +214,7 @@ def test_everything_runs_at_tiny_sizes(tmp_path):
     ],
 )
 def test_a_compilation_that_ends_says_why(code, log, said):
-    assert slices.reason(code, log).strip().endswith(said)
+    assert parts.reason(code, log).strip().endswith(said)
 
 
 # ---- what is kept ----------------------------------------------------------------------------------------------
@@ -275,8 +275,8 @@ def test_rows_of_slices_are_compiled_again_where_code_or_compiler_are_others(tmp
         assert compiled_rows == ["a:good", "b:bad", "b:bad"]
         again()
         compiled_rows.clear()
-    source = slices.made_by()
-    assert not slices.done({"error": ""}, source)  # of an earlier version, which did not write it down
+    source = parts.made_by()
+    assert not parts.done({"error": ""}, source)  # of an earlier version, which did not write it down
 
 
 def test_the_table_of_info_stop_comes_from_its_records_which_keep_few_steps():
