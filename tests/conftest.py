@@ -127,9 +127,18 @@ def once(make):
     return made
 
 
-def others_slow(names, quick):
-    """Parameters of a test: `quick` among the names run by default, the others are left to -m slow."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+def change_config(workdir, **values):
+    """Changes options in a run's config.json, which keeps a digest as a true one has: `objective__beta=0`."""
+    from ibjax import files
+
+    content = files.read_json(workdir / "config.json")
+    for path, value in values.items():
+        *sections, key = path.split("__")
+        section = content["config"]
+        for name in sections:
+            section = section[name]
+        section[key] = value
+    files.write_json(workdir / "config.json", content)
 
 
 def small_run(folder, shape=(8, 8, 1), attacks=("pgd-2",), epochs=1, **sections):

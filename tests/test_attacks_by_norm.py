@@ -37,15 +37,7 @@ RECORDS = json.loads(by_norm.RESULTS.read_text())["records"]
 THEIRS = {record["name"]: float(np.mean(record["theirs"])) for record in RECORDS}
 
 
-def parameters():
-    """The rows' names; in l1, whose projection is a bisection, one of each kind by default, all in the slow tests."""
-    few = [name for name, row in ROWS.items() if row.norm != "l1"] + [
-        "apgd l1 ce, 10 steps", "fab l1 5 steps", "square l1 150 queries",
-    ]  # fmt: skip
-    return [pytest.param(name, marks=[] if name in few else pytest.mark.slow) for name in ROWS]
-
-
-@pytest.mark.parametrize("name", parameters())
+@pytest.mark.parametrize("name", ROWS)
 def test_robust_accuracy_is_within_two_points_of_the_oracles(name):
     row = ROWS[name]
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes a float with its integer count

@@ -1,6 +1,5 @@
 """IBD's attention of a run: restored from its checkpoint, against its formula, and the command."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import change_config
 from PIL import Image
 from test_ibd import attention_oracle
 
@@ -29,14 +29,7 @@ def workdir(digits_run, tmp_path):
 
 def edit(workdir, **changes):
     """Changes config.json, and of which run the checkpoints are: `objective__beta=0` is config.objective.beta."""
-    content = files.read_json(workdir / "config.json")
-    for path, value in changes.items():
-        *sections, key = path.split("__")
-        section = content["config"]
-        for name in sections:
-            section = section[name]
-        section[key] = value
-    (workdir / "config.json").write_text(json.dumps(content))
+    change_config(workdir, **changes)
     own = rundir.identity(*rundir.read_config(workdir))
     for file in (workdir / "checkpoints").glob("*/manifest/metadata"):
         files.write_json(file, {**files.read_json(file), "run": own})

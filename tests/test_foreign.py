@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import clean_recipe, smoke_config
+from conftest import change_config, clean_recipe, smoke_config
 from test_faults import ROOT, environment
 
 import ibjax
-from ibjax import config, files, main
+from ibjax import config, main
 from ibjax.errors import CheckpointError, InputError
 from ibjax.evaluation import evaluate, report
 from ibjax.models import cnn
@@ -56,24 +56,12 @@ def foreign(made, tmp_path, monkeypatch):
     assert not ran and not (tmp_path / "ran").exists() and not {"evil", "linked", "outside"} & set(sys.modules)
 
 
-def rewrite(folder, **values):
-    """Writes options into the folder's config.json, with a digest as a true one has; "__" stands for a dot."""
-    content = files.read_json(folder / "config.json")
-    for key, value in values.items():
-        *above, last = key.split("__")
-        section = content["config"]
-        for name in above:
-            section = section[name]
-        section[last] = value
-    files.write_json(folder / "config.json", content)
-
-
 @pytest.mark.parametrize("section", SECTIONS)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_that_is_none_of_ours_is_unknown_and_not_imported(foreign, name, section):
     name = name.format(folder=foreign)
     key, absent = section.replace(".", "__"), section in ("attack", "perturb")
-    rewrite(foreign, **({key: {"name": name}} if absent else {f"{key}__name": name}))
+    change_config(foreign, **({key: {"name": name}} if absent else {f"{key}__name": name}))
     with pytest.raises(CheckpointError) as caught:
         ibjax.load(foreign)
     text = str(caught.value)
@@ -90,7 +78,7 @@ def test_names_inside_sections_are_unknown_too(foreign):
         dict(model=dict(name="masked", tap="stage1", channels=(0,), backbone=dict(name="evil"))),
     ):
         shutil.copy(foreign / "config.json", foreign / "kept")
-        rewrite(foreign, **values)
+        change_config(foreign, **values)
         with pytest.raises(CheckpointError, match="name 'evil' is unknown"):
             ibjax.load(foreign)
         shutil.move(foreign / "kept", foreign / "config.json")
@@ -100,7 +88,7 @@ def test_names_inside_sections_are_unknown_too(foreign):
 def test_every_door_to_a_folder_refuses_it(made, foreign, tmp_path, name):
     """Evaluation, a surrogate, a teacher; a report shows the records that there are."""
     name = name.format(folder=foreign)
-    rewrite(foreign, model={"name": name})
+    change_config(foreign, model={"name": name})
     student = smoke_config("digits")
     student.teacher.recipe, student.teacher.workdir = None, str(foreign)
     for enter in (
@@ -155,7 +143,7 @@ def test_load_follows_no_path_to_a_teacher_or_to_data(foreign, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     shutil.copy(foreign / "config.json", elsewhere / "config.json")
-    rewrite(foreign, teacher__workdir=str(elsewhere), assistant__workdir=str(elsewhere),
+    change_config(foreign, teacher__workdir=str(elsewhere), assistant__workdir=str(elsewhere),
             data__path=str(elsewhere / "a.npz"))  # fmt: skip
     with watched() as opened:
         ibjax.load(foreign)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import others_slow
 
 from ibjax.errors import InputError
 from ibjax.models import cnn, layers, preact_resnet, resnet, siriib, stochastic, vgg, wide_resnet
@@ -287,10 +286,7 @@ def test_an_edit_of_a_normalised_tap_is_what_the_next_convolutions_see():
 
 @pytest.mark.parametrize(
     "name",
-    others_slow(
-        ("resnet", "resnet_bottleneck", "preact_resnet", "wide_resnet_silu", "siriib"),
-        quick=("resnet_bottleneck", "wide_resnet_silu"),
-    ),
+    ["resnet", "resnet_bottleneck", "preact_resnet", "wide_resnet_silu", "siriib"],
 )
 def test_rematerialisation_changes_no_value_and_no_gradient(name, built):
     """The same outputs, batch statistics and gradients; only in training, convolutions are computed twice."""

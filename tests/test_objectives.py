@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import others_slow, smoke_config
+from conftest import smoke_config
 from jax.sharding import AxisType
 
 from ibjax import config, losses
@@ -153,13 +153,7 @@ class Stepper:
         return state, {name: float(value[0]) for name, value in metrics.items()}
 
 
-# one row of each objective, and what changes the step itself; the other variants are left to -m slow
-QUICK = {section["name"]: name for name, (section, *_) in reversed(OBJECTIVES.items())}.values()
-QUICK = {*QUICK, "ib_rar-mask", "pgd_at-rice", "pgd_at-ema", "pgd_at-awp", "pgd_at-parts", "ibd-natural-labels"}
-ROWS = others_slow(OBJECTIVES, QUICK)
-
-
-@pytest.fixture(params=ROWS, scope="module")
+@pytest.fixture(params=OBJECTIVES, scope="module")
 def stepper(request, digits_run):
     """A compiled step of each objective on eight devices, shared by the properties."""
     made = Stepper(experiment(request.param, digits_run / "teacher"))

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import others_slow
 
 torch = pytest.importorskip("torch", reason="the twin of the benchmarks is PyTorch (pip install 'ibjax[torch]')")
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -153,10 +152,7 @@ def test_every_objective_but_siriib_has_a_twin():
     assert set(twin_methods.TWINS) == set(methods.NAMES) - {"siriib"}
 
 
-QUICK = ("trades", "mma", "awp", "ibd", "ib_rar", "shared_information")  # the others are like one of these
-
-
-@pytest.mark.parametrize("name", others_slow(twin_methods.TWINS, QUICK))
+@pytest.mark.parametrize("name", twin_methods.TWINS)
 def test_each_twins_step_has_the_loss_and_moves_the_weights_of_its_objective(name, no_chance):
     options = OPTIONS.get(name, {})
     given = methods.settings(name, dict(name="resnet", **SHAPE), STEPS, **options)
