@@ -183,6 +183,42 @@ def test_kill_9_of_one_of_two_processes_ends_the_other_and_a_relaunch_resumes(co
     assert_every_step_is_in_one_row(workdir)
 
 
+def processes_of(workdir):
+    """{number of the process in its run: its pid} of the processes that train in `workdir`, as /proc lists them."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"--workdir={workdir}".encode() not in (folder / "cmdline").read_bytes().split(b"\0"):
+                continue
+            variables = dict(pair.split(b"=", 1) for pair in (folder / "environ").read_bytes().split(b"\0") if pair)
+        except OSError:  # it ended while it was looked at
+            continue
+        if b"JAX_PROCESS_ID" in variables:
+            found[int(variables[b"JAX_PROCESS_ID"])] = int(folder.name)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in /proc")
+def test_the_local_launcher_ends_when_one_of_its_processes_is_stopped(config_file, tmp_path):
+    workdir = tmp_path / "run"
+    launcher = subprocess.Popen(
+        [str(ROOT / "launch/local.sh"), "2", f"--config={config_file}", f"--workdir={workdir}"],
+        env=environment(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for_step(workdir, 10, launcher)
+    os.kill(processes_of(workdir)[1], signal.SIGSTOP)
+    stopped = time.monotonic()
+    code, output = finish(launcher)
+    assert code not in (0, 75) and time.monotonic() - stopped < 90, output
+    assert "error: process 1 of 2" in output and "it has died or is stopped" in output, output
+    assert "launch/local.sh: process 1 of 2 did not end after another one had: it is killed" in output, output
+    assert not processes_of(workdir)
+
+
 def save_forever(folder, asynchronous, said):
     """Saves one step after another and says each when its save has returned; runs in a process of its own."""
     jax.config.update("jax_platforms", "cpu")
