@@ -23,7 +23,7 @@ if "IBJAX_TEST_CACHE" not in os.environ:
 CACHE = os.environ["IBJAX_TEST_CACHE"]
 
 # Tests compile more than they compute: a lighter compiler takes half the time. Where XLA_FLAGS is set, even to nothing,
-# it stays. XLA ends a process over a flag that it does not know (the last one, from jax 0.11 on), so one is asked first.
+# it stays. XLA ends a process over a flag that it does not know (fusion emitters from jax 0.11 on): one is asked first.
 LIGHT = ("--xla_backend_optimization_level=1", "--xla_llvm_disable_expensive_passes=true")
 if "XLA_FLAGS" not in os.environ and "PYTEST_XDIST_WORKER" not in os.environ:
     ask = [sys.executable, "-c", "import jax; assert jax.default_backend() == 'cpu'"]
