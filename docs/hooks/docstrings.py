@@ -1,0 +1,111 @@
+"""Docstrings as Markdown, for the method pages and, as a Griffe extension, for the API reference.
+
+In the source, docstrings are laid out for reading: the rows of a table may have a remark in a cell that its heading
+does not have, cells hold p(z|x), and equations are indented blocks. Markdown would drop such remarks, split such cells
+and show such blocks as code.
+"""
+
+import ast
+import re
+import textwrap
+from pathlib import Path
+
+import equations
+
+try:
+    from griffe import Extension
+except ModuleNotFoundError:  # the tests read docstrings without the packages of the site
+    Extension = object
+
+
+def of_module(file: Path) -> str:
+    """The docstring of a module as it stands: cleaned, it would lose the indentation of an equation at its end."""
+    return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")), clean=False) or ""
+
+
+def markdown(docstring: str, math: bool = True) -> str:
+    """A dedented docstring as Markdown; with `math`, equations as LaTeX, else as they stand."""
+    blocks = re.split(r"\n{2,}", docstring.strip("\n"))
+    return "\n\n".join(_block(block, math) for block in _fenced(blocks)) + "\n"
+
+
+def table(lines: list[str]) -> str:
+    """A Markdown table with as many cells in every row as the widest one has."""
+    rows = [_cells(line) for line in lines]
+    width = max(map(len, rows))
+    heads = [name.lower() for name in rows[0]]
+    names = {heads.index(name) for name in ("code", "option") if name in heads}
+    for index, row in enumerate(rows):
+        row += ["---" if index == 1 else ""] * (width - len(row))
+        if index > 1:  # identifiers, one or several
+            row[:] = [
+                re.sub(r"\w+", r"`\g<0>`", cell) if i in names and re.fullmatch(r"\w+(, \w+)*", cell) else escaped(cell)
+                for i, cell in enumerate(row)
+            ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def escaped(text: str) -> str:
+    """Text of a docstring in which Markdown sees no emphasis, tag or cell that is none; code spans stay as they are."""
+    parts = re.split(r"(`[^`]*`)", text)
+    for index in range(0, len(parts), 2):
+        part = re.sub(r"<(?=[\w/])", "&lt;", parts[index])
+        part = re.sub(r"(?<=[α-ω])\*", r"\\*", part)
+        parts[index] = re.sub(r"(?<=\w)_(?=[\s.,;:)]|$)|(?<![\w`])_(?=\w)", r"\\_", part)
+    return "".join(parts)
+
+
+def _fenced(blocks):
+    """Joins what an indented block with empty lines in it was split into."""
+    joined = []
+    for block in blocks:
+        if joined and _indented(block) and _indented(joined[-1]) and not equations.is_equation(block):
+            if not equations.is_equation(joined[-1]):
+                joined[-1] += "\n\n" + block
+                continue
+        joined.append(block)
+    return joined
+
+
+def _indented(block):
+    return all(line.startswith("    ") for line in block.splitlines())
+
+
+def _block(block, math):
+    lines = block.splitlines()
+    if _indented(block):
+        if math and equations.is_equation(block):
+            return f"$$\n{equations.latex(block)}\n$$"
+        return f"```text\n{textwrap.dedent(block)}\n```"
+    if lines[0].startswith("|") and len(lines) > 1 and re.fullmatch(r"[|:\- ]+", lines[1]):
+        rows = [line for line in lines if line.startswith("|")]
+        rest = "\n".join(lines[len(rows) :])
+        return table(rows) + (f"\n\n{escaped(rest)}" if rest else "")
+    return escaped(block)
+
+
+def _cells(line):
+    """The cells of a row; a bar between two characters, as in p(z|x), or two in a row, as in ‖, do not divide."""
+    line = line.strip()
+    if re.fullmatch(r"[|:\- ]+", line) and "-" in line:
+        return ["---"] * (line.strip("|").count("|") + 1)
+    line = re.sub(r"(?<=[^\s|])\|(?=[^\s|])", "&#124;", line).replace("||", "&#124;&#124;")
+    return [cell.strip() for cell in line.removeprefix("|").removesuffix("|").split("|")]
+
+
+# one entry for several arguments, `  norm, eps: the threat model`, and its indented lines
+SHARED = re.compile(r"^(?P<margin> +)(?P<names>\w+(?:, \w+)+): (?P<text>.*\n(?:(?P=margin) +\S.*\n)*)", re.MULTILINE)
+
+
+def _each(found):
+    """An entry for each of the arguments, as Griffe reads them."""
+    return "".join(f"{found['margin']}{name}: {found['text']}" for name in found["names"].split(", "))
+
+
+class Docstrings(Extension):
+    """Griffe calls `on_object` for every module, class, function and attribute that it has read."""
+
+    def on_object(self, *, obj, **_):
+        if obj.docstring and not obj.is_alias:
+            text = of_module(Path(obj.filepath)) if obj.is_module else obj.docstring.value
+            obj.docstring.value = SHARED.sub(_each, markdown(text, math=obj.is_module))
