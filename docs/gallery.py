@@ -14,7 +14,6 @@ import argparse
 import io
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -131,7 +130,7 @@ ENTRIES = {
         "Parameters and multiply-adds of a network for one image, by the rules of ptflops. Nothing is trained.",
     ),
     "flops": Entry(
-        "--config=configs/digits.py --shape=8,8,1",
+        "--config=docs/gallery.py:ib_rar",
         (),
         False,
         "Does a compiled train step compute only what its method needs? The last column should be at most 1.05.",
@@ -237,17 +236,24 @@ def shrink(source: Path, target: Path) -> None:
 
 def page() -> str:
     """docs/gallery.md from what docs/gallery/ holds."""
-    lines = [PREFACE]
+    parts = [PREFACE]
     for name, entry in ENTRIES.items():
         record = json.loads((DOCS / "gallery" / f"{name}.json").read_text(encoding="utf-8"))
-        lines += [f"## `{name}`", "", entry.text, "", "```sh", record["command"], "```", ""]
-        if entry.picture:
-            lines += [f"![The picture of {name}](gallery/{name}.webp)", ""]
-        lines += [re.sub(r"\n{3,}", "\n\n", record["printed"]), ""]
-    return "\n".join(lines)
+        parts += [f"## {name}", entry.text, f"```sh\n{record['command']}\n```"]
+        parts += [f"![what {name} draws](gallery/{name}.webp)"] * entry.picture
+        parts.append(record["printed"])
+    return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-PREFACE = ""
+PREFACE = """# Gallery
+
+Each analysis of `ibjax.analysis`, run on small networks: the quickstart's, and a few more that `docs/gallery.py` trains
+on the same 8×8 digits. The commands are those that made the pictures and tables; the captions say which figure or table
+of a paper they stand for. These networks are for looking at, not for conclusions: 360 test images, one seed.
+
+`python -m ibjax.analysis` lists the analyses, `python -m ibjax.analysis.NAME --help` describes one in full, and
+`--picture=FILE.pdf`, `.svg` or `.png` chooses the format. The page is generated: `python docs/gallery.py --help`.
+"""
 
 if __name__ == "__main__":
     main()

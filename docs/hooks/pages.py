@@ -43,28 +43,39 @@ def docstring_part(argument: str) -> str:
 
 
 def section_part(argument: str) -> str:
-    """`configs/README.md#IBD:`: what stands below the heading that begins so, up to the next one of its level."""
-    name, _, heading = argument.partition("#")
+    """`configs/README.md#IBD`: what stands below the heading that begins so, up to the next heading.
+
+    `docs/recipes.md#`configs/siriib.py`#`pgd_at``: below the second heading, the first after the first one.
+    """
+    name, *headings = argument.split("#")
     text = _read(name)
-    found = re.search(rf"^(#+) {re.escape(heading)}.*?\n(.*?)(?=^#{{1,6}} |\Z)", text, re.MULTILINE | re.DOTALL)
-    if not found:
-        raise Missing(f"{name} has no heading that begins with '{heading}'")
-    return relinked(found[2].strip() + "\n", name, None)
+    for heading in headings:
+        found = re.search(rf"^#+ {re.escape(heading)}.*\n", text, re.MULTILINE)
+        if not found:
+            raise Missing(f"{name} has no heading that begins with '{heading}'")
+        text = text[found.end() :]
+    text = re.split(r"^#{1,6} ", text, maxsplit=1, flags=re.MULTILINE)[0]
+    return relinked(text.strip() + "\n", name, None)
 
 
 def rows_part(argument: str) -> str:
-    """`results/effects-digits.md: IBD, PGD-AT`: those rows of the file's first table, and its bullets about them."""
+    """`results/effects-digits.md: IBD; PGD-AT`: those rows of the file's first table, and its bullets about them.
+
+    Columns that are empty in these rows are left out.
+    """
     name, _, wanted = argument.partition(": ")
-    names = [one.strip() for one in wanted.split(",")]
+    names = [one.strip() for one in wanted.split(";")]
     lines = _read(name).splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith("|"))
-    first = lambda line: line.split("|")[1].strip()
-    rows = [line for line in lines[start + 2 :] if line.startswith("|")]
-    kept = [line for line in rows if first(line) in names]
-    if missing := set(names) - set(map(first, kept)):
-        raise Missing(f"{name} has no row {', '.join(sorted(missing))}")
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:] if line.startswith("|")]
+    rows = {row[0]: row for row in table[2:]}
+    if missing := [one for one in names if one not in rows]:
+        raise Missing(f"{name} has no row {', '.join(missing)}")
+    shown = [rows[one] for one in names]
+    columns = [index for index in range(len(table[0])) if any(row[index] for row in shown)]
+    made = ["| " + " | ".join(row[index] for index in columns) + " |" for row in (*table[:2], *shown)]
     bullets = [line for line in lines if any(line.startswith(f"- **{one}**") for one in names)]
-    return "\n".join([*lines[start : start + 2], *kept, *[""] * bool(bullets), *bullets]) + "\n"
+    return "\n".join([*made, *[""] * bool(bullets), *bullets]) + "\n"
 
 
 PARTS: dict[str, Callable[[str], str]] = {"docstring": docstring_part, "section": section_part, "rows": rows_part}
