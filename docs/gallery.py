@@ -14,8 +14,11 @@ import argparse
 import io
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +36,7 @@ WIDTH = 1500  # pixels of the widest
 class Entry(NamedTuple):
     """An analysis of the gallery: what it is called on, and what a reader sees."""
 
-    arguments: str  # {digits}, {gallery} and {folder} are filled in
+    arguments: str  # {digits} and {gallery} are filled in
     needs: tuple[str, ...]  # rows of this recipe that are trained first
     picture: bool
     text: str
@@ -121,7 +124,8 @@ ENTRIES = {
         "--workdir={gallery}/corruptions --generate --n=500",
         ("corruptions",),
         False,
-        "Table 9 of SiRIIB: accuracy under common corruptions at five severities, here of a small CNN on 32×32 images.",
+        "Table 9 of SiRIIB: accuracy under common corruptions at five severities, here of a CNN after three epochs "
+        "on CIFAR-10 (JPEG), a lossy copy.",
     ),
     "complexity": Entry(
         "--config=configs/siriib.py:pgd_at --shape=32,32,3 --classes=10",
@@ -206,9 +210,9 @@ def make(name: str, given: argparse.Namespace) -> None:
     printed = run([f"ibjax.analysis.{name}", *arguments])
     if entry.picture:
         shrink(picture, DOCS / "gallery" / f"{name}.webp")
-    table = "\n".join(line for line in printed.splitlines() if not line.startswith("written: ")).strip()
-    shown = entry.arguments.format(digits="runs/digits", gallery="runs/gallery")
-    record = {"command": f"python -m ibjax.analysis.{name} {shown}", "printed": table}
+    printed = printed.replace(str(given.digits), "runs/digits").replace(str(given.workdir), "runs/gallery")
+    arguments = entry.arguments.format(digits="runs/digits", gallery="runs/gallery")
+    record = {"command": f"python -m ibjax.analysis.{name} {arguments}", "printed": printed.strip()}
     record |= {"hardware": provenance.hardware(), "jax": provenance.versions()["jax"]}
     text = json.dumps(record, ensure_ascii=False, indent=1) + "\n"
     (DOCS / "gallery" / f"{name}.json").write_text(text, encoding="utf-8")
@@ -241,8 +245,16 @@ def page() -> str:
         record = json.loads((DOCS / "gallery" / f"{name}.json").read_text(encoding="utf-8"))
         parts += [f"## {name}", entry.text, f"```sh\n{record['command']}\n```"]
         parts += [f"![what {name} draws](gallery/{name}.webp)"] * entry.picture
-        parts.append(record["printed"])
+        parts += shown(record["printed"])
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def shown(printed: str) -> Iterator[str]:
+    """What an analysis printed, as Markdown: tables as they are, single lines as text, anything else as it stands."""
+    for is_table, lines in groupby(printed.splitlines(), lambda line: line.startswith("|")):
+        text = "\n".join(lines).strip()
+        if text:
+            yield text if is_table or not re.search(r"\n|^-|^python", text) else f"```text\n{text}\n```"
 
 
 PREFACE = """# Gallery

@@ -1,4 +1,4 @@
-"""The documentation site, as far as it can be tested without its packages: equations, tables, links, and what is listed.
+"""The documentation site, as far as it can be tested without its packages: equations, tables, links, lists.
 
 `.ci/run` builds the site itself, strictly.
 """
@@ -43,8 +43,9 @@ def hooks(monkeypatch):
     ],
 )
 def test_plain_mathematics_becomes_latex(hooks, text, latex):
-    # spaces behind a command mean nothing to LaTeX
-    alike = lambda line: re.sub(r"(\\[a-z]+) +(?=[^a-z])", r"\1", line).replace("  ", " ")
+    def alike(line):  # spaces behind a command mean nothing to LaTeX
+        return re.sub(r"(\\[a-z]+) +(?=[^a-z])", r"\1", line).replace("  ", " ")
+
     assert alike(hooks("equations").convert(text)) == alike(latex)
 
 
@@ -76,8 +77,23 @@ def test_every_equation_of_a_method_is_latex_throughout(hooks):
 
 
 def test_tables_of_docstrings_keep_their_remarks_and_their_bars(hooks):
-    made = hooks("docstrings").markdown("| s | code | default |\n|---|---|---|\n| β | beta, b | 1 | p(z|x)\n| ε* |  |\n")
-    assert made == "| s | code | default |  |\n| --- | --- | --- | --- |\n| β | `beta`, `b` | 1 | p(z&#124;x) |\n| ε\\* |  |  |  |\n"
+    made = hooks("docstrings").markdown(
+        "| s | code | default |\n|---|---|---|\n| β | beta, b | 1 | p(z|x)\n|  |  |  | or q\n| ε* |  |\n"
+    )
+    assert made.splitlines() == [
+        "| s | code | default |  |",
+        "| --- | --- | --- | --- |",
+        "| β | `beta`, `b` | 1 | p(z&#124;x) or q |",
+        r"| ε\* |  |  |  |",
+    ]
+
+
+def test_the_fields_of_a_class_become_a_section(hooks):
+    text = "A net.\n\nx, y: sizes\n  in pixels\nnote: of none\n\nThe end.\n"
+    made = hooks("docstrings").with_fields(text, {"x": "", "y": "", "z": "a comment", "w": ""})
+    rest, section = made.split("Attributes:\n")
+    assert rest == "A net.\n\nnote: of none\n\nThe end.\n\n"
+    assert section.splitlines() == ["  x: sizes in pixels", "  y: sizes in pixels", "  z: a comment", "  w: –"]
 
 
 def test_docstrings_show_tags_as_text_and_keep_code(hooks):

@@ -26,12 +26,17 @@ def of_module(file: Path) -> str:
 def markdown(docstring: str, math: bool = True) -> str:
     """A dedented docstring as Markdown; with `math`, equations as LaTeX, else as they stand."""
     blocks = re.split(r"\n{2,}", docstring.strip("\n"))
-    return "\n\n".join(_block(block, math) for block in _fenced(blocks)) + "\n"
+    return "\n\n".join(_block(block, math) for block in _whole(blocks)) + "\n"
 
 
 def table(lines: list[str]) -> str:
     """A Markdown table with as many cells in every row as the widest one has."""
-    rows = [_cells(line) for line in lines]
+    rows = []
+    for row in map(_cells, lines):
+        if len(rows) > 2 and len(row) == len(rows[-1]) and not any(row[:-1]):  # goes on with the cell above
+            rows[-1][-1] += f" {row[-1]}"
+        else:
+            rows.append(row)
     width = max(map(len, rows))
     heads = [name.lower() for name in rows[0]]
     names = {heads.index(name) for name in ("code", "option") if name in heads}
@@ -55,15 +60,14 @@ def escaped(text: str) -> str:
     return "".join(parts)
 
 
-def _fenced(blocks):
-    """Joins what an indented block with empty lines in it was split into."""
+def _whole(blocks):
+    """The blocks; two indented ones in a row are parts of one, with an empty line in it, unless they are equations."""
     joined = []
     for block in blocks:
-        if joined and _indented(block) and _indented(joined[-1]) and not equations.is_equation(block):
-            if not equations.is_equation(joined[-1]):
-                joined[-1] += "\n\n" + block
-                continue
-        joined.append(block)
+        if joined and all(_indented(one) and not equations.is_equation(one) for one in (block, joined[-1])):
+            joined[-1] += "\n\n" + block
+        else:
+            joined.append(block)
     return joined
 
 
@@ -102,10 +106,46 @@ def _each(found):
     return "".join(f"{found['margin']}{name}: {found['text']}" for name in found["names"].split(", "))
 
 
+# `widths: channels of the convolutions` in the docstring of a class, with the lines that go on with it
+FIELD = re.compile(
+    r"^(?P<names>\w+(?:, \w+)*): (?P<text>.+(?:\n(?!\w+(?:, \w+)*: )\S.*|\n {2,}\S.*)*)\n?",
+    re.MULTILINE,
+)
+
+
+def with_fields(text: str, comments: dict[str, str]) -> str:
+    """The docstring of a class with a section for its fields, from its lines `name: …` and the fields' comments."""
+    described = dict(comments)
+
+    def take(found):
+        names = found["names"].split(", ")
+        if not set(names) <= set(comments):
+            return found[0]
+        described.update(dict.fromkeys(names, " ".join(found["text"].split())))
+        return ""
+
+    rest = FIELD.sub(take, text).strip()
+    lines = "\n".join(f"  {name}: {words or '–'}" for name, words in described.items())
+    return f"{rest}\n\nAttributes:\n{lines}\n" if lines else text
+
+
 class Docstrings(Extension):
     """Griffe calls `on_object` for every module, class, function and attribute that it has read."""
 
     def on_object(self, *, obj, **_):
-        if obj.docstring and not obj.is_alias:
-            text = of_module(Path(obj.filepath)) if obj.is_module else obj.docstring.value
-            obj.docstring.value = SHARED.sub(_each, markdown(text, math=obj.is_module))
+        if not obj.docstring or obj.is_alias:
+            return
+        text = of_module(Path(obj.filepath)) if obj.is_module else obj.docstring.value
+        if obj.is_class:
+            text = with_fields(text, _fields(obj))
+        obj.docstring.value = SHARED.sub(_each, markdown(text, math=obj.is_module))
+
+
+def _fields(cls):
+    """{annotated field without a docstring of its own: the comment behind it}, of a class as Griffe has read it."""
+    found = {}
+    for name, member in cls.members.items():
+        if member.is_attribute and member.annotation is not None and not name.startswith("_") and not member.docstring:
+            comment = re.search(r"  # (?!noqa|pyright)(.+)$", "\n".join(member.lines))
+            found[name] = comment[1] if comment else ""
+    return found

@@ -12,19 +12,26 @@ import textwrap
 import unicodedata
 
 LIMITS = ("argmax", "argmin", "max", "mean", "min", "softmax", "logsumexp")  # their index stands below them
-OPERATORS = (*LIMITS, *"Attn BCE CE HSIC KL MINE PGD SLM clip exp ln log nHSIC sg tr".split())
+NAMES = ("Attn", "BCE", "CE", "HSIC", "KL", "MINE", "PGD", "SLM", "clip", "exp", "ln", "log", "nHSIC", "sg", "tr")
+OPERATORS = LIMITS + NAMES
 SYMBOLS = {
-    **{"·": r"\cdot", "−": "-", "×": r"\times", "≤": r"\le", "≥": r"\ge", "≠": r"\ne", "∈": r"\in", "∇": r"\nabla"},
-    **{"‖": r"\|", "||": r"\|", " || ": r" \,\|\, ", "{": r"\{", "}": r"\}", "±": r"\pm", "∂": r"\partial", "<-": r"\leftarrow", "→": r"\to", "~": r"\sim", "⊙": r"\odot", "…": r"\dots"},
-    **{"½": r"\tfrac{1}{2}", "⌊": r"\lfloor", "⌋": r"\rfloor", "%": r"\%", "&": r"\&", "#": r"\#"},
+    **{"·": r"\cdot", "−": "-", "×": r"\times", "±": r"\pm", "½": r"\tfrac{1}{2}", "∇": r"\nabla", "∂": r"\partial"},
+    **{"≤": r"\le", "≥": r"\ge", "≠": r"\ne", "∈": r"\in", "~": r"\sim", "<-": r"\leftarrow", "→": r"\to"},
+    **{"‖": r"\|", "||": r"\|", " || ": r" \,\|\, ", "{": r"\{", "}": r"\}", "⌊": r"\lfloor", "⌋": r"\rfloor"},
+    **{"⊙": r"\odot", "…": r"\dots", "%": r"\%", "&": r"\&", "#": r"\#"},
     **{"²": "^{2}", "⁻¹": "^{-1}", "⁻²": "^{-2}", "ᵀ": r"^{\top}", "₀": "_{0}", "₁": "_{1}", "₂": "_{2}"},
 }
-LETTERS = "αβγδεζηθικλμνξπρστυφχψω" + "ΓΔΘΛΞΠΣΦΨΩ"
-NAMES = (
-    "alpha beta gamma delta varepsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon varphi chi"
-    " psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
-).split()
-GREEK = dict(zip(LETTERS, NAMES, strict=True))
+LETTERS = "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ"
+
+
+def _greek(letter):
+    """α -> alpha, Σ -> Sigma, as LaTeX calls them."""
+    name = unicodedata.name(letter).split()[-1].lower()
+    name = {"lamda": "lambda", "epsilon": "varepsilon"}.get(name, name)
+    return name.capitalize() if letter.isupper() else name.replace("phi", "varphi")
+
+
+GREEK = {letter: _greek(letter) for letter in LETTERS}
 ACCENTS = {"\u0302": "hat", "\u0303": "tilde", "\u0304": "bar"}
 TOKEN = re.compile(
     rf"""

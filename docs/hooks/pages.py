@@ -25,6 +25,7 @@ OUTSIDE = {
 STATIC = ("results/*.json", "notebooks/*.ipynb")  # copied, so that links to them lead somewhere
 LINK = re.compile(r"(\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^()\s]+)\)")
 FENCE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
+ELSEWHERE = re.compile(r'<(?:script|img|iframe|link)\b[^>]* (?:src|href)="?(?:https?:)?//[^>]*>')
 MARKER = re.compile(r"^<!-- (docstring|section|rows): (.+?) -->$", re.MULTILINE)
 
 
@@ -122,7 +123,7 @@ def relinked(text: str, source: str, links: "Links | None") -> str:
 
 
 class Links:
-    """Where a link to a file of the repository leads from a page: another page, a copied file, the code host, or None."""
+    """Where a link to a file leads from a page: to a page, a copied file or the code host; else None."""
 
     def __init__(self, page: str, pages: dict[str, str], modules: dict[str, str], repository: str):
         self.page, self.pages, self.modules, self.repository = page, pages, modules, repository
@@ -184,7 +185,6 @@ def on_post_build(config):
     from mkdocs.exceptions import PluginError
 
     for file in Path(config.site_dir).rglob("*.html"):
-        text = file.read_text(encoding="utf-8")
-        if found := re.search(r"<(?:script|img|iframe)[^>]* src=\"?(?:https?:)?//[^>]*>|<link[^>]* href=\"?(?:https?:)?//[^>]*>", text):
+        for found in ELSEWHERE.finditer(file.read_text(encoding="utf-8")):
             if 'rel="canonical"' not in found[0]:
                 raise PluginError(f"{file.name} loads from elsewhere: {found[0]}")
