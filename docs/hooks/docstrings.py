@@ -19,8 +19,11 @@ except ModuleNotFoundError:  # the tests read docstrings without the packages of
 
 
 def of_module(file: Path) -> str:
-    """The docstring of a module as it stands: cleaned, it would lose the indentation of an equation at its end."""
-    return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")), clean=False) or ""
+    """The docstring of a module, read without importing it."""
+    return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+
+
+COLUMNS = re.compile(r"^(?! ).*\S {3,}\S", re.MULTILINE)  # a formatter has moved an indented block to the margin
 
 
 def markdown(docstring: str, math: bool = True) -> str:
@@ -77,7 +80,7 @@ def _indented(block):
 
 def _block(block, math):
     lines = block.splitlines()
-    if _indented(block):
+    if _indented(block) or COLUMNS.search(block) and not block.startswith(("|", "-")):
         if math and equations.is_equation(block):
             return f"$$\n{equations.latex(block)}\n$$"
         return f"```text\n{textwrap.dedent(block)}\n```"
@@ -135,9 +138,7 @@ class Docstrings(Extension):
     def on_object(self, *, obj, **_):
         if not obj.docstring or obj.is_alias:
             return
-        text = of_module(Path(obj.filepath)) if obj.is_module else obj.docstring.value
-        if obj.is_class:
-            text = with_fields(text, _fields(obj))
+        text = with_fields(obj.docstring.value, _fields(obj)) if obj.is_class else obj.docstring.value
         obj.docstring.value = SHARED.sub(_each, markdown(text, math=obj.is_module))
 
 

@@ -1,6 +1,6 @@
 """Fast gradient sign method: Goodfellow et al., "Explaining and Harnessing Adversarial Examples", ICLR 2015.
 
-    x_adv = clip( x + ε · sign(∇_x CE(f(x), y)), 0, 1 )          no random start
+x_adv = clip( x + ε · sign(∇_x CE(f(x), y)), 0, 1 )          no random start
 """
 
 from jax import Array

@@ -1,7 +1,7 @@
 """Names of attacks as text: "cw-l2-200(c=0.1,lr=0.1)" is "cw-l2-200" with two options. `named.py` builds the attacks.
 
-    NAME            "fgsm", "pgd-20", "autoattack"
-    NAME(OPTION=VALUE,…)
+NAME            "fgsm", "pgd-20", "autoattack"
+NAME(OPTION=VALUE,…)
 """
 
 import ast

@@ -1,7 +1,7 @@
 """Random noise: a lower bound on the strength of any attack.
 
-    uniform   x_adv = Π( x + U(−ε, ε) )                l2: a Gaussian direction, at a radius uniform in [0, ε]
-    sign      x_adv = Π( x + ε · v ),  v ∈ {−1, 1}     l2: the direction v at distance ε, clipped to the box
+uniform   x_adv = Π( x + U(−ε, ε) )                l2: a Gaussian direction, at a radius uniform in [0, ε]
+sign      x_adv = Π( x + ε · v ),  v ∈ {−1, 1}     l2: the direction v at distance ε, clipped to the box
 """
 
 from collections.abc import Callable

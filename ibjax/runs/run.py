@@ -1,6 +1,6 @@
 """A run on disk: its folder, its configuration, and loading it again.
 
-    workdir/  config.json env.json metrics.jsonl checkpoints/<step>/ eval/<checkpoint>/<attack>.json report.html
+workdir/  config.json env.json metrics.jsonl checkpoints/<step>/ eval/<checkpoint>/<attack>.json report.html
 """
 
 import json
