@@ -80,7 +80,7 @@ def _indented(block):
 
 def _block(block, math):
     lines = block.splitlines()
-    if _indented(block) or COLUMNS.search(block) and not block.startswith(("|", "-")):
+    if _indented(block) or (COLUMNS.search(block) and not block.startswith(("|", "-"))):
         if math and equations.is_equation(block):
             return f"$$\n{equations.latex(block)}\n$$"
         return f"```text\n{textwrap.dedent(block)}\n```"
