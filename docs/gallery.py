@@ -240,9 +240,11 @@ def shrink(source: Path, target: Path) -> None:
 
 def page() -> str:
     """docs/gallery.md from what docs/gallery/ holds."""
-    parts = [PREFACE]
+    records = {name: json.loads((DOCS / "gallery" / f"{name}.json").read_text(encoding="utf-8")) for name in ENTRIES}
+    made = sorted({f"jax {record['jax']} on {record['hardware']}" for record in records.values()})
+    parts = [PREFACE, f"Made with {', '.join(made)}."]
     for name, entry in ENTRIES.items():
-        record = json.loads((DOCS / "gallery" / f"{name}.json").read_text(encoding="utf-8"))
+        record = records[name]
         parts += [f"## {name}", entry.text, f"```sh\n{record['command']}\n```"]
         parts += [f"![what {name} draws](gallery/{name}.webp)"] * entry.picture
         parts += shown(record["printed"])

@@ -116,10 +116,10 @@ def relinked(text: str, source: str, links: "Links | None") -> str:
         address = links(path)
         return label[1:-1] if address is None else f"{label}({address}{anchor if '#' not in address else ''})"
 
+    # what looks like a link within code is none; code within the label of a link stays, so the text is searched whole
     parts = FENCE.split(text)
-    # the label of a link may itself be code
-    whole = "".join(part if index % 2 == 0 else part.replace("](", "]\0(") for index, part in enumerate(parts))
-    return LINK.sub(replace, whole).replace("\0", "")
+    parts[1::2] = [code.replace("](", "]\0(") for code in parts[1::2]]
+    return LINK.sub(replace, "".join(parts)).replace("\0", "")
 
 
 class Links:
@@ -175,9 +175,10 @@ def on_page_markdown(markdown, page, config, files):
     pages = {**published, **copied, **OUTSIDE}
     try:
         links = Links(name, pages, api_modules(), config.repo_url or "")
-        return relinked(assembled(markdown), source, links)
+        text = relinked(assembled(markdown), source, links)
     except Missing as error:
         raise PluginError(f"{source}: {error}") from error
+    return re.sub(r"(?<=\d) ± (?=\d)", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}", text)  # a value stays in one line
 
 
 def on_post_build(config):
