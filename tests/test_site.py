@@ -14,8 +14,8 @@ from ibjax.analysis.__main__ import analyses
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-# modules without a section in docs/api: wings, which hold nothing themselves, a command line, what exports copy
-UNLISTED = r"ibjax\.(devices|evaluation|models|objectives|runs|training|analysis\.__main__|pytorch\.networks\..*)"
+# modules without a section in docs/api: wings, which hold nothing themselves, command lines, what exports copy
+UNLISTED = r"ibjax\.(devices|evaluation|models|objectives|runs|training|(.*\.)?__main__|pytorch\.networks\..*)"
 
 
 @pytest.fixture
