@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-GROUND = ("errors", "calls", "losses", "files")
+GROUND = ("errors", "calls", "losses", "files", "cli", "places")
 CORE = ("step", "config", "optim", "perturb", "threat")
-COMMANDS = ("main", "evaluate", "report", "convert", "aot")
+COMMANDS = ("main", "evaluate", "attack", "report", "convert", "aot", "doctor", "__main__")
 # from the ground up; modules and wings of one floor may import one another, but not in a circle
 FLOORS = (
     GROUND,
