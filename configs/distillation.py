@@ -61,7 +61,7 @@ def get_config(arg=None):
     config.objective = METHODS[method]
     if method == "rslad":
         config.attack.update(loss="kl", init="gaussian")
-    teach(config.teacher, "trades_wrn", "trades_wrn.py")
+    teach(config.teacher, "trades_wrn", "trades_wrn")
     if form == "cifar100":
         teach(config.teacher, "trades-wrn-cifar100", "teachers:trades-wrn-cifar100")
         if method == "rslad":

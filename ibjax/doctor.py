@@ -175,8 +175,7 @@ def _disk():
         there = _existing(folder)
         seen.setdefault(there.stat().st_dev, []).append(f"{name} {there}")
         if problem := _why_not_writable(folder):
-            mend = {"here": "cd FOLDER  # one that you can write, or give another --workdir"}
-            yield Finding("disk", f"{there} cannot be written ({problem})", mend.get(name, f"export {_VARIABLE[name]}"))
+            yield Finding("disk", f"{there} cannot be written ({problem})", _ELSEWHERE[name])
     for places_of_disk in seen.values():
         folder = places_of_disk[0].partition(" ")[2]
         free = shutil.disk_usage(folder).free / 2**30
@@ -184,7 +183,11 @@ def _disk():
         yield Finding("disk", f"{free:.1f} GiB free ({', '.join(places_of_disk)})", mend)
 
 
-_VARIABLE = {"temporary": "TMPDIR=FOLDER  # one that you can write", "home": "HOME=FOLDER  # one that you can write"}
+_ELSEWHERE = {
+    "here": "cd FOLDER  # one that you can write, or give another --workdir",
+    "temporary": "export TMPDIR=FOLDER  # one that you can write",
+    "home": "export HOME=FOLDER  # one that you can write",
+}
 
 
 def _own_files():

@@ -13,7 +13,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 GROUND = ("errors", "calls", "losses", "files", "cli", "places")
 CORE = ("step", "config", "optim", "perturb", "threat")
-COMMANDS = ("main", "evaluate", "attack", "report", "convert", "aot", "doctor", "__main__")
+COMMANDS = ("main", "evaluate", "attack", "report", "convert", "aot", "doctor")
 # from the ground up; modules and wings of one floor may import one another, but not in a circle
 FLOORS = (
     GROUND,
@@ -27,9 +27,9 @@ FLOORS = (
     ("training",),
     ("analysis",),
     COMMANDS,
-    ("ibjax",),  # the package itself, which offers `ibjax.load`
+    ("ibjax", "__main__"),  # the package itself, which offers `ibjax.load`, and its console command
 )
-MODULES = (*COMMANDS, *CORE, *GROUND)  # that stand at the top level
+MODULES = ("__main__", *COMMANDS, *CORE, *GROUND)  # that stand at the top level
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 
 

@@ -29,12 +29,13 @@ def analyses() -> dict[str, str]:
 def lines(found: dict[str, str]) -> Iterator[str]:
     """For each analysis: its name, the first sentence of its docstring, and the command lines in it."""
     program = cli.name_of("ibjax.analysis")
-    yield f"{program} NAME --help describes an analysis in full; NAME is one of:"
+    program += "." if program == "python -m ibjax.analysis" else " "
+    yield f"{program}NAME --help describes an analysis in full; NAME is one of:"
     for name, text in found.items():
         calls = re.search(r"^ +python -m ibjax\.analysis\..*?(?=\n\n|\Z)", text, re.DOTALL | re.MULTILINE)
         yield f"\n{name}: {cli.first_sentence(text)}"
         call = calls[0] if calls else f"    python -m ibjax.analysis.{name} --help"
-        yield call.replace("python -m ibjax.analysis.", f"{program} ")
+        yield call.replace("python -m ibjax.analysis.", program)
 
 
 def parser() -> cli.Parser:

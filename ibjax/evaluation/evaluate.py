@@ -152,7 +152,7 @@ def attack_images(
     shape = tuple(trained.facts["input_shape"])
     if split.images.shape[1:] != shape:
         raise InputError(f"the images of {label} have shape {split.images.shape[1:]}, the network takes {shape}")
-    split = check(split, label, trained.facts["num_classes"])
+    split = check(split, f"{label}:", trained.facts["num_classes"])
     settings = replaced(trained.config.evaluate) if settings is None else settings
     check_network(trained.model, shape, settings)
     trained = trained._replace(facts={**trained.facts, "label": label})

@@ -100,7 +100,7 @@ def load(file: Path, arch: str, split: Split, label: str, said: Said = Said()) -
       label: name of these images.
     """
     network = read(file, arch, said)
-    split = check(split, label, network.classes)
+    split = check(split, f"{label}:", network.classes)
     facts = {"label": label, "input_shape": list(split.images.shape[1:]), "num_classes": network.classes}
     images = gate.Images(split, facts, f"{len(split.labels)} images of {label}")
     if images.shape[-1] != network.shape[-1]:

@@ -133,8 +133,13 @@ def listing(value: str | None = None) -> Iterator[str]:
         text, _ = cli.docstring(file)
         yield f"{file.stem}: {cli.first_sentence(text)}"
         if rows := _rows(file):
-            yield textwrap.fill(", ".join(rows), 120, initial_indent="    ", subsequent_indent="    ")
+            yield _wrapped(", ".join(rows))
     yield f"give --config=NAME or NAME:ROW; NAME:smoke and NAME:ROW,smoke take seconds; they lie in {places.recipes()}"
+
+
+def _wrapped(text):
+    indent = "    "
+    return textwrap.fill(text, 120, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _rows(file):
