@@ -41,12 +41,44 @@ if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:  # before any import from
 import signal  # noqa: E402
 import typing  # noqa: E402
 
+from ibjax import lazy, places  # noqa: E402
+
 if typing.TYPE_CHECKING:
+    from ibjax import (
+        analysis,
+        attacks,
+        config,
+        convert,
+        data,
+        evaluate,
+        information,
+        losses,
+        models,
+        objectives,
+        pytorch,
+        report,
+    )
     from ibjax.runs.run import Run, load
 
-    __version__: str
-
-__all__ = ["Run", "__version__", "load"]
+__all__ = [
+    "Run",
+    "__version__",
+    "analysis",
+    "attacks",
+    "config",
+    "convert",
+    "data",
+    "evaluate",
+    "information",
+    "load",
+    "losses",
+    "models",
+    "objectives",
+    "pytorch",
+    "report",
+]
+__version__ = places.version()
+__getattr__, __dir__ = lazy.attach(__name__, __all__, {"Run": "ibjax.runs.run", "load": "ibjax.runs.run"})
 
 
 def _leave(number, frame):
@@ -71,20 +103,3 @@ def _begin_command():
 
 if sys.argv[:1] == ["-m"]:
     _leave_on_interrupt()
-
-
-def __getattr__(name):
-    """Finds the public names on first use, since importing JAX and Flax takes seconds."""
-    if name == "__version__":
-        from ibjax import places
-
-        return places.version()
-    if name in __all__:
-        from ibjax.runs import run
-
-        return getattr(run, name)
-    raise AttributeError(f"module 'ibjax' has no attribute '{name}'")
-
-
-def __dir__():
-    return sorted({*globals(), *__all__})

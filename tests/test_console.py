@@ -1,5 +1,6 @@
 """The console command `ibjax`: each word is a command, the same as its `python -m`; what ships with it is found."""
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -89,13 +90,22 @@ def test_help_and_import_need_no_library_and_names_are_seen_before_they_are_impo
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    with pytest.raises(AttributeError, match="no attribute 'laod'"):
-        ibjax.laod  # noqa: B018
 
 
-def test_the_marker_for_type_checkers_is_there_and_every_public_name_exists():
+PACKAGES = ("", ".analysis", ".attacks", ".data", ".information", ".models", ".objectives", ".pytorch")
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_every_public_name_of_a_package_is_there_and_is_listed(name):
+    package = importlib.import_module(f"ibjax{name}")
+    assert package.__all__ == sorted(package.__all__) and set(package.__all__) <= set(dir(package))
+    assert all(getattr(package, public) is not None for public in package.__all__)
+    with pytest.raises(AttributeError, match=f"module 'ibjax{name}' has no attribute 'laod'"):
+        package.laod  # noqa: B018
+
+
+def test_the_marker_for_type_checkers_is_there():
     assert (ROOT / "ibjax/py.typed").is_file()
-    assert all(getattr(ibjax, name) for name in ibjax.__all__)
 
 
 def test_a_recipe_may_import_its_neighbours_unless_the_folder_is_a_run_s(tmp_path, monkeypatch):

@@ -1,1 +1,21 @@
 """Analyses of trained networks, and of the cost of training them."""
+
+from ibjax import lazy
+
+__all__ = [
+    "attention",
+    "binarisation",
+    "calibration",
+    "complexity",
+    "corruptions",
+    "embedding",
+    "flops",
+    "layers",
+    "mask",
+    "modulation",
+    "plane",
+    "score_cam",
+    "singular",
+    "tendency",
+]
+__getattr__, __dir__ = lazy.attach(__name__, __all__)

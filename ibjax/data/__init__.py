@@ -19,7 +19,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ibjax import lazy
 from ibjax.errors import DataError
+
+__all__ = [
+    "Arrays",
+    "Split",
+    "augment",
+    "corruptions",
+    "digits",
+    "folder",
+    "load_splits",
+    "npz",
+    "prepare",
+    "stream",
+    "synthetic",
+    "tfds",
+]
+__getattr__, __dir__ = lazy.attach(__name__, __all__)
 
 log = logging.getLogger(__name__)
 

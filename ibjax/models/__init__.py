@@ -1,0 +1,15 @@
+"""Networks: one family, one file; each has a class `Model` that returns `(logits, features)`."""
+
+from ibjax import lazy
+
+__all__ = [
+    "cnn",
+    "masked",
+    "preact_resnet",
+    "resnet",
+    "siriib",
+    "stochastic",
+    "vgg",
+    "wide_resnet",
+]
+__getattr__, __dir__ = lazy.attach(__name__, __all__)

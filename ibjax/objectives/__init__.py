@@ -1,0 +1,27 @@
+"""Training methods: one paper, one file; each has a factory of its name that returns an `Objective`."""
+
+from ibjax import lazy
+
+__all__ = [
+    "alp",
+    "ara",
+    "ard",
+    "ceb",
+    "hbar",
+    "iad",
+    "ib_rar",
+    "ibd",
+    "infoat_r",
+    "label_smoothing",
+    "mart",
+    "mma",
+    "pgd_at",
+    "rslad",
+    "shared_information",
+    "siriib",
+    "standard",
+    "te",
+    "trades",
+    "vib",
+]
+__getattr__, __dir__ = lazy.attach(__name__, __all__)

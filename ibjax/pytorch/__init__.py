@@ -11,3 +11,13 @@
 | gate             | compares the logits of both networks on the same images                                         |
 | folders          | writes a folder completely or not at all                                                        |
 """
+
+from ibjax import lazy
+
+__all__ = [
+    "architectures",
+    "exports",
+    "imports",
+    "published",
+]
+__getattr__, __dir__ = lazy.attach(__name__, __all__)
