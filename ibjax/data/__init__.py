@@ -13,6 +13,7 @@ of the remaining training images.
 
 import logging
 import os
+import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,9 @@ import numpy as np
 
 from ibjax import lazy
 from ibjax.errors import DataError
+
+if typing.TYPE_CHECKING:
+    from ibjax.data import augment, corruptions, digits, folder, npz, prepare, stream, synthetic, tfds
 
 __all__ = [
     "Arrays",

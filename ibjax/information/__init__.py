@@ -1,6 +1,11 @@
 """Dependence measures and divergences between distributions, as pure functions with numerically stable derivatives."""
 
+import typing
+
 from ibjax import lazy
+
+if typing.TYPE_CHECKING:
+    from ibjax.information import divergence, fourier, hsic, mige, mine, svd
 
 __all__ = [
     "divergence",

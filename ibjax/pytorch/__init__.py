@@ -12,7 +12,12 @@
 | folders          | writes a folder completely or not at all                                                        |
 """
 
+import typing
+
 from ibjax import lazy
+
+if typing.TYPE_CHECKING:
+    from ibjax.pytorch import architectures, exports, imports, published
 
 __all__ = [
     "architectures",
