@@ -42,7 +42,7 @@ def images(digits_run, tmp_path_factory):
 
 
 def test_it_ends_at_the_flags_of_the_run_s_own_evaluation_and_x_adv_shows_them(command, images, digits_run):
-    """The same images, network, seed and attacks: also of the parts that AutoAttack is made of."""
+    """The same images, network, seed and attacks."""
     file, split = images
     code, printed, _ = command(file, f"--model={digits_run}", "--attacks=pgd-2,fgsm", "--batch_size=8")
     out = file.with_name("digits-attacked.npz")
@@ -141,6 +141,7 @@ def test_a_file_of_keras_s_layout_is_read_and_what_is_missing_is_named(tmp_path)
         npz.images(tmp_path / "b.npz")
 
 
+@pytest.mark.slow
 def test_autoattack_runs_on_such_images_too(images, digits_run):
     """Its flags are those of its own function, called by hand."""
     from ibjax.attacks import autoattack
