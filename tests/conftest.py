@@ -2,7 +2,6 @@
 
 import argparse
 import atexit
-import fcntl
 import functools
 import logging
 import os
@@ -14,6 +13,7 @@ import tomllib
 import zlib
 from pathlib import Path
 
+import filelock
 import pytest
 
 # What one test or process has compiled the others load: workers of one run share a folder, two runs never do.
@@ -104,8 +104,7 @@ def digits_run(tmp_path_factory):
 
     own = tmp_path_factory.mktemp("runs")
     made = tmp_path_factory.getbasetemp().parent / "digits" if "PYTEST_XDIST_WORKER" in os.environ else own / "digits"
-    with made.with_name("digits.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with filelock.FileLock(made.with_name("digits.lock")):
         done = made.with_name("digits.done")
         if not done.is_file():
             main.execute(smoke_config("digits"), made, "train")

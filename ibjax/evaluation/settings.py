@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ibjax import threat
+from ibjax import config, threat
 from ibjax.attacks import geometry, names
 from ibjax.data import Split
 from ibjax.errors import InputError
@@ -85,6 +85,17 @@ def _trace(name, model, input_shape, settings):
         jax.eval_shape(attacked, x, jax.ShapeDtypeStruct(x.shape[:1], jnp.int32), x)
     except InputError as error:
         raise InputError(f"attack '{name}' is not for this network: {error}") from None
+
+
+def replaced(section: Any, *, norm: Any = None, eps: Any = None, step_size: Any = None, **given: Any) -> dict[str, Any]:
+    """An `evaluate` section with the values that are given, not None, in place of its own; checked.
+
+    given: attacks, n, samples or batch_size. norm, eps, step_size: see `changed`.
+    """
+    given = {name: tuple(value) if name == "attacks" else value for name, value in given.items() if value is not None}
+    settings = changed(config.plain(section) | given, norm, eps, step_size)
+    check_settings(settings)
+    return settings
 
 
 def changed(settings, norm, eps, step_size):
