@@ -24,7 +24,11 @@ CACHE = os.environ["IBJAX_TEST_CACHE"]
 
 # Tests compile more than they compute: a lighter compiler takes half the time. Where XLA_FLAGS is set, even to nothing,
 # it stays. XLA ends a process over a flag that it does not know (fusion emitters from jax 0.11 on): one is asked first.
-LIGHT = ("--xla_backend_optimization_level=1", "--xla_llvm_disable_expensive_passes=true")
+LIGHT = (
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
 if "XLA_FLAGS" not in os.environ and "PYTEST_XDIST_WORKER" not in os.environ:
     ask = [sys.executable, "-c", "import jax; assert jax.default_backend() == 'cpu'"]
     for flags in (" ".join([*LIGHT, "--xla_cpu_use_fusion_emitters=false"]), " ".join(LIGHT)):
