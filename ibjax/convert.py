@@ -60,6 +60,7 @@ def main() -> None:
 
 def _parser():
     parser = command_line.bare("ibjax.convert", __doc__)
+    command_line.add_trust(parser)
     add = parser.add_argument
     add("--workdir", type=files.path, required=True, help="of the run: made by an import, read by an export")
     add("--torch", type=files.path, help="the file to import")

@@ -1,6 +1,7 @@
 """Train, evaluate and report from one configuration.
 
     python -m ibjax.main --config=configs/NAME.py[:arg] --workdir=DIR [--config.a.b=v …] [--mode=train|eval] [--restart]
+        [--trust=code|changed]
     python -m ibjax.main --config=OTHER/config.json --workdir=DIR [--config.a.b=v …]        repeats another run
 
 The command trains, in this order: the teacher, if the configuration holds its recipe and it has no checkpoint yet; the
@@ -9,6 +10,10 @@ command continues where it was stopped.
 
 If all checkpoints of a run are lost or damaged, the command says so and ends. --restart then begins that run again at
 step 0 and moves what is left of it to restarted-N/; a run with an undamaged checkpoint continues from it all the same.
+
+Names in a recipe and on the command line may refer to modules and files of your own. Where a run's folder names them
+(--config=OTHER/config.json, teacher.workdir), they run with --trust=code; --trust=changed goes on although the code of
+a run has changed since it was made.
 
 | exit code | meaning                                |
 |-----------|----------------------------------------|
@@ -32,14 +37,14 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from ibjax import config, errors, files, threat
+from ibjax import config, errors, extensions, files, threat
 from ibjax.attacks import names
 from ibjax.devices import cluster
 from ibjax.errors import InputError
 from ibjax.evaluation import report, results
 from ibjax.evaluation.evaluate import evaluate
 from ibjax.evaluation.settings import check_images, check_network, check_settings
-from ibjax.runs import recipe_files, run, rundir
+from ibjax.runs import command_line, recipe_files, run, rundir
 from ibjax.training import jobs, loop
 from ibjax.training.experiment import build
 
@@ -53,6 +58,7 @@ class Command(NamedTuple):
     workdir: Path
     mode: str
     restart: bool = False
+    trust: str | None = None
 
 
 def parse(argv: list[str]) -> Command:
@@ -68,6 +74,7 @@ def parse(argv: list[str]) -> Command:
     flags.DEFINE_enum("mode", "train", ["train", "eval"], "train and evaluate, or only evaluate", flag_values=values)
     text = "begin again at step 0 where checkpoints were lost or all are damaged; they go to restarted-N/"
     flags.DEFINE_bool("restart", False, text, flag_values=values)
+    flags.DEFINE_enum("trust", None, extensions.TRUSTS, command_line.TRUST, flag_values=values)
     flags.DEFINE_bool("help", False, "show this", short_name="h", flag_values=values)
     overrides = [flag for flag in argv[1:] if flag.lstrip("-").startswith("config.")]
     rest = recipe_files.parse_flags(values, [flag for flag in argv if flag not in overrides])
@@ -76,22 +83,31 @@ def parse(argv: list[str]) -> Command:
         sys.exit(0)
     if len(rest) > 1:
         raise InputError(
-            f"'{rest[1]}' is no flag; flags are --config, --workdir, --mode, --restart and --config.KEY=VALUE"
+            f"'{rest[1]}' is no flag; flags are --config, --workdir, --mode, --restart, --trust and --config.KEY=VALUE"
         )
     for name in ("config", "workdir"):
         if not values[name].value:
             example = "python -m ibjax.main --config=configs/digits.py --workdir=runs/digits"
             raise InputError(f"--{name} is missing; for example: {example}")
-    settings = recipe_files.override(recipe_files.load(values["config"].value), overrides)
-    return Command(settings, files.path(values["workdir"].value), values["mode"].value, values["restart"].value)
+    trust = values["trust"].value
+    with extensions.trusting(trust):
+        settings = recipe_files.override(recipe_files.load(values["config"].value), overrides)
+    workdir = files.path(values["workdir"].value)
+    return Command(settings, workdir, values["mode"].value, values["restart"].value, trust)
 
 
-def execute(settings: ConfigDict, workdir: Path, mode: str = "train", restart: bool = False) -> list[dict]:
+def execute(
+    settings: ConfigDict, workdir: Path, mode: str = "train", restart: bool = False, trust: str | None = None
+) -> list[dict]:
     """Trains and evaluates all runs of a configuration, writes the report; returns the records.
 
-    `restart`: see the command line.
+    `restart`, `trust`: see the command line.
     """
-    workdir = files.path(workdir)
+    with extensions.trusting(trust):
+        return _execute(settings, files.path(workdir), mode, restart)
+
+
+def _execute(settings, workdir, mode, restart):
     config.check(settings)
     settings = config.effective(config.complete(settings))
     check_settings(settings.evaluate)

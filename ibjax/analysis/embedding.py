@@ -233,6 +233,7 @@ def _legend(drawn, names):
 def main() -> None:
     """The command line of this module."""
     parser = command_line.bare("ibjax.analysis.embedding", __doc__)
+    command_line.add_trust(parser)
     parser.add_argument("--workdir", type=files.path, action="append", required=True, help="again for a run beside it")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step")
     commands.add_attack(parser, CLEAN, "; default: the images as they are")

@@ -33,7 +33,7 @@ from ibjax.evaluation import results
 from ibjax.evaluation.named import Named, named
 from ibjax.evaluation.scoring import Scorer, auto_attack, draw_keys, nan_warnings, percent, sampling
 from ibjax.evaluation.settings import changed, check_network, check_settings, scaled_step
-from ibjax.runs import run, rundir, trees
+from ibjax.runs import own_code, run, rundir, trees
 from ibjax.step import linen_net, to_float
 
 # the fields that must agree for a record to be reused
@@ -57,6 +57,7 @@ def evaluate(
     surrogate: Path | None = None,
     surrogate_checkpoint: str | int = "best",
     keep: int = 10,
+    trust: str | None = None,
 ) -> list[dict[str, Any]]:
     """Attacks a trained run's test set and writes `eval/<checkpoint>/<attack>.json`; returns the records.
 
@@ -71,19 +72,22 @@ def evaluate(
       surrogate: workdir of a run for transfer attacks: its network, at `surrogate_checkpoint`, is attacked, and the
         adversarial images are evaluated on this run.
       keep: number of adversarial images of each attack at the main eps to keep for the report, from as many classes.
+      trust: whether code that the run or the surrogate names may run, as in `ibjax.load`.
 
     A record on disk is reused if everything that it depends on is the same: weights, images, attack with its settings
     and code, eps, norm, seed, precision, and on a few images the logits and gradients of the network and of the
     surrogate. Records of transfer attacks by earlier versions, which say less about the surrogate, are computed again.
     """
     workdir = files.path(workdir)
-    trained = run.load(workdir, checkpoint)
+    trained = run.load(workdir, checkpoint, trust=trust)
+    if settings is None and attacks is None:  # they come from the run's folder, not from the caller
+        own_code.permit_attacks(trained.config.evaluate.attacks, workdir / "config.json", trust)
     settings = config.plain(trained.config.evaluate if settings is None else settings)
     given = dict(attacks=None if attacks is None else tuple(attacks), n=n, samples=samples, batch_size=batch_size)
     settings = changed(settings | {name: value for name, value in given.items() if value is not None},
                         norm, eps, step_size)  # fmt: skip
     check_settings(settings)
-    source = None if surrogate is None else _surrogate(surrogate, surrogate_checkpoint, trained, settings)
+    source = None if surrogate is None else _surrogate(surrogate, surrogate_checkpoint, trained, settings, trust)
     shown = settings if source is None else {**settings, "attacks": ()}
     check_network(trained.model, trained.facts["input_shape"], shown)
     victim = _victim(trained, settings["samples"])
@@ -94,6 +98,7 @@ def evaluate(
     asked = checks.network(lambda x, keys: logits(trained.variables, x, keys)[0], x, split.labels, keys[: len(x)])
     # warnings about the data, the network and its checkpoints
     warnings = [*trained.facts.get("warnings", ()), *asked.warnings, *rundir.doubts(trained.workdir)]
+    warnings += own_code.doubts(trained.config, rundir.recorded_code(trained.workdir))
 
     which = str(trained.step) if str(checkpoint).isdecimal() else str(checkpoint)
     folder = workdir / "eval" / which
@@ -110,9 +115,9 @@ def evaluate(
         return _executor(named(name, trained.config.objective), victim, source, trained, split, settings, mesh)
 
     for number, (name, attack, eps) in enumerate(plan, 1):
-        label, made = name, attack.settings
+        label, made = names.recorded(name), attack.settings
         if source is not None:
-            label, made = f"{name} from {source.says['title']}", {**made, "surrogate": source.says}
+            label, made = f"{label} from {source.says['title']}", {**made, "surrogate": source.says}
         step_size = _step_size(attack, settings, eps)
         own = {"attack": label, "attack_settings": made, "eps": eps}
         own |= {"step_size": step_size, "samples": settings["samples"]}
@@ -164,8 +169,8 @@ class Surrogate(NamedTuple):
         return self.predict(self.variables, x)[0]
 
 
-def _surrogate(workdir, checkpoint, trained, settings):
-    loaded = run.load(workdir, checkpoint)
+def _surrogate(workdir, checkpoint, trained, settings, trust):
+    loaded = run.load(workdir, checkpoint, trust=trust)
     for name in ("input_shape", "num_classes"):
         if loaded.facts[name] != trained.facts[name]:
             raise InputError(

@@ -12,7 +12,7 @@ from ibjax.attacks import geometry, names
 from ibjax.data import Split
 from ibjax.errors import InputError
 from ibjax.evaluation.named import check, named, takes_step_size
-from ibjax.step import linen_net
+from ibjax.step import linen_net, taps
 
 
 def check_settings(settings: Any) -> None:
@@ -58,8 +58,7 @@ def check_network(model: nn.Module, input_shape: Sequence[int], settings: Any) -
     on_features = [name for name in settings["attacks"] if named(name).features is not None]
     if not on_features:
         return
-    x = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
-    features = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x)[0][1], x)
+    features = taps(model, input_shape)
     for name in on_features:
         for feature in named(name).features or ():
             if feature not in features:

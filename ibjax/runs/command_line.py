@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from ml_collections import ConfigDict
 
-from ibjax import errors, files
+from ibjax import errors, extensions, files
 from ibjax.attacks.names import split
 from ibjax.runs import recipe_files
 
@@ -14,6 +14,7 @@ from ibjax.runs import recipe_files
 def of_run(module: str, description: str | None) -> argparse.ArgumentParser:
     """A parser for a module that reads a run, with --workdir and --checkpoint; the module adds its own arguments."""
     parser = bare(module, description)
+    add_trust(parser)
     parser.add_argument("--workdir", type=files.path, required=True)
     parser.add_argument("--checkpoint", default="best", help="best, last or a step")
     return parser
@@ -36,6 +37,24 @@ def bare(module: str, description: str | None, *, prog: str | None = None) -> ar
     )
 
 
+TRUST = (
+    "run modules and files that a run's folder names and that are no part of ibjax: code, if they are what the run was "
+    "made with; changed, also if they have changed since"
+)
+
+
+class _Trust(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Gives the permission for the whole process."""
+        extensions.trust(str(values))
+        setattr(namespace, self.dest, values)
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Adds --trust, which permits code that a run's folder names to run (`ibjax.extensions`)."""
+    parser.add_argument("--trust", choices=extensions.TRUSTS, action=_Trust, help=TRUST)
+
+
 def add_attacks(parser: argparse.ArgumentParser) -> None:
     """Adds --attacks, which replaces the attacks of the run's `evaluate` section."""
     parser.add_argument(
@@ -53,6 +72,7 @@ def comma_list(text: str) -> list[str]:
 def of_recipe(module: str, description: str | None) -> argparse.ArgumentParser:
     """A parser for a module that reads a recipe without training it, with --config; the module adds its arguments."""
     parser = bare(module, description)
+    add_trust(parser)
     help_text = "the recipe, FILE.py[:arg] or a run's config.json; --config.KEY=VALUE changes it"
     parser.add_argument("--config", required=True, help=help_text)
     return parser

@@ -12,7 +12,8 @@ from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from ibjax import config, files, threat
-from ibjax.errors import InputError, nearest
+from ibjax.errors import CodeError, InputError, nearest
+from ibjax.runs import own_code
 
 
 def parse_flags(values: flags.FlagValues, argv: list[str]) -> list[str]:
@@ -50,7 +51,8 @@ def _pair(flag):
 def _decides(settings, path, value):
     """Applies a flag that names or removes a section, and so decides which options exist; returns whether it did."""
     section, _, key = path.rpartition(".")
-    optional = config.local(section) in config.OPTIONAL and config.lookup(settings, section, 0) != 0
+    nameless = (*config.OPTIONAL, *config.NAMELESS)  # it may have no name so far
+    optional = config.local(section) in nameless and config.lookup(settings, section, 0) != 0
     if key == "name" and value and (optional or config.lookup(settings, path, None) is not None):
         config.rename(settings, section, value)
     elif config.local(path) in config.OPTIONAL and value == "None" and config.lookup(settings, path, 0) != 0:
@@ -95,12 +97,15 @@ def _argv(argv):
 
 
 def load(value: str) -> ConfigDict:
-    """The configuration of FILE.py[:arg], or of a run's config.json; raises InputError when it is missing or fails."""
+    """The configuration of FILE.py[:arg], or of a run's config.json; raises InputError when it is missing or fails.
+
+    Files that a recipe names are relative to the recipe's folder.
+    """
     name, _, arg = value.partition(":")
     file = files.path(name)
     if not file.is_file():
         raise InputError(f"--config={file} is no file; {_instead(file)}")
-    made = _of_run(file, arg) if file.suffix == ".json" else _of_recipe(file, arg)
+    made = _of_run(file, arg) if file.suffix == ".json" else own_code.anchor(_of_recipe(file, arg), file.parent)
     config.check(made)
     return made
 
@@ -158,8 +163,13 @@ def _of_run(file, arg):
     if arg:
         raise InputError(f"--config={file} is a run's configuration and takes no argument; leave ':{arg}' out")
     try:
-        saved = json.loads(file.read_text(encoding="utf-8"))["config"]
-        return config.loosen(threat.follow(config.upgrade(ConfigDict(config.plain(saved)))))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        saved = config.upgrade(ConfigDict(config.plain(content["config"])))
+        own_code.permit(saved, content.get("own_code"), file)
+        own_code.permit_attacks(saved.evaluate.attacks, file)
+        return config.loosen(threat.follow(saved))
+    except CodeError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"--config={file} is not the config.json of a run ({last_line(error)}); give that, or FILE.py"

@@ -71,7 +71,7 @@ def build(
     data = run.load_data(settings)
     if settings.select_on == "val" and data.val is None:
         raise InputError("data.val_size=0 leaves nothing to select on; hold some out, or set select_on='test'")
-    _check_padding(settings.augment.pad, data.train.images.shape[1:3])
+    _check_padding(settings.augment.get("pad", 0), data.train.images.shape[1:3])
     steps_per_epoch = len(data.train.labels) // settings.batch_size
     if not steps_per_epoch:
         raise InputError(f"batch_size={settings.batch_size} exceeds the {len(data.train.labels)} training images")
@@ -103,7 +103,7 @@ def build(
         objective,
         optimizer,
         *_attacks(settings, objective),
-        augment=augment.crop_and_flip(**settings.augment),
+        augment=_augmentation(settings),
         ema_decay=settings.ema_decay,
         perturb=_perturb(settings),
         steps_per_epoch=steps_per_epoch,
@@ -233,7 +233,13 @@ def _attacks(settings, objective):
 def _perturb(settings):
     if settings.perturb is None:
         return None
-    return config.build("perturb", settings.perturb, "perturb")
+    return config.build("perturbations", settings.perturb, "perturb")
+
+
+def _augmentation(settings):
+    if "name" in settings.augment:
+        return config.build("augmentations", settings.augment, "augment")
+    return augment.crop_and_flip(**settings.augment)
 
 
 # ---- the first state ---------------------------------------------------------------------------------------
