@@ -20,7 +20,6 @@ from ml_collections import ConfigDict
 from ibjax import config
 from ibjax.analysis import commands, output
 from ibjax.analysis.attacked import attack
-from ibjax.devices import cluster
 from ibjax.errors import InputError
 from ibjax.evaluation.scoring import percent
 from ibjax.objectives.ib_rar import layers_of
