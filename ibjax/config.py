@@ -31,6 +31,7 @@ from ibjax.calls import (  # noqa: F401 - some of them for those who take them f
     leaves,
     local,
     lookup,
+    own_source,
     plain,
     recipes,
     rename,

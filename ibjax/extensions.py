@@ -224,8 +224,8 @@ def entry_points(kind: str) -> dict[str, importlib.metadata.EntryPoint]:
         if (other.value, other.dist and other.dist.name) != (point.value, point.dist and point.dist.name):
             names = " and ".join(str(one.dist and one.dist.name) for one in (other, point))
             raise CodeError(
-                f"{singular(kind)} '{point.name}' is an entry point of both {names}; uninstall one, or name the module, "
-                f"as '{point.value.replace(':', '.')}'"
+                f"{singular(kind)} '{point.name}' is an entry point of both {names}; uninstall one, or name "
+                f"the module, as '{point.value.replace(':', '.')}'"
             )
     return found
 
@@ -307,7 +307,7 @@ def _import_file(file):
 
 
 def failure(error: BaseException, file: Path | None = None) -> str:
-    """What happened in the user's code, on one line: "my.py, line 3: ValueError: …"; in `file`, or in any loaded one."""
+    """What happened in `file`, or in any loaded one, on one line: "my.py, line 3: ValueError: …"."""
     there = [str(file)] if file else [module.__file__ for module, _ in _loaded.values()]
     line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) and error.filename in there else None
     place = f"{error.filename}, line {line}" if line else ""  # pyright: ignore[reportAttributeAccessIssue]
@@ -416,15 +416,9 @@ def _checked(word):
     return word
 
 
-def permit(name: str, what: str, where: Any) -> None:
-    """Raises CodeError unless a name in a run's folder may run: `what` it is, and the file `where` it stands."""
-    if not is_reference(name) or _trusted.get() or anchored(name, os.getcwd()) in _allowed:
-        return
-    match = _FILE.fullmatch(name)
-    raise CodeError(
-        f"{where} names code of its own, {what} '{name}', which runs only with your permission: read "
-        f"{match['file'] if match else 'that module'}, then give --trust=code (in Python trust='code')"
-    )
+def may_run(name: str) -> bool:
+    """Whether code that a run's folder names may run: it has the permission, or this process runs it anyway."""
+    return not is_reference(name) or bool(_trusted.get()) or anchored(name, os.getcwd()) in _allowed
 
 
 def changed(recorded: Any, source: Source) -> list[str]:

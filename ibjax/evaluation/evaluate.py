@@ -233,6 +233,7 @@ def make_scorer(attack: Named, predict: Callable, settings: Any, mesh: Any, atta
         guided=attack.guided,
         count=attack.count,
         attacked=attacked,
+        own=attack.settings.get("code", {}).get("name"),
     )
 
 

@@ -97,8 +97,8 @@ def layers_of(features: dict[str, Array], granularity: str, stem: bool = False) 
     names = [numbers[i] for i in sorted(numbers)]
     if not names:
         raise InputError(
-            f"objective.granularity='{granularity}': student and teacher need taps {granularity}1, {granularity}2, …; one of "
-            f"them has {', '.join(features) or 'none, as it returns logits alone'}; objective.beta=0 needs none"
+            f"objective.granularity='{granularity}': student and teacher need taps {granularity}1, {granularity}2, …; "
+            f"one of them has {', '.join(features) or 'none, as it returns logits alone'}; objective.beta=0 needs none"
         )
     if stem:
         if "stem" not in features:

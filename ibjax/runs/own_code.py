@@ -78,11 +78,19 @@ def permit(saved: ConfigDict, recorded: Any, file: Path) -> None:
     """
     _rename(saved, lambda name: extensions.found_again(name, file.parent, Path.cwd()))
     recorded = recorded if isinstance(recorded, Mapping) else {}
+    _refuse_forbidden([(path, section["name"]) for path, section in named(saved)], file)
     for path, section in named(saved):
-        extensions.permit(section["name"], path, file)
         entry = recorded.get(path)
         if (extensions.is_reference(section["name"]) or entry is not None) and path.split(".")[0] not in _HELD:
             _refuse_changed(entry, _kind(path, entry), section["name"], file)
+
+
+def _refuse_forbidden(names_by_path, file):
+    if forbidden := [f"{path} '{name}'" for path, name in names_by_path if not extensions.may_run(name)]:
+        raise CodeError(
+            f"{file} names code that is no part of ibjax, and runs only with your permission: "
+            f"{', '.join(forbidden)}; read it, then give --trust=code (in Python trust='code')"
+        )
 
 
 def _refuse_changed(entry, kind, name, file):
@@ -106,8 +114,7 @@ def _kind(path, entry):
 def permit_attacks(attacks: Iterable[str], file: Path, trust: str | None = None) -> None:
     """Raises CodeError unless the attacks that a run's `evaluate` section names may run."""
     with extensions.trusting(trust):
-        for name in attacks:
-            extensions.permit(names.own(name) or "", "evaluate.attacks", file)
+        _refuse_forbidden([("evaluate.attacks", names.own(name) or "") for name in attacks], file)
 
 
 def doubts(settings: ConfigDict, recorded: Any) -> list[str]:

@@ -14,12 +14,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from ibjax import config, files, optim
+from ibjax import config, extensions, files, optim
 from ibjax.data import Arrays, augment
 from ibjax.devices import cluster, placement
 from ibjax.errors import InputError
 from ibjax.runs import run, rundir, trees
-from ibjax.step import Net, Objective, TrainState, Variables, init_state, linen_net, make_train_step
+from ibjax.step import Net, Objective, TrainState, Variables, as_output, init_state, linen_net, make_train_step
 
 
 class Experiment(NamedTuple):
@@ -76,6 +76,8 @@ def build(
     if not steps_per_epoch:
         raise InputError(f"batch_size={settings.batch_size} exceeds the {len(data.train.labels)} training images")
     model = run.build_model(settings.model, data.num_classes, "model")
+    if config.own_source("models", settings.model.name) is not None:
+        _check_logits(model, data)
     objective = config.build("objectives", settings.objective, "objective")
     _check_attack(settings, objective)
     for role in config.TEACHERS:
@@ -136,6 +138,22 @@ def _check_padding(pad, size):
         raise InputError(
             f"augment.pad={pad} is not allowed with images of {size[0]}×{size[1]} pixels: crops would miss the image; "
             f"give less than {min(size)}, 4 is usual for 32×32"
+        )
+
+
+def _check_logits(model, data):
+    """Raises InputError where a network of the user's own does not return logits for the classes of the data."""
+    x = jax.ShapeDtypeStruct((1, *data.train.images.shape[1:]), np.float32)
+    try:
+        made = jax.eval_shape(lambda x: as_output(model.init_with_output(jax.random.key(0), x, train=False)[0]), x)
+    except InputError:
+        raise
+    except Exception as error:  # the user's code
+        raise InputError(f"the network cannot be traced: {extensions.failure(error)}") from error
+    if made[0].shape != (1, data.num_classes):
+        raise InputError(
+            f"the network returns logits of shape {made[0].shape}; the data has {data.num_classes} classes: give "
+            f"(1, {data.num_classes}) for images of shape {x.shape}"
         )
 
 

@@ -179,7 +179,8 @@ def _validator(experiment):
         return make(eps=eps, **options, **({"step_size": step_size} if sized else {}))
 
     predict, size = experiment.bind_net(None).predict, experiment.config.validate.batch_size
-    scorer = Scorer(lambda variables, x, keys: predict(variables, x), attack, experiment.mesh, size, section.norm)
+    network, own = lambda variables, x, keys: predict(variables, x), config.own_source("attacks", section.name)
+    scorer = Scorer(network, attack, experiment.mesh, size, section.norm, own=own and own.name)
     return scorer, {"eps": eps, "step_size": eps if step_size is None else step_size}
 
 
