@@ -155,7 +155,7 @@ def _built_in(kind, name):
     module = f"{package.__name__}.{name}"
     if not name.isidentifier() or importlib.machinery.PathFinder.find_spec(module, [folder]) is None:
         return None
-    return getattr(importlib.import_module(module), extensions.USUAL.get(kind, name), None)
+    return getattr(importlib.import_module(module), extensions.USUAL.get(kind) or name, None)
 
 
 def _names(kind):

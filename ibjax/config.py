@@ -268,7 +268,7 @@ def may_be_none(config: ConfigDict, path: str) -> bool:
         return True
     if section not in CALLS or "name" not in (given := lookup(config, path.rpartition(".")[0], None) or {}):
         return False
-    parameters, hints = signature(*called(section, given.name))
+    parameters, hints = signature(*called(section, given["name"]))
     return key in parameters and (parameters[key].default is None or fits(None, hints.get(key, int)))
 
 

@@ -8,18 +8,14 @@
 
 The factory of the usual name is `Model` for a network, `load` for a data set, otherwise the last part of the module's
 name. A file is imported by its path into a package of its own: `sys.path` stays as it is, and its neighbours are
-imported as `from . import neighbour`. A module is imported once per process, and its digests are those of that moment.
-
-Digests: SHA-256 of the module's source file, of the `__init__.py` of the packages that contain it, and of every source
-file that these import, directly or in turn, from the same folder (that of the file, or of the top-level package; among
-installed packages, from the same package only). Imports are read from the source, so one by `importlib` does not count.
+imported as `from . import neighbour`. A module is imported once per process, and its digests (`ibjax.sources`) are
+those of that moment.
 
 Permission: a name in the user's own recipe, command or Python call may run. One in a run's folder may run only if it
 is an entry point, if this process already runs it, or after `--trust=code`; if its code has changed since the run was
 made, only after `--trust=changed` (`trusting`).
 """
 
-import ast
 import contextlib
 import contextvars
 import functools
@@ -32,22 +28,19 @@ import logging
 import os
 import re
 import sys
-import sysconfig
 import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ibjax import files
+from ibjax import files, sources
 from ibjax.errors import CodeError, InputError, nearest
 
 TRUSTS = ("code", "changed")
 USUAL = {"models": "Model", "data": "load"}  # kind -> the usual name of its factories; otherwise that of the module
 _FILE = re.compile(r"(?P<file>.+\.py)(:(?P<attribute>[^\W\d]\w*))?")
-_PACKAGE = (
-    "ibjax_own_"  # and digits that depend on the folder: the package into which the files of a folder are imported
-)
+_PACKAGE = "ibjax_own_"  # with a digest of the folder: the package into which files of a folder are imported
 _trusted: contextvars.ContextVar[str | None] = contextvars.ContextVar("trusted", default=None)
 _allowed: set[str] = set()  # references that may run, since the user named them or gave permission
 _loaded: "dict[str, _Loaded]" = {}  # key of the module -> module
@@ -270,7 +263,7 @@ def find(source: Source) -> Callable:
 
 def _load(source):
     if source.key not in _loaded:
-        digests = _digests(source)
+        digests = sources.digests(source.file, source.root, source.module)
         _loaded[source.key] = _Loaded(_imported(source), digests)
     return _loaded[source.key]
 
@@ -318,7 +311,7 @@ def failure(error: BaseException, file: Path | None = None) -> str:
     return f"{place}{': ' * bool(place)}{type(error).__name__}: {text}"
 
 
-# ---- digests -----------------------------------------------------------------------------------------------
+# ---- records ------------------------------------------------------------------------------------------------
 
 
 def record(source: Source) -> dict[str, Any]:
@@ -326,68 +319,16 @@ def record(source: Source) -> dict[str, Any]:
 
     The digests are those of what this process runs, else those of the files as they are.
     """
-    version = source.version or (_version(source.module.split(".")[0]) if source.module else "")
+    version = source.version or (sources.version(source.module.split(".")[0]) if source.module else "")
     return {
         "kind": source.kind,
         "name": source.name,
         **({"module": source.module} if source.module else {"file": str(source.file)}),
         **({"version": version} if version else {}),
-        "sha256": _loaded[source.key].digests if source.key in _loaded else _digests(source),
+        "sha256": _loaded[source.key].digests
+        if source.key in _loaded
+        else sources.digests(source.file, source.root, source.module),
     }
-
-
-@functools.cache
-def _version(top):
-    """The version of the distribution that installs a top-level module, as "my-pkg 1.0"; "" where there is none."""
-    if top == "ibjax":
-        return ""
-    owners = importlib.metadata.packages_distributions().get(top, ())
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in dict.fromkeys(owners))
-
-
-def _digests(source):
-    """{path below the root: SHA-256} of the module's source and of all that it imports from there: see above."""
-    parents = list(source.file.relative_to(source.root).parents)[:-1] if source.module else []
-    wanted = [source.file, *(source.root / parent / "__init__.py" for parent in parents)]
-    only = source.module.split(".")[0] if source.module and _is_installed(source.root) else None
-    found: dict[str, str] = {}
-    while wanted:
-        file = wanted.pop()
-        path = file.relative_to(source.root).as_posix()
-        if path in found or not file.is_file():
-            continue
-        content = files.read_bytes(file)
-        found[path] = hashlib.sha256(content).hexdigest()
-        if file.suffix == ".py":
-            wanted += _neighbours(content, Path(path), source.root, only)
-    return dict(sorted(found.items()))
-
-
-def _neighbours(content, path, root, only):
-    """The source files below `root` that a source file imports."""
-    try:
-        tree = ast.parse(content)
-    except (SyntaxError, ValueError):  # its import will say so
-        return
-    for node in ast.walk(tree):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
-        if isinstance(node, ast.ImportFrom):
-            above = path.parent.parts[: len(path.parent.parts) - node.level + 1] if node.level else ()
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            names = [f"{base}.{name}".lstrip(".") for name in names]
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "ibjax" or (only and parts[0] != only):
-                continue
-            for count in range(1, len(parts) + 1):
-                module = root.joinpath(*parts[:count])
-                yield from (module.with_name(f"{module.name}.py"), module / "__init__.py")
-
-
-def _is_installed(folder):
-    """Whether a folder holds installed packages, or Python's own modules."""
-    known = {Path(path).resolve() for name, path in sysconfig.get_paths().items() if name.endswith(("lib", "stdlib"))}
-    return folder.resolve() in known or folder.name in ("site-packages", "dist-packages")
 
 
 # ---- permission --------------------------------------------------------------------------------------------

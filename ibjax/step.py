@@ -23,7 +23,6 @@ from typing import Any, NamedTuple, Protocol
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array, lax
 
@@ -160,9 +159,9 @@ def linen_net(
 def as_output(made: Any) -> Output:
     """(logits, features) from what a network returns: these two, or logits alone. InputError on anything else."""
     match made:
-        case (logits, Mapping() as features) if hasattr(logits, "dtype"):
+        case (jax.Array() as logits, Mapping() as features):
             return logits, Features(features)
-        case jax.Array() | np.ndarray():
+        case jax.Array():
             return made, Features()
     given = f"a tuple of {len(made)}" if isinstance(made, tuple) else f"a {type(made).__name__}"
     raise InputError(f"the network returns {given}; return logits (B, classes), or (logits, {{name of a tap: array}})")

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import contextvars
 import hashlib
 import json
 import re
@@ -22,7 +23,7 @@ from ibjax.devices import cluster
 from ibjax.errors import CodeError, InputError, PreemptedError
 from ibjax.evaluation.evaluate import evaluate
 from ibjax.evaluation.named import named, takes_step_size
-from ibjax.runs import own_code, recipe_files, rundir, trees
+from ibjax.runs import command_line, own_code, recipe_files, rundir, trees
 from ibjax.training import experiment, loop
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
@@ -136,6 +137,18 @@ def test_code_that_a_folder_names_runs_with_permission_only_and_none_before(move
     assert ibjax.load(workdir).step == found.step  # this process runs the code anyway
     with pytest.raises(InputError, match="trust='yes' is unknown; allowed: changed, code"):
         ibjax.load(workdir, trust="yes")
+
+
+def test_every_command_takes_the_permission(moved):
+    folder, workdir = moved
+    given = main.parse(["main", f"--config={workdir}/config.json", f"--workdir={folder}/again", "--trust=code"])
+    assert given.trust == "code" and given.settings.model.name == str(folder / "my_network.py")
+    parsers = (command_line.of_run("m", ""), command_line.of_recipe("m", ""), command_line.of_training("m", ""))
+    for parser in parsers:
+        words = [f"--{action.dest}=x" for action in parser._actions if action.required]
+        context = contextvars.copy_context()
+        assert context.run(parser.parse_args, [*words, "--trust=changed"]).trust == "changed"
+        assert context.run(extensions.may_run, "os.system") and not extensions.may_run("os.system")
 
 
 def test_a_students_command_asks_before_it_runs_a_teachers_code(moved):

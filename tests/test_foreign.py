@@ -24,7 +24,7 @@ RNG = np.random.default_rng(0)
 UNKNOWN = ("evil", "linked", "../evil", "__main__", "..evil")
 FORBIDDEN = ("os.system", "evil.Model", "{folder}/evil.py:Model", "./evil.py", "{folder}/linked.py")
 NAMES = (*UNKNOWN, *FORBIDDEN)
-SECTIONS = ("model", "objective", "data", "attack", "validate.attack", "optimizer", "schedule", "perturb")
+SECTIONS = ("model", "objective", "data", "attack", "validate.attack", "optimizer", "schedule", "perturb", "augment")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-GROUND = ("errors", "calls", "extensions", "losses", "files")
+GROUND = ("errors", "calls", "extensions", "sources", "losses", "files")
 CORE = ("step", "config", "optim", "perturb", "threat")
 COMMANDS = ("main", "evaluate", "report", "convert", "aot")
 # from the ground up; modules and wings of one floor may import one another, but not in a circle

@@ -71,7 +71,7 @@ def own_attack(source: Any, made: Any, options: Mapping[str, Any]) -> Attack:
         raise CodeError(f"{source} is a {type(made).__name__}; return a function (key, logits_fn, x, target) -> x_adv")
 
     def attack(key, logits_fn, x, target):
-        x_adv = made(key, logits_fn, x, target)
+        x_adv: Any = made(key, logits_fn, x, target)
         if not isinstance(x_adv, jax.Array) or (x_adv.shape, x_adv.dtype) != (x.shape, x.dtype):
             given = f"{x_adv.dtype}{list(x_adv.shape)}" if hasattr(x_adv, "dtype") else f"a {type(x_adv).__name__}"
             raise CodeError(

@@ -56,7 +56,7 @@ def own_augmentation(source: Any, made: Any, options: Any) -> Callable[[Array, A
         raise CodeError(f"{source} is a {type(made).__name__}; return a function (key, images) -> images")
 
     def augment(key: Array, images: Array) -> Array:
-        found = made(key, images)
+        found: Any = made(key, images)
         if not isinstance(found, Array) or (found.shape, found.dtype) != (images.shape, images.dtype):
             given = f"{found.dtype}{list(found.shape)}" if hasattr(found, "dtype") else f"a {type(found).__name__}"
             raise CodeError(f"{source} returns {given}; return images as it got, {images.dtype}{list(images.shape)}")

@@ -26,7 +26,7 @@ from ibjax.attacks.representation import guides
 from ibjax.data import Split
 from ibjax.devices import cluster
 from ibjax.errors import CodeError, InputError, PreemptedError
-from ibjax.step import Variables, to_float
+from ibjax.step import Variables, as_output, to_float
 
 TOLERANCE = 1e-6  # of the eps-ball and of [0, 1], in float32
 _EVALUATION = 0x65766C  # folded into the seed, so that evaluation uses other keys than training
@@ -282,7 +282,7 @@ def sampling(model: nn.Module, samples: int) -> Callable:
 
     def predict(variables, x, keys):
         def once(key, x):
-            return drawing.apply(variables, x, train=False, rngs={"sample": key})[0]
+            return as_output(drawing.apply(variables, x, train=False, rngs={"sample": key}))[0]
 
         _, logits = eot.sampled(keys, once, samples)(x)  # (k, B, classes)
         return jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0) - jnp.log(float(samples)), {}
