@@ -42,8 +42,9 @@ USUAL = {"models": "Model", "data": "load"}  # kind -> the usual name of its fac
 _FILE = re.compile(r"(?P<file>.+\.py)(:(?P<attribute>[^\W\d]\w*))?")
 _PACKAGE = "ibjax_own_"  # with a digest of the folder: the package into which files of a folder are imported
 _trusted: contextvars.ContextVar[str | None] = contextvars.ContextVar("trusted", default=None)
-_allowed: set[str] = set()  # references that may run, since the user named them or gave permission
+_allowed: dict[str, dict[str, str]] = {}  # name that the user gave or permitted -> the digests of its code
 _loaded: "dict[str, _Loaded]" = {}  # key of the module -> module
+_told: list[importlib.metadata.EntryPoint] = []  # of which a warning has been given
 log = logging.getLogger(__name__)
 
 
@@ -103,10 +104,20 @@ def unanchored(name: str) -> str:
     return name.rpartition("/")[2] if is_file(name) else name
 
 
-def found_again(name: str, *folders: str | os.PathLike) -> str:
-    """The name, with its file in the first of the folders that has it where it is no longer at its own path."""
+def found_again(name: str, recorded: Any, *folders: str | os.PathLike) -> str:
+    """The name with the path at which its file is found now.
+
+    That is the path of the same code, by the digests that a run `recorded`, if this process runs it; else its own path;
+    else the first of the `folders` that has a file of its name.
+    """
     match = _FILE.fullmatch(name)
-    if match and not Path(match["file"]).is_file():
+    if not match:
+        return name
+    before = recorded.get("sha256") if isinstance(recorded, Mapping) else None
+    for other, digests in _allowed.items():
+        if unanchored(other) == unanchored(name) and digests == before:
+            return other
+    if not Path(match["file"]).is_file():
         for file in (Path(folder) / Path(match["file"]).name for folder in folders):
             if file.is_file():
                 return os.path.abspath(file) + (match[2] or "")
@@ -229,11 +240,11 @@ def _points(group, path):
     return tuple(importlib.metadata.entry_points(group=group))
 
 
-@functools.cache
 def tell_of_shadowed(kind: str, name: str) -> None:
     """Warns, once, of an installed package with an entry point that has the name of a built-in: it is not used."""
     for point in _points(f"ibjax.{kind}", tuple(sys.path)):
-        if point.name == name:
+        if point.name == name and point not in _told:
+            _told.append(point)
             log.warning(
                 "the entry point '%s' of %s in ibjax.%s is not used: ibjax's own %s has that name; rename it",
                 name,
@@ -257,7 +268,7 @@ def find(source: Source) -> Callable:
         raise CodeError(
             f"{source}: {source.file} defines no '{source.attribute}' to call; {nearest(source.attribute, own)}"
         )
-    _allowed.add(anchored(source.name, os.getcwd()))
+    _allowed[anchored(source.name, os.getcwd())] = _loaded[source.key].digests
     return found
 
 

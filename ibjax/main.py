@@ -127,7 +127,9 @@ def _execute(settings, workdir, mode, restart):
             raise InputError(
                 f"{job.workdir} holds no trained run; train it with --mode=train, or give another --workdir"
             )
-        rundir.refuse_other_options(job.workdir, rundir.read_config(job.workdir)[0], job.settings, ("model", "data"))
+        rundir.refuse_other_options(
+            job.workdir, rundir.read_config(job.workdir, job.settings)[0], job.settings, ("model", "data")
+        )
     with contextlib.ExitStack() as locks:
         for folder in {job.workdir.resolve(): job.workdir for job in todo}.values():
             locks.enter_context(rundir.lock(folder))

@@ -201,6 +201,25 @@ def test_a_file_that_has_moved_is_found_in_the_runs_folder_and_in_the_current_on
     assert found.model.name == str(workdir / "my_network.py") and found.attack.name.startswith(str(Path.cwd()))
 
 
+def test_a_project_that_was_copied_goes_on_with_its_run(made, moved, monkeypatch):
+    """The run's config.json names the files of the original, which this process does not use."""
+    folder, workdir = moved
+    shutil.copy(made[1] / "config.json", workdir / "config.json")
+    command = main.parse(["main", f"--config={folder / 'my_recipe.py'}", f"--workdir={workdir}"])
+    assert rundir.read_config(workdir)[0].model.name == str(
+        folder / "my_network.py"
+    )  # the same code, which runs anyway
+    rundir.write_config(workdir, command.settings, rundir.read_config(workdir)[1])
+    assert str(made[0]) not in (workdir / "config.json").read_text()
+    shutil.copy(made[1] / "config.json", workdir / "config.json")
+    with another_process():
+        with (folder / "my_network.py").open("a") as file:
+            file.write("# a change")
+        command = main.parse(["main", f"--config={folder / 'my_recipe.py'}", f"--workdir={workdir}"])
+        with pytest.raises(CodeError, match=f"{folder}/my_network.py changed since"):
+            main.execute(*command)
+
+
 # ---- names ---------------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +236,9 @@ def package(tmp_path, monkeypatch):
         "their_pkg/never.py": "",
         "theirs-2.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: theirs\nVersion: 2.0\n",
         "theirs-2.0.dist-info/entry_points.txt": "[ibjax.augmentations]\nturn = their_pkg.flip:flip\n"
-        "crop_and_flip = their_pkg.flip:flip\ngone = their_pkg.gone\n",
+        "crop_and_flip = their_pkg.flip:flip\ngone = their_pkg.gone\n[ibjax.schedules]\nboth = their_pkg.flip\n",
+        "other-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: other\nVersion: 1.0\n",
+        "other-1.0.dist-info/entry_points.txt": "[ibjax.schedules]\nboth = other:both\n",
     }
     for name, text in files_.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -240,6 +261,10 @@ def test_a_name_is_a_module_an_attribute_an_entry_point_or_a_file(package, caplo
         calls.factory("augmentations", "trun")
     with pytest.raises(CodeError, match=r"entry point of theirs 2.0 names the module 'their_pkg.gone', which"):
         calls.factory("augmentations", "gone")
+    with pytest.raises(
+        CodeError, match=r"schedule 'both' is an entry point of both (other and theirs|theirs and other)"
+    ):
+        calls.factory("schedules", "both")
 
 
 def test_a_record_names_the_version_and_every_source_file_that_is_imported(package):

@@ -29,17 +29,19 @@ def named(section: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def anchor(settings: ConfigDict, folder: Path) -> ConfigDict:
     """Gives each file that is named by a relative path its absolute one, in place, which begins with `folder`."""
-    return _rename(settings, lambda name: extensions.anchored(name, folder))
+    return _rename(settings, lambda path, name: extensions.anchored(name, folder))
 
 
-def _rename(settings, change: Callable[[str], str]):
+def _rename(settings, change: Callable[[str, str], str]):
+    """Applies `change` (path, name) to the name of every section, and to what names of attacks refer to, in place."""
     with settings.unlocked():
-        for _, section in named(settings):
-            section["name"] = change(section["name"])
+        for path, section in named(settings):
+            section["name"] = change(path, section["name"])
         for config in _configurations(settings):
             attacks = config.evaluate.attacks
             if any(map(names.own, attacks)):
-                config.evaluate.attacks = type(attacks)(names.relocated(name, change) for name in attacks)
+                renamed = (names.relocated(name, lambda reference: change("", reference)) for name in attacks)
+                config.evaluate.attacks = type(attacks)(renamed)
     return settings
 
 
@@ -70,14 +72,23 @@ def continued(new: dict[str, Any], old: Any) -> dict[str, Any]:
     return made
 
 
-def permit(saved: ConfigDict, recorded: Any, file: Path) -> None:
+def permit(saved: ConfigDict, recorded: Any, file: Path, given: ConfigDict | None = None) -> None:
     """Raises CodeError unless all code that a run's configuration names may run, and is what the run was made with.
 
     Nothing is imported. Files that are no longer at their path are looked for in the run's folder and in the current
-    one; `saved` then names them there.
+    one; those that `given`, the user's own configuration of this run, has elsewhere are taken from there. `saved` then
+    names them there.
     """
-    _rename(saved, lambda name: extensions.found_again(name, file.parent, Path.cwd()))
     recorded = recorded if isinstance(recorded, Mapping) else {}
+    elsewhere = {path: section["name"] for path, section in named(given or {})}
+
+    def found(path, name):
+        own = elsewhere.get(path, "")
+        if extensions.is_file(own) and extensions.unanchored(own) == extensions.unanchored(name):
+            return own
+        return extensions.found_again(name, recorded.get(path), file.parent, Path.cwd())
+
+    _rename(saved, found)
     _refuse_forbidden([(path, section["name"]) for path, section in named(saved)], file)
     for path, section in named(saved):
         entry = recorded.get(path)

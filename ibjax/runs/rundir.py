@@ -206,7 +206,7 @@ def _is_free(path):
 def _refuse_other_run(workdir, given, facts, own):
     """Refuses to continue the checkpoints of another configuration or of other data."""
     try:
-        saved, saved_facts = read_config(workdir)
+        saved, saved_facts = read_config(workdir, given)
     except UnreadableError:
         raise
     except CheckpointError as error:  # absent or damaged, but the checkpoints hold the run's identity
@@ -258,8 +258,8 @@ def _refuse_lost_checkpoints(workdir, restart):
     cluster.agree("what was left of the run set aside", {})  # all wait for process 0
 
 
-def read_config(workdir: Path) -> tuple[ConfigDict, dict[str, Any]]:
-    """(configuration, facts of the data) of a run.
+def read_config(workdir: Path, given: ConfigDict | None = None) -> tuple[ConfigDict, dict[str, Any]]:
+    """(configuration, facts of the data) of a run; `given` is the user's configuration of it: see `own_code.permit`.
 
     Raises CheckpointError where config.json is missing or damaged, UnreadableError where it temporarily cannot be read,
     CodeError where it names code of the user's own that is missing, has changed, or may not run: `ibjax.extensions`.
@@ -268,7 +268,7 @@ def read_config(workdir: Path) -> tuple[ConfigDict, dict[str, Any]]:
     try:
         content = files.read_json(file)
         saved, facts = config.upgrade(ConfigDict(content["config"])), content["data"]
-        own_code.permit(saved, content.get("own_code"), file)
+        own_code.permit(saved, content.get("own_code"), file, given)
         config.check(saved)
         saved = config.effective(saved)
         if type(facts["num_classes"]) is not int or not all(type(size) is int for size in facts["input_shape"]):
