@@ -280,4 +280,4 @@ def _tell(settings, epoch, scores, seconds_left):
 
 
 def _name(settings):
-    return settings.title or settings.objective.name
+    return settings.title or extensions.unanchored(settings.objective.name)
