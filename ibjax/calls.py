@@ -38,9 +38,9 @@ _TABLES = {
 }
 # kind -> (module, its function (name, what a factory of the user's own has made) -> the same, checked)
 _CONTRACTS = {
-    "models": ("ibjax.models", "own_model"),
+    "models": ("ibjax.models.own", "own_model"),
     "data": ("ibjax.data", "own_data"),
-    "objectives": ("ibjax.objectives", "own_objective"),
+    "objectives": ("ibjax.objectives.own", "own_objective"),
     "attacks": ("ibjax.attacks.entrance", "own_attack"),
     "optimizers": ("ibjax.optim", "own_optimizer"),
     "schedules": ("ibjax.optim", "own_schedule"),

@@ -7,21 +7,25 @@ contrast. Runs that differ only in their seed share one line with mean ± standa
 own line.
 """
 
-from ibjax import errors, files
+from ibjax import cli, errors, files
 from ibjax.evaluation.report import RunResults, read, self_checks, table, write
-from ibjax.runs.command_line import bare
 
 __all__ = ["RunResults", "read", "table", "write"]
 
 
-def main() -> None:
-    """The command line of this module."""
+def parser() -> cli.Parser:
+    """The arguments of this module."""
     text = "Writes one HTML page on all runs in and below the folders, and prints their table."
-    parser = bare("ibjax.report", text)
+    parser = cli.parser("ibjax.report", text)
     parser.add_argument("folder", metavar="DIR", type=files.path, nargs="+", help="a workdir, or a folder above some")
     parser.add_argument("--out", type=files.path, help="the page to write; default: report.html in the first DIR")
     parser.add_argument("--each", action="store_true", help="a line for every seed of a recipe, not their mean")
-    given = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """The command line of this module."""
+    given = parser().parse_args()
 
     def command():
         out = given.out or given.folder[0] / "report.html"

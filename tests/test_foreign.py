@@ -15,10 +15,13 @@ from conftest import change_config, clean_recipe, smoke_config
 from test_faults import ROOT, environment
 
 import ibjax
+from ibjax import attack as attack_command
 from ibjax import config, files, main
+from ibjax.devices import cluster
 from ibjax.errors import CheckpointError, CodeError, InputError
 from ibjax.evaluation import evaluate, report
 from ibjax.models import cnn
+from ibjax.runs import recipe_files, run
 
 RNG = np.random.default_rng(0)
 UNKNOWN = ("evil", "linked", "../evil", "__main__", "..evil")
@@ -109,6 +112,28 @@ def test_every_door_to_a_folder_refuses_it(made, foreign, tmp_path, name):
             enter()
     report.write([foreign], tmp_path / "report.html")
     assert not (tmp_path / "student" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("attack", ["os.system-3", "evil.Model", "./evil.py:Model"])
+def test_attacks_that_a_folder_names_do_not_run_without_permission(foreign, monkeypatch, capsys, attack):
+    """Those of its `evaluate` section, at every door that takes them when the caller names none."""
+    change_config(foreign, evaluate__attacks=(attack,))
+    trained = ibjax.load(foreign)
+    words = "runs only with your permission: evaluate.attacks"
+    for enter in (
+        lambda: evaluate.evaluate(foreign),
+        lambda: evaluate.attack_images(trained, run.test_split(trained), "test"),
+        lambda: recipe_files.load(str(foreign / "config.json")),
+    ):
+        with pytest.raises(CodeError, match=words):
+            enter()
+    monkeypatch.setattr(cluster, "initialize", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["attack", str(foreign.parent / "b.npz"), f"--model={foreign}"])
+    split = run.test_split(trained)
+    np.savez(foreign.parent / "b.npz", x=split.images, y=split.labels)
+    with pytest.raises(SystemExit):
+        attack_command.main()
+    assert words in capsys.readouterr().err
 
 
 def test_an_installed_package_takes_no_name_of_ours(foreign, tmp_path, monkeypatch):

@@ -5,10 +5,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ibjax.devices import cores
 from ibjax.information import fourier
 
 X = np.random.default_rng(0).uniform(size=(2, 8, 6, 3)).astype(np.float32)
 W = np.random.default_rng(1).normal(size=(3, 3)).astype(np.float32)
+
+
+@pytest.fixture(params=[(0, 10, 2), (0, 11, 0)], autouse=True, ids=["fft", "products"])
+def version(request, monkeypatch):
+    """All holds for both forms: by jnp.fft, and by products where an FFT could hang."""
+    monkeypatch.setattr(jax, "__version_info__", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 6, 3), (1, 5, 7, 2), (1, 1, 2, 1)])
+def test_transforms_are_those_of_numpy(shape, version):
+    """Also of a spectrum that belongs to no real image, where NumPy takes the real part."""
+    rng = np.random.default_rng(2)
+    x, half = rng.uniform(size=shape), shape[2] // 2 + 1
+    f = rng.normal(size=(2, *shape[:2], half, shape[3]))
+    f = f[0] + 1j * f[1]
+    spectrum = np.fft.rfft2(x, axes=(1, 2), norm="ortho")
+    image = np.fft.irfft2(f, s=shape[1:3], axes=(1, 2), norm="ortho")
+    np.testing.assert_allclose(fourier.transform(jnp.asarray(x, jnp.float32)), spectrum, atol=1e-6)
+    np.testing.assert_allclose(fourier.inverse(jnp.asarray(f, jnp.complex64), jnp.asarray(x)), image, atol=2e-6)
+    program = str(jax.make_jaxpr(lambda x: fourier.transform(x))(jnp.zeros(shape)))
+    assert ("fft[" in program) == (version < (0, 11))
+    with cores.elsewhere():  # the fault is the CPU's
+        assert "fft[" in str(jax.make_jaxpr(lambda x: fourier.transform(x))(jnp.zeros(shape)))
 
 
 def mixed(weights):

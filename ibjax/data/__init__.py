@@ -13,13 +13,34 @@ of the remaining training images.
 
 import logging
 import os
+import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ibjax import lazy
 from ibjax.errors import CodeError, DataError
+
+if typing.TYPE_CHECKING:
+    from ibjax.data import augment, corruptions, digits, folder, npz, prepare, stream, synthetic, tfds
+
+__all__ = [
+    "Arrays",
+    "Split",
+    "augment",
+    "corruptions",
+    "digits",
+    "folder",
+    "load_splits",
+    "npz",
+    "prepare",
+    "stream",
+    "synthetic",
+    "tfds",
+]
+__getattr__, __dir__ = lazy.attach(__name__, __all__)
 
 log = logging.getLogger(__name__)
 

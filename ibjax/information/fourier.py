@@ -10,8 +10,12 @@ width of images (B, H, W, C).
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+
+from ibjax.devices import cores
 
 Mix = Callable[[Array], Array]  # (B, H, W//2 + 1, C') -> the same shape, position by position
 
@@ -41,12 +45,39 @@ def parts(x: Array, mix: Mix) -> Array:
 
 def transform(x: Array) -> Array:
     """(B, H, W, C) real -> (B, H, W//2 + 1, C) complex: the half of the spectrum that determines the other half."""
+    if _by_products():
+        height, width = (_unitary(n) for n in x.shape[1:3])
+        return _product("bhwc,hj,wk->bjkc", lax.complex(x, jnp.zeros_like(x)), height, width[:, : len(width) // 2 + 1])
     return jnp.fft.rfft2(x, axes=(1, 2), norm="ortho")
 
 
 def inverse(f: Array, like: Array) -> Array:
     """(B, H, W//2 + 1, C) complex -> real, with the shape of `like`, (B, H, W, C)."""
+    if _by_products():
+        height, width = (_unitary(n).conj() for n in like.shape[1:3])
+        n = len(width)
+        twice = np.where((2 * np.arange(n // 2 + 1)) % n == 0, 1, 2)  # all but these two stand for two coefficients
+        return _product("bjkc,jh,kw->bhwc", f, height, twice[:, None] * width[: n // 2 + 1]).real
     return jnp.fft.irfft2(f, s=like.shape[1:3], axes=(1, 2), norm="ortho")
+
+
+def _by_products():
+    """Whether a transform must be a product with the matrix of the discrete Fourier transform.
+
+    From jaxlib 0.11 on, an FFT on a CPU divides its work among the threads of the pool that it runs on and waits for
+    them (https://github.com/openxla/xla/pull/46347). A program hangs for good once each of these threads runs an FFT,
+    as with several devices, with batches in parts or on one core. No release without this fault is known yet.
+    """
+    return cores.on_cpu() and jax.__version_info__ >= (0, 11)
+
+
+def _unitary(n):
+    """The matrix (n, n) of the unitary transform."""
+    return np.exp(-2j * np.pi * (np.outer(np.arange(n), np.arange(n)) % n) / n) / np.sqrt(n)
+
+
+def _product(formula, f, *matrices):
+    return jnp.einsum(formula, f, *(jnp.asarray(m, f.dtype) for m in matrices), precision=lax.Precision.HIGHEST)
 
 
 def modulus(f: Array) -> Array:

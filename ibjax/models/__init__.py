@@ -1,18 +1,20 @@
-"""Networks: one family, one file, each with a class `Model`, a Linen module that returns (logits, features)."""
+"""Networks: one family, one file; each has a class `Model` that returns `(logits, features)`."""
 
-import inspect
-from typing import Any
+import typing
 
-import flax.linen as nn
+from ibjax import lazy
 
-from ibjax.errors import CodeError
+if typing.TYPE_CHECKING:
+    from ibjax.models import cnn, masked, preact_resnet, resnet, siriib, stochastic, vgg, wide_resnet
 
-
-def own_model(source: Any, made: Any, options: Any) -> nn.Module:
-    """The network that a factory of the user's own has made; CodeError unless it can be called as networks are."""
-    if not isinstance(made, nn.Module):
-        raise CodeError(f"{source} is a {type(made).__name__}; make a flax.linen.Module")
-    takes = inspect.signature(type(made).__call__).parameters
-    if "train" not in takes:
-        raise CodeError(f"{source} is called with ({', '.join(takes)}); define __call__(self, x, train=False)")
-    return made
+__all__ = [
+    "cnn",
+    "masked",
+    "preact_resnet",
+    "resnet",
+    "siriib",
+    "stochastic",
+    "vgg",
+    "wide_resnet",
+]
+__getattr__, __dir__ = lazy.attach(__name__, __all__)

@@ -298,25 +298,30 @@ def _max_of_windows(x, size):
     """Max-pooling with windows that do not overlap; among equal values the first receives the gradient, as usual.
 
     The gradient is implemented here because XLA's (select-and-scatter) takes three times as long on CPUs, longer than
-    the neighbouring convolutions.
+    the neighbouring convolutions. The forward pass keeps where each maximum is. To look for the value again would not
+    be safe: where XLA computes x twice, in two fusions, the two results may differ in their last bit.
     """
     return nn.max_pool(x, (size, size), (size, size))
 
 
 def _max_forward(x, size):
-    pooled = _max_of_windows(x, size)
-    return pooled, (x, pooled)
+    b, h, w, c = x.shape[0], x.shape[1] // size, x.shape[2] // size, x.shape[3]
+    windows = x[:, : h * size, : w * size].reshape(b, h, size, w, size, c)
+    pooled, place = windows[:, :, 0, :, 0], jnp.zeros((b, h, w, c), jnp.int8 if size < 12 else jnp.int32)
+    for i in range(1, size**2):
+        value = windows[:, :, i // size, :, i % size]
+        place = jnp.where(value > pooled, i, place)
+        pooled = jnp.maximum(pooled, value)
+    return pooled, (place, x.shape)
 
 
 def _max_backward(size, saved, gradient):
-    x, pooled = saved
-    b, h, w, c = pooled.shape
-    windows = x[:, : h * size, : w * size].reshape(b, h, size, w, size, c)
+    place, shape = saved
+    b, h, w, c = gradient.shape
     spread = lambda a: a[:, :, None, :, None]  # noqa: E731  (b, h, 1, w, 1, c)
-    place = jnp.arange(size**2).reshape(1, 1, size, 1, size, 1)
-    first = jnp.min(jnp.where(windows == spread(pooled), place, size**2), axis=(2, 4), keepdims=True)
-    back = jnp.where(place == first, spread(gradient), 0).reshape(b, h * size, w * size, c)
-    return (jnp.pad(back, ((0, 0), (0, x.shape[1] - h * size), (0, x.shape[2] - w * size), (0, 0))),)
+    places = jnp.arange(size**2, dtype=place.dtype).reshape(1, 1, size, 1, size, 1)
+    back = jnp.where(places == spread(place), spread(gradient), 0).reshape(b, h * size, w * size, c)
+    return (jnp.pad(back, ((0, 0), (0, shape[1] - h * size), (0, shape[2] - w * size), (0, 0))),)
 
 
 _max_of_windows.defvjp(_max_forward, _max_backward)

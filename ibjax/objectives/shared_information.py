@@ -3,8 +3,7 @@ Recognition 134, 2023 (MERL TR2022-141).
 
     L     = α CE(f(x'), y) + (1−α) CE(f(x), y) + β(e) D_SKL − λ I(z; z')
     D_SKL = mean_b ½ [ KL(p(z|x) || p(z|x')) + KL(p(z|x') || p(z|x)) ],   p(z|x) = N(μ, σ²), a sum over its K dimensions
-    I     = HSIC of z and z' with Gaussian kernels; the width of each kernel is the mean distance to the k nearest
-            neighbours (with information="nhsic" it is 5·√K, as in the HSIC bottleneck)
+    I     = HSIC(z, z')          Gaussian kernels, each as wide as the mean distance to the k nearest neighbours
     β(e)  = β₀ (β/β₀)^clip((⌊e⌋ − warmup)/ramp, 0, 1)           e epochs; superfluous information is removed slowly
 
 | symbol | code        | default                                                                             |
@@ -14,7 +13,8 @@ Recognition 134, 2023 (MERL TR2022-141).
 |        | warmup, ramp | 10, 90 epochs                                                                      |
 | λ      | lam         | 1e-3; the recipes with "mine" and "mige" have 0.01                                  |
 | k      | neighbours  | 10; used by "hsic" and "trace"                                                       |
-| I      | information | "hsic", biased; "trace", without its (B − 1)⁻²; "nhsic"; "mine"; "mige"             |
+| I      | information | "hsic", biased; "trace", without its (B − 1)⁻²; "mine"; "mige"; "nhsic", whose      |
+|        |             | kernels have the width 5·√K, as in the HSIC bottleneck                              |
 |        | mine_widths | (512, 512), the ReLU layers of MINE's network                                       |
 |        | mine_projection | None; 256: a linear map of the pair (z, z') to 256 numbers comes before them     |
 |        | location    | "latent": p(z|x) of a stochastic layer; "prediction": p(y|x), which needs no such layer |

@@ -98,6 +98,11 @@ def load(workdir: str | os.PathLike, checkpoint: str | int = "best", *, trust: s
         validation = checkpoints.metrics(store, step)
     seen = {"step": step, "weights": trees.digest(variables), "configuration": files.json_digest(facts)}
     cluster.agree(f"checkpoint '{checkpoint}' of {workdir.name}", seen, "give a --workdir that all processes share")
+    return Run(model, variables, checked_logits(model, variables), saved, facts, step, workdir, validation)
+
+
+def checked_logits(model: nn.Module, variables: Variables) -> Callable[[Array], Array]:
+    """The network as a function from images to logits in evaluation mode, which checks its images as the attacks do."""
     predict = jax.jit(linen_net(model).predict)
 
     def logits_fn(x: Array) -> Array:
@@ -105,7 +110,7 @@ def load(workdir: str | os.PathLike, checkpoint: str | int = "best", *, trust: s
             x = x.astype(np.float32)  # as JAX does
         return predict(variables, entrance.images(x))[0]
 
-    return Run(model, variables, logits_fn, saved, facts, step, workdir, validation)
+    return logits_fn
 
 
 def build_model(section: Any, num_classes: int, where: str) -> nn.Module:

@@ -4,7 +4,6 @@ workdir/  config.json env.json metrics.jsonl checkpoints/<step>/ eval/<checkpoin
 """
 
 import contextlib
-import fcntl
 import logging
 import os
 import secrets
@@ -13,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -50,16 +50,14 @@ def lock(workdir: Path) -> Iterator[None]:
 
     Raises InputError where another run holds the lock, and where the processes do not all share the folder.
     """
-    handle, problem, token = None, "", secrets.token_hex(8)
+    held, mark = filelock.FileLock(workdir / ".lock", timeout=0), workdir / ".lock-holder"
+    problem, token = "", secrets.token_hex(8)
     if jax.process_index() == 0:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            handle = (workdir / ".lock").open("a+", encoding="utf-8")
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            handle.truncate(0)
-            handle.write(token)
-            handle.flush()
-        except BlockingIOError:
+            held.acquire()
+            mark.write_text(token, encoding="utf-8")
+        except filelock.Timeout:
             problem = f"another run is using {workdir}; wait for it, or give another --workdir"
         except OSError as error:
             problem = f"--workdir={workdir} cannot be written or locked ({error.strerror}); give another folder"
@@ -67,12 +65,11 @@ def lock(workdir: Path) -> Iterator[None]:
         if problem := cluster.word_of_first("the lock of the workdir", problem):
             raise InputError(problem)
         token = cluster.word_of_first("the mark in the workdir", token)
-        there = {"what process 0 has written is there": _sees(workdir / ".lock", token)}
+        there = {"what process 0 has written is there": _sees(mark, token)}
         cluster.agree("workdirs", there, f"give a --workdir that all processes share, not {workdir}")
         yield
     finally:
-        if handle:
-            handle.close()
+        held.release()
 
 
 def _sees(file, token):

@@ -1,0 +1,1 @@
+"""Attacks by name, scoring, result records, and the report."""
