@@ -33,7 +33,7 @@ from ibjax.evaluation import report, results
 from ibjax.evaluation.evaluate import attack_images
 from ibjax.evaluation.settings import replaced
 from ibjax.pytorch import imports
-from ibjax.runs import command_line, run, rundir
+from ibjax.runs import command_line, own_code, run, rundir
 
 __all__ = ["attack_images"]
 
@@ -44,6 +44,7 @@ def parser() -> cli.Parser:
     parser.add_argument("file", metavar="FILE.npz", type=files.path, help="images x and labels y")
     parser.add_argument("--model", type=files.path, required=True, help="the folder of a run, or a PyTorch file")
     parser.add_argument("--checkpoint", help="of the run: best (default), last or a step")
+    command_line.add_trust(parser)
     command_line.add_attacks(parser)
     command_line.add_evaluation(parser)
     parser.add_argument("--seed", type=int, help="of the attacks' random draws; default: the run's, or 0")
@@ -65,6 +66,8 @@ def main() -> None:
         rundir.check_writable(out.parent)
         split = npz.images(given.file)
         trained = _network(given, split)
+        if given.attacks is None:  # they come from the run's folder
+            own_code.permit_attacks(trained.config.evaluate.attacks, trained.workdir / "config.json")
         section = {**config.plain(trained.config.evaluate), "n": None, "ladder": ()}
         settings = replaced(
             section, **{name: getattr(given, name) for name in ("attacks", *command_line.OF_EVALUATION)}

@@ -65,6 +65,7 @@ def main() -> None:
 def parser() -> cli.Parser:
     """The arguments of this module."""
     parser = cli.parser("ibjax.convert", __doc__)
+    command_line.add_trust(parser)
     add = parser.add_argument
     add("--workdir", type=files.path, required=True, help="of the run: made by an import, read by an export")
     add("--torch", type=files.path, help="the file to import")

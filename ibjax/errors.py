@@ -31,6 +31,10 @@ class CheckpointError(InputError):
     """A checkpoint is missing, damaged, or belongs to another network."""
 
 
+class CodeError(InputError):
+    """Code that a configuration names is missing, fails, has changed, or needs the user's permission to run."""
+
+
 class UnreadableError(InputError):
     """A file could not be read. Its content may be intact, so nothing is deleted because of this error."""
 

@@ -1,6 +1,7 @@
 """Train, evaluate and report from one configuration.
 
     python -m ibjax.main --config=NAME[:arg] --workdir=DIR [--config.a.b=v …] [--mode=train|eval] [--restart]
+                         [--trust=code|changed]
     python -m ibjax.main --config=FILE.py[:arg] --workdir=DIR [--config.a.b=v …]            a recipe of one's own
     python -m ibjax.main --config=OTHER/config.json --workdir=DIR [--config.a.b=v …]        repeats another run
     python -m ibjax.main --list [--config=NAME]                                             names of recipes, of rows
@@ -11,6 +12,10 @@ command continues where it was stopped.
 
 If all checkpoints of a run are lost or damaged, the command says so and ends. --restart then begins that run again at
 step 0 and moves what is left of it to restarted-N/; a run with an undamaged checkpoint continues from it all the same.
+
+Names in a recipe and on the command line may refer to modules and files of your own. Where a run's folder names them
+(--config=OTHER/config.json, teacher.workdir), they run with --trust=code; --trust=changed goes on although the code of
+a run has changed since it was made.
 
 | exit code | meaning                                |
 |-----------|----------------------------------------|
@@ -33,7 +38,7 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from ibjax import cli, config, errors, files, threat
+from ibjax import cli, config, errors, extensions, files, threat
 from ibjax.attacks import names
 from ibjax.devices import cluster
 from ibjax.errors import InputError
@@ -54,6 +59,7 @@ class Command(NamedTuple):
     workdir: Path
     mode: str
     restart: bool = False
+    trust: str | None = None
 
 
 def parser() -> cli.Parser:
@@ -69,6 +75,7 @@ def parser() -> cli.Parser:
         action="store_true",
         help="begin again at step 0 where checkpoints were lost or all are damaged; they go to restarted-N/",
     )
+    parser.add_argument("--trust", choices=extensions.TRUSTS, help=command_line.TRUST)
     parser.add_argument(
         "--list", action="store_true", help="list the recipes that ship with ibjax, or the rows of --config, and exit"
     )
@@ -86,16 +93,23 @@ def _command(given, overrides):
         if not getattr(given, name):
             example = f"{cli.name_of('ibjax.main')} --config=digits --workdir=runs/digits"
             raise InputError(f"--{name} is missing; for example: {example}")
-    settings = recipe_files.override(recipe_files.load(given.config), overrides)
-    return Command(settings, given.workdir, given.mode, given.restart)
+    with extensions.trusting(given.trust):
+        settings = recipe_files.override(recipe_files.load(given.config), overrides)
+    return Command(settings, given.workdir, given.mode, given.restart, given.trust)
 
 
-def execute(settings: ConfigDict, workdir: Path, mode: str = "train", restart: bool = False) -> list[dict]:
+def execute(
+    settings: ConfigDict, workdir: Path, mode: str = "train", restart: bool = False, trust: str | None = None
+) -> list[dict]:
     """Trains and evaluates all runs of a configuration, writes the report; returns the records.
 
-    `restart`: see the command line.
+    `restart`, `trust`: see the command line.
     """
-    workdir = files.path(workdir)
+    with extensions.trusting(trust):
+        return _execute(settings, files.path(workdir), mode, restart)
+
+
+def _execute(settings, workdir, mode, restart):
     config.check(settings)
     settings = config.effective(config.complete(settings))
     check_settings(settings.evaluate)
@@ -115,7 +129,9 @@ def execute(settings: ConfigDict, workdir: Path, mode: str = "train", restart: b
             raise InputError(
                 f"{job.workdir} holds no trained run; train it with --mode=train, or give another --workdir"
             )
-        rundir.refuse_other_options(job.workdir, rundir.read_config(job.workdir)[0], job.settings, ("model", "data"))
+        rundir.refuse_other_options(
+            job.workdir, rundir.read_config(job.workdir, job.settings)[0], job.settings, ("model", "data")
+        )
     with contextlib.ExitStack() as locks:
         for folder in {job.workdir.resolve(): job.workdir for job in todo}.values():
             locks.enter_context(rundir.lock(folder))

@@ -12,7 +12,7 @@ import pytest
 
 import ibjax
 from ibjax import __main__ as console
-from ibjax import cli, errors, main, places
+from ibjax import cli, errors, extensions, main, places
 from ibjax.errors import InputError
 from ibjax.runs import recipe_files
 
@@ -108,18 +108,45 @@ def test_the_marker_for_type_checkers_is_there():
     assert (ROOT / "ibjax/py.typed").is_file()
 
 
-def test_a_recipe_may_import_its_neighbours_unless_the_folder_is_a_run_s(tmp_path, monkeypatch):
+FIRST = (
+    ["--config=mine.py:row"],
+    ["--trust=code", "--config", "mine.py"],
+    ["--attacks=fgsm,./mine.py:mine-3"],
+    ["--attacks=fgsm, my_pkg.mine-20(c=0.1)"],
+    ["--attack", "my_pkg.mine"],
+    ["--config=digits", "--config.teacher.recipe.objective.name=my_pkg.mine"],
+    ["--config.evaluate.attacks=('fgsm', 'my_pkg.mine-3')"],
+)
+LAST = (["--trust=code"], ["--config=runs/x/config.json", "--trust", "changed"])
+OUT = (
+    ["--config=digits", "--workdir=run.v2", "--config.optimizer.lr=0.1", "--config.objective.name=trades"],
+    ["a.npz", "--out=b.npz", "--attacks=pgd-20(step_size=1/255,c=0.1),ib_rar-3(layers=a.b)", "--names=a.b"],
+)
+
+
+@pytest.mark.parametrize("module", [False, True])
+@pytest.mark.parametrize("words", [*FIRST, *LAST, *OUT], ids=" ".join)
+def test_own_code_may_be_in_the_current_folder_unless_that_is_a_run_s(words, module, tmp_path, monkeypatch):
+    """With the console command as with python -m, which puts the folder first before ibjax is imported."""
     monkeypatch.chdir(tmp_path)
-    for words, there in ((["--config=mine.py:row"], True), (["--workdir=x"], False), (["--config=digits"], False)):
-        monkeypatch.setattr(sys, "argv", ["ibjax", "train", *words])
-        monkeypatch.setattr(sys, "path", ["/usr/bin"])
-        ibjax._begin_command()
-        assert (sys.path[0] == str(tmp_path)) == there
+    usual = ["/usr/bin", "/site"]
+
+    def path():
+        monkeypatch.setattr(sys, "argv", ["-m" if module else "ibjax", *words])
+        monkeypatch.setattr(sys, "path", [str(tmp_path), *usual[1:]] if module else usual[:])
+        (ibjax._leave_folder if module else ibjax._begin_command)()
+        return [folder for folder in sys.path if folder != "/usr/bin"]
+
+    here = [str(tmp_path)]
+    assert path() == [*here * (words in FIRST), "/site", *here * (words in LAST)]
     (tmp_path / "config.json").touch()
-    monkeypatch.setattr(sys, "argv", ["ibjax", "train", "--config=mine.py"])
-    monkeypatch.setattr(sys, "path", ["/usr/bin"])
-    ibjax._begin_command()
-    assert sys.path == ["/usr/bin"]
+    assert path() == ["/site"]
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "attack", "convert", "aot"])
+def test_the_commands_that_read_a_run_or_a_recipe_take_the_permission_for_own_code(name):
+    parser = importlib.import_module(console.COMMANDS[name]).parser()
+    assert [action.choices for action in parser._actions if action.dest == "trust"] == [extensions.TRUSTS]
 
 
 def test_whoever_closes_the_pipe_sees_no_traceback():
@@ -156,6 +183,12 @@ def test_every_recipe_is_listed_with_its_rows():
     assert "    ibd, awp" in lines
     with pytest.raises(InputError, match="has no rows"):
         list(recipe_files.listing("digits"))
+
+
+def test_listing_runs_nothing_of_a_run_s_folder(tmp_path):
+    (tmp_path / "config.json").write_text("ROWS = ('a',)")
+    with pytest.raises(InputError, match="has no rows"):
+        list(recipe_files.listing(str(tmp_path / "config.json")))
 
 
 def test_an_installation_has_recipes_and_launchers_inside_the_package(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-GROUND = ("errors", "calls", "losses", "files", "cli", "places", "lazy")
+GROUND = ("errors", "calls", "extensions", "sources", "losses", "files", "cli", "places", "lazy")
 CORE = ("step", "config", "optim", "perturb", "threat")
 COMMANDS = ("main", "evaluate", "attack", "report", "convert", "aot", "doctor")
 # from the ground up; modules and wings of one floor may import one another, but not in a circle

@@ -35,7 +35,7 @@ from ibjax.analysis import attacked, commands, output, pictures
 from ibjax.errors import InputError, check_range, nearest
 from ibjax.evaluation.results import attack_label
 from ibjax.evaluation.scoring import percent
-from ibjax.runs import run, rundir
+from ibjax.runs import command_line, run, rundir
 from ibjax.step import linen_net, to_float
 
 CLEAN = "clean"  # used in place of an attack's name
@@ -233,6 +233,7 @@ def _legend(drawn, names):
 def main() -> None:
     """The command line of this module."""
     parser = cli.parser("ibjax.analysis.embedding", __doc__)
+    command_line.add_trust(parser)
     parser.add_argument("--workdir", type=files.path, action="append", required=True, help="again for a run beside it")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step")
     commands.add_attack(parser, CLEAN, "; default: the images as they are")

@@ -33,7 +33,7 @@ from ibjax.evaluation import results
 from ibjax.evaluation.named import Named, named
 from ibjax.evaluation.scoring import Scorer, auto_attack, draw_keys, nan_warnings, percent, sampling
 from ibjax.evaluation.settings import check_network, replaced, scaled_step
-from ibjax.runs import run, rundir, trees
+from ibjax.runs import own_code, run, rundir, trees
 from ibjax.step import linen_net, to_float
 
 # the fields that must agree for a record to be reused
@@ -57,6 +57,7 @@ def evaluate(
     surrogate: Path | None = None,
     surrogate_checkpoint: str | int = "best",
     keep: int = 10,
+    trust: str | None = None,
 ) -> list[dict[str, Any]]:
     """Attacks a trained run's test set and writes `eval/<checkpoint>/<attack>.json`; returns the records.
 
@@ -71,23 +72,25 @@ def evaluate(
       surrogate: workdir of a run for transfer attacks: its network, at `surrogate_checkpoint`, is attacked, and the
         adversarial images are evaluated on this run.
       keep: number of adversarial images of each attack at the main eps to keep for the report, from as many classes.
+      trust: whether code that the run or the surrogate names may run, as in `ibjax.load`.
 
     A record on disk is reused if everything that it depends on is the same: weights, images, attack with its settings
     and code, eps, norm, seed, precision, and on a few images the logits and gradients of the network and of the
     surrogate. Records of transfer attacks by earlier versions, which say less about the surrogate, are computed again.
     """
     workdir = files.path(workdir)
-    trained = run.load(workdir, checkpoint)
+    trained = run.load(workdir, checkpoint, trust=trust)
+    if settings is None and attacks is None:  # they come from the run's folder, not from the caller
+        own_code.permit_attacks(trained.config.evaluate.attacks, workdir / "config.json", trust)
     given = dict(attacks=attacks, n=n, samples=samples, batch_size=batch_size, norm=norm, eps=eps, step_size=step_size)
     settings = replaced(trained.config.evaluate if settings is None else settings, **given)
-    source = None if surrogate is None else _surrogate(surrogate, surrogate_checkpoint, trained, settings)
+    source = None if surrogate is None else _surrogate(surrogate, surrogate_checkpoint, trained, settings, trust)
     shown = settings if source is None else {**settings, "attacks": ()}
     check_network(trained.model, trained.facts["input_shape"], shown)
     victim = _victim(trained, settings["samples"])
     split = run.test_split(trained, settings["n"])
     x, asked = _asked(trained, victim, split)
-    # warnings about the data, the network and its checkpoints
-    warnings = [*trained.facts.get("warnings", ()), *asked.warnings, *rundir.doubts(trained.workdir)]
+    warnings = [*trained.facts.get("warnings", ()), *_warnings(trained, asked)]
 
     which = str(trained.step) if str(checkpoint).isdecimal() else str(checkpoint)
     folder = workdir / "eval" / which
@@ -102,9 +105,9 @@ def evaluate(
         return _executor(named(name, trained.config.objective), victim, source, trained, split, settings, mesh)
 
     for number, (name, attack, eps) in enumerate(plan, 1):
-        label, made = name, attack.settings
+        label, made = names.recorded(name), attack.settings
         if source is not None:
-            label, made = f"{name} from {source.says['title']}", {**made, "surrogate": source.says}
+            label, made = f"{label} from {source.says['title']}", {**made, "surrogate": source.says}
         step_size = _step_size(attack, settings, eps)
         own = {"attack": label, "attack_settings": made, "eps": eps, "step_size": step_size}
         identity = {**common, **own, "main": eps == main, "bounded": attack.bounded}
@@ -134,7 +137,12 @@ def evaluate(
 
 
 def attack_images(
-    trained: run.Run, split: Split, label: str, checkpoint: str = "best", settings: Any = None
+    trained: run.Run,
+    split: Split,
+    label: str,
+    checkpoint: str = "best",
+    settings: Any = None,
+    trust: str | None = None,
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
     """Attacks any images of a network's shape and classes: (one record per attack, x_adv); writes nothing.
 
@@ -145,6 +153,7 @@ def attack_images(
       checkpoint: as `trained` was loaded with, for the records.
       settings: a checked `evaluate` section (`settings.replaced`); None: the network's own. `n` and `ladder` are not
         used.
+      trust: whether attacks of the user's own that the network's own section names may run, as in `ibjax.load`.
 
     Returns:
       Records as of `evaluate`, and x_adv (attacks, N, H, W, C) float32.
@@ -153,12 +162,14 @@ def attack_images(
     if split.images.shape[1:] != shape:
         raise InputError(f"the images of {label} have shape {split.images.shape[1:]}, the network takes {shape}")
     split = check(split, f"{label}:", trained.facts["num_classes"])
-    settings = replaced(trained.config.evaluate) if settings is None else settings
+    if settings is None:
+        own_code.permit_attacks(trained.config.evaluate.attacks, trained.workdir / "config.json", trust)
+        settings = replaced(trained.config.evaluate)
     check_network(trained.model, shape, settings)
     trained = trained._replace(facts={**trained.facts, "label": label})
     victim, mesh, eps = _victim(trained, settings["samples"]), cluster.mesh(), settings["eps"]
     _, asked = _asked(trained, victim, split)
-    warnings = [*asked.warnings, *rundir.doubts(trained.workdir)]
+    warnings = _warnings(trained, asked)
     common = _common(trained, checkpoint, settings, split, asked, warnings)
     records, found = [], []
     for number, name in enumerate(settings["attacks"], 1):
@@ -172,6 +183,12 @@ def attack_images(
         records.append(_record({**common, **own, "bounded": attack.bounded, **more, "warnings": doubts}, flags))
         found.append(x_adv)
     return records, np.stack(found)
+
+
+def _warnings(trained, asked):
+    """Warnings about the network, its checkpoints and its code."""
+    code = own_code.doubts(trained.config, rundir.recorded_code(trained.workdir))
+    return [*asked.warnings, *rundir.doubts(trained.workdir), *code]
 
 
 def _asked(trained, victim, split):
@@ -205,8 +222,8 @@ class Surrogate(NamedTuple):
         return self.predict(self.variables, x)[0]
 
 
-def _surrogate(workdir, checkpoint, trained, settings):
-    loaded = run.load(workdir, checkpoint)
+def _surrogate(workdir, checkpoint, trained, settings, trust):
+    loaded = run.load(workdir, checkpoint, trust=trust)
     for name in ("input_shape", "num_classes"):
         if loaded.facts[name] != trained.facts[name]:
             raise InputError(
@@ -269,6 +286,7 @@ def make_scorer(attack: Named, predict: Callable, settings: Any, mesh: Any, atta
         guided=attack.guided,
         count=attack.count,
         attacked=attacked,
+        own=attack.settings.get("code", {}).get("name"),
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from ml_collections import ConfigDict
 
-from ibjax import files
+from ibjax import extensions, files
 from ibjax.attacks.names import split
 from ibjax.cli import Parser, parser
 from ibjax.runs import recipe_files
@@ -19,9 +19,28 @@ OF_EVALUATION = ("n", "samples", "norm", "eps", "step_size", "batch_size")
 def of_run(module: str, description: str | None) -> Parser:
     """A parser for a module that reads a run, with --workdir and --checkpoint; the module adds its own arguments."""
     made = parser(module, description)
+    add_trust(made)
     made.add_argument("--workdir", type=files.path, required=True)
     made.add_argument("--checkpoint", default="best", help="best, last or a step")
     return made
+
+
+TRUST = (
+    "run modules and files that a run's folder names and that are no part of ibjax: code, if they are what the run was "
+    "made with; changed, also if they have changed since"
+)
+
+
+class _Trust(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Gives the permission for the whole process."""
+        extensions.trust(str(values))
+        setattr(namespace, self.dest, values)
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Adds --trust, which permits code that a run's folder names to run (`ibjax.extensions`)."""
+    parser.add_argument("--trust", choices=extensions.TRUSTS, action=_Trust, help=TRUST)
 
 
 def add_attacks(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +70,7 @@ def comma_list(text: str) -> list[str]:
 def of_recipe(module: str, description: str | None) -> Parser:
     """A parser for a module that reads a recipe without training it, with --config; the module adds its arguments."""
     made = parser(module, description)
+    add_trust(made)
     made.add_argument("--config", required=True, help=f"{CONFIG}; --config.KEY=VALUE changes it")
     return made
 

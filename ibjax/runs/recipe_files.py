@@ -21,7 +21,8 @@ from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from ibjax import cli, config, files, places, threat
-from ibjax.errors import InputError, nearest
+from ibjax.errors import CodeError, InputError, nearest
+from ibjax.runs import own_code
 
 
 def override(settings: ConfigDict, overrides: list[str]) -> ConfigDict:
@@ -54,7 +55,8 @@ def _pair(flag):
 def _decides(settings, path, value):
     """Applies a flag that names or removes a section, and so decides which options exist; returns whether it did."""
     section, _, key = path.rpartition(".")
-    optional = config.local(section) in config.OPTIONAL and config.lookup(settings, section, 0) != 0
+    nameless = (*config.OPTIONAL, *config.NAMELESS)  # it may have no name so far
+    optional = config.local(section) in nameless and config.lookup(settings, section, 0) != 0
     if key == "name" and value and (optional or config.lookup(settings, path, None) is not None):
         config.rename(settings, section, value)
     elif config.local(path) in config.OPTIONAL and value == "None" and config.lookup(settings, path, 0) != 0:
@@ -99,9 +101,12 @@ def _argv(argv):
 
 
 def load(value: str) -> ConfigDict:
-    """The configuration that --config=`value` names; raises InputError when it is missing or fails."""
+    """The configuration that --config=`value` names; raises InputError when it is missing or fails.
+
+    Files that a recipe names are relative to the recipe's folder.
+    """
     file, arg = _parted(value)
-    made = _of_run(file, arg) if file.suffix == ".json" else _of_recipe(file, arg)
+    made = _of_run(file, arg) if file.suffix == ".json" else own_code.anchor(_of_recipe(file, arg), file.parent)
     config.check(made)
     return made
 
@@ -125,7 +130,7 @@ def listing(value: str | None = None) -> Iterator[str]:
     """
     if value is not None:
         file, _ = _parted(value)
-        if not (rows := _rows(file)):
+        if not (rows := () if file.suffix == ".json" else _rows(file)):
             raise InputError(f"{file} has no rows (no variable ROWS); give it as --config={value}")
         yield from rows
         return
@@ -204,8 +209,13 @@ def _of_run(file, arg):
     if arg:
         raise InputError(f"--config={file} is a run's configuration and takes no argument; leave ':{arg}' out")
     try:
-        saved = json.loads(file.read_text(encoding="utf-8"))["config"]
-        return config.loosen(threat.follow(config.upgrade(ConfigDict(config.plain(saved)))))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        saved = config.upgrade(ConfigDict(config.plain(content["config"])))
+        own_code.permit(saved, content.get("own_code"), file)
+        own_code.permit_attacks(saved.evaluate.attacks, file)
+        return config.loosen(threat.follow(saved))
+    except CodeError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"--config={file} is not the config.json of a run ({last_line(error)}); give that, or FILE.py"

@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ibjax import config, files
+from ibjax import config, extensions, files
 from ibjax.devices import cluster
-from ibjax.errors import CheckpointError, InputError, UnreadableError
+from ibjax.errors import CheckpointError, CodeError, InputError, UnreadableError
 from ibjax.files import write_json
 from ibjax.runs import checkpoint as checkpoints
-from ibjax.runs import metrics, provenance
+from ibjax.runs import metrics, own_code, provenance
 from ibjax.step import TrainState, Variables
 
 log = logging.getLogger(__name__)
@@ -137,10 +137,25 @@ def write_config(workdir: Path, given: ConfigDict, facts: dict[str, Any], *, res
         _refuse_other_run(workdir, given, facts, own)
     else:
         _refuse_lost_checkpoints(workdir, restart)
+    code = own_code.record(given)
+    cluster.agree("own modules", {path: entry["sha256"] for path, entry in code.items()}, advice)
     if jax.process_index() == 0:
-        write_json(workdir / "config.json", {"config": config.plain(config.effective(given)), "data": facts})
-        write_json(workdir / "env.json", provenance.environment())
+        if code and found:
+            code = own_code.continued(code, recorded_code(workdir))
+        more = {"own_code": code} if code else {}
+        written = config.plain(own_code.anchor(config.effective(given), Path.cwd()))
+        write_json(workdir / "config.json", {"config": written, "data": facts, **more})
+        write_json(workdir / "env.json", {**provenance.environment(), **more})
     return own
+
+
+def recorded_code(workdir: Path) -> dict[str, Any]:
+    """What a run's config.json, or else its env.json, says about code of the user's own; {} where they say nothing."""
+    for name in ("config.json", "env.json"):
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError, ValueError):
+            if isinstance(found := files.read_json(workdir / name).get("own_code"), dict):
+                return found
+    return {}
 
 
 def write_network(
@@ -176,7 +191,9 @@ def identity(settings: ConfigDict, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _options(settings):
     """{path: value} of all options, with the defaults of every section and the eps and step size of every attack."""
-    return dict(config.leaves(config.plain(config.complete(config.effective(settings)))))
+    found = config.leaves(config.plain(config.complete(config.effective(settings))))
+    # a file of the user's own is compared by its content, as a teacher is by its weights: its folder may change
+    return {path: extensions.unanchored(value) if path.endswith(".name") else value for path, value in found}
 
 
 def _is_free(path):
@@ -186,10 +203,13 @@ def _is_free(path):
 def _refuse_other_run(workdir, given, facts, own):
     """Refuses to continue the checkpoints of another configuration or of other data."""
     try:
-        saved, saved_facts = read_config(workdir)
+        saved, saved_facts = read_config(workdir, given)
     except UnreadableError:
         raise
     except CheckpointError as error:  # absent or damaged, but the checkpoints hold the run's identity
+        own_code.permit(
+            own_code.anchor(config.effective(given), Path.cwd()), recorded_code(workdir), workdir / "env.json"
+        )
         with checkpoints.manager(workdir, read_only=True, run=own) as store:
             checkpoints.check_run(store)
         log.warning("%s; its checkpoints are of this configuration: it is written anew", error)
@@ -235,15 +255,17 @@ def _refuse_lost_checkpoints(workdir, restart):
     cluster.agree("what was left of the run set aside", {})  # all wait for process 0
 
 
-def read_config(workdir: Path) -> tuple[ConfigDict, dict[str, Any]]:
-    """(configuration, facts of the data) of a run.
+def read_config(workdir: Path, given: ConfigDict | None = None) -> tuple[ConfigDict, dict[str, Any]]:
+    """(configuration, facts of the data) of a run; `given` is the user's configuration of it: see `own_code.permit`.
 
-    Raises CheckpointError where config.json is missing or damaged, UnreadableError where it temporarily cannot be read.
+    Raises CheckpointError where config.json is missing or damaged, UnreadableError where it temporarily cannot be read,
+    CodeError where it names code of the user's own that is missing, has changed, or may not run: `ibjax.extensions`.
     """
     file = workdir / "config.json"
     try:
         content = files.read_json(file)
         saved, facts = config.upgrade(ConfigDict(content["config"])), content["data"]
+        own_code.permit(saved, content.get("own_code"), file, given)
         config.check(saved)
         saved = config.effective(saved)
         if type(facts["num_classes"]) is not int or not all(type(size) is int for size in facts["input_shape"]):
@@ -257,12 +279,12 @@ def read_config(workdir: Path) -> tuple[ConfigDict, dict[str, Any]]:
         raise CheckpointError(
             f"{workdir} holds no run (no config.json); train there first, or give another folder"
         ) from None
-    except UnreadableError:
+    except (UnreadableError, CodeError):
         raise
     except InputError as error:  # it was read, but names something that does not exist
         raise CheckpointError(
-            f"{file} cannot be used: {error}; it is of another version, or was changed: the training command writes it "
-            f"again, or restore it from a copy"
+            f"{file} cannot be used: {error}; it names code that is not installed here, is of another version, or was "
+            f"changed: the training command writes it again, or restore it from a copy"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError, IsADirectoryError) as error:
         raise CheckpointError(
