@@ -122,7 +122,7 @@ def test_the_command_line_names_mistakes(monkeypatch, capsys):
         (["--config=configs/trades_wrn.py", "--classes=0"], "give --shape=HEIGHT,WIDTH,CHANNELS and --classes"),
         (
             ["--config=configs/trades_wrn.py", "--shap=1"],
-            "'--shap' is no option; allowed: --classes, --config, --help, --shape; did you mean '--shape'?",
+            "'--shap' is no option; allowed: --classes, --config, --help, --shape, --trust; did you mean '--shape'?",
         ),
         (["--config=configs/trades_wrn.py", "--config.modell.depth=1"], "config key 'modell.depth' is unknown"),
     ]:
