@@ -21,9 +21,9 @@ from ibjax.attacks import names
 from ibjax.data import augment
 from ibjax.devices import cluster
 from ibjax.errors import CodeError, InputError, PreemptedError
-from ibjax.evaluation.evaluate import evaluate
+from ibjax.evaluation.evaluate import attack_images, evaluate
 from ibjax.evaluation.named import named, takes_step_size
-from ibjax.runs import command_line, own_code, recipe_files, rundir, trees
+from ibjax.runs import command_line, own_code, recipe_files, run, rundir, trees
 from ibjax.training import experiment, loop
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
@@ -86,6 +86,15 @@ def test_the_examples_train_stop_resume_evaluate_and_report(made):
     assert last["loss"] == pytest.approx(last["natural"] - 0.2 * last["entropy"], rel=1e-4)
     page = (workdir / "report.html").read_text()
     assert "my_attack.py:my_attack-4" in page and "stripes" in page
+
+
+def test_attacking_the_same_images_outside_the_run_gives_its_record(made):
+    _, workdir = made
+    trained = ibjax.load(workdir, trust="code")
+    (found,), _ = attack_images(trained, run.test_split(trained), "stripes", trust="code")
+    record = json.loads((workdir / "eval/best/my_attack_py_my_attack-4(start=0.5).json").read_text())
+    keys = ("attack", "attack_settings", "dataset", "eps", "clean_acc", "robust_acc", "fingerprint", "code")
+    assert {key: found[key] for key in keys} == {key: record[key] for key in keys}
 
 
 # ---- what a run records, and when it refuses ---------------------------------------------------------------------

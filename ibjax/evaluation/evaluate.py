@@ -176,9 +176,10 @@ def attack_images(
         attack = named(name, trained.config.objective)
         step_size = _step_size(attack, settings, eps)
         execute = _executor(attack, victim, None, trained, split, settings, mesh)
-        title = f"{common['title']}: {results.attack_label(name)}, eps {eps}, {number} of {len(settings['attacks'])}"
+        shown = names.recorded(name)
+        title = f"{common['title']}: {results.attack_label(shown)}, eps {eps}, {number} of {len(settings['attacks'])}"
         flags, x_adv, more = execute(eps, step_size, title, len(split.labels), None)
-        own = {"attack": name, "attack_settings": attack.settings, "eps": eps, "step_size": step_size, "main": True}
+        own = {"attack": shown, "attack_settings": attack.settings, "eps": eps, "step_size": step_size, "main": True}
         doubts = list(dict.fromkeys([*warnings, *more["warnings"]]))
         records.append(_record({**common, **own, "bounded": attack.bounded, **more, "warnings": doubts}, flags))
         found.append(x_adv)
