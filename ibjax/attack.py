@@ -26,7 +26,7 @@ import numpy as np
 
 from ibjax import cli, config, convert, errors, files
 from ibjax.attacks import names
-from ibjax.data import npz, stratified, subset
+from ibjax.data import npz, sample
 from ibjax.devices import cluster
 from ibjax.errors import InputError, check_count
 from ibjax.evaluation import report, results
@@ -75,7 +75,7 @@ def main() -> None:
         if given.seed is not None:
             check_count("--seed", given.seed, 0)
             trained.config.seed = given.seed
-        split = _part(split, settings["n"])
+        split = sample(split, settings["n"], "--n", "there are")
         records, x_adv = attack_images(trained, split, given.file.stem, given.checkpoint or "best", settings)
         if jax.process_index() == 0:
             _write(out, records, x_adv, split)
@@ -98,15 +98,6 @@ def _network(given, split):
         raise InputError(f"--model={given.model} is a file, --checkpoint={given.checkpoint} goes with a run")
     convert.check_arch(given, given.model)
     return imports.load(given.model, given.arch, split, given.file.stem, said)
-
-
-def _part(split, n):
-    """The first classes' share of n images, as an evaluation takes them."""
-    if n is None:
-        return split
-    if n > len(split.labels):
-        raise InputError(f"--n={n} is not allowed; there are {len(split.labels)} images")
-    return subset(split, stratified(split.labels, n, seed=0))
 
 
 def _write(out, records, x_adv, split):

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ibjax import lazy
-from ibjax.errors import CodeError, DataError
+from ibjax.errors import CodeError, DataError, InputError
 
 if typing.TYPE_CHECKING:
     from ibjax.data import augment, corruptions, digits, folder, npz, prepare, stream, synthetic, tfds
@@ -187,6 +187,18 @@ def part(split: Split, fraction: float, seed: int) -> Split:
     if fraction == 1.0:
         return split
     return subset(split, stratified(split.labels, max(1, round(fraction * len(split.labels))), seed))
+
+
+def sample(split: Split, n: int | None, option: str = "n", holds: str = "the test set has") -> Split:
+    """`n` images of a split, each class in proportion, always the same; None, or the number of all: the split itself.
+
+    Raises InputError where there are fewer; `option` and `holds` word its message.
+    """
+    if n is None or n == len(split.labels):
+        return split
+    if n > len(split.labels):
+        raise InputError(f"{option}={n} is not allowed; {holds} {len(split.labels)} images")
+    return subset(split, stratified(split.labels, n, seed=0))
 
 
 def streamed(split: Split) -> bool:

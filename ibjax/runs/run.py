@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from ibjax import config, extensions, files, threat
 from ibjax.attacks import entrance
-from ibjax.data import Arrays, Split, load_splits, stratified, subset, unchanged
+from ibjax.data import Arrays, Split, load_splits, sample, unchanged
 from ibjax.devices import cluster
 from ibjax.errors import InputError
 from ibjax.runs import checkpoint as checkpoints
@@ -162,11 +162,7 @@ def test_split(trained: Run, n: int | None = None) -> Split:
             f"the test set of {trained.facts['label']} is not the one that {trained.workdir} was made with; "
             f"restore it, or train again"
         )
-    if n is None or n == len(data.test.labels):
-        return data.test
-    if n > len(data.test.labels):
-        raise InputError(f"n={n} is not allowed; the test set has {len(data.test.labels)} images")
-    return subset(data.test, stratified(data.test.labels, n, seed=0))
+    return sample(data.test, n)
 
 
 def in_float32(model: nn.Module) -> nn.Module:
