@@ -29,6 +29,7 @@ _TABLES = {
     "optimizers": ("ibjax.optim", "OPTIMIZERS"),
     "schedules": ("ibjax.optim", "SCHEDULES"),
     "perturb": ("ibjax.perturb", "PERTURBATIONS"),
+    "writers": ("ibjax.runs.writers", "WRITERS"),
 }
 CALLS = {
     "data": "data",
