@@ -62,10 +62,10 @@ def aligned(grid: Grid) -> list[str]:
 
 def markdown(grid: Grid) -> str:
     """A table of GitHub's Markdown, with its title above and its notes below."""
-    head, *body = ([_in_markdown(cell) for cell in row] for row in grid.cells())
+    head, *body = ([in_markdown(cell) for cell in row] for row in grid.cells())
     rule = ["---"] * grid.words + ["---:"] * (len(head) - grid.words)
     table = "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))
-    return "\n\n".join([f"**{_in_markdown(grid.title)}**", table, *map(_in_markdown, grid.notes)]) + "\n"
+    return "\n\n".join([f"**{in_markdown(grid.title)}**", table, *map(in_markdown, grid.notes)]) + "\n"
 
 
 def as_csv(grid: Grid) -> str:
@@ -127,7 +127,7 @@ def write(grid: Grid, folder: Path, name: str) -> Iterator[Path]:
         yield file
 
 
-def _in_markdown(text):
+def in_markdown(text):
     """Text without its meaning in Markdown; a line break would end the row."""
     return re.sub(r"([\\`*_\[\]<>|~$&#])", r"\\\1", " ".join(text.split()))
 

@@ -71,7 +71,7 @@ def _folders(workdirs):
         inside = []
         for folder, names, there in os.walk(workdir, onerror=_refuse):
             names[:] = sorted(name for name in names if name not in _SKIPPED)
-            if "config.json" in there:
+            if "config.json" in there and "model.safetensors" not in there:  # which a model card has
                 inside.append(Path(folder))
         if not inside:
             raise InputError(f"{workdir} holds no run (no config.json in it or below); give the --workdir of a run")
