@@ -26,7 +26,11 @@ published accuracy, checks whether they are right. After an import, one line lis
 source.
 """
 
-from ibjax import errors, files
+import argparse
+import sys
+from pathlib import Path
+
+from ibjax import cli, errors, files
 from ibjax.devices import cluster
 from ibjax.errors import InputError, nearest
 from ibjax.evaluation import card
@@ -34,6 +38,7 @@ from ibjax.pytorch import torch_file
 from ibjax.pytorch.architectures import ARCHITECTURES
 from ibjax.pytorch.exports import to_torch
 from ibjax.pytorch.imports import from_torch, hint
+from ibjax.pytorch.normalisation import Said
 from ibjax.runs import command_line
 
 __all__ = ["from_torch", "main", "to_torch"]
@@ -43,7 +48,8 @@ _OF_IMPORTS = ("key", "mean", "std", "no_normalisation", "sha256", "clean_acc", 
 
 def main() -> None:
     """The command line of this module."""
-    given, overrides = _parser().parse_known_args()
+    words, overrides = command_line.apart(sys.argv[1:])
+    given = parser().parse_args(words)
 
     def command():
         _check(given, overrides)
@@ -60,12 +66,10 @@ def main() -> None:
             delta = to_torch(given.workdir, to, given.checkpoint or "best", arch=given.arch, n=given.n)
             print(f"{to}: max |Δlogit| {delta:.1e}; python {to / 'check.py'} checks it in PyTorch")
             return
-        if given.arch is None:
-            there = f"; {hint(torch_file.read(given.torch, given.sha256))}" if given.torch.is_file() else ""
-            raise InputError(f"--arch is missing; {nearest('', ARCHITECTURES)}{there}")
-        options = {option: getattr(given, option) for option in _OF_IMPORTS}
-        options |= {option: _numbers(option, options[option]) for option in ("mean", "std")}
-        found = from_torch(given.torch, given.arch, given.workdir, overrides=overrides, n=given.n, **options)
+        check_arch(given, given.torch)
+        said = said_of(given)._asdict() | dict(overrides=overrides)
+        options = dict(clean_acc=given.clean_acc, photographs=given.photographs, n=given.n)
+        found = from_torch(given.torch, given.arch, given.workdir, **said, **options)
         accuracy = f", clean accuracy {found['clean_acc']:.2f} %" if "clean_acc" in found else ""
         read = "; ".join(f"{what} {part['is']} ({part['from']})" for what, part in found["network"].items())
         print(f"{given.torch}: {read}")
@@ -74,11 +78,27 @@ def main() -> None:
     errors.exit_with(command)
 
 
-def _parser():
-    parser = command_line.bare("ibjax.convert", __doc__)
+def parser() -> cli.Parser:
+    """The arguments of this module."""
+    parser = cli.parser("ibjax.convert", __doc__)
+    command_line.add_trust(parser)
     add = parser.add_argument
     add("--workdir", type=files.path, required=True, help="of the run: made by an import, read by an export")
     add("--torch", type=files.path, help="the file to import")
+    add_import(parser)
+    add("--clean_acc", type=float, help="its published clean accuracy in percent, to be checked")
+    add("--photographs", type=int, metavar="SIDE", help="compare on photographs, not on a data set")
+    add("--card", type=files.path, metavar="FOLDER", help="the model card to import")
+    add("--to", metavar="card|torch|FOLDER", help="export a model card or a PyTorch network; FOLDER: torch, to there")
+    add("--out", type=files.path, metavar="FOLDER", help="the folder to export to; default for a card: DIR/card")
+    add("--checkpoint", help="to export: best (the default), last or a step")
+    add("--n", type=int, default=256, help="images that are compared")
+    return parser
+
+
+def add_import(parser: cli.Parser) -> None:
+    """Adds what is said of a PyTorch file: --arch, --key, the normalisation, the digest."""
+    add = parser.add_argument
     add("--arch", help=f"which network it is, or whose names an export has: {', '.join(ARCHITECTURES)}")
     add("--key", help="of several networks in the file the one that is meant, as state_dict or model_ema.module")
     add("--mean", help="with which pixels are normalised, as 0.4914,0.4822,0.4465; for pixels from 0 to 1")
@@ -91,20 +111,22 @@ def _parser():
         help="pixels are not normalised",
     )
     add("--sha256", help="the digest that the file must have, or its first digits")
-    add("--clean_acc", type=float, help="its published clean accuracy in percent, to be checked")
-    add("--photographs", type=int, metavar="SIDE", help="compare on photographs, not on a data set")
-    add("--card", type=files.path, metavar="FOLDER", help="the model card to import")
-    add("--to", metavar="card|torch|FOLDER", help="export a model card or a PyTorch network; FOLDER: torch, to there")
-    add("--out", type=files.path, metavar="FOLDER", help="the folder to export to; default for a card: DIR/card")
-    add("--checkpoint", help="to export: best (the default), last or a step")
-    add("--n", type=int, default=256, help="images that are compared")
-    return parser
+
+
+def said_of(given: argparse.Namespace) -> Said:
+    """What the options of `add_import` but --arch state; raises InputError where --mean or --std are no numbers."""
+    numbers = {option: _numbers(option, getattr(given, option)) for option in ("mean", "std")}
+    return Said(given.key, **numbers, no_normalisation=given.no_normalisation, sha256=given.sha256)
+
+
+def check_arch(given: argparse.Namespace, file: Path) -> None:
+    """Raises InputError without --arch; it names the architecture that fits `file` best."""
+    if given.arch is None:
+        there = f"; {hint(torch_file.read(file, given.sha256))}" if file.is_file() else ""
+        raise InputError(f"--arch is missing; {nearest('', ARCHITECTURES)}{there}")
 
 
 def _check(given, overrides):
-    for flag in overrides:
-        if not flag.startswith("--config."):
-            raise InputError(f"'{flag}' is no flag; see --help, and --config.KEY=VALUE")
     if sum(option is not None for option in (given.torch, given.card, given.to)) != 1:
         raise InputError(
             "give --torch FILE --arch NAME or --card FOLDER for an import, or --to card or --to torch for an export"

@@ -12,7 +12,7 @@ own line.
 
 import webbrowser
 
-from ibjax import errors, files
+from ibjax import cli, errors, files
 from ibjax.errors import InputError
 from ibjax.evaluation.report import (
     RunResults,
@@ -24,14 +24,14 @@ from ibjax.evaluation.report import (
     write_pictures,
     write_tables,
 )
-from ibjax.runs.command_line import bare
 
 __all__ = ["RunResults", "read", "table", "write", "write_pictures", "write_tables"]
 
 
-def _parser():
+def parser() -> cli.Parser:
+    """The arguments of this module."""
     text = "Writes one HTML page on all runs in and below the folders, and prints their table."
-    parser = bare("ibjax.report", text)
+    parser = cli.parser("ibjax.report", text)
     add = parser.add_argument
     add("folder", metavar="DIR", type=files.path, nargs="+", help="a workdir, or a folder above some")
     add("--out", type=files.path, help="the page to write; default: report.html in the first DIR")
@@ -46,7 +46,7 @@ def _parser():
 
 def main() -> None:
     """The command line of this module."""
-    given = _parser().parse_args()
+    given = parser().parse_args()
     errors.exit_with(lambda: _watch(given) if given.watch else _report(given))
 
 

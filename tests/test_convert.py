@@ -412,7 +412,7 @@ def test_another_normalisation_is_refused(data, tmp_path):
         ("--torch=a.pt --arch=vgg --mean=a,b --std=1", "--mean=a,b are no numbers; give them as 0.4914,"),
         ("--torch=a.pt --arch=vgg --checkpoint=last", "--checkpoint with --to"),
         ("--torch=a.pt --arch=vgg --n=0", "--n=0 is not allowed"),
-        ("--torch=a.pt --arch=vgg --nn=0", "'--nn=0' is no flag"),
+        ("--torch=a.pt --arch=vgg --nn=0", "'--nn' is no option"),
         ("--torch=a.pt --arch=vgg", "--torch=a.pt is no file"),
         ("--to=x", "absent holds no run"),
     ],

@@ -5,13 +5,14 @@ import json
 import sys
 import threading
 import types
+from pathlib import Path
 
 import pytest
 from conftest import clean_recipe
 
-from ibjax import config
-from ibjax.errors import InputError
-from ibjax.runs import checkpoint, metrics, writers
+from ibjax import calls, config
+from ibjax.errors import CodeError, InputError
+from ibjax.runs import checkpoint, metrics, recipe_files, writers
 from ibjax.training import jobs
 
 ROWS = [
@@ -135,6 +136,32 @@ def test_the_key_is_checked_inherited_and_free_to_change(tmp_path):
     saved = config.plain(clean_recipe())
     del saved["writers"]  # of a run that an earlier version made
     assert config.upgrade(config.ConfigDict(saved)).writers is None
+
+
+def test_a_writer_of_one_s_own_is_named_by_its_file(tmp_path):
+    """It is checked before training, and a configuration from elsewhere needs permission to run it."""
+    page = (Path(__file__).parent.parent / "docs" / "train.md").read_text()
+    file = tmp_path / "my_writer.py"
+    file.write_text(page.partition("# my_writer.py\n")[2].partition("```")[0])  # the one of the guide
+    name = f"{file}:MyWriter"
+    writers.check((name,))
+    logged(tmp_path, (name,))
+    assert (tmp_path / "losses.csv").read_text().splitlines() == ["2,0.5"]
+    for text, said in (
+        ("def make(run):\n    return 3\n", "has no method 'write'"),
+        ("def make():\n    return 3\n", "takes no argument 'run'"),
+    ):
+        other = tmp_path / f"w{len(text)}.py"
+        other.write_text(text)
+        with pytest.raises(InputError, match=said):
+            writers.check((f"{other}:make",))
+            calls.factory("writers", f"{other}:make")(run=started(tmp_path))
+    foreign = tmp_path / "elsewhere.py"
+    foreign.write_text("raise AssertionError('it ran')")
+    content = {"config": {**config.plain(clean_recipe()), "writers": (f"{foreign}:W",)}, "data": {}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(CodeError, match=r"writers '.*elsewhere\.py:W'; read it, then give --trust=code"):
+        recipe_files.load(str(tmp_path / "config.json"))
 
 
 # ---- TensorBoard -------------------------------------------------------------------------------------------

@@ -13,13 +13,34 @@ of the remaining training images.
 
 import logging
 import os
+import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ibjax.errors import DataError
+from ibjax import lazy
+from ibjax.errors import CodeError, DataError
+
+if typing.TYPE_CHECKING:
+    from ibjax.data import augment, corruptions, digits, folder, npz, prepare, stream, synthetic, tfds
+
+__all__ = [
+    "Arrays",
+    "Split",
+    "augment",
+    "corruptions",
+    "digits",
+    "folder",
+    "load_splits",
+    "npz",
+    "prepare",
+    "stream",
+    "synthetic",
+    "tfds",
+]
+__getattr__, __dir__ = lazy.attach(__name__, __all__)
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +99,15 @@ class Arrays(NamedTuple):
     classes: tuple[str, ...] = ()  # names of the classes, in the order of labels; empty if they have none
     warnings: tuple[str, ...] = ()  # doubts about the data; every record of a run on it repeats them
     read: tuple[Stamp, ...] = ()  # stamps of the files and folders it was read from, taken before reading
+
+
+def own_data(source: Any, made: Any, options: Any) -> Arrays:
+    """The data that a `load` of the user's own has made; CodeError unless they are `Arrays`."""
+    if not isinstance(made, Arrays) or not (isinstance(made.train, Split) and isinstance(made.test, Split)):
+        raise CodeError(
+            f"{source} is a {type(made).__name__}; return ibjax.data.Arrays(Split(…), Split(…), num_classes)"
+        )
+    return made._replace(label=made.label or source.name)
 
 
 def unchanged(arrays: Arrays) -> bool:

@@ -18,13 +18,13 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from ibjax import config, files, threat
+from ibjax import config, extensions, files, threat
 from ibjax.attacks import entrance
 from ibjax.data import Arrays, Split, load_splits, stratified, subset, unchanged
 from ibjax.devices import cluster
 from ibjax.errors import InputError
 from ibjax.runs import checkpoint as checkpoints
-from ibjax.runs import provenance, rundir, trees
+from ibjax.runs import own_code, provenance, rundir, trees
 from ibjax.step import Variables, linen_net
 
 PATHS = ("path", "data_dir")  # of a data section: `~` and $VARIABLES are expanded
@@ -73,17 +73,23 @@ def _in_words(section):
     return textwrap.shorten(f"{section.name}({options})", 80, placeholder=" …)")
 
 
-def load(workdir: str | os.PathLike, checkpoint: str | int = "best") -> Run:
+def load(workdir: str | os.PathLike, checkpoint: str | int = "best", *, trust: str | None = None) -> Run:
     """Restores a trained network: `checkpoint` is "best" (on validation), "last" or a step.
+
+    trust: whether modules and files that the run names, and that are no part of ibjax or of an installed package's
+      entry points, may be imported: "code" if they are what the run was made with, "changed" also if they have changed
+      since. None: only those that this process uses anyway.
 
     Its `logits_fn` checks its images as the attacks do: the values of concrete arrays; inside a trace, where there are
     no values, shape and type only.
 
-    Raises CheckpointError where the checkpoint is missing, damaged, or of another network, run or data set. If several
+    Raises CheckpointError where the checkpoint is missing, damaged, or of another network, run or data set, and
+    CodeError where the run names code that is missing, has changed, or may not run. If several
     processes run, all of them must call this; InputError is raised unless they see the same checkpoint.
     """
     workdir = files.path(workdir)
-    saved, facts = rundir.read_config(workdir)
+    with extensions.trusting(trust):
+        saved, facts = rundir.read_config(workdir)
     model = build_model(saved.model, facts["num_classes"], "model")
     mesh = cluster.mesh()
     abstract = abstract_variables(model, facts["input_shape"], mesh)
@@ -92,6 +98,11 @@ def load(workdir: str | os.PathLike, checkpoint: str | int = "best") -> Run:
         validation = checkpoints.metrics(store, step)
     seen = {"step": step, "weights": trees.digest(variables), "configuration": files.json_digest(facts)}
     cluster.agree(f"checkpoint '{checkpoint}' of {workdir.name}", seen, "give a --workdir that all processes share")
+    return Run(model, variables, checked_logits(model, variables), saved, facts, step, workdir, validation)
+
+
+def checked_logits(model: nn.Module, variables: Variables) -> Callable[[Array], Array]:
+    """The network as a function from images to logits in evaluation mode, which checks its images as the attacks do."""
     predict = jax.jit(linen_net(model).predict)
 
     def logits_fn(x: Array) -> Array:
@@ -99,7 +110,7 @@ def load(workdir: str | os.PathLike, checkpoint: str | int = "best") -> Run:
             x = x.astype(np.float32)  # as JAX does
         return predict(variables, entrance.images(x))[0]
 
-    return Run(model, variables, logits_fn, saved, facts, step, workdir, validation)
+    return logits_fn
 
 
 def build_model(section: Any, num_classes: int, where: str) -> nn.Module:
@@ -205,4 +216,5 @@ def origin(trained: Run, checkpoint: str) -> dict[str, Any]:
         "commit": provenance.commit(),
         "hardware": provenance.hardware(),
         **provenance.jax_settings(),
+        **({"own_code": code} if (code := own_code.record(trained.config)) else {}),
     }

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ibjax import calls, files
-from ibjax.errors import InputError
+from ibjax.errors import CodeError, InputError
 
 _PATIENCE = 60.0  # seconds that a writer has to finish when its run ends
 _ANY = (Exception, SystemExit)  # whatever a writer raises
@@ -232,6 +232,14 @@ class MLflow:
     def close(self) -> None:
         """As of `Writer`."""
         self.client.set_terminated(self.id, self.status)
+
+
+def own_writer(source: Any, made: Any, options: Any) -> Writer:
+    """A writer of the user's own; raises CodeError unless it has the methods of `Writer`."""
+    for method in ("write", "close"):
+        if not callable(getattr(made, method, None)):
+            raise CodeError(f"{source} has no method '{method}'; ibjax.runs.writers.Writer describes what it needs")
+    return made
 
 
 WRITERS: dict[str, Callable[..., Writer]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow}

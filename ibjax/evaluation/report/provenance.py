@@ -79,7 +79,7 @@ def _describe(record):
         steps = "1 step" if made["steps"] == 1 else f"{made['steps']} steps"
         text = f"{steps} of {record.get('step_size')} on the {loss}, {start}, {made['restarts']} restart(s)"
     else:
-        settings = {name: value for name, value in made.items() if name != "surrogate"}
+        settings = {name: value for name, value in made.items() if name not in ("surrogate", "code")}
         text = ", ".join(f"{name} {value}" for name, value in settings.items())
     if source := results.surrogate_of(record):
         text += f"; on the network of {source.get('title')}, step {source.get('step')}{_weights(source)}"
