@@ -105,8 +105,11 @@ def test_a_card_names_no_folder_of_this_machine(made, tmp_path):
     content = files.read_json(tmp_path / "run" / "config.json")
     content["config"]["teacher"]["workdir"] = "/home/alice/teacher"
     content["config"]["data"]["data_dir"] = "/home/alice/data"
+    content["config"]["objective"]["name"] = "/home/alice/my.py:my"  # code of one's own
+    content["config"]["writers"] = ("/home/alice/my.py:MyWriter",)
     published = card._published(run.load(workdir)._replace(config=config.ConfigDict(content["config"])))
     assert "alice" not in json.dumps(config.plain(published)) and published.data.data_dir == "data"
+    assert published.objective.name == "my.py:my"  # which is looked for beside config.json
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])

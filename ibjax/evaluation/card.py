@@ -31,8 +31,8 @@ from ibjax.evaluation import report, results
 from ibjax.evaluation.report import grids, provenance, self_checks, tables
 from ibjax.evaluation.results import Record, attack_label
 from ibjax.pytorch import folders
+from ibjax.runs import own_code, recipe_files, run, rundir, trees
 from ibjax.runs import provenance as versions
-from ibjax.runs import recipe_files, run, rundir, trees
 
 _WEIGHTS = "model.safetensors"
 
@@ -102,6 +102,9 @@ def from_card(folder: Path, workdir: Path, overrides: Sequence[str] = ()) -> dic
 def _of_run(workdir, settings):
     """The run's own config.json, with the published configuration: what more it says is kept too."""
     content = files.read_json(workdir / "config.json")
+    if code := content.get("own_code"):
+        where = ({"file": Path(entry["file"]).name} if "file" in entry else {} for entry in code.values())
+        content["own_code"] = {path: {**code[path], **file} for path, file in zip(code, where, strict=True)}
     return {**content, "config": config.plain(settings)}
 
 
@@ -110,11 +113,12 @@ def _published(trained) -> ConfigDict:
     settings = trained.config.copy_and_resolve_references()
     with settings.unlocked():
         settings.title = settings.title or trained.workdir.resolve().name
-        _without_paths(settings)
+        _without_paths(own_code.unanchor(settings))
     return settings
 
 
 def _without_paths(settings):
+    settings.writers = None
     for key, value in settings.data.items():
         if key in run.PATHS and value:
             settings.data[key] = Path(value).name

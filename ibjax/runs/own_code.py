@@ -32,6 +32,11 @@ def anchor(settings: ConfigDict, folder: Path) -> ConfigDict:
     return _rename(settings, lambda path, name: extensions.anchored(name, folder))
 
 
+def unanchor(settings: ConfigDict) -> ConfigDict:
+    """Takes the folder away from each file that is named, in place: for a configuration that goes elsewhere."""
+    return _rename(settings, lambda path, name: extensions.unanchored(name))
+
+
 def _rename(settings, change: Callable[[str, str], str]):
     """Applies `change` (path, name) to the name of every section, and to what names of attacks refer to, in place."""
     with settings.unlocked():
