@@ -35,6 +35,7 @@ _TABLES = {
     "schedules": ("ibjax.optim", "SCHEDULES"),
     "perturbations": ("ibjax.perturb", "PERTURBATIONS"),
     "augmentations": ("ibjax.data.augment", "AUGMENTATIONS"),
+    "writers": ("ibjax.runs.writers", "WRITERS"),
 }
 # kind -> (module, its function (name, what a factory of the user's own has made) -> the same, checked)
 _CONTRACTS = {
@@ -46,9 +47,16 @@ _CONTRACTS = {
     "schedules": ("ibjax.optim", "own_schedule"),
     "perturbations": ("ibjax.perturb", "own_perturbation"),
     "augmentations": ("ibjax.data.augment", "own_augmentation"),
+    "writers": ("ibjax.runs.writers", "own_writer"),
 }
 # kind -> arguments that a factory of the user's own must take, since the library passes them
-_PASSED = {"models": ("num_classes",), "attacks": THREAT, "optimizers": ("lr",), "schedules": ("lr", "epochs")}
+_PASSED = {
+    "models": ("num_classes",),
+    "attacks": THREAT,
+    "optimizers": ("lr",),
+    "schedules": ("lr", "epochs"),
+    "writers": ("run",),
+}
 CALLS = {
     "data": "data",
     "model": "models",

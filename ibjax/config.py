@@ -96,6 +96,9 @@ def base() -> ConfigDict:
         batch_size=500,
     )
     config.log_every = 50  # steps between rows of metrics.jsonl
+    # where they go too: names of ibjax.runs.writers. None: TensorBoard if tensorboardX is installed; in the recipe
+    # of a teacher or a contrast: as in the enclosing configuration
+    config.writers = placeholder(tuple)
     config.checkpoint_every = 10  # epochs between checkpoints, beside those of validation
     config.steps_per_dispatch = placeholder(int)  # None: 1 on CPU, log_every on accelerators
     return config
@@ -155,6 +158,11 @@ def check(config: ConfigDict) -> None:
     for path, (kind, low, high) in _NUMBERS.items():
         if not path.startswith(named):
             _check_number(config, path, kind, low, high, optional=lookup(reference, path, "") is None)
+    writers = config.writers
+    if writers is not None and not (
+        isinstance(writers, list | tuple) and all(isinstance(name, str) for name in writers)
+    ):
+        raise InputError(f"writers={writers!r} is not allowed; give names, as ('tensorboard', 'wandb')")
     for path, allowed in _CHOICES.items():
         if not path.startswith(named) and (given := lookup(config, path)) not in allowed:
             raise InputError(f"{path}={given!r} is unknown; {nearest(str(given), map(str, allowed))}")
@@ -236,6 +244,8 @@ def upgrade(saved: ConfigDict) -> ConfigDict:
     A saved configuration states norm, eps and step size of every attack; a missing `threat` becomes the evaluation's.
     """
     reference = base()
+    if "writers" not in saved:
+        saved.writers = None
     for section in ("validate", "evaluate"):
         for key, default in reference[section].items():
             if key not in saved[section]:

@@ -323,7 +323,8 @@ def _step_size(attack, settings, eps):
 
 
 def _common(trained, checkpoint, settings, split, asked, warnings):
-    selected_on = {"best": trained.config.select_on, "last": "last"}.get(checkpoint, "step")
+    of_card = trained.facts.get("card", {}).get("checkpoint", checkpoint)  # the network of a card is its run's only one
+    selected_on = {"best": trained.config.select_on, "last": "last"}.get(of_card, "step")
     imported, classes = ({key: trained.facts[key]} if key in trained.facts else {} for key in ("imported", "classes"))
     return {
         **imported,

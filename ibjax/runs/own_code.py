@@ -32,6 +32,11 @@ def anchor(settings: ConfigDict, folder: Path) -> ConfigDict:
     return _rename(settings, lambda path, name: extensions.anchored(name, folder))
 
 
+def unanchor(settings: ConfigDict) -> ConfigDict:
+    """Takes the folder away from each file that is named, in place: for a configuration that goes elsewhere."""
+    return _rename(settings, lambda path, name: extensions.unanchored(name))
+
+
 def _rename(settings, change: Callable[[str, str], str]):
     """Applies `change` (path, name) to the name of every section, and to what names of attacks refer to, in place."""
     with settings.unlocked():
@@ -42,6 +47,9 @@ def _rename(settings, change: Callable[[str, str], str]):
             if any(map(names.own, attacks)):
                 renamed = (names.relocated(name, lambda reference: change("", reference)) for name in attacks)
                 config.evaluate.attacks = type(attacks)(renamed)
+            if config.writers is not None:
+                each = (",".join(change("", part) for part in name.split(",")) for name in config.writers)
+                config.writers = tuple(each)
     return settings
 
 
@@ -120,6 +128,12 @@ def _kind(path, entry):
     if isinstance(entry, Mapping) and entry.get("kind") in calls.CALLS.values():
         return entry["kind"]
     return calls.CALLS.get(path) or calls.CALLS.get(path.split(".")[0], "optimizers")
+
+
+def permit_writers(saved: ConfigDict, file: Path) -> None:
+    """Raises CodeError unless the writers that a run's configuration names may run."""
+    named = (name for config in _configurations(saved) for name in config.writers or ())
+    _refuse_forbidden([("writers", part) for name in named for part in name.split(",")], file)
 
 
 def permit_attacks(attacks: Iterable[str], file: Path, trust: str | None = None) -> None:

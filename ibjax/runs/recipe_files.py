@@ -213,6 +213,7 @@ def _of_run(file, arg):
         saved = config.upgrade(ConfigDict(config.plain(content["config"])))
         own_code.permit(saved, content.get("own_code"), file)
         own_code.permit_attacks(saved.evaluate.attacks, file)
+        own_code.permit_writers(saved, file)
         return config.loosen(threat.follow(saved))
     except CodeError:
         raise

@@ -27,7 +27,7 @@ from ibjax.runs import checkpoint as checkpoints
 from ibjax.runs import own_code, provenance, rundir, trees
 from ibjax.step import Variables, linen_net
 
-_PATHS = ("path", "data_dir")  # of a data section: `~` and $VARIABLES are expanded
+PATHS = ("path", "data_dir")  # of a data section: `~` and $VARIABLES are expanded
 
 
 log = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ def load_data(settings: ConfigDict) -> Arrays:
 def _read_data(section):
     split = dict(val_size=section.pop("val_size"), split_seed=section.pop("split_seed"))
     split["fraction"] = section.pop("fraction", 1.0)
-    for name in _PATHS:
+    for name in PATHS:
         if section.get(name):
             section[name] = str(files.path(section[name]))
     options = config.arguments("data", section, "data")

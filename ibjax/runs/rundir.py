@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 # compared by its weights and the data by its content, so the paths of both may change. The threat model is compared
 # through the attacks that use it.
 _FREE_KEYS = (
-    *("title", "threat", "evaluate", "contrast", "log_every", "checkpoint_every", "steps_per_dispatch"),
+    *("title", "threat", "evaluate", "contrast", "log_every", "writers", "checkpoint_every", "steps_per_dispatch"),
     *config.TEACHERS,
 )
 

@@ -23,7 +23,7 @@ from ibjax.devices import cluster
 from ibjax.errors import DivergedError, InputError, PreemptedError
 from ibjax.evaluation.scoring import Scorer, nan_warnings
 from ibjax.runs import checkpoint as checkpoints
-from ibjax.runs import rundir, trees
+from ibjax.runs import rundir, trees, writers
 from ibjax.runs.metrics import MetricsLog, Window
 from ibjax.training import feed
 from ibjax.training.experiment import Experiment, build, initial_state, initializer, run_key
@@ -38,6 +38,7 @@ def check(settings: ConfigDict, folders: Mapping[str, Path] | None = None) -> No
     The whole step and the validation are traced; nothing is saved, compiled or computed. A teacher that has yet to be
     trained is represented by its recipe.
     """
+    writers.check(settings.writers)
     experiment = build(settings, folders, abstract=True)
     frozen = experiment.frozen
     x = jax.ShapeDtypeStruct((1, *experiment.data.train.images.shape[1:]), jnp.float32)
@@ -80,7 +81,10 @@ def train(experiment: Experiment, workdir: Path, *, restart: bool = False) -> No
         if step:
             log.info("%s: continuing from step %d of %d", workdir, step, total)
         if jax.process_index() == 0:
-            with contextlib.closing(MetricsLog(workdir, step)) as metrics_log:
+            title = settings.title or workdir.resolve().name
+            started = writers.Started(workdir, title, config.plain(settings), step)
+            made = writers.start(settings.writers, started)
+            with contextlib.closing(MetricsLog(workdir, step, made)) as metrics_log:
                 _loop(experiment, orbax, state, step, total, metrics_log.write)
         else:
             _loop(experiment, orbax, state, step, total, lambda *args, **values: None)
@@ -113,7 +117,8 @@ def _loop(experiment, orbax, state, step, total, write):
                     write("diverged", step, reason=reason)
                     raise DivergedError(reason)
                 row = window.row(values, step, settings.batch_size)
-                write("train", step, epoch=step / per_epoch, **row)
+                left = (time.perf_counter() - began) / (step - first) * (total - step)
+                write("train", step, epoch=step / per_epoch, **row, seconds_left=round(left, 1))
                 bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['images_per_s']:.0f} images/s")
                 window = Window(step)
             if saved or preempted:
