@@ -33,7 +33,7 @@ def main() -> None:
     command_line.add_attacks(parser)
     parser.add_argument("--n", type=int, help="number of test images; default: all")
     parser.add_argument("--samples", type=int, help="judge the mean of so many drawn predictions; default: no draw")
-    parser.add_argument("--norm", help="linf, l2 or l1; another than the run's needs --eps")
+    parser.add_argument("--norm", help="linf, l2, l1 or l0; another than the run's needs --eps")
     parser.add_argument("--eps", help='radius, as "8/255"')
     parser.add_argument("--step_size", help='of iterative attacks, as "2/255"; default: the run\'s share of eps')
     parser.add_argument("--batch_size", type=int, help="images at a time")

@@ -106,7 +106,7 @@ def _section(configuration: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _takes_step(record):
     """Whether an attack uses the step size of the `evaluate` section instead of its own."""
     family, _, steps = record["attack"].rpartition("-")
-    return family in ("pgd", "cw", "margin", "bim", "mim", "nifgsm") and steps.isdecimal()
+    return family in ("pgd", "pgd-t", "cw", "margin", "bim", "mim", "nifgsm") and steps.isdecimal()
 
 
 def _length(value):
