@@ -109,14 +109,17 @@ class _Foreign:
         x, cotangents = np.asarray(x), [np.asarray(each) for each in cotangents]
         axes = x.ndim - 4
         lead = np.broadcast_shapes(*(each.shape[:axes] for each in (x, *cotangents)))
-        found, asked, made = np.zeros((*lead, *x.shape[axes:]), x.dtype), None, []
+        found = np.zeros((*lead, *x.shape[axes:]), x.dtype)
+        asked: Any = None
+        made: list[Any] = []
         with self.lock, torch.enable_grad():
             for place in np.ndindex(*lead):
                 if asked is None or x.shape[:axes] != (1,) * axes:  # many cotangents at the same images: asked once
                     asked = self._tensor(_at(x, place)).requires_grad_()
                     made = self._called(asked)
                 weights = [torch.from_numpy(_at(each, place)).to(made[0].device) for each in cotangents]
-                total = sum(torch.sum(value * weight) for value, weight in zip(made, weights, strict=True))
+                parts = [torch.sum(value * weight) for value, weight in zip(made, weights, strict=True)]
+                total = torch.stack(parts).sum()
                 if total.requires_grad:
                     (slope,) = torch.autograd.grad(total, asked, retain_graph=True)
                     found[place] = np.moveaxis(slope.float().cpu().numpy(), 1, -1)
