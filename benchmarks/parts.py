@@ -15,15 +15,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ibjax import files
-from ibjax.runs import command_line, provenance
+from ibjax import cli, files
+from ibjax.runs import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def bare(script: str, description: str | None) -> argparse.ArgumentParser:
     """The command line of a script, its `__file__`, without arguments yet."""
-    return command_line.bare("", description, prog=f"python benchmarks/{Path(script).name}")
+    return cli.parser("", description, prog=f"python benchmarks/{Path(script).name}")
 
 
 def update(out: Path, part: str, **values: Any) -> None:

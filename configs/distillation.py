@@ -47,7 +47,7 @@ ROWS = (
     *(f"{method}-cifar100" for method in ("ard", "iad", "rslad")),
     *(f"{method}-original" for method in METHODS),
 )
-TRAINED = "python -m ibjax.main --config=configs/"
+TRAINED = "python -m ibjax.main --config="
 
 
 def get_config(arg=None):
@@ -61,13 +61,13 @@ def get_config(arg=None):
     config.objective = METHODS[method]
     if method == "rslad":
         config.attack.update(loss="kl", init="gaussian")
-    teach(config.teacher, "trades_wrn", "trades_wrn.py")
+    teach(config.teacher, "trades_wrn", "trades_wrn")
     if form == "cifar100":
-        teach(config.teacher, "trades-wrn-cifar100", "teachers.py:trades-wrn-cifar100")
+        teach(config.teacher, "trades-wrn-cifar100", "teachers:trades-wrn-cifar100")
         if method == "rslad":
             config.objective.scale = 10.0
     if method == "iad_2":
-        teach(config.assistant, "natural-resnet18", "teachers.py:natural-resnet18")
+        teach(config.assistant, "natural-resnet18", "teachers:natural-resnet18")
     config.validate.update(every=10, dense_from=95)
     config.evaluate.attacks = ("fgsm", "pgd-100", "margin-100")
     if form == "original":
@@ -97,12 +97,12 @@ def original(config, method):
     config.validate.update(every=1, dense_from=None)
     if method.startswith("iad"):
         config.objective.passes = "code"
-        teach(config.teacher, "iad-at-resnet18", "teachers.py:iad-at-resnet18")
+        teach(config.teacher, "iad-at-resnet18", "teachers:iad-at-resnet18")
         config.evaluate.attacks = ("fgsm", "pgd-20", "margin-30")
     if method == "iad":
         config.objective.weight_teacher_term = False
     if method == "iad_2":
-        teach(config.assistant, "iad-st-resnet18", "teachers.py:iad-st-resnet18")
+        teach(config.assistant, "iad-st-resnet18", "teachers:iad-st-resnet18")
 
 
 def teach(section, workdir, recipe):

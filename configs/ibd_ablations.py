@@ -58,17 +58,17 @@ MATCHING = (
     "matching-adaptive-res",
 )
 # name in a row -> (the teacher's workdir, the command that makes it)
-TRAINED = "python -m ibjax.main --config=configs/"
+TRAINED = "python -m ibjax.main --config="
 IMPORTED = "python -m ibjax.convert --torch FILE --arch dm_wide_resnet --workdir="
 TEACHERS = {
-    "wrn34_10": ("runs/trades_wrn", TRAINED + "trades_wrn.py --workdir=runs/trades_wrn"),
+    "wrn34_10": ("runs/trades_wrn", TRAINED + "trades_wrn --workdir=runs/trades_wrn"),
     "resnet18": (
         "runs/trades-awp-resnet18",
-        TRAINED + "teachers.py:trades-awp-resnet18 --workdir=runs/trades-awp-resnet18",
+        TRAINED + "teachers:trades-awp-resnet18 --workdir=runs/trades-awp-resnet18",
     ),
     "resnet34": (
         "runs/trades-awp-resnet34",
-        TRAINED + "teachers.py:trades-awp-resnet34 --workdir=runs/trades-awp-resnet34",
+        TRAINED + "teachers:trades-awp-resnet34 --workdir=runs/trades-awp-resnet34",
     ),
     "wrn34_20": ("runs/teacher-wrn34_20", IMPORTED + "runs/teacher-wrn34_20"),
     "wrn70_16": ("runs/teacher-wrn70_16", IMPORTED + "runs/teacher-wrn70_16"),
@@ -112,7 +112,7 @@ def get_config(arg=None):
     config.teacher.workdir, config.teacher.made_by = TEACHERS[teacher]
     if row == "labels-natural":
         config.assistant.workdir = "runs/natural-resnet18"
-        config.assistant.made_by = TRAINED + "teachers.py:natural-resnet18 --workdir=runs/natural-resnet18"
+        config.assistant.made_by = TRAINED + "teachers:natural-resnet18 --workdir=runs/natural-resnet18"
     if small:
         shrunk = dict(depth=10, width=1) if student == "wrn" else dict(depth=10, width=4)
         smoke(config, (32, 32, 3), 10, dict(dtype="float32", **shrunk))

@@ -32,10 +32,10 @@ def get_config(arg=None):
     config.objective = dict(name="ibd", alpha=0.9, beta=0.8)
     config.attack.update(loss="kl", init="gaussian")
     config.teacher.workdir = "runs/trades_wrn"
-    config.teacher.made_by = "python -m ibjax.main --config=configs/trades_wrn.py --workdir=runs/trades_wrn"
+    config.teacher.made_by = "python -m ibjax.main --config=trades_wrn --workdir=runs/trades_wrn"
     if "cifar100" in row:
         config.teacher.workdir = "runs/trades-wrn-cifar100"
-        made_by = "python -m ibjax.main --config=configs/teachers.py:{0} --workdir=runs/{0}"
+        made_by = "python -m ibjax.main --config=teachers:{0} --workdir=runs/{0}"
         config.teacher.made_by = made_by.format("trades-wrn-cifar100")
     config.validate.update(every=10, dense_from=95)
     config.evaluate.attacks = ("fgsm", "pgd-100", "margin-100")

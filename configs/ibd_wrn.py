@@ -30,7 +30,7 @@ def get_config(arg=None):
     config.objective = dict(name="ibd", alpha=0.9, beta=0.8)
     config.attack.update(loss="kl", init="gaussian")
     config.teacher.workdir = "runs/trades_wrn"
-    config.teacher.made_by = "python -m ibjax.main --config=configs/trades_wrn.py --workdir=runs/trades_wrn"
+    config.teacher.made_by = "python -m ibjax.main --config=trades_wrn --workdir=runs/trades_wrn"
     config.validate.update(every=10, dense_from=95)
     config.evaluate.attacks = ("fgsm", "pgd-100", "margin-100")
     if row == "awp":

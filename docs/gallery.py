@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from ibjax import files
 from ibjax.config import base, parse_arg
 from ibjax.runs import provenance
 
@@ -184,8 +185,8 @@ def get_config(arg=None):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--digits", type=Path, required=True, help="a run of configs/digits.py")
-    parser.add_argument("--workdir", type=Path, required=True, help="of what is trained here")
+    parser.add_argument("--digits", type=files.path, required=True, help="a run of configs/digits.py")
+    parser.add_argument("--workdir", type=files.path, required=True, help="of what is trained here")
     parser.add_argument("--folder", help="class folders of 32×32 images; without it the corruptions stay as they are")
     parser.add_argument("--only", type=lambda text: text.split(","), help="these analyses; the others stay as they are")
     given = parser.parse_args()

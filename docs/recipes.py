@@ -194,7 +194,7 @@ def _schedule(made):
 
 
 def _weights(made):
-    parts = [] if made.perturb is None else [call("perturb", made.perturb)]
+    parts = [] if made.perturb is None else [call("perturbations", made.perturb)]
     parts += [] if made.ema_decay is None else [f"averaged, {made.ema_decay:g}"]
     return ", ".join(parts) or "none"
 

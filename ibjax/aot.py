@@ -23,7 +23,7 @@ import os
 
 import jax
 
-from ibjax import errors, files
+from ibjax import cli, errors, files
 from ibjax.devices import cluster
 from ibjax.runs import (
     command_line,
@@ -34,8 +34,8 @@ from ibjax.training import (
 )
 
 
-def command() -> None:
-    """The command line of this module."""
+def parser() -> cli.Parser:
+    """The arguments of this module."""
     parser = command_line.of_recipe("ibjax.aot", __doc__)
     parser.add_argument("--topology", default="v5e:16x16", help="the slice, or h200: one GPU; default: %(default)s")
     parser.add_argument("--teacher", help="recipe of the teacher, where the configuration names none")
@@ -44,9 +44,14 @@ def command() -> None:
         "--images", type=int, default=50_000, help="of training, on every chip; streamed ones lie elsewhere"
     )
     parser.add_argument("--json", type=files.path, help="file for the numbers")
-    given, recipe = command_line.parse_recipe(parser)
+    return parser
 
-    def body():
+
+def main() -> None:
+    """The command line of this module."""
+    given, recipe = command_line.parse_recipe(parser())
+
+    def command():
         os.environ.update(ahead.WITHOUT_CHIPS)
         jax.config.update("jax_platforms", "cpu")
         settings = recipe()
@@ -65,8 +70,8 @@ def command() -> None:
             files.write_json(given.json, numbers)
             print(f"numbers: {given.json}")
 
-    errors.exit_with(body)
+    errors.exit_with(command)
 
 
 if __name__ == "__main__":
-    command()
+    main()

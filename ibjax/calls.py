@@ -1,11 +1,15 @@
 """Sections of a configuration as function calls: finding a section, its factory, and the options that it may have.
 
 A section with a `name` describes a call: objective=dict(name="trades", beta=6.) imports `ibjax.objectives.trades` and
-calls its factory with the other entries. The factory's signature defines which options the section may have.
+calls its factory with the other entries. The factory's signature defines which options the section may have. A name
+that is not built in may refer to the user's own code: `ibjax.extensions`.
 """
 
+import functools
 import importlib
+import importlib.machinery
 import inspect
+import os
 import pkgutil
 import re
 import types
@@ -16,19 +20,42 @@ from typing import Annotated, Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from ibjax.errors import InputError, nearest
+from ibjax import extensions
+from ibjax.errors import CodeError, InputError, nearest
 
 TEACHERS = ("teacher", "assistant")
+THREAT = ("norm", "eps")
 # the types of options that are themselves sections, of a model or of an objective
 ModelSection = Annotated[Mapping[str, Any], "models"]
 ObjectiveSection = Annotated[Mapping[str, Any], "objectives"]
-# kind -> the name of the factory in each module of the package `ibjax.<kind>`; None: the same name as the module
-_PACKAGES = {"models": "Model", "data": "load", "objectives": None, "attacks": None}
+_PACKAGES = ("models", "data", "objectives", "attacks")  # kinds whose factories are in a module of `ibjax.<kind>` each
 # kind -> (module, its dict from names to factories)
 _TABLES = {
     "optimizers": ("ibjax.optim", "OPTIMIZERS"),
     "schedules": ("ibjax.optim", "SCHEDULES"),
-    "perturb": ("ibjax.perturb", "PERTURBATIONS"),
+    "perturbations": ("ibjax.perturb", "PERTURBATIONS"),
+    "augmentations": ("ibjax.data.augment", "AUGMENTATIONS"),
+    "writers": ("ibjax.runs.writers", "WRITERS"),
+}
+# kind -> (module, its function (name, what a factory of the user's own has made) -> the same, checked)
+_CONTRACTS = {
+    "models": ("ibjax.models.own", "own_model"),
+    "data": ("ibjax.data", "own_data"),
+    "objectives": ("ibjax.objectives.own", "own_objective"),
+    "attacks": ("ibjax.attacks.entrance", "own_attack"),
+    "optimizers": ("ibjax.optim", "own_optimizer"),
+    "schedules": ("ibjax.optim", "own_schedule"),
+    "perturbations": ("ibjax.perturb", "own_perturbation"),
+    "augmentations": ("ibjax.data.augment", "own_augmentation"),
+    "writers": ("ibjax.runs.writers", "own_writer"),
+}
+# kind -> arguments that a factory of the user's own must take, since the library passes them
+_PASSED = {
+    "models": ("num_classes",),
+    "attacks": THREAT,
+    "optimizers": ("lr",),
+    "schedules": ("lr", "epochs"),
+    "writers": ("run",),
 }
 CALLS = {
     "data": "data",
@@ -38,13 +65,14 @@ CALLS = {
     "validate.attack": "attacks",
     "optimizer": "optimizers",
     "schedule": "schedules",
-    "perturb": "perturb",
+    "perturb": "perturbations",
+    "augment": "augmentations",
 }
 # section -> the factory's arguments that the caller supplies, not the section
 _SUPPLIED = {"model": ("num_classes",), "optimizer": ("lr",), "schedule": ("lr", "epochs", "stepping")}
 OPTIONAL = ("attack", "perturb")  # sections that may be None
+NAMELESS = ("augment",)  # sections that may lack a name, which then stands for the built-in factory
 SPLITTING = ("val_size", "split_seed", "fraction")  # options of the data section that load_splits takes, not the source
-THREAT = ("norm", "eps")
 ATTACKS = ("attack", "validate.attack", "evaluate")  # sections that use the threat model
 _HELD = re.compile(rf"^(({'|'.join(TEACHERS)})\.recipe\.|contrast\.[^.]+\.)+")  # the path of a nested configuration
 
@@ -102,31 +130,79 @@ def recipes(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
 
 
 def factory(kind: str, name: Any) -> Callable:
-    """The factory that a name refers to: that of the module `ibjax.<kind>.<name>`, or one of optim.py or perturb.py.
+    """The factory that a name refers to: one that is built in, else one of the user's own (`ibjax.extensions`).
 
-    Modules are imported on demand, since all of them import this one. Raises InputError with the closest known name.
+    Modules are imported on demand, since all of them import this one. Raises InputError with the closest known name,
+    and CodeError where the user's own code is missing, fails, or does not have the right signature.
     """
     name = str(name)
+    if (found := _built_in(kind, name)) is not None:
+        extensions.tell_of_shadowed(kind, name)
+        return found
+    if (source := extensions.locate(kind, name)) is not None:
+        return _own(source, extensions.find(source))
+    label = {"perturbations": "perturb", "augmentations": "augment"}.get(kind) or extensions.singular(kind)
+    raise InputError(
+        f"{label}.name {name!r} is unknown; {nearest(name, {*_names(kind), *extensions.entry_points(kind)})}; "
+        f"name own code as 'my_pkg.my_method' or './my_method.py:my_method'"
+    )
+
+
+def own_source(kind: str, name: str) -> extensions.Source | None:
+    """Where the user's own code behind a name lies; None for what is built in, and for unknown names."""
+    return None if _built_in(kind, name) is not None else extensions.locate(kind, name)
+
+
+def _built_in(kind, name):
+    """The factory of a built-in, or None."""
     if kind in _TABLES:
         module, table = _TABLES[kind]
-        known = getattr(importlib.import_module(module), table)
-        if name not in known:
-            raise InputError(f"{kind.removesuffix('s')}.name {name!r} is unknown; {nearest(name, known)}")
-        return known[name]
-    attribute = _PACKAGES[kind] or name
-    if name.isidentifier():
-        try:
-            module = importlib.import_module(f"ibjax.{kind}.{name}")
-        except ModuleNotFoundError as error:
-            if error.name != f"ibjax.{kind}.{name}":
-                raise  # the module exists, but something that it imports does not
-        else:
-            if hasattr(module, attribute):
-                return getattr(module, attribute)
+        return getattr(importlib.import_module(module), table).get(name)
     package = importlib.import_module(f"ibjax.{kind}")
-    names = [info.name for info in pkgutil.iter_modules(package.__path__)]
-    names = [n for n in names if hasattr(importlib.import_module(f"ibjax.{kind}.{n}"), _PACKAGES[kind] or n)]
-    raise InputError(f"{kind.removesuffix('s')}.name {name!r} is unknown; {nearest(name, names)}")
+    folder = os.path.dirname(str(package.__file__))  # not `__path__`, to which someone may have added others
+    module = f"{package.__name__}.{name}"
+    if not name.isidentifier() or importlib.machinery.PathFinder.find_spec(module, [folder]) is None:
+        return None
+    return getattr(importlib.import_module(module), extensions.USUAL.get(kind) or name, None)
+
+
+def _names(kind):
+    """The names of the built-ins of a kind."""
+    if kind in _TABLES:
+        module, table = _TABLES[kind]
+        return list(getattr(importlib.import_module(module), table))
+    folder = os.path.dirname(str(importlib.import_module(f"ibjax.{kind}").__file__))
+    return [info.name for info in pkgutil.iter_modules([folder]) if _built_in(kind, info.name) is not None]
+
+
+@functools.cache
+def _own(source, call):
+    """A factory of the user's own, which checks what it makes; raises CodeError on a wrong signature."""
+    module, contract = _CONTRACTS[source.kind]
+    contract = getattr(importlib.import_module(module), contract)
+    try:
+        parameters = inspect.signature(call).parameters
+    except (TypeError, ValueError):
+        raise CodeError(f"{source}: Python does not know which arguments it takes; define it as a function") from None
+    for key in _PASSED.get(source.kind, ()):
+        if key not in parameters:
+            raise CodeError(
+                f"{source} takes no argument '{key}', which ibjax passes; it takes {', '.join(parameters) or 'none'}"
+            )
+    for key, parameter in parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
+            raise CodeError(f"{source}: its argument '{key}' has no name to be given by; list each option by its name")
+
+    @functools.wraps(call, updated=())
+    def made(*args, **options):
+        try:
+            return contract(source, call(*args, **options), options)
+        except InputError:
+            raise
+        except Exception as error:
+            raise CodeError(f"{source} cannot be made: {extensions.failure(error)}") from error
+
+    return made
 
 
 def build(kind: str, section: Any, where: str, **context: Any) -> Any:
@@ -176,7 +252,16 @@ def signature(call: Callable, context: Iterable[str] = ()) -> tuple[dict[str, in
     """(parameters that a section may set, their type hints)."""
     hidden = {"parent", "name", *context}  # supplied by Linen or by the caller
     parameters = {key: p for key, p in inspect.signature(call).parameters.items() if key not in hidden}
-    return parameters, typing.get_type_hints(call.__init__ if inspect.isclass(call) else call, include_extras=True)
+    call = inspect.unwrap(call)
+    call = call.func if isinstance(call, functools.partial) else call
+    try:
+        hints = typing.get_type_hints(call.__init__ if inspect.isclass(call) else call, include_extras=True)
+    except (NameError, TypeError) as error:
+        raise InputError(
+            f"the types of the options of {getattr(call, '__name__', call)} cannot be read ({error}); import what they "
+            f"name at run time too, not for type checkers alone"
+        ) from None
+    return parameters, hints
 
 
 def called(path: str, name: Any) -> tuple[Callable, tuple[str, ...]]:
@@ -203,6 +288,20 @@ def fits(value, hint):
 
 def _readable(hint):
     return getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
+
+
+def named_sections(config: Any) -> Iterator[tuple[str, str, str]]:
+    """(path, kind, name) of a configuration's sections that name a factory, without those of the recipes inside it."""
+    for path, kind in (*CALLS.items(), ("head_optimizer", "optimizers")):
+        if (lookup(config, path, None) or {}).get("name"):
+            yield from _named(lookup(config, path), path, kind)
+
+
+def _named(section, path, kind):
+    yield path, kind, section["name"]
+    for key, hint in signature(factory(kind, section["name"]))[1].items():
+        if hint in _NESTED and "name" in (section.get(key) or {}):
+            yield from _named(section[key], f"{path}.{key}", _NESTED[hint][0])
 
 
 # ---- defaults ----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from ml_collections.config_dict import placeholder
 
 from ibjax.calls import (  # noqa: F401 - some of them for those who take them from here
     CALLS,
+    NAMELESS,
     OPTIONAL,
     SPLITTING,
     TEACHERS,
@@ -30,6 +31,7 @@ from ibjax.calls import (  # noqa: F401 - some of them for those who take them f
     leaves,
     local,
     lookup,
+    own_source,
     plain,
     recipes,
     rename,
@@ -47,7 +49,8 @@ def base() -> ConfigDict:
     # data: a module of ibjax.data and its arguments. val_size training images are held out for validation (selected by
     # split_seed); the network is trained on a stratified `fraction` of the rest
     config.data = dict(name="tfds", dataset="cifar10", val_size=1000, split_seed=0, fraction=1.0)
-    config.augment = dict(pad=4, padding="zero", flip=True)  # padding: zero, edge or reflect
+    # augment: random crop and flip (padding: zero, edge or reflect), or the name of an augmentation of one's own
+    config.augment = dict(pad=4, padding="zero", flip=True)
     config.model = dict(name="preact_resnet", depth=18)
     config.objective = dict(name="pgd_at")
     # threat: the threat model. The training attack, the validation attack and the evaluation use it where their own
@@ -93,6 +96,9 @@ def base() -> ConfigDict:
         batch_size=500,
     )
     config.log_every = 50  # steps between rows of metrics.jsonl
+    # where they go too: names of ibjax.runs.writers. None: TensorBoard if tensorboardX is installed; in the recipe
+    # of a teacher or a contrast: as in the enclosing configuration
+    config.writers = placeholder(tuple)
     config.checkpoint_every = 10  # epochs between checkpoints, beside those of validation
     config.steps_per_dispatch = placeholder(int)  # None: 1 on CPU, log_every on accelerators
     return config
@@ -130,17 +136,17 @@ _CHOICES = {
     "validate.stop_on_overfitting": (False, True),
     "evaluate.fixed_step": (False, True),
 }
-_CLOSED = ("augment", "threat", "validate", "evaluate", *TEACHERS, "head_optimizer")  # sections with fixed keys
+_CLOSED = ("threat", "validate", "evaluate", *TEACHERS, "head_optimizer")  # sections with fixed keys
 
 
 def check(config: ConfigDict) -> None:
     """Raises InputError on an unknown or missing key and on a value of the wrong type, not finite or out of range."""
     reference = base()
     _check_keys(config, reference, "")
-    for section in _CLOSED:
+    for section in (*_CLOSED, *(name for name in NAMELESS if "name" not in _section(config, name))):
         _check_keys(_section(config, section), reference[section], f"{section}.")
     for section in CALLS:
-        if _given(config, section) and "name" not in _section(config, section):
+        if section not in NAMELESS and _given(config, section) and "name" not in _section(config, section):
             raise InputError(f"{section}.name is missing; it says which module to call")
     config = config.copy_and_resolve_references()
     with config.unlocked():
@@ -148,13 +154,20 @@ def check(config: ConfigDict) -> None:
     for path, value in leaves(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{path}={value} is not a finite number")
+    named = tuple(f"{name}." for name in NAMELESS if "name" in config[name])  # their options are checked as in a call
     for path, (kind, low, high) in _NUMBERS.items():
-        _check_number(config, path, kind, low, high, optional=lookup(reference, path, "") is None)
+        if not path.startswith(named):
+            _check_number(config, path, kind, low, high, optional=lookup(reference, path, "") is None)
+    writers = config.writers
+    if writers is not None and not (
+        isinstance(writers, list | tuple) and all(isinstance(name, str) for name in writers)
+    ):
+        raise InputError(f"writers={writers!r} is not allowed; give names, as ('tensorboard', 'wandb')")
     for path, allowed in _CHOICES.items():
-        if (given := lookup(config, path)) not in allowed:
+        if not path.startswith(named) and (given := lookup(config, path)) not in allowed:
             raise InputError(f"{path}={given!r} is unknown; {nearest(str(given), map(str, allowed))}")
     for section in CALLS:
-        if _given(config, section):
+        if _given(config, section) and "name" in lookup(config, section):
             _check_call(section, lookup(config, section))
     if config.head_optimizer.name:
         factory("optimizers", config.head_optimizer.name)
@@ -184,7 +197,7 @@ def _check_call(path, section):
     call_arguments(call, section["name"], {k: v for k, v in options.items() if k not in context}, path, context)
     if path == "attack" and options.get("loss") == "objective":  # the loss function comes with the objective
         options.pop("loss")
-    if CALLS[path] in ("objectives", "attacks", "perturb"):
+    if CALLS[path] in ("objectives", "attacks", "perturbations", "augmentations"):
         call(**options)
 
 
@@ -231,6 +244,8 @@ def upgrade(saved: ConfigDict) -> ConfigDict:
     A saved configuration states norm, eps and step size of every attack; a missing `threat` becomes the evaluation's.
     """
     reference = base()
+    if "writers" not in saved:
+        saved.writers = None
     for section in ("validate", "evaluate"):
         for key, default in reference[section].items():
             if key not in saved[section]:
@@ -261,9 +276,9 @@ def may_be_none(config: ConfigDict, path: str) -> bool:
     reference, section, key = base(), *_parted(inside)
     if inside in OPTIONAL or lookup(reference, inside, "") is None:
         return True
-    if section not in CALLS or (given := lookup(config, path.rpartition(".")[0], None)) is None:
+    if section not in CALLS or "name" not in (given := lookup(config, path.rpartition(".")[0], None) or {}):
         return False
-    parameters, hints = signature(*called(section, given.name))
+    parameters, hints = signature(*called(section, given["name"]))
     return key in parameters and (parameters[key].default is None or fits(None, hints.get(key, int)))
 
 

@@ -1,7 +1,14 @@
-"""Converts PyTorch networks into runs, and runs into PyTorch networks; writes nothing unless their logits agree.
+"""Converts PyTorch networks into runs and runs into PyTorch networks, and runs into model cards and back.
 
     python -m ibjax.convert --torch FILE --arch NAME --workdir DIR [--clean_acc=84.92] [--config.KEY=VALUE …]
-    python -m ibjax.convert --workdir DIR --to FOLDER [--checkpoint=best|last|STEP] [--arch NAME]
+    python -m ibjax.convert --workdir DIR --to torch --out FOLDER [--checkpoint=best|last|STEP] [--arch NAME]
+    python -m ibjax.convert --workdir DIR --to card [--out FOLDER] [--checkpoint=best|last|STEP]
+    python -m ibjax.convert --card FOLDER --workdir DIR [--config.data.data_dir=…]
+
+Nothing is written unless the logits of a PyTorch network and ours agree. --to FOLDER means --to torch --out FOLDER.
+
+A card is a folder as Hugging Face keeps networks: README.md with metadata and the evaluation, model.safetensors,
+config.json. It is written to DIR/card unless --out says otherwise. The run that is made of a card has the same bits.
 
 FILE is .pt, .pth, .t7 or .safetensors; --key selects one of several networks in it. An import compares logits on the
 test images of the configuration's data set (set by --config.data.data_dir=…), or without that data set on crops of
@@ -19,13 +26,19 @@ published accuracy, checks whether they are right. After an import, one line lis
 source.
 """
 
-from ibjax import errors, files
+import argparse
+import sys
+from pathlib import Path
+
+from ibjax import cli, errors, files
 from ibjax.devices import cluster
 from ibjax.errors import InputError, nearest
+from ibjax.evaluation import card
 from ibjax.pytorch import torch_file
 from ibjax.pytorch.architectures import ARCHITECTURES
 from ibjax.pytorch.exports import to_torch
 from ibjax.pytorch.imports import from_torch, hint
+from ibjax.pytorch.normalisation import Said
 from ibjax.runs import command_line
 
 __all__ = ["from_torch", "main", "to_torch"]
@@ -35,21 +48,28 @@ _OF_IMPORTS = ("key", "mean", "std", "no_normalisation", "sha256", "clean_acc", 
 
 def main() -> None:
     """The command line of this module."""
-    given, overrides = _parser().parse_known_args()
+    words, overrides = command_line.apart(sys.argv[1:])
+    given = parser().parse_args(words)
 
     def command():
         _check(given, overrides)
         cluster.keep_compiled()
-        if given.to is not None:
-            delta = to_torch(given.workdir, given.to, given.checkpoint or "best", arch=given.arch, n=given.n)
-            print(f"{given.to}: max |Δlogit| {delta:.1e}; python {given.to / 'check.py'} checks it in PyTorch")
+        if given.card is not None:
+            about = card.from_card(given.card, given.workdir, overrides)
+            print(f"{given.workdir}: {card.summary(about)}")
             return
-        if given.arch is None:
-            there = f"; {hint(torch_file.read(given.torch, given.sha256))}" if given.torch.is_file() else ""
-            raise InputError(f"--arch is missing; {nearest('', ARCHITECTURES)}{there}")
-        options = {option: getattr(given, option) for option in _OF_IMPORTS}
-        options |= {option: _numbers(option, options[option]) for option in ("mean", "std")}
-        found = from_torch(given.torch, given.arch, given.workdir, overrides=overrides, n=given.n, **options)
+        if given.to == "card":
+            print(card.to_card(given.workdir, given.out or given.workdir / "card", given.checkpoint or "best"))
+            return
+        if given.to is not None:
+            to = given.out if given.to == "torch" else files.path(given.to)
+            delta = to_torch(given.workdir, to, given.checkpoint or "best", arch=given.arch, n=given.n)
+            print(f"{to}: max |Δlogit| {delta:.1e}; python {to / 'check.py'} checks it in PyTorch")
+            return
+        check_arch(given, given.torch)
+        said = said_of(given)._asdict() | dict(overrides=overrides)
+        options = dict(clean_acc=given.clean_acc, photographs=given.photographs, n=given.n)
+        found = from_torch(given.torch, given.arch, given.workdir, **said, **options)
         accuracy = f", clean accuracy {found['clean_acc']:.2f} %" if "clean_acc" in found else ""
         read = "; ".join(f"{what} {part['is']} ({part['from']})" for what, part in found["network"].items())
         print(f"{given.torch}: {read}")
@@ -58,11 +78,27 @@ def main() -> None:
     errors.exit_with(command)
 
 
-def _parser():
-    parser = command_line.bare("ibjax.convert", __doc__)
+def parser() -> cli.Parser:
+    """The arguments of this module."""
+    parser = cli.parser("ibjax.convert", __doc__)
+    command_line.add_trust(parser)
     add = parser.add_argument
     add("--workdir", type=files.path, required=True, help="of the run: made by an import, read by an export")
     add("--torch", type=files.path, help="the file to import")
+    add_import(parser)
+    add("--clean_acc", type=float, help="its published clean accuracy in percent, to be checked")
+    add("--photographs", type=int, metavar="SIDE", help="compare on photographs, not on a data set")
+    add("--card", type=files.path, metavar="FOLDER", help="the model card to import")
+    add("--to", metavar="card|torch|FOLDER", help="export a model card or a PyTorch network; FOLDER: torch, to there")
+    add("--out", type=files.path, metavar="FOLDER", help="the folder to export to; default for a card: DIR/card")
+    add("--checkpoint", help="to export: best (the default), last or a step")
+    add("--n", type=int, default=256, help="images that are compared")
+    return parser
+
+
+def add_import(parser: cli.Parser) -> None:
+    """Adds what is said of a PyTorch file: --arch, --key, the normalisation, the digest."""
+    add = parser.add_argument
     add("--arch", help=f"which network it is, or whose names an export has: {', '.join(ARCHITECTURES)}")
     add("--key", help="of several networks in the file the one that is meant, as state_dict or model_ema.module")
     add("--mean", help="with which pixels are normalised, as 0.4914,0.4822,0.4465; for pixels from 0 to 1")
@@ -75,25 +111,37 @@ def _parser():
         help="pixels are not normalised",
     )
     add("--sha256", help="the digest that the file must have, or its first digits")
-    add("--clean_acc", type=float, help="its published clean accuracy in percent, to be checked")
-    add("--photographs", type=int, metavar="SIDE", help="compare on photographs, not on a data set")
-    add("--to", type=files.path, help="the folder to export to")
-    add("--checkpoint", help="to export: best (the default), last or a step")
-    add("--n", type=int, default=256, help="images that are compared")
-    return parser
+
+
+def said_of(given: argparse.Namespace) -> Said:
+    """What the options of `add_import` but --arch state; raises InputError where --mean or --std are no numbers."""
+    numbers = {option: _numbers(option, getattr(given, option)) for option in ("mean", "std")}
+    return Said(given.key, **numbers, no_normalisation=given.no_normalisation, sha256=given.sha256)
+
+
+def check_arch(given: argparse.Namespace, file: Path) -> None:
+    """Raises InputError without --arch; it names the architecture that fits `file` best."""
+    if given.arch is None:
+        there = f"; {hint(torch_file.read(file, given.sha256))}" if file.is_file() else ""
+        raise InputError(f"--arch is missing; {nearest('', ARCHITECTURES)}{there}")
 
 
 def _check(given, overrides):
-    for flag in overrides:
-        if not flag.startswith("--config."):
-            raise InputError(f"'{flag}' is no flag; see --help, and --config.KEY=VALUE")
-    if (given.torch is None) == (given.to is None):
-        raise InputError("give --torch FILE --arch NAME for an import, or --to FOLDER for an export")
+    if sum(option is not None for option in (given.torch, given.card, given.to)) != 1:
+        raise InputError(
+            "give --torch FILE --arch NAME or --card FOLDER for an import, or --to card or --to torch for an export"
+        )
     errors.check_range("--n", given.n, 1)
-    of_imports = any(getattr(given, option) not in (None, False) for option in _OF_IMPORTS) or overrides
-    if of_imports if given.to else given.checkpoint is not None:
+    of_torch = any(getattr(given, option) not in (None, False) for option in _OF_IMPORTS)
+    if (of_torch and not given.torch) or (overrides and given.to) or (given.checkpoint is not None and not given.to):
         flags = ", ".join(f"--{option.replace('no_normalisation', 'no-normalisation')}" for option in _OF_IMPORTS)
-        raise InputError(f"{flags} and --config.KEY=VALUE go with --torch, --checkpoint with --to")
+        raise InputError(f"{flags} go with --torch, --config.KEY=VALUE with --torch or --card, --checkpoint with --to")
+    if given.arch is not None and (given.card or given.to == "card"):
+        raise InputError("--arch names a PyTorch network; a card needs none, leave it out")
+    if (given.to == "torch") > (given.out is not None):
+        raise InputError("--to torch needs --out FOLDER, the folder to export to")
+    if given.out is not None and given.to not in ("card", "torch"):
+        raise InputError("--out goes with --to card or --to torch")
 
 
 def _numbers(option, text):

@@ -8,6 +8,7 @@ import io
 import logging
 import math
 import numbers
+import os
 import signal
 import sys
 import threading
@@ -28,6 +29,10 @@ class DataError(InputError):
 
 class CheckpointError(InputError):
     """A checkpoint is missing, damaged, or belongs to another network."""
+
+
+class CodeError(InputError):
+    """Code that a configuration names is missing, fails, has changed, or needs the user's permission to run."""
 
 
 class UnreadableError(InputError):
@@ -66,6 +71,7 @@ EXIT_INPUT = 2  # bad input: nothing was changed
 EXIT_DIVERGED = 3  # or out of memory; the last good checkpoint is kept
 EXIT_PEER_LOST = 69  # another process of the run has died or ended; the same command continues (EX_UNAVAILABLE)
 EXIT_PREEMPTED = 75  # state saved after SIGTERM; the same command continues (EX_TEMPFAIL)
+EXIT_PIPE = 141  # nobody reads the output any more; as a shell reports SIGPIPE
 EXIT_INTERRUPTED = 130  # Ctrl-C; the same command continues from the last checkpoint
 
 
@@ -105,7 +111,11 @@ def exit_with(command: Callable[[], None]) -> NoReturn:
     logging.getLogger("jax").setLevel(logging.ERROR)
     try:
         command()
+        sys.stdout.flush()
         code, message = 0, ""
+    except BrokenPipeError:  # whoever read the output has closed it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
+        code, message = EXIT_PIPE, ""
     except Exception as error:
         code, message = _ending(error)
         if not message:

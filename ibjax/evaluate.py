@@ -17,36 +17,37 @@ both.
 
 import jax
 
-from ibjax import errors, files
+from ibjax import cli, errors, files
 from ibjax.attacks import names
 from ibjax.devices import cluster
 from ibjax.evaluation import report
-from ibjax.evaluation.evaluate import evaluate
+from ibjax.evaluation.evaluate import attack_images, evaluate
 from ibjax.runs import command_line
 
-__all__ = ["evaluate"]
+__all__ = ["attack_images", "evaluate"]
+
+
+_OPTIONS = ("attacks", *command_line.OF_EVALUATION, "surrogate", "surrogate_checkpoint")
+
+
+def parser() -> cli.Parser:
+    """The arguments of this module."""
+    parser = command_line.of_run("ibjax.evaluate", __doc__)
+    command_line.add_attacks(parser)
+    command_line.add_evaluation(parser)
+    parser.add_argument("--surrogate", type=files.path, help="workdir of the run whose network is attacked instead")
+    parser.add_argument("--surrogate_checkpoint", default="best", help="of that run: best, last or a step")
+    return parser
 
 
 def main() -> None:
     """The command line of this module."""
-    parser = command_line.of_run("ibjax.evaluate", __doc__)
-    command_line.add_attacks(parser)
-    parser.add_argument("--n", type=int, help="number of test images; default: all")
-    parser.add_argument("--samples", type=int, help="judge the mean of so many drawn predictions; default: no draw")
-    parser.add_argument("--norm", help="linf, l2, l1 or l0; another than the run's needs --eps")
-    parser.add_argument("--eps", help='radius, as "8/255"')
-    parser.add_argument("--step_size", help='of iterative attacks, as "2/255"; default: the run\'s share of eps')
-    parser.add_argument("--batch_size", type=int, help="images at a time")
-    parser.add_argument("--surrogate", type=files.path, help="workdir of the run whose network is attacked instead")
-    parser.add_argument("--surrogate_checkpoint", default="best", help="of that run: best, last or a step")
-    given = parser.parse_args()
+    given = parser().parse_args()
 
     def command():
         cluster.initialize()
         names.tell_of_old(given.attacks or ())
-        options = ("attacks", "n", "samples", "norm", "eps", "step_size", "batch_size", "surrogate")
-        options += ("surrogate_checkpoint",)
-        records = evaluate(given.workdir, given.checkpoint, **{name: getattr(given, name) for name in options})
+        records = evaluate(given.workdir, given.checkpoint, **{name: getattr(given, name) for name in _OPTIONS})
         if jax.process_index() == 0:
             print(report.table(records))
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import platformdirs
 
 from ibjax.errors import InputError, UnreadableError
 
@@ -310,3 +311,17 @@ def path(text: str | os.PathLike) -> Path:
     if expanded.startswith("~"):
         raise _PathError(f"{given}: there is no such home folder (is HOME set?); write the path without ~")
     return Path(expanded)
+
+
+def cache_folder() -> Path:
+    """The folder for files that can be recomputed: $XDG_CACHE_HOME/ibjax, else the system's usual one.
+
+    That is ~/.cache/ibjax on Linux, ~/Library/Caches/ibjax on macOS, %LOCALAPPDATA%\\ibjax\\Cache on Windows. Raises
+    RuntimeError if there is no home folder.
+    """
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return path(named) / "ibjax"
+    usual = Path(platformdirs.user_cache_dir("ibjax", appauthor=False))
+    if not usual.is_absolute():
+        raise RuntimeError("there is no home folder")
+    return usual

@@ -1,7 +1,10 @@
 """Train, evaluate and report from one configuration.
 
-    python -m ibjax.main --config=configs/NAME.py[:arg] --workdir=DIR [--config.a.b=v …] [--mode=train|eval] [--restart]
+    python -m ibjax.main --config=NAME[:arg] --workdir=DIR [--config.a.b=v …] [--mode=train|eval] [--restart]
+                         [--trust=code|changed]
+    python -m ibjax.main --config=FILE.py[:arg] --workdir=DIR [--config.a.b=v …]            a recipe of one's own
     python -m ibjax.main --config=OTHER/config.json --workdir=DIR [--config.a.b=v …]        repeats another run
+    python -m ibjax.main --list [--config=NAME]                                             names of recipes, of rows
 
 The command trains, in this order: the teacher, if the configuration holds its recipe and it has no checkpoint yet; the
 runs for contrast; the configuration itself. It evaluates all of them, writes report.html and prints its table. The same
@@ -9,6 +12,10 @@ command continues where it was stopped.
 
 If all checkpoints of a run are lost or damaged, the command says so and ends. --restart then begins that run again at
 step 0 and moves what is left of it to restarted-N/; a run with an undamaged checkpoint continues from it all the same.
+
+Names in a recipe and on the command line may refer to modules and files of your own. Where a run's folder names them
+(--config=OTHER/config.json, teacher.workdir), they run with --trust=code; --trust=changed goes on although the code of
+a run has changed since it was made.
 
 | exit code | meaning                                |
 |-----------|----------------------------------------|
@@ -29,17 +36,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from absl import flags
 from ml_collections import ConfigDict
 
-from ibjax import config, errors, files, threat
+from ibjax import cli, config, errors, extensions, files, threat
 from ibjax.attacks import names
 from ibjax.devices import cluster
 from ibjax.errors import InputError
 from ibjax.evaluation import report, results
 from ibjax.evaluation.evaluate import evaluate
 from ibjax.evaluation.settings import check_images, check_network, check_settings
-from ibjax.runs import recipe_files, run, rundir
+from ibjax.runs import command_line, recipe_files, run, rundir
 from ibjax.training import jobs, loop
 from ibjax.training.experiment import build
 
@@ -53,45 +59,57 @@ class Command(NamedTuple):
     workdir: Path
     mode: str
     restart: bool = False
+    trust: str | None = None
+
+
+def parser() -> cli.Parser:
+    """The arguments of this module; --config.KEY=VALUE is read apart from them."""
+    parser = cli.parser("ibjax.main", __doc__)
+    parser.add_argument("--config", help=f"{command_line.CONFIG}; --config.KEY=VALUE changes it")
+    parser.add_argument("--workdir", type=files.path, help="folder of the run; made if absent")
+    parser.add_argument(
+        "--mode", choices=("train", "eval"), default="train", help="train and evaluate (default), or only evaluate"
+    )
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="begin again at step 0 where checkpoints were lost or all are damaged; they go to restarted-N/",
+    )
+    parser.add_argument("--trust", choices=extensions.TRUSTS, help=command_line.TRUST)
+    parser.add_argument(
+        "--list", action="store_true", help="list the recipes that ship with ibjax, or the rows of --config, and exit"
+    )
+    return parser
 
 
 def parse(argv: list[str]) -> Command:
-    """Parses a command line; raises InputError on anything unknown."""
-    values = flags.FlagValues()
-    flags.DEFINE_string(
-        "config",
-        None,
-        "the recipe, FILE.py[:arg], or a run's config.json; --config.KEY=VALUE changes it",
-        flag_values=values,
-    )
-    flags.DEFINE_string("workdir", None, "folder of the run; made if absent", flag_values=values)
-    flags.DEFINE_enum("mode", "train", ["train", "eval"], "train and evaluate, or only evaluate", flag_values=values)
-    text = "begin again at step 0 where checkpoints were lost or all are damaged; they go to restarted-N/"
-    flags.DEFINE_bool("restart", False, text, flag_values=values)
-    flags.DEFINE_bool("help", False, "show this", short_name="h", flag_values=values)
-    overrides = [flag for flag in argv[1:] if flag.lstrip("-").startswith("config.")]
-    rest = recipe_files.parse_flags(values, [flag for flag in argv if flag not in overrides])
-    if values["help"].value:
-        print(f"{__doc__}\n{values.main_module_help() or values.get_help()}")
-        sys.exit(0)
-    if len(rest) > 1:
-        raise InputError(
-            f"'{rest[1]}' is no flag; flags are --config, --workdir, --mode, --restart and --config.KEY=VALUE"
-        )
+    """Parses a command line; raises InputError on a bad configuration, and ends the process on an unknown option."""
+    words, overrides = command_line.apart(argv[1:])
+    return _command(parser().parse_args(words), overrides)
+
+
+def _command(given, overrides):
     for name in ("config", "workdir"):
-        if not values[name].value:
-            example = "python -m ibjax.main --config=configs/digits.py --workdir=runs/digits"
+        if not getattr(given, name):
+            example = f"{cli.name_of('ibjax.main')} --config=digits --workdir=runs/digits"
             raise InputError(f"--{name} is missing; for example: {example}")
-    settings = recipe_files.override(recipe_files.load(values["config"].value), overrides)
-    return Command(settings, files.path(values["workdir"].value), values["mode"].value, values["restart"].value)
+    with extensions.trusting(given.trust):
+        settings = recipe_files.override(recipe_files.load(given.config), overrides)
+    return Command(settings, given.workdir, given.mode, given.restart, given.trust)
 
 
-def execute(settings: ConfigDict, workdir: Path, mode: str = "train", restart: bool = False) -> list[dict]:
+def execute(
+    settings: ConfigDict, workdir: Path, mode: str = "train", restart: bool = False, trust: str | None = None
+) -> list[dict]:
     """Trains and evaluates all runs of a configuration, writes the report; returns the records.
 
-    `restart`: see the command line.
+    `restart`, `trust`: see the command line.
     """
-    workdir = files.path(workdir)
+    with extensions.trusting(trust):
+        return _execute(settings, files.path(workdir), mode, restart)
+
+
+def _execute(settings, workdir, mode, restart):
     config.check(settings)
     settings = config.effective(config.complete(settings))
     check_settings(settings.evaluate)
@@ -111,7 +129,9 @@ def execute(settings: ConfigDict, workdir: Path, mode: str = "train", restart: b
             raise InputError(
                 f"{job.workdir} holds no trained run; train it with --mode=train, or give another --workdir"
             )
-        rundir.refuse_other_options(job.workdir, rundir.read_config(job.workdir)[0], job.settings, ("model", "data"))
+        rundir.refuse_other_options(
+            job.workdir, rundir.read_config(job.workdir, job.settings)[0], job.settings, ("model", "data")
+        )
     with contextlib.ExitStack() as locks:
         for folder in {job.workdir.resolve(): job.workdir for job in todo}.values():
             locks.enter_context(rundir.lock(folder))
@@ -144,9 +164,14 @@ def _departures(settings, evaluated):
 
 def main() -> None:
     """The command line of this module."""
+    words, overrides = command_line.apart(sys.argv[1:])
+    given = parser().parse_args(words)
 
     def command():
-        command = parse(sys.argv)
+        if given.list:
+            print("\n".join(recipe_files.listing(given.config)))
+            return
+        command = _command(given, overrides)
         cluster.initialize()
         records = execute(*command)
         if jax.process_index() == 0:

@@ -25,7 +25,7 @@ import optax
 from jax import Array
 
 from ibjax.calls import call_arguments, factory
-from ibjax.errors import InputError, check_range, nearest
+from ibjax.errors import CodeError, InputError, check_range, nearest
 
 STEPPINGS = {
     "epoch": lambda step, n: step // n,
@@ -91,6 +91,16 @@ def linear(*, lr: float, epochs: float, points: tuple[tuple[float, float], ...] 
 
 
 SCHEDULES = {f.__name__: f for f in (constant, piecewise, cosine, one_cycle, linear, exponential)}
+
+
+def own_schedule(source: Any, made: Any, options: Any) -> Callable[[Array], Array]:
+    """The schedule that a factory of the user's own has made; CodeError unless it maps an epoch to one number."""
+    if not callable(made):
+        raise CodeError(f"{source} is a {type(made).__name__}; return a function of the epoch")
+    shape = jax.eval_shape(lambda epoch: jnp.asarray(made(epoch)), jax.ShapeDtypeStruct((), jnp.float32)).shape
+    if shape:
+        raise CodeError(f"{source} returns an array of shape {shape}; return the learning rate of an epoch, one number")
+    return lambda epoch: jnp.asarray(made(epoch), jnp.float32)
 
 
 def default_stepping(name: str) -> str:
@@ -207,6 +217,13 @@ def adam(*, lr: Callable, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
 
 
 OPTIMIZERS = {"sgd": sgd, "adam": adam}
+
+
+def own_optimizer(source: Any, made: Any, options: Any) -> optax.GradientTransformation:
+    """The optimiser that a factory of the user's own has made; CodeError unless it is one of optax's form."""
+    if not isinstance(made, optax.GradientTransformation):
+        raise CodeError(f"{source} is a {type(made).__name__}; return an optax.GradientTransformation")
+    return made
 
 
 def optimizer(*, name: str, lr: Callable, **options: Any) -> optax.GradientTransformation:

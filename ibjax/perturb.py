@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ibjax.errors import check_range
+from ibjax.errors import CodeError, check_range
 from ibjax.step import Perturb
 
 
@@ -44,3 +44,20 @@ def awp(*, gamma: float = 0.01, warmup: int = 0) -> Perturb:
 
 
 PERTURBATIONS = {"awp": awp}
+
+
+def own_perturbation(source: Any, made: Any, options: Any) -> Perturb:
+    """The perturbation that a factory of the user's own has made.
+
+    Raises CodeError unless it is a function, and, while JAX traces it, unless it returns a tree like the parameters.
+    """
+    if not callable(made):
+        raise CodeError(f"{source} is a {type(made).__name__}; return a function (params, gradients, epoch) -> offsets")
+
+    def perturb(params: Any, gradients: Any, epoch: Array) -> Any:
+        found, form = made(params, gradients, epoch), lambda tree: jax.tree.map(jnp.shape, tree)
+        if form(found) != form(params):
+            raise CodeError(f"{source} returns other arrays than the parameters that it got; return an offset for each")
+        return found
+
+    return perturb

@@ -4,7 +4,7 @@
 #   launch/sweep.sh CONFIG WORKDIR [PATTERN] [--flag …]
 #   launch/sweep.sh configs/ibd_ablations.py runs/ibd_ablations 'alpha-*' --config.seed=1
 #
-# The rows are those of the variable ROWS in CONFIG; PATTERN is a shell pattern. Finished rows are not run again, so the
+# CONFIG is a recipe's file or name, the rows are those of its variable ROWS; PATTERN is a shell pattern. Finished rows are not run again, so the
 # same command continues a sweep. A row that fails is reported at the end and does not stop the others; a row that is
 # preempted (exit code 75) or interrupted (130) ends the sweep. DRY=1 only prints the commands.
 set -uo pipefail
@@ -16,7 +16,7 @@ if (($#)) && [[ $1 != --* ]]; then
   pattern=$1
   shift
 fi
-rows=$(python -c 'import runpy, sys; print(*runpy.run_path(sys.argv[1])["ROWS"], sep="\n")' "$config") || exit 2
+rows=$(python -m ibjax.main --list "--config=$config") || exit 2
 failed=() count=0
 while read -r row; do
   # shellcheck disable=SC2053  # the right side is a pattern

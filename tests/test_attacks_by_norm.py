@@ -43,8 +43,9 @@ THEIRS = {record["name"]: float(np.mean(record["theirs"])) for record in RECORDS
 @pytest.mark.parametrize("name", ROWS)
 def test_robust_accuracy_is_within_two_points_of_the_oracles(name):
     row = ROWS[name]
+    runs = min(row.runs, 1 if row.attack == "square" else 5)  # 150 queries take long, and its runs differ by 0.5 points
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes a float with its integer count
-        ours = np.mean(by_norm.run_ours(row._replace(runs=min(row.runs, 5))))
+        ours = np.mean(by_norm.run_ours(row._replace(runs=runs)))
     assert 5 < THEIRS[name] < 97  # elsewhere strength would not show
     assert ours == pytest.approx(THEIRS[name], abs=2.0)
 

@@ -120,7 +120,10 @@ def test_the_command_line_names_mistakes(monkeypatch, capsys):
         (["--config=configs/trades_wrn.py", "--shape=32,32"], "give --shape=HEIGHT,WIDTH,CHANNELS"),
         (["--config=configs/trades_wrn.py", "--shape=32,32,0"], "give --shape=HEIGHT,WIDTH,CHANNELS"),
         (["--config=configs/trades_wrn.py", "--classes=0"], "give --shape=HEIGHT,WIDTH,CHANNELS and --classes"),
-        (["--config=configs/trades_wrn.py", "--shap=1"], "unrecognized arguments: --shap=1"),
+        (
+            ["--config=configs/trades_wrn.py", "--shap=1"],
+            "'--shap' is no option; allowed: --classes, --config, --help, --shape, --trust; did you mean '--shape'?",
+        ),
         (["--config=configs/trades_wrn.py", "--config.modell.depth=1"], "config key 'modell.depth' is unknown"),
     ]:
         code, printed = run(monkeypatch, capsys, *arguments)

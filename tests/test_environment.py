@@ -17,7 +17,7 @@ import pytest
 from test_faults import environment
 
 import ibjax
-from ibjax import config, convert, errors, files, main
+from ibjax import config, convert, errors, files, main, places
 from ibjax.attacks import autoattack
 from ibjax.data import folder, npz, tfds
 from ibjax.devices import cluster, compiled
@@ -114,7 +114,7 @@ def test_paths_in_python_are_expanded_as_on_a_command_line(tmp_path, monkeypatch
             with pytest.raises(InputError, match=there):
                 call()
         monkeypatch.setenv("XDG_CACHE_HOME", path)
-        assert compiled.cache_folder() == Path(there) / "ibjax"
+        assert files.cache_folder() == Path(there) / "ibjax"
         monkeypatch.setenv("TFDS_DATA_DIR", path)
         with pytest.raises(InputError, match=there):
             tfds.load(dataset="cifar10")
@@ -337,7 +337,7 @@ def test_the_commit_is_that_of_ibjax_never_of_a_repository_around_it(tmp_path, m
     (own / "ibjax").mkdir(parents=True)
     (own / "pyproject.toml").write_text('[project]\nname = "ibjax"\nversion = "9.8.7"\n', encoding="utf-8")
     (own / "ibjax" / "a.py").touch()
-    monkeypatch.setattr(provenance, "_SOURCE", own.resolve())
+    monkeypatch.setattr(places, "SOURCE", own.resolve())
     git(tmp_path, "init", "project")
     git(tmp_path / "project", "add", ".")
     git(tmp_path / "project", "commit", "-m", "the user's own")

@@ -1,7 +1,8 @@
-"""A run's folder from elsewhere runs no code, and is asked for nothing outside it."""
+"""A run's folder from elsewhere runs no code unless the user permits it, and is asked for nothing outside it."""
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import shutil
 import subprocess
@@ -14,14 +15,19 @@ from conftest import change_config, clean_recipe, smoke_config
 from test_faults import ROOT, environment
 
 import ibjax
-from ibjax import config, main
-from ibjax.errors import CheckpointError, InputError
+from ibjax import attack as attack_command
+from ibjax import config, files, main
+from ibjax.devices import cluster
+from ibjax.errors import CheckpointError, CodeError, InputError
 from ibjax.evaluation import evaluate, report
 from ibjax.models import cnn
+from ibjax.runs import recipe_files, run
 
 RNG = np.random.default_rng(0)
-NAMES = ("os.system", "evil", "linked", "../evil", "{folder}/evil.py:Model", "__main__", "..evil")
-SECTIONS = ("model", "objective", "data", "attack", "validate.attack", "optimizer", "schedule", "perturb")
+UNKNOWN = ("evil", "linked", "../evil", "__main__", "..evil")
+FORBIDDEN = ("os.system", "evil.Model", "{folder}/evil.py:Model", "./evil.py", "{folder}/linked.py")
+NAMES = (*UNKNOWN, *FORBIDDEN)
+SECTIONS = ("model", "objective", "data", "attack", "validate.attack", "optimizer", "schedule", "perturb", "augment")
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +64,16 @@ def foreign(made, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("section", SECTIONS)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_that_is_none_of_ours_is_unknown_and_not_imported(foreign, name, section):
+def test_a_name_that_is_none_of_ours_is_not_imported_without_permission(foreign, name, section):
     name = name.format(folder=foreign)
     key, absent = section.replace(".", "__"), section in ("attack", "perturb")
     change_config(foreign, **({key: {"name": name}} if absent else {f"{key}__name": name}))
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises((CheckpointError, CodeError)) as caught:
         ibjax.load(foreign)
     text = str(caught.value)
-    assert f".name {name!r} is unknown; allowed: " in text and "damaged" not in text and "\n" not in text
+    unknown, forbidden = f".name {name!r} is unknown; allowed: " in text, "only with your permission: " in text
+    assert (unknown, forbidden) == ((True, False) if name in UNKNOWN else (False, True))
+    assert ("--trust=code" in text) == forbidden and "damaged" not in text and "\n" not in text
 
 
 def test_names_inside_sections_are_unknown_too(foreign):
@@ -80,6 +88,10 @@ def test_names_inside_sections_are_unknown_too(foreign):
         shutil.copy(foreign / "config.json", foreign / "kept")
         change_config(foreign, **values)
         with pytest.raises(CheckpointError, match="name 'evil' is unknown"):
+            ibjax.load(foreign)
+        text = (foreign / "config.json").read_text().replace('"evil"', '"os.system"')
+        files.write_json(foreign / "config.json", {k: v for k, v in json.loads(text).items() if k != "digest"})
+        with pytest.raises(CodeError, match=r"permission: .* 'os.system'; read it"):
             ibjax.load(foreign)
         shutil.move(foreign / "kept", foreign / "config.json")
 
@@ -96,10 +108,32 @@ def test_every_door_to_a_folder_refuses_it(made, foreign, tmp_path, name):
         lambda: evaluate.evaluate(made, surrogate=foreign, attacks=("fgsm",)),
         lambda: main.execute(student, tmp_path / "student"),
     ):
-        with pytest.raises(InputError, match="is unknown"):
+        with pytest.raises(InputError, match=r"is unknown|only with your permission"):
             enter()
     report.write([foreign], tmp_path / "report.html")
     assert not (tmp_path / "student" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("attack", ["os.system-3", "evil.Model", "./evil.py:Model"])
+def test_attacks_that_a_folder_names_do_not_run_without_permission(foreign, monkeypatch, capsys, attack):
+    """Those of its `evaluate` section, at every door that takes them when the caller names none."""
+    change_config(foreign, evaluate__attacks=(attack,))
+    trained = ibjax.load(foreign)
+    words = "runs only with your permission: evaluate.attacks"
+    for enter in (
+        lambda: evaluate.evaluate(foreign),
+        lambda: evaluate.attack_images(trained, run.test_split(trained), "test"),
+        lambda: recipe_files.load(str(foreign / "config.json")),
+    ):
+        with pytest.raises(CodeError, match=words):
+            enter()
+    monkeypatch.setattr(cluster, "initialize", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["attack", str(foreign.parent / "b.npz"), f"--model={foreign}"])
+    split = run.test_split(trained)
+    np.savez(foreign.parent / "b.npz", x=split.images, y=split.labels)
+    with pytest.raises(SystemExit):
+        attack_command.main()
+    assert words in capsys.readouterr().err
 
 
 def test_an_installed_package_takes_no_name_of_ours(foreign, tmp_path, monkeypatch):

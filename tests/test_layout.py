@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-GROUND = ("errors", "calls", "losses", "files")
+GROUND = ("errors", "calls", "extensions", "sources", "losses", "files", "cli", "places", "lazy")
 CORE = ("step", "config", "optim", "perturb", "threat")
-COMMANDS = ("main", "evaluate", "report", "convert", "aot")
+COMMANDS = ("main", "evaluate", "attack", "report", "convert", "aot", "doctor")
 # from the ground up; modules and wings of one floor may import one another, but not in a circle
 FLOORS = (
     GROUND,
@@ -27,9 +27,9 @@ FLOORS = (
     ("training",),
     ("analysis",),
     COMMANDS,
-    ("ibjax",),  # the package itself, which offers `ibjax.load`
+    ("ibjax", "__main__"),  # the package itself, which offers `ibjax.load`, and its console command
 )
-MODULES = (*COMMANDS, *CORE, *GROUND)  # that stand at the top level
+MODULES = ("__main__", *COMMANDS, *CORE, *GROUND)  # that stand at the top level
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 
 
@@ -117,7 +117,8 @@ def circle(edges: dict[str, set[str]]) -> list[str]:
 def test_imports_are_found_at_the_top_of_a_module_and_inside_functions():
     found = {(one.module, one.target, one.types_only) for one in drawn()}
     assert ("ibjax.runs.checkpoint", "orbax.checkpoint", False) in found
-    assert ("ibjax", "ibjax.runs.run", True) in found and ("ibjax", "ibjax.runs.run", False) in found
+    assert ("ibjax", "ibjax.runs.run", True) in found
+    assert ("ibjax.data.tfds", "ibjax.data.prepare", False) in found  # inside a function
     assert set(FLOOR) <= {wing(module) for module in modules()}  # none of them is gone
 
 

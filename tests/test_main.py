@@ -41,14 +41,14 @@ def float_images(path):
 WRONG = {
     "a misspelt key": (["--config.objective.aplha=0.5"], ["'objective.aplha'", "did you mean 'objective.alpha'?"]),
     "a misspelt section": (["--config.batchsize=4"], ["'batchsize'", "did you mean 'batch_size'?"]),
-    "a misspelt flag": (["--confg=x"], ["confg"]),
+    "a misspelt flag": (["--confg=x"], ["'--confg'", "did you mean '--config'?"]),
     "a misspelt module": (["--config.objective.name=trade"], ["'trade'", "did you mean 'trades'?"]),
     "eps in grey levels": (["--config.attack.eps=8"], ["eps=8", "'8/255'"]),
     "a learning rate that is no number": (["--config.optimizer.lr=nan"], ["optimizer.lr=nan"]),
     "text for a number": (["--config.epochs=ten"], ["epochs", "ten"]),
     "a batch that does not divide": (["--config.batch_size=12"], ["batch_size=12", "8 devices", "use 8 or 16"]),
     "a batch larger than the data": (["--config.batch_size=800"], ["batch_size=800", "training images"]),
-    "an unknown mode": (["--mode=trian"], ["mode", "train"]),
+    "an unknown mode": (["--mode=trian"], ["mode", "'trian'", "train"]),
     "an unknown evaluation attack": (["--config.evaluate.attacks=('pdg-20',)"], ["'pdg-20'", "'pgd-20'"]),
     "an eps of the ladder": (["--config.evaluate.ladder=('8',)"], ["eps=8"]),
     "a word too many": (["digits"], ["'digits'"]),
@@ -235,7 +235,7 @@ def test_missing_files_and_flags(command, tmp_path):
 
 
 def main_missing(flag):
-    example = "python -m ibjax.main --config=configs/digits.py --workdir=runs/digits"
+    example = "python -m ibjax.main --config=digits --workdir=runs/digits"
     return f"error: --{flag} is missing; for example: {example}"
 
 
@@ -248,9 +248,7 @@ def test_missing_data_and_teacher_say_what_to_do(command, tmp_path):
     recipe = smoke_config("ibd_resnet18")
     recipe.teacher.update(workdir=str(tmp_path / "none"))
     recipe.teacher.recipe = None
-    with pytest.raises(
-        InputError, match=r"train the teacher first: python -m ibjax\.main --config=configs/trades_wrn\.py"
-    ):
+    with pytest.raises(InputError, match=r"train the teacher first: python -m ibjax\.main --config=trades_wrn "):
         main.execute(recipe, tmp_path / "x", "train")
     assert not (tmp_path / "x").exists()
 

@@ -19,7 +19,7 @@ from ibjax import report as report_command
 from ibjax.data import first_of_each
 from ibjax.errors import InputError
 from ibjax.evaluation import report, results
-from ibjax.evaluation.report import figures, runs, self_checks, tables
+from ibjax.evaluation.report import figures, page, runs, self_checks, tables
 from ibjax.runs import recipe_files
 
 N = 8
@@ -349,7 +349,7 @@ def test_robust_accuracy_after_each_attack_is_shown(tmp_path):
     made = dict(version="standard", attacks=None)
     auto = record("autoattack", flags=[1] + [0] * 7, robust_after=after, attack_settings=made)
     (table,) = tables.tables([*healthy(), auto])
-    ((header, line),) = tables.stages(table, [*healthy(), auto])
+    ((header, line),) = (stage.cells() for stage in tables.stages(table, [*healthy(), auto]))
     assert header[1:] == ["clean", "APGD-ce", "APGD-t", "Square"] and line[1:] == ["87.50", "37.50", "25.00", "12.50"]
     assert "student, AutoAttack" in tables.as_text([auto]) and tables.stages(table, healthy()) == []
     write_run(tmp_path / "run", [*healthy(), auto])
@@ -614,19 +614,19 @@ def strokes(picture):
 
 def test_two_points_are_marks_and_three_are_a_line():
     two = [record(attack) for attack in FLAGS]
-    picture = figures.curves(tables.families(two))
+    picture = page.figure(figures.curves(tables.families(two)))
     assert strokes(picture) == 0 and len(re.findall("<use ", picture)) >= 6 and "Two points are not joined" in picture
-    three = figures.curves(tables.families(healthy()))
+    three = page.figure(figures.curves(tables.families(healthy())))
     assert strokes(three) == 3 and "Two points" not in three
     some = [*healthy(), record("autoattack", flags=[0] * N)]  # of which the table says as much
-    assert figures.curves(tables.families(some)) == three
-    assert figures.curves(tables.families([record("cw-l2-9", flags=[0] * N, bounded=False)])) == ""
+    assert page.figure(figures.curves(tables.families(some))) == three
+    assert figures.curves(tables.families([record("cw-l2-9", flags=[0] * N, bounded=False)])) is None
 
 
 def test_seeds_have_bars():
-    spread = figures.curves(tables.families(seeds(3)))
+    spread = page.figure(figures.curves(tables.families(seeds(3))))
     assert "Bars: standard deviation over training seeds" in spread and "student, 3 seeds" in spread
-    assert "Bars" not in figures.curves(tables.families(seeds(3), each=True))
+    assert "Bars" not in figures.curves(tables.families(seeds(3), each=True)).caption
 
 
 def test_one_epoch_is_a_mark_in_a_panel_and_a_panel_without_numbers_is_not_drawn(tmp_path):
@@ -635,7 +635,8 @@ def test_one_epoch_is_a_mark_in_a_panel_and_a_panel_without_numbers_is_not_drawn
 
     def drawn(rows):
         (run,) = runs.read([write_run(tmp_path / "run", healthy(), rows=rows)])
-        return figures.training([run])
+        (plot,) = figures.training([run])
+        return page.figure(plot)
 
     one = drawn([train])
     assert strokes(one) == 0 and "loss" in one and "accuracy in %" in one

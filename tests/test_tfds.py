@@ -296,9 +296,8 @@ def test_crc32c_against_published_values():
     """RFC 3720, B.4, and the check value of the catalogue of parametrised CRC algorithms."""
     vectors = [(b"123456789", 0xE3069283), (bytes(32), 0x8A9136AA), (b"\xff" * 32, 0x62A8AB43), (b"", 0)]
     vectors += [(bytes(range(32)), 0x46DD794E), (bytes(range(31, -1, -1)), 0x113FDB5C)]
-    content = np.frombuffer(b"".join(data for data, _ in vectors), np.uint8)
-    sizes = np.array([len(data) for data, _ in vectors])
-    np.testing.assert_array_equal(tfrecord.crc32c(content, np.cumsum(sizes) - sizes, sizes), [c for _, c in vectors])
+    for data, crc in vectors:
+        assert slow_crc32c(data) == crc and tfrecord.masked_crc(data) == slow_masked(data)
 
 
 # ---- fractions ----------------------------------------------------------------------------------------------

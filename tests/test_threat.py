@@ -180,8 +180,8 @@ def test_the_same_length_in_other_words_is_the_runs_own(digits):
 def test_another_norm_needs_its_own_eps(digits):
     with pytest.raises(InputError, match="give --eps"):
         evaluate.evaluate(digits, norm="l2")
-    changed = settings.changed({**run.load(digits).config.evaluate.to_dict(), "norm": "l2"}, "linf", "0.1", None)
-    settings.check_settings({**changed, "attacks": ("nifgsm-2",)})  # for l_inf only, which the run's own is not
+    section = {**run.load(digits).config.evaluate.to_dict(), "norm": "l2"}
+    settings.replaced(section, norm="linf", eps="0.1", attacks=("nifgsm-2",))  # for l_inf only, which its own is not
     for changes, words in (
         (dict(step_size="0"), "step_size"),
         (dict(batch_size=0), "batch_size=0"),

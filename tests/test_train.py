@@ -16,7 +16,7 @@ from ibjax import config
 from ibjax.devices import cluster
 from ibjax.errors import DivergedError, InputError, PreemptedError
 from ibjax.evaluation.scoring import Flags
-from ibjax.runs import checkpoint, metrics, run, rundir, trees
+from ibjax.runs import checkpoint, metrics, run, rundir, trees, writers
 from ibjax.training import feed, loop
 from ibjax.training.experiment import build, initial_state
 
@@ -38,7 +38,7 @@ def trained(workdir, recipe):
     with checkpoint.manager(workdir) as orbax:
         state = checkpoint.restore_latest(orbax, initial_state(made))
     rows = [
-        {k: v for k, v in row.items() if k not in ("images_per_s", "compiles")}
+        {k: v for k, v in row.items() if k not in ("images_per_s", "compiles", "seconds_left")}
         for row in metrics.read(workdir / "metrics.jsonl")
     ]
     return trees.digest(state), rows
@@ -89,14 +89,35 @@ def test_a_crash_anywhere_and_the_same_command_give_the_same_bits(tmp_path, monk
 
 
 def test_a_notice_saves_the_very_step_and_continuing_gives_the_same_bits(tmp_path, monkeypatch, whole):
-    recipe, (expected, _) = settings(), whole
+    (expected, _), seen = whole, []
+
+    class Recorder:  # a writer
+        def __init__(self, run):
+            seen.append(("started", run.step))
+            self.first = not run.step
+
+        def write(self, kind, step, values):
+            seen.append((kind, step))
+            if self.first and kind == "val":
+                raise RuntimeError("the tracker is down")
+
+        def close(self):
+            seen.append(("closed",))
+
+    monkeypatch.setitem(writers.WRITERS, "recorder", Recorder)
+    recipe = settings(writers=("recorder",))
     with monkeypatch.context() as patch:
         stop_after(patch, 7, PreemptedError)
         with pytest.raises(PreemptedError, match="saved step 7 of 15"):
             loop.train(build(recipe), tmp_path / "broken")
+    assert seen == [("started", 0), ("train", 3), ("train", 5), ("val", 5), ("closed",)]  # it failed, the run did not
+    del seen[:]
     got, rows = trained(tmp_path / "broken", recipe)
     assert got == expected
     assert_no_gap_no_duplicate(rows, 15)
+    after = [(row["kind"], row["step"]) for row in rows if row["step"] > 7]
+    assert seen == [("started", 7), *after, ("closed",)]
+    assert all(row["seconds_left"] >= 0 for row in metrics.read(tmp_path / "broken/metrics.jsonl") if "loss" in row)
 
 
 def test_several_steps_per_dispatch_take_the_same_steps(tmp_path, whole):

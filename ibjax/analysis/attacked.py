@@ -19,7 +19,7 @@ from ibjax.evaluation.evaluate import make_scorer
 from ibjax.evaluation.named import named
 from ibjax.evaluation.scoring import Flags, auto_attack
 from ibjax.evaluation.settings import check_network, check_settings
-from ibjax.runs import run
+from ibjax.runs import own_code, run
 from ibjax.step import to_float
 
 
@@ -31,6 +31,8 @@ def load(
     The analyses evaluate a stochastic network at its mean, so `samples` is unset.
     """
     trained = run.load(workdir, checkpoint)
+    if attacks is None:
+        own_code.permit_attacks(trained.config.evaluate.attacks, workdir / "config.json")
     settings = config.plain(trained.config.evaluate) | {"samples": None}
     settings["attacks"] = tuple(map(canonical, settings["attacks"] if attacks is None else attacks))
     settings |= {} if n is None else {"n": n}

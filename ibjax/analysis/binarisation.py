@@ -57,7 +57,7 @@ from ibjax.errors import InputError, PreemptedError
 from ibjax.evaluation.named import named
 from ibjax.evaluation.scoring import TOLERANCE, percent
 from ibjax.runs import command_line, run
-from ibjax.step import linen_net, to_float
+from ibjax.step import linen_net, taps, to_float
 
 ETA, SLACK, CRITERION = 0.95, 0.01, 95.0
 _SEPARATED = 1e-4  # minimum margin relative to the features' length, well above the rounding of float32
@@ -305,9 +305,8 @@ def _in_turn(attacks):
 def features_of(model: nn.Module, input_shape: Sequence[int]) -> Callable:
     """φ of a network in float32, the input of its last layer: `mu` of a stochastic network, else `pre_logits`."""
     predict = linen_net(run.in_float32(model)).predict
-    x = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
-    taps = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x)[0][1], x)
-    tap = next((name for name in ("mu", "pre_logits") if name in taps), None)
+    found = taps(model, input_shape)
+    tap = next((name for name in ("mu", "pre_logits") if name in found), None)
     if tap is None:
         raise InputError("this network has no feature 'pre_logits' or 'mu' to put a readout on; the test needs one")
     return lambda variables, x: predict(variables, x)[1][tap]

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ibjax import files
+from ibjax import cli, files
 from ibjax.analysis import attacked, commands, output, pictures
 from ibjax.errors import InputError, check_range, nearest
 from ibjax.evaluation.results import attack_label
@@ -232,7 +232,8 @@ def _legend(drawn, names):
 
 def main() -> None:
     """The command line of this module."""
-    parser = command_line.bare("ibjax.analysis.embedding", __doc__)
+    parser = cli.parser("ibjax.analysis.embedding", __doc__)
+    command_line.add_trust(parser)
     parser.add_argument("--workdir", type=files.path, action="append", required=True, help="again for a run beside it")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step")
     commands.add_attack(parser, CLEAN, "; default: the images as they are")

@@ -15,18 +15,16 @@ selected. The same command continues where it was stopped.
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from ibjax import config
 from ibjax.analysis import commands, output
 from ibjax.analysis.attacked import attack
-from ibjax.devices import cluster
 from ibjax.errors import InputError
 from ibjax.evaluation.scoring import percent
 from ibjax.objectives.ib_rar import layers_of
 from ibjax.runs import command_line, run, rundir
-from ibjax.step import linen_net
+from ibjax.step import linen_net, taps
 from ibjax.training import loop
 from ibjax.training.experiment import build
 
@@ -37,10 +35,7 @@ def candidates(settings: ConfigDict) -> dict[str, ConfigDict]:
         raise InputError(f"objective '{settings.objective.name}' has no layers to choose; give a recipe of ib_rar")
     data = run.load_data(settings)
     model = run.build_model(settings.model, data.num_classes, "model")
-    shapes = run.abstract_variables(model, data.train.images.shape[1:], cluster.mesh())
-    x = jax.ShapeDtypeStruct((1, *data.train.images.shape[1:]), "float32")
-    features = jax.eval_shape(lambda variables, x: model.apply(variables, x, train=False)[1], shapes, x)
-    taps = layers_of({name: name for name in features})
+    found = layers_of({name: name for name in taps(model, data.train.images.shape[1:])})
 
     def changed(name, **options):
         part = settings.copy_and_resolve_references()
@@ -49,7 +44,7 @@ def candidates(settings: ConfigDict) -> dict[str, ConfigDict]:
         return part
 
     recipes = {"none": changed("none", layers="all", alpha=0.0, beta=0.0)}
-    return {**recipes, **{str(tap): changed(tap, layers=tap) for tap in taps}}
+    return {**recipes, **{str(tap): changed(tap, layers=tap) for tap in found}}
 
 
 def choose(settings: ConfigDict, workdir: Path, gain: float = 1.0) -> dict[str, Any]:

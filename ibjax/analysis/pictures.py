@@ -5,7 +5,6 @@ keep text as text. Pass parse_math=False for text in which a $ is literal, such 
 """
 
 import argparse
-import logging
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,17 +16,10 @@ import numpy as np
 from ibjax import files
 from ibjax.analysis import output
 from ibjax.errors import InputError
+from ibjax.evaluation import picture_files
+from ibjax.evaluation.picture_files import SUFFIXES
 from ibjax.evaluation.results import attack_label
 from ibjax.step import to_float
-
-SUFFIXES = (".png", ".pdf", ".svg")
-_DPI = 300
-_STYLE = {
-    "svg.fonttype": "none",  # text stays text instead of outlines
-    "pdf.fonttype": 42,
-    "svg.hashsalt": "ibjax",  # the same numbers give the same bytes
-}
-_METADATA: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
@@ -43,8 +35,7 @@ def check(file: Path | None) -> None:
 
 def figure(width: float, height: float, layout: str | None = "constrained") -> Any:
     """An empty matplotlib Figure, in inches."""
-    for chatty in ("matplotlib", "fontTools"):  # they log every font
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    picture_files.quiet_fonts()
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout=layout, facecolor="white")
@@ -52,11 +43,8 @@ def figure(width: float, height: float, layout: str | None = "constrained") -> A
 
 def save(drawn: Any, file: Path) -> None:
     """Writes a Figure, whole or not at all, and reports the path; creates the folder."""
-    from matplotlib import rc_context
-
-    kind = file.suffix.lower().removeprefix(".")
-    with output.writing(file) as temporary, rc_context(_STYLE):
-        drawn.savefig(temporary, format=kind, dpi=_DPI, metadata=_METADATA.get(kind))
+    with output.writing(file) as temporary:
+        picture_files.save(drawn, temporary, file.suffix)
 
 
 # ---- images ------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from ibjax import config, files
 from ibjax.analysis import commands, embedding, output, pictures
-from ibjax.data import stratified, subset
+from ibjax.data import sample
 from ibjax.devices import cluster
 from ibjax.errors import DivergedError, InputError, PreemptedError, check_range, nearest
 from ibjax.evaluation.evaluate import make_scorer
@@ -155,10 +155,7 @@ def _measure(experiment, n, taps, attack):
         if tap not in allowed:
             raise InputError(f"--taps={tap} is no feature of the images; {nearest(tap, allowed)}")
     taps = taps or layers_of({name: name for name in allowed})
-    test = experiment.data.test
-    if n > len(test.labels):
-        raise InputError(f"--n={n} is not allowed; the test set has {len(test.labels)} images")
-    split = subset(test, stratified(test.labels, n, seed=0))
+    split = sample(experiment.data.test, n, "--n")
     split = split._replace(images=np.asarray(split.images[:]))  # streamed images are read once
     attacked = None if attack is None else _attacker(experiment, model, predict, split, attack)
 

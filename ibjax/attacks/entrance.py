@@ -17,7 +17,7 @@ import contextlib
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from jax.core import Tracer
 
 from ibjax.attacks import Attack, checks
 from ibjax.attacks.checks import first
-from ibjax.errors import InputError
+from ibjax.errors import CodeError, InputError
 
 # what an attack's target may be
 LABELS = "labels"  # (B,) integers
@@ -60,6 +60,27 @@ def checked(
         return attack(key, logits_fn, x, goal)
 
     return entered
+
+
+def own_attack(source: Any, made: Any, options: Mapping[str, Any]) -> Attack:
+    """The attack that a factory of the user's own has made, with its arguments and the form of its result checked.
+
+    Its option `loss`, if it has one, decides which target it takes, as for `pgd`. CodeError if it is no function.
+    """
+    if not callable(made):
+        raise CodeError(f"{source} is a {type(made).__name__}; return a function (key, logits_fn, x, target) -> x_adv")
+
+    def attack(key, logits_fn, x, target):
+        x_adv: Any = made(key, logits_fn, x, target)
+        if not isinstance(x_adv, jax.Array) or (x_adv.shape, x_adv.dtype) != (x.shape, x.dtype):
+            given = f"{x_adv.dtype}{list(x_adv.shape)}" if hasattr(x_adv, "dtype") else f"a {type(x_adv).__name__}"
+            raise CodeError(
+                f"{source} returns {given}; return adversarial images as those it got, {x.dtype}{list(x.shape)}"
+            )
+        return x_adv
+
+    loss = options.get("loss")
+    return checked(attack, ANYTHING if callable(loss) else DISTRIBUTIONS if loss == "kl" else SOFT_LABELS)
 
 
 def enter(

@@ -2,13 +2,17 @@
 
 NAME            "fgsm", "pgd-20", "autoattack"
 NAME(OPTION=VALUE,…)
+
+NAME may refer to an attack of the user's own, as "my_pkg.my_attack-20" or "./my_attack.py:my_attack-20".
 """
 
 import ast
 import logging
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from ibjax import extensions
 from ibjax.errors import InputError
 
 # "cw" means the authors' l2 attack only. PGD on the margin loss, which many papers call CW in l_inf, is named "margin"
@@ -61,6 +65,30 @@ def _value(text):
     return value if isinstance(value, bool | int | float | str) else text
 
 
+def counted(base: str) -> tuple[str, int | None]:
+    """Splits a base name into a family and its number of steps: ("pgd", 20); ("fgsm", None)."""
+    family, _, number = base.rpartition("-")
+    steps = number.isascii() and number.isdecimal() and int(number) > 0
+    return (family, int(number)) if steps and family else (base, None)
+
+
+def own(name: str) -> str | None:
+    """The reference in a name to an attack of the user's own: "./my.py:my_attack" of "./my.py:my_attack-20(c=1)"."""
+    family, _ = counted(str(name).partition("(")[0].strip())
+    return family if extensions.is_reference(family) else None
+
+
+def relocated(name: str, change: Callable[[str], str]) -> str:
+    """The name, with `change` applied to its reference to an attack of the user's own, if it has one."""
+    reference = own(name)
+    return name if reference is None else name.replace(reference, change(reference), 1)
+
+
+def recorded(name: str) -> str:
+    """The name as a record states it: without the folder of the attack's own file, which differs between machines."""
+    return relocated(name, extensions.unanchored)
+
+
 def with_options(base: str, options: dict[str, Any]) -> str:
     """The name with its options in alphabetical order, so that each attack has exactly one name."""
     if not options:
@@ -82,8 +110,9 @@ def canonical(name: str) -> str:
 
 
 def in_file_name(text: Any) -> str:
-    """A name or a length in a form that a file name can contain: "4/255" becomes "4_255"."""
-    return str(text).replace("/", "_")
+    """A name or a length in a form that a file name can contain: "4/255" becomes "4_255", "a.py:b-2" "a_py_b-2"."""
+    plain = relocated(str(text), lambda reference: re.sub(r"\W", "_", extensions.unanchored(reference)))
+    return plain.replace("/", "_")
 
 
 def old(name: str) -> str:

@@ -13,13 +13,34 @@ of the remaining training images.
 
 import logging
 import os
+import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ibjax.errors import DataError
+from ibjax import lazy
+from ibjax.errors import CodeError, DataError, InputError
+
+if typing.TYPE_CHECKING:
+    from ibjax.data import augment, corruptions, digits, folder, npz, prepare, stream, synthetic, tfds
+
+__all__ = [
+    "Arrays",
+    "Split",
+    "augment",
+    "corruptions",
+    "digits",
+    "folder",
+    "load_splits",
+    "npz",
+    "prepare",
+    "stream",
+    "synthetic",
+    "tfds",
+]
+__getattr__, __dir__ = lazy.attach(__name__, __all__)
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +99,15 @@ class Arrays(NamedTuple):
     classes: tuple[str, ...] = ()  # names of the classes, in the order of labels; empty if they have none
     warnings: tuple[str, ...] = ()  # doubts about the data; every record of a run on it repeats them
     read: tuple[Stamp, ...] = ()  # stamps of the files and folders it was read from, taken before reading
+
+
+def own_data(source: Any, made: Any, options: Any) -> Arrays:
+    """The data that a `load` of the user's own has made; CodeError unless they are `Arrays`."""
+    if not isinstance(made, Arrays) or not (isinstance(made.train, Split) and isinstance(made.test, Split)):
+        raise CodeError(
+            f"{source} is a {type(made).__name__}; return ibjax.data.Arrays(Split(…), Split(…), num_classes)"
+        )
+    return made._replace(label=made.label or source.name)
 
 
 def unchanged(arrays: Arrays) -> bool:
@@ -157,6 +187,18 @@ def part(split: Split, fraction: float, seed: int) -> Split:
     if fraction == 1.0:
         return split
     return subset(split, stratified(split.labels, max(1, round(fraction * len(split.labels))), seed))
+
+
+def sample(split: Split, n: int | None, option: str = "n", holds: str = "the test set has") -> Split:
+    """`n` images of a split, each class in proportion, always the same; None, or the number of all: the split itself.
+
+    Raises InputError where there are fewer; `option` and `holds` word its message.
+    """
+    if n is None or n == len(split.labels):
+        return split
+    if n > len(split.labels):
+        raise InputError(f"{option}={n} is not allowed; {holds} {len(split.labels)} images")
+    return subset(split, stratified(split.labels, n, seed=0))
 
 
 def streamed(split: Split) -> bool:

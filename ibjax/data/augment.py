@@ -1,12 +1,17 @@
-"""Random crop and horizontal flip, inside the jitted step, image by image."""
+"""Random crop and horizontal flip, inside the jitted step, image by image.
+
+An augmentation of the user's own takes their place: a factory that returns a function (key, images (B, H, W, C)) ->
+images. The key depends on the run's seed and on the step.
+"""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ibjax.errors import InputError, nearest
+from ibjax.errors import CodeError, InputError, nearest
 
 # np.pad's names for the paddings of the papers: zero (TRADES, MART), reflect (Rice, AWP), edge (IBD)
 PADDINGS = {"zero": "constant", "reflect": "reflect", "edge": "edge"}
@@ -35,5 +40,26 @@ def crop_and_flip(*, pad: int = 4, padding: str = "zero", flip: bool = True) -> 
             flipped = jax.random.bernoulli(flip_key, 0.5, (batch, 1, 1, 1))
             images = jnp.where(flipped, images[:, :, ::-1], images)
         return images
+
+    return augment
+
+
+AUGMENTATIONS = {"crop_and_flip": crop_and_flip}
+
+
+def own_augmentation(source: Any, made: Any, options: Any) -> Callable[[Array, Array], Array]:
+    """The augmentation that a factory of the user's own has made; its images are clipped to [0, 1].
+
+    Raises CodeError unless it is a function, and, while JAX traces it, unless it keeps shape and type of the images.
+    """
+    if not callable(made):
+        raise CodeError(f"{source} is a {type(made).__name__}; return a function (key, images) -> images")
+
+    def augment(key: Array, images: Array) -> Array:
+        found: Any = made(key, images)
+        if not isinstance(found, Array) or (found.shape, found.dtype) != (images.shape, images.dtype):
+            given = f"{found.dtype}{list(found.shape)}" if hasattr(found, "dtype") else f"a {type(found).__name__}"
+            raise CodeError(f"{source} returns {given}; return images as it got, {images.dtype}{list(images.shape)}")
+        return jnp.clip(found, 0.0, 1.0)
 
     return augment

@@ -5,14 +5,13 @@
 The options are those of a configuration's `data` section. The command prints a row of docs/data.md.
 """
 
-import argparse
 import ast
 
 import jax
 import numpy as np
 from PIL import Image
 
-from ibjax import config, errors, files
+from ibjax import cli, config, errors, files
 from ibjax.data import Arrays, Split, augment, load_splits
 from ibjax.errors import InputError
 from ibjax.step import to_float
@@ -48,8 +47,7 @@ def counts(data: Arrays) -> str:
 
 def main() -> None:
     """The command line of this module."""
-    errors.prepare_streams()  # help texts are not ASCII
-    parser = argparse.ArgumentParser(prog="python -m ibjax.data.gallery", allow_abbrev=False, description=__doc__)
+    parser = cli.parser("ibjax.data.gallery", __doc__)
     parser.add_argument("--out", type=files.path, required=True, help="the picture, a .png")
     parser.add_argument("options", nargs="+", help="KEY=VALUE of a data section; name=… is needed")
     given = parser.parse_args()

@@ -1,5 +1,7 @@
 """One `.npz` file in Keras's layout: x_train, y_train, x_test, y_test. Pickled objects in it are never loaded."""
 
+import os
+
 import numpy as np
 
 from ibjax import files
@@ -19,12 +21,7 @@ def load(*, path: str, label: str = "", num_classes: int | None = None) -> Array
     if not file.is_file():
         raise DataError(f"data.path={file} is no file; give an .npz with {', '.join(KEYS)}")
     read = stamps([file])
-    try:
-        archive = read_npz(file)
-    except UnreadableError:
-        raise
-    except InputError as error:
-        raise DataError(str(error)) from None
+    archive = _archive(file)
     if missing := [key for key in KEYS if key not in archive]:
         raise DataError(f"{file} lacks {', '.join(missing)}; it holds {', '.join(archive) or 'nothing'}")
     x_train, y_train, x_test, y_test = (archive[key] for key in KEYS)
@@ -34,6 +31,30 @@ def load(*, path: str, label: str = "", num_classes: int | None = None) -> Array
     names = tuple(str(c) for c in range(classes))
     splits = Split(x_train, y_train), Split(x_test, y_test)
     return Arrays(*splits, classes, label=label or file.stem, classes=names, read=read)
+
+
+def images(path: str | os.PathLike) -> Split:
+    """The images and labels of a file with `x` and `y`, or else `x_test` and `y_test`; neither is checked.
+
+    Raises DataError if the file is absent or damaged, or lacks them.
+    """
+    file = files.path(path)
+    if not file.is_file():
+        raise DataError(f"{file} is no file; give an .npz with x and y")
+    archive = _archive(file)
+    for x, y in (("x", "y"), KEYS[2:]):
+        if x in archive and y in archive:
+            return Split(archive[x], archive[y])
+    raise DataError(f"{file} lacks x and y (or x_test and y_test); it holds {', '.join(archive) or 'nothing'}")
+
+
+def _archive(file):
+    try:
+        return read_npz(file)
+    except UnreadableError:
+        raise
+    except InputError as error:
+        raise DataError(str(error)) from None
 
 
 def _count(path, y_train, y_test):

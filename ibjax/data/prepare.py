@@ -7,12 +7,11 @@ cifar10_1_v4. The archives' digests are checked and recorded. The data set is wr
 existing one is not changed.
 """
 
-import argparse
 import json
 import logging
 from pathlib import Path
 
-from ibjax import errors, files
+from ibjax import cli, errors, files
 from ibjax.data import archives, builders
 from ibjax.data.builders import Recipe, cifar, cifar10_1, cifar_c, mnist, stl10, svhn, tiny_imagenet
 from ibjax.errors import DataError, nearest
@@ -84,17 +83,21 @@ def _info(folder):
     return json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
 
 
-def main() -> None:
-    """The command line of this module."""
-    errors.prepare_streams()  # help texts are not ASCII
-    parser = argparse.ArgumentParser(prog="python -m ibjax.data.prepare", allow_abbrev=False, description=__doc__)
+def parser() -> cli.Parser:
+    """The arguments of this module."""
+    parser = cli.parser("ibjax.data.prepare", __doc__)
     parser.add_argument("--dataset", required=True, help=", ".join(RECIPES))
     parser.add_argument("--data_dir", type=files.path, required=True, help="TFDS's folder of data sets")
     parser.add_argument("--archives", type=files.path, help="folder of the archives; default: DATA_DIR/downloads")
     parser.add_argument("--download", action="store_true", help="fetch the archives that are missing")
     parser.add_argument("--unverified", action="store_true", help="accept archives that are not the official ones")
     parser.add_argument("--label", default="", help="how results on the data are called; default: its usual name")
-    given = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """The command line of this module."""
+    given = parser().parse_args()
     errors.exit_with(
         lambda: prepare(
             given.dataset,

@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 from ibjax import files
 from ibjax.data import Arrays, Split, stamps, tfds
-from ibjax.devices import cluster
 from ibjax.errors import DataError, InputError, UnreadableError, check_range
 
 _RESIZED = 256 / 224  # ratio of a test image's shorter side to the side of its centre crop
@@ -142,7 +141,7 @@ class Pictures:
         lengths = [length for _, length in shards]
         name = files.digest(repr((self.split, stamps(path for path, _ in shards), lengths)).encode())
         try:
-            file = cluster.cache_folder() / "labels" / f"{name}.labels"
+            file = files.cache_folder() / "labels" / f"{name}.labels"
         except RuntimeError:  # no home folder
             return self._read_labels()
         found = _kept_labels(file, len(self.rows), self.stored.num_classes)

@@ -21,12 +21,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ibjax import errors
 from ibjax.devices import peers
-from ibjax.devices.compiled import cache_folder
 from ibjax.devices.compiled import keep as keep_compiled
 from ibjax.devices.peers import agree, word_of_first
 from ibjax.errors import InputError
 
-__all__ = ["agree", "cache_folder", "keep_compiled", "word_of_first"]  # re-exported
+__all__ = ["agree", "keep_compiled", "word_of_first"]  # re-exported
 
 BATCH = PartitionSpec("data")
 REPLICATED = PartitionSpec()

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def keep() -> None:
-    """Enables the compilation cache in ~/.cache/ibjax, which only its user can read.
+    """Enables the compilation cache in `files.cache_folder`, which only its user can read.
 
     JAX_COMPILATION_CACHE_DIR in the environment names another folder; if it is empty, there is no cache. Each CPU
     instruction set has a subfolder, since machines of several kinds may share a home folder.
@@ -32,7 +32,7 @@ def keep() -> None:
             jax.config.update("jax_compilation_cache_dir", str(files.path(given)))
         return
     try:
-        root = cache_folder()
+        root = files.cache_folder()
         folder = root / hashlib.sha256(_instruction_set().encode()).hexdigest()[:16]
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         root.chmod(0o700)
@@ -41,15 +41,6 @@ def keep() -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-
-def cache_folder() -> Path:
-    """The folder for files that can be recomputed: $XDG_CACHE_HOME/ibjax, or ~/.cache/ibjax.
-
-    Raises RuntimeError if there is no home folder.
-    """
-    named = os.environ.get("XDG_CACHE_HOME")
-    return (files.path(named) if named else Path.home() / ".cache") / "ibjax"
 
 
 def _instruction_set():

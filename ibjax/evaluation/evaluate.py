@@ -26,14 +26,14 @@ import numpy as np
 
 from ibjax import config, files, threat
 from ibjax.attacks import autoattack, checks, names
-from ibjax.data import first_of_each, subset
+from ibjax.data import Split, check, first_of_each, subset
 from ibjax.devices import cluster
 from ibjax.errors import InputError, UnreadableError
 from ibjax.evaluation import results
 from ibjax.evaluation.named import Named, named
 from ibjax.evaluation.scoring import Scorer, auto_attack, draw_keys, nan_warnings, percent, sampling
-from ibjax.evaluation.settings import changed, check_network, check_settings, scaled_step
-from ibjax.runs import run, rundir, trees
+from ibjax.evaluation.settings import check_network, replaced, scaled_step
+from ibjax.runs import own_code, run, rundir, trees
 from ibjax.step import linen_net, to_float
 
 # the fields that must agree for a record to be reused
@@ -57,6 +57,7 @@ def evaluate(
     surrogate: Path | None = None,
     surrogate_checkpoint: str | int = "best",
     keep: int = 10,
+    trust: str | None = None,
 ) -> list[dict[str, Any]]:
     """Attacks a trained run's test set and writes `eval/<checkpoint>/<attack>.json`; returns the records.
 
@@ -71,35 +72,29 @@ def evaluate(
       surrogate: workdir of a run for transfer attacks: its network, at `surrogate_checkpoint`, is attacked, and the
         adversarial images are evaluated on this run.
       keep: number of adversarial images of each attack at the main eps to keep for the report, from as many classes.
+      trust: whether code that the run or the surrogate names may run, as in `ibjax.load`.
 
     A record on disk is reused if everything that it depends on is the same: weights, images, attack with its settings
     and code, eps, norm, seed, precision, and on a few images the logits and gradients of the network and of the
     surrogate. Records of transfer attacks by earlier versions, which say less about the surrogate, are computed again.
     """
     workdir = files.path(workdir)
-    trained = run.load(workdir, checkpoint)
-    settings = config.plain(trained.config.evaluate if settings is None else settings)
-    given = dict(attacks=None if attacks is None else tuple(attacks), n=n, samples=samples, batch_size=batch_size)
-    settings = changed(settings | {name: value for name, value in given.items() if value is not None},
-                        norm, eps, step_size)  # fmt: skip
-    check_settings(settings)
-    source = None if surrogate is None else _surrogate(surrogate, surrogate_checkpoint, trained, settings)
+    trained = run.load(workdir, checkpoint, trust=trust)
+    if settings is None and attacks is None:  # they come from the run's folder, not from the caller
+        own_code.permit_attacks(trained.config.evaluate.attacks, workdir / "config.json", trust)
+    given = dict(attacks=attacks, n=n, samples=samples, batch_size=batch_size, norm=norm, eps=eps, step_size=step_size)
+    settings = replaced(trained.config.evaluate if settings is None else settings, **given)
+    source = None if surrogate is None else _surrogate(surrogate, surrogate_checkpoint, trained, settings, trust)
     shown = settings if source is None else {**settings, "attacks": ()}
     check_network(trained.model, trained.facts["input_shape"], shown)
     victim = _victim(trained, settings["samples"])
     split = run.test_split(trained, settings["n"])
-    logits = jax.jit(victim)
-    keys = draw_keys(trained.config.seed, len(split.labels))
-    x = np.asarray(to_float(jnp.asarray(split.images[:256])))
-    asked = checks.network(lambda x, keys: logits(trained.variables, x, keys)[0], x, split.labels, keys[: len(x)])
-    # warnings about the data, the network and its checkpoints
-    warnings = [*trained.facts.get("warnings", ()), *asked.warnings, *rundir.doubts(trained.workdir)]
+    x, asked = _asked(trained, victim, split)
+    warnings = [*trained.facts.get("warnings", ()), *_warnings(trained, asked)]
 
     which = str(trained.step) if str(checkpoint).isdecimal() else str(checkpoint)
     folder = workdir / "eval" / which
-    common = _common(trained, which, settings, split, warnings)
-    common |= {"fingerprint": asked.fingerprint.tolist(), "code": autoattack.code_digest()}
-    common |= {"precision": autoattack.precision()}
+    common = _common(trained, which, settings, split, asked, warnings)
     if source is not None:
         common |= {"surrogate_fingerprint": checks.fingerprint(jax.jit(source.logits), x).tolist()}
     mesh, records = cluster.mesh(), []
@@ -110,12 +105,11 @@ def evaluate(
         return _executor(named(name, trained.config.objective), victim, source, trained, split, settings, mesh)
 
     for number, (name, attack, eps) in enumerate(plan, 1):
-        label, made = name, attack.settings
+        label, made = names.recorded(name), attack.settings
         if source is not None:
-            label, made = f"{name} from {source.says['title']}", {**made, "surrogate": source.says}
+            label, made = f"{label} from {source.says['title']}", {**made, "surrogate": source.says}
         step_size = _step_size(attack, settings, eps)
-        own = {"attack": label, "attack_settings": made, "eps": eps}
-        own |= {"step_size": step_size, "samples": settings["samples"]}
+        own = {"attack": label, "attack_settings": made, "eps": eps, "step_size": step_size}
         identity = {**common, **own, "main": eps == main, "bounded": attack.bounded}
         file = folder / _file_name(name, eps, settings, source, trained.config.evaluate)
         record = _existing(file, identity)
@@ -142,6 +136,71 @@ def evaluate(
     return records
 
 
+def attack_images(
+    trained: run.Run,
+    split: Split,
+    label: str,
+    checkpoint: str = "best",
+    settings: Any = None,
+    trust: str | None = None,
+) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """Attacks any images of a network's shape and classes: (one record per attack, x_adv); writes nothing.
+
+    Args:
+      trained: of `ibjax.load`, or `ibjax.pytorch.imports.load`.
+      split: (N, H, W, C) uint8 or float32 in [0, 1], and labels (N,).
+      label: name of the images, in place of that of the network's data set.
+      checkpoint: as `trained` was loaded with, for the records.
+      settings: a checked `evaluate` section (`settings.replaced`); None: the network's own. `n` and `ladder` are not
+        used.
+      trust: whether attacks of the user's own that the network's own section names may run, as in `ibjax.load`.
+
+    Returns:
+      Records as of `evaluate`, and x_adv (attacks, N, H, W, C) float32.
+    """
+    shape = tuple(trained.facts["input_shape"])
+    if split.images.shape[1:] != shape:
+        raise InputError(f"the images of {label} have shape {split.images.shape[1:]}, the network takes {shape}")
+    split = check(split, f"{label}:", trained.facts["num_classes"])
+    if settings is None:
+        own_code.permit_attacks(trained.config.evaluate.attacks, trained.workdir / "config.json", trust)
+        settings = replaced(trained.config.evaluate)
+    check_network(trained.model, shape, settings)
+    trained = trained._replace(facts={**trained.facts, "label": label})
+    victim, mesh, eps = _victim(trained, settings["samples"]), cluster.mesh(), settings["eps"]
+    _, asked = _asked(trained, victim, split)
+    warnings = _warnings(trained, asked)
+    common = _common(trained, checkpoint, settings, split, asked, warnings)
+    records, found = [], []
+    for number, name in enumerate(settings["attacks"], 1):
+        attack = named(name, trained.config.objective)
+        step_size = _step_size(attack, settings, eps)
+        execute = _executor(attack, victim, None, trained, split, settings, mesh)
+        shown = names.recorded(name)
+        title = f"{common['title']}: {results.attack_label(shown)}, eps {eps}, {number} of {len(settings['attacks'])}"
+        flags, x_adv, more = execute(eps, step_size, title, len(split.labels), None)
+        own = {"attack": shown, "attack_settings": attack.settings, "eps": eps, "step_size": step_size, "main": True}
+        doubts = list(dict.fromkeys([*warnings, *more["warnings"]]))
+        records.append(_record({**common, **own, "bounded": attack.bounded, **more, "warnings": doubts}, flags))
+        found.append(x_adv)
+    return records, np.stack(found)
+
+
+def _warnings(trained, asked):
+    """Warnings about the network, its checkpoints and its code."""
+    code = own_code.doubts(trained.config, rundir.recorded_code(trained.workdir))
+    return [*asked.warnings, *rundir.doubts(trained.workdir), *code]
+
+
+def _asked(trained, victim, split):
+    """(the first images of a split as floats, what `checks.network` finds on them)."""
+    logits = jax.jit(victim)
+    keys = draw_keys(trained.config.seed, len(split.labels))
+    x = np.asarray(to_float(jnp.asarray(split.images[:256])))
+    shown = lambda x, keys: logits(trained.variables, x, keys)[0]  # noqa: E731
+    return x, checks.network(shown, x, split.labels, keys[: len(x)])
+
+
 def _plan(settings, trained, source):
     """(name, attack, eps) of every evaluation: each attack at the main eps, then at each eps of its ladder, if any."""
     main = settings["eps"]
@@ -164,8 +223,8 @@ class Surrogate(NamedTuple):
         return self.predict(self.variables, x)[0]
 
 
-def _surrogate(workdir, checkpoint, trained, settings):
-    loaded = run.load(workdir, checkpoint)
+def _surrogate(workdir, checkpoint, trained, settings, trust):
+    loaded = run.load(workdir, checkpoint, trust=trust)
     for name in ("input_shape", "num_classes"):
         if loaded.facts[name] != trained.facts[name]:
             raise InputError(
@@ -228,6 +287,7 @@ def make_scorer(attack: Named, predict: Callable, settings: Any, mesh: Any, atta
         guided=attack.guided,
         count=attack.count,
         attacked=attacked,
+        own=attack.settings.get("code", {}).get("name"),
     )
 
 
@@ -262,8 +322,9 @@ def _step_size(attack, settings, eps):
     return attack._replace(length=None).step_size(eps, scaled)
 
 
-def _common(trained, checkpoint, settings, split, warnings):
-    selected_on = {"best": trained.config.select_on, "last": "last"}.get(checkpoint, "step")
+def _common(trained, checkpoint, settings, split, asked, warnings):
+    of_card = trained.facts.get("card", {}).get("checkpoint", checkpoint)  # the network of a card is its run's only one
+    selected_on = {"best": trained.config.select_on, "last": "last"}.get(of_card, "step")
     imported, classes = ({key: trained.facts[key]} if key in trained.facts else {} for key in ("imported", "classes"))
     return {
         **imported,
@@ -274,6 +335,10 @@ def _common(trained, checkpoint, settings, split, warnings):
         "train_threat": "unknown" if imported else threat.trained(trained.config),
         "validate_threat": "unknown" if imported else threat.validated(trained.config),
         "fixed_step": settings["fixed_step"],
+        "samples": settings["samples"],
+        "fingerprint": asked.fingerprint.tolist(),
+        "code": autoattack.code_digest(),
+        "precision": autoattack.precision(),
         "n": len(split.labels),
         "chance_acc": percent(split.labels == np.bincount(split.labels).argmax()),  # of the most frequent class
         "images": trees.digest(split),

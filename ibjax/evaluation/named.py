@@ -15,6 +15,9 @@
 | ib_rar-STEPS                 | IB-RAR's adaptive attack, with the run's own α and β or the defaults                |
 | siriib-STEPS, siriib-TERMS-STEPS | SiRIIB's adaptive attack on CE, L_svd and L_info or some: `siriib-ce-svd-20`    |
 
+| an attack of one's own       | an entry point of the group ibjax.attacks, `my_pkg.my_attack` or                    |
+|                              | `./my_attack.py:my_attack`, each with -STEPS if it takes steps                      |
+
 Options are given in parentheses, as in `cw-l2-200(c=0.1,lr=0.1)`; records state them in the same form:
 
 | name                              | options, with their defaults                                                   |
@@ -45,19 +48,21 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array
 
+from ibjax import extensions
 from ibjax.attacks import Attack, geometry
 from ibjax.attacks.autoattack import DRAWS, sub_attacks
 from ibjax.attacks.cw import cw
 from ibjax.attacks.deepfool import deepfool
 from ibjax.attacks.iterative import Iterative
 from ibjax.attacks.mim import mim
-from ibjax.attacks.names import parse
+from ibjax.attacks.names import counted, parse
 from ibjax.attacks.nifgsm import nifgsm
 from ibjax.attacks.noise import noise
 from ibjax.attacks.pgd import pgd
 from ibjax.attacks.representation import ara
 from ibjax.attacks.spsa import spsa
 from ibjax.attacks.targeted import targeted
+from ibjax.calls import THREAT, factory, fits, signature
 from ibjax.errors import InputError, check_range, nearest
 from ibjax.objectives import ib_rar, siriib
 
@@ -99,6 +104,7 @@ class _Form(NamedTuple):
     make: Callable[..., Named]  # takes the settings as keywords
     settings: dict[str, Any]  # with their defaults
     more: dict[str, Any] = {}  # noqa: RUF012 - options whose defaults a record does not state
+    hints: dict[str, Any] = {}  # noqa: RUF012 - types of the options of an own attack; otherwise those of the defaults
 
     def options(self) -> dict[str, Any]:
         """The options that a name may have, with example values of their types."""
@@ -236,15 +242,8 @@ def named(name: str, objective: Mapping[str, Any] | None = None) -> Named:
     `objective` is the section of the attacked run, from which adaptive attacks take their weights.
     """
     base, given = parse(name)
-    if base in ATTACKS:
-        form, family, steps = ATTACKS[base], base, {}
-    else:
-        family, _, number = base.rpartition("-")
-        if family not in FAMILIES or not (number.isascii() and number.isdecimal() and int(number) > 0):
-            examples = (*ATTACKS, *(f"{family}-20" for family in FAMILIES))
-            raise InputError(f"attack '{name}' is unknown; {nearest(base, examples)}")
-        form, steps = FAMILIES[family], {"steps": int(number)}
-    _check_options(name, family, given, form.options(), bool(steps))
+    form, family, steps = _form(name, base, given)
+    _check_options(name, family, given, form, bool(steps))
     count, length = given.pop("count", COUNTS[0]), given.pop("step_size", None)
     own = {}
     if objective is not None and objective["name"] == family == "ib_rar":
@@ -254,8 +253,56 @@ def named(name: str, objective: Mapping[str, Any] | None = None) -> Named:
     return made._replace(settings={**made.settings, **said}, length=length, count=count)
 
 
-def _check_options(name, family, given, allowed, has_steps):
-    allowed = {**allowed, "count": COUNTS[0]}
+def _form(name, base, given):
+    """(form, family, {"steps": number} where the name has one) of an attack's name without its options."""
+    family, steps = counted(base)
+    taken = {} if steps is None else {"steps": steps}
+    if base in ATTACKS:
+        return ATTACKS[base], base, {}
+    if family in FAMILIES and taken:
+        return FAMILIES[family], family, taken
+    if family not in FAMILIES and (source := extensions.locate("attacks", family)) is not None:
+        return _own_form(name, family, taken, given, source), family, taken
+    examples = (*ATTACKS, *(f"{family}-20" for family in FAMILIES), *extensions.entry_points("attacks"))
+    raise InputError(f"attack '{name}' is unknown; {nearest(base, examples)}")
+
+
+def _own_form(name, family, taken, given, source):
+    """The form of an attack of the user's own: its options are those of its factory."""
+    parameters, hints = signature(factory("attacks", family), THREAT)
+    if taken and "steps" not in parameters:
+        raise InputError(f"attack '{name}': '{family}' takes no steps; write {family}")
+    options = {key: parameter for key, parameter in parameters.items() if key not in (*taken, "step_size")}
+    defaults = {
+        key: parameter.default for key, parameter in options.items() if parameter.default is not parameter.empty
+    }
+    if missing := [key for key in options if key not in defaults and key not in given]:
+        how = f"write {family}-20" if missing[0] == "steps" else f"write {family}({missing[0]}=VALUE)"
+        raise InputError(f"attack '{name}': '{family}' needs {missing[0]}; {how}")
+    code = {key: value for key, value in extensions.record(source).items() if key in ("version", "sha256")}
+    code = {"name": extensions.unanchored(family), **code}
+
+    def make(**settings):
+        return Named({**settings, "code": code}, _as_called(factory("attacks", family), parameters, settings))
+
+    sized = _LENGTH if "step_size" in parameters else {}
+    return _Form(
+        make, defaults, dict.fromkeys(options.keys() - defaults) | sized, {key: hints.get(key) for key in options}
+    )
+
+
+def _as_called(make, parameters, settings):
+    """A factory as `Named.make` is called: it gets a step size only if it takes one."""
+
+    def attack(*, norm, eps, step_size):
+        sized = {"step_size": step_size} if "step_size" in parameters else {}
+        return make(norm=norm, eps=eps, **settings, **sized)
+
+    return attack
+
+
+def _check_options(name, family, given, form, has_steps):
+    allowed = {**form.options(), "count": COUNTS[0]}
     for key, value in given.items():
         if key == "steps" and has_steps:
             raise InputError(f"attack '{name}' has its steps in its name; write {family}-{value}")
@@ -264,8 +311,13 @@ def _check_options(name, family, given, allowed, has_steps):
         default = allowed[key]
         kinds = {float: (int, float), int: (int,)}.get(type(default), (type(default),))
         kinds = _TYPES.get(key, kinds)
-        if type(value) not in kinds:
-            raise InputError(f"attack '{name}': {key}={value} is not allowed; give it as {key}={default}")
+        if (
+            not fits(value, form.hints[key])
+            if form.hints.get(key)
+            else type(value) not in kinds and default is not None
+        ):
+            example = f"{key}={default}" if key not in form.hints else str(form.hints[key] or type(default).__name__)
+            raise InputError(f"attack '{name}': {key}={value} is not allowed; give it as {example}")
     if given.get("count", COUNTS[0]) not in COUNTS:
         raise InputError(f"attack '{name}': count={given['count']} is unknown; {nearest(given['count'], COUNTS)}")
 
@@ -273,7 +325,7 @@ def _check_options(name, family, given, allowed, has_steps):
 def takes_step_size(name: str) -> bool:
     """Whether a name's attack uses `evaluate.step_size`: it has the option step_size, and the name does not set it."""
     base, given = parse(name)
-    form = ATTACKS.get(base) or FAMILIES[base.rpartition("-")[0]]
+    form, _, _ = _form(name, base, given)
     return "step_size" in form.options() and "step_size" not in given
 
 

@@ -25,8 +25,8 @@ from ibjax.attacks import Attack, autoattack, eot, geometry
 from ibjax.attacks.representation import guides
 from ibjax.data import Split
 from ibjax.devices import cluster
-from ibjax.errors import InputError, PreemptedError
-from ibjax.step import Variables, to_float
+from ibjax.errors import CodeError, InputError, PreemptedError
+from ibjax.step import Variables, as_output, to_float
 
 TOLERANCE = 1e-6  # of the eps-ball and of [0, 1], in float32
 _EVALUATION = 0x65766C  # folded into the seed, so that evaluation uses other keys than training
@@ -72,6 +72,7 @@ class Scorer:
       guided: whether its target is (labels, guides), with one guide image of another class for each image.
       count: which images count as robust, "both" or "attacked": see above.
       attacked: a surrogate with the signature of `predict`, which is attacked in place of `predict`.
+      own: the name of an attack of the user's own, for messages.
     """
 
     def __init__(
@@ -87,8 +88,9 @@ class Scorer:
         guided: bool = False,
         count: str = "both",
         attacked: Callable | None = None,
+        own: str | None = None,
     ):
-        self.bounded, self.guided = bounded, guided
+        self.bounded, self.guided, self.own = bounded, guided, own
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         self.sharded = NamedSharding(mesh, cluster.BATCH)
 
@@ -137,7 +139,8 @@ class Scorer:
 
         keep: ascending indices, or the number of images to keep from the start. progress: a name, with which a progress
         bar is shown and a preemption notice ends the evaluation with PreemptedError. Raises RuntimeError where an
-        adversarial image leaves the eps-ball or [0, 1], and InputError where the network's gradient is not finite.
+        adversarial image leaves the eps-ball or [0, 1] (CodeError for an attack of the user's own), and InputError
+        where the network's gradient is not finite.
         """
         eps, step_size = (np.float32(geometry.fraction(value)) for value in (eps, step_size))
         total, size = len(split.labels), self.batch_size
@@ -170,6 +173,11 @@ class Scorer:
             )
         worst = float(flags.distance.max())
         if not worst <= (float(eps) + TOLERANCE if self.bounded else sys.float_info.max):
+            if self.own:
+                raise CodeError(
+                    f"attack '{self.own}' leaves the eps-ball or [0, 1]: an image is {worst:.8g} away or outside, eps "
+                    f"is {float(eps):.8g}; end it with ibjax.attacks.geometry.project(x_adv, x, norm, eps)"
+                )
             raise RuntimeError(f"an adversarial image is {worst:.8g} away or outside [0, 1]; eps is {float(eps):.8g}")
         return flags, np.concatenate(kept)
 
@@ -274,7 +282,7 @@ def sampling(model: nn.Module, samples: int) -> Callable:
 
     def predict(variables, x, keys):
         def once(key, x):
-            return drawing.apply(variables, x, train=False, rngs={"sample": key})[0]
+            return as_output(drawing.apply(variables, x, train=False, rngs={"sample": key}))[0]
 
         _, logits = eot.sampled(keys, once, samples)(x)  # (k, B, classes)
         return jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0) - jnp.log(float(samples)), {}

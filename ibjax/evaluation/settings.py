@@ -7,12 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ibjax import threat
+from ibjax import config, threat
 from ibjax.attacks import geometry, names
 from ibjax.data import Split
 from ibjax.errors import InputError
 from ibjax.evaluation.named import check, named, takes_step_size
-from ibjax.step import linen_net
+from ibjax.step import linen_net, taps
 
 
 def check_settings(settings: Any) -> None:
@@ -58,8 +58,7 @@ def check_network(model: nn.Module, input_shape: Sequence[int], settings: Any) -
     on_features = [name for name in settings["attacks"] if named(name).features is not None]
     if not on_features:
         return
-    x = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
-    features = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x)[0][1], x)
+    features = taps(model, input_shape)
     for name in on_features:
         for feature in named(name).features or ():
             if feature not in features:
@@ -87,12 +86,22 @@ def _trace(name, model, input_shape, settings):
         raise InputError(f"attack '{name}' is not for this network: {error}") from None
 
 
-def changed(settings, norm, eps, step_size):
-    """The section with another norm, eps or step size, and with canonical attack names, each once.
+def replaced(section: Any, *, norm: Any = None, eps: Any = None, step_size: Any = None, **given: Any) -> dict[str, Any]:
+    """An `evaluate` section with the values that are given, not None, in place of its own; checked.
 
-    Another norm or eps drops the ladder. A step other than the usual one becomes an option in the names of the attacks
-    whose step is `evaluate.step_size`, so that different attacks have different names.
+    Attack names are canonical, each once. Another norm or eps drops the ladder. A step other than the usual one becomes
+    an option in the names of the attacks whose step is `evaluate.step_size`, so that different attacks have different
+    names.
+
+    given: attacks, n, samples or batch_size.
     """
+    given = {name: tuple(value) if name == "attacks" else value for name, value in given.items() if value is not None}
+    settings = _changed(config.plain(section) | given, norm, eps, step_size)
+    check_settings(settings)
+    return settings
+
+
+def _changed(settings, norm, eps, step_size):
     for name in settings["attacks"]:
         named(name)  # reports an unknown name as it was given, not in its canonical form
     attacks = tuple(dict.fromkeys(map(names.canonical, settings["attacks"])))

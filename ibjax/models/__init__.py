@@ -1,0 +1,20 @@
+"""Networks: one family, one file; each has a class `Model` that returns `(logits, features)`."""
+
+import typing
+
+from ibjax import lazy
+
+if typing.TYPE_CHECKING:
+    from ibjax.models import cnn, masked, preact_resnet, resnet, siriib, stochastic, vgg, wide_resnet
+
+__all__ = [
+    "cnn",
+    "masked",
+    "preact_resnet",
+    "resnet",
+    "siriib",
+    "stochastic",
+    "vgg",
+    "wide_resnet",
+]
+__getattr__, __dir__ = lazy.attach(__name__, __all__)

@@ -209,7 +209,8 @@ def layers_of(features: dict[str, Array], layers: "str | tuple[str, ...]" = "all
         names = ROBUST_LAYERS if layers == "robust" else layers.split(",") if isinstance(layers, str) else layers
     for name in names:
         if name not in features:
-            raise InputError(f"objective.layers: the model has no layer '{name}'; {nearest(name, features)}")
+            there = nearest(name, features) if features else "it returns logits alone"
+            raise InputError(f"objective.layers: the model has no layer '{name}'; {there}")
     return [features[name] for name in names]
 
 

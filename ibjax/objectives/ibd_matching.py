@@ -95,6 +95,11 @@ def layers_of(features: dict[str, Array], granularity: str, stem: bool = False) 
     if not numbers:  # in a plain network, convolutions take the place of blocks
         numbers = {int(match[1]): match[0] for name in features if (match := re.fullmatch(r"conv(\d+)", name))}
     names = [numbers[i] for i in sorted(numbers)]
+    if not names:
+        raise InputError(
+            f"objective.granularity='{granularity}': student and teacher need taps {granularity}1, {granularity}2, …; "
+            f"one of them has {', '.join(features) or 'none, as it returns logits alone'}; objective.beta=0 needs none"
+        )
     if stem:
         if "stem" not in features:
             raise InputError("objective.stem=True: student and teacher need a 'stem'; plain networks have none")

@@ -11,3 +11,18 @@
 | gate             | compares the logits of both networks on the same images                                         |
 | folders          | writes a folder completely or not at all                                                        |
 """
+
+import typing
+
+from ibjax import lazy
+
+if typing.TYPE_CHECKING:
+    from ibjax.pytorch import architectures, exports, imports, published
+
+__all__ = [
+    "architectures",
+    "exports",
+    "imports",
+    "published",
+]
+__getattr__, __dir__ = lazy.attach(__name__, __all__)

@@ -18,11 +18,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ibjax import config, errors, files
+from ibjax.data import Split, check
 from ibjax.errors import CheckpointError, InputError, nearest
 from ibjax.pytorch import architectures, fit, folders, gate, normalisation, sizes, state_dicts, torch_file, twins
 from ibjax.pytorch.architectures import ARCHITECTURES, Shape
 from ibjax.pytorch.normalisation import Said
 from ibjax.runs import recipe_files, run, rundir
+from ibjax.step import checked_logits, linen_net
 
 
 class Network(NamedTuple):
@@ -79,22 +81,52 @@ def from_torch(
     network = read(file, arch, said)
     images = gate.images(network.settings, network.classes, network.shape[2], n, photographs)
     variables, logits, delta = _compared(network, images)
-    imported = {
-        "file": file.name,
-        "sha256": network.sha256,
-        "arch": arch,
-        "network": {what: {"is": value, "from": source} for what, (value, source) in network.origins.items()},
-        "left_out": network.found.left_out,
-        "images": images.words,
-        "max_delta_logit": delta,
-        "torch": torch_file.modules().__version__,
-    }
+    imported = _imported(file, network, images, delta)
     if not photographs:
         imported["clean_acc"] = _clean_accuracy(logits, images.split.labels, clean_acc)
     with folders.whole(workdir) as folder:
         arrays = jax.tree.map(jnp.asarray, variables)
         rundir.write_network(folder, network.settings, {**images.facts, "imported": imported}, arrays)
     return imported
+
+
+def load(file: Path, arch: str, split: Split, label: str, said: Said = Said()) -> run.Run:  # noqa: B008
+    """A file's network as `ibjax.load` returns that of a run; nothing is written.
+
+    Its configuration holds defaults that do not describe the training, as in `from_torch`, whose errors are raised.
+
+    Args:
+      file, arch, said: as in `read`.
+      split: (N, H, W, C) uint8, or float32 in [0, 1]: images on which the logits must agree with those of PyTorch.
+      label: name of these images.
+    """
+    network = read(file, arch, said)
+    split = check(split, f"{label}:", network.classes)
+    facts = {"label": label, "input_shape": list(split.images.shape[1:]), "num_classes": network.classes}
+    images = gate.Images(split, facts, f"{len(split.labels)} images of {label}")
+    if images.shape[-1] != network.shape[-1]:
+        raise InputError(
+            f"the network takes images of {network.shape[-1]} channels, {images.words} have {images.shape}"
+        )
+    variables, _, delta = _compared(network, images)
+    facts["imported"] = _imported(file, network, images, delta)
+    variables = jax.tree.map(jnp.asarray, variables)
+    logits_fn = checked_logits(linen_net(network.model).predict, variables)
+    return run.Run(network.model, variables, logits_fn, config.effective(network.settings), facts, 0, file, {})
+
+
+def _imported(file, network, images, delta):
+    """The import's section of config.json."""
+    return {
+        "file": file.name,
+        "sha256": network.sha256,
+        "arch": network.arch,
+        "network": {what: {"is": value, "from": source} for what, (value, source) in network.origins.items()},
+        "left_out": network.found.left_out,
+        "images": images.words,
+        "max_delta_logit": delta,
+        "torch": torch_file.modules().__version__,
+    }
 
 
 def read(file: Path, arch: str, said: Said = Said()) -> Network:  # noqa: B008

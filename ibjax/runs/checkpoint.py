@@ -35,7 +35,7 @@ import tensorstore
 from ibjax import config, files
 from ibjax.devices import cluster
 from ibjax.errors import CheckpointError, UnreadableError
-from ibjax.runs import trees
+from ibjax.runs import trees, writers
 from ibjax.step import TrainState, evaluation_variables
 
 ITEMS = ("variables", "training")
@@ -458,10 +458,10 @@ def _set_aside(store, step):
 
 
 def retire(workdir: Path) -> Path:
-    """Moves `damaged/` and metrics.jsonl of a run that restarts to a new folder `restarted-N/`, which is returned."""
+    """Moves `damaged/`, metrics.jsonl and what writers remember to a new folder `restarted-N/`, which is returned."""
     target = next(folder for n in range(1, 10**6) if not (folder := workdir / f"restarted-{n}").exists())
     target.mkdir()
-    for name in ("damaged", "metrics.jsonl"):
+    for name in ("damaged", "metrics.jsonl", *writers.MEMORIES):
         with contextlib.suppress(FileNotFoundError):
             shutil.move(workdir / name, target / name)
     return target

@@ -1,39 +1,46 @@
 """The parts that command lines share: --workdir and --checkpoint of a run, or the --config of a recipe."""
 
 import argparse
-from collections.abc import Callable
-from typing import NoReturn
+import re
+import sys
+from collections.abc import Callable, Sequence
 
 from ml_collections import ConfigDict
 
-from ibjax import errors, files
+from ibjax import extensions, files
 from ibjax.attacks.names import split
+from ibjax.cli import Parser, parser
 from ibjax.runs import recipe_files
 
+CONFIG = "the recipe: NAME[:arg] of one that ships with ibjax, FILE.py[:arg], or a run's config.json"
+OF_EVALUATION = ("n", "samples", "norm", "eps", "step_size", "batch_size")
 
-def of_run(module: str, description: str | None) -> argparse.ArgumentParser:
+
+def of_run(module: str, description: str | None) -> Parser:
     """A parser for a module that reads a run, with --workdir and --checkpoint; the module adds its own arguments."""
-    parser = bare(module, description)
-    parser.add_argument("--workdir", type=files.path, required=True)
-    parser.add_argument("--checkpoint", default="best", help="best, last or a step")
-    return parser
+    made = parser(module, description)
+    add_trust(made)
+    made.add_argument("--workdir", type=files.path, required=True)
+    made.add_argument("--checkpoint", default="best", help="best, last or a step")
+    return made
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Prints one line to stderr, as for every other invalid input."""
-        self.exit(errors.EXIT_INPUT, f"error: {message}; {self.prog} --help says what there is\n")
+TRUST = (
+    "run modules and files that a run's folder names and that are no part of ibjax: code, if they are what the run was "
+    "made with; changed, also if they have changed since"
+)
 
 
-def bare(module: str, description: str | None, *, prog: str | None = None) -> argparse.ArgumentParser:
-    """A parser without arguments for any module; `prog` replaces the usual "python -m MODULE" in its help."""
-    errors.prepare_streams()  # help texts are not ASCII
-    return _Parser(
-        prog=prog or f"python -m {module}",
-        allow_abbrev=False,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+class _Trust(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Gives the permission for the whole process."""
+        extensions.trust(str(values))
+        setattr(namespace, self.dest, values)
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Adds --trust, which permits code that a run's folder names to run (`ibjax.extensions`)."""
+    parser.add_argument("--trust", choices=extensions.TRUSTS, action=_Trust, help=TRUST)
 
 
 def add_attacks(parser: argparse.ArgumentParser) -> None:
@@ -45,34 +52,50 @@ def add_attacks(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """Adds the other options that replace values of a run's `evaluate` section; OF_EVALUATION has their names."""
+    parser.add_argument("--n", type=int, help="number of test images; default: all")
+    parser.add_argument("--samples", type=int, help="judge the mean of so many drawn predictions; default: no draw")
+    parser.add_argument("--norm", help="linf, l2, l1 or l0; another than the run's needs --eps")
+    parser.add_argument("--eps", help='radius, as "8/255"')
+    parser.add_argument("--step_size", help='of iterative attacks, as "2/255"; default: the run\'s share of eps')
+    parser.add_argument("--batch_size", type=int, help="images at a time")
+
+
 def comma_list(text: str) -> list[str]:
     """The type of an argument that lists names, separated by commas; a comma within parentheses is part of a name."""
     return split(text)
 
 
-def of_recipe(module: str, description: str | None) -> argparse.ArgumentParser:
+def of_recipe(module: str, description: str | None) -> Parser:
     """A parser for a module that reads a recipe without training it, with --config; the module adds its arguments."""
-    parser = bare(module, description)
-    help_text = "the recipe, FILE.py[:arg] or a run's config.json; --config.KEY=VALUE changes it"
-    parser.add_argument("--config", required=True, help=help_text)
-    return parser
+    made = parser(module, description)
+    add_trust(made)
+    made.add_argument("--config", required=True, help=f"{CONFIG}; --config.KEY=VALUE changes it")
+    return made
 
 
-def of_training(module: str, description: str | None) -> argparse.ArgumentParser:
+def of_training(module: str, description: str | None) -> Parser:
     """A parser for a module that trains a recipe, with --config and --workdir; the module adds its own arguments."""
-    parser = of_recipe(module, description)
-    parser.add_argument("--workdir", type=files.path, required=True, help="folder of the run; made if absent")
-    return parser
+    made = of_recipe(module, description)
+    made.add_argument("--workdir", type=files.path, required=True, help="folder of the run; made if absent")
+    return made
 
 
-def parse_recipe(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Callable[[], ConfigDict]]:
+def parse_recipe(
+    parser: argparse.ArgumentParser, words: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, Callable[[], ConfigDict]]:
     """Parses a command line with --config: (the arguments, a function that returns the configuration).
 
     The function applies --config.KEY=VALUE to the recipe and raises InputError. Any other unknown argument ends the
-    process.
+    process. `words`: the command line; None: that of the process.
     """
-    given, rest = parser.parse_known_args()
-    overrides = [flag for flag in rest if flag.startswith("--config.")]
-    if unknown := [word for word in rest if word not in overrides]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    rest, overrides = apart(sys.argv[1:] if words is None else words)
+    given = parser.parse_args(rest)
     return given, lambda: recipe_files.override(recipe_files.load(given.config), overrides)
+
+
+def apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the words that are not --config.KEY=VALUE, those that are)."""
+    overrides = [word for word in words if re.match(r"--?config\.", word)]
+    return [word for word in words if word not in overrides], overrides

@@ -3,7 +3,8 @@
 | kind      | content                                                                                                |
 |-----------|--------------------------------------------------------------------------------------------------------|
 | train     | means over the `steps` steps that end at `step`; every step is in exactly one row. `compiles` counts   |
-|           | the programs compiled meanwhile, which should be 0 after the first rows                                |
+|           | the programs compiled meanwhile, which should be 0 after the first rows; `seconds_left` is an estimate |
+|           | up to the last step, validation included                                                               |
 | val       | the validation accuracies that select a checkpoint                                                     |
 | diverged  | the reason why training stopped                                                                        |
 | preempted | `step` is the step that was saved                                                                      |
@@ -19,6 +20,7 @@ import logging
 import os
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +28,19 @@ import jax
 import numpy as np
 
 from ibjax import files
+from ibjax.runs.writers import Background
 
 _CRC = ', "crc": "'
 log = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """Appends rows. Opening drops the rows after `step`: a run that crashed takes those steps again."""
+    """Appends rows. Opening drops the rows after `step`: a run that crashed takes those steps again.
 
-    def __init__(self, workdir: Path, step: int):
+    Every row is handed to `writers` too, which are closed with the file.
+    """
+
+    def __init__(self, workdir: Path, step: int, writers: Sequence[Background] = ()):
         self.file = workdir / "metrics.jsonl"
         rows, damaged = read_lines(self.file)
         kept = [row for row in rows if row["step"] <= step]
@@ -48,7 +54,7 @@ class MetricsLog:
         with files.replacing(self.file) as temporary:
             temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
         self.handle = self.file.open("a", encoding="utf-8")
-        self.board = _tensorboard(workdir)
+        self.writers = writers
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Writes one row; it is on disk when this returns."""
@@ -56,16 +62,15 @@ class MetricsLog:
             self.handle.write(_line({"kind": kind, "step": step, **values}))
             self.handle.flush()
             os.fsync(self.handle.fileno())
-        if self.board:
-            for name, value in values.items() if kind in ("train", "val") else ():
-                self.board.add_scalar(f"{kind}/{name}", value, step)
+        for writer in self.writers:
+            writer.write(kind, step, values)
 
     def close(self) -> None:
         """Closes the file, without an error: `write` has already raised where the disk was full."""
         with contextlib.suppress(OSError):
             self.handle.close()
-        if self.board:
-            self.board.close()
+        for writer in self.writers:
+            writer.close()
 
 
 def _line(row):
@@ -151,11 +156,3 @@ def _row(line):
 def saved_step(file: Path) -> int | None:
     """The last step at which a run saved a checkpoint, according to its rows; None where they tell of none."""
     return max((row["step"] for row in read(file) if row.get("kind") in ("val", "preempted")), default=None)
-
-
-def _tensorboard(workdir):
-    try:
-        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return None  # the extra [tensorboard] is not installed
-    return SummaryWriter(str(workdir / "tensorboard"))

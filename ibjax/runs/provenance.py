@@ -6,36 +6,23 @@ import os
 import platform
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import jax
 
-_SOURCE = Path(__file__).resolve().parent.parent.parent  # the source tree of ibjax, unless it is installed
+from ibjax import places
 
 
 def versions() -> dict[str, str]:
     """{name: version} of everything that can change a number."""
-    found = {"python": platform.python_version(), "ibjax": own_version()}
+    found = {"python": platform.python_version(), "ibjax": places.version()}
     for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def own_version() -> str:
-    """The version of the running code: that of its source tree, if it runs from one, else of the installed package."""
-    with contextlib.suppress(OSError, KeyError, ValueError):
-        project = tomllib.loads((_SOURCE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        if project["name"] == "ibjax":
-            return project["version"]
-    try:
-        return importlib.metadata.version("ibjax")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def jax_settings() -> dict[str, Any]:
@@ -62,14 +49,14 @@ def commit() -> str:
     inside it.
     """
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        if Path(_git("rev-parse", "--show-toplevel")).resolve() == _SOURCE:
+        if Path(_git("rev-parse", "--show-toplevel")).resolve() == places.SOURCE:
             return _git("rev-parse", "--short", "HEAD") + "+" * bool(_git("status", "--porcelain", "ibjax"))
-    return f"version {own_version()}"
+    return f"version {places.version()}"
 
 
 def _git(*arguments):
     """The output of a git command in the repository that holds ibjax; raises SubprocessError where there is none."""
-    command = ["git", "-C", str(_SOURCE), *arguments]
+    command = ["git", "-C", str(places.SOURCE), *arguments]
     done = subprocess.run(command, capture_output=True, check=True, encoding="utf-8", errors="replace", timeout=10)
     return done.stdout.strip()
 

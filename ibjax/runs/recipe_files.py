@@ -1,26 +1,28 @@
-"""Configurations from files: a recipe `FILE.py[:arg]` or a run's config.json, changed by `--config.KEY=VALUE`."""
+"""Configurations from files, changed by `--config.KEY=VALUE`.
+
+| --config=           | the configuration                                                              |
+|---------------------|--------------------------------------------------------------------------------|
+| NAME[:arg]          | of a recipe that ships with ibjax: `configs/NAME.py`, which an installation has too |
+| FILE.py[:arg]       | of any recipe                                                                  |
+| FOLDER/config.json  | of a run                                                                       |
+"""
 
 import contextlib
 import inspect
 import json
 import runpy
 import sys
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from ibjax import config, files, threat
-from ibjax.errors import InputError, nearest
-
-
-def parse_flags(values: flags.FlagValues, argv: list[str]) -> list[str]:
-    """Reads argv into absl flags and returns the words that are no flags; raises InputError on a bad flag."""
-    try:
-        return values(argv)
-    except Exception as error:  # errors of absl, and KeyError, TypeError, ValueError of config_flags
-        raise InputError(last_line(error)) from None
+from ibjax import cli, config, files, places, threat
+from ibjax.errors import CodeError, InputError, nearest
+from ibjax.runs import own_code
 
 
 def override(settings: ConfigDict, overrides: list[str]) -> ConfigDict:
@@ -38,7 +40,10 @@ def override(settings: ConfigDict, overrides: list[str]) -> ConfigDict:
     values = flags.FlagValues()
     with _argv(["", *overrides]):  # config_flags looks for overrides there
         config_flags.DEFINE_config_dict("config", settings, lock_config=True, flag_values=values)
-        parse_flags(values, ["", *overrides])
+        try:
+            values(["", *overrides])
+        except Exception as error:  # errors of absl, and KeyError, TypeError, ValueError of config_flags
+            raise InputError(last_line(error)) from None
     return settings
 
 
@@ -50,7 +55,8 @@ def _pair(flag):
 def _decides(settings, path, value):
     """Applies a flag that names or removes a section, and so decides which options exist; returns whether it did."""
     section, _, key = path.rpartition(".")
-    optional = config.local(section) in config.OPTIONAL and config.lookup(settings, section, 0) != 0
+    nameless = (*config.OPTIONAL, *config.NAMELESS)  # it may have no name so far
+    optional = config.local(section) in nameless and config.lookup(settings, section, 0) != 0
     if key == "name" and value and (optional or config.lookup(settings, path, None) is not None):
         config.rename(settings, section, value)
     elif config.local(path) in config.OPTIONAL and value == "None" and config.lookup(settings, path, 0) != 0:
@@ -95,14 +101,54 @@ def _argv(argv):
 
 
 def load(value: str) -> ConfigDict:
-    """The configuration of FILE.py[:arg], or of a run's config.json; raises InputError when it is missing or fails."""
+    """The configuration that --config=`value` names; raises InputError when it is missing or fails.
+
+    Files that a recipe names are relative to the recipe's folder.
+    """
+    file, arg = _parted(value)
+    made = _of_run(file, arg) if file.suffix == ".json" else own_code.anchor(_of_recipe(file, arg), file.parent)
+    config.check(made)
+    return made
+
+
+def _parted(value):
+    """(the file that --config=`value` names, its argument)."""
     name, _, arg = value.partition(":")
+    shipped = places.recipes() / f"{name}.py"
+    if Path(name).name == name and not Path(name).suffix and shipped.is_file():
+        return shipped, arg
     file = files.path(name)
     if not file.is_file():
         raise InputError(f"--config={file} is no file; {_instead(file)}")
-    made = _of_run(file, arg) if file.suffix == ".json" else _of_recipe(file, arg)
-    config.check(made)
-    return made
+    return file, arg
+
+
+def listing(value: str | None = None) -> Iterator[str]:
+    """The lines of --list: each recipe that ships with ibjax and its rows; or the rows of --config=`value`, one a line.
+
+    Raises InputError where that recipe has no rows.
+    """
+    if value is not None:
+        file, _ = _parted(value)
+        if not (rows := () if file.suffix == ".json" else _rows(file)):
+            raise InputError(f"{file} has no rows (no variable ROWS); give it as --config={value}")
+        yield from rows
+        return
+    for file in sorted(places.recipes().glob("*.py")):
+        text, _ = cli.docstring(file)
+        yield f"{file.stem}: {cli.first_sentence(text)}"
+        if rows := _rows(file):
+            yield _wrapped(", ".join(rows))
+    yield f"give --config=NAME or NAME:ROW; NAME:smoke and NAME:ROW,smoke take seconds; they lie in {places.recipes()}"
+
+
+def _wrapped(text):
+    indent = "    "
+    return textwrap.fill(text, 120, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _rows(file):
+    return runpy.run_path(str(file)).get("ROWS", ())
 
 
 def beside(recipe: str, name: str) -> SimpleNamespace:
@@ -118,6 +164,11 @@ def beside(recipe: str, name: str) -> SimpleNamespace:
 
 def _instead(file):
     """Advice for a message about a missing file: the similar names, or what its folder holds."""
+    shipped = [p.stem for p in places.recipes().glob("*.py")]
+    if file.stem in shipped:
+        return f"the recipe of that name which ships with ibjax is --config={file.stem}"
+    if file.name == str(file) and not file.suffix:
+        return f"nor a recipe that ships with ibjax: {nearest(file.name, shipped)}"
     folder = file if file.is_dir() else file.parent
     if not folder.is_dir():
         return f"there is no folder {folder}"
@@ -158,8 +209,14 @@ def _of_run(file, arg):
     if arg:
         raise InputError(f"--config={file} is a run's configuration and takes no argument; leave ':{arg}' out")
     try:
-        saved = json.loads(file.read_text(encoding="utf-8"))["config"]
-        return config.loosen(threat.follow(config.upgrade(ConfigDict(config.plain(saved)))))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        saved = config.upgrade(ConfigDict(config.plain(content["config"])))
+        own_code.permit(saved, content.get("own_code"), file)
+        own_code.permit_attacks(saved.evaluate.attacks, file)
+        own_code.permit_writers(saved, file)
+        return config.loosen(threat.follow(saved))
+    except CodeError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"--config={file} is not the config.json of a run ({last_line(error)}); give that, or FILE.py"

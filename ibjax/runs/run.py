@@ -14,20 +14,18 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from ibjax import config, files, threat
-from ibjax.attacks import entrance
-from ibjax.data import Arrays, Split, load_splits, stratified, subset, unchanged
+from ibjax import config, extensions, files, threat
+from ibjax.data import Arrays, Split, load_splits, sample, unchanged
 from ibjax.devices import cluster
 from ibjax.errors import InputError
 from ibjax.runs import checkpoint as checkpoints
-from ibjax.runs import provenance, rundir, trees
-from ibjax.step import Variables, linen_net
+from ibjax.runs import own_code, provenance, rundir, trees
+from ibjax.step import Variables, checked_logits, linen_net
 
-_PATHS = ("path", "data_dir")  # of a data section: `~` and $VARIABLES are expanded
+PATHS = ("path", "data_dir")  # of a data section: `~` and $VARIABLES are expanded
 
 
 log = logging.getLogger(__name__)
@@ -73,17 +71,23 @@ def _in_words(section):
     return textwrap.shorten(f"{section.name}({options})", 80, placeholder=" …)")
 
 
-def load(workdir: str | os.PathLike, checkpoint: str | int = "best") -> Run:
+def load(workdir: str | os.PathLike, checkpoint: str | int = "best", *, trust: str | None = None) -> Run:
     """Restores a trained network: `checkpoint` is "best" (on validation), "last" or a step.
+
+    trust: whether modules and files that the run names, and that are no part of ibjax or of an installed package's
+      entry points, may be imported: "code" if they are what the run was made with, "changed" also if they have changed
+      since. None: only those that this process uses anyway.
 
     Its `logits_fn` checks its images as the attacks do: the values of concrete arrays; inside a trace, where there are
     no values, shape and type only.
 
-    Raises CheckpointError where the checkpoint is missing, damaged, or of another network, run or data set. If several
+    Raises CheckpointError where the checkpoint is missing, damaged, or of another network, run or data set, and
+    CodeError where the run names code that is missing, has changed, or may not run. If several
     processes run, all of them must call this; InputError is raised unless they see the same checkpoint.
     """
     workdir = files.path(workdir)
-    saved, facts = rundir.read_config(workdir)
+    with extensions.trusting(trust):
+        saved, facts = rundir.read_config(workdir)
     model = build_model(saved.model, facts["num_classes"], "model")
     mesh = cluster.mesh()
     abstract = abstract_variables(model, facts["input_shape"], mesh)
@@ -92,13 +96,7 @@ def load(workdir: str | os.PathLike, checkpoint: str | int = "best") -> Run:
         validation = checkpoints.metrics(store, step)
     seen = {"step": step, "weights": trees.digest(variables), "configuration": files.json_digest(facts)}
     cluster.agree(f"checkpoint '{checkpoint}' of {workdir.name}", seen, "give a --workdir that all processes share")
-    predict = jax.jit(linen_net(model).predict)
-
-    def logits_fn(x: Array) -> Array:
-        if isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.floating):
-            x = x.astype(np.float32)  # as JAX does
-        return predict(variables, entrance.images(x))[0]
-
+    logits_fn = checked_logits(linen_net(model).predict, variables)
     return Run(model, variables, logits_fn, saved, facts, step, workdir, validation)
 
 
@@ -134,7 +132,7 @@ def load_data(settings: ConfigDict) -> Arrays:
 def _read_data(section):
     split = dict(val_size=section.pop("val_size"), split_seed=section.pop("split_seed"))
     split["fraction"] = section.pop("fraction", 1.0)
-    for name in _PATHS:
+    for name in PATHS:
         if section.get(name):
             section[name] = str(files.path(section[name]))
     options = config.arguments("data", section, "data")
@@ -151,11 +149,7 @@ def test_split(trained: Run, n: int | None = None) -> Split:
             f"the test set of {trained.facts['label']} is not the one that {trained.workdir} was made with; "
             f"restore it, or train again"
         )
-    if n is None or n == len(data.test.labels):
-        return data.test
-    if n > len(data.test.labels):
-        raise InputError(f"n={n} is not allowed; the test set has {len(data.test.labels)} images")
-    return subset(data.test, stratified(data.test.labels, n, seed=0))
+    return sample(data.test, n)
 
 
 def in_float32(model: nn.Module) -> nn.Module:
@@ -205,4 +199,5 @@ def origin(trained: Run, checkpoint: str) -> dict[str, Any]:
         "commit": provenance.commit(),
         "hardware": provenance.hardware(),
         **provenance.jax_settings(),
+        **({"own_code": code} if (code := own_code.record(trained.config)) else {}),
     }

@@ -4,7 +4,6 @@ workdir/  config.json env.json metrics.jsonl checkpoints/<step>/ eval/<checkpoin
 """
 
 import contextlib
-import fcntl
 import logging
 import os
 import secrets
@@ -13,16 +12,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ibjax import config, files
+from ibjax import config, extensions, files
 from ibjax.devices import cluster
-from ibjax.errors import CheckpointError, InputError, UnreadableError
+from ibjax.errors import CheckpointError, CodeError, InputError, UnreadableError
 from ibjax.files import write_json
 from ibjax.runs import checkpoint as checkpoints
-from ibjax.runs import metrics, provenance
+from ibjax.runs import metrics, own_code, provenance
 from ibjax.step import TrainState, Variables
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 # compared by its weights and the data by its content, so the paths of both may change. The threat model is compared
 # through the attacks that use it.
 _FREE_KEYS = (
-    *("title", "threat", "evaluate", "contrast", "log_every", "checkpoint_every", "steps_per_dispatch"),
+    *("title", "threat", "evaluate", "contrast", "log_every", "writers", "checkpoint_every", "steps_per_dispatch"),
     *config.TEACHERS,
 )
 
@@ -50,16 +50,14 @@ def lock(workdir: Path) -> Iterator[None]:
 
     Raises InputError where another run holds the lock, and where the processes do not all share the folder.
     """
-    handle, problem, token = None, "", secrets.token_hex(8)
+    held, mark = filelock.FileLock(workdir / ".lock", timeout=0), workdir / ".lock-holder"
+    problem, token = "", secrets.token_hex(8)
     if jax.process_index() == 0:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            handle = (workdir / ".lock").open("a+", encoding="utf-8")
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            handle.truncate(0)
-            handle.write(token)
-            handle.flush()
-        except BlockingIOError:
+            held.acquire()
+            mark.write_text(token, encoding="utf-8")
+        except filelock.Timeout:
             problem = f"another run is using {workdir}; wait for it, or give another --workdir"
         except OSError as error:
             problem = f"--workdir={workdir} cannot be written or locked ({error.strerror}); give another folder"
@@ -67,12 +65,11 @@ def lock(workdir: Path) -> Iterator[None]:
         if problem := cluster.word_of_first("the lock of the workdir", problem):
             raise InputError(problem)
         token = cluster.word_of_first("the mark in the workdir", token)
-        there = {"what process 0 has written is there": _sees(workdir / ".lock", token)}
+        there = {"what process 0 has written is there": _sees(mark, token)}
         cluster.agree("workdirs", there, f"give a --workdir that all processes share, not {workdir}")
         yield
     finally:
-        if handle:
-            handle.close()
+        held.release()
 
 
 def _sees(file, token):
@@ -140,10 +137,25 @@ def write_config(workdir: Path, given: ConfigDict, facts: dict[str, Any], *, res
         _refuse_other_run(workdir, given, facts, own)
     else:
         _refuse_lost_checkpoints(workdir, restart)
+    code = own_code.record(given)
+    cluster.agree("own modules", {path: entry["sha256"] for path, entry in code.items()}, advice)
     if jax.process_index() == 0:
-        write_json(workdir / "config.json", {"config": config.plain(config.effective(given)), "data": facts})
-        write_json(workdir / "env.json", provenance.environment())
+        if code and found:
+            code = own_code.continued(code, recorded_code(workdir))
+        more = {"own_code": code} if code else {}
+        written = config.plain(own_code.anchor(config.effective(given), Path.cwd()))
+        write_json(workdir / "config.json", {"config": written, "data": facts, **more})
+        write_json(workdir / "env.json", {**provenance.environment(), **more})
     return own
+
+
+def recorded_code(workdir: Path) -> dict[str, Any]:
+    """What a run's config.json, or else its env.json, says about code of the user's own; {} where they say nothing."""
+    for name in ("config.json", "env.json"):
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError, ValueError):
+            if isinstance(found := files.read_json(workdir / name).get("own_code"), dict):
+                return found
+    return {}
 
 
 def write_network(
@@ -179,7 +191,9 @@ def identity(settings: ConfigDict, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _options(settings):
     """{path: value} of all options, with the defaults of every section and the eps and step size of every attack."""
-    return dict(config.leaves(config.plain(config.complete(config.effective(settings)))))
+    found = config.leaves(config.plain(config.complete(config.effective(settings))))
+    # a file of the user's own is compared by its content, as a teacher is by its weights: its folder may change
+    return {path: extensions.unanchored(value) if path.endswith(".name") else value for path, value in found}
 
 
 def _is_free(path):
@@ -189,10 +203,13 @@ def _is_free(path):
 def _refuse_other_run(workdir, given, facts, own):
     """Refuses to continue the checkpoints of another configuration or of other data."""
     try:
-        saved, saved_facts = read_config(workdir)
+        saved, saved_facts = read_config(workdir, given)
     except UnreadableError:
         raise
     except CheckpointError as error:  # absent or damaged, but the checkpoints hold the run's identity
+        own_code.permit(
+            own_code.anchor(config.effective(given), Path.cwd()), recorded_code(workdir), workdir / "env.json"
+        )
         with checkpoints.manager(workdir, read_only=True, run=own) as store:
             checkpoints.check_run(store)
         log.warning("%s; its checkpoints are of this configuration: it is written anew", error)
@@ -238,15 +255,17 @@ def _refuse_lost_checkpoints(workdir, restart):
     cluster.agree("what was left of the run set aside", {})  # all wait for process 0
 
 
-def read_config(workdir: Path) -> tuple[ConfigDict, dict[str, Any]]:
-    """(configuration, facts of the data) of a run.
+def read_config(workdir: Path, given: ConfigDict | None = None) -> tuple[ConfigDict, dict[str, Any]]:
+    """(configuration, facts of the data) of a run; `given` is the user's configuration of it: see `own_code.permit`.
 
-    Raises CheckpointError where config.json is missing or damaged, UnreadableError where it temporarily cannot be read.
+    Raises CheckpointError where config.json is missing or damaged, UnreadableError where it temporarily cannot be read,
+    CodeError where it names code of the user's own that is missing, has changed, or may not run: `ibjax.extensions`.
     """
     file = workdir / "config.json"
     try:
         content = files.read_json(file)
         saved, facts = config.upgrade(ConfigDict(content["config"])), content["data"]
+        own_code.permit(saved, content.get("own_code"), file, given)
         config.check(saved)
         saved = config.effective(saved)
         if type(facts["num_classes"]) is not int or not all(type(size) is int for size in facts["input_shape"]):
@@ -260,12 +279,12 @@ def read_config(workdir: Path) -> tuple[ConfigDict, dict[str, Any]]:
         raise CheckpointError(
             f"{workdir} holds no run (no config.json); train there first, or give another folder"
         ) from None
-    except UnreadableError:
+    except (UnreadableError, CodeError):
         raise
     except InputError as error:  # it was read, but names something that does not exist
         raise CheckpointError(
-            f"{file} cannot be used: {error}; it is of another version, or was changed: the training command writes it "
-            f"again, or restore it from a copy"
+            f"{file} cannot be used: {error}; it names code that is not installed here, is of another version, or was "
+            f"changed: the training command writes it again, or restore it from a copy"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError, IsADirectoryError) as error:
         raise CheckpointError(

@@ -14,12 +14,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from ibjax import config, files, optim
+from ibjax import config, extensions, files, optim
 from ibjax.data import Arrays, augment
 from ibjax.devices import cluster, placement
 from ibjax.errors import InputError
 from ibjax.runs import run, rundir, trees
-from ibjax.step import Net, Objective, TrainState, Variables, init_state, linen_net, make_train_step
+from ibjax.step import Net, Objective, TrainState, Variables, as_output, init_state, linen_net, make_train_step
 
 
 class Experiment(NamedTuple):
@@ -71,11 +71,13 @@ def build(
     data = run.load_data(settings)
     if settings.select_on == "val" and data.val is None:
         raise InputError("data.val_size=0 leaves nothing to select on; hold some out, or set select_on='test'")
-    _check_padding(settings.augment.pad, data.train.images.shape[1:3])
+    _check_padding(settings.augment.get("pad", 0), data.train.images.shape[1:3])
     steps_per_epoch = len(data.train.labels) // settings.batch_size
     if not steps_per_epoch:
         raise InputError(f"batch_size={settings.batch_size} exceeds the {len(data.train.labels)} training images")
     model = run.build_model(settings.model, data.num_classes, "model")
+    if config.own_source("models", settings.model.name) is not None:
+        _check_logits(model, data)
     objective = config.build("objectives", settings.objective, "objective")
     _check_attack(settings, objective)
     for role in config.TEACHERS:
@@ -103,7 +105,7 @@ def build(
         objective,
         optimizer,
         *_attacks(settings, objective),
-        augment=augment.crop_and_flip(**settings.augment),
+        augment=_augmentation(settings),
         ema_decay=settings.ema_decay,
         perturb=_perturb(settings),
         steps_per_epoch=steps_per_epoch,
@@ -136,6 +138,22 @@ def _check_padding(pad, size):
         raise InputError(
             f"augment.pad={pad} is not allowed with images of {size[0]}×{size[1]} pixels: crops would miss the image; "
             f"give less than {min(size)}, 4 is usual for 32×32"
+        )
+
+
+def _check_logits(model, data):
+    """Raises InputError where a network of the user's own does not return logits for the classes of the data."""
+    x = jax.ShapeDtypeStruct((1, *data.train.images.shape[1:]), np.float32)
+    try:
+        made = jax.eval_shape(lambda x: as_output(model.init_with_output(jax.random.key(0), x, train=False)[0]), x)
+    except InputError:
+        raise
+    except Exception as error:  # the user's code
+        raise InputError(f"the network cannot be traced: {extensions.failure(error)}") from error
+    if made[0].shape != (1, data.num_classes):
+        raise InputError(
+            f"the network returns logits of shape {made[0].shape}; the data has {data.num_classes} classes: give "
+            f"(1, {data.num_classes}) for images of shape {x.shape}"
         )
 
 
@@ -233,7 +251,13 @@ def _attacks(settings, objective):
 def _perturb(settings):
     if settings.perturb is None:
         return None
-    return config.build("perturb", settings.perturb, "perturb")
+    return config.build("perturbations", settings.perturb, "perturb")
+
+
+def _augmentation(settings):
+    if "name" in settings.augment:
+        return config.build("augmentations", settings.augment, "augment")
+    return augment.crop_and_flip(**settings.augment)
 
 
 # ---- the first state ---------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ def jobs(settings: ConfigDict, workdir: Path) -> list[Job]:
     """All training jobs of one configuration, in order: teachers, runs for contrast, the configuration itself."""
     settings = config.effective(settings)
     made, teachers = [], {}
+    for _, recipe in config.recipes(settings):
+        recipe.writers = settings.writers if recipe.writers is None else recipe.writers
     for role in config.TEACHERS:
         section = settings[role]
         if section.workdir or section.recipe is not None:
@@ -28,7 +30,7 @@ def jobs(settings: ConfigDict, workdir: Path) -> list[Job]:
         if section.recipe is not None:
             made += jobs(section.recipe, teachers[role])
     for name, recipe in settings.contrast.items():
-        if name in (*config.TEACHERS, "checkpoints", "eval", "damaged", "tensorboard"):
+        if name in (*config.TEACHERS, "checkpoints", "eval", "damaged", "tensorboard", "wandb"):
             raise InputError(f"contrast.{name}: that name is a folder of the run itself; choose another")
         made += jobs(recipe, workdir / name)
     return [*made, Job(settings, workdir, teachers)]

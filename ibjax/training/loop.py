@@ -5,7 +5,6 @@ uninterrupted one; the step compiles once.
 """
 
 import contextlib
-import functools
 import logging
 import sys
 import time
@@ -19,12 +18,12 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ibjax import config
+from ibjax import config, extensions
 from ibjax.devices import cluster
 from ibjax.errors import DivergedError, InputError, PreemptedError
 from ibjax.evaluation.scoring import Scorer, nan_warnings
 from ibjax.runs import checkpoint as checkpoints
-from ibjax.runs import rundir, trees
+from ibjax.runs import rundir, trees, writers
 from ibjax.runs.metrics import MetricsLog, Window
 from ibjax.training import feed
 from ibjax.training.experiment import Experiment, build, initial_state, initializer, run_key
@@ -39,6 +38,7 @@ def check(settings: ConfigDict, folders: Mapping[str, Path] | None = None) -> No
     The whole step and the validation are traced; nothing is saved, compiled or computed. A teacher that has yet to be
     trained is represented by its recipe.
     """
+    writers.check(settings.writers)
     experiment = build(settings, folders, abstract=True)
     frozen = experiment.frozen
     x = jax.ShapeDtypeStruct((1, *experiment.data.train.images.shape[1:]), jnp.float32)
@@ -51,8 +51,7 @@ def check(settings: ConfigDict, folders: Mapping[str, Path] | None = None) -> No
     except InputError:
         raise
     except Exception as error:  # an inconsistency of shapes, types or values that only tracing finds
-        first = (str(error).strip() or "no message").splitlines()[0]
-        raise InputError(f"this configuration cannot be traced: {type(error).__name__}: {first}") from error
+        raise InputError(f"this configuration cannot be traced: {extensions.failure(error)}") from error
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------
@@ -82,7 +81,10 @@ def train(experiment: Experiment, workdir: Path, *, restart: bool = False) -> No
         if step:
             log.info("%s: continuing from step %d of %d", workdir, step, total)
         if jax.process_index() == 0:
-            with contextlib.closing(MetricsLog(workdir, step)) as metrics_log:
+            title = settings.title or workdir.resolve().name
+            started = writers.Started(workdir, title, config.plain(settings), step)
+            made = writers.start(settings.writers, started)
+            with contextlib.closing(MetricsLog(workdir, step, made)) as metrics_log:
                 _loop(experiment, orbax, state, step, total, metrics_log.write)
         else:
             _loop(experiment, orbax, state, step, total, lambda *args, **values: None)
@@ -108,14 +110,15 @@ def _loop(experiment, orbax, state, step, total, write):
             preempted = cluster.preempted()
             if saved or preempted or step % settings.log_every == 0:
                 values = window.fetch()
-                reason = _divergence(values, window.first, orbax)
+                reason = _divergence(settings, values, window.first, orbax)
                 if not reason and (saved or preempted) and (broken := _first_broken(state)):
                     reason = _in_words(broken, step, values["grad_norm"], orbax)
                 if reason:
                     write("diverged", step, reason=reason)
                     raise DivergedError(reason)
                 row = window.row(values, step, settings.batch_size)
-                write("train", step, epoch=step / per_epoch, **row)
+                left = (time.perf_counter() - began) / (step - first) * (total - step)
+                write("train", step, epoch=step / per_epoch, **row, seconds_left=round(left, 1))
                 bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['images_per_s']:.0f} images/s")
                 window = Window(step)
             if saved or preempted:
@@ -174,9 +177,15 @@ def _validator(experiment):
     section = config.complete(experiment.config.copy_and_resolve_references()).validate.attack
     options = config.arguments("attacks", section, "validate.attack")
     eps, step_size = options.pop("eps"), options.pop("step_size", None)
-    attack = functools.partial(config.factory("attacks", section.name), **options)
+    make = config.factory("attacks", section.name)
+    sized = "step_size" in config.signature(make)[0]
+
+    def attack(*, eps, step_size):
+        return make(eps=eps, **options, **({"step_size": step_size} if sized else {}))
+
     predict, size = experiment.bind_net(None).predict, experiment.config.validate.batch_size
-    scorer = Scorer(lambda variables, x, keys: predict(variables, x), attack, experiment.mesh, size, section.norm)
+    network, own = lambda variables, x, keys: predict(variables, x), config.own_source("attacks", section.name)
+    scorer = Scorer(network, attack, experiment.mesh, size, section.norm, own=own and own.name)
     return scorer, {"eps": eps, "step_size": eps if step_size is None else step_size}
 
 
@@ -213,7 +222,7 @@ def _alarm(settings, epoch):
     return stop
 
 
-def _divergence(values, first, orbax):
+def _divergence(settings, values, first, orbax):
     """Says which metric was the first to be non-finite, at which step, and what to do; None where all are finite."""
     broken = {
         name: int(np.argmin(np.isfinite(value))) for name, value in values.items() if not np.isfinite(value).all()
@@ -221,6 +230,12 @@ def _divergence(values, first, orbax):
     if not broken:
         return None
     name = min(broken, key=lambda name: (broken[name], name != "loss"))
+    if not first + broken[name]:  # no update has been made: no learning rate is at fault
+        return (
+            f"{name} is NaN or Inf in the very first batch, at the initial weights, so objective "
+            f"'{settings.objective.name}', model '{settings.model.name}' or the images make it; JAX_DEBUG_NANS=True "
+            f"names the operation"
+        )
     return _in_words(name, first + broken[name] + 1, values["grad_norm"][: broken[name]], orbax)
 
 
@@ -270,4 +285,4 @@ def _tell(settings, epoch, scores, seconds_left):
 
 
 def _name(settings):
-    return settings.title or settings.objective.name
+    return settings.title or extensions.unanchored(settings.objective.name)

@@ -7,15 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax import Array
 
-from ibjax.attacks import entrance
 from ibjax.devices.cores import in_parts
 from ibjax.errors import InputError, nearest
-
-Output = tuple[Array, dict[str, Array]]  # logits (B, classes), features
+from ibjax.step import Output, as_output, checked_logits
 
 
 class Network(NamedTuple):
@@ -35,23 +32,8 @@ def of(
     def answer(variables, x):
         return in_parts(lambda x: as_output(predict(variables, x)))(x)
 
-    program = jax.jit(answer)
-
-    def logits_fn(x: Array) -> Array:
-        if isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.floating):
-            x = x.astype(np.float32)  # as JAX does
-        return program(variables, entrance.images(x))[0]
-
-    return Network(logits_fn, answer, variables, {**says, **({} if parameters is None else {"parameters": parameters})})
-
-
-def as_output(made: Any) -> Output:
-    """(logits, features) from what a network returns: these two, or logits alone. InputError on anything else."""
-    logits, features = made if isinstance(made, tuple) and len(made) == 2 else (made, {})
-    if not isinstance(logits, jax.Array) or not isinstance(features, Mapping):
-        given = f"a tuple of {len(made)}" if isinstance(made, tuple) else f"a {type(made).__name__}"
-        raise InputError(f"the network returns {given}; give logits (B, classes), or (logits, {{name: array}})")
-    return logits, dict(features)
+    says = {**says, **({} if parameters is None else {"parameters": parameters})}
+    return Network(checked_logits(answer, variables), answer, variables, says)
 
 
 # ---- Flax --------------------------------------------------------------------------------------------------------
@@ -117,7 +99,7 @@ def equinox(model: Any, state: Any = None, *, layout: str = "CHW", batched: bool
       batched: whether it takes a batch, (B, C, H, W) or (B, H, W, C), instead of one image.
       call: further arguments of its `__call__`. `key=None` is given where it needs a key.
     """
-    library = _library("equinox", "wrap.equinox")
+    library = library_of("equinox", "wrap.equinox")
     if not callable(model):
         raise InputError(f"wrap.equinox was given a {type(model).__name__}; give a callable equinox.Module")
     if layout not in LAYOUTS:
@@ -166,7 +148,7 @@ def haiku(transformed: Any, params: Any, state: Any = None, **call: Any) -> Netw
       call: further arguments of the function, such as `is_training=False`. Haiku does not tell whether the function has
         such an argument, so give it wherever it has.
     """
-    library = _library("haiku", "wrap.haiku", "dm-haiku")
+    library = library_of("haiku", "wrap.haiku", "dm-haiku")
     kinds = (library.Transformed, library.TransformedWithState)
     if not isinstance(transformed, kinds):
         raise InputError(f"wrap.haiku was given a {type(transformed).__name__}; give the result of haiku.transform")
@@ -224,7 +206,8 @@ def _evaluating(call, given, name, supplied=()):
     return arguments
 
 
-def _library(module, name, package=None):
+def library_of(module: str, name: str, package: str | None = None) -> Any:
+    """An optional library; InputError with the line that installs it for `name`."""
     try:
         return importlib.import_module(module)
     except ImportError:

@@ -20,7 +20,8 @@ from flax import linen as nn
 from jax import Array
 
 from ibjax.errors import InputError, nearest
-from ibjax.wrap.networks import LAYOUTS, Output, _library, as_output, in_layout
+from ibjax.step import Output, as_output
+from ibjax.wrap.networks import LAYOUTS, in_layout, library_of
 
 _COLLECTIONS = ("params", "batch_stats")
 
@@ -75,7 +76,7 @@ def linen_from_equinox(
       axis_name: of the batch, as the model's `equinox.nn.BatchNorm` name it.
       options: of the constructor.
     """
-    _library("equinox", "wrap.linen_from_equinox")
+    library_of("equinox", "wrap.linen_from_equinox")
     if layout not in LAYOUTS:
         raise InputError(f"layout='{layout}' is unknown; {nearest(layout, LAYOUTS)}")
     return _OfEquinox(functools.partial(constructor, **options), layout, axis_name)
@@ -88,7 +89,7 @@ class _OfEquinox(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Output:
-        library = _library("equinox", "wrap.linen_from_equinox")
+        library = library_of("equinox", "wrap.linen_from_equinox")
         key = self.make_rng("params") if self.is_initializing() else jax.random.key(0)
         model, state = library.nn.make_with_state(self.make)(key=key)
         weights, rest = library.partition(model, library.is_inexact_array)

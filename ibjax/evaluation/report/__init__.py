@@ -4,17 +4,19 @@ Guarantees (tests of the same names): a file that cannot be read is named, and t
 nothing outside itself; whatever stands in a file is escaped; a page is there whole or not at all.
 """
 
-import logging
+import contextlib
 import os
 from collections.abc import Iterable
+from pathlib import Path
 
 from ibjax import files
 from ibjax.errors import InputError
-from ibjax.evaluation.report import tables
+from ibjax.evaluation import picture_files
+from ibjax.evaluation.report import grids, tables
 from ibjax.evaluation.report.runs import RunResults, read
 from ibjax.evaluation.results import Record
 
-__all__ = ["RunResults", "read", "table", "write"]
+__all__ = ["RunResults", "read", "table", "write", "write_pictures", "write_tables"]
 
 
 def table(records: Iterable[Record], each: bool = False) -> str:
@@ -32,14 +34,50 @@ def write(workdirs: Iterable[str | os.PathLike], out: str | os.PathLike, each: b
 
     Raises InputError where a folder holds no run, or the page cannot be written.
     """
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it logs every font that it finds
+    picture_files.quiet_fonts()
     from ibjax.evaluation.report import page  # imports matplotlib, which training does not need
 
     found, out = read(workdirs), files.path(out)
     text = page.page(found, out, each)
-    try:
-        with files.replacing(out) as temporary:
-            temporary.write_text(text, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise InputError(f"{out} cannot be written ({error.strerror}); give another --out") from None
+    with _writable("--out", out), files.replacing(out) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="replace")
     return found
+
+
+def write_tables(runs: Iterable[RunResults], folder: str | os.PathLike, each: bool = False) -> list[Path]:
+    """Writes every table of the page as CSV, Markdown and LaTeX into a folder, which is made; returns the files.
+
+    Raises InputError where the folder cannot be written.
+    """
+    folder, records = files.path(folder), _records(runs)
+    with _writable("--tables", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        return [file for name, grid in tables.named(records, each).items() for file in grids.write(grid, folder, name)]
+
+
+def write_pictures(runs: Iterable[RunResults], folder: str | os.PathLike, each: bool = False) -> list[Path]:
+    """Writes every figure of the page as PNG, SVG and PDF into a folder, which is made; returns the files.
+
+    Raises InputError where the folder cannot be written.
+    """
+    picture_files.quiet_fonts()
+    from ibjax.evaluation.report import figures
+
+    folder, runs = files.path(folder), list(runs)
+    curves = figures.curves(tables.families(_records(runs), each))
+    drawn = [*([curves] if curves else []), *figures.training(runs), *figures.examples(runs)]
+    with _writable("--pictures", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        return list(figures.write(drawn, folder))
+
+
+def _records(runs):
+    return tables.sources_told_apart(record for run in runs for record in run.records)
+
+
+@contextlib.contextmanager
+def _writable(option, path):
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); give another {option}") from None

@@ -1,29 +1,42 @@
-"""The figures of a report as HTML: curves against eps, training curves, example images.
+"""The figures of a report: curves against eps, training curves, example images.
 
-Plots are SVG by matplotlib. Their colours are replaced by CSS variables of the page, so that they follow its light or
-dark style: --line, and --s0 to --s6 for series. Images are PNG, in original resolution up to `_LARGEST` pixels a side.
+On the page, plots are SVG by matplotlib whose colours are CSS variables, so that they follow its light or dark style:
+--line, and --s0 to --s6 for series; images are PNG, in original resolution up to `_LARGEST` pixels a side. `write`
+makes files of both, with their legend, for papers and slides.
 """
 
 import base64
-import html
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image
 
 from ibjax import config
-from ibjax.evaluation import results
+from ibjax.evaluation import picture_files, results
 from ibjax.evaluation.report import tables
 from ibjax.evaluation.report.tables import Family
 from ibjax.evaluation.results import attack_label
 
-# Colours in which a plot is drawn, and the CSS variables that replace them on the page.
-_TEXT, _GRID, _SERIES = "#0a0b0c", "#0a0b0d", [f"#5e0{i}5e" for i in range(7)]
+
+class Palette(NamedTuple):
+    """The colours of a plot."""
+
+    text: str
+    grid: str
+    series: tuple[str, ...]
+
+
+# the colours that CSS variables of the page replace, and those of files: the page's light style
+_ON_PAGE = Palette("#0a0b0c", "#0a0b0d", tuple(f"#5e0{i}5e" for i in range(7)))
+_ON_PAPER = Palette("#1c1f24", "#d9dde3", ("#0068ad", "#c44e00", "#00805c", "#a8407d", "#946b00", "#4a57c4", "#5a626e"))
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: small files, selectable, in the page's font
     "svg.hashsalt": "ibjax",  # the same results give the same bytes
@@ -38,25 +51,90 @@ _STYLE = {
     "axes.linewidth": 0.7,
     "lines.linewidth": 1.4,
     "grid.linewidth": 0.6,
-    "grid.color": _GRID,
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _TEXT),
 }
+_TEXTS = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 _MARKS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), ("P", "✚"), ("X", "✖"))  # (in plot, in legend)
 _UNCLIPPED = dict(clip_on=False, in_layout=False)  # marks at 0 and 100 % are not cut off and do not move the axes
 _WIDTH = 9.6  # inches; the page's column enlarges it by a factor of about 1.35
+_WRONG = "#b3261e"  # of a wrong class in a file
 _LARGEST = 96  # pixels a side of an example; larger ones are reduced
 _POINTS = 300  # maximum number of points in a training curve; longer ones are averaged
 
 
-def escape(value: Any) -> str:
-    """Escapes a value for HTML text and attributes."""
-    return html.escape(str(value), quote=True)
+class Mark(NamedTuple):
+    """An entry of a legend."""
+
+    colour: int  # of the series
+    symbol: str
+    text: str
+
+
+class Plot(NamedTuple):
+    """A plot, drawn anew for the page and for each kind of file."""
+
+    name: str  # unique among the plots of a report
+    heading: str  # "" for the only plot of its section
+    description: str  # for readers who do not see it
+    draw: Callable[[Palette], Figure] | None  # None: there is nothing to draw, as the caption says
+    legend: list[Mark]
+    caption: str
+
+    @property
+    def svg(self) -> Markup:
+        """The plot for the page."""
+        assert self.draw is not None
+        with _styled(_ON_PAGE):
+            return _svg(self.draw(_ON_PAGE), self.name, self.description)
+
+
+class Strip(NamedTuple):
+    """Clean, adversarial and difference images of a run."""
+
+    name: str
+    heading: str
+    classes: list[str]  # the true class of each image
+    rows: list[tuple[str, list[np.ndarray], list[tuple[str, bool]]]]  # name, images; predicted classes, whether wrong
+    caption: str
+
+
+def write(drawn: Sequence[Plot | Strip], folder: Path) -> Iterator[Path]:
+    """Writes each figure, with its legend, as PNG, SVG and PDF into the folder."""
+    for each in drawn:
+        if isinstance(each, Plot) and each.draw is None:
+            continue
+        with _styled(_ON_PAPER):
+            made = _of_strip(each) if isinstance(each, Strip) else _with_legend(each)
+            for suffix in picture_files.SUFFIXES:
+                picture_files.write(made, file := folder / f"{each.name}{suffix}")
+                yield file
 
 
 # ---- plots -------------------------------------------------------------------------------------------------
 
 
-def _svg(figure: Figure, name: str, description: str) -> str:
+def _styled(palette):
+    """The style within which a plot is drawn and saved: matplotlib makes ticks when it saves."""
+    colours = {"grid.color": palette.grid, **dict.fromkeys(_TEXTS, palette.text)}
+    return matplotlib.rc_context({**_STYLE, **colours})
+
+
+def _with_legend(plot):
+    """A plot for a file: with a title, and its legend below."""
+    figure = plot.draw(_ON_PAPER)
+    if plot.heading:
+        figure.suptitle(plot.heading, x=0.01, ha="left", fontsize=9.5)
+    markers = {symbol: marker for marker, symbol in _MARKS}
+    handles = [
+        Line2D([], [], color=_ON_PAPER.series[mark.colour], marker=markers.get(mark.symbol, ""), label=mark.text,
+               linestyle="none" if mark.symbol in markers else "-")
+        for mark in plot.legend
+    ]  # fmt: skip
+    if handles:
+        figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False)
+    return figure
+
+
+def _svg(figure: Figure, name: str, description: str) -> Markup:
     """The figure as an inline <svg> in the page's colours and font; `name` makes its ids unique on the page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
@@ -67,21 +145,12 @@ def _svg(figure: Figure, name: str, description: str) -> str:
     used = set(re.findall(r'href="#([^"]+)"', text)) | set(re.findall(r"url\(#([^)]+)\)", text))
     text = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r'href="#|url\(#', lambda m: f"{m[0]}{name}-", text)
-    for colour, variable in [(_TEXT, "currentColor"), (_GRID, "var(--line)"), *_series_variables()]:
+    variables = ("currentColor", "var(--line)", *(f"var(--s{i})" for i in range(7)))
+    for colour, variable in zip((_ON_PAGE.text, _ON_PAGE.grid, *_ON_PAGE.series), variables, strict=True):
         text = text.replace(colour, variable)
     size = re.search(r'viewBox="[^"]*"', text)
-    rest = text[text.index(">") + 1 :]
-    return f'<svg role="img" aria-label="{escape(description)}" {size[0] if size else ""}>{rest}'
-
-
-def _series_variables():
-    return [(colour, f"var(--s{i})") for i, colour in enumerate(_SERIES)]
-
-
-def _legend(entries):
-    """An HTML legend from (number of the series, its symbol, text); outside the plot it cannot hide a curve."""
-    items = (f'<li><span style="color:var(--s{i})">{mark}</span> {escape(text)}</li>' for i, mark, text in entries)
-    return f'<ul class="legend">{"".join(items)}</ul>'
+    rest = text[text.index(">") + 1 :]  # matplotlib has escaped it
+    return Markup(f'<svg role="img" aria-label="{escape(description)}" {size[0] if size else ""}>{rest}')
 
 
 def _look(i):
@@ -89,29 +158,31 @@ def _look(i):
     return i % 7, (i + i // 7) % 7
 
 
-def curves(families: Sequence[Family]) -> str:
+def curves(families: Sequence[Family]) -> Plot | None:
     """Accuracy against eps: a panel for each attack that is bounded by eps, a curve for each line of the table."""
     drawn = [tables.curves(family) for family in families]
     attacks = {attack for found in drawn for attack in found}
     ladders = {attack for attack in attacks if any(len(found.get(attack, [])) > 2 for found in drawn)}
     attacks = sorted(ladders or attacks, key=results.strength)  # for the others the tables suffice
     if not attacks:
-        return ""
-    columns = min(3, len(attacks))
-    lines = -(-len(attacks) // columns)
-    with matplotlib.rc_context(_STYLE):
+        return None
+
+    def draw(palette):
+        columns = min(3, len(attacks))
+        lines = -(-len(attacks) // columns)
         figure = Figure(figsize=(_WIDTH, 2.75 * lines + 0.2), layout="constrained")
         panels = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
         for panel, attack in zip(panels, attacks, strict=False):
-            _draw_curves(panel, [found.get(attack, []) for found in drawn])
+            _draw_curves(panel, [found.get(attack, []) for found in drawn], palette)
             panel.set_title(attack_label(attack))
         for panel in panels[len(attacks) :]:
             panel.set_visible(False)
         for panel in panels[::columns]:
             panel.set_ylabel("accuracy in %")
-        picture = _svg(figure, "curves", f"Accuracy against eps under {', '.join(map(attack_label, attacks))}")
+        return figure
+
     looks = map(_look, range(len(families)))
-    entries = [(colour, _MARKS[mark][1], family.label) for (colour, mark), family in zip(looks, families, strict=True)]
+    legend = [Mark(hue, _MARKS[mark][1], family.label) for (hue, mark), family in zip(looks, families, strict=True)]
     caption = (
         "At eps 0 stands clean accuracy. A curve that does not fall far as eps grows is a sign of an attack that "
         "fails, not of a network that is robust."
@@ -121,13 +192,11 @@ def curves(families: Sequence[Family]) -> str:
         caption += " Two points are not joined: nothing was measured between them (evaluate.ladder adds values of eps)."
     if any(value.std is not None for points in shown for *_, value in points):
         caption += " Bars: standard deviation over training seeds."
-    return (
-        f'<section><h2>Accuracy under attack against eps</h2><figure>{_legend(entries)}<div class="scroll">{picture}'
-        f"</div><figcaption>{caption}</figcaption></figure></section>"
-    )
+    description = f"Accuracy against eps under {', '.join(map(attack_label, attacks))}"
+    return Plot("curves", "", description, draw, legend, caption)
 
 
-def _draw_curves(panel, series):
+def _draw_curves(panel, series, palette):
     """A curve of (eps, eps as written, value) for each line of the table; two points are not joined by a line."""
     ticks = {0.0: "0"}
     for i, points in enumerate(series):
@@ -135,7 +204,7 @@ def _draw_curves(panel, series):
         x, means = [eps for eps, *_ in points], [value.mean for *_, value in points]
         spread = [value.std or 0.0 for *_, value in points]
         colour, mark = _look(i)
-        style = dict(color=_SERIES[colour], marker=_MARKS[mark][0], markersize=4)
+        style = dict(color=palette.series[colour], marker=_MARKS[mark][0], markersize=4)
         style |= dict(linestyle="-" if len(points) > 2 else "none")
         if any(spread):
             panel.errorbar(x, means, spread, capsize=2.5, elinewidth=1.0, **style)
@@ -155,20 +224,9 @@ def _eps_axis(panel, ticks):
     panel.set_xticks(list(ticks), labels)
 
 
-def training(runs: Sequence[Any]) -> str:
-    """Training curves of `report.RunResults`: one figure per run; runs that differ only in their seed share one."""
-    parts = []
-    for i, group in enumerate(_alike(runs)):
-        title = escape(_heading(group))
-        if all(not run.metrics for run in group):
-            parts.append(f"<h3>{title}</h3><p class=note>No rows in metrics.jsonl.</p>")
-            continue
-        picture, legend, caption = _training_figure(group, f"training{i}")
-        parts.append(
-            f'<figure><h3>{title}</h3>{legend}<div class="scroll">{picture}</div>'
-            f"<figcaption>{caption}</figcaption></figure>"
-        )
-    return f"<section><h2>Training</h2>{''.join(parts)}</section>"
+def training(runs: Sequence[Any]) -> list[Plot]:
+    """Training curves of `report.RunResults`: one plot per run; runs that differ only in their seed share one."""
+    return [_training(group, f"training{i}") for i, group in enumerate(_alike(runs))]
 
 
 def _alike(runs):
@@ -202,8 +260,8 @@ class _Curve(NamedTuple):
     text: str
 
 
-def _training_figure(group, name):
-    """(picture, legend, caption) of runs of one recipe: loss, accuracies, dotted lines at evaluated checkpoints."""
+def _training(group, name):
+    """The plot of runs of one recipe: loss, accuracies, dotted lines at evaluated checkpoints."""
     first = group[0]
     chosen = "test" if first.config.get("select_on") == "test" else "validation"
     curves = (
@@ -217,32 +275,38 @@ def _training_figure(group, name):
     shown = {curve: found for curve, found in points.items() if any(np.isfinite(y).any() for _, y in found)}
     titles = list(dict.fromkeys(curve.panel for curve in shown))
     if not titles:
-        return "", "", "metrics.jsonl has no loss and no accuracy to draw."
+        empty = all(not run.metrics for run in group)
+        caption = "No rows in metrics.jsonl." if empty else "metrics.jsonl has no loss and no accuracy to draw."
+        return Plot(name, _heading(group), "", None, [], caption)
     evaluated = {(run, step): names for run in range(len(group)) for step, names in _evaluated(group[run]).items()}
-    with matplotlib.rc_context(_STYLE):
+
+    def draw(palette):
         figure = Figure(figsize=(_WIDTH, 2.5), layout="constrained")
         panels = dict(zip(titles, figure.subplots(1, len(titles), squeeze=False)[0], strict=True))
         for curve, found in shown.items():
+            colour = palette.series[curve.colour]
             for x, y in found:
-                _draw_metric(panels[curve.panel], curve, x, y, 1.0 if len(group) == 1 else 0.6)
+                _draw_metric(panels[curve.panel], curve, colour, x, y, 1.0 if len(group) == 1 else 0.6)
         for title, panel in panels.items():
             panel.set(title=title, xlabel="epoch", xlim=(0, None))
             for run, step in evaluated:
                 if per_epoch := group[run].steps_per_epoch:
-                    panel.axvline(step / per_epoch, color=_TEXT, linewidth=0.8, linestyle=":")
+                    panel.axvline(step / per_epoch, color=palette.text, linewidth=0.8, linestyle=":")
         if "loss" in panels and panels["loss"].dataLim.ymin >= 0:
             panels["loss"].set_ylim(bottom=0.0)
         if "accuracy in %" in panels:
             panels["accuracy in %"].set_ylim(0, 100)
-        picture = _svg(figure, name, f"Training of {first.title}: {' and '.join(titles)} against epoch")
-    legend = _legend([(curve.colour, curve.symbol, curve.text) for curve in shown if curve.text])
+        return figure
+
+    legend = [Mark(curve.colour, curve.symbol, curve.text) for curve in shown if curve.text]
     marked = dict.fromkeys(f"{' and '.join(names)} (step {step})" for (_, step), names in evaluated.items())
     caption = f"Evaluated, dotted: {'; '.join(marked)}. " if marked else ""
     sections = {"training": first.config.get("attack"), chosen: config.lookup(first.config, "validate.attack", None)}
     caption += "".join(
         f"Attack on {name} images: {_in_words(given)}. " for name, given in sections.items() if isinstance(given, dict)
     )
-    return picture, legend, escape(caption)
+    description = f"Training of {first.title}: {' and '.join(titles)} against epoch"
+    return Plot(name, _heading(group), description, draw, legend, caption)
 
 
 def _evaluated(run):
@@ -254,10 +318,10 @@ def _evaluated(run):
     return found
 
 
-def _draw_metric(panel, curve, x, y, alpha):
+def _draw_metric(panel, curve, colour, x, y, alpha):
     """A line with marks at up to 30 points; one or two values are marks alone."""
     many = np.isfinite(y).sum() > 2
-    style = dict(color=_SERIES[curve.colour], alpha=alpha, markersize=3.5 if many else 5, **_UNCLIPPED)
+    style = dict(color=colour, alpha=alpha, markersize=3.5 if many else 5, **_UNCLIPPED)
     panel.plot(x, y, curve.line if many else curve.marker, markevery=1 + len(x) // 30, **style)
 
 
@@ -284,17 +348,14 @@ def _points(metrics, kind, key):
 # ---- images ------------------------------------------------------------------------------------------------
 
 
-def examples(runs: Sequence[Any]) -> str:
+def examples(runs: Sequence[Any]) -> list[Strip]:
     """The stored images of `report.RunResults`: a strip for each run that has some; seeds of a recipe share one."""
     with_some = [[run for run in group if run.examples] for group in _alike(runs)]
-    parts = [_strip(group[0]) for group in with_some if group]
-    if not parts:
-        return ""
-    return f"<section><h2>Examples</h2>{''.join(parts)}</section>"
+    return [_strip(group[0], f"examples{i}") for i, group in enumerate(with_some) if group]
 
 
-def _strip(run):
-    """Clean, adversarial and difference images of a run, the predicted class under each; wrong ones are marked."""
+def _strip(run, name):
+    """The images of a run, with the predicted class under each."""
     examples, names = run.examples, class_names(run.facts)
     order = np.argsort(examples["label"], kind="stable")
     x, x_adv, label, predicted, predicted_adv = (
@@ -303,31 +364,46 @@ def _strip(run):
     delta = x_adv.astype(np.float64) - x
     largest = float(np.abs(np.nan_to_num(delta)).max(initial=0.0))
     factor = max(1, int(0.5 / largest)) if largest > 1e-3 else 1  # the largest whole number that clips no difference
-    count = range(len(label))
-    head = "".join(f'<th scope="col">{escape(_class_name(names, label[i]))}</th>' for i in count)
-    lines = [
-        ("clean", x, predicted),
-        ("attacked", x_adv, predicted_adv),
-        (f"difference × {factor}", 0.5 + factor * delta, None),
+
+    def named(classes):
+        pairs = zip(classes, label, strict=True)
+        return [(_class_name(names, found), bool(found != true)) for found, true in pairs]
+
+    rows = [
+        ("clean", list(x), named(predicted)),
+        ("attacked", list(x_adv), named(predicted_adv)),
+        (f"difference × {factor}", list(0.5 + factor * delta), []),
     ]
-    body = ""
-    for name, images, classes in lines:
-        drawn = []
-        for i in count:
-            alt = f"image {i + 1}, {name}"
-            under = "" if classes is None else _prediction(names, classes[i], label[i])
-            drawn.append(f'<td><img alt="{escape(alt)}" src="data:image/png;base64,{_png(images[i])}">{under}</td>')
-        body += f'<tr><th scope="row">{escape(name)}</th>{"".join(drawn)}</tr>'
     source = f"{attack_label(examples['attack'])}, checkpoint {examples['checkpoint']}"
     eps = [r["eps"] for r in run.records if results.is_main(r) and r["attack"] == examples["attack"]]
     source += f", eps {eps[0]}" if eps else ""
     which = ", the first of each class" if len(set(label.tolist())) == len(label) else ""
-    return (
-        f'<h3>{escape(run.title)}</h3><figure><div class="scroll"><table class="strip"><thead><tr>'
-        f'<th scope="row">true class</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        f"<figcaption>Test images{which}, under {escape(source)}. Below each, the predicted class; "
-        f"✗ marks a wrong one. In the difference, mid-grey is no change.</figcaption></figure>"
+    caption = (
+        f"Test images{which}, under {source}. Below each, the predicted class; ✗ marks a wrong one. In the difference, "
+        "mid-grey is no change."
     )
+    return Strip(name, run.title, [_class_name(names, c) for c in label], rows, caption)
+
+
+def _of_strip(strip):
+    """A strip for a file, each image with its predicted class below."""
+    columns = max(1, len(strip.classes))
+    figure = Figure(figsize=(1.2 + 0.85 * columns, 3.6), layout="constrained")
+    panels = figure.subplots(len(strip.rows), columns, squeeze=False)
+    for line, (name, images, predicted) in zip(panels, strip.rows, strict=True):
+        line[0].set_ylabel(name)
+        for panel, image in zip(line, images, strict=False):
+            panel.imshow(_pixels(image), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        for panel, (text, wrong) in zip(line, predicted, strict=False):
+            panel.set_xlabel(f"{'✗ ' * wrong}{text}", color=_WRONG if wrong else _ON_PAPER.text)
+    for panel in panels.ravel():
+        panel.grid(False)
+        panel.spines[:].set_visible(False)
+        panel.set(xticks=[], yticks=[])
+    for panel, name in zip(panels[0], strip.classes, strict=False):
+        panel.set_title(name, loc="center", fontsize=8.5)
+    figure.suptitle(strip.heading, x=0.01, ha="left", fontsize=9.5)
+    return figure
 
 
 def class_names(facts: Mapping[str, Any]) -> Sequence[str]:
@@ -340,15 +416,15 @@ def _class_name(names, c):
     return names[c] if 0 <= c < len(names) else str(int(c))
 
 
-def _prediction(names, predicted, label):
-    name = escape(_class_name(names, predicted))
-    return f"<span>{name}</span>" if predicted == label else f'<span class="wrong">✗ {name}</span>'
-
-
-def _png(image: np.ndarray) -> str:
-    """An (H, W, 1 or 3) image in [0, 1] as a base64 PNG."""
+def _pixels(image: np.ndarray) -> np.ndarray:
+    """An (H, W, 1 or 3) image in [0, 1] as uint8, (H, W) or (H, W, 3)."""
     pixels = np.round(255 * np.clip(np.nan_to_num(image), 0, 1)).astype(np.uint8)
-    picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+
+
+def png(image: np.ndarray) -> str:
+    """An (H, W, 1 or 3) image in [0, 1] as a base64 PNG."""
+    picture = Image.fromarray(_pixels(image))
     picture.thumbnail((_LARGEST, _LARGEST))  # does not enlarge smaller images
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)

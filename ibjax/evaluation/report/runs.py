@@ -19,7 +19,7 @@ from ibjax.files import read_npz
 from ibjax.runs import metrics
 from ibjax.runs.rundir import doubts
 
-_SKIPPED = ("checkpoints", "damaged", "eval", "tensorboard")  # folders of a workdir that contain no other run
+_SKIPPED = ("checkpoints", "damaged", "eval", "tensorboard", "wandb")  # folders of a workdir that contain no other run
 
 
 class RunResults(NamedTuple):
@@ -38,12 +38,13 @@ class RunResults(NamedTuple):
     problems: list[str]  # one sentence each
 
 
-def read(workdirs: Iterable[str | os.PathLike]) -> list[RunResults]:
+def read(workdirs: Iterable[str | os.PathLike], *, unfinished: bool = False) -> list[RunResults]:
     """All runs in and below the folders, in the order given. Raises InputError where a folder holds none.
 
-    A file that cannot be read does not stop the rest: it is named in the `problems` of its run.
+    A file that cannot be read does not stop the rest: it is named in the `problems` of its run. With `unfinished` it is
+    no problem that a run still trains or has no results yet.
     """
-    runs = [_read_run(folder) for folder in _folders([files.path(workdir) for workdir in workdirs])]
+    runs = [_read_run(folder, unfinished) for folder in _folders([files.path(workdir) for workdir in workdirs])]
     return [_with_title(run, [other for other in runs if other.name == run.name]) for run in runs]
 
 
@@ -70,7 +71,7 @@ def _folders(workdirs):
         inside = []
         for folder, names, there in os.walk(workdir, onerror=_refuse):
             names[:] = sorted(name for name in names if name not in _SKIPPED)
-            if "config.json" in there:
+            if "config.json" in there and "model.safetensors" not in there:  # which a model card has
                 inside.append(Path(folder))
         if not inside:
             raise InputError(f"{workdir} holds no run (no config.json in it or below); give the --workdir of a run")
@@ -85,7 +86,7 @@ def _refuse(error):
     raise InputError(f"{error.filename} cannot be listed ({error.strerror}); give the folders of runs one by one")
 
 
-def _read_run(folder):
+def _read_run(folder, unfinished):
     problems: list[str] = []
     content = _read_json(folder / "config.json", problems)
     config, facts = content.get("config"), content.get("data")
@@ -94,17 +95,17 @@ def _read_run(folder):
     config, facts = (part if isinstance(part, dict) else {} for part in (config, facts))
     env = _read_json(folder / "env.json", problems)
     logged = _read_metrics(folder / "metrics.jsonl", problems)
-    steps_per_epoch = _state(config, facts, logged, problems)
+    steps_per_epoch = _state(config, facts, logged, problems, unfinished)
     problems += doubts(folder)
     found = _read_records(folder, problems)
-    if not found:
+    if not found and not unfinished:
         problems.append(f"it has no results yet; python -m ibjax.evaluate --workdir={folder}")
     examples = _read_examples(folder, problems)
     name = str(config.get("title") or folder.resolve().name)
     return RunResults(folder, name, name, config, facts, env, logged, steps_per_epoch, found, examples, problems)
 
 
-def _state(config, facts, logged, problems):
+def _state(config, facts, logged, problems, unfinished):
     """The steps per epoch, or None where they are unknown; adds a problem for a diverged or unfinished run."""
     if "imported" in facts:
         return None
@@ -119,7 +120,7 @@ def _state(config, facts, logged, problems):
         problems.append(f"it diverged: {reasons[-1]}")
     elif any(not np.isfinite(value) for row in logged for value in row.values() if isinstance(value, float)):
         problems.append(f"it diverged: metrics.jsonl holds NaN or Inf, {step} of {total} steps")
-    elif step < total:
+    elif step < total and not unfinished:
         problems.append(f"it is not finished, {step} of {total} steps: it runs, was stopped, or diverged")
     return per_epoch or None
 

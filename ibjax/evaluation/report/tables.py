@@ -8,6 +8,7 @@ worst case because another one has more attacks; one network is one line, whatev
 
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ibjax.attacks.geometry import fraction
+from ibjax.evaluation.report import grids
+from ibjax.evaluation.report.grids import Cell, Grid, Value
 from ibjax.evaluation.results import (
     Record,
     attack_label,
@@ -51,7 +54,7 @@ class Family(NamedTuple):
 # fields that distinguish rows with equal titles; labels contain as many of them as needed, in this order
 _PARTS = ("checkpoint", "step", "seed", "n", "dataset", "norm", "count", "folder")
 # parts of a configuration in which the seeds of one recipe may differ: they do not affect training
-_FREE = ("seed", "title", "evaluate", "contrast", "log_every", "checkpoint_every", "steps_per_dispatch")
+_FREE = ("seed", "title", "evaluate", "contrast", "log_every", "writers", "checkpoint_every", "steps_per_dispatch")
 
 
 def rows(records: Iterable[Record]) -> list[Row]:
@@ -193,15 +196,6 @@ def without_seed(configuration: Mapping[str, Any], title: str) -> str:
 # ---- tables ------------------------------------------------------------------------------------------------
 
 
-class Value(NamedTuple):
-    """An accuracy in percent, or its mean over seeds."""
-
-    mean: float
-    std: float | None  # the sample standard deviation over seeds; None for a single run
-    count: int  # number of runs that have the accuracy
-    of: int  # number of runs in the line
-
-
 class Line(NamedTuple):
     """One line of a table."""
 
@@ -292,25 +286,23 @@ def worst_case(records: Sequence[Record]) -> float | None:
     return None if len(records) < 2 else _withstanding(records)
 
 
-def text_of(value: Value | None) -> str:
-    """The text of a cell: "83.33"; "83.33 ± 0.42" over seeds; "45.00 (1/3)" if one of three runs has it; else "–"."""
-    if value is None:
-        return "–"
-    spread = "" if value.std is None else f" ± {value.std:.2f}"
-    return f"{value.mean:.2f}{spread}" + (f" ({value.count}/{value.of})" if value.count < value.of else "")
-
-
 def cells(table: Table) -> list[list[str]]:
-    """A table as text, header first; the first two columns are words, the others numbers in percent."""
+    """A table as text, header first."""
+    return grid(table).cells()
+
+
+def grid(table: Table) -> Grid:
+    """The cells of a table; its numbers are in percent."""
+    title = f"{table.dataset}, {table.norm}, eps {table.eps}: accuracy in percent"
     worst = len(table.bounded) > 1
     header = ["run", "checkpoint / selected on", "n", "clean", *map(attack_label, table.attacks)]
-    grid = [[*header, "worst case"] if worst else header]
+    lines = []
     for line in table.lines:
-        numbers = [text_of(value) for value in (line.clean, *(line.robust.get(attack) for attack in table.attacks))]
+        numbers = [line.clean, *(line.robust.get(attack) for attack in table.attacks)]
         if worst:  # over fewer attacks it is an upper bound
-            numbers.append(("≤ " if _is_bound(table, line) else "") + text_of(line.worst))
-        grid.append([line.label, f"{line.checkpoint} / {line.selected_on}", str(line.n), *numbers])
-    return grid
+            numbers.append(line.worst and line.worst._replace(bound=_is_bound(table, line)))
+        lines.append([line.label, f"{line.checkpoint} / {line.selected_on}", str(line.n), *numbers])
+    return Grid(title, [*header, "worst case"] if worst else header, lines, 2, notes(table))
 
 
 def _is_bound(table, line):
@@ -330,14 +322,14 @@ def notes(table: Table) -> list[str]:
     return found
 
 
-def stages(table: Table, records: Iterable[Record], each: bool = False) -> list[list[list[str]]]:
-    """Robust accuracy after each attack of AutoAttack: one grid of text, header first, per list of attacks.
+def stages(table: Table, records: Iterable[Record], each: bool = False) -> list[Grid]:
+    """Robust accuracy after each attack of AutoAttack: one grid per list of attacks.
 
     For version "rand" these are the numbers as the authors' code computes them, with one draw for each image and
     attack. The last column is that of the table, the mean over fresh draws for every adversarial image (with its
     standard error for a single run).
     """
-    found: dict[tuple[str, ...], list[list[str]]] = {}
+    found: dict[tuple[str, ...], list[list[Cell]]] = {}
     for family in families(records, each):
         of_attack: dict[tuple, list[Record]] = {}
         for record in itertools.chain(*(row.records for row in family.rows)):
@@ -347,14 +339,15 @@ def stages(table: Table, records: Iterable[Record], each: bool = False) -> list[
                 of_attack.setdefault(names, []).append(record)
         for (attack, after, draws), runs in of_attack.items():
             columns = zip(*(_stages_of(record) for record in runs), strict=True)
-            numbers = [text_of(_value(column, len(family.rows))) for column in columns]
+            numbers = [_value(column, len(family.rows)) for column in columns]
             names = [*map(attack_label, after)]
             if draws:  # for a random network the stages count one draw, as in the authors' code
                 names = [*(f"{name}, one draw" for name in names), f"mean of {draws} draws"]
                 if len(runs) == 1:
-                    numbers[-1] += f" ± {runs[0]['standard_error']:.2f}"
+                    numbers[-1] = numbers[-1]._replace(std=runs[0]["standard_error"])
             found.setdefault(tuple(names), []).append([f"{family.label}, {attack_label(attack)}", *numbers])
-    return [[["robust after", "clean", *names], *lines] for names, lines in found.items()]
+    title = "Robust accuracy after each attack, in percent"
+    return [Grid(title, ["robust after", "clean", *names], lines, 1, []) for names, lines in found.items()]
 
 
 def _stages_of(record):
@@ -370,19 +363,32 @@ def as_text(records: Iterable[Record], each: bool = False) -> str:
     """
     texts, records = [], list(records)
     for table in tables(records, each):
-        title = f"{table.dataset}, {table.norm}, eps {table.eps}: accuracy in percent"
-        texts.append("\n".join([title, *_aligned(cells(table), 2), *notes(table)]))
-        texts += ["\n".join(_aligned(grid, 1)) for grid in stages(table, records, each)]
+        shown = grid(table)
+        texts.append("\n".join([shown.title, *grids.aligned(shown), *shown.notes]))
+        texts += ["\n".join(grids.aligned(stage)) for stage in stages(table, records, each)]
     texts += ["\n".join(found)] if (found := departed(records)) else []
     return "\n\n".join(texts) or "no records: nothing has been evaluated yet"
 
 
-def _aligned(grid, words):
-    """Lines of text; the first `words` columns are left-aligned, the others right-aligned."""
-    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-    for line in grid:
-        sides = [str.ljust] * words + [str.rjust] * (len(line) - words)
-        yield "  ".join(side(cell, width) for side, cell, width in zip(sides, line, widths, strict=True))
+def named(records: Iterable[Record], each: bool = False) -> dict[str, Grid]:
+    """{name of a file, without its ending: grid} of all tables: means over seeds, every seed, AutoAttack's stages."""
+    records, found = list(records), {}
+    single = {table[:3]: grid(table) for table in tables(records, each=True)}  # by data set, norm, eps
+    for table in tables(records, each):
+        plain = "-".join(re.sub(r"[^\w.]+", "_", part) for part in table[:3])
+        name = next(name for i in itertools.count(1) if (name := plain if i == 1 else f"{plain}-{i}") not in found)
+        found[name] = grid(table)
+        if has_seeds(table):
+            found[f"{name}-every-seed"] = single[table[:3]]
+        for i, stage in enumerate(stages(table, records, each)):
+            title = f"{table.dataset}, {table.norm}, eps {table.eps}: {stage.title.lower()}"
+            found[f"{name}-after-each-attack{f'-{i + 1}' * bool(i)}"] = stage._replace(title=title)
+    return found
+
+
+def has_seeds(table: Table) -> bool:
+    """Whether a line of the table is the mean of several runs."""
+    return any(line.clean.of > 1 for line in table.lines)
 
 
 # ---- curves ------------------------------------------------------------------------------------------------
