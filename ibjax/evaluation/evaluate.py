@@ -85,18 +85,31 @@ def evaluate(
     given = dict(attacks=attacks, n=n, samples=samples, batch_size=batch_size, norm=norm, eps=eps, step_size=step_size)
     settings = replaced(trained.config.evaluate if settings is None else settings, **given)
     source = None if surrogate is None else _surrogate(surrogate, surrogate_checkpoint, trained, settings, trust)
-    shown = settings if source is None else {**settings, "attacks": ()}
-    check_network(trained.model, trained.facts["input_shape"], shown)
-    victim = _victim(trained, settings["samples"])
     split = run.test_split(trained, settings["n"])
-    x, asked = _asked(trained, victim, split)
-    warnings = [*trained.facts.get("warnings", ()), *_warnings(trained, asked)]
-
     which = str(trained.step) if str(checkpoint).isdecimal() else str(checkpoint)
-    folder = workdir / "eval" / which
-    common = _common(trained, which, settings, split, asked, warnings)
-    if source is not None:
-        common |= {"surrogate_fingerprint": checks.fingerprint(jax.jit(source.logits), x).tolist()}
+    return write_records(trained, split, which, settings, workdir / "eval" / which, source=source, keep=keep)
+
+
+def write_records(
+    trained: run.Run,
+    split: Split,
+    checkpoint: str,
+    settings: Any,
+    folder: Path,
+    *,
+    source: "Surrogate | None" = None,
+    keep: int = 10,
+) -> list[dict[str, Any]]:
+    """Attacks the images of a split and writes one record per attack and eps into `folder`; returns the records.
+
+    Args:
+      trained: the network; its own `evaluate` section decides which records have the usual file names.
+      split: of the network's data set, checked.
+      checkpoint: as `trained` was loaded with, for the records.
+      settings: a checked `evaluate` section (`settings.replaced`); its `n` is that of the split.
+      source, keep: as `surrogate` and `keep` of `evaluate`.
+    """
+    victim, common = _prepared(trained, split, checkpoint, settings, source)
     mesh, records = cluster.mesh(), []
     main, plan = settings["eps"], list(_plan(settings, trained, source))
 
@@ -123,8 +136,7 @@ def evaluate(
             state = file.with_name(f".{file.stem}-{_state_digest(identity, settings['batch_size'])}.npz")
             title = f"{common['title']}: {results.attack_label(label)}, eps {eps}, {number} of {len(plan)}"
             flags, x_adv, more = executor(name)(eps, step_size, title, wanted, state)
-            doubts = list(dict.fromkeys([*warnings, *more["warnings"]]))
-            record = _record({**identity, **more, "warnings": doubts}, flags)
+            record = _record(identity, more, flags)
             if pictured:
                 _save_examples(file.with_suffix(".examples.npz"), subset(split, wanted), x_adv, trained)
             if jax.process_index() == 0:
@@ -165,12 +177,9 @@ def attack_images(
     if settings is None:
         own_code.permit_attacks(trained.config.evaluate.attacks, trained.workdir / "config.json", trust)
         settings = replaced(trained.config.evaluate)
-    check_network(trained.model, shape, settings)
-    trained = trained._replace(facts={**trained.facts, "label": label})
-    victim, mesh, eps = _victim(trained, settings["samples"]), cluster.mesh(), settings["eps"]
-    _, asked = _asked(trained, victim, split)
-    warnings = _warnings(trained, asked)
-    common = _common(trained, checkpoint, settings, split, asked, warnings)
+    trained = trained._replace(facts={**trained.facts, "label": label, "warnings": ()})  # those of its own data
+    victim, common = _prepared(trained, split, checkpoint, settings)
+    mesh, eps = cluster.mesh(), settings["eps"]
     records, found = [], []
     for number, name in enumerate(settings["attacks"], 1):
         attack = named(name, trained.config.objective)
@@ -180,16 +189,27 @@ def attack_images(
         title = f"{common['title']}: {results.attack_label(shown)}, eps {eps}, {number} of {len(settings['attacks'])}"
         flags, x_adv, more = execute(eps, step_size, title, len(split.labels), None)
         own = {"attack": shown, "attack_settings": attack.settings, "eps": eps, "step_size": step_size, "main": True}
-        doubts = list(dict.fromkeys([*warnings, *more["warnings"]]))
-        records.append(_record({**common, **own, "bounded": attack.bounded, **more, "warnings": doubts}, flags))
+        records.append(_record({**common, **own, "bounded": attack.bounded}, more, flags))
         found.append(x_adv)
     return records, np.stack(found)
 
 
+def _prepared(trained, split, checkpoint, settings, source=None):
+    """(the network as `predict(variables, x, keys)`, what all records of this evaluation state)."""
+    shown = settings if source is None else {**settings, "attacks": ()}
+    check_network(trained.model, trained.facts["input_shape"], shown)
+    victim = _victim(trained, settings["samples"])
+    x, asked = _asked(trained, victim, split)
+    common = _common(trained, checkpoint, settings, split, asked)
+    if source is not None:
+        common |= {"surrogate_fingerprint": checks.fingerprint(jax.jit(source.logits), x).tolist()}
+    return victim, common
+
+
 def _warnings(trained, asked):
-    """Warnings about the network, its checkpoints and its code."""
+    """Warnings about the network's data, the network, its checkpoints and its code."""
     code = own_code.doubts(trained.config, rundir.recorded_code(trained.workdir))
-    return [*asked.warnings, *rundir.doubts(trained.workdir), *code]
+    return [*trained.facts.get("warnings", ()), *asked.warnings, *rundir.doubts(trained.workdir), *code]
 
 
 def _asked(trained, victim, split):
@@ -322,7 +342,7 @@ def _step_size(attack, settings, eps):
     return attack._replace(length=None).step_size(eps, scaled)
 
 
-def _common(trained, checkpoint, settings, split, asked, warnings):
+def _common(trained, checkpoint, settings, split, asked):
     of_card = trained.facts.get("card", {}).get("checkpoint", checkpoint)  # the network of a card is its run's only one
     selected_on = {"best": trained.config.select_on, "last": "last"}.get(of_card, "step")
     imported, classes = ({key: trained.facts[key]} if key in trained.facts else {} for key in ("imported", "classes"))
@@ -347,7 +367,7 @@ def _common(trained, checkpoint, settings, split, asked, warnings):
         "select": trained.validation.get("select", "robust") if checkpoint == "best" and not imported else None,
         "validation": trained.validation,
         "config": config.plain(trained.config),
-        "warnings": warnings,
+        "warnings": _warnings(trained, asked),
     }
 
 
@@ -390,12 +410,16 @@ def _existing(file, identity):
     }
 
 
-def _record(identity, flags):
+def _record(identity, more, flags):
+    """A record of what is evaluated, with what its attack has found: further fields and flags."""
+    warnings = list(dict.fromkeys([*identity["warnings"], *more["warnings"]]))
     finite = flags.loss[np.isfinite(flags.loss)]  # NaN logits have a warning of their own; JSON has no NaN
     return {
         "clean_acc": percent(flags.clean),
         "robust_acc": percent(flags.robust),
         **identity,
+        **more,
+        "warnings": warnings,
         "max_distance": float(flags.distance.max()),
         "mean_loss": float(np.mean(finite)) if len(finite) else None,
         "date": datetime.date.today().isoformat(),

@@ -193,7 +193,7 @@ def origin(trained: Run, checkpoint: str) -> dict[str, Any]:
         "title": trained.config.title or trained.workdir.resolve().name,
         "checkpoint": checkpoint,
         "step": trained.step,
-        "weights": trees.digest(trained.variables),
+        "weights": trained.facts.get("imported", {}).get("weights") or trees.digest(trained.variables),
         "seed": trained.config.seed,
         "versions": provenance.versions(),
         "commit": provenance.commit(),

@@ -53,9 +53,9 @@ def nnx(model: Any, **call: Any) -> Network:
     arguments = _evaluating(type(model).__call__, call, "wrap.nnx")
     evaluated = library.clone(model)
     evaluated.eval()
-    graph, state = library.split(evaluated)
+    graph, keys, state = library.split(evaluated, library.RngState, ...)  # keys draw nothing in evaluation mode
     count = _size(library.state(model, library.Param))
-    return of(lambda state, x: library.merge(graph, state)(x, **arguments), state, _says("flax", model), count)
+    return of(lambda state, x: library.merge(graph, keys, state)(x, **arguments), state, _says("flax", model), count)
 
 
 def linen(model: nn.Module, variables: Mapping[str, Any], **call: Any) -> Network:

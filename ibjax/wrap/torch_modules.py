@@ -129,7 +129,7 @@ class _Foreign:
         """Images (…, H, W, C) of NumPy as (B, C, H, W), on the module's device and in its type."""
         import torch
 
-        x = np.ascontiguousarray(np.moveaxis(x.reshape(-1, *x.shape[-3:]), -1, 1))
+        x = np.array(np.moveaxis(x.reshape(-1, *x.shape[-3:]), -1, 1), order="C")  # a copy: PyTorch may write into it
         return torch.from_numpy(x).to(device=self.device, dtype=self.dtype)
 
     def _called(self, x):

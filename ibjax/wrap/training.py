@@ -16,12 +16,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
 from ibjax.errors import InputError, nearest
 from ibjax.step import Output, as_output
-from ibjax.wrap.networks import LAYOUTS, in_layout, library_of
+from ibjax.wrap.networks import LAYOUTS, Network, in_layout, library_of
 
 _COLLECTIONS = ("params", "batch_stats")
 
@@ -115,6 +116,30 @@ class _OfEquinox(nn.Module):
         if train and self.is_mutable_collection("batch_stats"):
             _in_linen(after, lambda name, value: setattr(statistics[name], "value", value))
         return as_output(output)
+
+
+def linen_from_network(network: Network) -> nn.Module:
+    """A Linen module of a wrapped network, for evaluation: its variables are {"params": `arrays(network)`}."""
+    return _OfNetwork(lambda: network)
+
+
+def arrays(network: Network) -> dict[str, Array]:
+    """The arrays of a wrapped network by name, as "layers.0.weight"."""
+    found = {}
+    _in_linen(network.variables, lambda name, value: found.setdefault(name, jnp.asarray(value)))
+    return found
+
+
+class _OfNetwork(nn.Module):
+    network: Callable[[], Network]  # a function, since Linen would copy the containers of an attribute
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Output:
+        if train:
+            raise InputError("a wrapped network is in evaluation mode; train it by wrap.linen_from_nnx, for example")
+        network = self.network()
+        variables = _in_linen(network.variables, lambda name, value: self.param(name, lambda key: jnp.asarray(value)))
+        return network.predict(variables, x)
 
 
 def _in_linen(tree, replace):
