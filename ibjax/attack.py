@@ -90,14 +90,15 @@ def _network(given, split):
     said = convert.said_of(given)
     if given.model.is_dir():
         if given.arch or any(said):
-            raise InputError(f"--model={given.model} is a run, which says all of its network; leave --arch … out")
+            raise InputError(
+                f"--model={given.model} is a run, which says all of its network; leave --arch, --zoo … out"
+            )
         return run.load(given.model, given.checkpoint or "best")
     if not given.model.is_file():
         raise InputError(f"--model={given.model} is neither the folder of a run nor a file of a network")
     if given.checkpoint is not None:
         raise InputError(f"--model={given.model} is a file, --checkpoint={given.checkpoint} goes with a run")
-    convert.check_arch(given, given.model)
-    return imports.load(given.model, given.arch, split, given.file.stem, said)
+    return imports.load(given.model, convert.arch_of(given, given.model), split, given.file.stem, said)
 
 
 def _write(out, records, x_adv, split):
