@@ -90,9 +90,7 @@ def _network(given, split):
     said = convert.said_of(given)
     if given.model.is_dir():
         if given.arch or any(said):
-            raise InputError(
-                f"--model={given.model} is a run, which says all of its network; leave --arch, --zoo … out"
-            )
+            raise InputError(f"--model={given.model} is a run, which says all of its network; leave --arch … out")
         return run.load(given.model, given.checkpoint or "best")
     if not given.model.is_file():
         raise InputError(f"--model={given.model} is neither the folder of a run nor a file of a network")

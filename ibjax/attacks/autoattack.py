@@ -52,6 +52,7 @@ from ibjax import files, losses
 from ibjax.attacks import checks, entrance, geometry
 from ibjax.attacks.apgd import FEWEST_CLASSES, iterative_apgd
 from ibjax.attacks.fab import iterative_fab
+from ibjax.attacks.hoist import unjitted
 from ibjax.attacks.iterative import Iterative, other_classes
 from ibjax.attacks.progress import Progress
 from ibjax.attacks.runner import Runner, passes
@@ -184,8 +185,9 @@ def autoattack(
 
     Args:
       key: one JAX key; the same key gives the same result.
-      logits_fn: (B, H, W, C) in [0, 1] -> (B, classes), evaluation mode, traceable by JAX: a Flax, Equinox or Haiku
-        network, or any function. With version "rand" it takes (x, keys), a key per image, and samples the network.
+      logits_fn: (B, H, W, C) in [0, 1] -> (B, classes), or (logits, …), in evaluation mode, traceable by JAX: any
+        function, or a network of Flax, Equinox or Haiku (`ibjax.wrap`). With version "rand" it takes (x, keys), a
+        key per image, and samples the network.
       x: images (N, H, W, C), float32 in [0, 1].
       y: integer labels (N,).
       norm: "linf", "l2" or "l1"; "l0", where eps is a number of pixels, with attacks=["sparse-rs"] alone.
@@ -223,6 +225,7 @@ def autoattack(
     if random and draws < 2:
         raise InputError(f"draws={draws} is not allowed; give at least 2, for a mean and its standard error")
     entrance.classes_of(logits_fn, x[:64], entrance.ANYTHING, stochastic=random)
+    logits_fn = _logits_alone(logits_fn)
     asked = _check_network(logits_fn, x, y, random, allow_randomized)
 
     runner = Runner(key, logits_fn, x, y, norm=norm, eps=eps, batch_size=batch_size, randomized=random)
@@ -281,6 +284,12 @@ def code_digest() -> str:
     for file in (*sorted(Path(__file__).parent.glob("*.py")), Path(losses.__file__)):
         total.update(file.read_bytes())
     return total.hexdigest()
+
+
+def _logits_alone(logits_fn):
+    """The network without what it returns beside its logits, as the features of the networks of `ibjax.models`."""
+    network = unjitted(logits_fn)
+    return lambda *given: output[0] if isinstance(output := network(*given), tuple) else output
 
 
 def _check_network(logits_fn, x, y, random, allow_randomized):

@@ -161,9 +161,9 @@ def read(file: Path, arch: str, said: Said = Said()) -> Network:  # noqa: B008
     if arch not in architectures.matching(model):
         raise InputError(f"--config.model… makes it another network than --arch={arch}: {known.model}, {known.fixed}")
     shape = sizes.input_shape(arch, model, state)
+    fit.check(file, arch, model.clone(mean=None, std=None), state, shape)  # the normalisation is decided next
     if said.published is not None:
         _check_published(file, said.published, model, classes)
-    fit.check(file, arch, model.clone(mean=None, std=None), state, shape)  # the normalisation is decided next
     values, source = normalisation.decide(file, arch, channels, found, exported, said, settings.data.get("dataset"))
     settings.model.update(values)
     model = run.build_model(settings.model, classes, "model")
@@ -174,7 +174,8 @@ def read(file: Path, arch: str, said: Said = Said()) -> Network:  # noqa: B008
 
 def _check_published(file, row, model, classes):
     """Raises CheckpointError where a network has another size than the published one that its file should be."""
-    found = {"depth": getattr(model, "depth", None), "width": getattr(model, "width", None), "classes": classes}
+    width = getattr(model, "inner_width", getattr(model, "width", None))  # of a ResNet, that of its bottlenecks
+    found = {"depth": getattr(model, "depth", None), "width": width, "classes": classes}
     for what, wanted in {"depth": row.depth, "width": row.width, "classes": row.classes}.items():
         if wanted not in (None, found[what]):
             raise CheckpointError(f"{file} has {what} {found[what]}, {row.path} has {wanted}: it is another network")

@@ -23,7 +23,7 @@ from ibjax.devices import cluster
 from ibjax.errors import InputError
 from ibjax.runs import checkpoint as checkpoints
 from ibjax.runs import own_code, provenance, rundir, trees
-from ibjax.step import Variables, checked_logits, linen_net
+from ibjax.step import Variables, checked_logits, linen_net, to_float
 
 PATHS = ("path", "data_dir")  # of a data section: `~` and $VARIABLES are expanded
 
@@ -43,7 +43,14 @@ class Run(NamedTuple):
     workdir: Path
     validation: dict[str, float]  # the metrics that the checkpoint was saved with; empty where it was not validated
 
-    # ---- command lines -----------------------------------------------------------------------------------------
+    def test(self, n: int | None = None) -> tuple[Array, Array]:
+        """(images (n, H, W, C) float32 in [0, 1], labels (n,) int32) of the run's test set, each class in proportion.
+
+        None: all of them. Raises InputError where there are fewer, and DataError where the data set is missing, or is
+        not the one that the run was made with.
+        """
+        split = test_split(self, n)
+        return to_float(jnp.asarray(split.images[:])), jnp.asarray(split.labels)
 
     def __repr__(self) -> str:
         """A summary on one screen: the network, how it was trained, what can be done with it."""
@@ -59,7 +66,7 @@ class Run(NamedTuple):
             "trained": "elsewhere, imported" if "imported" in self.facts else f"{objective} on {trained}",
         }
         title = self.config.title or self.workdir.resolve().name
-        fields = ", ".join(f".{field}" for field in self._fields)
+        fields = ", ".join([*(f".{field}" for field in self._fields), ".test(n)"])
         return "\n".join(
             [f"Run: {title}", *(f"  {key:8} {text}" for key, text in lines.items()), f"  fields   {fields}"]
         )
