@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen, nnx
 
 import ibjax
-from ibjax import files, main, wrap
+from ibjax import files, main
 from ibjax.errors import InputError
 from ibjax.evaluation import benchmark as module
-from ibjax.evaluation import evaluate, results
+from ibjax.evaluation import evaluate, report, results
 
 PAGE = (Path(__file__).parent.parent / "docs" / "own_network.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
@@ -87,24 +88,37 @@ def robust():
     return np.all((margins > THREAT[1] * slopes) | (np.arange(4) == Y[:, None]), axis=1)
 
 
-def test_a_second_call_computes_nothing_and_another_threat_model_stands_beside_the_first(tmp_path, monkeypatch):
-    def call(threat=THREAT, **options):
-        given = {"threat": threat, "attacks": ("pgd-5", "fgsm"), "title": "Linear", **options}
-        return ibjax.benchmark(linear, (X, Y), workdir=tmp_path / "b", **given)
+def given(**options):
+    """Arguments of a benchmark of the linear network."""
+    return dict(network=linear, data=(X, Y), threat=THREAT, attacks=("pgd-3",), title="Linear") | options
 
-    first = call()
-    flags = results.robust_flags(first[0])
-    assert not np.any(robust() & ~flags) and 0 < flags.mean() < 1  # nothing is broken that cannot be
-    assert first[0]["clean_acc"] == 100 and first[0]["title"] == "Linear" and first[0]["dataset"] == "given images"
-    assert first[0]["config"]["model"]["network"] == "linear" and first[0]["train_threat"] == "unknown"
-    call(("l2", 0.1), attacks=("fgsm",))
-    names = sorted(file.name for file in (tmp_path / "b/eval/given").glob("*.json"))
-    assert names == ["fgsm.json", "fgsm.l2.eps0.1.json", "pgd-5.json"]
-    with monkeypatch.context() as patched:
-        patched.setattr(evaluate, "_executor", None)  # nothing may be attacked
-        assert call() == first
-    alone = ibjax.benchmark(wrap.function(linear), (X, Y), threat=THREAT, attacks=("pgd-5",), title="Linear")
-    assert alone[0]["robust_flags"] == first[0]["robust_flags"] and alone[0]["weights"] == first[0]["weights"]
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(folder, records) of a benchmark of the linear network."""
+    folder = tmp_path_factory.mktemp("benchmark") / "b"
+    return folder, ibjax.benchmark(**given(workdir=folder))
+
+
+def test_on_a_linear_network_nothing_is_broken_that_cannot_be(made):
+    folder, (record,) = made
+    flags = results.robust_flags(record)
+    assert not np.any(robust() & ~flags) and 0 < flags.mean() < 1 and record["clean_acc"] == 100
+    assert (record["title"], record["dataset"], record["checkpoint"]) == ("Linear", "given images", "given")
+    assert record["config"]["model"]["network"] == "linear" and record["train_threat"] == "unknown"
+    assert "given to ibjax.benchmark: linear, jax" in (folder / "report.html").read_text()
+    assert report.table(report.read([folder])[0].records) == report.table([record])
+
+
+def test_a_second_call_computes_nothing_and_another_threat_model_stands_beside_the_first(made, monkeypatch):
+    folder, records = made
+    ibjax.benchmark(**given(threat=("l2", 0.1), workdir=folder))
+    assert sorted(file.name for file in (folder / "eval/given").glob("*.json")) == [
+        "pgd-3.json",
+        "pgd-3.l2.eps0.1.json",
+    ]
+    monkeypatch.setattr(evaluate, "_executor", None)  # nothing may be attacked
+    assert ibjax.benchmark(**given(workdir=folder)) == json.loads(json.dumps(records))
 
 
 def test_a_run_has_the_same_flags_as_in_its_evaluation(digits_run):
@@ -121,13 +135,12 @@ def test_a_run_has_the_same_flags_as_in_its_evaluation(digits_run):
     assert x.dtype == jnp.float32 and float(x.max()) <= 1 and y.shape == (n,)
 
 
-def test_what_cannot_be_benchmarked_is_refused_in_one_line_and_nothing_is_written(tmp_path):
-    ibjax.benchmark(linear, (X, Y), threat=THREAT, attacks=("fgsm",), workdir=tmp_path / "b")
+def test_what_cannot_be_benchmarked_is_refused_in_one_line_and_nothing_is_written(made, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/a").touch()
 
-    def of(network=linear, data=(X, Y), **options):
-        return dict(network=network, data=data, workdir=tmp_path / "new", threat=THREAT, attacks=("fgsm",)) | options
+    def of(network=linear, **options):
+        return given(network=network, workdir=tmp_path / "new") | options
 
     cases = {
         "reach|lie in.*divide by 255|float images must lie": of(data=(X * 255, Y)),
@@ -145,26 +158,25 @@ def test_what_cannot_be_benchmarked_is_refused_in_one_line_and_nothing_is_writte
         "has no nodata": of(data=dict(name="tfds", dataset="nodata", data_dir=str(tmp_path))),
         "wrap.function was given a int": of(3),
         "other images of its batch": of(lambda x: linear(x - x.mean())),
-        "holds the benchmark of another network": of(lambda x: -linear(x), workdir=tmp_path / "b"),
-        "holds the benchmark of another data": of(data=(X[:20], Y[:20]), workdir=tmp_path / "b"),
+        "holds the benchmark of another network": of(lambda x: -linear(x), workdir=made[0]),
+        "holds the benchmark of another data": of(data=(X[:20], Y[:20]), workdir=made[0]),
         "holds something else": of(workdir=tmp_path / "full"),
     }
-    for words, given in cases.items():
+    for words, arguments in cases.items():
         with pytest.raises(InputError, match=words) as caught:
-            ibjax.benchmark(**given)
+            ibjax.benchmark(**arguments)
         assert "\n" not in str(caught.value)
-    assert not (tmp_path / "new/report.html").exists()
-    with pytest.raises(InputError, match=r"holds records of ibjax\.benchmark, but not its network"):
-        ibjax.load(tmp_path / "b")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(InputError, match=r"holds the records of ibjax\.benchmark, not the network"):
+        ibjax.load(made[0])
 
 
 def test_objects_of_other_libraries_are_refused_with_the_function_that_wraps_them():
-    torch, flax = pytest.importorskip("torch"), pytest.importorskip("flax")
-    rngs = flax.nnx.Rngs(0)
+    torch = pytest.importorskip("torch")
     for network, words in (
         (torch.nn.Linear(2, 2), r"wrap\.pytorch\(module\)"),
-        (flax.nnx.Linear(2, 2, rngs=rngs), r"wrap\.nnx\(model\)"),
-        (flax.linen.Dense(2), r"wrap\.linen\(model, variables\)"),
+        (nnx.Linear(2, 2, rngs=nnx.Rngs(0)), r"wrap\.nnx\(model\)"),
+        (linen.Dense(2), r"wrap\.linen\(model, variables\)"),
     ):
         with pytest.raises(InputError, match=words):
             ibjax.benchmark(network, (X, Y))

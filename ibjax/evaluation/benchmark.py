@@ -29,7 +29,7 @@ from ibjax.data import IMAGES, Split, check, npz, sample
 from ibjax.devices import cluster
 from ibjax.errors import InputError, check_count
 from ibjax.evaluation import report
-from ibjax.evaluation.evaluate import attack_images, write_records
+from ibjax.evaluation.evaluate import attack_images, examine, write_records
 from ibjax.evaluation.settings import replaced
 from ibjax.runs import run, rundir, trees
 from ibjax.step import to_float
@@ -90,9 +90,10 @@ def benchmark(
     with _devices(given, split):
         if workdir is None:
             return attack_images(made, split, facts["label"], _CHECKPOINT, section)[0]
+        examined = examine(made, split, _CHECKPOINT, section)
         rundir.check_writable(folder)
         rundir.describe(folder, settings, facts)
-        records = write_records(made, split, _CHECKPOINT, section, folder / "eval" / _CHECKPOINT)
+        records = write_records(examined, folder / "eval" / _CHECKPOINT)
     if jax.process_index() == 0:
         report.write([folder], folder / "report.html")
     return records
@@ -190,7 +191,7 @@ def _before(workdir, facts):
     content = files.read_json(file)
     if not rundir.benchmarked(content.get("data", {})):
         raise InputError(f"workdir={workdir} holds a run that ibjax has trained or imported; give another folder")
-    for what, section, key in (("network", "imported", "weights"), ("data", "digests", "test")):
+    for what, section, key in (("data", "digests", "test"), ("network", "imported", "weights")):
         if content["data"][section][key] != facts[section][key]:
             raise InputError(f"workdir={workdir} holds the benchmark of another {what}; give another folder")
     return content["config"]

@@ -87,35 +87,58 @@ def evaluate(
     source = None if surrogate is None else _surrogate(surrogate, surrogate_checkpoint, trained, settings, trust)
     split = run.test_split(trained, settings["n"])
     which = str(trained.step) if str(checkpoint).isdecimal() else str(checkpoint)
-    return write_records(trained, split, which, settings, workdir / "eval" / which, source=source, keep=keep)
+    examined = examine(trained, split, which, settings, source)
+    return write_records(examined, workdir / "eval" / which, keep)
 
 
-def write_records(
-    trained: run.Run,
-    split: Split,
-    checkpoint: str,
-    settings: Any,
-    folder: Path,
-    *,
-    source: "Surrogate | None" = None,
-    keep: int = 10,
-) -> list[dict[str, Any]]:
-    """Attacks the images of a split and writes one record per attack and eps into `folder`; returns the records.
+class Surrogate(NamedTuple):
+    """The network that a transfer attack attacks in place of the evaluated one."""
 
-    Args:
-      trained: the network; its own `evaluate` section decides which records have the usual file names.
-      split: of the network's data set, checked.
-      checkpoint: as `trained` was loaded with, for the records.
-      settings: a checked `evaluate` section (`settings.replaced`); its `n` is that of the split.
-      source, keep: as `surrogate` and `keep` of `evaluate`.
+    predict: Callable  # (variables, x) -> (logits, features)
+    variables: Any
+    says: dict[str, Any]  # its description in records
+
+    def logits(self, x: Any) -> Any:
+        """(B, H, W, C) in [0, 1] -> (B, classes)."""
+        return self.predict(self.variables, x)[0]
+
+
+class Examined(NamedTuple):
+    """A network that has been checked on the images on which it will be attacked."""
+
+    trained: run.Run  # its own `evaluate` section decides which records have the usual file names
+    split: Split
+    settings: dict[str, Any]  # a checked `evaluate` section (`settings.replaced`); its `n` is that of the split
+    source: Surrogate | None
+    predict: Callable  # (variables, x, keys) -> (logits, features), in float32
+    common: dict[str, Any]  # what all records of this evaluation state
+
+
+def examine(
+    trained: run.Run, split: Split, checkpoint: str, settings: Any, source: Surrogate | None = None
+) -> Examined:
+    """Checks a network, loaded as `checkpoint`, on checked images of its data set; InputError where it is unusable."""
+    shown = settings if source is None else {**settings, "attacks": ()}
+    check_network(trained.model, trained.facts["input_shape"], shown)
+    victim = _victim(trained, settings["samples"])
+    x, asked = _asked(trained, victim, split)
+    common = _common(trained, checkpoint, settings, split, asked)
+    if source is not None:
+        common |= {"surrogate_fingerprint": checks.fingerprint(jax.jit(source.logits), x).tolist()}
+    return Examined(trained, split, settings, source, victim, common)
+
+
+def write_records(examined: Examined, folder: Path, keep: int = 10) -> list[dict[str, Any]]:
+    """Attacks an examined network and writes one record per attack and eps into `folder`; returns the records.
+
+    keep: as in `evaluate`. Records that are there are not computed again.
     """
-    victim, common = _prepared(trained, split, checkpoint, settings, source)
-    mesh, records = cluster.mesh(), []
-    main, plan = settings["eps"], list(_plan(settings, trained, source))
+    trained, split, settings, source, _, common = examined
+    main, plan, records = settings["eps"], list(_plan(settings, trained, source)), []
 
     @functools.lru_cache(maxsize=1)  # keeps one attack's compiled program for its whole ladder of eps
     def executor(name):
-        return _executor(named(name, trained.config.objective), victim, source, trained, split, settings, mesh)
+        return _executor(named(name, trained.config.objective), examined)
 
     for number, (name, attack, eps) in enumerate(plan, 1):
         label, made = names.recorded(name), attack.settings
@@ -178,13 +201,12 @@ def attack_images(
         own_code.permit_attacks(trained.config.evaluate.attacks, trained.workdir / "config.json", trust)
         settings = replaced(trained.config.evaluate)
     trained = trained._replace(facts={**trained.facts, "label": label, "warnings": ()})  # those of its own data
-    victim, common = _prepared(trained, split, checkpoint, settings)
-    mesh, eps = cluster.mesh(), settings["eps"]
-    records, found = [], []
+    examined = examine(trained, split, checkpoint, settings)
+    common, eps, records, found = examined.common, settings["eps"], [], []
     for number, name in enumerate(settings["attacks"], 1):
         attack = named(name, trained.config.objective)
         step_size = _step_size(attack, settings, eps)
-        execute = _executor(attack, victim, None, trained, split, settings, mesh)
+        execute = _executor(attack, examined)
         shown = names.recorded(name)
         title = f"{common['title']}: {results.attack_label(shown)}, eps {eps}, {number} of {len(settings['attacks'])}"
         flags, x_adv, more = execute(eps, step_size, title, len(split.labels), None)
@@ -192,18 +214,6 @@ def attack_images(
         records.append(_record({**common, **own, "bounded": attack.bounded}, more, flags))
         found.append(x_adv)
     return records, np.stack(found)
-
-
-def _prepared(trained, split, checkpoint, settings, source=None):
-    """(the network as `predict(variables, x, keys)`, what all records of this evaluation state)."""
-    shown = settings if source is None else {**settings, "attacks": ()}
-    check_network(trained.model, trained.facts["input_shape"], shown)
-    victim = _victim(trained, settings["samples"])
-    x, asked = _asked(trained, victim, split)
-    common = _common(trained, checkpoint, settings, split, asked)
-    if source is not None:
-        common |= {"surrogate_fingerprint": checks.fingerprint(jax.jit(source.logits), x).tolist()}
-    return victim, common
 
 
 def _warnings(trained, asked):
@@ -231,18 +241,6 @@ def _plan(settings, trained, source):
             yield name, attack, eps
 
 
-class Surrogate(NamedTuple):
-    """The network that a transfer attack attacks in place of the evaluated one."""
-
-    predict: Callable  # (variables, x) -> (logits, features)
-    variables: Any
-    says: dict[str, Any]  # its description in records
-
-    def logits(self, x: Any) -> Any:
-        """(B, H, W, C) in [0, 1] -> (B, classes)."""
-        return self.predict(self.variables, x)[0]
-
-
 def _surrogate(workdir, checkpoint, trained, settings, trust):
     loaded = run.load(workdir, checkpoint, trust=trust)
     for name in ("input_shape", "num_classes"):
@@ -267,8 +265,9 @@ def _victim(trained, samples):
     return lambda variables, x, keys: predict(variables, x)
 
 
-def _executor(attack: Named, victim, source, trained, split, settings, mesh):
+def _executor(attack: Named, examined: Examined):
     """A function (eps, step_size, title, keep, state) -> (flags, `keep` adversarial images, more of the record)."""
+    trained, split, settings, source, victim, _ = examined
     norm, batch_size, seed = settings["norm"], settings["batch_size"], trained.config.seed
     attacked = None if source is None else lambda x, keys: source.logits(x)
     if attack.make is None:
@@ -278,7 +277,9 @@ def _executor(attack: Named, victim, source, trained, split, settings, mesh):
             attacked=attacked, count=attack.count,
         )  # fmt: skip
     surrogate = None if source is None else lambda variables, x, keys: source.predict(variables[1], x)
-    scorer = make_scorer(attack, lambda variables, x, keys: victim(variables[0], x, keys), settings, mesh, surrogate)
+    scorer = make_scorer(
+        attack, lambda variables, x, keys: victim(variables[0], x, keys), settings, cluster.mesh(), surrogate
+    )
     variables = (trained.variables, None if source is None else source.variables)
 
     def execute(eps, step_size, title, keep, state):
