@@ -1,6 +1,5 @@
 """Networks of one's own: the examples of docs/own_network.md, and the records and report of `ibjax.benchmark`."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from flax import linen, nnx
 
 import ibjax
-from ibjax import files, main
+from ibjax import calls, files, main
 from ibjax.errors import InputError
 from ibjax.evaluation import benchmark as module
 from ibjax.evaluation import evaluate, report, results
@@ -33,6 +32,7 @@ def lenient():
 # ---- the page ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_calls_of_the_page_run(tmp_path, monkeypatch, lenient):
     monkeypatch.chdir(tmp_path)
     for library in ("equinox", "haiku", "torch"):
@@ -49,19 +49,40 @@ def test_the_calls_of_the_page_run(tmp_path, monkeypatch, lenient):
     assert f"`ibjax.zoo` knows {len(made['zoo'].names())} published networks" in PAGE
 
 
-@pytest.mark.parametrize("library", ["nnx", "equinox"])
-def test_a_class_of_another_library_trains_by_its_name(library, tmp_path, lenient):
-    if importlib.util.find_spec("equinox" if library == "equinox" else "flax") is None:
-        pytest.skip(f"needs {library}")
-    for name, source in FILES.items():
+@pytest.fixture
+def folder(tmp_path):
+    """The files of the page, and one whose factory makes an instance."""
+    pytest.importorskip("equinox")
+    instance = "from .my_nnx import Model as Net\nfrom flax import nnx\n\n\n"
+    instance += "def Model(num_classes: int):\n    return Net(num_classes, rngs=nnx.Rngs(0))\n"
+    for name, source in {**FILES, "made.py": instance}.items():
         (tmp_path / name).write_text(source)
+    return tmp_path
+
+
+def test_a_class_of_another_library_is_a_factory_of_linen_modules_with_checked_options(folder, lenient):
+    for library in ("nnx", "equinox"):
+        section = dict(name=f"{folder}/my_{library}.py", width=4)
+        model = calls.build("models", section, "model", num_classes=10)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+        assert isinstance(model, linen.Module) and shapes.keys() == {"params", "batch_stats"}
+        for wrong, words in ((dict(widht=4), "did you mean 'width'"), (dict(width="a"), "takes int")):
+            with pytest.raises(InputError, match=words):
+                calls.arguments("models", {**section, **wrong}, "model", ("num_classes",))
+    with pytest.raises(InputError, match=r"is a Model; name its class, or return ibjax\.wrap\.linen_from_nnx"):
+        calls.build("models", dict(name=f"{folder}/made.py"), "model", num_classes=10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["nnx", "equinox"])
+def test_a_class_of_another_library_trains_by_its_name(library, folder, lenient):
     short = ["epochs=1", "data.fraction=0.1", "attack.steps=1", "validate.attack.steps=1", "evaluate.n=32"]
-    short += ["evaluate.attacks=('fgsm',)", f"model.name={tmp_path}/my_{library}.py"]
-    words = ["main", f"--config={tmp_path / 'my_recipe.py'}", f"--workdir={tmp_path / 'run'}"]
+    short += ["evaluate.attacks=('fgsm',)", f"model.name={folder}/my_{library}.py"]
+    words = ["main", f"--config={folder / 'my_recipe.py'}", f"--workdir={folder / 'run'}"]
     main.execute(*main.parse([*words, *(f"--config.{option}" for option in short)]))
-    record = files.read_json(tmp_path / "run/eval/best/fgsm.json")
+    record = files.read_json(folder / "run/eval/best/fgsm.n32.json")
     assert record["config"]["model"]["width"] == 16 and "model" in record["own_code"]
-    trained = ibjax.load(tmp_path / "run")  # this process has trained it
+    trained = ibjax.load(folder / "run")  # this process has trained it
     x, y = trained.test(32)
     assert (np.asarray(trained.logits_fn(x)).argmax(1) == np.asarray(y)).mean() == record["clean_acc"] / 100
 
