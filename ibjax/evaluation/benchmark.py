@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from ibjax import config, files, wrap
 from ibjax.attacks import entrance
-from ibjax.data import IMAGES, Split, check, npz, sample
+from ibjax.data import IMAGES, Split, check, npz, sample, streamed
 from ibjax.devices import cluster
 from ibjax.errors import InputError, check_count
 from ibjax.evaluation import report
@@ -74,12 +74,11 @@ def benchmark(
     given = _network(network)
     settings, section = _settings(threat, attacks, n, batch_size, seed)
     split, facts = _images(data)
-    classes = _classes(given, split)
-    split = check(split, f"{facts['label']}:", classes)
+    split, classes = _checked(split, f"{facts['label']}:", given)
     facts |= {"input_shape": list(split.images.shape[1:]), "num_classes": classes, "n_test": len(split.labels)}
     facts |= {"digests": {"test": trees.digest(split)}, "imported": _says(given, split)}
-    settings.title = title or str(given.says.get("network", "network")).rpartition(".")[2]
-    settings.model = {key: value for key, value in given.says.items() if key != "weights"}
+    settings.title = title or given.says.get("title") or str(given.says.get("network", "network")).rpartition(".")[2]
+    settings.model = {key: value for key, value in given.says.items() if key not in ("title", "weights")}
     settings.data = config.plain(facts.pop("section"))
     folder = Path(settings.title) if workdir is None else files.path(workdir)
     split, before = sample(split, section["n"]), None if workdir is None else _before(folder, facts)
@@ -107,7 +106,8 @@ def _network(network):
     if isinstance(network, Network):
         return network
     if isinstance(network, run.Run):
-        return wrap.linen(run.in_float32(network.model), network.variables)
+        wrapped = wrap.linen(run.in_float32(network.model), network.variables)
+        return wrapped._replace(says={**wrapped.says, "title": network.config.title or network.workdir.name})
     family = {base.__module__.partition(".")[0] for base in type(network).__mro__}
     for library, name in (("torch", "pytorch(module)"), ("equinox", "equinox(model)"), ("haiku", "haiku(…)")):
         if library in family:
@@ -138,7 +138,7 @@ def _settings(threat, attacks, n, batch_size, seed):
 def _images(data):
     """(the test images, facts of them with their `section` of a configuration)."""
     if isinstance(data, tuple) and len(data) == 2:
-        return Split(*data), {"label": "given images", "section": {"label": "given images"}}
+        return Split(*map(np.asarray, data)), {"label": "given images", "section": {"label": "given images"}}
     if isinstance(data, str | os.PathLike) and str(data).endswith(".npz"):
         file = files.path(data)
         return npz.images(file), {"label": file.stem, "section": {"path": str(file)}}
@@ -156,23 +156,21 @@ def _images(data):
     return loaded.test, {"label": loaded.label, "section": section, **descriptions}
 
 
-def _classes(given, split):
-    """The number of classes of the network, for which nothing is computed; InputError unless it takes the images."""
-    images = np.asarray(split.images[:2])
-    if images.ndim != 4:
-        raise InputError(f"images have shape {np.shape(split.images)}; give (N, height, width, channels)")
-    x = to_float(jnp.asarray(images)) if images.dtype == np.uint8 else jnp.asarray(images, jnp.float32)
-    classes = entrance.classes_of(given.logits_fn, x)
-    assert classes is not None
-    return classes
+def _checked(split, name, given):
+    """(the split, checked, the number of classes of the network); InputError unless the network takes the images."""
+    images = split.images if streamed(split) else check(split._replace(labels=0 * split.labels), name, 1).images
+    classes = entrance.classes_of(given.logits_fn, to_float(jnp.asarray(images[:2])))
+    assert classes is not None  # as the images have values
+    return check(split, name, classes), classes
 
 
 def _says(given, split):
-    """What records state of the network. Without a digest of its weights, one of its logits stands for it."""
-    weights = given.says.get("weights") or trees.digest(given.variables)
-    if "weights" not in given.says and not jax.tree.leaves(given.variables):
-        weights = trees.digest(given.logits_fn(to_float(jnp.asarray(split.images[:_PROBED]))))
-    return {"by": rundir.BENCHMARK, **given.says, "weights": weights}
+    """What records state of the network; a digest of its logits stands for that of arrays that it does not show."""
+    if "weights" in given.says:  # their digest
+        return {"by": rundir.BENCHMARK, **given.says}
+    hidden = not jax.tree.leaves(given.variables)
+    arrays = given.logits_fn(to_float(jnp.asarray(split.images[:_PROBED]))) if hidden else given.variables
+    return {"by": rundir.BENCHMARK, **given.says, "weights": trees.digest(arrays)}
 
 
 # ---- where it goes -------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def said(row: Published) -> Said:
 
 
 def _says(row, digest):
-    return {"network": row.path, "arch": row.arch, "sha256": digest}
+    return {"title": row.name, "network": row.path, "arch": row.arch, "sha256": digest}
 
 
 def _verified(row, file):
