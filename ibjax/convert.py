@@ -44,8 +44,8 @@ from ibjax.runs import command_line
 
 __all__ = ["from_torch", "main", "to_torch"]
 
-_SAID = ("arch", "key", "mean", "std", "no_normalisation", "sha256")  # what --zoo says
-_OF_IMPORTS = ("zoo", *_SAID[1:], "clean_acc", "photographs")
+_SAID = ("key", "mean", "std", "no_normalisation")  # what --zoo says, as it says --arch
+_OF_IMPORTS = ("zoo", *_SAID, "sha256", "clean_acc", "photographs")
 
 
 def main() -> None:
@@ -104,7 +104,7 @@ def parser() -> cli.Parser:
 def add_import(parser: cli.Parser) -> None:
     """Adds what is said of a PyTorch file: --arch, --key, the normalisation, the digest."""
     add = parser.add_argument
-    add("--zoo", metavar="NAME", help="the published network that it is (ibjax.zoo), in place of the options below")
+    add("--zoo", metavar="NAME", help="the published network that it is (ibjax.zoo), in place of --arch and the rest")
     add("--arch", help=f"which network it is, or whose names an export has: {', '.join(ARCHITECTURES)}")
     add("--key", help="of several networks in the file the one that is meant, as state_dict or model_ema.module")
     add("--mean", help="with which pixels are normalised, as 0.4914,0.4822,0.4465; for pixels from 0 to 1")
@@ -122,7 +122,8 @@ def add_import(parser: cli.Parser) -> None:
 def said_of(given: argparse.Namespace) -> Said:
     """What the options of `add_import` but --arch state; raises InputError where --mean or --std are no numbers."""
     if given.zoo is not None:
-        return zoo.said(zoo.find(given.zoo))
+        said = zoo.said(zoo.find(given.zoo))
+        return said._replace(sha256=given.sha256 or said.sha256)
     numbers = {option: _numbers(option, getattr(given, option)) for option in ("mean", "std")}
     return Said(given.key, **numbers, no_normalisation=given.no_normalisation, sha256=given.sha256)
 
@@ -133,7 +134,7 @@ def arch_of(given: argparse.Namespace, file: Path) -> str:
     Raises InputError where options say again, or otherwise, what --zoo says.
     """
     if given.zoo is not None:
-        if more := [option for option in _SAID if getattr(given, option) not in (None, False)]:
+        if more := [option for option in ("arch", *_SAID) if getattr(given, option) not in (None, False)]:
             raise InputError(f"--zoo={given.zoo} says --{more[0].replace('_', '-')} too; leave one of them out")
         row = zoo.find(given.zoo)
         if row.arch not in ARCHITECTURES:

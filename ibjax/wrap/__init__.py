@@ -25,8 +25,9 @@ A wrapped network is in evaluation mode; the given object stays as it is:
 An attack tests at its first call whether the logits of an image depend on the rest of its batch, and refuses a network
 that still uses batch statistics or draws random numbers.
 
-`linen_from_nnx` and `linen_from_equinox` make a Linen module of a constructor, which any objective can train that needs
-no features of it.
+For training, a configuration names the class of an NNX or Equinox module, as any network of one's own
+(docs/own_network.md). `linen_from_nnx` and `linen_from_equinox` make the Linen module that is trained, by any objective
+that needs no features of it.
 """
 
 from ibjax.wrap.networks import Network, equinox, function, haiku, linen, nnx

@@ -1,10 +1,10 @@
 """Linen modules of the constructors of NNX and Equinox, so that they can be trained, saved, loaded and evaluated.
 
-A configuration names a factory of such a module as any network of one's own:
+A configuration names the class itself (`ibjax.models.own`), or a factory where the constructor needs more:
 
     # my_network.py
     def Model(num_classes: int, width: int = 8):
-        return wrap.linen_from_nnx(Net, num_classes=num_classes, width=width)
+        return wrap.linen_from_equinox(Net, layout="HWC", num_classes=num_classes, width=width)
 
 The module has the collections `params` and `batch_stats`. The constructor runs whenever a program is traced, for the
 structure of the network; the weights then take the place of those that it makes.
@@ -44,9 +44,8 @@ class _OfNNX(nn.Module):
         from flax import nnx as library
 
         drawn = {name: self.make_rng(name) for name in ("dropout", "sample") if self.has_rng(name)}
-        initial = (
-            self.make_rng("params") if self.has_rng("params") else jax.random.key(0)
-        )  # for weights that are replaced
+        # without a key for "params" the weights exist, and replace those that the constructor draws
+        initial = self.make_rng("params") if self.has_rng("params") else jax.random.key(0)
         make = functools.partial(self.make, rngs=library.Rngs(initial, **drawn))
         inner = library.bridge.ToLinen(make, skip_rng=True, metadata_fn=None, name="nnx")
 
