@@ -29,7 +29,7 @@ def own_factory(call: Callable) -> Callable:
 
     given = inspect.signature(call.__init__)
     kept = [parameter for name, parameter in list(given.parameters.items())[1:] if name != filled]  # without self
-    made.__signature__ = given.replace(parameters=kept)  # pyright: ignore[reportFunctionMemberAccess]
+    made.__signature__ = given.replace(parameters=kept)  # pyright: ignore[reportAttributeAccessIssue]
     return made
 
 
