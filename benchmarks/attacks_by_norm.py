@@ -35,6 +35,7 @@ from ibjax import files
 from ibjax.attacks import geometry
 from ibjax.attacks.apgd import apgd
 from ibjax.attacks.cw import cw
+from ibjax.attacks.deepfool import deepfool
 from ibjax.attacks.eot import eot
 from ibjax.attacks.fab import fab
 from ibjax.attacks.fgsm import fgsm
@@ -43,8 +44,10 @@ from ibjax.attacks.nifgsm import nifgsm
 from ibjax.attacks.noise import noise
 from ibjax.attacks.pgd import pgd
 from ibjax.attacks.representation import ara, guides
+from ibjax.attacks.sparse_rs import exchanges, sparse_rs
 from ibjax.attacks.spsa import spsa
 from ibjax.attacks.square import square
+from ibjax.attacks.targeted import targeted
 from ibjax.attacks.transfer import transfer
 
 RESULTS = Path(__file__).parent.parent / "results" / "attacks-by-norm.json"
@@ -153,14 +156,18 @@ def _in_torch(attack, seed, x, y):
     return np.moveaxis(x_adv.detach().numpy(), 1, -1)
 
 
-def torchattacks_(name: str, net: Weights = VICTIM, sigma: float = 0.0, **options: Any) -> Callable:
-    """An attack of torchattacks by its class's name."""
+def torchattacks_(
+    name: str, net: Weights = VICTIM, sigma: float = 0.0, mode: str | None = None, **options: Any
+) -> Callable:
+    """An attack of torchattacks by its class's name; `mode` is one of its targeted ones, as "least_likely"."""
 
     def run(seed, x, y):
         import torchattacks
 
         attack = getattr(torchattacks, name)(_network(net, sigma), **options)
         attack.set_device("cpu")
+        if mode:
+            getattr(attack, f"set_mode_targeted_{mode}")(quiet=True)
         return _in_torch(attack, seed, x, y)
 
     return run
@@ -292,6 +299,65 @@ def spsa_l2(eps: float, delta: float, samples: int, lr: float, steps: int) -> Ca
     return run
 
 
+def deepfool_linf(steps: int, overshoot: float = 0.02) -> Callable:
+    """DeepFool in l_inf by the paper's algorithm for many classes and any p, with clipping; NumPy, image by image."""
+
+    def run(seed, x, y):
+        w, b, v = (a.astype(np.float64) for a in VICTIM)
+        found = []
+        for image, label in zip(x.reshape(N, -1).astype(np.float64), y, strict=True):
+            moved, total = image, np.zeros(_D)
+            for _ in range(steps):
+                h = np.tanh(moved @ w + b)
+                z = h @ v
+                if z.argmax() != label:
+                    break
+                jacobian = (w * (1 - h**2)) @ v  # (D, classes)
+                f, slopes = z - z[label], jacobian - jacobian[:, [label]]
+                reach = [np.inf if k == label else abs(f[k]) / np.abs(slopes[:, k]).sum() for k in range(CLASSES)]
+                nearest = int(np.argmin(reach))
+                total += reach[nearest] * np.sign(slopes[:, nearest])
+                moved = np.clip(image + (1 + overshoot) * total, 0, 1)
+            found.append(moved)
+        return np.array(found, np.float32).reshape(x.shape)
+
+    return run
+
+
+def random_pixels(k: int, queries: int) -> Callable:
+    """Sparse-RS in l0 by the paper's algorithm, with sets of pixels; NumPy, image by image."""
+
+    def run(seed, x, y):
+        rng, height, width = np.random.default_rng(seed), *SHAPE[:2]
+        found = []
+
+        def margin(image, label):
+            z = logits_fn(image[None])[0]
+            return z[label] - np.delete(z, label).max()
+
+        def colours(count):
+            return rng.integers(0, 2, (count, SHAPE[2])).astype(np.float32)
+
+        for image, label in zip(x.reshape(N, height * width, SHAPE[2]), y, strict=True):
+            inside, outside = np.split(rng.permutation(height * width), [k])
+            best = image.copy()
+            best[inside] = colours(k)
+            smallest = margin(best, label)
+            for count in exchanges(k, queries)[1:]:
+                if smallest <= 0:
+                    break
+                back, new = rng.permutation(k)[:count], rng.permutation(len(outside))[:count]
+                proposal = best.copy()
+                proposal[inside[back]], proposal[outside[new]] = image[inside[back]], colours(count)
+                if (value := margin(proposal, label)) < smallest:
+                    best, smallest = proposal, value
+                    inside[back], outside[new] = outside[new], inside[back]
+            found.append(best)
+        return np.array(found).reshape(x.shape)
+
+    return run
+
+
 def draws(kind: str, norm: str, eps: float) -> Callable:
     """Noise, drawn by NumPy."""
 
@@ -399,6 +465,11 @@ def rows() -> list[Row]:
     trades = pgd(loss="kl", init="gaussian", steps=10, **linf, **ROLLED)
     table.append(Row("pgd", "linf", LINF, "KL, 10 steps", lambda key, x, y: trades(key, logits_fn, x, target), TORCH,
                      ta("TPGD", steps=10, **their_linf)))  # fmt: skip
+    for norm, ball, theirs in (
+        ("linf", linf, ta("PGD", steps=5, mode="least_likely", **their_linf)),
+        ("l2", l2, ta("PGDL2", steps=5, mode="least_likely", **their_l2)),
+    ):
+        add("targeted", norm, ball["eps"], "least likely, 5 steps", targeted(steps=5, **ball, **ROLLED), TORCH, theirs)
     lookahead = nifgsm(steps=5, **linf, **ROLLED)
     add("nifgsm", "linf", LINF, "5 steps", lookahead, TORCH, ta("NIFGSM", steps=5, **their_linf), **fixed)
 
@@ -411,6 +482,12 @@ def rows() -> list[Row]:
     for compat in (False, True):
         ours, text = cw(torchattacks_compat=compat, **c_and_w), "compat, 30 steps" if compat else "30 steps"
         add("cw", "l2", L2, text, ours, TORCH, ta("CW", **c_and_w), **fixed)
+    for norm, eps, oracle, theirs in (
+        ("linf", LINF, "NumPy loop", deepfool_linf(3)),
+        ("l2", L2, TORCH, ta("DeepFool", steps=3)),
+    ):
+        add("deepfool", norm, eps, "3 steps", deepfool(norm=norm, eps=eps, steps=3), oracle, theirs, **fixed)
+    add("sparse_rs", "l0", 2, "150 queries", sparse_rs(eps=2, queries=150), "NumPy loop", random_pixels(2, 150))
     climb_to_guide = ara(eps=4 * LINF, steps=6)
     ours = lambda key, x, y: climb_to_guide(key, _hidden, x, jnp.asarray(GUIDES))  # noqa: E731
     table.append(Row("ara", "linf", 4 * LINF, "6 iterations", ours, "scipy", ara_scipy(4 * LINF, 6), runs=1))

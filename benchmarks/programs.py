@@ -112,7 +112,8 @@ def of_attack(name: str, scale: Scale, mesh: Mesh) -> Program:
 
 def of_autoattack(chosen: named.Named, model: Any, scale: Scale) -> Program:
     """AutoAttack's parts in turn, on all images."""
-    parts, _ = chosen.parts(NORM, EPS, CLASSES)
+    in_pixels = chosen.settings["attacks"] == ["sparse-rs"]
+    parts, _ = chosen.parts(*(("l0", 3) if in_pixels else (NORM, EPS)), CLASSES)
     if scale.short:
         parts = {name: part._replace(steps=2, restarts=1, targets=min(part.targets, 2)) for name, part in parts.items()}
 

@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,55 +45,19 @@ from ibjax.attacks.pgd import pgd
 from ibjax.devices import cluster
 from ibjax.errors import DataError, InputError
 from ibjax.files import read_npz
-from ibjax.pytorch import torch_file
+from ibjax.pytorch import torch_file, verified
+from ibjax.pytorch.published import Published, table
+from ibjax.pytorch.verified import Weights, conv, flat, linear
 
 _SLACK = 1.0  # points that AutoAttack may leave above the exact robust accuracy
 _EXACT = 1e-2  # points by which the published percentages are rounded
 
 # ---- the networks --------------------------------------------------------------------------------------------
 
-Weights = Mapping[str, Array]
-
-
-def linear(weights: Weights, name: str, x: Array) -> Array:
-    """PyTorch's `Linear`: x (B, in), weight (out, in)."""
-    return jnp.matmul(x, weights[f"{name}.weight"].T, precision=lax.Precision.HIGHEST) + weights[f"{name}.bias"][None]
-
-
-def conv(weights: Weights, name: str, x: Array, stride: int = 1, padding: int = 0) -> Array:
-    """PyTorch's `Conv2d` on x (B, H, W, C): weight (out, in, height, width)."""
-    kernel = weights[f"{name}.weight"].transpose(2, 3, 1, 0)
-    dimensions = ("NHWC", "HWIO", "NHWC")
-    z = lax.conv_general_dilated(
-        x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=dimensions,
-        precision=lax.Precision.HIGHEST,
-    )  # fmt: skip
-    return z + weights[f"{name}.bias"][None, None, None]
-
-
-def flat(x: Array) -> Array:
-    """(B, H, W, C) -> (B, C·H·W), in the order in which PyTorch flattens (B, C, H, W)."""
-    return x.transpose(0, 3, 1, 2).reshape(len(x), -1)
-
 
 def halved(x: Array) -> Array:
     """`MaxPool2d(2)`."""
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
-
-
-def kw(weights: Weights, x: Array) -> Array:
-    """Wong & Kolter's network with two convolutions of stride 2."""
-    for name in ("0", "2"):
-        x = jax.nn.relu(conv(weights, name, x, stride=2, padding=1))
-    return linear(weights, "7", jax.nn.relu(linear(weights, "5", flat(x))))
-
-
-def mlp_b(weights: Weights, x: Array) -> Array:
-    """Two hidden layers of 100."""
-    x = flat(x)
-    for name in ("1", "3"):
-        x = jax.nn.relu(linear(weights, name, x))
-    return linear(weights, "5", x)
 
 
 def small_cnn(weights: Weights, x: Array) -> Array:
@@ -107,27 +71,8 @@ def small_cnn(weights: Weights, x: Array) -> Array:
     return linear(weights, "classifier.fc3", x)
 
 
-class Published(NamedTuple):
-    """A network and what is published of it: accuracies in percent on all 10,000 test images, l_inf."""
-
-    file: str
-    sha256: str  # its first 16 digits
-    network: Callable[[Weights, Array], Array]
-    eps: float
-    clean: float
-    pgd: float
-    exact: float | None = None
-    autoattack: float | None = None
-
-
-NETWORKS = {
-    "WK17a": Published("WK17a_linf0.1.pth", "665cce40af979286", kw, 0.1, 98.11, 95.89, 95.62),
-    "LPD_MLP_B_0.1": Published("LPD_MLP_B_0.1.pth", "6f01f9174008be5c", mlp_b, 0.1, 95.91, 86.61, 85.55),
-    "LPD_MLP_B_0.2": Published("LPD_MLP_B_0.2.pth", "a9f2c3d5c9dedf82", mlp_b, 0.2, 84.28, 66.15, 63.67),
-    "LPD_MLP_B_0.3": Published("LPD_MLP_B_0.3.pth", "ebcc878152e7a463", mlp_b, 0.3, 60.78, 42.71, 40.15),
-    "LPD_MLP_B_0.4": Published("LPD_MLP_B_0.4.pth", "faa72446a52dadaf", mlp_b, 0.4, 32.03, 18.15, 16.83),
-    "TRADES": Published("model_mnist_smallcnn.pt", "5b99888064f69204", small_cnn, 0.3, 99.48, 96.07, None, 92.81),
-}
+NETWORKS = {row.name: row for row in table().values() if row.data == "mnist"}
+_PREDICT = {"small_cnn": small_cnn, **verified.NETWORKS}
 
 
 def load(folder: Path, published: Published) -> Callable[[Array], Array]:
@@ -137,7 +82,7 @@ def load(folder: Path, published: Published) -> Callable[[Array], Array]:
         raise InputError(f"--folder={folder} has no {published.file}; give the folder that it was downloaded to")
     (node,) = torch_file.read(found[0], published.sha256).nodes
     weights = {name: jnp.asarray(torch_file.array(found[0], name, tensor)) for name, tensor in node.tensors.items()}
-    return lambda x: published.network(weights, x)
+    return lambda x: _PREDICT[published.arch](weights, x)
 
 
 def images(file: Path, n: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -163,7 +108,7 @@ def clean(published: Published, network: Callable, x: np.ndarray, y: np.ndarray,
 
 def pgd_40(published: Published, network: Callable, x: np.ndarray, y: np.ndarray, state: Path | None) -> np.ndarray:
     """Which images withstand PGD-40 on cross-entropy."""
-    attack = pgd(loss="ce", eps=published.eps, step_size=0.01, steps=40, init="none")
+    attack = pgd(loss="ce", eps=float(published.eps), step_size=0.01, steps=40, init="none")
 
     @jax.jit
     def robust(keys, x, y):
@@ -176,7 +121,7 @@ def pgd_40(published: Published, network: Callable, x: np.ndarray, y: np.ndarray
 
 def standard(published: Published, network: Callable, x: np.ndarray, y: np.ndarray, state: Path | None) -> Any:
     """AutoAttack's result."""
-    options = dict(norm="linf", eps=published.eps, batch_size=_BATCH, state=state, progress=published.file)
+    options = dict(norm="linf", eps=float(published.eps), batch_size=_BATCH, state=state, progress=published.file)
     return autoattack(jax.random.key(0), network, x, y, **options)
 
 
@@ -192,8 +137,9 @@ def measure(name: str, attacks: list[str], folder: Path, x: np.ndarray, y: np.nd
     """One network's record: what we find, with the seconds, beside what is published."""
     published = NETWORKS[name]
     network = jax.jit(load(folder, published))
+    eps = float(published.eps)
     known = {key: value for key in _KNOWN if (value := getattr(published, key)) is not None}
-    record: dict[str, Any] = dict(network=name, eps=published.eps, n=len(x), published=known, ours={}, seconds={})
+    record: dict[str, Any] = dict(network=name, eps=eps, n=len(x), published=known, ours={}, seconds={})
     record["about"] = measuring.environment()
     for attack in attacks:
         state = None if states is None else states / f"{name}-{len(x)}.npz"

@@ -89,7 +89,10 @@ if typing.TYPE_CHECKING:
         objectives,
         pytorch,
         report,
+        wrap,
     )
+    from ibjax.evaluation.benchmark import benchmark
+    from ibjax.pytorch import zoo
     from ibjax.runs.run import Run, load
 
 __all__ = [
@@ -97,6 +100,7 @@ __all__ = [
     "__version__",
     "analysis",
     "attacks",
+    "benchmark",
     "config",
     "convert",
     "data",
@@ -108,9 +112,20 @@ __all__ = [
     "objectives",
     "pytorch",
     "report",
+    "wrap",
+    "zoo",
 ]
 __version__ = places.version()
-__getattr__, __dir__ = lazy.attach(__name__, __all__, {"Run": "ibjax.runs.run", "load": "ibjax.runs.run"})
+__getattr__, __dir__ = lazy.attach(
+    __name__,
+    __all__,
+    {
+        "Run": "ibjax.runs.run",
+        "load": "ibjax.runs.run",
+        "benchmark": "ibjax.evaluation.benchmark",
+        "zoo": "ibjax.pytorch",
+    },
+)
 
 
 def _leave(number, frame):

@@ -96,8 +96,7 @@ def _network(given, split):
         raise InputError(f"--model={given.model} is neither the folder of a run nor a file of a network")
     if given.checkpoint is not None:
         raise InputError(f"--model={given.model} is a file, --checkpoint={given.checkpoint} goes with a run")
-    convert.check_arch(given, given.model)
-    return imports.load(given.model, given.arch, split, given.file.stem, said)
+    return imports.load(given.model, convert.arch_of(given, given.model), split, given.file.stem, said)
 
 
 def _write(out, records, x_adv, split):

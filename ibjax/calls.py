@@ -49,6 +49,8 @@ _CONTRACTS = {
     "augmentations": ("ibjax.data.augment", "own_augmentation"),
     "writers": ("ibjax.runs.writers", "own_writer"),
 }
+# kind -> (module, its function that turns what the user's own code defines into a factory)
+_ADAPTED = {"models": ("ibjax.models.own", "own_factory")}
 # kind -> arguments that a factory of the user's own must take, since the library passes them
 _PASSED = {
     "models": ("num_classes",),
@@ -181,6 +183,9 @@ def _own(source, call):
     module, contract = _CONTRACTS[source.kind]
     contract = getattr(importlib.import_module(module), contract)
     try:
+        if source.kind in _ADAPTED:
+            module, adapt = _ADAPTED[source.kind]
+            call = getattr(importlib.import_module(module), adapt)(call)
         parameters = inspect.signature(call).parameters
     except (TypeError, ValueError):
         raise CodeError(f"{source}: Python does not know which arguments it takes; define it as a function") from None

@@ -1,6 +1,7 @@
 """Converts PyTorch networks into runs and runs into PyTorch networks, and runs into model cards and back.
 
     python -m ibjax.convert --torch FILE --arch NAME --workdir DIR [--clean_acc=84.92] [--config.KEY=VALUE …]
+    python -m ibjax.convert --torch FILE --zoo NAME --workdir DIR [--config.KEY=VALUE …]
     python -m ibjax.convert --workdir DIR --to torch --out FOLDER [--checkpoint=best|last|STEP] [--arch NAME]
     python -m ibjax.convert --workdir DIR --to card [--out FOLDER] [--checkpoint=best|last|STEP]
     python -m ibjax.convert --card FOLDER --workdir DIR [--config.data.data_dir=…]
@@ -34,7 +35,7 @@ from ibjax import cli, errors, files
 from ibjax.devices import cluster
 from ibjax.errors import InputError, nearest
 from ibjax.evaluation import card
-from ibjax.pytorch import torch_file
+from ibjax.pytorch import torch_file, zoo
 from ibjax.pytorch.architectures import ARCHITECTURES
 from ibjax.pytorch.exports import to_torch
 from ibjax.pytorch.imports import from_torch, hint
@@ -43,7 +44,8 @@ from ibjax.runs import command_line
 
 __all__ = ["from_torch", "main", "to_torch"]
 
-_OF_IMPORTS = ("key", "mean", "std", "no_normalisation", "sha256", "clean_acc", "photographs")
+_SAID = ("key", "mean", "std", "no_normalisation")  # what --zoo says, as it says --arch
+_OF_IMPORTS = ("zoo", *_SAID, "sha256", "clean_acc", "photographs")
 
 
 def main() -> None:
@@ -66,10 +68,13 @@ def main() -> None:
             delta = to_torch(given.workdir, to, given.checkpoint or "best", arch=given.arch, n=given.n)
             print(f"{to}: max |Δlogit| {delta:.1e}; python {to / 'check.py'} checks it in PyTorch")
             return
-        check_arch(given, given.torch)
+        arch = arch_of(given, given.torch)
         said = said_of(given)._asdict() | dict(overrides=overrides)
-        options = dict(clean_acc=given.clean_acc, photographs=given.photographs, n=given.n)
-        found = from_torch(given.torch, given.arch, given.workdir, **said, **options)
+        clean_acc = given.clean_acc
+        if given.zoo is not None and not given.photographs and clean_acc is None:
+            clean_acc = zoo.find(given.zoo).clean
+        options = dict(clean_acc=clean_acc, photographs=given.photographs, n=given.n)
+        found = from_torch(given.torch, arch, given.workdir, **said, **options)
         accuracy = f", clean accuracy {found['clean_acc']:.2f} %" if "clean_acc" in found else ""
         read = "; ".join(f"{what} {part['is']} ({part['from']})" for what, part in found["network"].items())
         print(f"{given.torch}: {read}")
@@ -99,6 +104,7 @@ def parser() -> cli.Parser:
 def add_import(parser: cli.Parser) -> None:
     """Adds what is said of a PyTorch file: --arch, --key, the normalisation, the digest."""
     add = parser.add_argument
+    add("--zoo", metavar="NAME", help="the published network that it is (ibjax.zoo), in place of --arch and the rest")
     add("--arch", help=f"which network it is, or whose names an export has: {', '.join(ARCHITECTURES)}")
     add("--key", help="of several networks in the file the one that is meant, as state_dict or model_ema.module")
     add("--mean", help="with which pixels are normalised, as 0.4914,0.4822,0.4465; for pixels from 0 to 1")
@@ -115,21 +121,36 @@ def add_import(parser: cli.Parser) -> None:
 
 def said_of(given: argparse.Namespace) -> Said:
     """What the options of `add_import` but --arch state; raises InputError where --mean or --std are no numbers."""
+    if given.zoo is not None:
+        said = zoo.said(zoo.find(given.zoo))
+        return said._replace(sha256=given.sha256 or said.sha256)
     numbers = {option: _numbers(option, getattr(given, option)) for option in ("mean", "std")}
     return Said(given.key, **numbers, no_normalisation=given.no_normalisation, sha256=given.sha256)
 
 
-def check_arch(given: argparse.Namespace, file: Path) -> None:
-    """Raises InputError without --arch; it names the architecture that fits `file` best."""
+def arch_of(given: argparse.Namespace, file: Path) -> str:
+    """The architecture that --zoo or --arch names; InputError without both, which names the one that fits `file` best.
+
+    Raises InputError where options say again, or otherwise, what --zoo says.
+    """
+    if given.zoo is not None:
+        if more := [option for option in ("arch", *_SAID) if getattr(given, option) not in (None, False)]:
+            raise InputError(f"--zoo={given.zoo} says --{more[0].replace('_', '-')} too; leave one of them out")
+        row = zoo.find(given.zoo)
+        if row.arch not in ARCHITECTURES:
+            raise InputError(f"--zoo={given.zoo} has no definition in ibjax.models; ibjax.zoo.load takes its file")
+        return row.arch
     if given.arch is None:
         there = f"; {hint(torch_file.read(file, given.sha256))}" if file.is_file() else ""
         raise InputError(f"--arch is missing; {nearest('', ARCHITECTURES)}{there}")
+    return given.arch
 
 
 def _check(given, overrides):
     if sum(option is not None for option in (given.torch, given.card, given.to)) != 1:
         raise InputError(
-            "give --torch FILE --arch NAME or --card FOLDER for an import, or --to card or --to torch for an export"
+            "give --torch FILE --arch NAME (or --zoo NAME) or --card FOLDER for an import, or --to card or --to torch "
+            "for an export"
         )
     errors.check_range("--n", given.n, 1)
     of_torch = any(getattr(given, option) not in (None, False) for option in _OF_IMPORTS)

@@ -139,8 +139,8 @@ def locate(kind: str, name: str) -> Source | None:
         return Source(kind, name, "", match["attribute"] or USUAL.get(kind) or file.stem, file, file.parent)
     if is_reference(name):
         return _of_dotted(kind, name)
-    if point := entry_points(kind).get(name):
-        return _of_entry_point(kind, point)
+    if name in entry_points(kind):
+        return _of_entry_point(kind, _the_only(kind, name))
     return _beside_the_built_in(kind, name)
 
 
@@ -218,20 +218,21 @@ def _spec(module):
 
 
 def entry_points(kind: str) -> dict[str, importlib.metadata.EntryPoint]:
-    """{name: entry point} of the installed packages for this kind.
+    """{name: entry point} of the installed packages for this kind."""
+    return {point.name: point for point in _points(f"ibjax.{kind}", tuple(sys.path))}
 
-    Raises CodeError where two packages give the same name.
-    """
-    found: dict[str, importlib.metadata.EntryPoint] = {}
-    for point in _points(f"ibjax.{kind}", tuple(sys.path)):
-        other = found.setdefault(point.name, point)
-        if (other.value, other.dist and other.dist.name) != (point.value, point.dist and point.dist.name):
-            names = " and ".join(str(one.dist and one.dist.name) for one in (other, point))
+
+def _the_only(kind, name):
+    """The entry point of a name; CodeError where two packages have one."""
+    first, *others = (point for point in _points(f"ibjax.{kind}", tuple(sys.path)) if point.name == name)
+    for point in others:
+        if (first.value, first.dist and first.dist.name) != (point.value, point.dist and point.dist.name):
+            names = " and ".join(str(one.dist and one.dist.name) for one in (first, point))
             raise CodeError(
-                f"{singular(kind)} '{point.name}' is an entry point of both {names}; uninstall one, or name "
-                f"the module, as '{point.value.replace(':', '.')}'"
+                f"{singular(kind)} '{name}' is an entry point of both {names}; uninstall one, or name the module, as "
+                f"'{point.value.replace(':', '.')}'"
             )
-    return found
+    return first
 
 
 @functools.lru_cache(maxsize=32)

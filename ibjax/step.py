@@ -23,10 +23,11 @@ from typing import Any, NamedTuple, Protocol
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array, lax
 
-from ibjax.attacks import Attack, StatefulAttack
+from ibjax.attacks import Attack, StatefulAttack, entrance
 from ibjax.devices.cores import in_parts
 from ibjax.errors import InputError
 
@@ -165,6 +166,18 @@ def as_output(made: Any) -> Output:
             return made, Features()
     given = f"a tuple of {len(made)}" if isinstance(made, tuple) else f"a {type(made).__name__}"
     raise InputError(f"the network returns {given}; return logits (B, classes), or (logits, {{name of a tap: array}})")
+
+
+def checked_logits(predict: Callable[[Any, Array], Output], variables: Any) -> Callable[[Array], Array]:
+    """A network as a function from images to logits in evaluation mode, which checks its images as the attacks do."""
+    program = jax.jit(predict)
+
+    def logits_fn(x: Array) -> Array:
+        if isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.floating):
+            x = x.astype(np.float32)  # as JAX does
+        return program(variables, entrance.images(x))[0]
+
+    return logits_fn
 
 
 def taps(model: nn.Module, input_shape: Sequence[int]) -> Features:

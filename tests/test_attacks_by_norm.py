@@ -21,6 +21,7 @@ import attacks_by_norm as by_norm  # noqa: E402
 from ibjax.attacks import geometry  # noqa: E402
 from ibjax.attacks.apgd import apgd  # noqa: E402
 from ibjax.attacks.cw import cw  # noqa: E402
+from ibjax.attacks.deepfool import deepfool  # noqa: E402
 from ibjax.attacks.eot import eot  # noqa: E402
 from ibjax.attacks.fab import fab  # noqa: E402
 from ibjax.attacks.fgsm import fgsm  # noqa: E402
@@ -28,8 +29,10 @@ from ibjax.attacks.mim import mim  # noqa: E402
 from ibjax.attacks.nifgsm import nifgsm  # noqa: E402
 from ibjax.attacks.noise import noise  # noqa: E402
 from ibjax.attacks.pgd import pgd  # noqa: E402
+from ibjax.attacks.sparse_rs import sparse_rs  # noqa: E402
 from ibjax.attacks.spsa import spsa  # noqa: E402
 from ibjax.attacks.square import square  # noqa: E402
+from ibjax.attacks.targeted import targeted  # noqa: E402
 from ibjax.errors import InputError  # noqa: E402
 
 ROWS = {row.name: row for row in by_norm.rows()}
@@ -49,10 +52,10 @@ def test_robust_accuracy_is_within_two_points_of_the_oracles(name):
 
 def test_every_attack_in_every_norm_that_it_offers_is_in_the_table():
     covered = {(row.attack, row.norm) for row in ROWS.values()}
-    for attack in (fgsm, pgd, mim, nifgsm, spsa, apgd, fab, square, noise):
-        for norm in geometry.NORMS:
+    for attack in (fgsm, pgd, targeted, mim, nifgsm, spsa, apgd, fab, deepfool, square, sparse_rs, noise):
+        for norm in geometry.ALL_NORMS:
             try:
-                attack(norm=norm, eps=0.1)
+                attack(norm=norm, eps=5 if norm == "l0" else 0.1)
             except InputError:
                 continue
             assert (attack.__name__, norm) in covered
@@ -88,12 +91,15 @@ def margins(norm):
     """The length of the shortest step inside the box onto the decision boundary, (N,) in float64.
 
     Each pixel moves by min(λ · rate, room): rate 1 in l_inf and |w| in l2, with the λ that bisection finds; in l1 the
-    steepest pixels go to their walls first.
+    steepest pixels go to their walls first. In l0 it is a number of pixels.
     """
     x, rows = X.reshape(N, -1).astype(np.float64), np.arange(N)
     w = (W[:, Y] - W[:, 1 - Y]).T.astype(np.float64)
     gap = np.sum(w * (x - 0.5), axis=1)
     steep, room = np.abs(w), np.where(w > 0, x, 1 - x)
+    if norm == "l0":  # the pixels that lower the logit most, all of their channels at their walls
+        gains = -np.sort(-(steep * room).reshape(N, -1, SHAPE[-1]).sum(2), axis=1)
+        return 1.0 + np.sum(np.cumsum(gains, 1) < gap[:, None], axis=1)
     if norm == "l1":
         order = np.argsort(-steep, axis=1)
         steep, room = (np.take_along_axis(value, order, 1) for value in (steep, room))
@@ -127,6 +133,7 @@ def exact(norm):
             "pgd-kl": pgd(loss="kl", **ball, **step),
             "pgd-margin": pgd(loss="margin", restarts=2, **ball, **step),
             "mim": mim(**ball, **step),
+            "targeted": targeted(**ball, **step),  # there is one other class
         }
     if norm == "linf":
         found["nifgsm"] = nifgsm(**ball, **step)
@@ -147,6 +154,13 @@ def test_on_a_linear_network_robust_means_that_the_margin_exceeds_eps(norm, name
     eps = np.median(margin)
     assert not np.any(~flags & (margin > eps * 1.001))  # nothing is broken that cannot be
     assert 100 * np.mean(flags & (margin < eps * 0.999)) <= 2
+
+
+def test_on_a_linear_network_sparse_rs_breaks_nothing_that_cannot_be_and_most_of_the_rest():
+    margin, eps = margins("l0"), 1
+    flags = robust(sparse_rs(eps=eps, queries=300))
+    assert not np.any(~flags & (margin > eps)) and np.any(margin > eps)
+    assert np.mean(~flags[margin <= eps]) > 0.8
 
 
 @pytest.mark.parametrize("norm", geometry.NORMS)

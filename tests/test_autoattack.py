@@ -378,6 +378,15 @@ def centred(x):
     return linear(x) - linear(x).mean(0, keepdims=True)
 
 
+def test_features_beside_the_logits_change_nothing():
+    """As the networks of ibjax.models return them."""
+    alone, beside = (
+        autoattack.autoattack(KEY, network, X[:8], Y[:8], "linf", 0.02, attacks=["apgd-ce"], options={"steps": 2})
+        for network in (linear, lambda x: (linear(x), {"pixels": x}))
+    )
+    np.testing.assert_array_equal(alone.x_adv, beside.x_adv)
+
+
 BAD = {
     "images above 1": (dict(x=X * 255), "reach from"),
     "images below 0": (dict(x=X - 0.5), "reach from"),
@@ -392,7 +401,7 @@ BAD = {
     "one-hot labels": (dict(y=np.eye(CLASSES)[Y]), "integers of shape"),
     "labels as floats": (dict(y=np.float32(Y)), "integers of shape"),
     "one logit per image": (dict(network=lambda x: linear(x)[:, 0]), "logits have shape"),
-    "a tuple": (dict(network=lambda x: (linear(x), {})), "return the logits alone"),
+    "a dict": (dict(network=lambda x: {"logits": linear(x)}), "return the logits alone"),
     "NaN logits": (dict(network=lambda x: linear(x) * jnp.nan), "NaN or Inf"),
     "NaN logits of one image": (dict(network=nan_for_the_last), "NaN or Inf for 1 images"),
     "batch statistics": (dict(network=centred), "other images of its batch"),

@@ -170,7 +170,7 @@ def test_the_command_line(made, tmp_path, monkeypatch, capsys):
     assert [each.folder for each in report.read([workdir])] == [workdir]  # the card in it is no run
     for wrong, said in (
         ((f"--workdir={workdir}", "--to=card"), f"{folder} exists and is not an empty folder"),
-        ((f"--workdir={workdir}",), "give --torch FILE --arch NAME or --card FOLDER"),
+        ((f"--workdir={workdir}",), "give --torch FILE --arch NAME (or --zoo NAME) or --card FOLDER"),
         ((f"--workdir={workdir}", "--to=card", f"--card={folder}"), "give --torch FILE"),
         ((f"--workdir={workdir}", "--to=torch"), "--to torch needs --out FOLDER"),
         ((f"--workdir={workdir}", "--to=other", f"--out={tmp_path / 'o'}"), "--out goes with --to card or --to torch"),

@@ -404,8 +404,11 @@ def test_another_normalisation_is_refused(data, tmp_path):
     "flags, said",
     [
         ("--torch=a.pt", "--arch is missing; allowed: cnn, dm_preact_resnet"),
-        ("", "give --torch FILE --arch NAME or --card FOLDER for an import"),
-        ("--to=x --torch=a.pt --arch=vgg", "give --torch FILE --arch NAME or --card FOLDER for an import"),
+        ("", "give --torch FILE --arch NAME (or --zoo NAME) or --card FOLDER for an import"),
+        (
+            "--to=x --torch=a.pt --arch=vgg",
+            "give --torch FILE --arch NAME (or --zoo NAME) or --card FOLDER for an import",
+        ),
         ("--to=x --key=model", "--photographs go with --torch, --config.KEY=VALUE with"),
         ("--to=x --no-normalisation", "--photographs go with --torch, --config.KEY=VALUE with"),
         ("--to=x --config.seed=1", "--photographs go with --torch, --config.KEY=VALUE with"),

@@ -8,6 +8,7 @@ import pytest
 from ibjax.attacks import entrance, geometry
 from ibjax.attacks.apgd import apgd
 from ibjax.attacks.cw import cw
+from ibjax.attacks.deepfool import deepfool
 from ibjax.attacks.eot import eot
 from ibjax.attacks.fab import fab
 from ibjax.attacks.fgsm import fgsm
@@ -16,8 +17,10 @@ from ibjax.attacks.nifgsm import nifgsm
 from ibjax.attacks.noise import noise
 from ibjax.attacks.pgd import pgd, stateful_pgd
 from ibjax.attacks.representation import ara
+from ibjax.attacks.sparse_rs import sparse_rs
 from ibjax.attacks.spsa import spsa
 from ibjax.attacks.square import square
+from ibjax.attacks.targeted import targeted
 from ibjax.attacks.transfer import transfer
 from ibjax.errors import InputError
 
@@ -72,19 +75,23 @@ ATTACKS = {
     "fab": (fab, ("linf", "l2", "l1"), dict(steps=2)),
     "square": (square, ("linf", "l2", "l1"), dict(queries=2)),
     "cw": (cw, (), dict(steps=2)),
+    "targeted": (targeted, ("linf", "l2"), FEW),
+    "deepfool": (deepfool, ("linf", "l2"), dict(steps=2)),
+    "sparse_rs": (sparse_rs, (), dict(eps=3, queries=2)),
     "ara": (ara, (), dict(steps=2)),
     "noise": (noise, ("linf", "l2"), {}),
     "eot": (randomised, ("linf", "l2"), FEW),
     "transfer": (on_surrogate, ("linf", "l2"), FEW),
 }
-NO_LABELS, NO_NETWORK, NO_KEY = ("ara", "noise"), ("noise",), ("ara", "cw")
+NO_LABELS, NO_NETWORK, NO_KEY = ("ara", "noise"), ("noise",), ("ara", "cw", "deepfool")
+OWN_EPS = ("cw", "sparse_rs")  # without a bound; a number of pixels
 
 
 def make(name, **options):
     """The attack of this name, with an eps of its norm."""
     factory, norms, settings = ATTACKS[name]
     norm = options.get("norm", "linf")
-    eps = dict(eps=EPS[geometry.check_norm(norm)]) if name != "cw" else {}
+    eps = dict(eps=EPS[geometry.check_norm(norm)]) if name not in OWN_EPS else {}
     return factory(**settings | eps | (options if norms else {k: v for k, v in options.items() if k != "norm"}))
 
 
@@ -262,12 +269,14 @@ def test_a_key_of_two_words_is_one_key_for_two_images():
     assert entrance.as_key(jax.random.split(jax.random.PRNGKey(0), 2), X[:2]).shape == (2,)
 
 
-@pytest.mark.parametrize("name", [name for name in ATTACKS if name != "cw"])
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name not in OWN_EPS])
 def test_eps_may_be_a_text_a_number_or_a_0_d_array(name):
     same = [0.1, "1/10", np.array(0.1), np.float64(0.1)]
     assert len({program(name, eps=eps) for eps in same}) == 1
     program(name, eps=jnp.float32(0.1))
     for eps in (None, [0.1], [0.1] * N, (0.1,), {}, True, "abc", np.nan, np.full((N, 1), 0.1), np.zeros(0)):
+        if name == "deepfool" and eps is None:  # no bound
+            continue
         with pytest.raises(InputError, match=r"eps|abc") as caught:
             make(name, eps=eps)
         assert "\n" not in str(caught.value)

@@ -276,6 +276,24 @@ def test_a_name_is_a_module_an_attribute_an_entry_point_or_a_file(package, caplo
         calls.factory("schedules", "both")
 
 
+def test_every_kind_has_entry_points(package):
+    (package / "their_pkg/each.py").write_text(
+        "def mine(*, norm: str = 'linf', eps: float = 0.1, steps: int = 3):\n"
+        "    return lambda key, logits_fn, x, target: x\n"
+    )
+    (package / "each-3.0.dist-info").mkdir()
+    (package / "each-3.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: each\nVersion: 3.0\n")
+    groups = (f"[ibjax.{kind}]\nmine = their_pkg.each:mine\n" for kind in calls._CONTRACTS)
+    (package / "each-3.0.dist-info/entry_points.txt").write_text("".join(groups))
+    extensions._points.cache_clear()
+    for kind in calls._CONTRACTS:
+        source = calls.own_source(kind, "mine")
+        assert (source.module, source.version) == ("their_pkg.each", "each 3.0"), kind
+        assert f"`ibjax.{kind}`" in PAGE.read_text(encoding="utf-8")
+    assert named("mine-7").settings["steps"] == 7
+    extensions._points.cache_clear()
+
+
 def test_a_record_names_the_version_and_every_source_file_that_is_imported(package):
     record = extensions.record(extensions.locate("augmentations", "turn"))
     assert (record["module"], record["version"]) == ("their_pkg.flip", "theirs 2.0")

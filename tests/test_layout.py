@@ -20,7 +20,7 @@ FLOORS = (
     ("devices",),
     ("attacks", "information"),
     CORE,
-    ("objectives", "models", "data"),
+    ("objectives", "models", "data", "wrap"),
     ("runs",),
     ("pytorch",),
     ("evaluation",),

@@ -16,9 +16,11 @@ from ibjax import files
 from ibjax.attacks import names
 from ibjax.attacks.autoattack import sub_attacks
 from ibjax.attacks.cw import cw
+from ibjax.attacks.deepfool import deepfool
 from ibjax.attacks.mim import mim
 from ibjax.attacks.pgd import pgd
 from ibjax.attacks.spsa import spsa
+from ibjax.attacks.targeted import targeted
 from ibjax.data import Split
 from ibjax.errors import InputError
 from ibjax.evaluation import evaluate, report, results, scoring
@@ -35,7 +37,7 @@ KEY = jax.random.key(0)
 OTHER = dict(
     loss="margin", init="gaussian", restarts=2, step_size="1/255", decay=0.5, samples=3, delta=0.02, lr=0.1, c=0.1,
     kappa=1.0, torchattacks_compat=True, steps=7, targets=2, queries=9, p_init=0.3, alpha=0.1, beta=0.2,
-    layers="pre_logits", y_kernel="linear", group=4, lam=20.0, count="attacked", draws=9,
+    layers="pre_logits", y_kernel="linear", group=4, lam=20.0, count="attacked", draws=9, towards=1, overshoot=0.1,
 )  # fmt: skip
 FORMS = {**ATTACKS, **{f"{name}-3": form for name, form in FAMILIES.items()}}
 
@@ -73,6 +75,7 @@ def test_one_attack_has_one_name(given, expected):
 def test_every_name_takes_its_options_states_them_and_refuses_others(name):
     for option in (*FORMS[name].options(), "count"):
         value = "ce" if option == "loss" and name in ("margin-3", "spsa-3") else OTHER[option]
+        value = 0.8 if (option, name) == ("p_init", "sparse-rs") else value
         whole = names.add(name, **{option: value})
         made = named(whole).settings
         assert value in (made.get(option), made.get("options", {}).get(option))
@@ -108,7 +111,9 @@ def test_wrong_options_are_refused_in_one_line(name, words):
 
 @pytest.mark.parametrize(
     "name", ["pgd-3(loss=cee)", "pgd-3(init=unifrom)", "pgd-3(restarts=0)", "pgd-3(step_size=0)", "pgd-3(step_size=9)",
-             "cw-l2-3(c=-1)", "spsa-3(samples=0)", "square(queries=0)", "apgd-ce(restarts=0)", "ib_rar-3(group=1)"]
+             "cw-l2-3(c=-1)", "spsa-3(samples=0)", "square(queries=0)", "apgd-ce(restarts=0)",
+             "pgd-t-3(towards=given)", "pgd-t-3(towards=nearest)", "deepfool-3(overshoot=-1)",
+             "sparse-rs", "ib_rar-3(group=1)"]
 )  # fmt: skip
 def test_values_out_of_range_are_refused_before_anything_runs(name):
     with pytest.raises(InputError):
@@ -123,6 +128,9 @@ def test_values_out_of_range_are_refused_before_anything_runs(name):
     [
         ("pgd-3(init=gaussian,loss=margin,step_size=0.07)",
          lambda: pgd(eps=0.1, step_size=0.07, steps=3, loss="margin", init="gaussian")),
+        ("pgd-t-3(loss=margin,towards=1)",
+         lambda: targeted(towards=1, loss="margin", eps=0.1, step_size=0.03, steps=3)),
+        ("deepfool-3(overshoot=0.5)", lambda: deepfool(eps=0.1, steps=3, overshoot=0.5)),
         ("fgsm(init=uniform)", lambda: pgd(eps=0.1, step_size=0.1, steps=1)),
         ("mim-3(decay=0.5)", lambda: mim(eps=0.1, step_size=0.03, steps=3, decay=0.5)),
         ("spsa-2(samples=4)", lambda: spsa(eps=0.1, steps=2, samples=4)),
@@ -205,6 +213,8 @@ def test_a_step_size_is_that_of_attacks_that_leave_it_open():
         ("pgd-20(count=attacked,restarts=5)", "PGD-20 (restarts 5, counts images wrong as they are)"),
         ("pgd-20(restarts=5) from teacher (old)", "PGD-20 (restarts 5), transfer from teacher (old)"),
         ("square(queries=10)", "Square (queries 10)"),
+        ("pgd-t-20(towards=next)", "targeted PGD-20 (towards next)"),
+        ("sparse-rs", "Sparse-RS"),
     ],
 )
 def test_a_label_says_what_is_not_the_default(name, label):

@@ -1,7 +1,10 @@
 """The quickstart notebook runs on a finished workdir, and the committed one shows what it should."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -52,12 +55,17 @@ def test_the_notebook_runs_and_draws(digits_run, monkeypatch):
     curves = re.findall(r"^(IBD student|undefended)((?: +[\d.]+){7})$", text, re.MULTILINE)
     assert [name for name, _ in curves] == ["IBD student", "undefended"]
     assert all(0 <= float(value) <= 100 for _, values in curves for value in values.split())
+    clean, *after = re.findall(r"^(clean|apgd-ce|apgd-t|fab-t|square) +([\d.]+)", text, re.MULTILINE)
+    assert [name for name, _ in after] == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    accuracies = [float(value) for _, value in (clean, *after)]
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert re.search(r"^nearest mean +given / unknown +100 ", text, re.MULTILINE)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_without_a_run_it_names_the_command_that_makes_one(tmp_path, monkeypatch):
-    with pytest.raises(CellExecutionError, match=r"python -m ibjax\.main --config=configs/digits\.py --workdir="):
+    with pytest.raises(CellExecutionError, match=r"ibjax train --config=digits --workdir="):
         execute(monkeypatch, tmp_path)
 
 
@@ -71,8 +79,36 @@ def test_the_committed_notebook_shows_its_figures_and_no_path():
     assert "WARNING" not in shown and "Traceback" not in shown
 
 
-def test_only_colab_installs():
+def colab(monkeypatch, install, said=None):
+    """The commands of the first cell on Colab, of which pip says `said` and fails; none is run."""
+    commands = []
+
+    def run(command, **options):
+        commands.append(command[2:])
+        return subprocess.CompletedProcess(command, int(said is not None), stderr=said or "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("IBJAX_WORKDIR", "")
     first = next(cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code")
-    before, _, guarded = first.source.partition('if "google.colab" in sys.modules:\n')
-    assert "pip" not in before and "%pip install" in guarded
-    assert all(line.startswith("    ") for line in guarded.splitlines())
+    assert 'INSTALL = "ibjax"' in first.source
+    exec(first.source.replace('INSTALL = "ibjax"', f"INSTALL = {install!r}"), {})
+    return commands
+
+
+def test_only_colab_installs_what_one_variable_says(monkeypatch):
+    assert colab(monkeypatch, "ibjax") == []
+    monkeypatch.setitem(sys.modules, "google.colab", sys)
+    pip, train = colab(monkeypatch, "ibjax-0.1.0-py3-none-any.whl")
+    assert pip == ["pip", "install", "-q", "ibjax-0.1.0-py3-none-any.whl"]
+    assert train == ["ibjax", "train", "--config=digits", "--workdir=runs/digits"]
+    assert os.environ["IBJAX_WORKDIR"] == "runs/digits"
+
+
+def test_on_colab_a_wrong_install_stops_the_notebook_with_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "google.colab", sys)
+    with pytest.raises(
+        SystemExit, match=r"^INSTALL is empty; give the name on PyPI, a wheel, or git\+https://ADDRESS$"
+    ):
+        colab(monkeypatch, " ")
+    with pytest.raises(SystemExit, match=r"^pip install -q git. failed: ERROR: Invalid requirement: 'git.'$"):
+        colab(monkeypatch, "git+", "a warning\nERROR: Invalid requirement: 'git+'\n")

@@ -11,6 +11,7 @@ from ibjax import losses
 from ibjax.attacks import eot as eot_module
 from ibjax.attacks import geometry
 from ibjax.attacks.cw import cw
+from ibjax.attacks.deepfool import deepfool
 from ibjax.attacks.eot import eot, sampled
 from ibjax.attacks.mim import mim
 from ibjax.attacks.nifgsm import nifgsm
@@ -18,6 +19,7 @@ from ibjax.attacks.noise import noise
 from ibjax.attacks.pgd import fold_in, pgd
 from ibjax.attacks.representation import ara, guides
 from ibjax.attacks.spsa import spsa
+from ibjax.attacks.targeted import targeted
 from ibjax.attacks.transfer import transfer
 from ibjax.errors import InputError
 
@@ -78,6 +80,10 @@ ATTACKS = {  # name ends with its norm
     "mim-linf": lambda eps=0.1: mim(eps=eps, step_size=eps / 4, **ROLLED),
     "mim-l2": lambda eps=0.7: mim(norm="l2", eps=eps, step_size=eps / 4, init="uniform", **ROLLED),
     "nifgsm-linf": lambda eps=0.1: nifgsm(eps=eps, step_size=eps / 4, **ROLLED),
+    "targeted-random-linf": lambda eps=0.1: targeted(towards="random", eps=eps, step_size=eps / 4, **ROLLED),
+    "targeted-l2": lambda eps=0.7: targeted(norm="l2", loss="margin", eps=eps, step_size=eps / 4, restarts=2, **ROLLED),
+    "deepfool-linf": lambda eps=0.1: deepfool(eps=eps, steps=9),
+    "deepfool-l2": lambda eps=0.7: deepfool(norm="l2", eps=eps, steps=9),
     "spsa-linf": lambda eps=0.1: spsa(eps=eps, lr=0.03, steps=5, samples=32),
     "spsa-l2": lambda eps=0.7: spsa(norm="l2", eps=eps, lr=0.05, steps=5, samples=32),
     "cw-l2": lambda eps=0.7: cw(eps=eps, lr=0.05, steps=30),
@@ -216,6 +222,68 @@ def test_spsa_needs_no_gradient():
 
 
 # ---- C&W ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("towards", ["least_likely", "most_likely", "random", "next", 2, "given"])
+def test_targeted_pgd_moves_to_its_class_which_is_never_the_true_one(towards):
+    """On a linear network: PGD's sign steps up z_t − … end where CE to t is least; t is checked against NumPy."""
+    x, (_, y) = 0.5 + 0.1 * (X - 0.5), classified()
+    logits, rows = np.asarray(linear(x)), np.arange(6)
+    y = np.asarray(logits.argmax(1), np.int32)
+    masked = np.where(np.eye(4, dtype=bool)[y], np.nan, logits)
+    least, most = np.nanargmin(masked, 1), np.nanargmax(masked, 1)
+    wanted = {"least_likely": least, "most_likely": most, "next": (y + 1) % 4, 2: np.full(6, 2), "given": least}
+    target = (y, least.astype(np.int32)) if towards == "given" else y
+    attack = targeted(towards=towards, eps=0.4, step_size=0.1, steps=8, unroll=False)
+    with jax.numpy_rank_promotion("raise"):
+        x_adv = attack(KEY, linear, x, target)
+    found = np.asarray(linear(x_adv)).argmax(1)
+    if towards == "random":
+        assert np.all(found != y) and len(set((found - y) % 4)) > 1
+    else:
+        other = wanted[towards] != y
+        np.testing.assert_array_equal(found[other], wanted[towards][other])
+        np.testing.assert_array_equal(x_adv[~other], x[~other])
+        assert other.sum() >= 4 and (other.all() or towards == 2)
+    assert np.all(np.asarray(linear(x_adv))[rows, y] < logits[rows, y] + 1e-6) or towards == 2
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(towards="nearest"), "towards='nearest' is unknown"),
+        (dict(towards=True), "towards=True is unknown"),
+        (dict(loss="kl"), "the loss 'kl' of a targeted attack is unknown"),
+        (dict(towards=4), "towards=4 is no class of the network; give 0 to 3"),
+        (dict(towards="given"), "needs the target .labels, target classes"),
+    ],
+)
+def test_a_wrong_target_is_refused_in_one_line(options, words):
+    with pytest.raises(InputError, match=words):
+        targeted(eps=0.1, **options)(KEY, linear, X, Y)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_deepfool_steps_once_behind_the_boundary_of_a_linear_model(norm):
+    """No pixel near the box, four classes: the distance is 1.02 · min_k |z_y − z_k| / ‖w_y − w_k‖_q."""
+    x = 0.5 + 0.1 * (X - 0.5)
+    logits, weights = np.asarray(linear(x), np.float64), np.asarray(WEIGHTS, np.float64)
+    y = logits.argmax(1).astype(np.int32)
+    slopes = weights[:, :, None] - weights[:, None, :]
+    lengths = np.abs(slopes).sum(0) if norm == "linf" else np.sqrt(np.square(slopes).sum(0))
+    reach = [min(abs(z[k] - z[c]) / lengths[k, c] for c in range(4) if c != k) for z, k in zip(logits, y, strict=True)]
+    x_adv = deepfool(norm=norm, eps=None)(None, linear, x, y)
+    assert not losses.correct(linear(x_adv), y).any()
+    np.testing.assert_allclose(geometry.distance(x_adv, x, norm), 1.02 * np.array(reach), rtol=1e-4)
+    eps = float(np.median(reach)) * 1.02
+    bounded = deepfool(norm=norm, eps=eps)(None, linear, x, y)
+    far = geometry.distance(x_adv, x, norm) > eps
+    np.testing.assert_array_equal(bounded, np.where(far[:, None, None, None], x, x_adv))
+
+
+def test_deepfool_leaves_images_that_are_misclassified_already():
+    wrong = (Y + 1) % 4
+    np.testing.assert_array_equal(deepfool(eps=0.1)(None, curved, X, wrong), X)
 
 
 def classified():

@@ -13,6 +13,7 @@ from ibjax.attacks import checks, geometry, lbfgsb
 from ibjax.attacks.apgd import apgd, iterative_apgd
 from ibjax.attacks.autoattack import autoattack
 from ibjax.attacks.cw import cw
+from ibjax.attacks.deepfool import deepfool
 from ibjax.attacks.eot import eot
 from ibjax.attacks.fab import fab, iterative_fab, step_onto_hyperplane
 from ibjax.attacks.fgsm import fgsm
@@ -21,8 +22,10 @@ from ibjax.attacks.nifgsm import nifgsm
 from ibjax.attacks.noise import noise
 from ibjax.attacks.pgd import pgd
 from ibjax.attacks.representation import ara
+from ibjax.attacks.sparse_rs import sparse_rs
 from ibjax.attacks.spsa import spsa
 from ibjax.attacks.square import iterative_square, square
+from ibjax.attacks.targeted import targeted
 from ibjax.devices import cores
 from ibjax.errors import InputError
 from ibjax.information import divergence, fourier, hsic, mige, mine, svd
@@ -210,6 +213,8 @@ ATTACKS = {
     **in_each(fgsm, TWO),
     **in_each(pgd, TWO, steps=2, restarts=2, loss="margin"),
     **in_each(mim, TWO, steps=2),
+    **in_each(targeted, TWO, steps=1, restarts=2),
+    **in_each(deepfool, TWO, steps=2),
     **in_each(spsa, TWO, steps=1, samples=4),
     **in_each(noise, TWO),
     **in_each(fab, steps=2),
@@ -219,6 +224,7 @@ ATTACKS = {
     },
     "nifgsm": nifgsm(eps=0.1, steps=2),
     "cw": cw(steps=2),
+    "sparse-rs": sparse_rs(eps=3, queries=2),
     "eot": eot(attack=pgd, samples=2, eps=0.1, steps=1),
     "ara": ara(eps=0.1, steps=1),
 }

@@ -123,9 +123,9 @@ def test_the_digest_is_compared_with_the_callers_and_with_the_published_one(netw
     with pytest.raises(InputError, match="--sha256=xyz is no SHA-256; give its 64 hexadecimal digits"):
         torch_file.read(file, "xyz")
 
-    monkeypatch.setitem(published.SHA256, "wrn.pt", digest)
+    monkeypatch.setitem(published.digests(), "wrn.pt", digest)
     assert torch_file.read(file).compared == "agrees with the published one"
-    monkeypatch.setitem(published.SHA256, "wrn.pt", "1" * 64)
+    monkeypatch.setitem(published.digests(), "wrn.pt", "1" * 64)
     with pytest.raises(CheckpointError, match=f"the published one is {'1' * 64}.*if it is another.*--sha256={digest}"):
         torch_file.read(file)
     assert torch_file.read(file, digest).compared == "agrees with --sha256"

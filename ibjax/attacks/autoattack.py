@@ -52,9 +52,11 @@ from ibjax import files, losses
 from ibjax.attacks import checks, entrance, geometry
 from ibjax.attacks.apgd import FEWEST_CLASSES, iterative_apgd
 from ibjax.attacks.fab import iterative_fab
+from ibjax.attacks.hoist import unjitted
 from ibjax.attacks.iterative import Iterative, other_classes
 from ibjax.attacks.progress import Progress
 from ibjax.attacks.runner import Runner, passes
+from ibjax.attacks.sparse_rs import iterative_sparse_rs
 from ibjax.attacks.square import iterative_square
 from ibjax.devices import cluster
 from ibjax.errors import InputError, PreemptedError, check_count, nearest
@@ -112,7 +114,7 @@ def sub_attacks(
     """
     warnings: list[str] = []
     restarts, targets, eot, larger_eps = 1, 9, None, False
-    norm, eps = geometry.check_norm(norm), geometry.one_radius(eps, norm)
+    norm, eps = geometry.check_norm(norm, geometry.ALL_NORMS), geometry.one_radius(eps, norm)
     if version not in _VERSIONS:
         raise InputError(f"AutoAttack's version '{version}' is unknown; {nearest(version, _VERSIONS)}")
     if version == "standard" and norm == "l1":
@@ -141,6 +143,7 @@ def sub_attacks(
         "fab": lambda name: iterative_fab(norm, eps, **(dict(steps=100, restarts=restarts) | own)),
         "fab-t": lambda name: iterative_fab(norm, eps, **(dict(steps=100, restarts=1, targets=9) | own)),
         "square": lambda name: iterative_square(norm, eps, **(dict(queries=5000) | own)),
+        "sparse-rs": lambda name: iterative_sparse_rs(norm, eps, **own),
     }
     names = _VERSIONS[version] if attacks is None else tuple(attacks)
     if not names or len(set(names)) < len(names):
@@ -182,11 +185,12 @@ def autoattack(
 
     Args:
       key: one JAX key; the same key gives the same result.
-      logits_fn: (B, H, W, C) in [0, 1] -> (B, classes), evaluation mode, traceable by JAX: a Flax, Equinox or Haiku
-        network, or any function. With version "rand" it takes (x, keys), a key per image, and samples the network.
+      logits_fn: (B, H, W, C) in [0, 1] -> (B, classes), or (logits, …), in evaluation mode, traceable by JAX: any
+        function, or a network of Flax, Equinox or Haiku (`ibjax.wrap`). With version "rand" it takes (x, keys), a
+        key per image, and samples the network.
       x: images (N, H, W, C), float32 in [0, 1].
       y: integer labels (N,).
-      norm: "linf", "l2" or "l1".
+      norm: "linf", "l2" or "l1"; "l0", where eps is a number of pixels, with attacks=["sparse-rs"] alone.
       eps: radius in pixel units, as "8/255" or a float.
       version: "standard", "plus" or "rand".
       attacks: the attacks to run, in this order, in place of the version's: their names, or {name: attack} to give
@@ -207,7 +211,7 @@ def autoattack(
         another evaluation. The message is one line and says what to do.
     """
     checks.outside_traces(key, x, y, eps)
-    norm, eps = geometry.check_norm(norm), geometry.one_radius(eps, norm)
+    norm, eps = geometry.check_norm(norm, geometry.ALL_NORMS), geometry.one_radius(eps, norm)
     if not eps > 0:
         raise InputError("eps=0 is not allowed; AutoAttack takes a radius above 0")
     check_count("batch_size", batch_size)
@@ -221,6 +225,7 @@ def autoattack(
     if random and draws < 2:
         raise InputError(f"draws={draws} is not allowed; give at least 2, for a mean and its standard error")
     entrance.classes_of(logits_fn, x[:64], entrance.ANYTHING, stochastic=random)
+    logits_fn = _logits_alone(logits_fn)
     asked = _check_network(logits_fn, x, y, random, allow_randomized)
 
     runner = Runner(key, logits_fn, x, y, norm=norm, eps=eps, batch_size=batch_size, randomized=random)
@@ -279,6 +284,12 @@ def code_digest() -> str:
     for file in (*sorted(Path(__file__).parent.glob("*.py")), Path(losses.__file__)):
         total.update(file.read_bytes())
     return total.hexdigest()
+
+
+def _logits_alone(logits_fn):
+    """The network without what it returns beside its logits, as the features of the networks of `ibjax.models`."""
+    network = unjitted(logits_fn)
+    return lambda *given: output[0] if isinstance(output := network(*given), tuple) else output
 
 
 def _check_network(logits_fn, x, y, random, allow_randomized):

@@ -23,6 +23,7 @@ Guarantees (tests of the same names): x_adv lies in the eps-ball and in [0, 1]; 
 agree with the solvers of a quadratic and a linear programme.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -72,7 +73,7 @@ def iterative_fab(norm: str, eps: "str | float", steps: int = 100, restarts: int
     norm, radius = geometry.check_norm(norm), geometry.one_radius(eps, norm)
     for name, value, least in (("steps", steps, 1), ("restarts", restarts, 1), ("targets", targets, 0)):
         check_count(f"fab's {name}", value, least)
-    slopes = _slope_to if targets else _nearest_boundary
+    slopes = _slope_to if targets else _slope_to_nearest
 
     def init(keys, restart, x, y):
         t = _direction(keys, x, norm)
@@ -123,8 +124,12 @@ def _slope_to(logits_fn, x, y, other, norm):
     return df, w
 
 
-def _nearest_boundary(logits_fn, x, y, other, norm):
-    """(df (B,), its gradient) of the class whose linearised boundary is nearest."""
+def _slope_to_nearest(logits_fn, x, y, other, norm):
+    return nearest_boundary(logits_fn, x, y, norm)
+
+
+def nearest_boundary(logits_fn: Callable, x: Array, y: Array, norm: str) -> tuple[Array, Array]:
+    """(df (B,), its gradient (B, H, W, C)) of the class whose linearised boundary is nearest in `norm`."""
     logits, pull_back = jax.vjp(logits_fn, x)
     classes = logits.shape[-1]
     is_true = jax.nn.one_hot(y, classes, dtype=bool)

@@ -15,19 +15,20 @@ from jax.core import Tracer
 from ibjax.errors import InputError, is_number, nearest
 
 NORMS = ("linf", "l2", "l1")
+ALL_NORMS = (*NORMS, "l0")  # l0 counts the pixels that differ in any channel; only attacks made for it take it
 # Every published eps for [0, 1] images lies below these bounds; an eps in 0..255 units does not.
-_LARGEST_EPS = {"linf": 1.0, "l2": 8.0, "l1": 256.0}
+_LARGEST_EPS = {"linf": 1.0, "l2": 8.0, "l1": 256.0, "l0": np.inf}
 
 
 def check_norm(norm: Any, allowed: Sequence[str] = NORMS) -> str:
     """The norm's name in NORMS, from any spelling: "linf", "Linf", "L_inf", "inf", np.inf; "l2", "L2", "2", 2; "L1", 1.
 
-    Raises InputError unless the norm is in `allowed`.
+    Raises InputError unless the norm is in `allowed`, as "l0" only is where an attack is made for it.
     """
     text = str(norm).lower().replace("_", "").removeprefix("l").removesuffix(".0")
     name = f"l{text}"
     if name not in allowed:
-        raise InputError(f"norm '{norm}' is unknown{' here' * (name in NORMS)}; {nearest(name, allowed)}")
+        raise InputError(f"norm '{norm}' is unknown{' here' * (name in ALL_NORMS)}; {nearest(name, allowed)}")
     return name
 
 
@@ -48,7 +49,7 @@ def radius(eps: "str | float | Array", norm: str, name: str = "eps") -> "float |
     A 0-d array counts as a number; an array (B,) has one radius per image. The values of arrays are checked only
     outside `jit`.
     """
-    norm, eps = check_norm(norm), fraction(eps)
+    norm, eps = check_norm(norm, ALL_NORMS), fraction(eps)
     if isinstance(eps, jax.Array | np.ndarray):
         if eps.ndim > 1 or not eps.size:
             raise InputError(f"{name} has shape {eps.shape}; give one number, or an array (B,), one for each image")
@@ -113,7 +114,9 @@ def l2_norm(x: Array) -> Array:
 
 def size(delta: Array, norm: str) -> Array:
     """The norm of `delta` for each image, kept broadcastable: (B, 1, 1, 1)."""
-    norm, axes = check_norm(norm), tuple(range(1, delta.ndim))
+    norm, axes = check_norm(norm, ALL_NORMS), tuple(range(1, delta.ndim))
+    if norm == "l0":
+        return jnp.sum(jnp.any(delta != 0, axis=-1, keepdims=True), axis=axes, keepdims=True).astype(delta.dtype)
     if norm == "linf":
         return jnp.max(jnp.abs(delta), axis=axes, keepdims=True)
     return l2_norm(delta) if norm == "l2" else jnp.sum(jnp.abs(delta), axis=axes, keepdims=True)

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import contextvars
 import ctypes
 import itertools
 import logging
@@ -13,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -242,9 +244,27 @@ def preempted() -> bool:
     return multihost_utils.reached_preemption_sync_point(next(_notices))
 
 
+_alone = contextvars.ContextVar("alone", default=False)
+
+
+@contextlib.contextmanager
+def on_one_device() -> Iterator[None]:
+    """A context in which `mesh` has one device.
+
+    Programs that call back into Python need it: where XLA divides one over several CPU devices, a second callback waits
+    for ever.
+    """
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
 def mesh() -> Mesh:
-    """A mesh of all devices of all processes, with the single axis "data"."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    """A mesh of all devices of all processes, with the single axis "data"; of one within `on_one_device`."""
+    devices = jax.devices()[:1] if _alone.get() else jax.devices()
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def replicate(tree, mesh: Mesh):

@@ -85,24 +85,60 @@ def evaluate(
     given = dict(attacks=attacks, n=n, samples=samples, batch_size=batch_size, norm=norm, eps=eps, step_size=step_size)
     settings = replaced(trained.config.evaluate if settings is None else settings, **given)
     source = None if surrogate is None else _surrogate(surrogate, surrogate_checkpoint, trained, settings, trust)
+    split = run.test_split(trained, settings["n"])
+    which = str(trained.step) if str(checkpoint).isdecimal() else str(checkpoint)
+    examined = examine(trained, split, which, settings, source)
+    return write_records(examined, workdir / "eval" / which, keep)
+
+
+class Surrogate(NamedTuple):
+    """The network that a transfer attack attacks in place of the evaluated one."""
+
+    predict: Callable  # (variables, x) -> (logits, features)
+    variables: Any
+    says: dict[str, Any]  # its description in records
+
+    def logits(self, x: Any) -> Any:
+        """(B, H, W, C) in [0, 1] -> (B, classes)."""
+        return self.predict(self.variables, x)[0]
+
+
+class Examined(NamedTuple):
+    """A network that has been checked on the images on which it will be attacked."""
+
+    trained: run.Run  # its own `evaluate` section decides which records have the usual file names
+    split: Split
+    settings: dict[str, Any]  # a checked `evaluate` section (`settings.replaced`); its `n` is that of the split
+    source: Surrogate | None
+    predict: Callable  # (variables, x, keys) -> (logits, features), in float32
+    common: dict[str, Any]  # what all records of this evaluation state
+
+
+def examine(
+    trained: run.Run, split: Split, checkpoint: str, settings: Any, source: Surrogate | None = None
+) -> Examined:
+    """Checks a network, loaded as `checkpoint`, on checked images of its data set; InputError where it is unusable."""
     shown = settings if source is None else {**settings, "attacks": ()}
     check_network(trained.model, trained.facts["input_shape"], shown)
     victim = _victim(trained, settings["samples"])
-    split = run.test_split(trained, settings["n"])
     x, asked = _asked(trained, victim, split)
-    warnings = [*trained.facts.get("warnings", ()), *_warnings(trained, asked)]
-
-    which = str(trained.step) if str(checkpoint).isdecimal() else str(checkpoint)
-    folder = workdir / "eval" / which
-    common = _common(trained, which, settings, split, asked, warnings)
+    common = _common(trained, checkpoint, settings, split, asked)
     if source is not None:
         common |= {"surrogate_fingerprint": checks.fingerprint(jax.jit(source.logits), x).tolist()}
-    mesh, records = cluster.mesh(), []
-    main, plan = settings["eps"], list(_plan(settings, trained, source))
+    return Examined(trained, split, settings, source, victim, common)
+
+
+def write_records(examined: Examined, folder: Path, keep: int = 10) -> list[dict[str, Any]]:
+    """Attacks an examined network and writes one record per attack and eps into `folder`; returns the records.
+
+    keep: as in `evaluate`. Records that are there are not computed again.
+    """
+    trained, split, settings, source, _, common = examined
+    main, plan, records = settings["eps"], list(_plan(settings, trained, source)), []
 
     @functools.lru_cache(maxsize=1)  # keeps one attack's compiled program for its whole ladder of eps
     def executor(name):
-        return _executor(named(name, trained.config.objective), victim, source, trained, split, settings, mesh)
+        return _executor(named(name, trained.config.objective), examined)
 
     for number, (name, attack, eps) in enumerate(plan, 1):
         label, made = names.recorded(name), attack.settings
@@ -123,8 +159,7 @@ def evaluate(
             state = file.with_name(f".{file.stem}-{_state_digest(identity, settings['batch_size'])}.npz")
             title = f"{common['title']}: {results.attack_label(label)}, eps {eps}, {number} of {len(plan)}"
             flags, x_adv, more = executor(name)(eps, step_size, title, wanted, state)
-            doubts = list(dict.fromkeys([*warnings, *more["warnings"]]))
-            record = _record({**identity, **more, "warnings": doubts}, flags)
+            record = _record(identity, more, flags)
             if pictured:
                 _save_examples(file.with_suffix(".examples.npz"), subset(split, wanted), x_adv, trained)
             if jax.process_index() == 0:
@@ -165,31 +200,26 @@ def attack_images(
     if settings is None:
         own_code.permit_attacks(trained.config.evaluate.attacks, trained.workdir / "config.json", trust)
         settings = replaced(trained.config.evaluate)
-    check_network(trained.model, shape, settings)
-    trained = trained._replace(facts={**trained.facts, "label": label})
-    victim, mesh, eps = _victim(trained, settings["samples"]), cluster.mesh(), settings["eps"]
-    _, asked = _asked(trained, victim, split)
-    warnings = _warnings(trained, asked)
-    common = _common(trained, checkpoint, settings, split, asked, warnings)
-    records, found = [], []
+    trained = trained._replace(facts={**trained.facts, "label": label, "warnings": ()})  # those of its own data
+    examined = examine(trained, split, checkpoint, settings)
+    common, eps, records, found = examined.common, settings["eps"], [], []
     for number, name in enumerate(settings["attacks"], 1):
         attack = named(name, trained.config.objective)
         step_size = _step_size(attack, settings, eps)
-        execute = _executor(attack, victim, None, trained, split, settings, mesh)
+        execute = _executor(attack, examined)
         shown = names.recorded(name)
         title = f"{common['title']}: {results.attack_label(shown)}, eps {eps}, {number} of {len(settings['attacks'])}"
         flags, x_adv, more = execute(eps, step_size, title, len(split.labels), None)
         own = {"attack": shown, "attack_settings": attack.settings, "eps": eps, "step_size": step_size, "main": True}
-        doubts = list(dict.fromkeys([*warnings, *more["warnings"]]))
-        records.append(_record({**common, **own, "bounded": attack.bounded, **more, "warnings": doubts}, flags))
+        records.append(_record({**common, **own, "bounded": attack.bounded}, more, flags))
         found.append(x_adv)
     return records, np.stack(found)
 
 
 def _warnings(trained, asked):
-    """Warnings about the network, its checkpoints and its code."""
+    """Warnings about the network's data, the network, its checkpoints and its code."""
     code = own_code.doubts(trained.config, rundir.recorded_code(trained.workdir))
-    return [*asked.warnings, *rundir.doubts(trained.workdir), *code]
+    return [*trained.facts.get("warnings", ()), *asked.warnings, *rundir.doubts(trained.workdir), *code]
 
 
 def _asked(trained, victim, split):
@@ -209,18 +239,6 @@ def _plan(settings, trained, source):
         ladder = settings["ladder"] if attack.make and attack.bounded and source is None else ()
         for eps in (main, *(eps for eps in ladder if eps != main)):
             yield name, attack, eps
-
-
-class Surrogate(NamedTuple):
-    """The network that a transfer attack attacks in place of the evaluated one."""
-
-    predict: Callable  # (variables, x) -> (logits, features)
-    variables: Any
-    says: dict[str, Any]  # its description in records
-
-    def logits(self, x: Any) -> Any:
-        """(B, H, W, C) in [0, 1] -> (B, classes)."""
-        return self.predict(self.variables, x)[0]
 
 
 def _surrogate(workdir, checkpoint, trained, settings, trust):
@@ -247,8 +265,9 @@ def _victim(trained, samples):
     return lambda variables, x, keys: predict(variables, x)
 
 
-def _executor(attack: Named, victim, source, trained, split, settings, mesh):
+def _executor(attack: Named, examined: Examined):
     """A function (eps, step_size, title, keep, state) -> (flags, `keep` adversarial images, more of the record)."""
+    trained, split, settings, source, victim, _ = examined
     norm, batch_size, seed = settings["norm"], settings["batch_size"], trained.config.seed
     attacked = None if source is None else lambda x, keys: source.logits(x)
     if attack.make is None:
@@ -258,7 +277,9 @@ def _executor(attack: Named, victim, source, trained, split, settings, mesh):
             attacked=attacked, count=attack.count,
         )  # fmt: skip
     surrogate = None if source is None else lambda variables, x, keys: source.predict(variables[1], x)
-    scorer = make_scorer(attack, lambda variables, x, keys: victim(variables[0], x, keys), settings, mesh, surrogate)
+    scorer = make_scorer(
+        attack, lambda variables, x, keys: victim(variables[0], x, keys), settings, cluster.mesh(), surrogate
+    )
     variables = (trained.variables, None if source is None else source.variables)
 
     def execute(eps, step_size, title, keep, state):
@@ -322,7 +343,7 @@ def _step_size(attack, settings, eps):
     return attack._replace(length=None).step_size(eps, scaled)
 
 
-def _common(trained, checkpoint, settings, split, asked, warnings):
+def _common(trained, checkpoint, settings, split, asked):
     of_card = trained.facts.get("card", {}).get("checkpoint", checkpoint)  # the network of a card is its run's only one
     selected_on = {"best": trained.config.select_on, "last": "last"}.get(of_card, "step")
     imported, classes = ({key: trained.facts[key]} if key in trained.facts else {} for key in ("imported", "classes"))
@@ -347,7 +368,7 @@ def _common(trained, checkpoint, settings, split, asked, warnings):
         "select": trained.validation.get("select", "robust") if checkpoint == "best" and not imported else None,
         "validation": trained.validation,
         "config": config.plain(trained.config),
-        "warnings": warnings,
+        "warnings": _warnings(trained, asked),
     }
 
 
@@ -390,12 +411,16 @@ def _existing(file, identity):
     }
 
 
-def _record(identity, flags):
+def _record(identity, more, flags):
+    """A record of what is evaluated, with what its attack has found: further fields and flags."""
+    warnings = list(dict.fromkeys([*identity["warnings"], *more["warnings"]]))
     finite = flags.loss[np.isfinite(flags.loss)]  # NaN logits have a warning of their own; JSON has no NaN
     return {
         "clean_acc": percent(flags.clean),
         "robust_acc": percent(flags.robust),
         **identity,
+        **more,
+        "warnings": warnings,
         "max_distance": float(flags.distance.max()),
         "mean_loss": float(np.mean(finite)) if len(finite) else None,
         "date": datetime.date.today().isoformat(),

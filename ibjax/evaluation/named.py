@@ -7,6 +7,9 @@
 | bim-STEPS, mim-STEPS, nifgsm-STEPS, spsa-STEPS, cw-l2-STEPS | see pgd.py, mim.py, nifgsm.py, spsa.py and cw.py in  |
 |                              | ibjax/attacks                                                                       |
 | fgsm, noise, noise-sign      |                                                                                     |
+| pgd-t-STEPS                  | targeted PGD, see targeted.py                                                       |
+| deepfool-STEPS               | DeepFool, see deepfool.py: broken if it finds a misclassified image within eps      |
+| sparse-rs                    | Sparse-RS, see sparse_rs.py: in l0 alone, where eps is a number of pixels           |
 | autoattack, autoattack-plus, autoattack-rand | AutoAttack's versions; parts alone: `apgd-ce`, `fab-t`, `square`, …  |
 | ara-STEPS                    | the representation attack, guided by images of other classes                        |
 | ib_rar-STEPS                 | IB-RAR's adaptive attack, with the run's own α and β or the defaults                |
@@ -25,6 +28,10 @@ Options are given in parentheses, as in `cw-l2-200(c=0.1,lr=0.1)`; records state
 | cw-l2                             | c=1, kappa=0, lr=0.01, torchattacks_compat=False                               |
 | apgd-ce, apgd-dlr, fab            | steps=100, restarts=1                                                          |
 | apgd-t, fab-t; square             | steps=100, targets=9; queries=5000, restarts=1, p_init=0.8                     |
+| pgd-t                             | towards=least_likely, or most_likely, random, next or the number of a class;   |
+|                                   | loss=ce or margin, init=uniform, restarts=1, step_size                         |
+| deepfool                          | overshoot=0.02                                                                 |
+| sparse-rs                         | queries=10000, p_init=0.3, restarts=1                                          |
 | ib_rar                            | alpha, beta, layers=all, y_kernel=gaussian, init=uniform, group=100            |
 | siriib                            | lam=1, the weight λ₁ of L_svd and L_info; restarts=1, step_size                |
 | all                               | count=both or attacked, see below                                              |
@@ -45,6 +52,7 @@ from ibjax import extensions
 from ibjax.attacks import Attack, geometry
 from ibjax.attacks.autoattack import DRAWS, sub_attacks
 from ibjax.attacks.cw import cw
+from ibjax.attacks.deepfool import deepfool
 from ibjax.attacks.iterative import Iterative
 from ibjax.attacks.mim import mim
 from ibjax.attacks.names import counted, parse
@@ -53,6 +61,7 @@ from ibjax.attacks.noise import noise
 from ibjax.attacks.pgd import pgd
 from ibjax.attacks.representation import ara
 from ibjax.attacks.spsa import spsa
+from ibjax.attacks.targeted import targeted
 from ibjax.calls import THREAT, factory, fits, signature
 from ibjax.errors import InputError, check_range, nearest
 from ibjax.objectives import ib_rar, siriib
@@ -104,6 +113,7 @@ class _Form(NamedTuple):
 
 
 _LENGTH = {"step_size": "2/255"}  # an option of forms whose step is otherwise `evaluate.step_size`
+_TYPES = {"step_size": (int, float, str), "towards": (int, str)}  # of options whose default does not tell them all
 
 
 def _own(factory, **settings):
@@ -124,6 +134,12 @@ def _auto(*, version, attacks, draws=None, **options):
     return Named(
         dict(version=version, attacks=attacks, **{name: value for name, value in given.items() if value}), None
     )
+
+
+def _targeted(towards, **settings):
+    if towards == "given":
+        raise InputError("attack 'pgd-t': towards=given is for calls in Python; give a class or least_likely")
+    return _own(targeted, towards=towards, **settings)
 
 
 def _ara(steps):
@@ -185,6 +201,8 @@ FAMILIES: dict[str, _Form] = {
     "pgd": _pgd(),
     "pgd-scaled": _Form(_scaled, _pgd().settings),
     "margin": _pgd(loss="margin"),
+    "pgd-t": _Form(_targeted, dict(towards="least_likely", loss="ce", init="uniform", restarts=1), _LENGTH),
+    "deepfool": _Form(partial(_sized, deepfool), dict(overshoot=0.02)),
     "cw-l2": _Form(partial(_unbounded, cw), dict(c=1.0, kappa=0.0, lr=0.01), dict(torchattacks_compat=False)),
     "bim": _pgd(init="none"),
     "mim": _Form(partial(_own, mim), dict(loss="ce", decay=1.0), dict(init="none", **_LENGTH)),
@@ -205,6 +223,7 @@ _PARTS = {
     **{name: dict(steps=100, restarts=1) for name in ("apgd-ce", "apgd-dlr", "fab")},
     **{name: dict(steps=100, targets=9) for name in ("apgd-t", "fab-t")},
     "square": dict(queries=5000, restarts=1, p_init=0.8),
+    "sparse-rs": dict(queries=10_000, restarts=1, p_init=0.3),
 }
 ATTACKS: dict[str, _Form] = {
     "fgsm": _Form(_fgsm, dict(loss="ce", init="none", restarts=1)),
@@ -291,7 +310,7 @@ def _check_options(name, family, given, form, has_steps):
             raise InputError(f"attack '{name}' has no option '{key}'; {nearest(key, allowed)}")
         default = allowed[key]
         kinds = {float: (int, float), int: (int,)}.get(type(default), (type(default),))
-        kinds = (int, float, str) if key in _LENGTH else kinds
+        kinds = _TYPES.get(key, kinds)
         if (
             not fits(value, form.hints[key])
             if form.hints.get(key)

@@ -22,6 +22,9 @@ _NAMES = {
     "apgd": "APGD",
     "autoattack": "AutoAttack",
     "noise": "noise",
+    "pgd-t": "targeted PGD",
+    "deepfool": "DeepFool",
+    "sparse-rs": "Sparse-RS",
     "bim": "BIM",
     "mim": "MIM",
     "nifgsm": "NI-FGSM",
@@ -100,8 +103,11 @@ def attack_label(name: str) -> str:
     name, _, source = name.partition(" from ")
     base, options = parse(name)
     count = options.pop("count", "both")
-    family, dash, steps = base.partition("-")
-    label = _NAMES.get(family, family) + dash + steps
+    label = base
+    for family in sorted(_NAMES, key=len, reverse=True):
+        if base == family or base.startswith(f"{family}-"):
+            label = _NAMES[family] + base.removeprefix(family)
+            break
     said = [f"{option} {value}" for option, value in options.items()]
     if base.startswith("cw-l2-"):
         label, said = f"C&W l2-{base.removeprefix('cw-l2-')}", ["any size", *said]

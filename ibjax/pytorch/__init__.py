@@ -3,7 +3,8 @@
 | module           | task                                                                                            |
 |------------------|-------------------------------------------------------------------------------------------------|
 | imports, exports | turn a PyTorch file into a run, and a run into PyTorch files                                    |
-| published        | digests of published files                                                                      |
+| published        | the table of published networks, and digests of their files                                     |
+| zoo, verified    | read the files of published networks by name; those on MNIST that have been verified            |
 | state_dicts      | finds the requested network in a file                                                           |
 | normalisation    | decides the mean and std with which the network normalises pixels                               |
 | sizes, fit       | read depth and width from the file; check that it matches the architecture exactly              |
@@ -17,12 +18,13 @@ import typing
 from ibjax import lazy
 
 if typing.TYPE_CHECKING:
-    from ibjax.pytorch import architectures, exports, imports, published
+    from ibjax.pytorch import architectures, exports, imports, published, zoo
 
 __all__ = [
     "architectures",
     "exports",
     "imports",
     "published",
+    "zoo",
 ]
 __getattr__, __dir__ = lazy.attach(__name__, __all__)

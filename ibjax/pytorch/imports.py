@@ -23,7 +23,11 @@ from ibjax.errors import CheckpointError, InputError, nearest
 from ibjax.pytorch import architectures, fit, folders, gate, normalisation, sizes, state_dicts, torch_file, twins
 from ibjax.pytorch.architectures import ARCHITECTURES, Shape
 from ibjax.pytorch.normalisation import Said
+from ibjax.pytorch.published import Published
 from ibjax.runs import recipe_files, run, rundir
+from ibjax.step import checked_logits, linen_net
+
+_CROPS = 16  # crops of photographs on which logits are compared where there are no other images
 
 
 class Network(NamedTuple):
@@ -51,6 +55,7 @@ def from_torch(
     no_normalisation: bool = False,
     sha256: str | None = None,
     overrides: Sequence[str] | None = None,
+    published: Published | None = None,
     clean_acc: float | None = None,
     n: int = 256,
     photographs: int | None = None,
@@ -66,6 +71,7 @@ def from_torch(
       no_normalisation: True states that the network does not normalise.
       sha256: the required digest of the file, or its first digits.
       overrides: of the configuration, such as ["--config.data.data_dir=…"].
+      published: the row of `ibjax.zoo` that the file must be, in place of key, mean, std and no_normalisation.
       clean_acc: published clean accuracy in percent; that on the `n` images must agree to three standard errors.
       n: number of test images that are compared, stratified by class.
       photographs: side of crops of photographs that replace the data set's images in the comparison; the run can then
@@ -76,7 +82,7 @@ def from_torch(
     file, workdir = files.path(file), files.path(workdir)
     folders.refuse_existing(workdir)
     _check_clean_acc(clean_acc, photographs)
-    said = Said(key, mean, std, no_normalisation, sha256, tuple(overrides or ()))
+    said = Said(key, mean, std, no_normalisation, sha256, tuple(overrides or ()), published)
     network = read(file, arch, said)
     images = gate.images(network.settings, network.classes, network.shape[2], n, photographs)
     variables, logits, delta = _compared(network, images)
@@ -89,7 +95,13 @@ def from_torch(
     return imported
 
 
-def load(file: Path, arch: str, split: Split, label: str, said: Said = Said()) -> run.Run:  # noqa: B008
+def load(
+    file: Path,
+    arch: str,
+    split: Split | None = None,
+    label: str = "",
+    said: Said = Said(),  # noqa: B008
+) -> run.Run:
     """A file's network as `ibjax.load` returns that of a run; nothing is written.
 
     Its configuration holds defaults that do not describe the training, as in `from_torch`, whose errors are raised.
@@ -97,21 +109,25 @@ def load(file: Path, arch: str, split: Split, label: str, said: Said = Said()) -
     Args:
       file, arch, said: as in `read`.
       split: (N, H, W, C) uint8, or float32 in [0, 1]: images on which the logits must agree with those of PyTorch.
+        None: crops of photographs.
       label: name of these images.
     """
     network = read(file, arch, said)
-    split = check(split, f"{label}:", network.classes)
-    facts = {"label": label, "input_shape": list(split.images.shape[1:]), "num_classes": network.classes}
-    images = gate.Images(split, facts, f"{len(split.labels)} images of {label}")
+    if split is None:
+        images = gate.images(network.settings, network.classes, network.shape[-1], _CROPS, network.shape[0])
+    else:
+        split = check(split, f"{label}:", network.classes)
+        facts = {"label": label, "input_shape": list(split.images.shape[1:]), "num_classes": network.classes}
+        images = gate.Images(split, facts, f"{len(split.labels)} images of {label}")
     if images.shape[-1] != network.shape[-1]:
         raise InputError(
             f"the network takes images of {network.shape[-1]} channels, {images.words} have {images.shape}"
         )
     variables, _, delta = _compared(network, images)
-    facts["imported"] = _imported(file, network, images, delta)
+    facts = {**images.facts, "imported": _imported(file, network, images, delta)}
     variables = jax.tree.map(jnp.asarray, variables)
-    logits_fn, settings = run.checked_logits(network.model, variables), config.effective(network.settings)
-    return run.Run(network.model, variables, logits_fn, settings, facts, 0, file, {})
+    logits_fn = checked_logits(linen_net(network.model).predict, variables)
+    return run.Run(network.model, variables, logits_fn, config.effective(network.settings), facts, 0, file, {})
 
 
 def _imported(file, network, images, delta):
@@ -146,12 +162,23 @@ def read(file: Path, arch: str, said: Said = Said()) -> Network:  # noqa: B008
         raise InputError(f"--config.model… makes it another network than --arch={arch}: {known.model}, {known.fixed}")
     shape = sizes.input_shape(arch, model, state)
     fit.check(file, arch, model.clone(mean=None, std=None), state, shape)  # the normalisation is decided next
+    if said.published is not None:
+        _check_published(file, said.published, model, classes)
     values, source = normalisation.decide(file, arch, channels, found, exported, said, settings.data.get("dataset"))
     settings.model.update(values)
     model = run.build_model(settings.model, classes, "model")
     found = found._replace(left_out=found.left_out + len(found.state) - len(state))
     network = Network(arch, model, classes, shape, state, found, settings, content.sha256, {})
     return network._replace(origins=_origins(network, content, measured, exported, source, said))
+
+
+def _check_published(file, row, model, classes):
+    """Raises CheckpointError where a network has another size than the published one that its file should be."""
+    width = getattr(model, "inner_width", getattr(model, "width", None))  # of a ResNet, that of its bottlenecks
+    found = {"depth": getattr(model, "depth", None), "width": width, "classes": classes}
+    for what, wanted in {"depth": row.depth, "width": row.width, "classes": row.classes}.items():
+        if wanted not in (None, found[what]):
+            raise CheckpointError(f"{file} has {what} {found[what]}, {row.path} has {wanted}: it is another network")
 
 
 def hint(content: torch_file.Content) -> str:

@@ -10,8 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ibjax.errors import CheckpointError, InputError
 from ibjax.pytorch.architectures import ARCHITECTURES
+from ibjax.pytorch.published import Published
 from ibjax.pytorch.state_dicts import Found
 
 _HOW = "give --mean=… --std=…, for pixels from 0 to 1, or --no-normalisation"
@@ -26,6 +29,7 @@ class Said(NamedTuple):
     no_normalisation: bool = False
     sha256: str | None = None
     overrides: Sequence[str] = ()  # of the configuration, such as ["--config.data.data_dir=…"]
+    published: Published | None = None  # the network that the file must be
 
     def paths(self) -> set[str]:
         """The overridden keys of the configuration, such as "model.mean"."""
@@ -61,9 +65,15 @@ def decide(
         mean, std = (_each("the file's normalisation", part, channels) for part in found.normalization)
         if speaking:
             raise InputError(f"{file} keeps its normalisation, mean {mean} and std {std}; leave {speaking[0]} out")
+        if (row := said.published) is not None and not _same((mean, std), (row.mean, row.std)):
+            raise CheckpointError(
+                f"{file} keeps mean {mean} and std {std}, {row.path} has {row.mean} and {row.std}: another network"
+            )
         return dict(mean=mean, std=std), "the file"
     if speaking:
         return _spoken(said, channels), speaking[0]
+    if said.published is not None:
+        return dict(mean=said.published.mean, std=said.published.std), "the zoo"
     if exported:
         return dict(mean=None, std=None), "ibjax's export"
     if found.lost:
@@ -79,6 +89,13 @@ def decide(
             f"one of {', '.join(known)}, name that with --config.data.dataset"
         )
     return dict(mean=None, std=None), f"usual of {arch}"
+
+
+def _same(kept, published):
+    """Whether two pairs of mean and std are equal, up to the rounding of published numbers."""
+    if None in published:
+        return False
+    return bool(np.allclose(kept, published, rtol=0, atol=1e-3))
 
 
 def _spoken(said, channels):

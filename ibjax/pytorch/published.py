@@ -1,24 +1,119 @@
-"""SHA-256 digests of published files, by file name.
+"""The table of published networks, `published.csv`, and the SHA-256 digests of their files.
 
-RobustBench publishes no digests; that of Carmon2019Unlabeled.pt is recorded independently in three public repositories.
-Files of torch.hub, torchvision and timm have the first digits of their digest in their names, such as
-resnet18-f37072fd.pth.
+One row is one file. Architecture, normalisation, key, and clean and AutoAttack accuracies of the networks for CIFAR and
+ImageNet are those of RobustBench at commit 78fcc9e (`robustbench/model_zoo/`, `model_info/`). It publishes no digests;
+that of Carmon2019Unlabeled.pt is recorded independently in three public repositories. The networks for MNIST, their
+numbers and digests are those of vtjeng/MIPVerify_data 35578a1, Hadisalman/robust-verify-benchmark fce1c27 and
+yaodongyu/TRADES f94f414. Files of torch.hub, torchvision and timm have the first digits of their digest in their names,
+such as resnet18-f37072fd.pth.
 """
 
+import csv
+import functools
 import re
+from pathlib import Path
+from typing import NamedTuple
 
-from ibjax.errors import CheckpointError, InputError
+from ibjax.errors import CheckpointError, InputError, nearest
 
-SHA256 = {
-    "Carmon2019Unlabeled.pt": "f3ea703e4e98d26947bced9580f63922e31423233bbe45eebff8c7d45b7eacfc",
-    "model_mnist_smallcnn.pt": "5b99888064f692047d5592b38df2dde126aa1b991a26c6aad683ce709634bea0",  # TRADES, f94f414
-}
+_TABLE = Path(__file__).with_name("published.csv")
+Numbers = tuple[float, ...] | None
+
+
+class Published(NamedTuple):
+    """A published network; accuracies in percent on the whole test set."""
+
+    name: str  # as RobustBench's
+    data: str  # cifar10, cifar100, imagenet or mnist
+    norm: str  # linf, l2 or corruptions
+    eps: str  # "8/255"; empty for corruptions
+    arch: str  # a key of `architectures.ARCHITECTURES`, or of `verified.NETWORKS`
+    depth: int | None
+    width: int | None  # the factor of a WideResNet
+    key: str | None  # of the network in the file, where the file holds several
+    mean: Numbers  # of pixels in [0, 1], with which it normalises; None: it does not
+    std: Numbers
+    clean: float
+    autoattack: float | None
+    pgd: float | None  # 40 steps of 0.01 from x, where there is no start at random
+    exact: float | None  # robust accuracy by mixed-integer programming
+    file: str
+    sha256: str | None
+    source: str  # "robustbench" and the file's id at Google Drive, or the repository and its commit
+
+    @property
+    def path(self) -> str:
+        """The unique name, "cifar10/linf/Carmon2019Unlabeled"."""
+        return f"{self.data}/{self.norm}/{self.name}"
+
+    @property
+    def url(self) -> str:
+        """Where the file is offered, for a reader."""
+        origin, _, identity = self.source.partition(" ")
+        if origin == "robustbench":
+            return f"https://drive.google.com/file/d/{identity}"
+        return "https://download.pytorch.org/models" if origin == "torchvision" else f"https://github.com/{origin}"
+
+    @property
+    def classes(self) -> int:
+        """The number of classes."""
+        return {"cifar100": 100, "imagenet": 1000}.get(self.data, 10)
+
+
+@functools.cache
+def table() -> dict[str, Published]:
+    """All rows by `Published.path`."""
+    with _TABLE.open(encoding="utf-8", newline="") as lines:
+        rows = [_row(row) for row in csv.DictReader(lines)]
+    return {row.path: row for row in rows}
+
+
+def _row(texts):
+    read = dict(texts)
+    for name in ("depth", "width"):
+        read[name] = int(texts[name]) if texts[name] else None
+    for name in ("clean", "autoattack", "pgd", "exact"):
+        read[name] = float(texts[name]) if texts[name] else None
+    for name in ("mean", "std"):
+        read[name] = None if texts[name] == "none" else tuple(map(float, texts[name].split()))
+    for name in ("key", "sha256"):
+        read[name] = texts[name] or None
+    return Published(**read)
+
+
+def find(name: str) -> Published:
+    """The row of a name: "Carmon2019Unlabeled" where it is unique, else "cifar10/linf/Engstrom2019Robustness"."""
+    rows = table()
+    if name in rows:
+        return rows[name]
+    found = [path for path, row in rows.items() if row.name == name]
+    if len(found) > 1:
+        raise InputError(f"'{name}' is the name of several published networks; give {' or '.join(found)}")
+    if not found:
+        raise InputError(f"'{name}' is no published network of the zoo; {nearest(name, _near(name, rows))}")
+    return rows[found[0]]
+
+
+def _near(name, rows):
+    """Names that a message about an unknown one lists: those of the same authors, or else of each data set."""
+    first = re.split(r"[\d_]", name.rpartition("/")[2])[0].lower()
+    same = sorted({row.name for row in rows.values() if first and row.name.lower().startswith(first)})
+    return same or sorted({f"{row.data}/{row.norm}/…" for row in rows.values()})
+
+
+# ---- digests -------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def digests() -> dict[str, str]:
+    """{file name: its SHA-256} of the published files whose digest is known."""
+    return {row.file: row.sha256 for row in table().values() if row.sha256}
 
 
 def expected(name: str) -> tuple[str, str] | None:
     """(the first digits of a file's SHA-256, their source); None where none is published for this file name."""
-    if name in SHA256:
-        return SHA256[name], "the published one"
+    if name in digests():
+        return digests()[name], "the published one"
     match = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
     if match and not match[1].isdigit():  # digits alone are a date
         return match[1], "the one in its name"

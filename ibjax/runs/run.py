@@ -14,18 +14,16 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
 from ibjax import config, extensions, files, threat
-from ibjax.attacks import entrance
 from ibjax.data import Arrays, Split, load_splits, sample, unchanged
 from ibjax.devices import cluster
 from ibjax.errors import InputError
 from ibjax.runs import checkpoint as checkpoints
 from ibjax.runs import own_code, provenance, rundir, trees
-from ibjax.step import Variables, linen_net
+from ibjax.step import Variables, checked_logits, linen_net, to_float
 
 PATHS = ("path", "data_dir")  # of a data section: `~` and $VARIABLES are expanded
 
@@ -45,7 +43,14 @@ class Run(NamedTuple):
     workdir: Path
     validation: dict[str, float]  # the metrics that the checkpoint was saved with; empty where it was not validated
 
-    # ---- command lines -----------------------------------------------------------------------------------------
+    def test(self, n: int | None = None) -> tuple[Array, Array]:
+        """(images (n, H, W, C) float32 in [0, 1], labels (n,) int32) of the run's test set, each class in proportion.
+
+        None: all of them. Raises InputError where there are fewer, and DataError where the data set is missing, or is
+        not the one that the run was made with.
+        """
+        split = test_split(self, n)
+        return to_float(jnp.asarray(split.images[:])), jnp.asarray(split.labels)
 
     def __repr__(self) -> str:
         """A summary on one screen: the network, how it was trained, what can be done with it."""
@@ -61,7 +66,7 @@ class Run(NamedTuple):
             "trained": "elsewhere, imported" if "imported" in self.facts else f"{objective} on {trained}",
         }
         title = self.config.title or self.workdir.resolve().name
-        fields = ", ".join(f".{field}" for field in self._fields)
+        fields = ", ".join([*(f".{field}" for field in self._fields), ".test(n)"])
         return "\n".join(
             [f"Run: {title}", *(f"  {key:8} {text}" for key, text in lines.items()), f"  fields   {fields}"]
         )
@@ -98,19 +103,8 @@ def load(workdir: str | os.PathLike, checkpoint: str | int = "best", *, trust: s
         validation = checkpoints.metrics(store, step)
     seen = {"step": step, "weights": trees.digest(variables), "configuration": files.json_digest(facts)}
     cluster.agree(f"checkpoint '{checkpoint}' of {workdir.name}", seen, "give a --workdir that all processes share")
-    return Run(model, variables, checked_logits(model, variables), saved, facts, step, workdir, validation)
-
-
-def checked_logits(model: nn.Module, variables: Variables) -> Callable[[Array], Array]:
-    """The network as a function from images to logits in evaluation mode, which checks its images as the attacks do."""
-    predict = jax.jit(linen_net(model).predict)
-
-    def logits_fn(x: Array) -> Array:
-        if isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.floating):
-            x = x.astype(np.float32)  # as JAX does
-        return predict(variables, entrance.images(x))[0]
-
-    return logits_fn
+    logits_fn = checked_logits(linen_net(model).predict, variables)
+    return Run(model, variables, logits_fn, saved, facts, step, workdir, validation)
 
 
 def build_model(section: Any, num_classes: int, where: str) -> nn.Module:
@@ -206,7 +200,7 @@ def origin(trained: Run, checkpoint: str) -> dict[str, Any]:
         "title": trained.config.title or trained.workdir.resolve().name,
         "checkpoint": checkpoint,
         "step": trained.step,
-        "weights": trees.digest(trained.variables),
+        "weights": trained.facts.get("imported", {}).get("weights") or trees.digest(trained.variables),
         "seed": trained.config.seed,
         "versions": provenance.versions(),
         "commit": provenance.commit(),

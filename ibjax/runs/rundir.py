@@ -41,6 +41,9 @@ _FREE_KEYS = (
 DESCRIPTIONS = ("classes", "warnings")
 
 
+BENCHMARK = "ibjax.benchmark"  # says that a network was given to it, in the section "imported"
+
+
 _FREE_PATHS = ("data.path", "data.data_dir")
 
 
@@ -139,14 +142,19 @@ def write_config(workdir: Path, given: ConfigDict, facts: dict[str, Any], *, res
         _refuse_lost_checkpoints(workdir, restart)
     code = own_code.record(given)
     cluster.agree("own modules", {path: entry["sha256"] for path, entry in code.items()}, advice)
+    if code and found:
+        code = own_code.continued(code, recorded_code(workdir))
+    describe(workdir, given, facts, {"own_code": code} if code else {})
+    return own
+
+
+def describe(workdir: Path, given: ConfigDict, facts: dict[str, Any], more: Mapping[str, Any] | None = None) -> None:
+    """Writes config.json and env.json without any check; `more` stands in both."""
+    more = more or {}
     if jax.process_index() == 0:
-        if code and found:
-            code = own_code.continued(code, recorded_code(workdir))
-        more = {"own_code": code} if code else {}
         written = config.plain(own_code.anchor(config.effective(given), Path.cwd()))
         write_json(workdir / "config.json", {"config": written, "data": facts, **more})
         write_json(workdir / "env.json", {**provenance.environment(), **more})
-    return own
 
 
 def recorded_code(workdir: Path) -> dict[str, Any]:
@@ -156,6 +164,11 @@ def recorded_code(workdir: Path) -> dict[str, Any]:
             if isinstance(found := files.read_json(workdir / name).get("own_code"), dict):
                 return found
     return {}
+
+
+def benchmarked(facts: Mapping[str, Any]) -> bool:
+    """Whether the data section of a config.json is of `ibjax.benchmark`, so that the network is not in the folder."""
+    return facts.get("imported", {}).get("by") == BENCHMARK
 
 
 def write_network(
@@ -264,6 +277,10 @@ def read_config(workdir: Path, given: ConfigDict | None = None) -> tuple[ConfigD
     file = workdir / "config.json"
     try:
         content = files.read_json(file)
+        if benchmarked(content["data"]):
+            raise CodeError(
+                f"{workdir} holds the records of ibjax.benchmark, not the network; benchmark it again there"
+            )
         saved, facts = config.upgrade(ConfigDict(content["config"])), content["data"]
         own_code.permit(saved, content.get("own_code"), file, given)
         config.check(saved)

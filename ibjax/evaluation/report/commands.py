@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ibjax.attacks.geometry import fraction
 from ibjax.evaluation import results
 from ibjax.evaluation.results import Record, is_transfer, surrogate_of, weights_of
+from ibjax.runs.rundir import benchmarked
 
 
 class Block(NamedTuple):
@@ -39,6 +40,8 @@ def blocks(runs: Sequence[Any], out: Path, each: bool) -> list[Block]:
             if weights := weights_of(record):
                 sources.setdefault(weights, (run.folder, record["checkpoint"]))
     for run in runs:
+        if benchmarked(run.facts):  # no command has the network
+            continue
         commands, missing = _evaluations(run, sources)
         if commands:
             found.append(Block(f"{run.title}: evaluate again", commands))
@@ -51,6 +54,8 @@ def blocks(runs: Sequence[Any], out: Path, each: bool) -> list[Block]:
 def imported_from(run: Any) -> str:
     """The origin of an imported network, in words."""
     source = _section(run.facts, "imported")
+    if benchmarked(run.facts):
+        return f"given to ibjax.benchmark: {source.get('network')}, {source.get('library')} {source.get('version')}"
     return f"imported by ibjax.convert from {source.get('file')}, sha256 {source.get('sha256')}"
 
 
@@ -106,7 +111,7 @@ def _section(configuration: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _takes_step(record):
     """Whether an attack uses the step size of the `evaluate` section instead of its own."""
     family, _, steps = record["attack"].rpartition("-")
-    return family in ("pgd", "cw", "margin", "bim", "mim", "nifgsm") and steps.isdecimal()
+    return family in ("pgd", "pgd-t", "cw", "margin", "bim", "mim", "nifgsm") and steps.isdecimal()
 
 
 def _length(value):

@@ -1,0 +1,92 @@
+"""Writes docs/zoo.md: the table of published networks that `ibjax.zoo` and `ibjax convert --zoo` read.
+
+python docs/zoo.py             writes the page
+python docs/zoo.py --check     ends with 1 where the page is not what it would write
+"""
+
+import re
+import sys
+from itertools import groupby
+from pathlib import Path
+
+from ibjax.pytorch.architectures import CIFAR10, CIFAR100, IMAGENET
+from ibjax.pytorch.published import Published, table
+
+PAGE = Path(__file__).resolve().parent / "zoo.md"
+HEAD = """# Published networks
+
+`ibjax.zoo` knows these {count} networks; it holds no weights. `zoo.load(NAME, FILE)` reads a file
+([your own network](own_network.md#published-networks)), `ibjax convert --torch=FILE --zoo=NAME --workdir=DIR` makes a
+run of it ([networks from PyTorch](teachers.md)). Where several networks have one name, write it in full, as
+`cifar10/linf/Engstrom2019Robustness`. This page is generated from `ibjax/pytorch/published.csv` by
+`python docs/zoo.py`; a test keeps it current.
+
+Accuracies in percent, on the whole test set, are published ones: those for CIFAR and ImageNet are RobustBench's (commit
+78fcc9e), and only what ibjax can import is listed. Not supported: networks that normalise each image (Ding2020MMA),
+normalise their weights (Pang2020Boosting), are pruned or sparse (MeanSparse), average or mix several networks, or have
+another activation or block; transformers and ConvNeXt. *Exact*: the robust accuracy that a verifier has proven.
+
+## By architecture
+
+| `--arch` | networks | normalisation |
+|---|---|---|
+"""
+_WORDS = {
+    (CIFAR10["mean"], CIFAR10["std"]): "CIFAR-10's",
+    (CIFAR100["mean"], CIFAR100["std"]): "CIFAR-100's",
+    (IMAGENET["mean"], IMAGENET["std"]): "ImageNet's",
+    (None, None): "none",
+}
+_DATA = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet", "mnist": "MNIST"}
+_NORMS = {"linf": "l_inf", "l2": "l2", "corruptions": "common corruptions"}
+
+
+def page() -> str:
+    """The page."""
+    rows = list(table().values())
+    parts = [HEAD.format(count=len(rows)), *_architectures(rows)]
+    for (data, norm), group in groupby(rows, key=lambda row: (row.data, row.norm)):
+        parts += ["\n", *_section(data, norm, list(group))]
+    return "".join(parts)
+
+
+def _architectures(rows):
+    """A line for each architecture and normalisation, with the names, shortened to authors and title."""
+
+    def kind(row):
+        return row.arch, _normalisation(row)
+
+    for (arch, normalisation), group in groupby(sorted(rows, key=kind), key=kind):
+        names = dict.fromkeys(re.sub(r"(20\d\d[A-Za-z-]+?)_.*", r"\1", row.name) for row in group)
+        yield f"| `{arch}` | {', '.join(names)} | {normalisation} |\n"
+
+
+def _normalisation(row):
+    said = _WORDS.get((row.mean, row.std))
+    return said or "; ".join(" ".join(f"{value:.4g}" for value in values) for values in (row.mean, row.std))
+
+
+def _section(data: str, norm: str, rows: list[Published]):
+    exact = any(row.exact for row in rows)
+    heads = ["name", "network", "eps", "clean", "AutoAttack", *(["PGD-40", "exact"] if exact else []), "file"]
+    yield f"## {_DATA[data]}, {_NORMS[norm]}\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}\n"
+    for row in rows:
+        size = "-".join(str(part) for part in (row.depth, row.width) if part)
+        numbers = [row.clean, row.autoattack, *([row.pgd, row.exact] if exact else [])]
+        shown = ["" if value is None else f"{value:.2f}" for value in numbers]
+        digest = f", SHA-256 {row.sha256[:8]}…" if row.sha256 else ""
+        cells = [f"`{row.name}`", f"{row.arch} {size}".strip(), row.eps, *shown, f"[{row.file}]({row.url}){digest}"]
+        yield f"| {' | '.join(cells)} |\n"
+
+
+def main() -> None:
+    """The command line."""
+    text = page()
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(text, encoding="utf-8")
+    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
+        sys.exit("docs/zoo.md is not current; write it with: python docs/zoo.py")
+
+
+if __name__ == "__main__":
+    main()

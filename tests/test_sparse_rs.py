@@ -1,0 +1,95 @@
+"""Sparse-RS: the schedule by hand, random search that never goes back, draws that are each image's own."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ibjax import losses
+from ibjax.attacks import geometry
+from ibjax.attacks.autoattack import autoattack
+from ibjax.attacks.sparse_rs import exchanges, iterative_sparse_rs, sparse_rs
+from ibjax.errors import InputError
+
+RNG = np.random.default_rng(0)
+N, K, CLASSES = 9, 4, 4
+X = jnp.float32(np.round(RNG.uniform(size=(N, 6, 6, 3)), 1))  # some pixels are corners of the cube of colours
+WEIGHTS = jnp.float32(RNG.normal(size=(108, CLASSES)))
+
+
+def linear(x):
+    return (x - 0.5).reshape(x.shape[0], -1) @ WEIGHTS
+
+
+Y = jnp.argmax(linear(X), 1).astype(jnp.int32)
+KEYS = jax.random.split(jax.random.key(1), N)
+
+
+def stepped(eps, queries=40):
+    """The states of a run, from the start on."""
+    attack = iterative_sparse_rs("l0", eps, queries)
+    step = jax.jit(lambda i, x, y, state: attack.step(i, linear, x, y, None, state))
+    states = [attack.init(KEYS, 0, X, Y)]
+    for i in range(queries):
+        states.append(step(i, X, Y, states[-1]))
+    return states
+
+
+def test_the_number_of_exchanged_pixels_shrinks_as_the_paper_has_it():
+    """⌊0.3·100 / {1, 2, 4, 5, 6, 8, 10, 12, 15, 20}⌋ after 0, 50, 200 … of 10,000 queries."""
+    counts = exchanges(100, 10_000)
+    at = [0, 1, 50, 51, 200, 201, 501, 1001, 2001, 4001, 6001, 8001, 9999]
+    assert [int(counts[i]) for i in at] == [30, 15, 15, 7, 7, 6, 5, 3, 3, 2, 2, 1, 1]
+    assert [int(c) for c in exchanges(100, 1000)[[0, 1, 5, 6, 999]]] == [30, 15, 15, 7, 1]  # query 6 is the 60th
+    assert exchanges(2, 50).min() == 1
+
+
+@pytest.mark.parametrize("eps", [1, 2])
+def test_x_adv_differs_from_x_in_at_most_k_pixels_and_the_margin_never_rises(eps):
+    states = stepped(eps)
+    for before, after in itertools.pairwise(states[1:]):
+        assert np.all(np.asarray(after.margin) <= np.asarray(before.margin))
+    for state in states:
+        moved = np.any(np.asarray(state.x_best != X), axis=-1)
+        assert np.all(state.changed.sum((1, 2)) == eps) and not np.any(moved & ~np.asarray(state.changed))
+        assert set(np.unique(np.asarray(state.x_best)[moved])) <= {0.0, 1.0}
+    np.testing.assert_allclose(states[-1].margin, -losses.margin(linear(states[-1].x_best), Y), rtol=1e-5)
+    first, last = np.asarray(states[1].margin), np.asarray(states[-1].margin)
+    assert np.all((last < first) | (first <= 0)) and np.any(first > 0)
+
+
+def test_each_images_result_is_independent_of_the_others_in_its_batch():
+    attack, order = sparse_rs(eps=K, queries=15), np.array([3, 1, 7, 0, 8, 2, 4, 6, 5])
+    program = jax.jit(lambda keys, x, y: attack(keys, linear, x, y))
+    np.testing.assert_array_equal(program(KEYS, X, Y)[order], program(KEYS[order], X[order], Y[order]))
+
+
+def test_autoattack_runs_it_on_its_own_and_nothing_else_in_l0():
+    result = autoattack(
+        jax.random.key(0), linear, X, Y, norm="l0", eps=K, attacks=["sparse-rs"], options=dict(queries=30)
+    )
+    assert np.all(geometry.distance(jnp.asarray(result.x_adv), X, "l0") <= K) and result.robust.sum() < N
+    with pytest.raises(InputError, match="norm 'l0' is unknown here"):
+        autoattack(jax.random.key(0), linear, X, Y, norm="l0", eps=K)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(eps=2.5), "eps=2.5 is no number of pixels"),
+        (dict(eps=0), "eps=0 is no number of pixels"),
+        (dict(norm="l1", eps=3), "norm 'l1' is unknown here"),
+        (dict(eps=3, queries=0), "queries=0"),
+        (dict(eps=3, p_init=2), "p_init=2 is not allowed"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(options, words):
+    with pytest.raises(InputError, match=words):
+        sparse_rs(**options)
+
+
+def test_as_many_pixels_as_the_image_has_are_refused():
+    with pytest.raises(InputError, match="eps=36 pixels are all of an image of 6×6"):
+        sparse_rs(eps=36)(jax.random.key(0), linear, X, Y)
