@@ -22,9 +22,10 @@ from ibjax.attacks.transfer import transfer
 from ibjax.errors import InputError
 
 RNG = np.random.default_rng(0)
-X = jnp.float32(RNG.uniform(size=(6, 5, 4, 3))).at[:, 0, 0].set(0.0).at[:, 0, 1].set(1.0)  # the box's edges too
-WEIGHTS = jnp.float32(RNG.normal(size=(60, 4)) / 4)
-SURROGATE = WEIGHTS + 0.05 * jnp.float32(RNG.normal(size=(60, 4)))
+IMAGES, WEIGHTS = np.float32(RNG.uniform(size=(6, 5, 4, 3))), np.float32(RNG.normal(size=(60, 4)) / 4)
+IMAGES[:, 0, 0], IMAGES[:, 0, 1] = 0.0, 1.0  # the box's edges too
+SURROGATE = WEIGHTS + 0.05 * np.float32(RNG.normal(size=(60, 4)))
+X = jnp.asarray(IMAGES)
 KEY = jax.random.key(0)
 EPS = {"linf": 0.1, "l2": 0.7}
 
@@ -37,7 +38,8 @@ def curved(x):
     return jnp.tanh(linear(x)) * 3 + jnp.square(linear(x))[:, ::-1]
 
 
-Y = jnp.argmax(curved(X), axis=1).astype(jnp.int32)  # all are classified correctly
+SCORES = linear(IMAGES)
+Y = jnp.asarray((np.tanh(SCORES) * 3 + SCORES[:, ::-1] ** 2).argmax(1).astype(np.int32))  # all are classified correctly
 
 
 def noisy(key, x):
