@@ -17,6 +17,9 @@ from pathlib import Path
 import filelock
 import pytest
 
+# The collector would go through all that is imported and collected again and again, which lives to the end anyway
+gc.disable()
+
 # What one test or process has compiled the others load: workers of one run share a folder, two runs never do.
 if "IBJAX_TEST_CACHE" not in os.environ:
     os.environ["IBJAX_TEST_CACHE"] = tempfile.mkdtemp(prefix="ibjax-test-cache-")
@@ -103,9 +106,9 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    """What is imported and collected lives to the end: the garbage collector need not look at it again and again."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
+    gc.set_threshold(20_000, 20, 50)  # tracing makes many objects and few circles
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """The attacks beside PGD and AutoAttack: one table of guarantees, then each against an oracle of its own."""
 
+import functools
 import inspect
 
 import jax
@@ -100,12 +101,23 @@ def name(request):
     return request.param
 
 
+@functools.cache
+def program(attack, logits_fn):
+    return jax.jit(lambda key, x, y: attack(key, logits_fn, x, y))
+
+
 def run(attack, x=X, y=Y, key=KEY, logits_fn=curved):
-    return jax.jit(lambda key, x, y: attack(key, logits_fn, x, y))(key, x, y)
+    return program(attack, logits_fn)(key, x, y)
+
+
+@functools.cache
+def attacked(name):
+    """The images that an attack makes of X, for several properties."""
+    return run(ATTACKS[name]())
 
 
 def test_x_adv_lies_in_the_eps_ball_and_in_the_box(name):
-    norm, x_adv = name.split("-")[-1], run(ATTACKS[name]())
+    norm, x_adv = name.split("-")[-1], attacked(name)
     assert x_adv.dtype == X.dtype and x_adv.shape == X.shape
     assert float(geometry.distance(x_adv, X, norm).max()) <= EPS[norm] + 1e-6
     assert float(x_adv.min()) >= 0 and float(x_adv.max()) <= 1
@@ -137,7 +149,7 @@ def test_the_loss_rises(name):
         return losses.cross_entropy(curved(x), Y).mean()
 
     if not name.startswith(("noise", "ara")):  # these do not look at the loss
-        assert loss(run(ATTACKS[name]())) > loss(X)
+        assert loss(attacked(name)) > loss(X)
 
 
 # ---- momentum ----------------------------------------------------------------------------------------------
