@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import measuring
 import numpy as np
 from parts import bare
+from scipy import special
 
 from ibjax import files
 from ibjax.attacks import geometry
@@ -461,7 +462,7 @@ def rows() -> list[Row]:
                 "noise", norm, far, kind, noise(kind=kind, norm=norm, eps=far), "NumPy", draws(kind, norm, far), runs=20
             )
 
-    target = jax.nn.softmax(jnp.asarray(logits_fn(X)))
+    target = special.softmax(logits_fn(X), axis=1)
     trades = pgd(loss="kl", init="gaussian", steps=10, **linf, **ROLLED)
     table.append(Row("pgd", "linf", LINF, "KL, 10 steps", lambda key, x, y: trades(key, logits_fn, x, target), TORCH,
                      ta("TPGD", steps=10, **their_linf)))  # fmt: skip

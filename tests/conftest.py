@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import functools
+import gc
 import logging
 import os
 import shutil
@@ -15,6 +16,9 @@ from pathlib import Path
 
 import filelock
 import pytest
+
+# The collector would go through all that is imported and collected again and again, which lives to the end anyway
+gc.disable()
 
 # What one test or process has compiled the others load: workers of one run share a folder, two runs never do.
 if "IBJAX_TEST_CACHE" not in os.environ:
@@ -57,6 +61,13 @@ if "IBJAX_TEST_PRODUCTS" in os.environ:
     as_an_accelerator.__enter__()
 
 
+# Files that take longest, in this order: workers begin with them, so that none is left with one of them at the end
+HEAVY = (
+    "test_faults", "test_objectives", "test_autoattack", "test_train", "test_names", "test_models", "test_attacks",
+    "test_precision", "test_other_attacks", "test_evaluate", "test_siriib", "test_foreign", "test_failing_disk",
+    "test_siriib_model", "test_report", "test_binarisation", "test_plane", "test_extending", "test_evaluate_options",
+    "test_convert", "test_step", "test_checks",
+)  # fmt: skip
 QUICK = tomllib.loads(Path(__file__).with_name("slow.toml").read_text(encoding="utf-8"))
 
 
@@ -77,7 +88,10 @@ def _share(text):
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by marks
 def pytest_collection_modifyitems(config, items):
-    """Marks as slow what slow.toml does not name among the quick cases; leaves out all but one part with --share."""
+    """Marks as slow what slow.toml does not name among the quick cases; leaves out all but one part with --share.
+
+    The files of HEAVY come first: `--no-loadscope-reorder` keeps this order.
+    """
     cases = config.stash[CASES] = {}
     for item in items:
         name, case = f"{item.path.stem}::{item.originalname}", item.callspec.id if hasattr(item, "callspec") else ""
@@ -87,6 +101,14 @@ def pytest_collection_modifyitems(config, items):
     if share := config.getoption("--share"):
         part, parts = share
         items[:] = [item for item in items if zlib.crc32(item.nodeid.encode()) % parts == part]
+    rank = {name: number for number, name in enumerate(HEAVY)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
+    gc.set_threshold(20_000, 20, 50)  # tracing makes many objects and few circles
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +152,17 @@ def once(make):
     return made
 
 
+def in_programs(net):
+    """A `Net` each of whose calls is one program; JAX would compile one for every operation and shape of a layer."""
+    import jax
+
+    def program(call):
+        compiled = jax.jit(call)
+        return lambda *args, edits=None: call(*args, edits) if edits else compiled(*args)
+
+    return type(net)(*(part and program(part) for part in net))
+
+
 def change_config(workdir, **values):
     """Changes options in a run's config.json, which keeps a digest as a true one has: `objective__beta=0`."""
     from ibjax import files
@@ -144,9 +177,9 @@ def change_config(workdir, **values):
     files.write_json(workdir / "config.json", content)
 
 
-def small_run(folder, shape=(8, 8, 1), attacks=("pgd-2",), epochs=1, **sections):
-    """`folder`, now the workdir of a run on synthetic images of 10 classes; `sections` of the configuration."""
-    from ibjax import config, main
+def small_recipe(shape=(8, 8, 1), attacks=("pgd-2",), epochs=1, **sections):
+    """A short configuration on synthetic images of 10 classes; `sections` of it are given."""
+    from ibjax import config
 
     settings = config.base()
     for name, section in sections.items():
@@ -154,7 +187,24 @@ def small_run(folder, shape=(8, 8, 1), attacks=("pgd-2",), epochs=1, **sections)
     config.smoke(settings, shape, 10, {})
     settings.epochs = epochs
     settings.evaluate.attacks = attacks
-    main.execute(settings, folder)
+    return settings
+
+
+def untrained_run(folder, settings):
+    """`folder`, now the workdir of a run that has taken no step: for what needs a network rather than its training.
+
+    No train step and no evaluation are compiled for it. Weights are the initial ones, none of them zero.
+    """
+    import jax
+    import numpy as np
+
+    from ibjax.runs import run, rundir
+
+    data, rng = run.load_data(settings), np.random.default_rng(0)
+    model = run.build_model(settings.model, data.num_classes, "model")
+    variables = {"batch_stats": {}, **jax.jit(model.init)(jax.random.key(0), data.test.images[:1] / np.float32(255))}
+    params = jax.tree.map(lambda w: w + 0.1 * rng.normal(size=w.shape).astype(w.dtype), variables["params"])
+    rundir.write_network(folder, settings, run.facts(data), {**variables, "params": params})
     return folder
 
 

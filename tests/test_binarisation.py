@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small_run
+from conftest import small_recipe, untrained_run
 from sklearn.svm import SVC
 
 from ibjax.analysis import binarisation as analysis
@@ -161,7 +161,7 @@ def test_verdicts():
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     sections = dict(model=dict(name="cnn", widths=((8,),), hidden=()), objective=dict(name="standard"), attack=None)
-    return small_run(tmp_path_factory.mktemp("runs") / "small", attacks=("fgsm",), **sections)
+    return untrained_run(tmp_path_factory.mktemp("runs") / "small", small_recipe(**sections))
 
 
 def test_a_run_is_tested_from_the_command_line(workdir, monkeypatch, capsys):

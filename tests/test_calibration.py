@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small_run
+from conftest import small_recipe, untrained_run
 
 from ibjax import files
 from ibjax.analysis import calibration, corruptions
@@ -24,7 +24,7 @@ SIZES = dict(backbone=BACKBONE, scales=(8, 4), widths=(2,))
 def workdir(tmp_path_factory):
     """A run on synthetic images of CIFAR's shape whose calibration stands beside the classifier."""
     sections = dict(model=dict(name="siriib", connections=0, **SIZES), objective=dict(name="siriib", lam=1.0))
-    return small_run(tmp_path_factory.mktemp("runs") / "isolated", (32, 32, 3), **sections)
+    return untrained_run(tmp_path_factory.mktemp("runs") / "isolated", small_recipe((32, 32, 3), **sections))
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ def network(x):
     return jax.nn.relu((x.reshape(len(x), -1) - 0.5) @ jnp.asarray(HIDDEN)) @ jnp.asarray(OUT)
 
 
-Y = np.asarray(network(jnp.asarray(X))).argmax(1)
+Y = (np.maximum((X.reshape(N, -1) - 0.5) @ HIDDEN, 0) @ OUT).argmax(1)
 
 
 def noise(key, x):

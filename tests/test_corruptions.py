@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from conftest import small_recipe, untrained_run
 from PIL import Image
 from scipy import ndimage
 
@@ -226,19 +227,9 @@ def test_the_published_images_are_found_by_the_number_of_classes(tmp_path):
 
 @pytest.fixture(scope="module")
 def cifar_run(tmp_path_factory):
-    """A trained run on synthetic images of CIFAR's shape."""
-    from ibjax import main
-    from ibjax.config import base, smoke
-
-    settings = base()
-    settings.model = dict(name="cnn", widths=((4,),), hidden=())
-    settings.objective, settings.attack = dict(name="standard"), None
-    smoke(settings, (32, 32, 3), 10, {})
-    settings.epochs = 1
-    settings.evaluate.attacks = ("fgsm",)
-    workdir = tmp_path_factory.mktemp("runs") / "cifar"
-    main.execute(settings, workdir)
-    return workdir
+    """A run on synthetic images of CIFAR's shape."""
+    sections = dict(model=dict(name="cnn", widths=((4,),), hidden=()), objective=dict(name="standard"), attack=None)
+    return untrained_run(tmp_path_factory.mktemp("runs") / "cifar", small_recipe((32, 32, 3), **sections))
 
 
 def test_a_run_is_evaluated_from_the_command_line(cifar_run, monkeypatch, capsys):

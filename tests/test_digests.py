@@ -6,7 +6,7 @@ import shutil
 
 import jax.numpy as jnp
 import pytest
-from conftest import small_run
+from conftest import small_recipe
 from test_checkpoint import state
 
 import ibjax
@@ -24,7 +24,9 @@ FACTS = {"num_classes": 4, "input_shape": [8, 8, 1], "digests": {"train": "ab", 
 def trained(tmp_path_factory):
     """The workdir of a run of two checkpoints with one record."""
     model = dict(name="cnn", widths=((4,),), hidden=(), padding=1, pool="average")
-    return small_run(tmp_path_factory.mktemp("trained") / "run", model=model, epochs=2)
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    main.execute(small_recipe(model=model, epochs=2), workdir)
+    return workdir
 
 
 def saved(workdir, steps=((2, 30.0), (3, 20.0)), settings=None, facts=FACTS):

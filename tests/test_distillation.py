@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import in_programs
 from test_objectives import BATCH, MODEL, NET, TEACHER, VARIABLES, X_ADV, random_variables
 
 from ibjax import losses
@@ -19,7 +20,9 @@ from ibjax.perturb import awp
 from ibjax.step import linen_net, trainable, with_trainable
 
 ASSISTANT = random_variables(9)
-BOTH = linen_net(MODEL, {"teacher": MODEL, "assistant": MODEL}, {"teacher": TEACHER, "assistant": ASSISTANT})
+BOTH = in_programs(
+    linen_net(MODEL, {"teacher": MODEL, "assistant": MODEL}, {"teacher": TEACHER, "assistant": ASSISTANT})
+)
 LATE = {**BATCH, "epoch": jnp.float32(100)}
 KEY = jax.random.key(2)
 C = 4
@@ -27,15 +30,19 @@ C = 4
 
 def run(objective, batch=LATE, x_adv=X_ADV, net=BOTH):
     """(loss, gradient) of the network's parameters."""
-    variables = VARIABLES
-    if objective.head is not None:
-        features = net.predict(variables, batch["image"])[1]
-        variables = {**variables, "head": objective.head.init(jax.random.key(5), features, features, train=False)}
 
-    def value(params):
-        return objective.loss(net, with_trainable(variables, params), batch, x_adv, KEY)[0]
+    @jax.jit
+    def found(variables):
+        if objective.head is not None:
+            features = net.predict(variables, batch["image"])[1]
+            variables = {**variables, "head": objective.head.init(jax.random.key(5), features, features, train=False)}
 
-    loss, gradient = jax.value_and_grad(value)(trainable(variables))
+        def value(params):
+            return objective.loss(net, with_trainable(variables, params), batch, x_adv, KEY)[0]
+
+        return jax.value_and_grad(value)(trainable(variables))
+
+    loss, gradient = found(VARIABLES)
     return loss, gradient["params"]
 
 

@@ -2,12 +2,14 @@
 
 import functools
 import json
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import clean_recipe
+from conftest import change_config, clean_recipe
 from jax.sharding import AxisType
 
 from ibjax import files, main
@@ -197,16 +199,22 @@ def test_what_makes_every_number_wrong_is_refused(network, labels, words):
 # ---- records -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def trained(tmp_path):
-    """A small trained run of which a test may change the folder."""
-    recipe = clean_recipe()
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A small trained run."""
+    tmp_path, recipe = tmp_path_factory.mktemp("made"), clean_recipe()
     np.savez(tmp_path / "a.npz", x_train=RNG.integers(0, 256, (48, 8, 8, 1), dtype=np.uint8), y_train=np.arange(48) % 3,
              x_test=RNG.integers(0, 256, (21, 8, 8, 1), dtype=np.uint8), y_test=np.arange(21) // 7)  # fmt: skip
     recipe.data = dict(name="npz", path=str(tmp_path / "a.npz"), val_size=8, split_seed=0)
     recipe.evaluate.attacks = ("fgsm",)
     main.execute(recipe, tmp_path / "run")
     return tmp_path / "run"
+
+
+@pytest.fixture
+def trained(made, tmp_path):
+    """A copy of it, of which a test may change the folder."""
+    return Path(shutil.copytree(made, tmp_path / "run"))
 
 
 def test_records_are_reused_for_the_same_weights_and_images_only(trained):
@@ -280,12 +288,12 @@ def test_a_part_of_the_test_set_has_every_class_and_its_own_file(trained):
     assert sorted(run.test_split(loaded, 6).labels) == [0, 0, 1, 1, 2, 2]
 
 
-def test_other_test_images_than_the_run_was_made_with_are_refused(trained):
-    source = trained.parent / "a.npz"
-    with np.load(source) as archive:
+def test_other_test_images_than_the_run_was_made_with_are_refused(trained, made):
+    with np.load(made.parent / "a.npz") as archive:
         arrays = dict(archive)
     arrays["x_test"] = arrays["x_test"][::-1]
-    np.savez(source, **arrays)
+    np.savez(trained.parent / "b.npz", **arrays)
+    change_config(trained, data__path=str(trained.parent / "b.npz"))
     with pytest.raises(InputError, match="is not the one that"):
         evaluate.evaluate(trained)
 

@@ -19,7 +19,7 @@ from ibjax.data import Split
 from ibjax.errors import CheckpointError, InputError
 from ibjax.evaluation import evaluate, results, scoring, settings
 from ibjax.evaluation.named import in_groups, named
-from ibjax.evaluation.report import page, tables
+from ibjax.evaluation.report import provenance, tables
 from ibjax.models import cnn, siriib, stochastic
 from ibjax.objectives import ib_rar
 from ibjax.runs import run
@@ -264,7 +264,7 @@ def test_a_surrogate_that_is_the_run_itself_is_the_white_box(digits):
     assert other["robust_acc"] >= white[1]["robust_acc"]
     grid = tables.cells(tables.tables([*white, *transferred, other])[0])
     assert "PGD-2" in grid[0] and "PGD-2, transfer from undefended" in grid[0] and len(grid) == 2
-    assert "network of undefended" in page._describe(other)
+    assert "network of undefended" in provenance._describe(other)
 
 
 def test_examples_are_of_different_classes_where_the_images_are_sorted_by_class(digits, monkeypatch):
@@ -320,11 +320,11 @@ def test_records_of_drawn_predictions_say_so(tmp_path, monkeypatch):
     grid = tables.cells(tables.tables([plain, *drawn])[0])
     assert [line[0] for line in grid[1:]] == ["VIB-MNIST", "VIB-MNIST (sampled, 3)"]
     assert not any("randomised" in text for text in drawn[0]["warnings"])
-    assert "mean of 3 drawn predictions" in page._describe(drawn[0])
+    assert "mean of 3 drawn predictions" in provenance._describe(drawn[0])
 
 
 @pytest.mark.parametrize("name", ["noise", "mim-3", "spsa-2", "cw-l2-4", "ara-2", "ib_rar-10", "siriib-svd-20", "fgsm"])
 def test_every_attack_has_a_label_and_a_description(name):
     record = dict(attack=name, attack_settings=named(name).settings, step_size=0.1)
-    assert results.attack_label(name) in page._describe(record)
+    assert results.attack_label(name) in provenance._describe(record)
     assert results.strength(f"{name} from x") > results.strength("siriib-20")

@@ -51,6 +51,7 @@ def config_file(tmp_path):
 def environment(**changes):
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
     ours = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": CACHE, "PYTHONPATH": str(ROOT)}
+    ours["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "")  # the tests' light compiler, or what they were started with
     return {**clean, **ours, **{name: str(value) for name, value in changes.items()}}
 
 
@@ -103,6 +104,36 @@ def uninterrupted(tmp_path_factory):
     return state_digest(folder / "run")
 
 
+def test_killed_then_preempted_the_same_command_ends_in_the_same_bits(config_file, tmp_path, uninterrupted):
+    """kill -9, SIGTERM twice to the process that continues, and the command once more."""
+    workdir = tmp_path / "run"
+    process = start(config_file, workdir)
+    wait_for_step(workdir, 20, process)
+    process.kill()
+    process.communicate()
+    saved = preempt(config_file, workdir, 60)
+    code, output = finish(start(config_file, workdir))
+    assert code == 0 and f"continuing from step {saved}" in output, output
+    assert state_digest(workdir) == uninterrupted
+    assert_every_step_is_in_one_row(workdir)
+
+
+def preempt(config_file, workdir, step):
+    """Ends the command after `step` with SIGTERM as a cluster does; the step that it has saved."""
+    process = start(config_file, workdir)
+    wait_for_step(workdir, step, process)
+    process.send_signal(signal.SIGTERM)
+    noticed = time.monotonic()
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)  # a second one, in the save, changes nothing
+    code, output = finish(process)
+    assert code == 75 and "preempted: saved step" in output and time.monotonic() - noticed < 30, output
+    saved = int(output.split("saved step ")[1].split()[0])
+    assert (workdir / "checkpoints" / str(saved)).is_dir() and saved >= step
+    return saved
+
+
+@pytest.mark.slow
 def test_kill_9_in_training_then_the_same_command_ends_in_the_same_bits(config_file, tmp_path, uninterrupted):
     workdir = tmp_path / "run"
     for step in (20, 60):
@@ -116,18 +147,10 @@ def test_kill_9_in_training_then_the_same_command_ends_in_the_same_bits(config_f
     assert_every_step_is_in_one_row(workdir)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_the_step_and_exits_75_then_continues(config_file, tmp_path, uninterrupted):
     workdir = tmp_path / "run"
-    process = start(config_file, workdir)
-    wait_for_step(workdir, 20, process)
-    process.send_signal(signal.SIGTERM)
-    noticed = time.monotonic()
-    time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)  # a second one, in the save, changes nothing
-    code, output = finish(process)
-    assert code == 75 and "preempted: saved step" in output and time.monotonic() - noticed < 30, output
-    saved = int(output.split("saved step ")[1].split()[0])
-    assert (workdir / "checkpoints" / str(saved)).is_dir() and saved >= 20
+    saved = preempt(config_file, workdir, 20)
     code, output = finish(start(config_file, workdir))
     assert code == 0 and f"continuing from step {saved}" in output
     assert state_digest(workdir) == uninterrupted

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import change_config, clean_recipe, smoke_config
+from conftest import change_config, clean_recipe, smoke_config, untrained_run
 from test_faults import ROOT, environment
 
 import ibjax
@@ -39,8 +39,7 @@ def made(tmp_path_factory):
     recipe = clean_recipe()
     recipe.data = dict(name="npz", path=str(here / "a.npz"), val_size=8, split_seed=0)
     recipe.evaluate.attacks = ("fgsm",)
-    main.execute(recipe, here / "run")
-    return here / "run"
+    return untrained_run(here / "run", recipe)
 
 
 @pytest.fixture

@@ -69,7 +69,8 @@ def evaluate(objective, batch=BATCH):
     def loss(params):
         return objective.loss(NET, {**VARIABLES, "params": params}, batch, jnp.asarray(X_ADV), jax.random.key(0))
 
-    (value, (after, metrics)), gradient = jax.value_and_grad(loss, has_aux=True)(VARIABLES["params"])
+    # as one program, or JAX compiles one for every operation and shape
+    (value, (after, metrics)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(VARIABLES["params"])
     return float(value), gradient, float(after["batch_stats"]["passes"]), metrics
 
 

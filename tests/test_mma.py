@@ -13,7 +13,7 @@ from ibjax.step import Net
 RNG = np.random.default_rng(0)
 SHAPE, B, N = (3, 3, 1), 32, 40
 W = RNG.normal(size=(9, 2)).astype(np.float32)
-X = jnp.float32(0.35 + 0.3 * RNG.random((B, *SHAPE)))  # no perturbation below 0.35 meets the box
+X = jnp.asarray(np.float32(0.35 + 0.3 * RNG.random((B, *SHAPE))))  # no perturbation below 0.35 meets the box
 LOGITS = np.asarray(X).reshape(B, 9) @ W
 LABELS = LOGITS.argmax(1)
 LABELS[:4] = 1 - LABELS[:4]  # four wrong ones

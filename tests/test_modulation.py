@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small_run
+from conftest import small_recipe, untrained_run
 from PIL import Image
 
 from ibjax import files
@@ -25,7 +25,7 @@ SIZES = dict(backbone=BACKBONE, scales=(8, 4), widths=(2,))
 def workdir(tmp_path_factory):
     """A run of SiRIIB's network on synthetic grey-scale images."""
     sections = dict(model=dict(name="siriib", connections=2, **SIZES), objective=dict(name="standard"), attack=None)
-    return small_run(tmp_path_factory.mktemp("runs") / "grey", **sections)
+    return untrained_run(tmp_path_factory.mktemp("runs") / "grey", small_recipe(**sections))
 
 
 def images(seed, channels=3, n=5):

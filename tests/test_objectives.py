@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import smoke_config
+from conftest import in_programs, smoke_config
 from jax.sharding import AxisType
 
 from ibjax import config, losses
@@ -226,19 +226,22 @@ def random_variables(seed, model=MODEL):
 
 
 VARIABLES, TEACHER = random_variables(0), random_variables(7)
-NET = linen_net(MODEL, {"teacher": MODEL}, {"teacher": TEACHER})
+NET = in_programs(linen_net(MODEL, {"teacher": MODEL}, {"teacher": TEACHER}))
 
 
 def loss_and_gradient(objective, variables=VARIABLES, net=NET, x_adv=X_ADV):
-    if objective.head is not None and "head" not in variables:
-        features = net.predict(variables, BATCH["image"])[1]
-        variables = {**variables, "head": objective.head.init(jax.random.key(5), features, features, train=False)}
+    @jax.jit  # as one program, or JAX compiles one for every operation and shape
+    def found(variables):
+        if objective.head is not None and "head" not in variables:
+            features = net.predict(variables, BATCH["image"])[1]
+            variables = {**variables, "head": objective.head.init(jax.random.key(5), features, features, train=False)}
 
-    def value(params):
-        loss, (after, metrics) = objective.loss(net, with_trainable(variables, params), BATCH, x_adv, jax.random.key(2))
-        return loss, (after, metrics)
+        def value(params):
+            return objective.loss(net, with_trainable(variables, params), BATCH, x_adv, jax.random.key(2))
 
-    (loss, (after, metrics)), gradient = jax.value_and_grad(value, has_aux=True)(trainable(variables))
+        return jax.value_and_grad(value, has_aux=True)(trainable(variables))
+
+    (loss, (after, metrics)), gradient = found(variables)
     return loss, gradient, after, metrics
 
 
@@ -269,7 +272,7 @@ def test_trades_gradient_flows_through_the_clean_prediction():
         robust = losses.kl(adv, jax.lax.stop_gradient(jax.nn.softmax(clean)))
         return jnp.mean(losses.cross_entropy(clean, BATCH["label"])) + 6 * jnp.mean(robust)
 
-    other = jax.grad(stopped)(trainable(VARIABLES))
+    other = jax.jit(jax.grad(stopped))(trainable(VARIABLES))
     difference = max(float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (gradient, other)), strict=True))
     assert difference > 1e-2
 
@@ -293,12 +296,13 @@ def test_the_attack_leaves_the_running_statistics_alone_and_training_mode_moves_
         options = dict(eps=0.1, step_size=0.05, steps=3, init="none", unroll=False)
         attacks = (None, stateful_pgd(**options)) if training else (pgd(**options), None)
         made = make_train_step(lambda _: NET, pgd_at(), sgd(lr=lambda s: 0.0), *attacks)
-        state = init_state(jax.random.key(0), NET, MODEL, None, sgd(lr=lambda s: 0.0), BATCH["image"], False)
-        state = state._replace(variables=VARIABLES)
-        return made(state, BATCH, jax.random.key(0))[0].variables["batch_stats"]
+        zero, key = sgd(lr=lambda s: 0.0), jax.random.key(0)
+        state = jax.jit(lambda: init_state(key, NET, MODEL, None, zero, BATCH["image"], False))()
+        return jax.jit(made)(state._replace(variables=VARIABLES), BATCH, key)[0].variables["batch_stats"]
 
-    x_adv = pgd(eps=0.1, step_size=0.05, steps=3, init="none", unroll=False)(
-        jax.random.key(0), lambda x: NET.predict(VARIABLES, x)[0], BATCH["image"], BATCH["label"]
+    attack = pgd(eps=0.1, step_size=0.05, steps=3, init="none", unroll=False)
+    x_adv = jax.jit(lambda x: attack(jax.random.key(0), lambda x: NET.predict(VARIABLES, x)[0], x, BATCH["label"]))(
+        BATCH["image"]
     )
     _, expected = NET.forward(VARIABLES, x_adv, jax.random.key(0))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), expected["batch_stats"], step(False))
@@ -320,7 +324,7 @@ def test_ibd_is_kl_to_the_teacher_and_has_cross_entropys_gradient():
         (adv, _), _ = NET.forward(variables, X_ADV, jax.random.key(0))
         return 0.1 * jnp.mean(losses.cross_entropy(clean, y_t)) + 0.9 * jnp.mean(losses.cross_entropy(adv, y_t))
 
-    value, expected = jax.value_and_grad(cross_entropy)(trainable(VARIABLES))
+    value, expected = jax.jit(jax.value_and_grad(cross_entropy))(trainable(VARIABLES))
     entropy = -jnp.mean(jnp.sum(y_t * jnp.log(y_t), -1))
     np.testing.assert_allclose(loss, value - entropy, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient, expected)
@@ -331,7 +335,7 @@ def test_no_gradient_reaches_the_teacher():
         net = linen_net(MODEL, {"teacher": MODEL}, {"teacher": teacher_variables})
         return loss_and_gradient(ibd(), net=net)[0]
 
-    gradient = jax.grad(loss)(TEACHER)
+    gradient = jax.jit(jax.grad(loss))(TEACHER)
     assert all(float(jnp.abs(leaf).max()) == 0.0 for leaf in jax.tree.leaves(gradient["params"]))
 
 

@@ -1,5 +1,6 @@
 """The attacks beside PGD and AutoAttack: one table of guarantees, then each against an oracle of its own."""
 
+import functools
 import inspect
 
 import jax
@@ -24,9 +25,10 @@ from ibjax.attacks.transfer import transfer
 from ibjax.errors import InputError
 
 RNG = np.random.default_rng(0)
-X = jnp.float32(RNG.uniform(size=(6, 5, 4, 3))).at[:, 0, 0].set(0.0).at[:, 0, 1].set(1.0)  # the box's edges too
-WEIGHTS = jnp.float32(RNG.normal(size=(60, 4)) / 4)
-SURROGATE = WEIGHTS + 0.05 * jnp.float32(RNG.normal(size=(60, 4)))
+IMAGES, WEIGHTS = np.float32(RNG.uniform(size=(6, 5, 4, 3))), np.float32(RNG.normal(size=(60, 4)) / 4)
+IMAGES[:, 0, 0], IMAGES[:, 0, 1] = 0.0, 1.0  # the box's edges too
+SURROGATE = WEIGHTS + 0.05 * np.float32(RNG.normal(size=(60, 4)))
+X = jnp.asarray(IMAGES)
 KEY = jax.random.key(0)
 EPS = {"linf": 0.1, "l2": 0.7}
 
@@ -39,7 +41,8 @@ def curved(x):
     return jnp.tanh(linear(x)) * 3 + jnp.square(linear(x))[:, ::-1]
 
 
-Y = jnp.argmax(curved(X), axis=1).astype(jnp.int32)  # all are classified correctly
+SCORES = linear(IMAGES)
+Y = jnp.asarray((np.tanh(SCORES) * 3 + SCORES[:, ::-1] ** 2).argmax(1).astype(np.int32))  # all are classified correctly
 
 
 def noisy(key, x):
@@ -104,12 +107,23 @@ def name(request):
     return request.param
 
 
+@functools.cache
+def program(attack, logits_fn):
+    return jax.jit(lambda key, x, y: attack(key, logits_fn, x, y))
+
+
 def run(attack, x=X, y=Y, key=KEY, logits_fn=curved):
-    return jax.jit(lambda key, x, y: attack(key, logits_fn, x, y))(key, x, y)
+    return program(attack, logits_fn)(key, x, y)
+
+
+@functools.cache
+def attacked(name):
+    """The images that an attack makes of X, for several properties."""
+    return run(ATTACKS[name]())
 
 
 def test_x_adv_lies_in_the_eps_ball_and_in_the_box(name):
-    norm, x_adv = name.split("-")[-1], run(ATTACKS[name]())
+    norm, x_adv = name.split("-")[-1], attacked(name)
     assert x_adv.dtype == X.dtype and x_adv.shape == X.shape
     assert float(geometry.distance(x_adv, X, norm).max()) <= EPS[norm] + 1e-6
     assert float(x_adv.min()) >= 0 and float(x_adv.max()) <= 1
@@ -141,7 +155,7 @@ def test_the_loss_rises(name):
         return losses.cross_entropy(curved(x), Y).mean()
 
     if not name.startswith(("noise", "ara")):  # these do not look at the loss
-        assert loss(run(ATTACKS[name]())) > loss(X)
+        assert loss(attacked(name)) > loss(X)
 
 
 # ---- momentum ----------------------------------------------------------------------------------------------

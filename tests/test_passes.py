@@ -17,7 +17,7 @@ from ibjax.objectives.rslad import rslad
 from ibjax.objectives.te import te
 from ibjax.objectives.trades import trades
 
-OTHER = jax.tree.map(lambda w: w[::-1], VARIABLES["params"])
+OTHER = jax.tree.map(lambda w: np.asarray(w)[::-1], VARIABLES["params"])
 TAUGHT = NET._replace(teacher=lambda x: taps(OTHER, x), assistant=lambda x: taps(OTHER, x[::-1]))
 EARLY, LATE = ({**BATCH, "index": jnp.arange(16), "epoch": jnp.float32(epoch)} for epoch in (39.9, 60.0))
 # the order of passes, x as 1 and x' as 2, is a number that the network of test_ib_rar writes into its statistics

@@ -15,7 +15,7 @@ from ibjax.perturb import awp
 from ibjax.step import init_state, make_train_step, with_trainable
 
 PARAMS = VARIABLES["params"]
-GRADIENT = jax.tree.map(lambda w: jnp.cos(17 * w), PARAMS)
+GRADIENT = jax.tree.map(lambda w: jnp.asarray(np.cos(17 * np.asarray(w))), PARAMS)
 
 
 def stored_attack(key, logits_fn, x, target):
@@ -24,7 +24,7 @@ def stored_attack(key, logits_fn, x, target):
 
 def take_step(objective, perturb, optimizer=None, epoch=0, variables=VARIABLES):
     optimizer = optimizer or sgd(lr=lambda step: 0.1, weight_decay=5e-4)
-    state = init_state(jax.random.key(0), NET, MODEL, None, optimizer, BATCH["image"], False)
+    state = jax.jit(lambda: init_state(jax.random.key(0), NET, MODEL, None, optimizer, BATCH["image"], False))()
     state = state._replace(variables=variables, step=jnp.int32(epoch))
     step = make_train_step(lambda _: NET, objective, optimizer, stored_attack, perturb=perturb)
     return step(state, BATCH, jax.random.key(0))[0].variables

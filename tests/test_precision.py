@@ -50,7 +50,7 @@ Y = jnp.asarray(RNG.integers(0, CLASSES, N), jnp.int32)
 
 def shaken(variables):
     """Weights among which none is zero."""
-    return jax.tree.map(lambda a: a + 0.1 * normal(*a.shape), variables)
+    return jax.tree.map(lambda a: np.asarray(a) + 0.1 * np.asarray(normal(*a.shape)), variables)
 
 
 # ---- the stand-in ----------------------------------------------------------------------------------------------
@@ -113,13 +113,13 @@ def minimised():
 
 def mutual_information():
     module, features = mine.Mine("z", (16, 16), projection=6), {"z": normal(N, 4)}
-    variables = shaken(module.init(KEY, features, None, train=False))
+    variables = shaken(jax.jit(lambda: module.init(KEY, features, None, train=False))())
     return with_gradient(lambda z: module.apply(variables, {"z": z}, features, train=False), normal(N, 4))
 
 
 def orthogonality():
     module = siriib.SingularRegularization("amplitude", "add", "full", 1)
-    variables = shaken(module.init(KEY, X, train=False))
+    variables = shaken(jax.jit(lambda: module.init(KEY, X, train=False))())
 
     def penalty(kernel):
         params = {**variables["params"], "vectors": {"conv": {"kernel": kernel}}}
@@ -130,7 +130,7 @@ def orthogonality():
 
 def imported():
     model = cnn.Model(num_classes=CLASSES, widths=((8,),), hidden=(), padding=1)
-    variables = shaken(model.init(KEY, X))
+    variables = shaken(jax.jit(model.init)(KEY, X))
     return lambda images: gate.of_ours(model, variables, images), np.uint8(np.asarray(X) * 255)
 
 

@@ -18,7 +18,7 @@ from ibjax.objectives import ib_rar
 from ibjax.runs import metrics, recipe_files, run, rundir
 from ibjax.step import linen_net
 
-X = jax.random.uniform(jax.random.key(0), (4, 32, 32, 3))
+X = jnp.asarray(np.random.default_rng(0).random((4, 32, 32, 3)), jnp.float32)
 NETWORKS = [  # a pooled map; one that a shortcut and a convolution see; one before a batch-norm; a vector
     (dict(name="vgg", depth=11, width=2, hidden=(6,)), "stage5"),
     (dict(name="resnet", depth=10, width=4), "stage1"),
@@ -32,20 +32,20 @@ NETWORKS = [  # a pooled map; one that a shortcut and a convolution see; one bef
 def test_a_masked_network_is_the_network_with_zeros_at_its_tap(section, tap):
     """In evaluation and, with its batch statistics, in training."""
     inner = run.build_model(section, 5, "model")
-    variables = inner.init(jax.random.key(1), X)
+    variables = jax.jit(inner.init)(jax.random.key(1), X)
     outer = masked.Model(5, section, tap, (1, 3))
     nested = {kind: {"backbone": tree} for kind, tree in variables.items()}
     width = inner.apply(variables, X)[1][tap].shape[-1]
     edits = {tap: ib_rar.masked(jnp.ones(width).at[jnp.array([1, 3])].set(0))}
-    expected = inner.apply(variables, X, edits=edits)
-    logits, features = outer.apply(nested, X)
+    expected = jax.jit(lambda variables: inner.apply(variables, X, edits=edits))(variables)
+    logits, features = jax.jit(outer.apply)(nested, X)
     np.testing.assert_array_equal(logits, expected[0])
     assert not np.any(features[tap][..., [1, 3]]) and np.any(features[tap][..., [0, 2]])
-    assert np.abs(logits - inner.apply(variables, X)[0]).max() > 1e-4
+    assert np.abs(logits - jax.jit(inner.apply)(variables, X)[0]).max() > 1e-4
     key = jax.random.key(2)
-    one = linen_net(outer).forward(nested, X, key)
+    one = jax.jit(linen_net(outer).forward)(nested, X, key)
     if section["name"] != "stochastic":  # a nested module draws from another key
-        other = linen_net(inner).forward(variables, X, key, edits)
+        other = jax.jit(lambda variables: linen_net(inner).forward(variables, X, key, edits))(variables)
         np.testing.assert_array_equal(one[0][0], other[0][0])
         jax.tree.map(np.testing.assert_array_equal, one[1]["batch_stats"]["backbone"], other[1]["batch_stats"])
 

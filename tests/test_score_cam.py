@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.spatial
-from conftest import clean_recipe
+from conftest import clean_recipe, untrained_run
 from PIL import Image
 
-from ibjax import files, main
+from ibjax import files
 from ibjax.analysis import score_cam
 from ibjax.devices import cluster
 from ibjax.models import cnn, siriib, vgg, wide_resnet
@@ -136,12 +136,10 @@ def test_the_last_map_is_found(model, size, last):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A small network trained on the digits as they are."""
+    """A run of a small network on the digits."""
     settings = clean_recipe()
-    settings.epochs, settings.model.widths = 1, ((4,), (4,))
-    folder = tmp_path_factory.mktemp("runs") / "digits"
-    main.execute(settings, folder, "train")
-    return folder
+    settings.model.widths = ((4,), (4,))
+    return untrained_run(tmp_path_factory.mktemp("runs") / "digits", settings)
 
 
 def command(monkeypatch, *flags):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import once, smoke_config
+from conftest import in_programs, once, smoke_config
 
 from ibjax import losses
 from ibjax.errors import InputError
@@ -18,15 +18,16 @@ from ibjax.training.experiment import _optimizer
 
 CNN = dict(name="cnn", widths=((6,), (6,)), hidden=(), padding=1, batch_norm=True, pool="average")
 MODEL = stochastic.Model(4, backbone=CNN, latent=5)
+RNG = np.random.default_rng(0)
 BATCH = {
-    "image": jax.random.uniform(jax.random.key(0), (12, 8, 8, 1)),
+    "image": jnp.asarray(RNG.random((12, 8, 8, 1)), jnp.float32),
     "label": jnp.arange(12) % 4,
     "index": jnp.arange(12),
     "epoch": jnp.float32(200),
     "step": jnp.int32(0),
 }
-X_ADV = jnp.clip(BATCH["image"] + 0.1 * jax.random.normal(jax.random.key(1), (12, 8, 8, 1)), 0, 1)
-NET = linen_net(MODEL)
+X_ADV = jnp.asarray(np.clip(BATCH["image"] + 0.1 * RNG.normal(size=(12, 8, 8, 1)), 0, 1), jnp.float32)
+NET = in_programs(linen_net(MODEL))
 KEY = jax.random.key(3)
 
 
@@ -46,11 +47,15 @@ def passes(key=KEY):
 
 def value(**options):
     objective = shared_information(**options)
-    variables = initial()
-    if objective.head is not None:
-        features = NET.predict(initial(), BATCH["image"])[1]
-        variables = {**initial(), "head": objective.head.init(KEY, features, None, train=False)}
-    loss, (after, metrics) = objective.loss(NET, variables, BATCH, X_ADV, KEY)
+
+    @jax.jit
+    def found(variables):
+        if objective.head is not None:
+            features = NET.predict(variables, BATCH["image"])[1]
+            variables = {**variables, "head": objective.head.init(KEY, features, None, train=False)}
+        return objective.loss(NET, variables, BATCH, X_ADV, KEY)
+
+    loss, (after, metrics) = found(initial())
     return float(loss), after, metrics
 
 
@@ -106,15 +111,15 @@ def test_only_the_cross_entropy_of_x_adv_is_left_without_the_other_terms():
 @pytest.mark.parametrize("information", ["trace", "nhsic", "mine", "mige"])
 def test_every_measure_has_a_finite_gradient_and_more_of_it_is_rewarded(information):
     objective = shared_information(information=information, lam=1.0)
-    variables = initial()
-    if objective.head is not None:
-        features = NET.predict(initial(), BATCH["image"])[1]
-        variables = {**initial(), "head": objective.head.init(KEY, features, None, train=False)}
 
     def loss(params):
-        return objective.loss(NET, {**variables, **params}, BATCH, X_ADV, KEY)[0]
+        variables = {**initial(), "params": params}
+        if objective.head is not None:
+            features = NET.predict(initial(), BATCH["image"])[1]
+            variables |= {"head": objective.head.init(KEY, features, None, train=False)}
+        return objective.loss(NET, variables, BATCH, X_ADV, KEY)[0]
 
-    gradient = jax.grad(loss)({"params": variables["params"]})
+    gradient = jax.jit(jax.grad(loss))(initial()["params"])
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient))
     with_it, without = value(information=information, lam=1.0), value(information=information, lam=0.0)
     np.testing.assert_allclose(without[0] - with_it[0], with_it[2]["shared"], rtol=1e-3, atol=1e-5)
@@ -153,7 +158,7 @@ def test_the_mine_head_is_trained_with_the_network():
 def test_mines_network_follows_the_options():
     head = shared_information(information="mine", mine_widths=(7, 5), mine_projection=256).head
     features = NET.predict(initial(), BATCH["image"])[1]
-    params = head.init(KEY, features, None, train=False)["params"]
+    params = jax.eval_shape(lambda: head.init(KEY, features, None, train=False))["params"]
     shapes = {name: layer["dense"]["kernel"].shape for name, layer in params.items()}
     pair = 2 * features["z"].shape[1]
     assert shapes == {"projection": (pair, 256), "dense1": (256, 7), "dense2": (7, 5), "out": (5, 1)}

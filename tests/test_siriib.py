@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import once
+from conftest import in_programs, once
 
 from ibjax import losses
 from ibjax.errors import InputError
@@ -16,8 +16,9 @@ from ibjax.step import linen_net, trainable, with_trainable
 
 BACKBONE = dict(name="resnet", blocks=(1, 1), width=4)
 MODEL = siriib.Model(4, backbone=BACKBONE, connections=2, scales=(8, 4), widths=(3, 5))
-IMAGES = jax.random.uniform(jax.random.key(0), (6, 8, 8, 3))
-X_ADV = jnp.clip(IMAGES + 0.05 * jax.random.normal(jax.random.key(1), IMAGES.shape), 0, 1)
+RNG = np.random.default_rng(0)
+IMAGES = jnp.asarray(RNG.random((6, 8, 8, 3)), jnp.float32)
+X_ADV = jnp.asarray(np.clip(IMAGES + 0.05 * RNG.normal(size=IMAGES.shape), 0, 1), jnp.float32)
 BATCH = {
     "image": IMAGES,
     "label": jnp.arange(6) % 4,
@@ -25,14 +26,20 @@ BATCH = {
     "epoch": jnp.float32(0),
     "step": jnp.int32(0),
 }
-NET = linen_net(MODEL)
+NET = in_programs(linen_net(MODEL))
 KEY = jax.random.key(3)
+KEY_OF_BASE = jax.random.split(KEY)[0]  # with which SiRIIB calls the loss of its base
 
 
 @once
 def initial():
     """Variables of the network."""
     return {"batch_stats": {}, **jax.jit(MODEL.init)(jax.random.key(0), IMAGES)}
+
+
+def loss_of(objective, key):
+    """(loss, (variables, metrics)) as one program, or JAX compiles one for every operation and shape."""
+    return jax.jit(lambda variables: objective.loss(NET, variables, BATCH, X_ADV, key))(initial())
 
 
 def svd_oracle(x_avg, x, distance):
@@ -68,7 +75,7 @@ def test_the_singular_loss_and_its_gradient_are_exact_in_float64(name):
 
     with jax.enable_x64(True):
         d, step = method.DISTANCES[name], 1e-5
-        value, gradient = jax.value_and_grad(lambda a: method.svd_loss(a, jnp.asarray(x), d))(jnp.asarray(x_avg))
+        value, gradient = jax.jit(jax.value_and_grad(lambda a: method.svd_loss(a, x, d)))(x_avg)
         np.testing.assert_allclose(value, oracle(0), rtol=1e-10)
         # of fourth order: errors of step⁴ and of rounding over step are far below 1e-5
         slope = (8 * (oracle(step) - oracle(-step)) - (oracle(2 * step) - oracle(-2 * step))) / (12 * step)
@@ -78,13 +85,14 @@ def test_the_singular_loss_and_its_gradient_are_exact_in_float64(name):
 @pytest.mark.parametrize("image", [0.0, 0.5, 1.0])
 def test_the_singular_loss_is_finite_on_flat_images(image):
     flat = jnp.full((2, 8, 8, 3), image)
+    loss = jax.jit(jax.value_and_grad(method.svd_loss))
     for a, b in ((flat, IMAGES[:2]), (IMAGES[:2], flat), (flat, flat)):
-        value, gradient = jax.value_and_grad(method.svd_loss)(a, b)
+        value, gradient = loss(a, b)
         assert bool(jnp.isfinite(value)) and bool(jnp.isfinite(gradient).all())
 
 
 def test_the_clean_image_is_a_target_without_gradient():
-    clean_gradient = jax.grad(lambda x: method.svd_loss(X_ADV, x) - jnp.mean(jnp.square(X_ADV - x)))(IMAGES)
+    clean_gradient = jax.jit(jax.grad(lambda x: method.svd_loss(X_ADV, x) - jnp.mean(jnp.square(X_ADV - x))))(IMAGES)
     np.testing.assert_allclose(clean_gradient, 0, atol=1e-6)
 
 
@@ -113,20 +121,20 @@ def test_without_a_gradient_to_the_clean_features_descent_enlarges_their_differe
 @pytest.mark.parametrize("base", ["pgd_at", "trades"])
 def test_the_loss_is_its_formula(base):
     original = {"pgd_at": pgd_at(), "trades": trades(beta=6.0)}[base]
-    plain, _ = original.loss(NET, initial(), BATCH, X_ADV, jax.random.split(KEY)[0])
+    plain, _ = loss_of(original, KEY_OF_BASE)
     (_, adv), _ = NET.forward(initial(), X_ADV, KEY)
     (_, clean), _ = NET.forward(initial(), IMAGES, KEY)
     svd = svd_oracle(adv["x_avg"], IMAGES, numpy_distance("mse"))
     info = sum(np.mean(np.square(np.asarray(adv[k], np.float64) - clean[k])) for k in ("info1", "info2"))
-    loss, (_, metrics) = method.siriib(base=base, lam=3.0, lam_tau=0.5).loss(NET, initial(), BATCH, X_ADV, KEY)
+    loss, (_, metrics) = loss_of(method.siriib(base=base, lam=3.0, lam_tau=0.5), KEY)
     np.testing.assert_allclose([metrics["svd"], metrics["info"]], [svd, info], rtol=1e-3)
     np.testing.assert_allclose(loss, plain + 3.0 * (svd + info) + 0.5 * adv["orthogonality"], rtol=1e-4)
 
 
 def test_without_its_terms_it_is_the_base_but_for_the_added_parts_statistics():
     """PGD-AT has no pass over x: the one for L_info moves the statistics of the added parts only."""
-    plain, (plain_after, _) = pgd_at().loss(NET, initial(), BATCH, X_ADV, jax.random.split(KEY)[0])
-    loss, (after, _) = method.siriib(lam=0.0, lam_tau=0.0).loss(NET, initial(), BATCH, X_ADV, KEY)
+    plain, (plain_after, _) = loss_of(pgd_at(), KEY_OF_BASE)
+    loss, (after, _) = loss_of(method.siriib(lam=0.0, lam_tau=0.0), KEY)
     np.testing.assert_allclose(loss, plain, rtol=1e-6)
     for name, statistics in plain_after["batch_stats"].items():
         same = [
@@ -141,9 +149,15 @@ def test_a_weight_perturbation_climbs_the_loss_of_the_base(base):
     batch = {**BATCH, "epoch": jnp.float32(120)}  # where TE's term counts
     variables = {**initial(), "memory": jax.random.uniform(KEY, (6, 4))}
     original, whole = method.BASES[base](6.0), method.siriib(base=base, lam=20.0)
-    plain = original.loss(NET, variables, batch, X_ADV, jax.random.split(KEY)[0])[0]
-    np.testing.assert_allclose(whole.proxy(NET, variables, batch, X_ADV, KEY), plain, rtol=1e-6)
-    assert abs(float(whole.loss(NET, variables, batch, X_ADV, KEY)[0] - plain)) > 0.1  # what it leaves out
+
+    @jax.jit
+    def losses_of(variables):
+        given = NET, variables, batch, X_ADV
+        return original.loss(*given, KEY_OF_BASE)[0], whole.proxy(*given, KEY), whole.loss(*given, KEY)[0]
+
+    plain, proxy, loss = losses_of(variables)
+    np.testing.assert_allclose(proxy, plain, rtol=1e-6)
+    assert abs(float(loss - plain)) > 0.1  # what it leaves out
 
 
 def test_beside_a_plain_classifier_the_two_are_trained_apart():

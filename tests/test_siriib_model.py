@@ -14,7 +14,7 @@ from ibjax.models import layers, resnet, siriib
 
 RESNET, WRN = dict(name="resnet", depth=18), dict(name="wide_resnet", depth=28, width=10)
 TINY = dict(name="resnet", blocks=(1, 1), width=4)
-X = jax.random.uniform(jax.random.key(0), (2, 16, 16, 3))
+X = jnp.asarray(np.random.default_rng(0).random((2, 16, 16, 3)), jnp.float32)
 
 
 def sizes(model, size=32):

@@ -79,7 +79,7 @@ def test_in_l1_new_and_old_mass_weigh_the_same():
     """
     x, y = jnp.full((200, 9, 9, 1), 0.5), jnp.zeros(200, jnp.int32)
     attack = iterative_square("l1", 0.4, p_init=0.12)
-    start = attack.init(jax.random.split(jax.random.key(0), len(x)), 0, x, y)
+    start = jax.jit(lambda keys: attack.init(keys, 0, x, y))(jax.random.split(jax.random.key(0), len(x)))
     state = start._replace(x_best=x.at[:, 4, 4].add(0.4), margin=jnp.full(len(x), 2.0))
     delta = np.abs(jax.jit(lambda s: attack.step(1, liked, x, y, y, s))(state).x_best - x)[..., 0]
     np.testing.assert_allclose(delta.sum((1, 2)), 0.4, rtol=1e-4)
@@ -92,7 +92,7 @@ def test_in_l1_new_and_old_mass_weigh_the_same():
 
 def run(attack, steps, keys=None, x=X, y=Y):
     keys = jax.random.split(jax.random.key(2), len(x)) if keys is None else keys
-    state, states = attack.init(keys, 0, x, y), []
+    state, states = jax.jit(lambda keys: attack.init(keys, 0, x, y))(keys), []
     step = jax.jit(lambda i, state: attack.step(i, linear, x, y, y, state))
     for i in range(steps):
         state = step(i, state)
@@ -155,10 +155,11 @@ def test_mass_moves_into_the_first_square(norm):
     """Where no wall is near, the whole ball is used, and the second square is emptied."""
     x = jnp.full_like(X, 0.5)
     attack = iterative_square(norm, EPS[norm], p_init=0.1)
-    state = attack.init(jax.random.split(jax.random.key(0), N), 0, x, Y)
+    state = jax.jit(lambda keys: attack.init(keys, 0, x, Y))(jax.random.split(jax.random.key(0), N))
+    step = jax.jit(lambda i, state: attack.step(i, liked, x, 0 * Y, Y, state))
     np.testing.assert_allclose(geometry.distance(state.x_best, x, norm), EPS[norm], rtol=1e-4)
-    state = attack.step(0, liked, x, 0 * Y, Y, state)
-    after = attack.step(1, liked, x, 0 * Y, Y, state._replace(margin=jnp.full(N, 2.0)))
+    state = step(0, state)
+    after = step(1, state._replace(margin=jnp.full(N, 2.0)))
     np.testing.assert_allclose(geometry.distance(after.x_best, x, norm), EPS[norm], rtol=1e-4)
     before, now = (np.asarray(s.x_best - x) for s in (state, after))
     assert np.all(np.sum((now == 0) & (before != 0), axis=(1, 2, 3)) > 0)  # the second square
@@ -187,7 +188,8 @@ SIZES = [("linf", (1, 1, 1)), ("linf", (2, 3, 1)), ("l2", (3, 4, 1)), ("l1", (28
 @pytest.mark.parametrize("norm, shape", SIZES)
 def test_images_of_any_size(norm, shape):
     x = jnp.full((2, *shape), 0.5)
-    x_adv = square(norm=norm, eps=0.3, queries=20)(jax.random.key(0), halving, x, jnp.ones(2, jnp.int32))
+    attack = jax.jit(square(norm=norm, eps=0.3, queries=20), static_argnums=1)
+    x_adv = attack(jax.random.key(0), halving, x, jnp.ones(2, jnp.int32))
     assert x_adv.shape == x.shape and np.all(np.isfinite(x_adv))
 
 

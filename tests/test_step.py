@@ -23,7 +23,7 @@ def begin(objective=None, optimizer=None, ema=False, net=NET):
     objective = objective or pgd_at()
     memory = objective.memory(12, 4) if objective.memory else None
     optimizer = optimizer or sgd(lr=lambda step: 0.1)
-    state = init_state(KEY, net, MODEL, objective.head, optimizer, BATCH["image"], ema, memory)
+    state = jax.jit(lambda: init_state(KEY, net, MODEL, objective.head, optimizer, BATCH["image"], ema, memory))()
     return state._replace(variables={**state.variables, **VARIABLES})
 
 

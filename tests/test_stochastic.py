@@ -11,7 +11,7 @@ from ibjax.errors import InputError
 from ibjax.models import stochastic
 
 BACKBONE = dict(name="cnn", widths=((4,),), hidden=(8,), dropout=0.0)
-X = jax.random.uniform(jax.random.key(0), (3, 8, 8, 3))
+X = jnp.asarray(np.random.default_rng(0).random((3, 8, 8, 3)), jnp.float32)
 
 
 def made(**options):

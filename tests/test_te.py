@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import once
 from test_objectives import BATCH, MODEL, NET, VARIABLES, X_ADV
 
 from ibjax import losses
@@ -16,7 +17,12 @@ from ibjax.step import init_state, make_train_step
 
 KEY = jax.random.key(0)
 E = np.float32(np.random.default_rng(0).random((20, 4)))  # what is remembered of 20 images; the batch has the first 12
-P = np.asarray(jax.nn.softmax(NET.predict(VARIABLES, BATCH["image"])[0]))
+
+
+@once
+def P():
+    """The predictions for the clean images."""
+    return np.asarray(jax.nn.softmax(NET.predict(VARIABLES, BATCH["image"])[0]))
 
 
 def at(epoch, memory=E):
@@ -36,11 +42,11 @@ def remembered(objective, epoch, memory=E):
 def test_the_buffer_averages_clean_predictions_from_its_first_epoch_on():
     np.testing.assert_array_equal(remembered(te(), 89), E)
     after = remembered(te(), 90)
-    np.testing.assert_allclose(after[:12], 0.9 * E[:12] + 0.1 * P, rtol=1e-5)
+    np.testing.assert_allclose(after[:12], 0.9 * E[:12] + 0.1 * P(), rtol=1e-5)
     np.testing.assert_array_equal(after[12:], E[12:])
     from_zero = remembered(te(), 90, np.zeros_like(E))
     batch, variables = at(90, from_zero)
-    np.testing.assert_allclose(te().target(NET, variables, batch, KEY)["t"], P, rtol=1e-5)
+    np.testing.assert_allclose(te().target(NET, variables, batch, KEY)["t"], P(), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("epoch", "expected"), [
@@ -79,7 +85,10 @@ def test_the_attack_climbs_the_full_loss(base):
     output = NET.predict(VARIABLES, X_ADV)
     found = objective.attack_loss(output, objective.target(NET, variables, batch, KEY))
     q = np.asarray(jax.nn.softmax(output[0]), np.float64)
-    fit = {"pgd_at": losses.cross_entropy(output[0], BATCH["label"]), "trades": 6 * (P * np.log(P / q)).sum(1)}[base]
+    fit = {
+        "pgd_at": losses.cross_entropy(output[0], BATCH["label"]),
+        "trades": 6 * (P() * np.log(P() / q)).sum(1),
+    }[base]
     np.testing.assert_allclose(found, fit + 300 * np.exp(-1.25) * np.square(q - ensemble(E)).mean(1), rtol=1e-4)
 
 
@@ -94,16 +103,17 @@ def test_what_is_remembered_is_of_the_unperturbed_weights():
 
     def memory(perturb):
         optimizer = sgd(lr=lambda step: 0.1)
-        state = init_state(KEY, NET, MODEL, None, optimizer, BATCH["image"], False, jnp.zeros((20, 4)))
+        initial = lambda: init_state(KEY, NET, MODEL, None, optimizer, BATCH["image"], False, jnp.zeros((20, 4)))  # noqa: E731
+        state = jax.jit(initial)()
         state = state._replace(variables={**state.variables, **VARIABLES})
         step = make_train_step(lambda _: NET, objective, optimizer, spy, perturb=perturb)
         return step(state, BATCH, KEY)[0].variables["memory"]
 
     far = memory(lambda params, gradients, epoch: jax.tree.map(lambda w: 0.5 * jnp.ones_like(w), params))
     np.testing.assert_array_equal(far, memory(None))
-    np.testing.assert_allclose(far[:12], 0.1 * P, rtol=1e-4)
+    np.testing.assert_allclose(far[:12], 0.1 * P(), rtol=1e-4)
     for t in targets:
-        np.testing.assert_allclose(t, P, rtol=1e-4)
+        np.testing.assert_allclose(t, P(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("options", [dict(base="mart"), dict(weight=-1.0), dict(momentum=1.0), dict(start=5, end=5)])
