@@ -101,6 +101,8 @@ def base() -> ConfigDict:
     config.writers = placeholder(tuple)
     config.checkpoint_every = 10  # epochs between checkpoints, beside those of validation
     config.steps_per_dispatch = placeholder(int)  # None: 1 on CPU, log_every on accelerators
+    # how several devices keep weights, moments and averages between two steps: each all ("replicated") or a share
+    config.sharding = "replicated"  # or "fsdp": see ibjax.devices.placement
     return config
 
 
@@ -130,6 +132,7 @@ _NUMBERS = {
 }
 _CHOICES = {
     "attack_bn": ("eval", "train"),
+    "sharding": ("replicated", "fsdp"),
     "select_on": ("val", "test"),
     "validate.select": (None, "robust", "clean", "mean"),
     "augment.flip": (False, True),

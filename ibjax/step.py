@@ -28,6 +28,7 @@ import optax
 from jax import Array, lax
 
 from ibjax.attacks import Attack, StatefulAttack, entrance
+from ibjax.devices import placement
 from ibjax.devices.cores import in_parts
 from ibjax.errors import InputError
 
@@ -320,7 +321,7 @@ def make_train_step(
     def train_step(state, batch, key, frozen=None):
         key = jax.random.fold_in(key, state.step)
         augment_key, *keys = jax.random.split(key, 3)
-        net, variables = bind_net(frozen), state.variables
+        net, variables = bind_net(frozen), placement.gathered(state.variables)
         x = to_float(batch["image"])
         batch = {**batch, "image": augment(augment_key, x) if augment else x}
         whole, rest = jnp.divmod(state.step, steps_per_epoch)  # floor(epoch) stays exact if a device's division is not
@@ -331,9 +332,9 @@ def make_train_step(
             return differentiate(net, variables, {**part, **progress}, *keys)
 
         summed, (variables, metrics) = _over_parts(one, variables, batch, jnp.stack(keys), microbatches)
-        gradients, offset = summed
+        gradients, offset = placement.shared(summed)
 
-        params = raw = trainable(variables)
+        params = raw = placement.shared(trainable(state.variables))
         if offset is not None:
             params = {**params, "params": jax.tree.map(jnp.add, params["params"], offset)}
         updates, opt_state = optimizer.update(gradients, state.opt_state, params)

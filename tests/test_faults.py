@@ -179,6 +179,23 @@ def test_two_processes_take_the_same_steps_as_one_with_two_devices(config_file, 
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_state_in_shares_is_saved_by_two_processes_and_continued_whole_by_one(config_file, tmp_path):
+    workdir, wide = tmp_path / "two", "--config.model.widths=((32,),(64,))"
+    processes = two_processes(config_file, workdir, wide, "--config.sharding=fsdp")
+    wait_for_step(workdir, 30, processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    assert [code for code, _ in map(finish, processes)] == [75, 75]
+    for folder, arguments in ((workdir, ()), (tmp_path / "one", ("--config.sharding=replicated",))):
+        code, output = finish(start(config_file, folder, wide, *arguments, JAX_NUM_CPU_DEVICES=2))
+        assert code == 0, output
+    assert_every_step_is_in_one_row(workdir)
+    one, two = ({row["step"]: row for row in metrics.read(at / "metrics.jsonl")} for at in (tmp_path / "one", workdir))
+    assert state_digest(workdir)
+    for step in sorted(set(one) & set(two))[:6]:
+        np.testing.assert_allclose(one[step]["grad_norm"], two[step]["grad_norm"], rtol=1e-4)
+
+
 def test_sigterm_to_one_of_two_processes_saves_the_same_step_in_both(config_file, tmp_path):
     workdir = tmp_path / "run"
     processes = two_processes(config_file, workdir)

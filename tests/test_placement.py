@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
+from ibjax import config
 from ibjax.devices import cluster, cores, placement
 from ibjax.information import hsic, svd
+from ibjax.training import experiment, feed
 from ibjax.training.ahead import collectives
 
 needs_devices = pytest.mark.skipif(jax.device_count() < 4, reason="needs several devices")
@@ -80,3 +82,33 @@ def test_no_device_is_given_all_features(f):
     z, y = jnp.ones((size, 32, 8, 2 * size)), jnp.ones((size, 5))
     _, program = over_devices(cores.elsewhere()(jax.grad(f)), z, y, out=cluster.BATCH)
     assert sum(item.bytes for item in collectives(program)) < z.nbytes
+
+
+@needs_devices
+def test_a_state_in_shares_trains_as_a_replicated_one(monkeypatch):
+    """The same losses; weights and moments are spread over the devices, and gathered outside the attack's loop."""
+    monkeypatch.setattr(placement, "_SMALL", 64)
+    runs = {}
+    for sharding in ("replicated", "fsdp"):
+        settings = config.smoke(config.base(), (8, 8, 1), 10, {})
+        settings.update(batch_size=jax.device_count() * 4, ema_decay=0.9, sharding=sharding)
+        settings.attack.update(unroll=False, steps=2)
+        built = experiment.build(settings)
+        state, key = experiment.initial_state(built), experiment.run_key(0, 1, built.mesh)
+        dispatch, data = feed.make_dispatch(built, 1), [cluster.replicate(a, built.mesh) for a in built.data.train]
+        compiled = dispatch.lower(state, *data, key, built.frozen, 1).compile()
+        losses = []
+        for _ in range(3):
+            state, metrics = compiled(state, *data, key, built.frozen, 1)
+            losses.append(float(metrics["loss"][0]))
+        runs[sharding] = losses, state, collectives(compiled.as_text())
+    (expected, whole, _), (found, shared, changing_hands) = runs["replicated"], runs["fsdp"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), shared, whole)
+    for tree in (shared.variables["params"], shared.opt_state, shared.ema_params):
+        parts = [leaf for leaf in jax.tree.leaves(tree) if not leaf.is_fully_replicated]
+        assert sum(leaf.size for leaf in parts) > 0.9 * sum(leaf.size for leaf in jax.tree.leaves(tree))
+        assert all(leaf.addressable_shards[0].data.size * jax.device_count() == leaf.size for leaf in parts)
+    assert {item.depth for item in changing_hands if item.kind == "all-gather"} == {0}
+    gathered = sum(item.bytes for item in changing_hands if item.kind == "all-gather")
+    assert gathered < 1.2 * sum(leaf.nbytes for leaf in jax.tree.leaves(shared.variables["params"]))

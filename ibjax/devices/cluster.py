@@ -275,6 +275,23 @@ def replicate(tree, mesh: Mesh):
     )
 
 
+def on_every_device(tree, mesh: Mesh):
+    """Arrays that the devices keep in shares become whole on every device; whole arrays are returned as they are."""
+    return jax.device_put(tree, NamedSharding(mesh, REPLICATED))
+
+
+def on_host(tree):
+    """Arrays that the devices keep in shares become NumPy arrays; others are returned as they are.
+
+    All processes must call it.
+    """
+
+    def whole(leaf):
+        return leaf if leaf.is_fully_replicated else np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+    return jax.tree.map(whole, tree)
+
+
 def check_divides(batch_size: int, name: str, devices: int, parts: int = 1) -> None:
     """Raises InputError unless `batch_size` is a multiple of `devices` times `parts`."""
     count = devices * parts

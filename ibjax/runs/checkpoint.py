@@ -140,7 +140,7 @@ def save(store: Store, state: TrainState, metrics: dict[str, Any] | None = None)
     assert orbax is not None, "opened for reading"
     if step in orbax.all_steps():
         return
-    parts = dict(zip(ITEMS, split(state), strict=True))
+    parts = {item: cluster.on_host(tree) for item, tree in zip(ITEMS, split(state), strict=True)}
     manifest: dict[str, Any] = {"step": step, "metrics": metrics or {}}
     if store.run is not None:
         manifest["run"] = dict(store.run)

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 # through the attacks that use it.
 _FREE_KEYS = (
     *("title", "threat", "evaluate", "contrast", "log_every", "writers", "checkpoint_every", "steps_per_dispatch"),
+    "sharding",
     *config.TEACHERS,
 )
 

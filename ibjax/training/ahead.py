@@ -35,7 +35,7 @@ from ibjax.runs import (
     run,
 )
 from ibjax.training import feed
-from ibjax.training.experiment import build, initializer
+from ibjax.training.experiment import build, initializer, state_sharding
 
 # Set before jax looks for chips: there are none, and another process may be compiling at the same time.
 WITHOUT_CHIPS = {
@@ -251,7 +251,10 @@ def compile_step(settings: ConfigDict, mesh: Mesh, images: int | None) -> dict[s
     key = shaped(jax.eval_shape(lambda: jax.random.key(0)))
     shape = experiment.data.train.images.shape[1:]
     frozen = shaped(experiment.frozen)
-    state = shaped(jax.eval_shape(initializer(experiment), key, jax.ShapeDtypeStruct((1, *shape), jnp.float32), frozen))
+    state = jax.eval_shape(initializer(experiment), key, jax.ShapeDtypeStruct((1, *shape), jnp.float32), frozen)
+    variables = shaped(state.variables)
+    stored = jax.tree.broadcast(state_sharding(experiment), state)
+    state = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), state, stored)
     steps = 1 if images is None else settings.steps_per_dispatch or settings.log_every
     began = time.perf_counter()
     if images is None:
@@ -267,7 +270,7 @@ def compile_step(settings: ConfigDict, mesh: Mesh, images: int | None) -> dict[s
     repeated = _attack_steps(settings)
     if flops is not None and repeated > 1:
         part = of_images(settings.batch_size // settings.microbatches, jnp.float32, sharded)
-        one = _attack_step(experiment).lower(state.variables, *part).compile().cost_analysis() or {}
+        one = _attack_step(experiment).lower(variables, *part).compile().cost_analysis() or {}
         flops += (repeated - 1) * one["flops"]
         accessed += (repeated - 1) * one["bytes accessed"]
     platform = mesh.devices.flat[0].platform

@@ -19,7 +19,18 @@ from ibjax.data import Arrays, augment
 from ibjax.devices import cluster, placement
 from ibjax.errors import InputError
 from ibjax.runs import run, rundir, trees
-from ibjax.step import Net, Objective, TrainState, Variables, as_output, init_state, linen_net, make_train_step
+from ibjax.step import (
+    Net,
+    Objective,
+    TrainState,
+    Variables,
+    as_output,
+    init_state,
+    linen_net,
+    make_train_step,
+    trainable,
+    with_trainable,
+)
 
 
 class Experiment(NamedTuple):
@@ -113,7 +124,7 @@ def build(
     )
 
     def train_step(state, batch, key, frozen=None):
-        with placement.over(mesh):
+        with placement.over(mesh, fsdp=settings.sharding == "fsdp"):
             return step(state, batch, key, frozen)
 
     return Experiment(
@@ -264,11 +275,26 @@ def _augmentation(settings):
 
 
 def initial_state(experiment: Experiment) -> TrainState:
-    """The state before the first step, replicated on all devices, from the configuration's seed."""
-    replicated = NamedSharding(experiment.mesh, cluster.REPLICATED)
+    """The state before the first step, placed as `state_sharding` says, from the configuration's seed."""
     key = run_key(experiment.config.seed, 0, experiment.mesh)
     x = np.zeros((1, *experiment.data.train.images.shape[1:]), np.float32)
-    return jax.jit(initializer(experiment), out_shardings=replicated)(key, x, experiment.frozen)
+    return jax.jit(initializer(experiment), out_shardings=state_sharding(experiment))(key, x, experiment.frozen)
+
+
+def state_sharding(experiment: Experiment) -> Any:
+    """The sharding of the state between two steps: one for all its arrays, or a TrainState of shardings with "fsdp".
+
+    Batch statistics and what the objective remembers are whole on every device.
+    """
+    whole = NamedSharding(experiment.mesh, cluster.REPLICATED)
+    if experiment.config.sharding == "replicated":
+        return whole
+    x = jax.ShapeDtypeStruct((1, *experiment.data.train.images.shape[1:]), np.float32)
+    state = jax.eval_shape(initializer(experiment), jax.random.key(0), x, experiment.frozen)
+    placed = jax.tree.map(lambda _: whole, state.variables)
+    shares = {name: placement.shares(part, experiment.mesh) for name, part in state._asdict().items()}
+    variables = with_trainable(placed, placement.shares(trainable(state.variables), experiment.mesh))
+    return TrainState(**{**shares, "variables": variables})
 
 
 def initializer(experiment: Experiment) -> Callable[..., TrainState]:

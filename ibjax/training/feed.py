@@ -17,7 +17,7 @@ from ibjax.data import stream, streamed
 from ibjax.devices import cluster
 from ibjax.errors import InputError
 from ibjax.step import TrainState
-from ibjax.training.experiment import Experiment
+from ibjax.training.experiment import Experiment, state_sharding
 
 
 class Feed(NamedTuple):
@@ -79,6 +79,7 @@ def make_dispatch(experiment: Experiment, capacity: int) -> Callable:
     """
     batch_size, per_epoch = experiment.config.batch_size, experiment.steps_per_epoch
     sharded, replicated = (NamedSharding(experiment.mesh, spec) for spec in (cluster.BATCH, cluster.REPLICATED))
+    stored = state_sharding(experiment)
 
     def dispatch(state, images, labels, key, frozen, n):
         order_key, step_key = jax.random.split(key)
@@ -87,7 +88,7 @@ def make_dispatch(experiment: Experiment, capacity: int) -> Callable:
 
         def one(state):
             # otherwise the compiler may shard a weight between two steps and gather it in every step of the attack
-            state = lax.with_sharding_constraint(state, replicated)
+            state = lax.with_sharding_constraint(state, stored)
             index = lax.dynamic_slice(order, (state.step % per_epoch * batch_size,), (batch_size,))
             index = lax.with_sharding_constraint(index, sharded)
             batch = {"image": images[index], "label": labels[index], "index": index}
@@ -108,7 +109,7 @@ def make_dispatch(experiment: Experiment, capacity: int) -> Callable:
         rows = jax.tree.map(lambda s: jnp.zeros((capacity, *s.shape), s.dtype), shapes)
         return lax.fori_loop(0, n, body, (state, rows))
 
-    return jax.jit(dispatch, donate_argnums=0, out_shardings=replicated)
+    return jax.jit(dispatch, donate_argnums=0, out_shardings=(stored, replicated))
 
 
 # ---- streamed ----------------------------------------------------------------------------------------------
@@ -151,5 +152,5 @@ def make_batch_dispatch(experiment: Experiment) -> Callable:
         metrics = {**metrics, "lr": experiment.learning_rate(state.step - 1)}
         return state, jax.tree.map(lambda value: value[None], metrics)
 
-    replicated = NamedSharding(experiment.mesh, cluster.REPLICATED)
-    return jax.jit(dispatch, donate_argnums=0, out_shardings=replicated)
+    placed = (state_sharding(experiment), NamedSharding(experiment.mesh, cluster.REPLICATED))
+    return jax.jit(dispatch, donate_argnums=0, out_shardings=placed)

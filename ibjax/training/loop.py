@@ -192,7 +192,9 @@ def _validator(experiment):
 def _validate(experiment, validator, state):
     """{"clean_acc", "robust_acc", "selection"} in percent on the split that selects checkpoints."""
     (scorer, size), split = validator, _selection_split(experiment)
-    flags, _ = scorer(checkpoints.split(state)[0], split, experiment.config.seed, **size)
+    flags, _ = scorer(
+        cluster.on_every_device(checkpoints.split(state)[0], experiment.mesh), split, experiment.config.seed, **size
+    )
     for text in nan_warnings(flags):
         log.warning("%s: validation: %s", _name(experiment.config), text)
     clean, robust = (100 * float(np.mean(part)) for part in (flags.clean, flags.robust))

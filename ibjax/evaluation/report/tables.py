@@ -54,7 +54,10 @@ class Family(NamedTuple):
 # fields that distinguish rows with equal titles; labels contain as many of them as needed, in this order
 _PARTS = ("checkpoint", "step", "seed", "n", "dataset", "norm", "count", "folder")
 # parts of a configuration in which the seeds of one recipe may differ: they do not affect training
-_FREE = ("seed", "title", "evaluate", "contrast", "log_every", "writers", "checkpoint_every", "steps_per_dispatch")
+_FREE = (
+    *("seed", "title", "evaluate", "contrast", "log_every", "writers", "checkpoint_every", "steps_per_dispatch"),
+    "sharding",
+)
 
 
 def rows(records: Iterable[Record]) -> list[Row]:
