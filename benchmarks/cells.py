@@ -181,7 +181,7 @@ def taught(seed: int) -> Iterable[Cell]:
                 for title, objective, options in STUDENTS:
                     row = f"{title} from {size} × as large, {longer} × as long, {epochs} epochs"
                     yield digits(row, seed, objective, epochs, options, teacher=teacher.name)
-    best = digits(f"teacher 4 × as large, 20 × as long", seed, "trades", 20, {}).name
+    best = digits("teacher 4 × as large, 20 × as long", seed, "trades", 20, {}).name
     for title, options in OPTIONS.items():
         row = f"IBD, {title}, from 4 × as large, 20 × as long, 60 epochs"
         own = {f"objective.{key}": value for key, value in options.items()}
@@ -249,8 +249,8 @@ def on_a_card() -> Iterable[Cell]:
         cifar10("VGG16, IB-RAR on PGD-AT, 20 epochs", 20, vgg | {"objective": dict(name="ib_rar")}, 4.0,
                 terms="ib_rar"),
         cifar10("VGG16, CE, 20 epochs", 20, vgg | {"attack": None, "objective": dict(name="standard")}, 1.5),
-        cifar10("VGG16, IB-RAR, 20 epochs", 20, vgg | {"attack": None, "objective": dict(name="ib_rar", base="standard")},
-                2.5, terms="ib_rar"),
+        cifar10("VGG16, IB-RAR, 20 epochs", 20,
+                vgg | {"attack": None, "objective": dict(name="ib_rar", base="standard")}, 2.5, terms="ib_rar"),
         cifar10("shared information, 20 epochs", 20,
                 {"model": dict(name="stochastic", backbone=CARD["model"], latent=256),
                  "objective": dict(name="shared_information", warmup=2, ramp=15)}, 4.0,
@@ -274,8 +274,8 @@ GROUPS = {
     ),
     "methods": Group(
         "IB-RAR, SiRIIB and IBD against their bases, MNIST",
-        "The papers have no numbers on MNIST. The base of IB-RAR is Standard above, those of IBD are Standard and TRADES "
-        "above, RSLAD and IBD without its feature term. l_inf, eps 0.3.",
+        "The papers have no numbers on MNIST. The base of IB-RAR is Standard above; those of IBD are Standard and "
+        "TRADES above, RSLAD, and IBD without its feature term. l_inf, eps 0.3.",
     ),
     "table10": Group(
         "Shared information, Table 10's terms, MNIST",

@@ -11,8 +11,8 @@ made; results/README.md is generated from these folders. Weights stay in --work.
 training from its last checkpoint, AutoAttack from its last batch, any other attack from its start.
 
 With --budget, cells run one after another in processes of their own. First comes what was begun, then what fits. On a
-CPU, where nothing fits, the first missing cell is begun and is stopped in time. On an accelerator no cell is stopped: it
-starts only if it fits. A cell whose teacher, or whose attacked network, is not in --work trains it first.
+CPU, where nothing fits, the first missing cell is begun and is stopped in time. On an accelerator no cell is stopped:
+it starts only if it fits. A cell whose teacher, or whose attacked network, is not in --work trains it first.
 
 --mnist is an .npz in Keras's layout; --cifar10 such a file, or class folders. The digits need no data. --quick tries
 every step at tiny sizes, on random images, and writes below --work only.
@@ -303,9 +303,11 @@ def listing(chosen: list[Cell], given: argparse.Namespace) -> str:
         total[cell.accelerator] += cell.minutes * (1 if cell.accelerator != here.accelerator else here.slower)
         place = "needs an accelerator" if cell.accelerator and not here.accelerator else "begun" if begun else ""
         lines.append(f"{cost:8.1f} min  {cell.name:70} {place}".rstrip())
-    there = "on an accelerator: "
-    lines.append(f"{len(chosen) - len(lines)} of {len(chosen)} cells are done; {here.hardware}: about {total[False] / 60:.1f} "
-                 f"hours are missing; {there}{total[True] / 60:.1f} hours")  # fmt: skip
+    hours = {kind: f"{value / 60:.1f} hours" for kind, value in total.items()}
+    lines.append(
+        f"{len(chosen) - len(lines)} of {len(chosen)} cells are done; missing: about {hours[False]} here "
+        f"({here.hardware}), {hours[True]} on an accelerator"
+    )
     return "\n".join(lines)
 
 
