@@ -109,7 +109,7 @@ def execute(cell: Cell, given: argparse.Namespace) -> None:
     try:
         train(trained, given)
         made = settings(trained, given)
-        asked = settings(cell, given).evaluate
+        asked = config.effective(config.complete(settings(cell, given))).evaluate
         with clocked(given.work / cell.name, "evaluate"):
             records = evaluate(folder, "last", settings=asked, keep=0)
             measured = terms(cell, folder, asked.n) if cell.terms else {}
