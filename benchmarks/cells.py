@@ -269,8 +269,8 @@ GROUPS = {
     "table4": Group(
         "Shared information, Table 4, MNIST",
         "The paper trains for 100 epochs (MART and MMA 50) with PGD-40 in steps of 0.01; its AA consists of APGD-CE, "
-        "untargeted APGD-DLR, FAB and Square. Ours is the standard AutoAttack. l_inf, eps 0.3; C&W is in l2 and has no "
-        "bound.",
+        "untargeted APGD-DLR, FAB and Square. Ours is the standard AutoAttack. l_inf, eps 0.3. PGD-20 and PGD-40 take "
+        "the paper's steps of 0.01 from a random start; C&W takes 20 steps in l2 and has no bound.",
     ),
     "methods": Group(
         "IB-RAR, SiRIIB and IBD against their bases, MNIST",

@@ -151,14 +151,14 @@ def write(
     out = given.cells / cell.name
     out.mkdir(parents=True, exist_ok=True)
     about = {key: value for key, value in measuring.environment().items() if key != "command"}
-    spent = seconds(given.work / cell.name)
     files.write_json(out / "config.json", portable(config.plain(made)))
     files.write_json(out / "records.json", {"records": [portable(record) for record in records]})
     metrics = given.work / cell.name / "metrics.jsonl"
     if not cell.of and metrics.is_file():
         (out / "metrics.jsonl").write_bytes(metrics.read_bytes())
-    made_of = dict(cell=cell.name, seconds={key: value for key, value in spent.items() if key != "trained"})
-    files.write_json(out / "cell.json", {**made_of, "terms": measured, "failed": failed, "environment": about})
+    phases = {key: round(value, 1) for key, value in seconds(given.work / cell.name).items() if key != "trained"}
+    made_of = dict(cell=cell.name, seconds=phases, terms=measured, failed=failed, environment=about)
+    files.write_json(out / "cell.json", made_of)
 
 
 def portable(content: Any) -> Any:
@@ -180,14 +180,19 @@ def clocked(folder: Path, phase: str) -> Iterator[None]:
     try:
         yield
     finally:
-        spent = round(before.get(phase, 0.0) + time.monotonic() - begun, 1)
-        files.write_json(folder / "seconds.json", {**seconds(folder), phase: spent})
+        total = round(before.get(phase, 0.0) + time.monotonic() - begun, 1)
+        files.write_json(folder / "seconds.json", {**seconds(folder), phase: total})
 
 
 def seconds(folder: Path) -> dict[str, float]:
     """What `clocked` has kept of a working folder."""
     file = folder / "seconds.json"
     return files.read_json(file) if file.is_file() else {}
+
+
+def spent(folder: Path) -> float:
+    """Seconds that a cell has taken so far."""
+    return sum(value for phase, value in seconds(folder).items() if phase != "trained")
 
 
 def is_trained(folder: Path) -> bool:
@@ -226,8 +231,7 @@ def minutes(cell: Cell, given: argparse.Namespace, slower: float) -> float:
     """What a cell would still cost here, with the networks that it needs and that are not there."""
     known = cells()
     needed = [known[name] for name in (cell.teacher, cell.of) if name and not is_trained(given.work / name)]
-    spent = sum(value for key, value in seconds(given.work / cell.name).items() if key != "trained") / 60
-    own = max(cell.minutes * slower - spent, 0.1 * cell.minutes * slower)
+    own = max(cell.minutes * slower - spent(given.work / cell.name) / 60, 0.1 * cell.minutes * slower)
     return own + sum(minutes(other, given, slower) for other in needed)
 
 
@@ -265,8 +269,10 @@ def go_through(chosen: list[Cell], given: argparse.Namespace) -> None:
 def in_process(cell: Cell, given: argparse.Namespace, left: float | None, grace: float) -> int:
     """Runs a cell in a process, which is told to save and stop `grace` seconds before `left` are over; its exit code.
 
-    Whoever does not stop in time is killed, and has lost what came after its last checkpoint or batch.
+    Whoever does not stop in time is killed and loses what came after its last checkpoint or batch; the time counts.
     """
+    folder, begun = given.work / cell.name, time.monotonic()
+    known = spent(folder)
     words = [
         f"--only={cell.name}",
         *(f"--{key}={getattr(given, key)}" for key in ("mnist", "cifar10", "work", "cells")),
@@ -285,6 +291,8 @@ def in_process(cell: Cell, given: argparse.Namespace, left: float | None, grace:
             return process.wait(grace)
         process.kill()
         process.wait()
+        lost = time.monotonic() - begun - (spent(folder) - known)
+        files.write_json(folder / "seconds.json", {**seconds(folder), "lost": seconds(folder).get("lost", 0.0) + lost})
         return errors.EXIT_PREEMPTED
     finally:
         signal.signal(signal.SIGTERM, before)
