@@ -155,6 +155,8 @@ def curves() -> Iterable[Cell]:
 # ---- digits: can a student pass its teacherless base? ----------------------------------------------------------------
 
 CHANNELS = {1: 1.0, 4: 2.0, 16: 4.0}  # times the student's weights -> times its channels
+TEACHERS = ((4, 20), (4, 1), (1, 20), (1, 1), (4, 5), (1, 5), (16, 1), (16, 5), (16, 20))  # sizes, lengths
+BEST = "4 × as large, 20 × as long"
 LENGTHS = {20: 1.0, 60: 3.0, 200: 10.0}  # epochs -> times the minutes of 20
 
 
@@ -166,26 +168,29 @@ def digits(row: str, seed: int, objective: str, epochs: int, changes: Mapping[st
 
 
 def taught(seed: int) -> Iterable[Cell]:
-    """IBD and RSLAD from teachers of several sizes and lengths, beside their bases, and IBD's own options."""
+    """IBD and RSLAD from teachers of several sizes and lengths, beside their bases, and IBD's own options.
+
+    Seed 0 has the whole grid, but students of 200 epochs only from the longest trained teachers; other seeds have the
+    teacher that is most likely to help.
+    """
     for epochs in LENGTHS:
         for title, objective in (("PGD-AT", "pgd_at"), ("TRADES", "trades")):
             yield digits(f"{title}, {epochs} epochs", seed, objective, epochs, {})
-    for size, wider in CHANNELS.items():
-        for longer in (1, 5, 20):
-            teacher = digits(
-                f"teacher {size} × as large, {longer} × as long", seed, "trades", 20,
-                {"model.widths": widths(wider), "epochs": 20 * longer}, minutes=0.6 * size**0.6 * longer,
-            )  # fmt: skip
-            yield teacher
-            for epochs in LENGTHS if seed == 0 or longer == 20 else (20,):
-                for title, objective, options in STUDENTS:
-                    row = f"{title} from {size} × as large, {longer} × as long, {epochs} epochs"
-                    yield digits(row, seed, objective, epochs, options, teacher=teacher.name)
-    best = digits("teacher 4 × as large, 20 × as long", seed, "trades", 20, {}).name
+    for size, longer in TEACHERS if seed == 0 else TEACHERS[:1]:
+        teacher = f"{size} × as large, {longer} × as long"
+        larger = {"model.widths": widths(CHANNELS[size]), "epochs": 20 * longer}
+        yield digits(f"teacher {teacher}", seed, "trades", 20, larger, minutes=0.6 * size**0.6 * longer)
+        for epochs in LENGTHS if longer == 20 else (20, 60):
+            for title, objective, options in STUDENTS:
+                yield student(f"{title} from {teacher}, {epochs} epochs", seed, objective, epochs, options, teacher)
     for title, options in OPTIONS.items():
-        row = f"IBD, {title}, from 4 × as large, 20 × as long, 60 epochs"
         own = {f"objective.{key}": value for key, value in options.items()}
-        yield digits(row, seed, "ibd", 60, own, teacher=best)
+        yield student(f"IBD, {title}, from {BEST}, 60 epochs", seed, "ibd", 60, own, BEST)
+
+
+def student(row: str, seed: int, objective: str, epochs: int, changes: Mapping[str, Any], teacher: str) -> Cell:
+    """A network on the digits that learns from the teacher of a row."""
+    return digits(row, seed, objective, epochs, changes, teacher=f"digits-{slug(f'teacher {teacher}')}-{seed}")
 
 
 def widths(wider: float) -> tuple[tuple[int, ...], ...]:
