@@ -26,6 +26,7 @@ class Cell(NamedTuple):
     terms: str = ""  # the objective whose terms are measured, as in benchmarks/effects.py
     of: str = ""  # attack only: the cell whose network is attacked
     accelerator: bool = False  # whether it is for an accelerator only
+    against: tuple[str, ...] = ()  # the cells that it is compared with, image by image
 
 
 class Group(NamedTuple):
@@ -89,7 +90,7 @@ def autoattack(cell: Cell, minutes: float, n: int) -> Cell:
     paper = {key: value for key, value in cell.paper.items() if key == "autoattack"}
     return cell._replace(
         name=f"{cell.name}-autoattack", attacks=("autoattack",), n=n, minutes=minutes, paper=paper, of=cell.name,
-        teacher="", terms="",
+        teacher="", terms="", against=(),
     )  # fmt: skip
 
 
@@ -97,33 +98,38 @@ def table_4(seed: int) -> Iterable[Cell]:
     """Shared information, Table 4, left half."""
     for row, (recipe, changes, numbers) in TABLE_4.items():
         paper = dict(zip(("clean", *CNN_ATTACKS, "autoattack"), numbers, strict=True))
-        yield mnist("table4", row, seed, recipe, changes, paper=paper)
+        others = tuple(f"mnist-{slug(name)}-{seed}" for name in TABLE_4) if row == "shared information" else ()
+        yield mnist("table4", row, seed, recipe, changes, paper=paper, against=others[:-1])
 
 
 def methods(seed: int) -> Iterable[Cell]:
     """IB-RAR, SiRIIB and IBD against their bases; that of IB-RAR is Standard of Table 4."""
-    standard = TABLE_4["Standard"][0]
+    standard, made = TABLE_4["Standard"][0], lambda row: f"mnist-methods-{slug(row)}-{seed}"
+    bases = (f"mnist-standard-{seed}", f"mnist-trades-{seed}")
     siriib = dict(
         name="siriib", backbone=dict(name="resnet", blocks=(1, 1), width=16), scales=(28, 20, 14, 8), widths=(16,)
     )
     ib_rar = SHORT | {"objective": dict(name="ib_rar")}
-    yield mnist("methods", "IB-RAR", seed, standard, ib_rar, terms="ib_rar", minutes=20)
+    yield mnist("methods", "IB-RAR", seed, standard, ib_rar, terms="ib_rar", minutes=20, against=bases[:1])
     plain = SHORT | {"model": siriib}
     yield mnist("methods", "PGD-AT, SiRIIB's network", seed, standard, plain, terms="siriib", minutes=60)
     singular = plain | {"objective": dict(name="siriib", lam=20.0)}
-    yield mnist("methods", "SiRIIB", seed, standard, singular, terms="siriib", minutes=75)
+    base = made("PGD-AT, SiRIIB's network")
+    yield mnist("methods", "SiRIIB", seed, standard, singular, terms="siriib", minutes=75, against=(base,))
     trades = TABLE_4["TRADES"][0]
     wide = SHORT | {"model.widths": ((64, 64), (128, 128)), "model.hidden": (400, 400)}
     yield mnist("methods", "TRADES, 4 × as large", seed, trades, wide, minutes=50)
-    teacher = f"mnist-methods-{slug('TRADES, 4 × as large')}-{seed}"
+    teacher = made("TRADES, 4 × as large")
     distilled = {"attack.loss": "kl", "attack.init": "gaussian"}
     for row, objective in (
         ("RSLAD", dict(name="rslad", reduction="sum")),
         ("IBD, β = 0", dict(name="ibd", beta=0.0)),
         ("IBD", dict(name="ibd")),
     ):
-        changes = SHORT | distilled | {"objective": objective}
-        yield mnist("methods", row, seed, standard, changes, teacher=teacher, minutes=25)
+        changes, others = SHORT | distilled | {"objective": objective}, bases
+        if row == "IBD":
+            others = (*bases, made("RSLAD"), made("IBD, β = 0"))
+        yield mnist("methods", row, seed, standard, changes, teacher=teacher, minutes=25, against=others)
 
 
 def curves() -> Iterable[Cell]:
@@ -138,7 +144,8 @@ def curves() -> Iterable[Cell]:
     }
     for row, options in rows.items():
         own = {f"objective.{key}": value for key, value in options.items()}
-        yield mnist("table10", row, 0, recipe, changes | own, terms="shared_information")
+        terms = dict(terms="shared_information", against=("mnist-shared-information-0",))
+        yield mnist("table10", row, 0, recipe, changes | own, **terms)
     for symbol, key, values in (
         ("β", "beta", (0.1, 1.0, 10.0, 30.0)),
         ("λ", "lam", (0.01, 0.1, 1.0)),
@@ -181,11 +188,21 @@ def taught(seed: int) -> Iterable[Cell]:
         larger = {"model.widths": widths(CHANNELS[size]), "epochs": 20 * longer}
         yield digits(f"teacher {teacher}", seed, "trades", 20, larger, minutes=0.6 * size**0.6 * longer)
         for epochs in LENGTHS if longer == 20 else (20, 60):
+            others = bases(epochs, seed)
             for title, objective, options in STUDENTS:
-                yield student(f"{title} from {teacher}, {epochs} epochs", seed, objective, epochs, options, teacher)
+                made = student(f"{title} from {teacher}, {epochs} epochs", seed, objective, epochs, options, teacher)
+                yield made._replace(against=others)
+                if objective == "rslad" or options:
+                    others = (*others, made.name)
     for title, options in OPTIONS.items():
         own = {f"objective.{key}": value for key, value in options.items()}
-        yield student(f"IBD, {title}, from {BEST}, 60 epochs", seed, "ibd", 60, own, BEST)
+        made = student(f"IBD, {title}, from {BEST}, 60 epochs", seed, "ibd", 60, own, BEST)
+        yield made._replace(against=bases(60, seed))
+
+
+def bases(epochs: int, seed: int) -> tuple[str, ...]:
+    """The cells without a teacher of so many epochs."""
+    return tuple(f"digits-{slug(f'{title}, {epochs} epochs')}-{seed}" for title in ("PGD-AT", "TRADES"))
 
 
 def student(row: str, seed: int, objective: str, epochs: int, changes: Mapping[str, Any], teacher: str) -> Cell:
@@ -199,9 +216,9 @@ def widths(wider: float) -> tuple[tuple[int, ...], ...]:
 
 
 STUDENTS = (
-    ("IBD", "ibd", {}),
-    ("IBD without its feature term", "ibd", {"objective.beta": 0.0}),
     ("RSLAD", "rslad", {}),
+    ("IBD without its feature term", "ibd", {"objective.beta": 0.0}),
+    ("IBD", "ibd", {}),
 )
 OPTIONS = {
     "α = 0.5": {"alpha": 0.5},
@@ -265,7 +282,24 @@ def on_a_card() -> Iterable[Cell]:
                    "objective": dict(name="siriib", lam=lam)}, 6.0, terms="siriib")
           for lam in (0.0, 20.0)),
     ]  # fmt: skip
+    others = {row: tuple(f"cifar10-{slug(other)}-0" for other in of_row) for row, of_row in AGAINST.items()}
+    cells = [cell._replace(against=others.get(cell.row, ())) for cell in cells]
     return [*cells, *(autoattack(cell, 1.5, 1000) for cell in cells)]
+
+
+AGAINST = {
+    "IBD, from TRADES of 20 epochs": (
+        "PGD-AT, 20 epochs", "TRADES, 20 epochs", "RSLAD, mean over classes, from TRADES of 20 epochs",
+    ),
+    "IBD, 20 epochs": (
+        "PGD-AT, 20 epochs", "TRADES, 30 epochs", "RSLAD, 20 epochs", "IBD without its feature term, 20 epochs",
+    ),
+    "IBD code, 20 epochs": ("IBD, 20 epochs",),
+    "VGG16, IB-RAR on PGD-AT, 20 epochs": ("VGG16, PGD-AT, 20 epochs",),
+    "VGG16, IB-RAR, 20 epochs": ("VGG16, CE, 20 epochs",),
+    "shared information, 20 epochs": ("PGD-AT, 20 epochs", "TRADES, 20 epochs"),
+    "SiRIIB, λ₁ = 20, 20 epochs": ("PGD-AT, 20 epochs", "SiRIIB, λ₁ = 0, 20 epochs"),
+}  # fmt: skip
 
 
 # ---- all -------------------------------------------------------------------------------------------------------------

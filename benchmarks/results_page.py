@@ -1,14 +1,18 @@
 """The page of benchmarks/results.py, results/README.md: a function of the records and of benchmarks/cells.py alone."""
 
+import base64
+import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import effects
+import numpy as np
 import published
 from cells import GROUPS, Cell, cells
 from measuring import markdown
+from scipy import stats
 
 from ibjax import files
 from ibjax.attacks import names
@@ -27,6 +31,18 @@ class Found(NamedTuple):
         """{"clean" or an attack's canonical name: percent}."""
         found = {names.canonical(record["attack"]): record["robust_acc"] for record in self.records if record["main"]}
         return ({"clean": self.records[0]["clean_acc"]} if self.records else {}) | found
+
+    @property
+    def flags(self) -> dict[tuple[str, str], np.ndarray]:
+        """{(an attack's canonical name, digest of the images): which of them are robust (n,) bool}."""
+        kept = [record for record in self.records if record["main"] and "robust_flags" in record]
+        return {(names.canonical(record["attack"]), record["images"]): unpacked(record) for record in kept}
+
+
+def unpacked(record: Mapping[str, Any]) -> np.ndarray:
+    """The flags of a record, (n,) bool."""
+    packed = np.frombuffer(base64.b64decode(record["robust_flags"]), np.uint8)
+    return np.unpackbits(packed, count=record["n"]).astype(bool)
 
 
 def finished(folder: Path) -> dict[str, Found]:
@@ -77,6 +93,7 @@ def content(found: dict[str, Found], exact: list[dict]) -> str:
         parts.append(f"## {group.title}\n\n{group.says}\n")
         shown = {row: of_row for row, of_row in done.items() if any(found[cell.name].records for cell in of_row)}
         parts.append(f"{table(shown, found)}\n" if shown else "No cell has run yet.\n")
+        parts += [f"{compared}\n" if (compared := differences(shown, found)) else ""]
         doubts = [
             f"- {cell.name}: {text}"
             for of_row in done.values()
@@ -86,7 +103,51 @@ def content(found: dict[str, Found], exact: list[dict]) -> str:
         parts += ["\n".join(doubts) + "\n"] if doubts else []
         if missing:
             parts.append(f"{missing} of {sum(map(len, rows.values()))} cells have not run.\n")
-    return "\n".join(parts)
+    return "\n".join(part for part in parts if part)
+
+
+def differences(rows: dict[str, list[Cell]], found: dict[str, Found]) -> str:
+    """A table of the rows that are compared with others, image by image; "" where there is none."""
+    lines = []
+    for row, of_row in rows.items():
+        pairs: dict[str, dict[str, list[np.ndarray]]] = {}
+        for cell in of_row:
+            for other in cell.against:
+                for attack, paired in pairwise(cell.name, other, found).items():
+                    pairs.setdefault(cells()[other].row, {}).setdefault(attack, []).append(paired)
+        lines += [(row, other, of_other) for other, of_other in pairs.items()]
+    if not lines:
+        return ""
+    attacks = list(dict.fromkeys(attack for _, _, of_other in lines for attack in of_other))
+    heads = ["row", "minus", *map(attack_label, attacks)]
+    body = [
+        [row, other, *(difference(of_other.get(attack, [])) for attack in attacks)] for row, other, of_other in lines
+    ]
+    return (
+        "Differences in points, of the same seed and the same images. ± is the half-width of a 95 % interval: over "
+        f"images where there is one seed, else over seeds (number in brackets).\n\n{markdown(heads, body)}"
+    )
+
+
+def pairwise(name: str, other: str, found: dict[str, Found]) -> dict[str, np.ndarray]:
+    """{attack: differences (n,) in -1, 0, 1 of two networks' flags}; AutoAttack's records are cells of their own."""
+    sides: list[dict[tuple[str, str], np.ndarray]] = []
+    for cell in (name, other):
+        records = [found[key].flags for key in (cell, f"{cell}-autoattack") if key in found]
+        sides.append({key: flags for each in records for key, flags in each.items()})
+    return {key[0]: sides[0][key].astype(float) - sides[1][key] for key in sides[0] if key in sides[1]}
+
+
+def difference(paired: list[np.ndarray]) -> str:
+    """Mean difference in points with its interval."""
+    if not paired:
+        return ""
+    means = [100 * float(each.mean()) for each in paired]
+    if len(means) == 1:
+        (each,) = paired
+        return f"{means[0]:+.2f} ± {196 * each.std() / math.sqrt(len(each)):.2f}"
+    half = stats.t.ppf(0.975, len(means) - 1) * statistics.stdev(means) / math.sqrt(len(means))
+    return f"{statistics.mean(means):+.2f} ± {half:.2f} ({len(means)})"
 
 
 def table(rows: dict[str, list[Cell]], found: dict[str, Found]) -> str:

@@ -12,7 +12,11 @@ from nbclient.exceptions import CellExecutionError
 from ibjax.attacks import geometry
 
 NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "quickstart.ipynb"
-PICTURES = {"02_ibd": 2, "03_singular_values": 3, "04_information_plane": 2}  # in the notebooks that train what they show
+PICTURES = {
+    "02_ibd": 2,
+    "03_singular_values": 3,
+    "04_information_plane": 2,
+}  # in the notebooks that train what they show
 
 
 def execute(monkeypatch, workdir, file=NOTEBOOK):

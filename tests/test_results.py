@@ -1,23 +1,27 @@
 """benchmarks/results.py: its list of cells, what it starts next, and the page, which is a function of the records."""
 
 import argparse
+import base64
+import itertools
 import json
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import stats
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import cells
-import results
 import results_page
 
+import results
 from ibjax import config, files
 from ibjax.errors import InputError
 
+ROOT = Path(__file__).parent.parent
 CELLS = cells.cells()
 
 
@@ -25,10 +29,12 @@ def parsed(tmp_path, *words):
     return results.parse([f"--work={tmp_path / 'work'}", f"--cells={tmp_path / 'cells'}", *words])
 
 
-def put(given, cell, accuracy=50.0, **more):
+def put(given, cell, accuracy=50.0, flags=None, **more):
     """The folder of a finished cell."""
     folder = given.cells / cell.name
-    records = [dict(attack="pgd-20", robust_acc=accuracy, clean_acc=90.0, n=2000, main=True)]
+    records = [dict(attack="pgd-20", robust_acc=accuracy, clean_acc=90.0, n=2000, main=True, images="digest")]
+    if flags is not None:
+        records[0]["robust_flags"] = base64.b64encode(np.packbits(flags).tobytes()).decode()
     files.write_json(folder / "config.json", config.plain(results.settings(cell, given)))
     files.write_json(folder / "records.json", dict(records=[] if more.get("failed") else records))
     environment = dict(hardware="1 × cpu, 2 cores", commit="abc")
@@ -55,6 +61,7 @@ def test_what_a_cell_needs_is_a_cell_before_it():
     before = set()
     for cell in CELLS.values():
         assert {cell.teacher, cell.of} - {""} <= before, cell.name
+        assert set(cell.against) <= CELLS.keys()
         before.add(cell.name)
         assert cell.group in cells.GROUPS and cell.minutes > 0
 
@@ -64,7 +71,7 @@ def test_a_teacher_is_larger_by_what_its_row_says(tmp_path):
     for size in cells.CHANNELS:
         made = results.settings(CELLS[f"digits-teacher-{size}-x-as-large-5-x-as-long-0"], given)
         widths = [1, *(width for stage in made.model.widths for width in stage)]
-        sizes[size] = sum(9 * a * b for a, b in zip(widths[:-1], widths[1:], strict=True))
+        sizes[size] = sum(9 * a * b for a, b in itertools.pairwise(widths))
         assert made.epochs == 5 * 20
     assert sizes[4] / sizes[1] == pytest.approx(4, rel=0.02) and sizes[16] / sizes[1] == pytest.approx(16, rel=0.02)
 
@@ -78,12 +85,12 @@ def test_the_command_of_a_row_selects_its_cell(name):
 
 
 def test_a_name_of_no_cell_and_absent_data_are_refused(tmp_path):
-    with pytest.raises(InputError, match="--only=mnist-trade-0 names no cell.*mnist-trades-0"):
+    with pytest.raises(InputError, match=r"--only=mnist-trade-0 names no cell.*mnist-trades-0"):
         results.chosen("mnist-trade-0")
     with pytest.raises(InputError, match=r"--mnist=.*none\.npz is not there"):
         results.need_data([CELLS["mnist-trades-0"]], parsed(tmp_path, f"--mnist={tmp_path / 'none.npz'}"))
     for text in ("8", "m", "-3m", "0m"):
-        with pytest.raises(argparse.ArgumentTypeError, match="give it as 90s, 8m or 1.5h"):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"give it as 90s, 8m or 1\.5h"):
             results.span(text)
     assert [results.span(text) for text in ("90s", "8m", "1.5h")] == [1.5, 8, 90]
 
@@ -145,12 +152,35 @@ def test_a_row_has_mean_and_spread_over_seeds_beside_the_papers_number(tmp_path)
     for seed, accuracy in enumerate((50.0, 52.0, 54.0)):
         put(given, CELLS[f"mnist-trades-{seed}"], accuracy)
     put(given, CELLS["mnist-mart-0"], failed="diverged: loss became NaN")
-    text = results_page.content(results_page.finished(given.cells), [])
+    text = page_of(given)
     (row,) = [line for line in text.splitlines() if line.startswith("| TRADES |")]
     assert "| 0, 1, 2 | 2 epochs of 100%, 5 × 0.1, batch 128 | 90.00 ± 0.00 (99.14) | 52.00 ± 2.00 (97.85) |" in row
     assert "| 2,000 | 1 × cpu, 2 cores | 0.05 | abc |" in row
     assert "- mnist-mart-0: diverged: loss became NaN" in text and "| MART |" not in text
     assert "26 of 30 cells have not run." in text
+
+
+def test_differences_are_of_the_same_images_with_their_interval(tmp_path):
+    given, rng = parsed(tmp_path), np.random.default_rng(0)
+    method, base = "mnist-methods-ib-rar", "mnist-standard"
+    shift = {}
+    for seed in (0, 1):
+        flags = rng.random(2000) < 0.5
+        changed = flags.copy()
+        changed[: 100 * (seed + 1)] = True
+        shift[seed] = changed.astype(float) - flags
+        for name, values in ((f"{method}-{seed}", changed), (f"{base}-{seed}", flags)):
+            put(given, CELLS[name], flags=values)
+        if seed == 0:
+            half = 196 * shift[0].std() / 2000**0.5
+            assert f"| IB-RAR | Standard | {100 * shift[0].mean():+.2f} ± {half:.2f} |" in page_of(given)
+    means = [100 * each.mean() for each in shift.values()]
+    half = stats.t.ppf(0.975, 1) * np.std(means, ddof=1) / 2**0.5
+    assert f"| IB-RAR | Standard | {np.mean(means):+.2f} ± {half:.2f} (2) |" in page_of(given)
+
+
+def page_of(given):
+    return results_page.content(results_page.finished(given.cells), [])
 
 
 def test_a_record_has_no_path_of_the_machine():
