@@ -14,8 +14,8 @@ With --budget, cells run one after another in processes of their own. First come
 CPU, where nothing fits, the first missing cell is begun and is stopped in time. On an accelerator no cell is stopped:
 it starts only if it fits. A cell whose teacher, or whose attacked network, is not in --work trains it first.
 
---mnist is an .npz in Keras's layout; --cifar10 such a file, or class folders. The digits need no data. --quick tries
-every step at tiny sizes, on random images, and writes below --work only.
+--mnist is an .npz in Keras's layout; --cifar10 such a file, or class folders, which are packed into one below --work.
+The digits need no data. --quick tries every step at tiny sizes, on random images, and writes below --work only.
 """
 
 import argparse
@@ -34,12 +34,14 @@ from typing import Any, NamedTuple
 import comparison
 import effects
 import measuring
+import numpy as np
 import results_page
 from cells import Cell, cells
 from ml_collections import ConfigDict
 from parts import ROOT, bare
 
 from ibjax import config, errors, files
+from ibjax.data import folder as class_folders
 from ibjax.devices import cluster
 from ibjax.errors import DivergedError, InputError
 from ibjax.evaluation.evaluate import evaluate
@@ -86,8 +88,21 @@ def settings(cell: Cell, given: argparse.Namespace) -> ConfigDict:
 def data(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """The data section of MNIST or CIFAR-10 (JPEG)."""
     path, label = {"mnist": (given.mnist, "MNIST"), "cifar10": (given.cifar10, "CIFAR-10 (JPEG)")}[name]
-    source = "folder" if path.is_dir() else "npz"
-    return dict(name=source, path=str(path), label=label, val_size=1000, split_seed=0)
+    if path.is_dir():
+        path = packed(path, given.work / f"{name}.npz")
+    return dict(name="npz", path=str(path), label=label, val_size=1000, split_seed=0)
+
+
+def packed(path: Path, file: Path) -> Path:
+    """`file`, with the images of class folders in one array, so that each cell reads them in a second."""
+    if not file.is_file():
+        arrays = class_folders.load(path=str(path))
+        named = {f"{axis}_{split}": getattr(getattr(arrays, split), part) for split in ("train", "test")
+                 for axis, part in (("x", "images"), ("y", "labels"))}  # fmt: skip
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with files.replacing(file) as temporary, temporary.open("wb") as handle:
+            np.savez(handle, **named)
+    return file
 
 
 def shrunk(made: ConfigDict, cell: Cell) -> ConfigDict:

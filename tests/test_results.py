@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -19,6 +20,7 @@ import results_page
 
 import results
 from ibjax import config, files
+from ibjax.data import npz
 from ibjax.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -82,6 +84,23 @@ def test_the_command_of_a_row_selects_its_cell(name):
     assert (python, (ROOT / script).is_file()) == ("python", True)
     given = results.parse(words)
     assert [cell.name for cell in results.chosen(given.only)] == [name] and given.budget is None
+
+
+def test_class_folders_are_packed_once_with_the_same_images(tmp_path):
+    given, cell = parsed(tmp_path, f"--cifar10={tmp_path / 'images'}"), CELLS["cifar10-pgd-at-20-epochs-0"]
+    for split, count in (("train", 3), ("test", 2)):
+        for label in range(2):
+            (tmp_path / "images" / split / f"class{label}").mkdir(parents=True)
+            for i in range(count):
+                pixels = np.full((32, 32, 3), 100 * label + 10 * i + 7, np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / split / f"class{label}" / f"{i}.png")
+    made = results.settings(cell, given).data
+    assert (made.name, made.label) == ("npz", "CIFAR-10 (JPEG)")
+    packed = npz.load(path=made.path)
+    assert packed.train.images[:, 0, 0, 0].tolist() == [7, 17, 27, 107, 117, 127]
+    assert packed.test.labels.tolist() == [0, 0, 1, 1]
+    (tmp_path / "images" / "train" / "class0" / "0.png").unlink()
+    assert results.settings(cell, given).data.path == made.path and len(npz.load(path=made.path).train.labels) == 6
 
 
 def test_a_name_of_no_cell_and_absent_data_are_refused(tmp_path):
