@@ -253,6 +253,7 @@ def minutes(cell: Cell, given: argparse.Namespace, slower: float) -> float:
 def choose(missing: list[Cell], left: float, here: Machine, given: argparse.Namespace) -> Cell | None:
     """The next cell for `left` minutes; None: there is none."""
     allowed = [cell for cell in missing if here.accelerator or given.quick or not cell.accelerator]
+    allowed.sort(key=lambda cell: cell.accelerator != here.accelerator)  # on an accelerator, what needs one comes first
     fitting = [cell for cell in allowed if minutes(cell, given, here.slower) <= left]
     if here.accelerator:
         return fitting[0] if fitting else None
@@ -384,11 +385,15 @@ def chosen(pattern: str) -> list[Cell]:
     return [cell for name, cell in known.items() if name in found]
 
 
-def need_data(selected: list[Cell], given: argparse.Namespace) -> None:
-    """Raises InputError where the data of a cell are not there."""
-    for name in {cell.data for cell in selected} - {"digits"} if not given.quick else ():
-        if not getattr(given, name).exists():
-            raise InputError(f"--{name}={getattr(given, name)} is not there; give MNIST as .npz, CIFAR-10 as folders")
+def with_data(selected: list[Cell], given: argparse.Namespace) -> list[Cell]:
+    """The cells whose data are there; raises InputError where there are none."""
+    paths = {} if given.quick else {name: getattr(given, name) for name in ("mnist", "cifar10")}
+    absent = {name: path for name, path in paths.items() if not path.exists()}
+    kept = [cell for cell in selected if cell.data not in absent]
+    if not kept:
+        name, path = next((name, path) for name, path in absent.items() if name == selected[0].data)
+        raise InputError(f"--{name}={path} is not there; give MNIST as an .npz, CIFAR-10 as an .npz or class folders")
+    return kept
 
 
 def main() -> None:
@@ -401,15 +406,13 @@ def main() -> None:
     elif given.page:
         results_page.write(page, given.cells)
     elif given.budget is None:
-        need_data(selected, given)
         done = results_page.finished(given.cells)
-        for cell in selected:
+        for cell in with_data(selected, given):
             if cell.name not in done:
                 execute(cell, given)
                 results_page.write(page, given.cells)
     else:
-        need_data([cell for cell in selected if not cell.accelerator or given.cifar10.exists()], given)
-        go_through(selected, given)
+        go_through(with_data(selected, given), given)
 
 
 if __name__ == "__main__":

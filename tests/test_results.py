@@ -25,6 +25,7 @@ from ibjax.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 CELLS = cells.cells()
+BOTH = ("mnist-standard-0", "digits-trades-20-epochs-0")  # one that takes long, one that does not
 
 
 def parsed(tmp_path, *words):
@@ -106,8 +107,10 @@ def test_class_folders_are_packed_once_with_the_same_images(tmp_path):
 def test_a_name_of_no_cell_and_absent_data_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"--only=mnist-trade-0 names no cell.*mnist-trades-0"):
         results.chosen("mnist-trade-0")
+    given, mnist, digits = parsed(tmp_path, f"--mnist={tmp_path / 'none.npz'}"), *map(CELLS.get, BOTH)
+    assert results.with_data([mnist, digits], given) == [digits]
     with pytest.raises(InputError, match=r"--mnist=.*none\.npz is not there"):
-        results.need_data([CELLS["mnist-trades-0"]], parsed(tmp_path, f"--mnist={tmp_path / 'none.npz'}"))
+        results.with_data([mnist], given)
     for text in ("8", "m", "-3m", "0m"):
         with pytest.raises(argparse.ArgumentTypeError, match=r"give it as 90s, 8m or 1\.5h"):
             results.span(text)
@@ -119,7 +122,8 @@ def test_a_name_of_no_cell_and_absent_data_are_refused(tmp_path):
 
 def test_what_fits_comes_first_then_on_a_cpu_what_can_be_continued(tmp_path):
     given = parsed(tmp_path)
-    long, short = CELLS["mnist-standard-0"], CELLS["digits-trades-20-epochs-0"]
+    long, short = map(CELLS.get, BOTH)
+    card_only = CELLS["cifar10-pgd-at-30-epochs-0"]
     cpu, card = results.Machine(False, "cpu"), results.Machine(True, "card")
     assert results.choose([long, short], 5, cpu, given) == short
     assert results.choose([long, short], 0.1, cpu, given) == long
@@ -128,7 +132,8 @@ def test_what_fits_comes_first_then_on_a_cpu_what_can_be_continued(tmp_path):
         pass
     assert results.choose([short, long], 5, cpu, given) == long  # what was begun goes on
     assert results.choose([short, long], 5, card, given) == short
-    assert results.choose([CELLS["cifar10-pgd-at-30-epochs-0"]], 99, cpu, given) is None
+    assert results.choose([card_only], 99, cpu, given) is None
+    assert results.choose([short, card_only], 99, card, given) == card_only
 
 
 def test_the_cost_of_a_cell_has_that_of_what_it_needs(tmp_path):
