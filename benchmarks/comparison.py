@@ -79,13 +79,18 @@ def settings(name: str, epochs: int, seed: int, workdir: Path, network: str = ""
 
     `network` names the objective whose network it trains; "": its own.
     """
-    made = recipe(name, epochs, OPTIONS.get(name, lambda epochs: {})(epochs) | options, network)
+    made = recipe(name, epochs, given_length(name, epochs) | options, network)
     made.seed = seed
     teachers = {"teacher": "trades", "assistant": "standard"}
     for role in config.build("objectives", made.objective, "objective").teachers:
         made[role].workdir = str(workdir / role)
         made[role].recipe = recipe(teachers[role], epochs, {})
     return made
+
+
+def given_length(name: str, epochs: int) -> dict[str, Any]:
+    """The options of OPTIONS for an objective and so many epochs."""
+    return OPTIONS.get(name, lambda epochs: {})(epochs)
 
 
 def recipe(name: str, epochs: int, options: dict[str, Any], network: str = "") -> ConfigDict:

@@ -1,7 +1,7 @@
 """Compares our attacks with published robust accuracies, on the published networks.
 
     python benchmarks/published.py --folder=FOLDER --data=mnist.npz [--only=LPD_MLP_B_0.1,WK17a] [--n=1000]
-        [--attacks=clean,pgd-40,autoattack] [--state=FOLDER] [--out=results/published-cpu.json]
+        [--attacks=clean,pgd-40,autoattack] [--state=FOLDER] [--batch_size=1000] [--out=results/published-cpu.json]
 
 FOLDER contains, at any depth, one or more of these PyTorch files. They are not unpickled, and a file with another
 SHA-256 is refused. Images are MNIST's test set, divided by 255.
@@ -21,7 +21,8 @@ If a number on all 10,000 images violates this, its row says so and the script e
 is checked, since the published numbers are for all of them. PGD-40 maximises cross-entropy in steps of 0.01 from x, as
 in the evaluation of TRADES' authors; it also reproduces the numbers of [2].
 
-AutoAttack stores its progress in --state, from which an interrupted command continues. --out is a JSON file, with the
+AutoAttack stores its progress in --state after each batch of --batch_size images, from which an interrupted command
+continues; the size does not change the result. --out is a JSON file, with the
 table beside it as Markdown; records of other networks in it are kept, each with its number of images.
 """
 
@@ -101,12 +102,12 @@ def images(file: Path, n: int | None) -> tuple[np.ndarray, np.ndarray]:
 # ---- the attacks ---------------------------------------------------------------------------------------------
 
 
-def clean(published: Published, network: Callable, x: np.ndarray, y: np.ndarray, state: Path | None) -> np.ndarray:
+def clean(published: Published, network: Callable, x: np.ndarray, y: np.ndarray, **_: Any) -> np.ndarray:
     """Which images are classified correctly as they are."""
     return np.concatenate([np.asarray(losses.correct(network(x[part]), y[part])) for part in _batches(len(x))])
 
 
-def pgd_40(published: Published, network: Callable, x: np.ndarray, y: np.ndarray, state: Path | None) -> np.ndarray:
+def pgd_40(published: Published, network: Callable, x: np.ndarray, y: np.ndarray, **_: Any) -> np.ndarray:
     """Which images withstand PGD-40 on cross-entropy."""
     attack = pgd(loss="ce", eps=float(published.eps), step_size=0.01, steps=40, init="none")
 
@@ -119,21 +120,31 @@ def pgd_40(published: Published, network: Callable, x: np.ndarray, y: np.ndarray
     return np.concatenate([np.asarray(robust(keys[part], x[part], y[part])) for part in _batches(len(x))])
 
 
-def standard(published: Published, network: Callable, x: np.ndarray, y: np.ndarray, state: Path | None) -> Any:
+def standard(
+    published: Published, network: Callable, x: np.ndarray, y: np.ndarray, state: Path | None, batch_size: int
+) -> Any:
     """AutoAttack's result."""
-    options = dict(norm="linf", eps=float(published.eps), batch_size=_BATCH, state=state, progress=published.file)
+    options = dict(norm="linf", eps=float(published.eps), batch_size=batch_size, state=state, progress=published.file)
     return autoattack(jax.random.key(0), network, x, y, **options)
 
 
 ATTACKS = {"clean": clean, "pgd-40": pgd_40, "autoattack": standard}
-_BATCH = 1000  # images at once, in AutoAttack; in PGD, whose steps a CPU's program has one after the other, a quarter
+BATCH = 1000  # images at once, in AutoAttack; in PGD, whose steps a CPU's program has one after the other, a quarter
 
 
 def _batches(count):
-    return [slice(first, first + _BATCH // 4) for first in range(0, count, _BATCH // 4)]
+    return [slice(first, first + BATCH // 4) for first in range(0, count, BATCH // 4)]
 
 
-def measure(name: str, attacks: list[str], folder: Path, x: np.ndarray, y: np.ndarray, states: Path | None) -> dict:
+def measure(
+    name: str,
+    attacks: list[str],
+    folder: Path,
+    x: np.ndarray,
+    y: np.ndarray,
+    states: Path | None,
+    batch_size: int = BATCH,
+) -> dict:
     """One network's record: what we find, with the seconds, beside what is published."""
     published = NETWORKS[name]
     network = jax.jit(load(folder, published))
@@ -144,7 +155,7 @@ def measure(name: str, attacks: list[str], folder: Path, x: np.ndarray, y: np.nd
     for attack in attacks:
         state = None if states is None else states / f"{name}-{len(x)}.npz"
         started = time.perf_counter()
-        found = ATTACKS[attack](published, network, x, y, state)
+        found = ATTACKS[attack](published, network, x, y, state=state, batch_size=batch_size)
         if attack == "autoattack":
             record["robust_after"] = {part: _percent(flags) for part, flags in found.robust_after.items()}
             record["warnings"] = [f"{name}: {text}" for text in found.warnings]
@@ -216,11 +227,17 @@ def main() -> None:
     parser.add_argument("--attacks", type=listed, default=list(ATTACKS), help=f"of {', '.join(ATTACKS)}")
     parser.add_argument("--n", type=int, help="the first so many test images; default: all 10,000")
     parser.add_argument("--state", type=files.path, help="a folder for AutoAttack's progress")
+    parser.add_argument(
+        "--batch_size", type=int, default=BATCH, help="images at once in AutoAttack; default: %(default)s"
+    )
     parser.add_argument("--out", type=files.path, help="a JSON file, with the table beside it; default: print only")
     given = parser.parse_args()
     for option, allowed in (("only", NETWORKS), ("attacks", ATTACKS)):
         if unknown := [name for name in getattr(given, option) if name not in allowed]:
             parser.error(f"--{option}: {', '.join(unknown)} is unknown; allowed: {', '.join(allowed)}")
+
+    if given.batch_size < 1:
+        parser.error(f"--batch_size={given.batch_size} is not allowed; give 1 or more")
 
     def command():
         cluster.keep_compiled()
@@ -228,7 +245,7 @@ def main() -> None:
         x, y = images(given.data, given.n)
         records = {} if given.out is None else kept(given.out)
         for name in given.only:
-            records[name] = measure(name, given.attacks, given.folder, x, y, given.state)
+            records[name] = measure(name, given.attacks, given.folder, x, y, given.state, given.batch_size)
             print(table([records[name]]), flush=True)
             if given.out:
                 save(given.out, [records[name] for name in NETWORKS if name in records])
