@@ -49,9 +49,12 @@ def get_config(arg):
     config = comparison.settings(arg, {epochs}, 0, Path({teachers!r}))
     config.update(batch_size=64, log_every=1, checkpoint_every=1)
     config.evaluate.update(attacks={attacks!r}, n={n})
+    for role in ("teacher", "assistant"):
+        if config[role].recipe:
+            config[role].recipe.evaluate.update(attacks=("fgsm",), n={n})
     return config
 """
-LATEST = 180  # seconds after which a process that has not ended counts as hanging
+LATEST = 300  # seconds after which a process that has not ended counts as hanging
 
 
 class Job:
@@ -350,7 +353,7 @@ def command_line() -> None:
         root = Path(folder)
         about = dict(benchmarks=str(ROOT / "benchmarks"), epochs=EPOCHS, teachers=str(root / "teachers"))
         full, short = root / "full.py", root / "short.py"
-        full.write_text(RECIPE.format(**about, attacks=("pgd-20", "autoattack"), n=None))
+        full.write_text(RECIPE.format(**about, attacks=("pgd-20", "autoattack"), n=128))
         short.write_text(RECIPE.format(**about, attacks=("autoattack",), n=64))
         if "agreement" in wanted:
             for count in given.processes:
