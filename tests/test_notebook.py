@@ -96,15 +96,6 @@ def test_the_notebooks_that_train_run_and_draw(name, tmp_path, monkeypatch):
         assert undefended[0] < 20 < trades[0]
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_the_committed_notebooks_show_their_figures_and_no_path(name):
-    file = NOTEBOOK.with_name(f"{name}.ipynb")
-    cells = nbformat.read(file, as_version=4).cells
-    assert len(pictures(cells)) == PICTURES[name] and file.stat().st_size < 500_000
-    assert not re.search(r"(^|[\s'\"=])/\w+/", printed(cells))
-    assert "WARNING" not in printed(cells) and "Traceback" not in printed(cells)
-
-
 @pytest.mark.parametrize("name", ["quickstart", *PICTURES])
 def test_only_colab_installs(name):
     file = NOTEBOOK.with_name(f"{name}.ipynb")
