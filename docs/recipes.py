@@ -101,8 +101,11 @@ def call(kind: str, section: Any) -> str:
 def passes(objective: dict[str, Any]) -> str:
     """The training-mode passes of an objective, in order, as "x, x'": tests/test_passes.py has them run."""
     name, base = objective["name"], objective.get("base")
-    if name in ("pgd_at", "trades", "label_smoothing"):
-        default = {"pgd_at": "adv", "trades": "clean,adv"}.get(name, "clean" if base == "standard" else "adv")
+    if name in ("pgd_at", "trades", "label_smoothing", "score", "dkl"):
+        default = {"pgd_at": "adv", "trades": "clean,adv", "dkl": "adv,clean"}.get(name)
+        if name == "score":
+            default = "adv" if base == "pgd_at" else "clean,adv"
+        default = default or ("clean" if base == "standard" else "adv")
         order = objective.get("passes") or default
         order += ",clean" * (bool(objective.get("clean_forward")) or objective.get("forwards") == 3)
         return ", ".join({"clean": "x", "adv": "x'"}[one] for one in order.split(","))
@@ -126,6 +129,7 @@ def passes(objective: dict[str, Any]) -> str:
         "ibd": "x, x'" if adversarial else "x",
         "vib": "x'" if adversarial else "x",
         "ceb": "x'" if adversarial else "x",
+        "hat": "x, x', x̃",
         "mma": "x, x', one for each bisection, the mixed batch",
     }.get(name, "x', x")  # ard, iad, rslad, shared_information
 
@@ -185,7 +189,7 @@ def _optimizer(made):
 
 
 def _schedule(made):
-    defaults, _ = config.signature(optim.SCHEDULES[made.schedule.name], ("lr", "epochs"))
+    defaults, _ = config.signature(optim.SCHEDULES[made.schedule.name], ("lr", "epochs", "step_in_epochs"))
     options = {key: v for key, v in config.plain(made.schedule).items() if key in defaults}
     stepping = made.schedule.get("stepping") or optim.default_stepping(made.schedule.name)
     by = {"epoch": "by epoch", "step": "by step", "next_step": "by step, one ahead"}[stepping]
@@ -195,7 +199,10 @@ def _schedule(made):
 
 def _weights(made):
     parts = [] if made.perturb is None else [call("perturbations", made.perturb)]
-    parts += [] if made.ema_decay is None else [f"averaged, {made.ema_decay:g}"]
+    if made.ema_decay is not None:
+        usual, given = config.base().averaging, made.averaging
+        more = "".join(f", {key}={_text(value)}" for key, value in given.items() if value != usual[key])
+        parts.append(f"averaged, {made.ema_decay:g}{more}")
     return ", ".join(parts) or "none"
 
 

@@ -34,7 +34,8 @@ _TABLES = {
     "optimizers": ("ibjax.optim", "OPTIMIZERS"),
     "schedules": ("ibjax.optim", "SCHEDULES"),
     "perturbations": ("ibjax.perturb", "PERTURBATIONS"),
-    "augmentations": ("ibjax.data.augment", "AUGMENTATIONS"),
+    "augmentations": ("ibjax.data.policies", "AUGMENTATIONS"),
+    "mixes": ("ibjax.data.mixing", "MIXES"),
     "writers": ("ibjax.runs.writers", "WRITERS"),
 }
 # kind -> (module, its function (name, what a factory of the user's own has made) -> the same, checked)
@@ -47,6 +48,7 @@ _CONTRACTS = {
     "schedules": ("ibjax.optim", "own_schedule"),
     "perturbations": ("ibjax.perturb", "own_perturbation"),
     "augmentations": ("ibjax.data.augment", "own_augmentation"),
+    "mixes": ("ibjax.data.mixing", "own_mix"),
     "writers": ("ibjax.runs.writers", "own_writer"),
 }
 # kind -> arguments that a factory of the user's own must take, since the library passes them
@@ -67,12 +69,22 @@ CALLS = {
     "schedule": "schedules",
     "perturb": "perturbations",
     "augment": "augmentations",
+    "mix": "mixes",
 }
 # section -> the factory's arguments that the caller supplies, not the section
-_SUPPLIED = {"model": ("num_classes",), "optimizer": ("lr",), "schedule": ("lr", "epochs", "stepping")}
-OPTIONAL = ("attack", "perturb")  # sections that may be None
+_SUPPLIED = {
+    "model": ("num_classes",),
+    "optimizer": ("lr",),
+    "schedule": ("lr", "epochs", "stepping", "step_in_epochs"),
+}
+OPTIONAL = ("attack", "perturb", "mix")  # sections that may be None
 NAMELESS = ("augment",)  # sections that may lack a name, which then stands for the built-in factory
-SPLITTING = ("val_size", "split_seed", "fraction")  # options of the data section that load_splits takes, not the source
+SPLITTING = (
+    "val_size",
+    "split_seed",
+    "fraction",
+    "extra",
+)  # options of the data section that load_splits takes, not the source
 ATTACKS = ("attack", "validate.attack", "evaluate")  # sections that use the threat model
 _HELD = re.compile(rf"^(({'|'.join(TEACHERS)})\.recipe\.|contrast\.[^.]+\.)+")  # the path of a nested configuration
 
@@ -141,7 +153,9 @@ def factory(kind: str, name: Any) -> Callable:
         return found
     if (source := extensions.locate(kind, name)) is not None:
         return _own(source, extensions.find(source))
-    label = {"perturbations": "perturb", "augmentations": "augment"}.get(kind) or extensions.singular(kind)
+    label = {"perturbations": "perturb", "augmentations": "augment", "mixes": "mix"}.get(kind) or extensions.singular(
+        kind
+    )
     raise InputError(
         f"{label}.name {name!r} is unknown; {nearest(name, {*_names(kind), *extensions.entry_points(kind)})}; "
         f"name own code as 'my_pkg.my_method' or './my_method.py:my_method'"

@@ -41,7 +41,7 @@ _FREE_KEYS = (
 DESCRIPTIONS = ("classes", "warnings")
 
 
-_FREE_PATHS = ("data.path", "data.data_dir")
+_FREE_PATHS = ("data.path", "data.data_dir", "data.extra.path")
 
 
 @contextlib.contextmanager

@@ -224,7 +224,7 @@ def prepare(settings: ConfigDict, shape: tuple[int, ...], classes: int, teachers
         for role, recipe in teachers.items():
             settings[role].recipe = prepare(recipe, shape, classes, {})
             settings[role].workdir = ""
-        if settings.attack is not None and settings.attack.name == "pgd":
+        if settings.attack is not None and settings.attack.name in ("pgd", "pgd_adam"):
             settings.attack.unroll = False
     return settings
 
@@ -293,7 +293,7 @@ def compile_step(settings: ConfigDict, mesh: Mesh, images: int | None) -> dict[s
 
 def _attack_steps(settings):
     """How often the body of the attack's loop runs in a step."""
-    if settings.attack is None or settings.attack.name != "pgd":
+    if settings.attack is None or settings.attack.name not in ("pgd", "pgd_adam"):
         return 1
     return settings.attack.get("steps", 10) * settings.attack.get("restarts", 1)
 
