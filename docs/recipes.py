@@ -73,7 +73,7 @@ def aspects(made: ConfigDict) -> dict[str, str]:
         "passes": passes(config.plain(made.objective)),
         "attack": own if made.attack is None else _attack(made.attack),
         "threat": "" if made.attack is None else _threat(made.attack),
-        "mode": "" if made.attack is None else {"eval": "evaluation", "train": "training"}[made.attack_bn],
+        "mode": "" if made.attack is None else _mode(made),
         "length": f"{made.batch_size}, {made.epochs}",
         "optimizer": _optimizer(made),
         "schedule": _schedule(made),
@@ -140,13 +140,29 @@ def _data(made):
         parts.append(f"{100 * made.data.fraction:g} % of its training images")
     if "size" in made.data and made.data.size:
         parts.append(f"{made.data.size} pixels")
+    if made.data.get("extra"):
+        parts.append(f"{100 * made.data.extra.get('fraction', 0.7):g} % generated images")
     return ", ".join(parts)
 
 
+def _mode(made):
+    text = {"eval": "evaluation", "train": "training", "batch": "that of its batch"}[made.attack_bn]
+    return text + ("; statistics of x' alone" if made.bn_statistics == "adv" else "")
+
+
 def _augment(made):
-    parts = [f"crop of {made.augment.pad} {made.augment.padding}"] * bool(made.augment.pad)
-    parts += ["random resized crop and flip"] * (made.data.name == "stream")
-    return ", ".join([*parts, *["flip"] * made.augment.flip]) or "none"
+    if "name" in made.augment:
+        parts = [call("augmentations", made.augment)]
+    else:
+        parts = [f"crop of {made.augment.pad} {made.augment.padding}"] * bool(made.augment.pad)
+        parts += ["random resized crop and flip"] * (made.data.name == "stream")
+        parts += ["flip"] * made.augment.flip
+    parts += [] if made.mix is None else [call("mixes", made.mix)]
+    if made.smoothing.delta:
+        parts.append(
+            f"labels of {made.smoothing.images} images smoothed by {made.smoothing.delta:g} ({made.smoothing.form})"
+        )
+    return ", ".join(parts) or "none"
 
 
 def _normalise(model):
@@ -164,6 +180,7 @@ def _attack(section):
     shown = {"loss": section.loss, "steps": section.get("steps", 1), "init": section.get("init", "none")}
     shown |= {"restarts": section.restarts} if section.get("restarts", 1) != 1 else {}
     shown |= {"clip_input": True} if section.get("clip_input") else {}
+    shown |= {"decay": config.plain(section.decay)} if section.get("decay") else {}
     return f"{section.name}({', '.join(f'{key}={_text(value)}' for key, value in shown.items())})"
 
 

@@ -36,6 +36,7 @@ _TABLES = {
     "perturbations": ("ibjax.perturb", "PERTURBATIONS"),
     "augmentations": ("ibjax.data.policies", "AUGMENTATIONS"),
     "mixes": ("ibjax.data.mixing", "MIXES"),
+    "extras": ("ibjax.data.extra", "EXTRAS"),
     "writers": ("ibjax.runs.writers", "WRITERS"),
 }
 # kind -> (module, its function (name, what a factory of the user's own has made) -> the same, checked)
@@ -329,6 +330,8 @@ def complete(config: ConfigDict) -> ConfigDict:
             continue
         if path == "data" and "fraction" not in section:
             section.fraction = 1.0
+        if path == "data" and section.get("extra") is not None:
+            _complete(section.extra, factory("extras", "npz"), ("shape", "num_classes"))
         if path in ATTACKS:  # the threat model takes precedence over the factory's defaults
             for key in lengths(path, section):
                 if section.get(key) is None:

@@ -241,9 +241,7 @@ def _check_extra(section):
         return
     if not isinstance(section, Mapping | ConfigDict):
         raise InputError(f"data.extra={section!r} is no section; give dict(path='1m.npz', fraction=0.7)")
-    from ibjax.data import extra
-
-    call_arguments(extra.load, "data.extra", plain(section), "data.extra", ("shape", "num_classes"))
+    call_arguments(factory("extras", "npz"), "data.extra", plain(section), "data.extra", ("shape", "num_classes"))
     _check_fraction(section.get("fraction", 0.7), "data.extra.fraction")
 
 

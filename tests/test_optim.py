@@ -158,7 +158,9 @@ def test_one_cycle_is_pytorchs(options):
         if step + 1 < epochs * n and (not by_epoch or (step + 1) % n == 0):
             scheduler.step()
     ours = optim.schedule(name="torch_one_cycle", lr=0.2, epochs=epochs, steps_per_epoch=n, **options)
-    np.testing.assert_allclose([float(ours(jnp.int32(step))) for step in range(epochs * n)], expected, rtol=1e-5, atol=2e-8)
+    np.testing.assert_allclose(
+        [float(ours(jnp.int32(step))) for step in range(epochs * n)], expected, rtol=1e-5, atol=2e-8
+    )
 
 
 def test_the_decay_of_the_average_warms_up():

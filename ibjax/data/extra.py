@@ -123,6 +123,9 @@ def load(
     return Extra(images, labels, float(fraction), digest, file)
 
 
+EXTRAS = {"npz": load}
+
+
 def _labels(file, found, classes):
     """Classes (N,) int32 or distributions (N, C) float32; raises DataError on anything else."""
     if found.ndim == 2 and found.shape[1] == 1:

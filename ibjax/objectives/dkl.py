@@ -2,7 +2,7 @@
 et al., "Generalized Kullback-Leibler Divergence Loss", TPAMI 2026.
 
     L   = CE(z, y) + α · mean_b CE(sg p_b, p'_b) + β · mean_b W_b              z = f(x), z' = f(x'), p = softmax(z)
-    W_b = ¼ Σ_{j,k} w_j w_k (Δ_jk − Δ'_jk)²,      Δ_jk = z_j − z_k,  Δ'_jk = z'_j − z'_k
+    W_b = 1/4 Σ_{j,k} w_j w_k (Δ_jk − Δ'_jk)²,      Δ_jk = z_j − z_k,  Δ'_jk = z'_j − z'_k
     x'  = argmax CE(p, p') + β_a·W,   from x + 0.001·N(0, 1)
 
     variant   w                                             in W
@@ -119,7 +119,7 @@ def dkl(
 
 
 def weighted_square(difference: Array, w: Array) -> Array:
-    """W = ¼ Σ_{j,k} w_j w_k (d_j − d_k)², shape (B,), of d = z − z' and w, both (B, C)."""
+    """W = 1/4 Σ_{j,k} w_j w_k (d_j − d_k)², shape (B,), of d = z − z' and w, both (B, C)."""
     total, first, second = (jnp.sum(w * d, axis=-1) for d in (jnp.ones_like(w), difference, jnp.square(difference)))
     return 0.5 * (total * second - jnp.square(first))
 

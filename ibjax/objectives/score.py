@@ -1,7 +1,7 @@
 """SCORE: Pang, Lin, Yang, Zhu & Yan, "Robustness and Accuracy Could Be Reconcilable by (Proper) Definition", ICML 2022.
 
-    base "trades":   L  = mean_b [ D(p, y) + β·D(p', p) − c ]₊,   x' = argmax D(p', sg p)      p = p(x), p' = p(x')
-    base "pgd_at":   L  = mean_b [ D(p', y) − c ]₊,               x' = argmax D(p', y)
+    base "trades":   L  = mean_b max(0, D(p, y) + β·D(p', p) − c),   x' = argmax D(p', sg p)   p = p(x), p' = p(x')
+    base "pgd_at":   L  = mean_b max(0, D(p', y) − c),               x' = argmax D(p', y)
     divergence "lse":  D(q, p) = Σ_k (q_k − p_k)²                 the squared error; with it the method is SCORE
     divergence "kl":   D(q, p) = KL(p || q)                       the baselines of the paper: TRADES and PGD-AT
 
@@ -12,7 +12,7 @@
 | β      | beta       | 4           | 3 in the published checkpoints, 6 without generated images
 | c      | clip       | 0           | given as δ: c = D(y_δ, y), y_δ = (1 − δ, δ/(C−1), …)
 |        |            |             | without generated images δ = 0.4 ("pgd_at") and 0.3 ("trades")
-|        | clipped    | "total"     | or "robust": L = mean_b [ D(p, y) + β·[D(p', p) − c]₊ ]
+|        | clipped    | "total"     | or "robust": L = mean_b [ D(p, y) + β·max(0, D(p', p) − c) ]
 |        | passes     | None        | training-mode passes, in order; None: "clean,adv" for "trades", "adv" for "pgd_at"
 
 Gradients flow through p in both terms. Where images are mixed (`config.mix`), y is the mixed label, and the attack of

@@ -216,11 +216,15 @@ def _gpu_mesh(name):
 
 
 def prepare(settings: ConfigDict, shape: tuple[int, ...], classes: int, teachers: dict[str, ConfigDict]) -> ConfigDict:
-    """The configuration for a compilation: shapes in place of data, and rolled loops as on an accelerator."""
+    """The configuration for a compilation: shapes in place of data, and rolled loops as on an accelerator.
+
+    Generated images (`data.extra`) count as other images do.
+    """
     settings = settings.copy_and_resolve_references()
     with settings.unlocked():
         size = dict(shape=shape, num_classes=classes, n_train=settings.batch_size + classes)
         settings.data = dict(name="synthetic", val_size=classes, split_seed=0, **size)
+        settings.smoothing.images = "all"
         for role, recipe in teachers.items():
             settings[role].recipe = prepare(recipe, shape, classes, {})
             settings[role].workdir = ""

@@ -290,7 +290,7 @@ def _averaging(settings, steps_per_epoch):
     """The arguments of the train step for the average of the weights."""
     decay, options = settings.ema_decay, settings.averaging
     if decay is None:
-        if options != config.base().averaging:
+        if config.plain(options) != config.plain(config.base().averaging):
             raise InputError("averaging says how the weights are averaged, and they are not; set ema_decay, as 0.995")
         return {}
     start = round(options.start * steps_per_epoch)

@@ -29,7 +29,7 @@ class Feed(NamedTuple):
 
     capacity: int  # maximum number of steps in one dispatch
     dispatch: Callable[[TrainState, int], tuple[TrainState, dict[str, Array]]]  # (state, steps) -> (state, metrics)
-    # state -> state, whose `ema_stats` are recomputed; None where they are not to be
+    # state -> state, whose `ema_stats` are recomputed, and which takes its place; None where they are not to be
     recompute: Callable[[TrainState], TrainState] | None = None
 
 
@@ -57,7 +57,8 @@ def _recomputing(experiment, make, key, data):
 
     @functools.partial(jax.jit, out_shardings=replicated)
     def start(state, count):
-        return state._replace(step=state.step - count, ema_stats=state.variables["batch_stats"])
+        statistics = jax.tree.map(jnp.copy, state.variables["batch_stats"])  # both are donated to the first step
+        return state._replace(step=state.step - count, ema_stats=statistics)
 
     def recompute(state):
         step = int(state.step)
