@@ -247,7 +247,7 @@ def test_wrong_options_are_refused(tmp_path):
         (dict(fraction=0.5), "data.extra.path is missing"),
         ("1m.npz", "data.extra='1m.npz' is no section"),
     ):
-        made = settings(path)
+        made = on_clean_images(smoke_config("digits"))
         made.data.extra = section
         with pytest.raises(InputError, match=text):
             config.check(made)

@@ -14,6 +14,7 @@ from ibjax.attacks.pgd import pgd
 from ibjax.data import mixing
 from ibjax.errors import InputError
 from ibjax.objectives.mart import mart
+from ibjax.objectives.own import own_objective
 from ibjax.objectives.trades import trades
 from ibjax.training.experiment import build
 
@@ -159,6 +160,15 @@ def test_trades_and_mart_with_smoothed_labels_are_their_formulas():
     boosted = -(t * np.log(q)).sum(1) - np.log(1.0001 - others + 1e-12)
     weight = 1 - p[np.arange(12), y] + 1e-7
     np.testing.assert_allclose(smoothed_loss(mart(beta=5.0)), (boosted + 5 * kl * weight).mean(), rtol=1e-4)
+
+
+def test_an_objective_of_ones_own_gets_distributions():
+    """Its target may be labels or distributions, of mixed images too."""
+    batch = half(None, BATCH)
+    made = own_objective("mine", recording({}), {})
+    np.testing.assert_array_equal(made.target(NET, VARIABLES, batch, KEY), batch["label"])
+    hard = own_objective("mine", recording({})._replace(target=lambda *_: BATCH["label"]), {})
+    np.testing.assert_array_equal(hard.target(NET, VARIABLES, batch, KEY), BATCH["label"])
 
 
 # ---- configurations ------------------------------------------------------------------------------------------

@@ -192,7 +192,9 @@ def _train(experiment, workdir, about, measure):
     with tqdm(total=total, desc=_title(settings), unit="step", disable=not visible) as bar:
         while True:
             if step % every == 0 or step == total:
-                variables = evaluation_variables(state if recompute is None else recompute(jax.tree.map(jnp.copy, state)))
+                variables = evaluation_variables(
+                    state if recompute is None else recompute(jax.tree.map(jnp.copy, state))
+                )
                 steps.append(step)
                 rows.append(measure(variables))
                 if not np.isfinite(rows[-1]).all():

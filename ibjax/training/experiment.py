@@ -350,7 +350,6 @@ def _smooth(settings, objective, data):
     classes = data.num_classes
     if form == "others" and delta >= (classes - 1) / classes:
         raise InputError(f"smoothing.delta={delta:g} with {classes} classes leaves no likeliest class; give less")
-
     original = len(data.train.labels)
     if images == "generated" and data.extra is None:
         raise InputError("smoothing.images='generated' needs generated images; set data.extra, or 'all'")

@@ -35,9 +35,9 @@ class Feed(NamedTuple):
 
 def feed(experiment: Experiment, key: Array, step: int) -> Feed:
     """The compiled steps from `step` on, with their data; `key` is the run's key for training."""
-    kept = streamed(experiment.data.train)
-    make = _streaming if kept else _reading if reads_extra(experiment) else _resident
-    data = () if kept else tuple(cluster.replicate(array, experiment.mesh) for array in resident_data(experiment))
+    streams = streamed(experiment.data.train)
+    make = _streaming if streams else _reading if reads_extra(experiment) else _resident
+    data = () if streams else tuple(cluster.replicate(array, experiment.mesh) for array in resident_data(experiment))
     capacity, begin = make(experiment, key, data)
     if experiment.statistics_step is None:
         return Feed(capacity, begin(step))
