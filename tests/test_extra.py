@@ -5,14 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import smoke_config
+from test_train import stop_after
 
 from ibjax import config
 from ibjax.data import extra
 from ibjax.data.permutation import permuted
-from ibjax.errors import DataError, InputError
+from ibjax.devices import cluster
+from ibjax.errors import DataError, InputError, PreemptedError
 from ibjax.runs import checkpoint, run, rundir
-from ibjax.training import loop
-from ibjax.training.experiment import build
+from ibjax.training import feed, loop
+from ibjax.training.experiment import build, initial_state, run_key
 
 SHAPE, CLASSES = (8, 8, 1), 10
 RNG = np.random.default_rng(0)
@@ -212,6 +214,36 @@ def trained(made, workdir):
     return digests, run.load(workdir, "last").variables, rundir.read_config(workdir)[1]
 
 
+def test_read_and_kept_images_make_the_same_batches(tmp_path):
+    """Seen through a train step that returns its batch, from a step in the middle on; half of it are the file's."""
+    path = write(tmp_path, label=DISTRIBUTIONS)
+
+    def spy(state, batch, key, frozen):
+        return state._replace(step=state.step + 1), batch
+
+    seen = []
+    for resident in (True, False):
+        made = build(settings(path, resident=resident))
+        state = initial_state(made)._replace(step=cluster.replicate(np.int32(5), made.mesh))
+        feeding = feed.feed(made._replace(train_step=spy, statistics_step=None), run_key(0, 1, made.mesh), 5)
+        for _ in range(4):
+            state, batch = feeding.dispatch(state, 1)
+            seen.append({name: np.asarray(batch[name][0]) for name in ("image", "label", "index")})
+    original = len(made.data.train.labels)
+    for kept, read in zip(seen[:4], seen[4:], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, kept, read)
+        generated = kept["index"] >= original
+        assert generated.sum() == 4
+        np.testing.assert_array_equal(kept["image"][generated], IMAGES[kept["index"][generated] - original])
+        np.testing.assert_array_equal(kept["image"][~generated], made.data.train.images[kept["index"][~generated]])
+        np.testing.assert_allclose(
+            kept["label"][generated], DISTRIBUTIONS[kept["index"][generated] - original], rtol=1e-6
+        )
+        hard = made.data.train.labels[kept["index"][~generated]]
+        np.testing.assert_array_equal(kept["label"][~generated], np.eye(CLASSES)[hard])
+
+
+@pytest.mark.slow
 def test_reading_trains_as_keeping_does_and_continues_to_the_bit(tmp_path, monkeypatch):
     """The same weights to rounding, resident or read; a run that is cut and continued ends with the same bits."""
     path = write(tmp_path, label=DISTRIBUTIONS)
@@ -219,13 +251,9 @@ def test_reading_trains_as_keeping_does_and_continues_to_the_bit(tmp_path, monke
     assert facts["extra"]["n"] == 37
     digests, read, _ = trained(settings(path, resident=False), tmp_path / "read")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), kept, read)
-
-    def cut(*args, **values):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:  # after the first epoch's checkpoint
-        patch.setattr(loop, "_tell", cut)
-        with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:  # in the middle of the second epoch
+        stop_after(patch, 9, PreemptedError)
+        with pytest.raises(PreemptedError, match="saved step 9 of 14"):
             trained(settings(path, resident=False), tmp_path / "cut")
     assert trained(settings(path, resident=False), tmp_path / "cut")[0] == digests
 
