@@ -13,7 +13,7 @@
 
 The box of CutMix has its centre anywhere in the image and the sides ⌊H√(1−λ)⌋ and ⌊W√(1−λ)⌋, rounded down to even
 numbers, as in the code of Yun et al. and of Rebuffi et al. ("Data Augmentation Can Improve Robustness", NeurIPS 2021).
-What lies outside the image is cut off, and s is the share that is left. So s is λ only on average, and is larger.
+What lies outside the image is cut off; s is the share that is left, on average more than λ.
 
 The partner j is drawn by a permutation of the group. All draws are a function of (seed, step), those with per_image of
 (seed, step, index). The attack and the loss see x̃ and ỹ.
