@@ -66,7 +66,7 @@ def dkl(
         if not by_class:
             w = jax.nn.softmax(lax.stop_gradient(clean))
         else:
-            w = losses.as_distribution(batch["label"], clean.shape[-1]) @ variables["memory"]["means"]
+            w = _product(losses.as_distribution(batch["label"], clean.shape[-1]), variables["memory"]["means"])
         return w if power == 1.0 else w**power / jnp.sum(w**power, axis=-1, keepdims=True)
 
     def remember(net, variables, batch, key):
@@ -102,7 +102,7 @@ def dkl(
         metrics |= {"clean_acc": accuracy(clean, batch), "adv_acc": accuracy(adv, batch)}
         if by_class:
             classes = losses.as_distribution(batch["label"], clean.shape[-1])
-            seen = classes.T @ jax.nn.softmax(lax.stop_gradient(clean) / temperature)
+            seen = _product(classes.T, jax.nn.softmax(lax.stop_gradient(clean) / temperature))
             memory = {**variables["memory"], "sums": variables["memory"]["sums"] + seen}
             variables = {**variables, "memory": memory}
         return value, (variables, metrics)
@@ -122,6 +122,10 @@ def weighted_square(difference: Array, w: Array) -> Array:
     """W = 1/4 Σ_{j,k} w_j w_k (d_j − d_k)², shape (B,), of d = z − z' and w, both (B, C)."""
     total, first, second = (jnp.sum(w * d, axis=-1) for d in (jnp.ones_like(w), difference, jnp.square(difference)))
     return 0.5 * (total * second - jnp.square(first))
+
+
+def _product(a, b):
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
 def _memory(images: int, classes: int) -> dict[str, Array]:
