@@ -111,6 +111,44 @@ def trades(beta: float = 6.0) -> Twin:
     return Twin(loss, prediction, climb_kl, "gaussian")
 
 
+def score(beta: float = 4.0) -> Twin:
+    def square(logits, target):
+        return (logits.softmax(1) - target).square().sum(1)
+
+    def loss(nets, batch, x_adv):
+        clean, adv = nets.logits(batch.x), nets.logits(x_adv)
+        natural = square(clean, F.one_hot(batch.y, clean.shape[1]))
+        return (natural + beta * square(adv, clean.softmax(1))).mean()
+
+    return Twin(loss, prediction, lambda nets, x, target: square(nets.logits(x), target), "gaussian")
+
+
+def dkl(alpha: float = 4.0, beta: float = 20.0, temperature: float = 4.0) -> Twin:
+    def decoupled(clean, adv, w, alpha, beta):
+        gaps, gaps_adv = (z[:, :, None] - z[:, None] for z in (clean, adv))
+        square = 0.25 * ((gaps - gaps_adv).square() * w[:, :, None] * w[:, None]).sum((1, 2))
+        return beta * square - alpha * (clean.softmax(1).detach() * adv.log_softmax(1)).sum(1)
+
+    def target(nets, batch):
+        return nets.logits(batch.x).detach(), nets.memory[0][batch.y]
+
+    def climb(nets, x, given):
+        clean, w = given
+        return decoupled(clean, nets.logits(x), w, 1.0, 1.0)
+
+    def loss(nets, batch, x_adv):
+        adv, clean = nets.logits(x_adv), nets.logits(batch.x)
+        value = F.cross_entropy(clean, batch.y) + decoupled(clean, adv, nets.memory[0][batch.y], alpha, beta).mean()
+        one_hot = F.one_hot(batch.y, clean.shape[1]).float()
+        nets.memory[1] += one_hot.T @ (clean.detach() / temperature).softmax(1)
+        return value
+
+    def memory(images, classes):  # the means of this epoch, the sums of the next
+        return torch.stack([torch.full((classes, classes), 1 / classes), torch.zeros(classes, classes)])
+
+    return Twin(loss, target, climb, "gaussian", memory=memory)
+
+
 def boosted(logits: Tensor, y: Tensor) -> Tensor:
     """MART's −log p_y − log(1.0001 − max_{k≠y} p_k), shape (B,)."""
     others = logits.softmax(1).scatter(1, y[:, None], 0.0).amax(1)
@@ -260,6 +298,17 @@ def rslad(alpha: float = 5 / 6) -> Twin:
     return Twin(loss, taught, climb_kl, "gaussian")
 
 
+def hat(beta: float = 2.5, gamma: float = 0.5, h: float = 2.0) -> Twin:
+    def loss(nets, batch, x_adv):
+        y_help = nets.teacher(x_adv)[0].argmax(1)
+        clean, adv = nets.logits(batch.x), nets.logits(x_adv)
+        helped = nets.logits(batch.x + h * (x_adv - batch.x))
+        robust = beta * kl(clean, adv).mean()
+        return F.cross_entropy(clean, batch.y) + robust + gamma * F.cross_entropy(helped, y_help)
+
+    return Twin(loss, prediction, climb_kl, "gaussian")
+
+
 def iad(beta: float = 0.1, begin: int = 60) -> Twin:
     def loss(nets, batch, x_adv):
         adv, clean = nets.logits(x_adv), nets.logits(batch.x)
@@ -355,6 +404,6 @@ def ceb(rho: float = 3.0) -> Twin:
     return Twin(loss)
 
 
-OBJECTIVES = (standard, pgd_at, trades, mart, te, alp, label_smoothing, mma, awp, ard, rslad, iad, ibd, ib_rar, hbar,
-              shared_information, vib, ceb, infoat_r)  # fmt: skip
+OBJECTIVES = (standard, pgd_at, trades, mart, te, alp, label_smoothing, score, dkl, mma, awp, ard, rslad, hat, iad, ibd,
+              ib_rar, hbar, shared_information, vib, ceb, infoat_r)  # fmt: skip
 TWINS = {make.__name__: make for make in OBJECTIVES}

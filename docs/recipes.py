@@ -73,7 +73,7 @@ def aspects(made: ConfigDict) -> dict[str, str]:
         "passes": passes(config.plain(made.objective)),
         "attack": own if made.attack is None else _attack(made.attack),
         "threat": "" if made.attack is None else _threat(made.attack),
-        "mode": "" if made.attack is None else {"eval": "evaluation", "train": "training"}[made.attack_bn],
+        "mode": "" if made.attack is None else _mode(made),
         "length": f"{made.batch_size}, {made.epochs}",
         "optimizer": _optimizer(made),
         "schedule": _schedule(made),
@@ -101,8 +101,11 @@ def call(kind: str, section: Any) -> str:
 def passes(objective: dict[str, Any]) -> str:
     """The training-mode passes of an objective, in order, as "x, x'": tests/test_passes.py has them run."""
     name, base = objective["name"], objective.get("base")
-    if name in ("pgd_at", "trades", "label_smoothing"):
-        default = {"pgd_at": "adv", "trades": "clean,adv"}.get(name, "clean" if base == "standard" else "adv")
+    if name in ("pgd_at", "trades", "label_smoothing", "score", "dkl"):
+        default = {"pgd_at": "adv", "trades": "clean,adv", "dkl": "adv,clean"}.get(name)
+        if name == "score":
+            default = "adv" if base == "pgd_at" else "clean,adv"
+        default = default or ("clean" if base == "standard" else "adv")
         order = objective.get("passes") or default
         order += ",clean" * (bool(objective.get("clean_forward")) or objective.get("forwards") == 3)
         return ", ".join({"clean": "x", "adv": "x'"}[one] for one in order.split(","))
@@ -126,6 +129,7 @@ def passes(objective: dict[str, Any]) -> str:
         "ibd": "x, x'" if adversarial else "x",
         "vib": "x'" if adversarial else "x",
         "ceb": "x'" if adversarial else "x",
+        "hat": "x, x', x̃",
         "mma": "x, x', one for each bisection, the mixed batch",
     }.get(name, "x', x")  # ard, iad, rslad, shared_information
 
@@ -136,13 +140,29 @@ def _data(made):
         parts.append(f"{100 * made.data.fraction:g} % of its training images")
     if "size" in made.data and made.data.size:
         parts.append(f"{made.data.size} pixels")
+    if made.data.get("extra"):
+        parts.append(f"{100 * made.data.extra.get('fraction', 0.7):g} % generated images")
     return ", ".join(parts)
 
 
+def _mode(made):
+    text = {"eval": "evaluation", "train": "training", "batch": "that of its batch"}[made.attack_bn]
+    return text + ("; statistics of x' alone" if made.bn_statistics == "adv" else "")
+
+
 def _augment(made):
-    parts = [f"crop of {made.augment.pad} {made.augment.padding}"] * bool(made.augment.pad)
-    parts += ["random resized crop and flip"] * (made.data.name == "stream")
-    return ", ".join([*parts, *["flip"] * made.augment.flip]) or "none"
+    if "name" in made.augment:
+        parts = [call("augmentations", made.augment)]
+    else:
+        parts = [f"crop of {made.augment.pad} {made.augment.padding}"] * bool(made.augment.pad)
+        parts += ["random resized crop and flip"] * (made.data.name == "stream")
+        parts += ["flip"] * made.augment.flip
+    parts += [] if made.mix is None else [call("mixes", made.mix)]
+    if made.smoothing.delta:
+        parts.append(
+            f"labels of {made.smoothing.images} images smoothed by {made.smoothing.delta:g} ({made.smoothing.form})"
+        )
+    return ", ".join(parts) or "none"
 
 
 def _normalise(model):
@@ -160,6 +180,7 @@ def _attack(section):
     shown = {"loss": section.loss, "steps": section.get("steps", 1), "init": section.get("init", "none")}
     shown |= {"restarts": section.restarts} if section.get("restarts", 1) != 1 else {}
     shown |= {"clip_input": True} if section.get("clip_input") else {}
+    shown |= {"decay": config.plain(section.decay)} if section.get("decay") else {}
     return f"{section.name}({', '.join(f'{key}={_text(value)}' for key, value in shown.items())})"
 
 
@@ -185,7 +206,7 @@ def _optimizer(made):
 
 
 def _schedule(made):
-    defaults, _ = config.signature(optim.SCHEDULES[made.schedule.name], ("lr", "epochs"))
+    defaults, _ = config.signature(optim.SCHEDULES[made.schedule.name], ("lr", "epochs", "step_in_epochs"))
     options = {key: v for key, v in config.plain(made.schedule).items() if key in defaults}
     stepping = made.schedule.get("stepping") or optim.default_stepping(made.schedule.name)
     by = {"epoch": "by epoch", "step": "by step", "next_step": "by step, one ahead"}[stepping]
@@ -195,7 +216,10 @@ def _schedule(made):
 
 def _weights(made):
     parts = [] if made.perturb is None else [call("perturbations", made.perturb)]
-    parts += [] if made.ema_decay is None else [f"averaged, {made.ema_decay:g}"]
+    if made.ema_decay is not None:
+        usual, given = config.base().averaging, made.averaging
+        more = "".join(f", {key}={_text(value)}" for key, value in given.items() if value != usual[key])
+        parts.append(f"averaged, {made.ema_decay:g}{more}")
     return ", ".join(parts) or "none"
 
 

@@ -34,7 +34,9 @@ _TABLES = {
     "optimizers": ("ibjax.optim", "OPTIMIZERS"),
     "schedules": ("ibjax.optim", "SCHEDULES"),
     "perturbations": ("ibjax.perturb", "PERTURBATIONS"),
-    "augmentations": ("ibjax.data.augment", "AUGMENTATIONS"),
+    "augmentations": ("ibjax.data.policies", "AUGMENTATIONS"),
+    "mixes": ("ibjax.data.mixing", "MIXES"),
+    "extras": ("ibjax.data.extra", "EXTRAS"),
     "writers": ("ibjax.runs.writers", "WRITERS"),
 }
 # kind -> (module, its function (name, what a factory of the user's own has made) -> the same, checked)
@@ -47,6 +49,7 @@ _CONTRACTS = {
     "schedules": ("ibjax.optim", "own_schedule"),
     "perturbations": ("ibjax.perturb", "own_perturbation"),
     "augmentations": ("ibjax.data.augment", "own_augmentation"),
+    "mixes": ("ibjax.data.mixing", "own_mix"),
     "writers": ("ibjax.runs.writers", "own_writer"),
 }
 # kind -> (module, its function that turns what the user's own code defines into a factory)
@@ -69,12 +72,22 @@ CALLS = {
     "schedule": "schedules",
     "perturb": "perturbations",
     "augment": "augmentations",
+    "mix": "mixes",
 }
 # section -> the factory's arguments that the caller supplies, not the section
-_SUPPLIED = {"model": ("num_classes",), "optimizer": ("lr",), "schedule": ("lr", "epochs", "stepping")}
-OPTIONAL = ("attack", "perturb")  # sections that may be None
+_SUPPLIED = {
+    "model": ("num_classes",),
+    "optimizer": ("lr",),
+    "schedule": ("lr", "epochs", "stepping", "step_in_epochs"),
+}
+OPTIONAL = ("attack", "perturb", "mix")  # sections that may be None
 NAMELESS = ("augment",)  # sections that may lack a name, which then stands for the built-in factory
-SPLITTING = ("val_size", "split_seed", "fraction")  # options of the data section that load_splits takes, not the source
+SPLITTING = (
+    "val_size",
+    "split_seed",
+    "fraction",
+    "extra",
+)  # options of the data section that load_splits takes, not the source
 ATTACKS = ("attack", "validate.attack", "evaluate")  # sections that use the threat model
 _HELD = re.compile(rf"^(({'|'.join(TEACHERS)})\.recipe\.|contrast\.[^.]+\.)+")  # the path of a nested configuration
 
@@ -143,7 +156,9 @@ def factory(kind: str, name: Any) -> Callable:
         return found
     if (source := extensions.locate(kind, name)) is not None:
         return _own(source, extensions.find(source))
-    label = {"perturbations": "perturb", "augmentations": "augment"}.get(kind) or extensions.singular(kind)
+    label = {"perturbations": "perturb", "augmentations": "augment", "mixes": "mix"}.get(kind) or extensions.singular(
+        kind
+    )
     raise InputError(
         f"{label}.name {name!r} is unknown; {nearest(name, {*_names(kind), *extensions.entry_points(kind)})}; "
         f"name own code as 'my_pkg.my_method' or './my_method.py:my_method'"
@@ -320,6 +335,8 @@ def complete(config: ConfigDict) -> ConfigDict:
             continue
         if path == "data" and "fraction" not in section:
             section.fraction = 1.0
+        if path == "data" and section.get("extra") is not None:
+            _complete(section.extra, factory("extras", "npz"), ("shape", "num_classes"))
         if path in ATTACKS:  # the threat model takes precedence over the factory's defaults
             for key in lengths(path, section):
                 if section.get(key) is None:

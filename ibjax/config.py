@@ -47,10 +47,15 @@ def base() -> ConfigDict:
     config.title = ""  # the run's name in reports; empty: the folder's name
     config.seed = 0
     # data: a module of ibjax.data and its arguments. val_size training images are held out for validation (selected by
-    # split_seed); the network is trained on a stratified `fraction` of the rest
+    # split_seed); the network is trained on a stratified `fraction` of the rest. extra=dict(path="1m.npz",
+    # fraction=0.7): that share of every batch are generated images of a file (ibjax.data.extra)
     config.data = dict(name="tfds", dataset="cifar10", val_size=1000, split_seed=0, fraction=1.0)
     # augment: random crop and flip (padding: zero, edge or reflect), or the name of an augmentation of one's own
     config.augment = dict(pad=4, padding="zero", flip=True)
+    config.mix = None  # or dict(name="cutmix") or dict(name="mixup"): images and labels mixed in pairs
+    # smoothing: the labels that the loss fits keep all but delta of the true class; form: the rest goes to the "others"
+    # or to all classes, "uniform"; images: "all", or the "generated" ones of data.extra. The attack sees hard labels
+    config.smoothing = dict(delta=0.0, form="others", images="all")
     config.model = dict(name="preact_resnet", depth=18)
     config.objective = dict(name="pgd_at")
     # threat: the threat model. The training attack, the validation attack and the evaluation use it where their own
@@ -58,7 +63,10 @@ def base() -> ConfigDict:
     config.threat = dict(norm="linf", eps="8/255")
     # attack: the inner maximisation; None for training on clean images. step_size=None: a quarter of eps
     config.attack = dict(name="pgd", loss="ce", **own(), steps=10, init="uniform")
-    config.attack_bn = "eval"  # or "train": the mode of batch-norm in the training attack
+    # attack_bn: batch-norm in the training attack: "eval"; "train", whose statistics move with every attack step; or
+    # "batch", which sees the statistics of its batch too, and moves none
+    config.attack_bn = "eval"
+    config.bn_statistics = "all"  # or "adv": passes over clean images move no running statistics
     config.batch_size = 128  # global, over all devices
     # number of parts of a batch that are attacked and differentiated in turn, to save memory: see step.make_train_step
     config.microbatches = 1
@@ -69,6 +77,11 @@ def base() -> ConfigDict:
     # optimiser, with its default options
     config.head_optimizer = dict(name="", lr=placeholder(float))
     config.ema_decay = placeholder(float)  # decay of the parameter average (EMA), which is then evaluated; None: no EMA
+    # averaging: how the average is made, where there is one. warmup: its decay is min(ema_decay, (1 + t)/(10 + t)), t
+    # steps after the epoch `start`, before which it is the network itself. statistics: the running statistics that the
+    # averaged network is evaluated with: "raw", those of the network itself; "averaged" like the weights; "recomputed"
+    # before each validation, by training-mode passes of the averaged network over the last `batches` batches
+    config.averaging = dict(warmup=False, start=0.0, statistics="raw", batches=100)
     config.perturb = None  # or dict(name="awp", gamma=…, warmup=…): the gradient is taken at perturbed weights
     # teacher: workdir of a trained run, or a recipe that is trained in workdir/teacher; made_by: a hint for messages
     for role in TEACHERS:  # the assistant is a second teacher, for the methods that have two
@@ -114,12 +127,15 @@ _NUMBERS = {
     "data.val_size": (int, 0, math.inf),
     "data.split_seed": (int, 0, 2**32 - 1),
     "augment.pad": (int, 0, 64),
+    "smoothing.delta": (float, 0, 0.5),
     "batch_size": (int, 1, math.inf),
     "microbatches": (int, 1, math.inf),
     "epochs": (int, 1, math.inf),
     "optimizer.lr": (float, 1e-12, 1e3),
     "head_optimizer.lr": (float, 1e-12, 1e3),
     "ema_decay": (float, 0, 1 - 1e-9),
+    "averaging.start": (float, 0, math.inf),
+    "averaging.batches": (int, 1, math.inf),
     "validate.every": (int, 1, math.inf),
     "validate.dense_from": (int, 0, math.inf),
     "validate.batch_size": (int, 1, math.inf),
@@ -131,15 +147,28 @@ _NUMBERS = {
     "steps_per_dispatch": (int, 1, math.inf),
 }
 _CHOICES = {
-    "attack_bn": ("eval", "train"),
+    "attack_bn": ("eval", "train", "batch"),
     "sharding": ("replicated", "fsdp"),
+    "bn_statistics": ("all", "adv"),
+    "averaging.warmup": (False, True),
+    "averaging.statistics": ("raw", "averaged", "recomputed"),
     "select_on": ("val", "test"),
     "validate.select": (None, "robust", "clean", "mean"),
     "augment.flip": (False, True),
+    "smoothing.form": ("others", "uniform"),
+    "smoothing.images": ("all", "generated"),
     "validate.stop_on_overfitting": (False, True),
     "evaluate.fixed_step": (False, True),
 }
-_CLOSED = ("threat", "validate", "evaluate", *TEACHERS, "head_optimizer")  # sections with fixed keys
+_CLOSED = (
+    "threat",
+    "smoothing",
+    "averaging",
+    "validate",
+    "evaluate",
+    *TEACHERS,
+    "head_optimizer",
+)  # sections with fixed keys
 
 
 def check(config: ConfigDict) -> None:
@@ -194,19 +223,29 @@ def _check_call(path, section):
         options.pop(key, None)
     if path == "data":
         _check_fraction(section.get("fraction", 1.0))
+        _check_extra(section.get("extra"))
     call, context = called(path, section["name"])
     if path == "optimizer" and "lr" not in options:
         raise InputError("optimizer.lr is missing; give the learning rate")
     call_arguments(call, section["name"], {k: v for k, v in options.items() if k not in context}, path, context)
     if path == "attack" and options.get("loss") == "objective":  # the loss function comes with the objective
         options.pop("loss")
-    if CALLS[path] in ("objectives", "attacks", "perturbations", "augmentations"):
+    if CALLS[path] in ("objectives", "attacks", "perturbations", "augmentations", "mixes"):
         call(**options)
 
 
-def _check_fraction(value):
+def _check_fraction(value, name="data.fraction"):
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1:
-        raise InputError(f"data.fraction={value!r} is not allowed; give a number above 0 and at most 1")
+        raise InputError(f"{name}={value!r} is not allowed; give a number above 0 and at most 1")
+
+
+def _check_extra(section):
+    if section is None:
+        return
+    if not isinstance(section, Mapping | ConfigDict):
+        raise InputError(f"data.extra={section!r} is no section; give dict(path='1m.npz', fraction=0.7)")
+    call_arguments(factory("extras", "npz"), "data.extra", plain(section), "data.extra", ("shape", "num_classes"))
+    _check_fraction(section.get("fraction", 0.7), "data.extra.fraction")
 
 
 def _check_keys(config, reference, where):
@@ -241,14 +280,24 @@ def _check_number(config, path, kind, low, high, optional):
 # ---- saved configurations ----------------------------------------------------------------------------------
 
 
+_LATER = (
+    "writers",
+    "mix",
+    "smoothing",
+    "averaging",
+    "bn_statistics",
+)  # keys that were added later; their defaults change nothing
+
+
 def upgrade(saved: ConfigDict) -> ConfigDict:
     """Adds to a saved configuration the keys that did not exist when its run was made; the run stays the same.
 
     A saved configuration states norm, eps and step size of every attack; a missing `threat` becomes the evaluation's.
     """
     reference = base()
-    if "writers" not in saved:
-        saved.writers = None
+    for key in _LATER:
+        if key not in saved:
+            saved[key] = reference[key]
     for section in ("validate", "evaluate"):
         for key, default in reference[section].items():
             if key not in saved[section]:

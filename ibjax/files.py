@@ -17,7 +17,7 @@ import re
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -173,7 +173,7 @@ def unseal(content: Mapping[str, Any]) -> dict[str, Any]:
 # ---- arrays ------------------------------------------------------------------------------------------------
 
 
-def read_npz(path: "str | os.PathLike") -> dict[str, np.ndarray]:
+def read_npz(path: "str | os.PathLike", names: Collection[str] | None = None) -> dict[str, np.ndarray]:
     """All arrays of an `.npz` file by name, each verified.
 
     `numpy.load` trusts the header of a member and stops where the array ends according to it. It then never reaches the
@@ -182,6 +182,7 @@ def read_npz(path: "str | os.PathLike") -> dict[str, np.ndarray]:
 
     Args:
       path: a file of `numpy.savez` or `numpy.savez_compressed`; members other than `.npy` are verified and left out.
+      names: the arrays to read; the others are not looked at. None: all.
 
     Returns:
       Writable arrays with the dtypes of the file.
@@ -192,7 +193,7 @@ def read_npz(path: "str | os.PathLike") -> dict[str, np.ndarray]:
       UnreadableError: the file cannot be read; its content may be intact.
       FileNotFoundError: the file is absent.
     """
-    return patiently(lambda: _read_npz(Path(path)), path)
+    return patiently(lambda: _read_npz(Path(path), names), path)
 
 
 class _File(io.FileIO):
@@ -208,7 +209,7 @@ class _File(io.FileIO):
             raise
 
 
-def _read_npz(path):
+def _read_npz(path, names):
     arrays: dict[str, np.ndarray] = {}
     with _File(path) as raw, io.BufferedReader(raw) as handle:
         member = None
@@ -216,6 +217,8 @@ def _read_npz(path):
             with zipfile.ZipFile(handle) as archive:
                 for info in archive.infolist():
                     member = info.filename
+                    if names is not None and member.removesuffix(".npy") not in names:
+                        continue
                     content = _verified(archive, info)
                     if not member.endswith(".npy"):
                         continue

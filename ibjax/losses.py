@@ -23,6 +23,20 @@ def as_labels(target: Array) -> Array:
     return target if is_labels(target) else jnp.argmax(target, axis=-1)
 
 
+def smooth(target: Array, num_classes: int, delta: float, form: str = "others") -> Array:
+    """Smoothed labels (B, C) of labels (B,) or distributions (B, C): δ of the probability goes to all classes alike.
+
+    form       true class           each other class
+    others     1 − δ                δ/(C − 1)             Pang et al. 2021
+    uniform    1 − δ + δ/C          δ/C                   Szegedy et al. 2016, PyTorch; Gowal et al. 2021
+    """
+    floor = delta / (num_classes - 1 if form == "others" else num_classes)
+    if is_labels(target):
+        top = 1.0 - delta if form == "others" else 1.0 - delta + floor
+        return jnp.where(jax.nn.one_hot(target, num_classes, dtype=bool), top, floor)
+    return (1.0 - num_classes * floor) * target + floor
+
+
 def cross_entropy(logits: Array, target: Array) -> Array:
     """-Σ_c target_c log softmax(logits)_c, shape (B,)."""
     log_q = jax.nn.log_softmax(logits.astype(jnp.float32))

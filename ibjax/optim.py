@@ -2,6 +2,11 @@
 
     sgd:   g ← g + wd·w;  buf ← m·buf + g;  w ← w − lr·buf         (coupled weight decay, on every parameter)
            m may follow the learning rate, from `momentum` at rate 0 to `momentum_at_peak` at the highest (CyclicLR)
+    adam:  g ← g + wd·w;  w ← w − lr·Adam(g)                       (L2 regularisation)
+    adamw: w ← w − lr·(Adam(g) + wd·w)                             (Loshchilov & Hutter, ICLR 2019: decoupled)
+
+In all three, `decay_norm=False` and `decay_norm_and_bias=False` spare parameters from weight decay. DeepMind's robust
+training adds ½·wd·‖w‖² to the loss for all but the parameters of batch-norm: that is sgd with decay_norm=False.
 
 A schedule is a function of the epoch, a real number. `stepping` says at which epoch it is evaluated for a step:
 
@@ -81,6 +86,40 @@ def one_cycle(*, lr: float, epochs: float, peak: float = 0.4, final: float = 0.0
     return schedule
 
 
+def torch_one_cycle(
+    *,
+    lr: float,
+    epochs: float,
+    step_in_epochs: float,
+    pct_start: float = 0.3,
+    anneal: str = "cos",
+    div_factor: float = 25.0,
+    final_div_factor: float = 1e4,
+) -> Callable:
+    """PyTorch's OneCycleLR: from lr/div_factor up to lr, then down to lr/(div_factor·final_div_factor).
+
+    The peak is at the step pct_start·T − 1 of T, the end at T − 1; a step is an epoch with stepping="epoch", as Wang et
+    al. (2023) step it (with pct_start=0.025), and an optimiser's step otherwise. `anneal` is "cos" or "linear".
+    """
+    if anneal not in ("cos", "linear"):
+        raise InputError(f"schedule.anneal='{anneal}' is unknown; {nearest(anneal, ('cos', 'linear'))}")
+    check_range("schedule.pct_start", pct_start, 0, 1)
+    check_range("schedule.div_factor", div_factor, 1e-6)
+    check_range("schedule.final_div_factor", final_div_factor, 1e-6)
+    first, last = lr / div_factor, lr / div_factor / final_div_factor
+    peak, end = pct_start * epochs - step_in_epochs, epochs - step_in_epochs
+
+    def between(one, other, done):
+        done = jnp.clip(done, 0.0, 1.0)
+        return one + (other - one) * (done if anneal == "linear" else 0.5 * (1.0 - jnp.cos(jnp.pi * done)))
+
+    def schedule(epoch):
+        rise, fall = epoch / max(peak, 1e-9), (epoch - peak) / max(end - peak, 1e-9)
+        return jnp.where(epoch <= peak, between(first, lr, rise), between(lr, last, fall))
+
+    return schedule
+
+
 def linear(*, lr: float, epochs: float, points: tuple[tuple[float, float], ...] = ((0.0, 1.0),)) -> Callable:
     """Interpolates linearly between `points` (epoch, factor of lr); constant before the first and after the last."""
     times = [epoch for epoch, _ in points]
@@ -90,7 +129,7 @@ def linear(*, lr: float, epochs: float, points: tuple[tuple[float, float], ...] 
     return lambda epoch: lr * jnp.interp(epoch, times, factors)
 
 
-SCHEDULES = {f.__name__: f for f in (constant, piecewise, cosine, one_cycle, linear, exponential)}
+SCHEDULES = {f.__name__: f for f in (constant, piecewise, cosine, one_cycle, torch_one_cycle, linear, exponential)}
 
 
 def own_schedule(source: Any, made: Any, options: Any) -> Callable[[Array], Array]:
@@ -105,7 +144,7 @@ def own_schedule(source: Any, made: Any, options: Any) -> Callable[[Array], Arra
 
 def default_stepping(name: str) -> str:
     """The value that `stepping=None` stands for with this schedule."""
-    return "step" if name in ("one_cycle", "cosine", "linear") else "epoch"
+    return "step" if name in ("one_cycle", "torch_one_cycle", "cosine", "linear") else "epoch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,10 +163,12 @@ def schedule(
 ) -> Schedule:
     """The schedule made by the function called `name` in SCHEDULES; `options` are the arguments of that function."""
     make = factory("schedules", name)
-    call_arguments(make, name, options, "schedule", ("lr", "epochs"))
+    call_arguments(make, name, options, "schedule", ("lr", "epochs", "step_in_epochs"))
     stepping = stepping or default_stepping(name)
     if stepping not in STEPPINGS:
         raise InputError(f"schedule.stepping '{stepping}' is unknown; {nearest(stepping, STEPPINGS)}")
+    if make is torch_one_cycle:
+        options["step_in_epochs"] = 1.0 if stepping == "epoch" else 1.0 / steps_per_epoch
     value = make(lr=lr, epochs=epochs, **options)
     return Schedule(lambda step: value(jnp.asarray(STEPPINGS[stepping](step, steps_per_epoch), jnp.float32)), lr)
 
@@ -156,23 +197,25 @@ def sgd(
     """
     check_range("optimizer.momentum", momentum, 0, 1, below=True)
     check_range("optimizer.weight_decay", weight_decay, 0)
-    mask = None
-    if not decay_norm_and_bias:
-        mask = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
-    elif not decay_norm:
-        mask = _not_of_batch_norm
     return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask),
+        optax.add_decayed_weights(weight_decay, _decayed(decay_norm, decay_norm_and_bias)),
         _trace(lr, momentum, momentum_at_peak, nesterov),
         optax.scale_by_learning_rate(lr),
     )
 
 
-def _not_of_batch_norm(params: Any) -> Any:
-    """A mask: False for the parameters of batch-norm, the only module with a `scale`; True for all others."""
+def _decayed(decay_norm, decay_norm_and_bias):
+    """The mask of parameters that decay, as a function of the parameters; None: all of them."""
+    if not decay_norm_and_bias:
+        return lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+    return None if decay_norm else _not_of_norms
+
+
+def _not_of_norms(params: Any) -> Any:
+    """A mask: False for the parameters of normalisations, the only modules with a `scale`; True for all others."""
     if not isinstance(params, Mapping):
         return True
-    return {name: "scale" not in params and _not_of_batch_norm(part) for name, part in params.items()}
+    return {name: "scale" not in params and _not_of_norms(part) for name, part in params.items()}
 
 
 class _MovingTrace(NamedTuple):
@@ -200,23 +243,80 @@ def _trace(lr, momentum, momentum_at_peak, nesterov):
     return optax.GradientTransformation(init, update)
 
 
-def adam(*, lr: Callable, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0):
+def adam(
+    *,
+    lr: Callable,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decay_norm: bool = True,
+    decay_norm_and_bias: bool = True,
+) -> optax.GradientTransformation:
     """PyTorch's Adam: weight decay is added to the gradient before the moments are computed (L2 regularisation)."""
+    _check_adam(b1, b2, eps, weight_decay)
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, _decayed(decay_norm, decay_norm_and_bias)),
+        _moments(b1, b2, eps),
+        optax.scale_by_learning_rate(lr),
+    )
+
+
+def adamw(
+    *,
+    lr: Callable,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    decay_norm: bool = True,
+    decay_norm_and_bias: bool = True,
+) -> optax.GradientTransformation:
+    """PyTorch's AdamW: weights shrink by lr·wd beside Adam's step. Transformers: decay_norm_and_bias=False, wd 0.05."""
+    _check_adam(b1, b2, eps, weight_decay)
+    return optax.chain(
+        _moments(b1, b2, eps),
+        optax.add_decayed_weights(weight_decay, _decayed(decay_norm, decay_norm_and_bias)),
+        optax.scale_by_learning_rate(lr),
+    )
+
+
+def _check_adam(b1, b2, eps, weight_decay):
+    for name, value in (("b1", b1), ("b2", b2)):
+        check_range(f"optimizer.{name}", value, 0, 1, below=True)
+    check_range("optimizer.eps", eps, 1e-30)
     check_range("optimizer.weight_decay", weight_decay, 0)
+
+
+def _moments(b1, b2, eps):
+    """Adam's step, without the learning rate."""
     moments = optax.scale_by_adam(b1, b2, eps)
 
     def update(gradients, state, params=None):
         with jax.numpy_dtype_promotion("standard"):  # optax computes b ** count, a float and an integer
             return moments.update(gradients, state, params)
 
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        optax.GradientTransformation(moments.init, update),
-        optax.scale_by_learning_rate(lr),
-    )
+    return optax.GradientTransformation(moments.init, update)
 
 
-OPTIMIZERS = {"sgd": sgd, "adam": adam}
+OPTIMIZERS = {"sgd": sgd, "adam": adam, "adamw": adamw}
+
+
+def average_decay(tau: float, *, warmup: bool = False, start: int = 0) -> Callable[[Array], Array]:
+    """The decay of the average of the weights, as a function of the steps done: ema <- decay·ema + (1 − decay)·w.
+
+        decay_t = 0 for t < start;   then min(τ, (1 + t − start) / (10 + t − start)) with `warmup`, else τ
+
+    With warm-up the first weights are soon forgotten, as in the code of Gowal et al. (2020, 2021; start=0). In the one
+    of SCORE and of Wang et al. (2023), start is 2.5 % of the training steps.
+    """
+
+    def decay(step: Array) -> Array:
+        t = (step - start).astype(jnp.float32)
+        value = jnp.minimum(tau, (1.0 + t) / (10.0 + t)) if warmup else jnp.full_like(t, tau)
+        return jnp.where(step >= start, value, 0.0)
+
+    return decay
 
 
 def own_optimizer(source: Any, made: Any, options: Any) -> optax.GradientTransformation:

@@ -35,11 +35,22 @@ from ibjax.errors import InputError
 Variables = dict[str, Any]
 # "image" (B, H, W, C) float32 in [0, 1]; "label" and "index" (B,) int32; "step" int32, the number of steps before this
 # one; "epoch" float32, the same number in epochs (0.5: half of the first epoch is done); "epoch_step" int32, the number
-# of steps of the current epoch before this one
+# of steps of the current epoch before this one. Mixed images have "share" (B,) float32, the share of the image at
+# "index"; their "label" holds distributions (B, C) float32, as it does in the loss where labels are smoothed
 Batch = dict[str, Array]
 Output = tuple[Array, dict[str, Array]]  # logits (B, C) float32, features
 Edits = Mapping[str, Callable[[Array], Array]]  # name of a tap -> edit of its feature in the forward pass
 Perturb = Callable[[Any, Any, Array], Any]
+
+
+class PerImage(NamedTuple):
+    """An augmentation of one image, which the step maps over a batch: what it draws depends on (seed, step, index)."""
+
+    change: Callable[[Array, Array], Array]  # (key, image (H, W, C) float32 in [0, 1]) -> the same
+
+
+Augment = Callable[[Array, Array], Array] | PerImage
+_MIXING = 2**31 - 1  # folded into the key of the augmentation, whose own draws fold in small numbers
 
 
 class Features(dict[str, Array]):
@@ -102,6 +113,7 @@ class Objective(NamedTuple):
     remember: (net, variables, batch, key) -> variables with an updated memory. It runs before `target` and the attack,
       at the unperturbed weights, so a weight perturbation never affects the memory.
     proxy: (net, variables, batch, x_adv, key) -> the loss that a weight perturbation increases; None: `loss`.
+    fits_labels: whether `loss` has a cross-entropy with batch["label"], which smoothed labels change.
     """
 
     target: Callable[[Net, Variables, Batch, Array], Any]
@@ -115,6 +127,7 @@ class Objective(NamedTuple):
     memory: Callable[[int, int], Any] | None = None
     remember: Callable[[Net, Variables, Batch, Array], Variables] | None = None
     proxy: Callable[[Net, Variables, Batch, Any, Array], Array] | None = None
+    fits_labels: bool = True
 
 
 class TrainState(NamedTuple):
@@ -124,6 +137,7 @@ class TrainState(NamedTuple):
     variables: Variables
     opt_state: Any
     ema_params: Any  # exponential moving average of variables["params"], or None
+    ema_stats: Any = None  # the batch statistics of the averaged network; None: those of the network itself
 
 
 def linen_net(
@@ -218,10 +232,15 @@ def with_trainable(variables: Variables, params: dict[str, Any]) -> Variables:
 def evaluation_variables(state: TrainState) -> Variables:
     """The variables for evaluation and export, without the head: the averaged parameters if the state has them.
 
-    The running statistics are those of the raw parameters, as in published code with weight averaging.
+    The running statistics are those of the averaged network if the state has them, else those of the raw parameters, as
+    in the code of Gowal et al. and of SCORE.
     """
-    params = state.variables["params"] if state.ema_params is None else state.ema_params
-    return {**_network(state.variables), "params": params}
+    evaluated = _network(state.variables)
+    if state.ema_params is not None:
+        evaluated["params"] = state.ema_params
+    if state.ema_stats is not None:
+        evaluated["batch_stats"] = state.ema_stats
+    return evaluated
 
 
 def init_state(
@@ -233,8 +252,12 @@ def init_state(
     x: Array,
     ema: bool,
     memory: Any = None,
+    ema_stats: bool = False,
 ) -> TrainState:
-    """The state before the first step; `x` (B, H, W, C) determines the shapes of network and head."""
+    """The state before the first step; `x` (B, H, W, C) determines the shapes of network and head.
+
+    `ema` and `ema_stats` say whether it has an average of the parameters, and batch statistics of its own for that.
+    """
     model_key, head_key = jax.random.split(key)
     variables = {"batch_stats": {}, **model.init({"params": model_key}, x, train=False)}
     if head is not None:
@@ -247,7 +270,18 @@ def init_state(
     if memory is not None:
         variables["memory"] = memory
     ema_params = jax.tree.map(jnp.copy, variables["params"]) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(trainable(variables)), ema_params)
+    statistics = jax.tree.map(jnp.copy, variables["batch_stats"]) if ema_stats else None
+    return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(trainable(variables)), ema_params, statistics)
+
+
+class Passes(NamedTuple):
+    """How the forward passes of attack and loss see batch-norm, where it is not what the objective says."""
+
+    attack: str = "eval"  # or "batch": the attack sees the statistics of its batch, and moves no running statistics
+    statistics: str = "all"  # or "adv": of the loss's passes, those over clean images move no running statistics
+
+
+AS_STATED = Passes()
 
 
 def make_train_step(
@@ -256,11 +290,15 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     attack: Attack | None,
     training_attack: StatefulAttack | None = None,
-    augment: Callable[[Array, Array], Array] | None = None,
-    ema_decay: float | None = None,
+    augment: Augment | None = None,
+    mix: Callable[[Array, Batch], Batch] | None = None,
+    smooth: Callable[[Batch], Array] | None = None,
+    ema_decay: float | Callable[[Array], Array] | None = None,
+    average_stats: bool = False,
     perturb: Perturb | None = None,
     steps_per_epoch: int = 1,
     microbatches: int = 1,
+    passes: Passes = AS_STATED,
 ) -> Callable[[TrainState, Batch, Array, Mapping[str, Variables] | None], tuple[TrainState, dict[str, Array]]]:
     """The step `(state, batch, key, frozen=None) -> (state, metrics)`, pure and not yet jitted.
 
@@ -274,8 +312,11 @@ def make_train_step(
       attack: the inner maximisation, in evaluation mode; None: no attack, or the one of `objective.attack`.
       training_attack: the same attack with batch-norm in training mode, where every attack step updates the running
         statistics; it replaces `attack`.
-      augment: (key, images) -> float32 images in [0, 1]; None only converts the images to float32.
-      ema_decay: decay of the moving average of the parameters, if the state has one.
+      augment: (key, images) -> float32 images in [0, 1], or `PerImage`; None only converts the images to float32.
+      mix: (key, batch) -> the batch with mixed "image", "label" (B, C) and "share"; the attack and the loss see it.
+      smooth: batch -> the labels (B, C) that `objective.loss` fits; the attack sees those of the batch.
+      ema_decay: decay of the moving average of the parameters, if the state has one; or a function of the steps done.
+      average_stats: whether `ema_stats` of the state is the same average of the batch statistics.
       perturb: a weight perturbation. The gradient is taken at the perturbed weights; the perturbation is subtracted
         after the optimiser's step.
       steps_per_epoch: converts `state.step` into `batch["epoch"]`.
@@ -283,10 +324,120 @@ def make_train_step(
         memory; the optimiser takes one step with the mean gradient. Whatever couples the images of a batch then couples
         only those of one part: batch statistics (which the parts update in turn), HSIC and its widths, weight
         perturbations.
+      passes: see `Passes`.
     """
+    prepare = _preparation(augment, mix, steps_per_epoch)
+    adversarial = _adversarial(objective, attack, training_attack, passes)
 
     def differentiate(net, variables, batch, attack_key, loss_key):
         """((gradients, weight perturbation), (variables, metrics)) of a batch, or of a part of one."""
+        x_adv, variables = adversarial(net, variables, batch, attack_key, loss_key)
+        fitted = batch if smooth is None else {**batch, "label": smooth(batch)}
+        net = _with_statistics(net, batch["image"], x_adv, passes)
+
+        def loss(params):
+            return objective.loss(net, with_trainable(variables, params), fitted, x_adv, loss_key)
+
+        params, offset = trainable(variables), None
+        if perturb is not None:
+
+            def proxy(weights):
+                changed = with_trainable(variables, {**params, "params": weights})
+                if objective.proxy is None:
+                    return objective.loss(net, changed, fitted, x_adv, loss_key)[0]
+                return objective.proxy(net, changed, fitted, x_adv, loss_key)
+
+            offset = perturb(params["params"], jax.grad(proxy)(params["params"]), batch["epoch"])
+            params = {**params, "params": jax.tree.map(jnp.add, params["params"], offset)}
+        gradients, (updated, metrics) = jax.grad(loss, has_aux=True)(params)
+        return (gradients, offset), (with_trainable(updated, trainable(variables)), metrics)
+
+    def train_step(state, batch, key, frozen=None):
+        batch, progress, keys = prepare(state.step, batch, key)
+        net, variables = bind_net(frozen), placement.gathered(state.variables)
+
+        def one(variables, part, keys):
+            return differentiate(net, variables, {**part, **progress}, *keys)
+
+        summed, (variables, metrics) = _over_parts(one, variables, batch, keys, microbatches)
+        gradients, offset = placement.shared(summed)
+
+        params = raw = placement.shared(trainable(state.variables))
+        if offset is not None:
+            params = {**params, "params": jax.tree.map(jnp.add, params["params"], offset)}
+        updates, opt_state = optimizer.update(gradients, state.opt_state, params)
+        # the optimiser computes its update Δ at w + v; as (w + v + Δ) − v = w + Δ, Δ is added to w without rounding v
+        params = optax.apply_updates(raw, updates)
+        variables, ema_params, ema_stats = with_trainable(variables, params), state.ema_params, state.ema_stats
+        if ema_params is not None and ema_decay is not None:
+            share = 1.0 - (ema_decay(state.step) if callable(ema_decay) else ema_decay)
+            ema_params = optax.incremental_update(params["params"], ema_params, share)
+            if average_stats:
+                ema_stats = optax.incremental_update(variables["batch_stats"], ema_stats, share)
+        metrics = {**metrics, "grad_norm": optax.tree.norm(gradients)}
+        return TrainState(state.step + 1, variables, opt_state, ema_params, ema_stats), metrics
+
+    return train_step
+
+
+def make_statistics_step(
+    bind_net: Callable[[Mapping[str, Variables] | None], Net],
+    objective: Objective,
+    attack: Attack | None,
+    training_attack: StatefulAttack | None = None,
+    augment: Augment | None = None,
+    mix: Callable[[Array, Batch], Batch] | None = None,
+    smooth: Callable[[Batch], Array] | None = None,
+    steps_per_epoch: int = 1,
+    microbatches: int = 1,
+    passes: Passes = AS_STATED,
+) -> Callable[[TrainState, Batch, Array, Mapping[str, Variables] | None], TrainState]:
+    """The step `(state, batch, key, frozen=None) -> state` that moves `ema_stats` as training moves the statistics.
+
+    It makes the passes of a train step, with the same images, at the averaged parameters; nothing else changes but the
+    number of the step. Arguments as in `make_train_step`.
+    """
+    prepare = _preparation(augment, mix, steps_per_epoch)
+    adversarial = _adversarial(objective, attack, training_attack, passes)
+
+    def statistics_step(state, batch, key, frozen=None):
+        batch, progress, keys = prepare(state.step, batch, key)
+        net = bind_net(frozen)
+
+        def one(variables, part, keys):
+            part = {**part, **progress}
+            x_adv, variables = adversarial(net, variables, part, *keys)
+            fitted = part if smooth is None else {**part, "label": smooth(part)}
+            seen = _with_statistics(net, part["image"], x_adv, passes)
+            return (), (objective.loss(seen, variables, fitted, x_adv, keys[1])[1][0], {})
+
+        variables = {**state.variables, "params": state.ema_params, "batch_stats": state.ema_stats}
+        variables = placement.gathered(variables)
+        _, (variables, _) = _over_parts(one, variables, batch, keys, microbatches)
+        return state._replace(step=state.step + 1, ema_stats=variables["batch_stats"])
+
+    return statistics_step
+
+
+def _preparation(augment, mix, steps_per_epoch):
+    """(step, batch, key) -> (augmented and mixed batch, what all its images share, keys of attack and loss)."""
+
+    def prepare(step, batch, key):
+        augment_key, *keys = jax.random.split(jax.random.fold_in(key, step), 3)
+        batch = {**batch, "image": _augmented(augment, augment_key, to_float(batch["image"]), batch["index"])}
+        if mix is not None:
+            batch = mix(jax.random.fold_in(augment_key, _MIXING), batch)
+        whole, rest = jnp.divmod(step, steps_per_epoch)  # floor(epoch) stays exact if a device's division is not
+        epoch = whole.astype(jnp.float32) + rest.astype(jnp.float32) / steps_per_epoch
+        return batch, {"step": step, "epoch": epoch, "epoch_step": rest}, jnp.stack(keys)
+
+    return prepare
+
+
+def _adversarial(objective, attack, training_attack, passes):
+    """(net, variables, batch, attack_key, loss_key) -> (x_adv, variables): what comes before the loss."""
+
+    def adversarial(net, variables, batch, attack_key, loss_key):
         if objective.remember is not None:
             variables = objective.remember(net, variables, batch, loss_key)
         x_adv = None
@@ -297,56 +448,30 @@ def make_train_step(
                 training_attack, attack_key, net, variables, batch, objective, loss_key
             )
         elif attack is not None:
+            if passes.attack == "batch":
+                net = net._replace(predict=lambda v, x, edits=None: net.forward(v, x, loss_key, edits)[0])
             target = objective.target(net, variables, batch, loss_key)
             x_adv = attack(attack_key, _attacked(objective, net, variables), batch["image"], target)
-        x_adv = jax.tree.map(lax.stop_gradient, x_adv)
+        return jax.tree.map(lax.stop_gradient, x_adv), variables
 
-        def loss(params):
-            return objective.loss(net, with_trainable(variables, params), batch, x_adv, loss_key)
+    return adversarial
 
-        params, offset = trainable(variables), None
-        if perturb is not None:
 
-            def proxy(weights):
-                changed = with_trainable(variables, {**params, "params": weights})
-                if objective.proxy is None:
-                    return objective.loss(net, changed, batch, x_adv, loss_key)[0]
-                return objective.proxy(net, changed, batch, x_adv, loss_key)
+def _with_statistics(net, x, x_adv, passes):
+    """The network whose training-mode passes over `x` leave the running statistics as they are, if so asked."""
+    if passes.statistics == "all":
+        return net
 
-            offset = perturb(params["params"], jax.grad(proxy)(params["params"]), batch["epoch"])
-            params = {**params, "params": jax.tree.map(jnp.add, params["params"], offset)}
-        gradients, (updated, metrics) = jax.grad(loss, has_aux=True)(params)
-        return (gradients, offset), (with_trainable(updated, trainable(variables)), metrics)
+    def forward(variables, images, key, edits=None):
+        output, updated = net.forward(variables, images, key, edits)
+        if images is not x and images is not x_adv:
+            raise InputError(
+                "bn_statistics='adv': the objective makes a pass over other images than x or x', whose statistics "
+                "cannot be told apart; set 'all'"
+            )
+        return output, updated if images is x_adv else variables
 
-    def train_step(state, batch, key, frozen=None):
-        key = jax.random.fold_in(key, state.step)
-        augment_key, *keys = jax.random.split(key, 3)
-        net, variables = bind_net(frozen), placement.gathered(state.variables)
-        x = to_float(batch["image"])
-        batch = {**batch, "image": augment(augment_key, x) if augment else x}
-        whole, rest = jnp.divmod(state.step, steps_per_epoch)  # floor(epoch) stays exact if a device's division is not
-        epoch = whole.astype(jnp.float32) + rest.astype(jnp.float32) / steps_per_epoch
-        progress = {"step": state.step, "epoch": epoch, "epoch_step": rest}
-
-        def one(variables, part, keys):
-            return differentiate(net, variables, {**part, **progress}, *keys)
-
-        summed, (variables, metrics) = _over_parts(one, variables, batch, jnp.stack(keys), microbatches)
-        gradients, offset = placement.shared(summed)
-
-        params = raw = placement.shared(trainable(state.variables))
-        if offset is not None:
-            params = {**params, "params": jax.tree.map(jnp.add, params["params"], offset)}
-        updates, opt_state = optimizer.update(gradients, state.opt_state, params)
-        # the optimiser computes its update Δ at w + v; as (w + v + Δ) − v = w + Δ, Δ is added to w without rounding v
-        params = optax.apply_updates(raw, updates)
-        ema_params = state.ema_params
-        if ema_params is not None and ema_decay is not None:
-            ema_params = optax.incremental_update(params["params"], ema_params, 1.0 - ema_decay)
-        metrics = {**metrics, "grad_norm": optax.tree.norm(gradients)}
-        return TrainState(state.step + 1, with_trainable(variables, params), opt_state, ema_params), metrics
-
-    return train_step
+    return net._replace(forward=forward)
 
 
 def _over_parts(differentiate, variables, batch, keys, count):
@@ -374,6 +499,15 @@ def _over_parts(differentiate, variables, batch, keys, count):
     (variables, total), _ = lax.scan(add, (variables, zeros), (jnp.arange(count), parts))
     summed, metrics = jax.tree.map(lambda a: a / count, total)
     return summed, (variables, metrics)
+
+
+def _augmented(augment, key, images, index):
+    """The augmented images (B, H, W, C)."""
+    if augment is None:
+        return images
+    if not isinstance(augment, PerImage):
+        return augment(key, images)
+    return jax.vmap(augment.change)(jax.vmap(jax.random.fold_in, (None, 0))(key, index), images)
 
 
 def _attacked(objective, net, variables):

@@ -10,7 +10,7 @@ from ibjax import losses
 from ibjax.errors import InputError
 from ibjax.objectives.alp import alp
 from ibjax.objectives.infoat_r import infoat_r, moments, rate
-from ibjax.objectives.label_smoothing import label_smoothing, smooth
+from ibjax.objectives.label_smoothing import label_smoothing
 from ibjax.objectives.mart import boosted_cross_entropy, mart
 from ibjax.objectives.pgd_at import pgd_at
 from ibjax.objectives.standard import standard
@@ -22,7 +22,7 @@ BOTH = jnp.concatenate([BATCH["image"], X_ADV])
 def test_smoothing_leaves_the_true_class_one_minus_delta():
     """Not (1 − δ)·onehot + δ/C, which leaves it 1 − δ + δ/C."""
     expected = [[0.02, 0.9, 0.02, 0.02, 0.02, 0.02], [0.9, 0.02, 0.02, 0.02, 0.02, 0.02]]
-    np.testing.assert_allclose(smooth(jnp.array([1, 0]), 6, 0.1), expected, rtol=1e-6)
+    np.testing.assert_allclose(losses.smooth(jnp.array([1, 0]), 6, 0.1), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

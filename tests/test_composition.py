@@ -23,9 +23,12 @@ def step_of(name, digits_run, **changes):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_takes_perturbed_and_averaged_weights(name, digits_run):
-    """Both together, with the teachers that it has; nothing is compiled."""
-    made = step_of(name, digits_run, **BOTH)
+def test_every_objective_takes_perturbed_and_averaged_weights_and_distributions_as_labels(name, digits_run):
+    """Both together, with the teachers that it has, mixed images and smoothed labels where it may; none is compiled."""
+    objective = config.build("objectives", OBJECTIVES[name][0], "objective")
+    delta = 0.1 * objective.fits_labels
+    labels = dict(mix=dict(name="cutmix")) if objective.memory is None else {}
+    made = step_of(name, digits_run, **BOTH, **labels, smoothing=dict(delta=delta, form="others", images="all"))
     state = jax.eval_shape(lambda: initial_state(made.experiment))
     after, _ = jax.eval_shape(made.dispatch, state, *made.arguments)
     assert jax.tree.structure(after) == jax.tree.structure(state)

@@ -16,6 +16,7 @@ from ibjax.attacks.mim import mim
 from ibjax.attacks.nifgsm import nifgsm
 from ibjax.attacks.noise import noise
 from ibjax.attacks.pgd import pgd, stateful_pgd
+from ibjax.attacks.pgd_adam import pgd_adam
 from ibjax.attacks.representation import ara
 from ibjax.attacks.sparse_rs import sparse_rs
 from ibjax.attacks.spsa import spsa
@@ -67,6 +68,7 @@ ATTACKS = {
     "pgd": (pgd, ("linf", "l2"), FEW),
     "pgd-restarts": (pgd, ("linf", "l2"), FEW | dict(restarts=2)),
     "stateful_pgd": (stateful, ("linf", "l2"), FEW),
+    "pgd_adam": (pgd_adam, ("linf",), FEW | dict(loss="ce")),
     "mim": (mim, ("linf", "l2"), FEW),
     "nifgsm": (nifgsm, ("linf",), FEW),
     "spsa": (spsa, ("linf", "l2"), dict(steps=2, samples=2)),

@@ -10,6 +10,7 @@ from ibjax.attacks.pgd import pgd
 from ibjax.models import cnn, resnet
 from ibjax.objectives.alp import alp
 from ibjax.objectives.ard import ard
+from ibjax.objectives.dkl import dkl
 from ibjax.objectives.hbar import hbar
 from ibjax.objectives.iad import iad
 from ibjax.objectives.ib_rar import ib_rar
@@ -19,6 +20,7 @@ from ibjax.objectives.label_smoothing import label_smoothing
 from ibjax.objectives.mart import mart
 from ibjax.objectives.mma import mma
 from ibjax.objectives.rslad import rslad
+from ibjax.objectives.score import score
 from ibjax.objectives.shared_information import shared_information
 from ibjax.objectives.te import te
 from ibjax.objectives.trades import trades
@@ -94,6 +96,8 @@ def test_a_trades_step_costs_no_more_than_its_count():
     (te(base="trades"), dict(name="te", base="trades"), 2 * 3 + 1 + 6),
     pytest.param(label_smoothing(), dict(name="label_smoothing"), 2 * 3 + 3, marks=pytest.mark.slow),
     pytest.param(infoat_r(), dict(name="infoat_r"), 2 * 3 + 1 + 6, marks=pytest.mark.slow),
+    pytest.param(score(), dict(name="score"), 2 * 3 + 1 + 6, marks=pytest.mark.slow),
+    pytest.param(dkl(), dict(name="dkl"), 2 * 3 + 1 + 6, marks=pytest.mark.slow),
     (ib_rar(layers="pre_logits"), dict(name="ib_rar"), 2 * 3 + 3),
     pytest.param(hbar(layers="pre_logits"), dict(name="hbar"), 2 * 3 + 1 + 6, marks=pytest.mark.slow),
     pytest.param(

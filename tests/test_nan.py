@@ -105,7 +105,7 @@ def test_validation_counts_them_as_not_robust_and_says_so(caplog):
     settings = SimpleNamespace(seed=0, select_on="val", title="a run")
     experiment = SimpleNamespace(config=settings, data=SimpleNamespace(val=Split(IMAGES, Y)), select="robust")
     variables = {"params": {}, "batch_stats": {}}
-    state = SimpleNamespace(variables=variables, ema_params=None, step=1, opt_state={})
+    state = SimpleNamespace(variables=variables, ema_params=None, ema_stats=None, step=1, opt_state={})
     caplog.set_level(logging.WARNING)
     validator = scorer("root", "pgd"), dict(eps=EPS, step_size=EPS)
     scores = loop._validate(experiment, validator, state)

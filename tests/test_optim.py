@@ -15,6 +15,7 @@ from ibjax.errors import InputError
     ("sgd", dict(momentum=0.0, weight_decay=1e-2)),
     ("sgd", dict(momentum=0.9, weight_decay=5e-2, nesterov=True)),
     ("adam", dict(weight_decay=1e-2)),
+    ("adamw", dict(weight_decay=0.3)),
 ])  # fmt: skip
 def test_updates_are_pytorchs(name, options):
     """Weight decay coupled with the momentum, as torch.optim has it: optax's usual order is another method."""
@@ -22,7 +23,7 @@ def test_updates_are_pytorchs(name, options):
     rng = np.random.default_rng(0)
     w, gradients = rng.normal(size=4), rng.normal(size=(5, 4))
     parameter = torch.nn.Parameter(torch.tensor(w))
-    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[name]
+    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
     reference = kind([parameter], lr=0.1, **options)
     params = jnp.float32(w)
     transform = optim.optimizer(name=name, lr=lambda step: 0.1, **options)
@@ -115,6 +116,61 @@ def test_norm_and_bias_can_be_spared_from_decay():
     zero = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
     updates, _ = transform.update(zero, transform.init(params), params)
     assert updates["kernel"].max() < 0 and updates["bias"].max() == 0
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_adams_masks_are_those_of_sgd(name):
+    """With zero gradients only what decays moves; LayerNorm and batch-norm are spared alike."""
+    norm, dense = {"scale": jnp.ones(2), "bias": jnp.ones(2)}, {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    params = {"params": {"ln": norm, "dense": dense}}
+    for options, kept in (
+        (dict(decay_norm=False), {"ln"}),
+        (dict(decay_norm_and_bias=False), {"ln", "bias"}),
+        ({}, set()),
+    ):
+        transform = optim.optimizer(name=name, lr=lambda step: 0.1, weight_decay=0.1, **options)
+        updates, _ = transform.update(jax.tree.map(jnp.zeros_like, params), transform.init(params), params)
+        moved = jax.tree.map(lambda update: bool((update < 0).all()), updates["params"])
+        assert moved["ln"] == dict.fromkeys(("scale", "bias"), "ln" not in kept)
+        assert moved["dense"] == {"kernel": True, "bias": "bias" not in kept}
+
+
+@pytest.mark.parametrize("options", [
+    dict(pct_start=0.25),
+    dict(pct_start=0.4, anneal="linear", div_factor=10.0, final_div_factor=100.0),
+    dict(pct_start=0.1, stepping="epoch"),
+])  # fmt: skip
+def test_one_cycle_is_pytorchs(options):
+    """Step by step, or stepped once an epoch as Wang et al. do."""
+    torch = pytest.importorskip("torch", reason="the oracle is PyTorch")
+    by_epoch = options.get("stepping") == "epoch"
+    epochs, n = (20, 3) if by_epoch else (5, 4)
+    theirs = {key: value for key, value in options.items() if key not in ("stepping", "anneal")}
+    reference = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        reference, max_lr=0.2, total_steps=epochs if by_epoch else epochs * n, **theirs,
+        anneal_strategy=options.get("anneal", "cos"), cycle_momentum=False,
+    )  # fmt: skip
+    expected = []
+    for step in range(epochs * n):
+        expected.append(reference.param_groups[0]["lr"])
+        reference.step()
+        if step + 1 < epochs * n and (not by_epoch or (step + 1) % n == 0):
+            scheduler.step()
+    ours = optim.schedule(name="torch_one_cycle", lr=0.2, epochs=epochs, steps_per_epoch=n, **options)
+    np.testing.assert_allclose(
+        [float(ours(jnp.int32(step))) for step in range(epochs * n)], expected, rtol=1e-5, atol=2e-8
+    )
+
+
+def test_the_decay_of_the_average_warms_up():
+    """min(τ, (1 + t)/(10 + t)) from `start` on, and nothing is averaged before."""
+    decay = optim.average_decay(0.9, warmup=True, start=3)
+    steps = np.arange(120)
+    t = steps - 3.0
+    expected = np.where(t < 0, 0.0, np.minimum(0.9, (1 + t) / (10 + t)))
+    np.testing.assert_allclose([float(decay(jnp.int32(step))) for step in steps], expected, rtol=1e-6)
+    assert float(optim.average_decay(0.9, start=2)(jnp.int32(2))) == pytest.approx(0.9)
 
 
 def test_batch_norm_alone_can_be_spared_from_decay():

@@ -18,6 +18,7 @@ from ibjax.attacks.mim import mim
 from ibjax.attacks.nifgsm import nifgsm
 from ibjax.attacks.noise import noise
 from ibjax.attacks.pgd import fold_in, pgd
+from ibjax.attacks.pgd_adam import pgd_adam
 from ibjax.attacks.representation import ara, guides
 from ibjax.attacks.spsa import spsa
 from ibjax.attacks.targeted import targeted
@@ -87,6 +88,7 @@ ATTACKS = {  # name ends with its norm
     "targeted-l2": lambda eps=0.7: targeted(norm="l2", loss="margin", eps=eps, step_size=eps / 4, restarts=2, **ROLLED),
     "deepfool-linf": lambda eps=0.1: deepfool(eps=eps, steps=9),
     "deepfool-l2": lambda eps=0.7: deepfool(norm="l2", eps=eps, steps=9),
+    "pgd_adam-linf": lambda eps=0.1: pgd_adam(loss="ce", eps=eps, step_size=eps, decay=((3, 0.1),), **ROLLED),
     "spsa-linf": lambda eps=0.1: spsa(eps=eps, lr=0.03, steps=5, samples=32),
     "spsa-l2": lambda eps=0.7: spsa(norm="l2", eps=eps, lr=0.05, steps=5, samples=32),
     "cw-l2": lambda eps=0.7: cw(eps=eps, lr=0.05, steps=30),
@@ -603,3 +605,28 @@ def test_nonsense_is_refused_in_one_line(call, words):
     with pytest.raises(InputError) as caught:
         call()
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_projected_adam_is_its_formula_step_by_step():
+    """In NumPy, on the KL of a linear network: Adam's moments, the decaying rate, ball and box."""
+    weights = np.asarray(SURROGATE, np.float64)
+    x, eps, target = np.asarray(X, np.float64), 0.1, np.full((len(X), weights.shape[-1]), 1 / weights.shape[-1])
+    target[:, 0] += 0.3
+    target /= target.sum(1, keepdims=True)
+    options = dict(loss="kl", eps=eps, step_size=0.07, decay=((2, 0.1), (4, 0.5)), steps=6, init="none", unroll=False)
+    found = jax.jit(lambda x, t: pgd_adam(**options)(KEY, lambda x: linear(x, SURROGATE), x, t))(X, jnp.float32(target))
+    made, m, v = x.copy(), np.zeros_like(x), np.zeros_like(x)
+    for t in range(6):
+        logits = made.reshape(len(x), -1) @ weights.reshape(-1, weights.shape[-1])
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+        gradient = ((p - target) @ weights.reshape(-1, weights.shape[-1]).T).reshape(x.shape)
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        rate = 0.07 * (0.1 if t >= 2 else 1) * (0.5 if t >= 4 else 1)
+        made = made + rate * (m / (1 - 0.9 ** (t + 1))) / (np.sqrt(v / (1 - 0.999 ** (t + 1))) + 1e-9)
+        made = np.clip(np.clip(made, x - eps, x + eps), 0, 1)
+    np.testing.assert_allclose(found, made, atol=2e-5)
+    with pytest.raises(InputError, match=r"attack.decay=.* is not allowed"):
+        pgd_adam(decay=((5, 0.0),))
+    with pytest.raises(InputError, match="norm 'l2' is unknown here"):
+        pgd_adam(norm="l2")

@@ -8,12 +8,14 @@ from test_ib_rar import BATCH, NET, VARIABLES, X_ADV, taps
 
 from ibjax.errors import InputError
 from ibjax.objectives.ard import ard
+from ibjax.objectives.dkl import dkl
 from ibjax.objectives.iad import iad
 from ibjax.objectives.ibd import ibd
 from ibjax.objectives.label_smoothing import label_smoothing
 from ibjax.objectives.mart import mart
 from ibjax.objectives.pgd_at import pgd_at
 from ibjax.objectives.rslad import rslad
+from ibjax.objectives.score import score
 from ibjax.objectives.te import te
 from ibjax.objectives.trades import trades
 
@@ -33,6 +35,9 @@ ORDERS = {
     "label_smoothing": (label_smoothing(), 2),
     "label_smoothing of clean images": (label_smoothing(base="standard"), 1),
     "label_smoothing, Pang et al.": (label_smoothing(passes="adv,clean,clean"), 211),
+    "score": (score(), 12),
+    "score of adversarial images": (score(base="pgd_at"), 2),
+    "dkl": (dkl(variant="dkl"), 21),
     "mart": (mart(), 12),
     "te": (te(), 2),
     "te on trades": (te(base="trades"), 12),

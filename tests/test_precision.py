@@ -313,7 +313,7 @@ def test_rounded_networks_pass_the_checks_that_compare_their_answers(precision, 
 # ---- training --------------------------------------------------------------------------------------------------
 
 NETWORKS = ("ibjax/models/layers.py", "ibjax/objectives/ibd_matching.py")  # layers, and IBD's attention over them
-WITH_INFORMATION = ("hbar", "ib_rar-mask", "shared_information-mine", "shared_information-ara", "siriib", "mma")
+WITH_INFORMATION = ("hbar", "ib_rar-mask", "shared_information-mine", "shared_information-ara", "siriib", "mma", "dkl")
 
 
 @pytest.mark.parametrize("name", WITH_INFORMATION)

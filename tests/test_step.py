@@ -10,11 +10,24 @@ from test_objectives import BATCH, MODEL, NET, TEACHER, VARIABLES, X_ADV, random
 
 from ibjax import losses
 from ibjax.attacks.pgd import pgd, stateful_pgd
+from ibjax.errors import InputError
+from ibjax.objectives.alp import alp
 from ibjax.objectives.ibd import ibd
 from ibjax.objectives.pgd_at import pgd_at
 from ibjax.objectives.standard import standard
-from ibjax.optim import sgd, with_head
-from ibjax.step import Objective, evaluation_variables, init_state, linen_net, make_train_step, to_float
+from ibjax.objectives.trades import trades
+from ibjax.optim import average_decay, sgd, with_head
+from ibjax.runs.checkpoint import join, split
+from ibjax.step import (
+    Objective,
+    Passes,
+    evaluation_variables,
+    init_state,
+    linen_net,
+    make_statistics_step,
+    make_train_step,
+    to_float,
+)
 
 KEY = jax.random.key(0)
 
@@ -121,6 +134,80 @@ def test_the_moving_average_keeps_its_decay_and_is_what_is_evaluated():
     expected = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, old, state.variables["params"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.ema_params, expected)
     assert evaluation_variables(state)["params"] is state.ema_params
+
+
+def test_the_average_with_its_warm_up_is_that_of_a_hand():
+    """Over three steps, statistics averaged as the weights are; the network itself learns as without an average."""
+    options = dict(ema_decay=average_decay(0.6, warmup=True, start=1), average_stats=True)
+    state = begin(ema=True)._replace(ema_stats=jax.tree.map(jnp.copy, VARIABLES["batch_stats"]))
+    plain = begin()
+    step = jax.jit(make_train_step(lambda _: NET, standard(), sgd(lr=lambda s: 0.1), None, **options))
+    alone = jax.jit(make_train_step(lambda _: NET, standard(), sgd(lr=lambda s: 0.1), None))
+    expected = state.ema_params, state.ema_stats
+    for t in range(4):
+        state, _ = step(state, BATCH, KEY)
+        plain, _ = alone(plain, BATCH, KEY)
+        tau = 0.0 if t < 1 else min(0.6, (1 + (t - 1)) / (10 + (t - 1)))
+        new = state.variables["params"], state.variables["batch_stats"]
+        expected = jax.tree.map(lambda e, w, tau=tau: tau * e + (1 - tau) * w, expected, new)
+    found = state.ema_params, state.ema_stats
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+    chex.assert_trees_all_close(state.variables, plain.variables, rtol=1e-6)
+    evaluated = evaluation_variables(state)
+    assert evaluated["batch_stats"] is state.ema_stats and evaluated["params"] is state.ema_params
+    assert jax.tree.structure(join(*split(state))) == jax.tree.structure(state)
+    chex.assert_trees_all_equal(join(*split(state)), state)
+
+
+def test_recomputed_statistics_are_those_of_passes_of_the_averaged_network():
+    """Over x', at the averaged weights, in order; weights and raw statistics stay."""
+    state = begin(ema=True)._replace(
+        ema_params=jax.tree.map(lambda w: 0.5 * w, VARIABLES["params"]), ema_stats=VARIABLES["batch_stats"]
+    )
+    step = make_statistics_step(lambda _: NET, pgd_at(passes="adv,clean"), lambda *_: X_ADV)
+    after = step(state, BATCH, KEY)
+    expected = {**VARIABLES, "params": state.ema_params}
+    for images in (X_ADV, BATCH["image"]):
+        _, expected = NET.forward(expected, images, KEY)
+    chex.assert_trees_all_close(after.ema_stats, expected["batch_stats"], rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_equal(after._replace(step=state.step, ema_stats=state.ema_stats), state)
+    assert int(after.step) == int(state.step) + 1
+
+
+# ---- batch-norm ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", [trades(), pgd_at(passes="clean,adv")], ids=["trades", "pgd_at"])
+def test_statistics_of_the_adversarial_pass_alone(objective):
+    """The passes over x move nothing; loss and gradient stay the same."""
+    (state, metrics), (both, other) = (
+        take(objective, lambda *_: X_ADV, passes=Passes(statistics=which)) for which in ("adv", "all")
+    )
+    _, expected = NET.forward(VARIABLES, X_ADV, KEY)
+    chex.assert_trees_all_close(state.variables["batch_stats"], expected["batch_stats"], rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(state.variables["params"], both.variables["params"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], other["loss"], rtol=1e-6)
+
+
+def test_what_is_neither_clean_nor_adversarial_has_no_statistics_of_its_own():
+    with pytest.raises(InputError, match="bn_statistics='adv': the objective makes a pass over other images"):
+        take(alp(), lambda *_: X_ADV, passes=Passes(statistics="adv"))
+
+
+def test_an_attack_on_the_batchs_statistics_sees_them_and_moves_none():
+    """Target and attack see the network in training mode; the running statistics are those of the loss's passes."""
+    seen = {}
+
+    def attack(key, logits_fn, x, target):
+        seen.update(logits=logits_fn(x), target=target)
+        return x
+
+    state, _ = take(trades(), attack, passes=Passes(attack="batch"))
+    logits = NET.forward(VARIABLES, BATCH["image"], KEY)[0][0]
+    np.testing.assert_allclose(seen["logits"], logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(seen["target"], jax.nn.softmax(logits), rtol=1e-4, atol=1e-5)
+    plain, _ = take(trades(), lambda key, f, x, y: x)
+    chex.assert_trees_all_close(state.variables["batch_stats"], plain.variables["batch_stats"], rtol=1e-6)
 
 
 def test_the_methods_own_weights_follow_their_own_learning_rate():

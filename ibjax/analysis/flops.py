@@ -107,7 +107,7 @@ def expected_forwards(settings: ConfigDict, teacher: float = 0.0, assistant: flo
         ascent = 2 * steps if restarts == 1 else restarts * (2 * steps + 1)
     rest = 0  # passes of neither the attack nor the update
     made = (objective.get("passes") or "").count(",") + 1  # in training mode
-    more = made - (2 if objective.name == "trades" else 1) if "passes" in objective else 0
+    more = made - (2 if objective.name in ("trades", "dkl") else 1) if "passes" in objective else 0
     match objective.name:
         case "standard":
             update = 3
@@ -117,6 +117,13 @@ def expected_forwards(settings: ConfigDict, teacher: float = 0.0, assistant: flo
             update, rest = 6, 1 + more + objective.get("forwards", 2) - 2
         case "label_smoothing":
             update, rest = 3, more
+        case "score":
+            both = objective.get("base", "trades") == "trades"
+            update, rest = 6 if both else 3, both + (made - (2 if both else 1) if objective.get("passes") else 0)
+        case "dkl":
+            update, rest = 6, 1 + more
+        case "hat":
+            update, rest = 9, teacher + (objective.get("base", "trades") == "trades")
         case "mart" | "alp":
             update = 6
         case "infoat_r":
@@ -165,7 +172,7 @@ def audit(settings: ConfigDict) -> dict[str, Any]:
     InputError as `experiment.build` does.
     """
     settings = settings.copy_and_resolve_references()
-    if settings.attack is not None and settings.attack.name == "pgd":
+    if settings.attack is not None and settings.attack.name in ("pgd", "pgd_adam"):
         with settings.unlocked():
             settings.attack.unroll = True
     experiment = build(settings)

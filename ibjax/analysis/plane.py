@@ -185,14 +185,16 @@ def _train(experiment, workdir, about, measure):
     """The loop of `ibjax.training.loop` without its validation and its checkpoints."""
     settings, per_epoch, every = experiment.config, experiment.steps_per_epoch, about["every"]
     total, step, state = settings.epochs * per_epoch, 0, initial_state(experiment)
-    capacity, dispatch = feed.feed(experiment, run_key(settings.seed, 1, experiment.mesh), step)
+    capacity, dispatch, recompute = feed.feed(experiment, run_key(settings.seed, 1, experiment.mesh), step)
     steps, rows, began = [], [], time.perf_counter()
     first = jax.process_index() == 0
     visible = first and sys.stderr.isatty()
     with tqdm(total=total, desc=_title(settings), unit="step", disable=not visible) as bar:
         while True:
             if step % every == 0 or step == total:
-                variables = evaluation_variables(state)
+                variables = evaluation_variables(
+                    state if recompute is None else recompute(jax.tree.map(jnp.copy, state))
+                )
                 steps.append(step)
                 rows.append(measure(variables))
                 if not np.isfinite(rows[-1]).all():

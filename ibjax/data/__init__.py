@@ -7,6 +7,8 @@
     stream      a data set too large for memory, such as ImageNet, read from TFDS's files during training
     synthetic   random images of a given shape, for smoke tests
 
+`ibjax.data.extra` adds generated images to the training images of any source that fits in memory.
+
 `load_splits` is the entry point: it loads a source, checks it, holds out the validation split, and selects a fraction
 of the remaining training images.
 """
@@ -14,17 +16,32 @@ of the remaining training images.
 import logging
 import os
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ibjax import lazy
+from ibjax import files, lazy
 from ibjax.errors import CodeError, DataError, InputError
 
 if typing.TYPE_CHECKING:
-    from ibjax.data import augment, corruptions, digits, folder, npz, prepare, stream, synthetic, tfds
+    from ibjax.data import (
+        augment,
+        corruptions,
+        digits,
+        extra,
+        folder,
+        mixing,
+        npz,
+        operations,
+        permutation,
+        policies,
+        prepare,
+        stream,
+        synthetic,
+        tfds,
+    )
 
 __all__ = [
     "Arrays",
@@ -32,9 +49,14 @@ __all__ = [
     "augment",
     "corruptions",
     "digits",
+    "extra",
     "folder",
     "load_splits",
+    "mixing",
     "npz",
+    "operations",
+    "permutation",
+    "policies",
     "prepare",
     "stream",
     "synthetic",
@@ -99,6 +121,7 @@ class Arrays(NamedTuple):
     classes: tuple[str, ...] = ()  # names of the classes, in the order of labels; empty if they have none
     warnings: tuple[str, ...] = ()  # doubts about the data; every record of a run on it repeats them
     read: tuple[Stamp, ...] = ()  # stamps of the files and folders it was read from, taken before reading
+    extra: Any = None  # generated images, an `ibjax.data.extra.Extra`, of which every batch has a fixed share
 
 
 def own_data(source: Any, made: Any, options: Any) -> Arrays:
@@ -115,20 +138,40 @@ def unchanged(arrays: Arrays) -> bool:
     return stamps(stamp.path for stamp in arrays.read) == arrays.read
 
 
-def load_splits(source: Any, *, val_size: int, split_seed: int = 0, fraction: float = 1.0, **options: Any) -> Arrays:
+def load_splits(
+    source: Any,
+    *,
+    val_size: int,
+    split_seed: int = 0,
+    fraction: float = 1.0,
+    extra: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Arrays:
     """Loads `source(**options)`, checks every split, and holds out `val_size` training images, chosen by `split_seed`.
 
     The validation split is stratified by class. With `val_size=0` there is no validation split, and selection on the
     test set must be requested explicitly. Of the remaining training images a stratified `fraction` is kept, in the
     original order; a smaller fraction is a subset of a larger one, and the validation split is the same for all. A
-    batch's `index` refers to this training split. Raises DataError, which names the file, the fault and the remedy;
-    mere doubts are logged and kept in `warnings`.
+    batch's `index` refers to this training split. `extra` are options of `ibjax.data.extra.load`. Raises DataError,
+    which names the file, the fault and the remedy; mere doubts are logged and kept in `warnings`.
     """
     arrays = _split(source(**options), val_size, split_seed, fraction)
+    if extra is not None:
+        arrays = _with_extra(arrays, extra)
     arrays = arrays._replace(warnings=(*arrays.warnings, *_classes_without_images(arrays)))
     for warning in arrays.warnings:
         log.warning("%s: %s", arrays.label, warning)
     return arrays
+
+
+def _with_extra(arrays, options):
+    from ibjax.data import extra
+
+    if streamed(arrays.train) or arrays.train.images.dtype != np.uint8:
+        raise DataError("data.extra goes with training images that are uint8 and in memory; set data.extra=None")
+    read = stamps([files.path(options["path"])])
+    found = extra.load(**options, shape=arrays.train.images.shape[1:], num_classes=arrays.num_classes)
+    return arrays._replace(extra=found, read=(*arrays.read, *read))
 
 
 def _split(arrays, val_size, split_seed, fraction):

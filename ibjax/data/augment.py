@@ -1,7 +1,7 @@
 """Random crop and horizontal flip, inside the jitted step, image by image.
 
 An augmentation of the user's own takes their place: a factory that returns a function (key, images (B, H, W, C)) ->
-images. The key depends on the run's seed and on the step.
+images. The key depends on the run's seed and on the step. Stronger augmentations: `ibjax.data.policies`.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ibjax.errors import CodeError, InputError, nearest
+from ibjax.step import Augment, PerImage
 
 # np.pad's names for the paddings of the papers: zero (TRADES, MART), reflect (Rice, AWP), edge (IBD)
 PADDINGS = {"zero": "constant", "reflect": "reflect", "edge": "edge"}
@@ -22,10 +23,7 @@ def crop_and_flip(*, pad: int = 4, padding: str = "zero", flip: bool = True) -> 
 
     Returns None if the options leave images unchanged. Raises InputError on an unknown padding.
     """
-    if padding not in PADDINGS:
-        raise InputError(f"augment.padding '{padding}' is unknown; {nearest(padding, PADDINGS)}")
-    if pad < 0:
-        raise InputError(f"augment.pad={pad} is negative; give the number of pixels, or 0 for no crop")
+    check_padding(pad, padding)
     if not pad and not flip:
         return None
 
@@ -44,14 +42,22 @@ def crop_and_flip(*, pad: int = 4, padding: str = "zero", flip: bool = True) -> 
     return augment
 
 
-AUGMENTATIONS = {"crop_and_flip": crop_and_flip}
+def check_padding(pad: int, padding: str) -> None:
+    """Raises InputError on an unknown padding, or a negative number of pixels."""
+    if padding not in PADDINGS:
+        raise InputError(f"augment.padding '{padding}' is unknown; {nearest(padding, PADDINGS)}")
+    if pad < 0:
+        raise InputError(f"augment.pad={pad} is negative; give the number of pixels, or 0 for no crop")
 
 
-def own_augmentation(source: Any, made: Any, options: Any) -> Callable[[Array, Array], Array]:
+def own_augmentation(source: Any, made: Any, options: Any) -> Augment:
     """The augmentation that a factory of the user's own has made; its images are clipped to [0, 1].
 
-    Raises CodeError unless it is a function, and, while JAX traces it, unless it keeps shape and type of the images.
+    Raises CodeError unless it is a function, or `ibjax.step.PerImage` of one, and, while JAX traces it, unless it keeps
+    shape and type of the images.
     """
+    if isinstance(made, PerImage):
+        return PerImage(own_augmentation(source, made.change, options))  # pyright: ignore[reportArgumentType]
     if not callable(made):
         raise CodeError(f"{source} is a {type(made).__name__}; return a function (key, images) -> images")
 

@@ -48,7 +48,7 @@ def ard(*, alpha: float = 1.0, temperature: float = 30.0, reduction: str = "mean
         metrics |= {"clean_acc": accuracy(clean, batch), "adv_acc": accuracy(adv, batch)}
         return value, (variables, metrics)
 
-    return Objective(target, loss, teachers=("teacher",))
+    return Objective(target, loss, teachers=("teacher",), fits_labels=alpha < 1)
 
 
 def check_reduction(reduction: str) -> None:

@@ -42,7 +42,7 @@ def ceb(*, rho: float = 3.0, adversarial: bool = True) -> Objective:
         mu, sigma = encoding(features, "ceb")
         if "class_means" not in features:
             raise InputError("objective 'ceb' needs the table of class means; set model.class_means=True")
-        mu_y = features["class_means"][batch["label"]]
+        mu_y = features["class_means"][losses.as_labels(batch["label"])]
         prediction = jnp.mean(losses.cross_entropy(logits, batch["label"]))
         rate = jnp.mean(gaussian_kl(mu, sigma, mu_y))
         value = prediction + math.exp(-rho) * rate

@@ -34,12 +34,12 @@ x, then x' for "trades" and "mart"; x for "standard". `hsic_adv` does not change
 Deviation from the authors' code: the label matrix has one column per class of the data set, theirs always has ten.
 """
 
-import jax
-
+from ibjax import losses
 from ibjax.errors import InputError, check_range, nearest
 from ibjax.information import hsic
 from ibjax.objectives import passes
 from ibjax.objectives.ib_rar import CHOICES, ORIGINAL_WEIGHTS, base_loss, dependence, layers_of
+from ibjax.objectives.trades import attack_target
 from ibjax.step import Objective
 
 
@@ -69,7 +69,7 @@ def hbar(
 
     def target(net, variables, batch, key):
         if base == "trades":
-            return jax.nn.softmax(net.predict(variables, batch["image"])[0])
+            return attack_target(net, variables, batch)
         return batch["label"]
 
     def loss(net, variables, batch, x_adv, key):
@@ -80,7 +80,7 @@ def hbar(
         natural, metrics = base_loss(base, "original", logits, batch, robust_weight)
         taps = layers_of(outputs["adv" if hsic_adv else "clean"][1], layers)
         shown, classes = x_adv if hsic_adv else x, logits[0].shape[-1]
-        with_x, with_y = dependence(shown, batch["label"], classes, taps, sigma=sigma, ridge=ridge)
+        with_x, with_y = dependence(shown, losses.as_labels(batch["label"]), classes, taps, sigma=sigma, ridge=ridge)
         value = base_weight * natural + lambda_x * with_x - lambda_y * with_y
         metrics |= {"loss": value, "nhsic_x": with_x, "nhsic_y": with_y}
         return value, (variables, metrics)

@@ -96,7 +96,7 @@ def iad(
         t_adv, _ = net.teacher(x_adv)
         t_u, s_u = (net.teacher(batch["image"])[0], clean) if variant == "I" else (t_adv, adv)
 
-        A = jnp.exp(-beta * losses.cross_entropy(t_adv, y))  # p_t(y | x')^β
+        A = jnp.exp(-beta * losses.cross_entropy(t_adv, losses.as_labels(y)))  # p_t(y | x')^β
         A = jnp.where(begun, A, 1.0)
         from_teacher = losses.kl_logits(t_u, adv)
         from_itself = losses.kl_logits(clean, adv)
@@ -110,4 +110,5 @@ def iad(
         metrics |= {"clean_acc": accuracy(clean, batch), "adv_acc": accuracy(adv, batch)}
         return value, (variables, metrics)
 
-    return Objective(target, loss, teachers=("teacher", "assistant") if alpha_2 else ("teacher",))
+    teachers = ("teacher", "assistant") if alpha_2 else ("teacher",)
+    return Objective(target, loss, teachers=teachers, fits_labels=alpha + alpha_2 < 1)

@@ -63,6 +63,7 @@ from ibjax.errors import InputError, check_range, nearest
 from ibjax.information import hsic
 from ibjax.objectives.mart import boosted_cross_entropy, floored_kl
 from ibjax.objectives.standard import accuracy
+from ibjax.objectives.trades import attack_target
 from ibjax.step import Batch, Net, Objective, Variables
 
 CHOICES = {
@@ -118,11 +119,11 @@ def ib_rar(
 
     def target(net, variables, batch, key):
         if base == "trades" and form == "original":
-            return jax.nn.softmax(net.predict(variables, batch["image"])[0])
+            return attack_target(net, variables, batch)
         return batch["label"]
 
     def loss(net, variables, batch, x_adv, key):
-        x, y = batch["image"], batch["label"]
+        x, y = batch["image"], losses.as_labels(batch["label"])
         classes = jax.eval_shape(net.predict, variables, x)[0].shape[-1]
 
         def forward(variables, x, key):
@@ -180,7 +181,7 @@ def base_loss(base: str, form: str, logits: list[Array], batch: Batch, weight: f
         robust = losses.kl_logits(clean, adv)
     else:
         natural = boosted_cross_entropy(adv, y)
-        robust = floored_kl(clean, adv) * (1.0 - jnp.exp(-losses.cross_entropy(clean, y)) + 1e-7)
+        robust = floored_kl(clean, adv) * (1.0 - jnp.exp(-losses.cross_entropy(clean, losses.as_labels(y))) + 1e-7)
     natural, robust = jnp.mean(natural), jnp.mean(robust)
     accuracies = {"clean_acc": accuracy(clean, batch), "adv_acc": accuracy(adv, batch)}
     return natural + weight * robust, {"natural": natural, "robust": robust, **accuracies}

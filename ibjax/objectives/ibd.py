@@ -104,9 +104,7 @@ def ibd(
         if labels == "natural":
             return jax.nn.softmax(net.assistant(x)[0]), features
         classes = jax.eval_shape(net.predict, variables, x)[0].shape[-1]
-        onehot = jax.nn.one_hot(batch["label"], classes)
-        off = smoothing / (classes - 1) if labels == "smooth" else 0.0
-        return jnp.where(onehot == 1, 1 - off * (classes - 1), off), features
+        return losses.smooth(batch["label"], classes, smoothing if labels == "smooth" else 0.0), features
 
     def target(net, variables, batch, key):
         if attack_target == "student":
@@ -153,5 +151,6 @@ def ibd(
         teachers,
         attack_losses=("kl", "ce") if adversarial else (),
         flat_at_x=attack_target == "student",
+        fits_labels=labels in ("smooth", "onehot"),
         proxy=lambda *arguments: soft_label(*arguments)[0],
     )

@@ -11,15 +11,13 @@ with adversarial training: Pang et al., "Bag of Tricks for Adversarial Training"
 |        | passes | None     | training-mode passes, in order; None: one over x̃
 
 This is Pang et al.'s form. The form of PyTorch and Optax, (1 − δ)·onehot + δ/C, gives the other classes together
-δ·(C − 1)/C instead of δ. The attack sees hard labels.
+δ·(C − 1)/C instead of δ. The attack sees hard labels. `config.smoothing` smooths the labels of any objective.
 
 Batch-norm: one training-mode pass over x̃. Pang et al.'s code makes a pass over x' and, for logging, one over x before
 the optimiser's step and another over x after it. `passes="adv,clean,clean"` reproduces them, all before the step.
 """
 
-import jax
 import jax.numpy as jnp
-from jax import Array
 
 from ibjax import losses
 from ibjax.errors import InputError, check_range, nearest
@@ -45,14 +43,9 @@ def label_smoothing(*, delta: float = 0.1, base: str = "pgd_at", passes: str | N
         images = {"clean": batch["image"], "adv": x_adv}
         outputs, variables = training_passes.forward(net, variables, images, names, key)
         logits, _ = outputs[seen]
-        value = jnp.mean(losses.cross_entropy(logits, smooth(batch["label"], logits.shape[-1], delta)))
+        value = jnp.mean(losses.cross_entropy(logits, losses.smooth(batch["label"], logits.shape[-1], delta)))
         metrics = {f"{name}_acc": accuracy(logits, batch) for name, (logits, _) in outputs.items()}
         metrics["loss"] = value
         return value, (variables, metrics)
 
     return Objective(target, loss, attack_losses=("ce", "margin") if adversarial else ())
-
-
-def smooth(labels: Array, num_classes: int, delta: float) -> Array:
-    """1 − δ for the label, δ/(C − 1) elsewhere: (B,) -> (B, C) float32."""
-    return jnp.where(jax.nn.one_hot(labels, num_classes, dtype=bool), 1.0 - delta, delta / (num_classes - 1))

@@ -9,7 +9,8 @@
 | λ      | beta | 5 (ResNet-18; 6 WRN-34-10)  |
 
 The authors' constants are kept: log(1.0001 − max p'_k + 1e-12), a weight of 1 − p_y + 1e-7, and log(p' + 1e-12) in the
-KL. Gradients flow through all of p, p' and the weight.
+KL. Gradients flow through all of p, p' and the weight. With smoothed or mixed labels, the term −log p'_y becomes the
+cross-entropy with them; p_y and max_{k≠y} keep the class that is the likeliest of them.
 
 Batch-norm: training-mode passes over x, then x'; the attack runs in evaluation mode. Both are as in the authors' code.
 """
@@ -35,7 +36,7 @@ def mart(*, beta: float = 5.0) -> Objective:
         key_clean, key_adv = jax.random.split(key)
         (clean, _), variables = net.forward(variables, batch["image"], key_clean)
         (adv, _), variables = net.forward(variables, x_adv, key_adv)
-        p_y = jnp.exp(-losses.cross_entropy(clean, batch["label"]))
+        p_y = jnp.exp(-losses.cross_entropy(clean, losses.as_labels(batch["label"])))
 
         boosted = jnp.mean(boosted_cross_entropy(adv, batch["label"]))
         robust = jnp.mean(floored_kl(clean, adv) * (1.0 - p_y + 1e-7))
@@ -48,9 +49,9 @@ def mart(*, beta: float = 5.0) -> Objective:
 
 
 def boosted_cross_entropy(logits: Array, labels: Array) -> Array:
-    """BCE: −log p_y − log(1 − max_{k≠y} p_k), shape (B,)."""
+    """BCE: −log p_y − log(1 − max_{k≠y} p_k), shape (B,), of labels (B,) or distributions (B, C)."""
     p = jax.nn.softmax(logits.astype(jnp.float32))
-    others = jnp.where(jax.nn.one_hot(labels, p.shape[-1], dtype=bool), 0.0, p)
+    others = jnp.where(jax.nn.one_hot(losses.as_labels(labels), p.shape[-1], dtype=bool), 0.0, p)
     return losses.cross_entropy(logits, labels) - jnp.log(1.0001 - jnp.max(others, axis=-1) + 1e-12)
 
 

@@ -100,7 +100,7 @@ def mma(
 def soft_logit_margin(logits: Array, labels: Array) -> Array:
     """logsumexp_{k≠y} z_k − z_y, shape (B,): negative where the true class has a probability above one half."""
     logits = logits.astype(jnp.float32)
-    is_true = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+    is_true = jax.nn.one_hot(losses.as_labels(labels), logits.shape[-1], dtype=bool)
     others = jax.nn.logsumexp(jnp.where(is_true, -jnp.inf, logits), axis=-1)
     return others - jnp.sum(jnp.where(is_true, logits, 0.0), axis=-1)
 

@@ -21,7 +21,7 @@ def own_objective(source: Any, made: Any, options: Any) -> Objective:
 
     def target(net, variables, batch, key):
         found = made.target(net, variables, batch, key)
-        if made.attack_loss is None and jnp.shape(found)[:1] != batch["label"].shape:
+        if made.attack_loss is None and jnp.shape(found)[:1] != batch["label"].shape[:1]:
             given = _kind(found)
             raise CodeError(f"{source}: its target is {given}; return labels (B,) or distributions (B, classes)")
         return found

@@ -52,4 +52,4 @@ def rslad(*, alpha: float = 5 / 6, scale: float = 1.0, reduction: str = "mean") 
         metrics |= {"clean_acc": accuracy(clean, batch), "adv_acc": accuracy(adv, batch)}
         return value, (variables, metrics)
 
-    return Objective(target, loss, teachers=("teacher",), attack_losses=("kl", "ce"))
+    return Objective(target, loss, teachers=("teacher",), attack_losses=("kl", "ce"), fits_labels=False)

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from ibjax import losses
 from ibjax.errors import InputError, check_range, nearest
 from ibjax.objectives.standard import accuracy
+from ibjax.objectives.trades import attack_target
 from ibjax.step import Objective
 
 
@@ -69,7 +70,7 @@ def te(
     def target(net, variables, batch, key):
         known = {"t": ensemble(variables, batch), "w": ramp(batch)}
         if base == "trades":
-            return {**known, "p": jax.nn.softmax(net.predict(variables, batch["image"])[0])}
+            return {**known, "p": attack_target(net, variables, batch)}
         return {**known, "y": batch["label"]}
 
     def attack_loss(output, target):

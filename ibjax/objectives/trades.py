@@ -9,7 +9,8 @@
 |        | passes   | "clean,adv" | training-mode passes, in order
 |        | forwards | 2           | an option of older runs: 3 adds ",clean" to `passes`
 
-Gradients flow through p(x) as well; stopping them there would be a different method.
+Gradients flow through p(x) as well; stopping them there would be a different method. Where images are mixed
+(`config.mix`), the attack climbs away from their mixed labels in place of p(x), as Rebuffi et al. (2021) do.
 
 Batch-norm: training-mode passes over x, then x', as in the code of IBD. The authors' code makes another pass over x for
 the regulariser, which updates the running statistics a third time (`passes="clean,adv,clean"`; values and gradients are
@@ -18,12 +19,13 @@ the same). The code of TRADES-AWP starts with x' (`"adv,clean,clean"`). The atta
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from ibjax import losses
 from ibjax.errors import InputError, check_range
 from ibjax.objectives import passes as training_passes
 from ibjax.objectives.standard import accuracy
-from ibjax.step import Objective
+from ibjax.step import Batch, Net, Objective, Variables
 
 
 def trades(*, beta: float = 6.0, passes: str = "clean,adv", forwards: int = 2) -> Objective:
@@ -34,7 +36,7 @@ def trades(*, beta: float = 6.0, passes: str = "clean,adv", forwards: int = 2) -
     names = training_passes.order(passes + ",clean" * (forwards - 2), ("clean", "adv"))
 
     def target(net, variables, batch, key):
-        return jax.nn.softmax(net.predict(variables, batch["image"])[0])
+        return attack_target(net, variables, batch)
 
     def loss(net, variables, batch, x_adv, key):
         images = {"clean": batch["image"], "adv": x_adv}
@@ -48,3 +50,10 @@ def trades(*, beta: float = 6.0, passes: str = "clean,adv", forwards: int = 2) -
         return value, (variables, metrics)
 
     return Objective(target, loss, attack_losses=("kl",), flat_at_x=True)
+
+
+def attack_target(net: Net, variables: Variables, batch: Batch) -> Array:
+    """What the attack on KL climbs away from, (B, C): p(x) in evaluation mode, or the labels of mixed images."""
+    if "share" in batch:
+        return batch["label"]
+    return jax.nn.softmax(net.predict(variables, batch["image"])[0])

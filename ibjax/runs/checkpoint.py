@@ -202,15 +202,18 @@ def split(state: TrainState) -> tuple[Any, Any]:
     rest |= {name: state.variables[name] for name in _OWN if name in state.variables}
     if state.ema_params is not None:
         rest["params"] = state.variables["params"]
+    if state.ema_stats is not None:
+        rest["batch_stats"] = state.variables["batch_stats"]
     return evaluation_variables(state), rest
 
 
 def join(evaluated: Any, rest: Any) -> TrainState:
     """The inverse of `split`."""
-    variables = {**evaluated, "params": rest.get("params", evaluated["params"])}
+    variables = {**evaluated, **{name: rest[name] for name in ("params", "batch_stats") if name in rest}}
     variables |= {name: rest[name] for name in _OWN if name in rest}
     ema_params = evaluated["params"] if "params" in rest else None
-    return TrainState(rest["step"], variables, rest["opt_state"], ema_params)
+    ema_stats = evaluated["batch_stats"] if "batch_stats" in rest else None
+    return TrainState(rest["step"], variables, rest["opt_state"], ema_params, ema_stats)
 
 
 def restore_latest(store: Store, like: TrainState, *, restart: bool = False) -> TrainState | None:

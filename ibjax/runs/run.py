@@ -138,7 +138,9 @@ def load_data(settings: ConfigDict) -> Arrays:
 
 def _read_data(section):
     split = dict(val_size=section.pop("val_size"), split_seed=section.pop("split_seed"))
-    split["fraction"] = section.pop("fraction", 1.0)
+    split["fraction"], split["extra"] = section.pop("fraction", 1.0), section.pop("extra", None)
+    if split["extra"] is not None:
+        split["extra"]["path"] = str(files.path(split["extra"]["path"]))
     for name in PATHS:
         if section.get(name):
             section[name] = str(files.path(section[name]))
@@ -183,6 +185,7 @@ def facts(data: Arrays) -> dict[str, Any]:
         **{name: list(value) for name in rundir.DESCRIPTIONS if (value := getattr(data, name))},
         **{f"n_{name}": len(split.labels) for name, split in splits.items()},
         "digests": {name: trees.digest(split) for name, split in splits.items()},
+        **({} if data.extra is None else {"extra": {"n": len(data.extra.labels), "digest": data.extra.digest}}),
     }
 
 

@@ -216,15 +216,19 @@ def _gpu_mesh(name):
 
 
 def prepare(settings: ConfigDict, shape: tuple[int, ...], classes: int, teachers: dict[str, ConfigDict]) -> ConfigDict:
-    """The configuration for a compilation: shapes in place of data, and rolled loops as on an accelerator."""
+    """The configuration for a compilation: shapes in place of data, and rolled loops as on an accelerator.
+
+    Generated images (`data.extra`) count as other images do.
+    """
     settings = settings.copy_and_resolve_references()
     with settings.unlocked():
         size = dict(shape=shape, num_classes=classes, n_train=settings.batch_size + classes)
         settings.data = dict(name="synthetic", val_size=classes, split_seed=0, **size)
+        settings.smoothing.images = "all"
         for role, recipe in teachers.items():
             settings[role].recipe = prepare(recipe, shape, classes, {})
             settings[role].workdir = ""
-        if settings.attack is not None and settings.attack.name == "pgd":
+        if settings.attack is not None and settings.attack.name in ("pgd", "pgd_adam"):
             settings.attack.unroll = False
     return settings
 
@@ -296,7 +300,7 @@ def compile_step(settings: ConfigDict, mesh: Mesh, images: int | None) -> dict[s
 
 def _attack_steps(settings):
     """How often the body of the attack's loop runs in a step."""
-    if settings.attack is None or settings.attack.name != "pgd":
+    if settings.attack is None or settings.attack.name not in ("pgd", "pgd_adam"):
         return 1
     return settings.attack.get("steps", 10) * settings.attack.get("restarts", 1)
 

@@ -3,30 +3,34 @@
 `ibjax.training.feed` compiles the train steps, `ibjax.training.loop` runs them.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from ibjax import config, extensions, files, optim
-from ibjax.data import Arrays, augment
+from ibjax import config, extensions, files, losses, optim
+from ibjax.data import Arrays, augment, extra
 from ibjax.devices import cluster, placement
 from ibjax.errors import InputError
 from ibjax.runs import run, rundir, trees
 from ibjax.step import (
     Net,
     Objective,
+    Passes,
     TrainState,
     Variables,
     as_output,
     init_state,
     linen_net,
+    make_statistics_step,
     make_train_step,
     trainable,
     with_trainable,
@@ -46,8 +50,10 @@ class Experiment(NamedTuple):
     learning_rate: Callable
     train_step: Callable
     frozen: dict[str, Variables]  # the teachers' variables, by role
+    statistics_step: Callable | None  # recomputes the averaged network's batch statistics, where that is wanted
     steps_per_epoch: int
     mesh: Any
+    shares: extra.Shares | None  # which images of a batch are generated; None without generated images
 
     @property
     def attacked(self) -> bool:
@@ -86,6 +92,9 @@ def build(
     steps_per_epoch = len(data.train.labels) // settings.batch_size
     if not steps_per_epoch:
         raise InputError(f"batch_size={settings.batch_size} exceeds the {len(data.train.labels)} training images")
+    mixture = None
+    if data.extra is not None:
+        mixture = extra.shares(data.extra, len(data.train.labels), settings.batch_size, settings.microbatches)
     model = run.build_model(settings.model, data.num_classes, "model")
     if config.own_source("models", settings.model.name) is not None:
         _check_logits(model, data)
@@ -111,21 +120,21 @@ def build(
     def bind_net(frozen):
         return linen_net(model, modules, frozen)
 
-    step = make_train_step(
-        bind_net,
-        objective,
-        optimizer,
-        *_attacks(settings, objective),
+    attacks = _attacks(settings, objective)
+    shared = dict(
         augment=_augmentation(settings),
-        ema_decay=settings.ema_decay,
-        perturb=_perturb(settings),
+        mix=_mix(settings, objective, data.num_classes),
+        smooth=_smooth(settings, objective, data),
         steps_per_epoch=steps_per_epoch,
         microbatches=settings.microbatches,
+        passes=_passes(settings, objective),
     )
-
-    def train_step(state, batch, key, frozen=None):
-        with placement.over(mesh, fsdp=settings.sharding == "fsdp"):
-            return step(state, batch, key, frozen)
+    placed = functools.partial(_placed, mesh=mesh, fsdp=settings.sharding == "fsdp")
+    averaged = _averaging(settings, steps_per_epoch)
+    step = make_train_step(bind_net, objective, optimizer, *attacks, **averaged, perturb=_perturb(settings), **shared)
+    recompute = None
+    if settings.averaging.statistics == "recomputed":
+        recompute = placed(make_statistics_step(bind_net, objective, *attacks, **shared))
 
     return Experiment(
         config=settings,
@@ -136,11 +145,23 @@ def build(
         objective=objective,
         optimizer=optimizer,
         learning_rate=learning_rate,
-        train_step=train_step,
+        train_step=placed(step),
+        statistics_step=recompute,
         frozen=frozen,
         steps_per_epoch=steps_per_epoch,
         mesh=mesh,
+        shares=mixture,
     )
+
+
+def _placed(step, mesh, fsdp):
+    """A step whose parts lie on the devices of `mesh`."""
+
+    def placed(state, batch, key, frozen=None):
+        with placement.over(mesh, fsdp):
+            return step(state, batch, key, frozen)
+
+    return placed
 
 
 def _check_padding(pad, size):
@@ -248,7 +269,7 @@ def _attacks(settings, objective):
     options = config.arguments("attacks", settings.attack, "attack")
     if options.get("loss") == "objective":
         options["loss"] = objective.attack_loss
-    if settings.attack_bn == "eval":
+    if settings.attack_bn != "train":
         return config.factory("attacks", settings.attack.name)(**options), None
     if settings.attack.name != "pgd":
         raise InputError("attack_bn='train' goes with attack.name='pgd' only")
@@ -257,6 +278,29 @@ def _attacks(settings, objective):
     if options.pop("restarts", 1) != 1:
         raise InputError("attack_bn='train' goes with attack.restarts=1 only")
     return None, stateful_pgd(**options)
+
+
+def _passes(settings, objective):
+    """How batch-norm is seen; InputError on what would be ignored."""
+    attacked = settings.attack is not None or objective.attack is not None
+    if settings.bn_statistics == "adv" and not attacked:
+        raise InputError("bn_statistics='adv' needs adversarial images; this run trains on clean ones, set 'all'")
+    if settings.attack_bn == "batch" and settings.attack is None:
+        raise InputError("attack_bn='batch' needs an attack; set it to 'eval'")
+    return Passes("batch" if settings.attack_bn == "batch" else "eval", settings.bn_statistics)
+
+
+def _averaging(settings, steps_per_epoch):
+    """The arguments of the train step for the average of the weights."""
+    decay, options = settings.ema_decay, settings.averaging
+    if decay is None:
+        if config.plain(options) != config.plain(config.base().averaging):
+            raise InputError("averaging says how the weights are averaged, and they are not; set ema_decay, as 0.995")
+        return {}
+    start = round(options.start * steps_per_epoch)
+    if options.warmup or start:
+        decay = optim.average_decay(decay, warmup=options.warmup, start=start)
+    return {"ema_decay": decay, "average_stats": options.statistics == "averaged"}
 
 
 def _perturb(settings):
@@ -269,6 +313,59 @@ def _augmentation(settings):
     if "name" in settings.augment:
         return config.build("augmentations", settings.augment, "augment")
     return augment.crop_and_flip(**settings.augment)
+
+
+def _mix(settings, objective, classes):
+    """(key, batch) -> the batch with mixed images, or None."""
+    if settings.mix is None:
+        return None
+    if _remembers_images(objective, classes):
+        raise InputError(
+            f"mix='{settings.mix.name}' does not go with objective '{settings.objective.name}', which remembers "
+            f"something of each image; set mix=None"
+        )
+    make = config.build("mixes", settings.mix, "mix")
+
+    def mix(key, batch):
+        labels = losses.as_distribution(batch["label"], classes)
+        mixed = make(key, batch["image"], labels, batch["index"])
+        return {**batch, "image": mixed.image, "label": mixed.label, "share": mixed.share}
+
+    return mix
+
+
+def _remembers_images(objective, classes):
+    """Whether the objective's memory has an entry for each training image."""
+    count = 104_729  # a number that is no other size
+    made = jax.eval_shape(lambda: objective.memory(count, classes)) if objective.memory else ()
+    return any(leaf.shape[:1] == (count,) for leaf in jax.tree.leaves(made))
+
+
+def _smooth(settings, objective, data):
+    """batch -> smoothed labels, or None."""
+    delta, form, images = (settings.smoothing[key] for key in ("delta", "form", "images"))
+    if not delta:
+        return None
+    if not objective.fits_labels:
+        raise InputError(
+            f"smoothing.delta={delta:g}: objective '{settings.objective.name}' with these options has no cross-entropy "
+            f"with the labels, which would change nothing; set it to 0"
+        )
+    classes = data.num_classes
+    if form == "others" and delta >= (classes - 1) / classes:
+        raise InputError(f"smoothing.delta={delta:g} with {classes} classes leaves no likeliest class; give less")
+    original = len(data.train.labels)
+    if images == "generated" and data.extra is None:
+        raise InputError("smoothing.images='generated' needs generated images; set data.extra, or 'all'")
+
+    def smooth(batch):
+        smoothed = losses.smooth(batch["label"], classes, delta, form)
+        if images == "all":
+            return smoothed
+        kept = losses.as_distribution(batch["label"], classes)
+        return jnp.where((batch["index"] >= original)[:, None], smoothed, kept)
+
+    return smooth
 
 
 # ---- the first state ---------------------------------------------------------------------------------------
@@ -301,11 +398,13 @@ def initializer(experiment: Experiment) -> Callable[..., TrainState]:
     """A function (key, x, frozen) -> the initial state."""
     objective, data = experiment.objective, experiment.data
     ema = experiment.config.ema_decay is not None
+    statistics = experiment.config.averaging.statistics != "raw"
 
     def init(key, x, frozen):
         net = experiment.bind_net(frozen)
-        memory = objective.memory(len(data.train.labels), data.num_classes) if objective.memory else None
-        return init_state(key, net, experiment.model, objective.head, experiment.optimizer, x, ema, memory)
+        images = len(data.train.labels) + (0 if data.extra is None else len(data.extra.labels))
+        memory = objective.memory(images, data.num_classes) if objective.memory else None
+        return init_state(key, net, experiment.model, objective.head, experiment.optimizer, x, ema, memory, statistics)
 
     return init
 

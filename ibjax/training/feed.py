@@ -1,9 +1,13 @@
 """How training images reach the step: they stay in device memory, or are streamed to it one batch ahead.
 
+Generated images (`ibjax.data.extra`) follow the original ones in the same array, or are read from their file while the
+original ones stay in device memory.
+
 Guarantees (tests of the same names): the data order is a function of (seed, epoch, step); nothing is transferred from
 the host inside an epoch, where the data lie in device memory; the step compiles once.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +17,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import NamedSharding
 
-from ibjax.data import stream, streamed
+from ibjax.data import extra, stream, streamed
 from ibjax.devices import cluster
 from ibjax.errors import InputError
 from ibjax.step import TrainState
@@ -25,25 +29,93 @@ class Feed(NamedTuple):
 
     capacity: int  # maximum number of steps in one dispatch
     dispatch: Callable[[TrainState, int], tuple[TrainState, dict[str, Array]]]  # (state, steps) -> (state, metrics)
+    # state -> state, whose `ema_stats` are recomputed, and which takes its place; None where they are not to be
+    recompute: Callable[[TrainState], TrainState] | None = None
 
 
 def feed(experiment: Experiment, key: Array, step: int) -> Feed:
     """The compiled steps from `step` on, with their data; `key` is the run's key for training."""
-    return (_streaming if streamed(experiment.data.train) else _resident)(experiment, key, step)
+    streams = streamed(experiment.data.train)
+    make = _streaming if streams else _reading if reads_extra(experiment) else _resident
+    data = () if streams else tuple(cluster.replicate(array, experiment.mesh) for array in resident_data(experiment))
+    capacity, begin = make(experiment, key, data)
+    if experiment.statistics_step is None:
+        return Feed(capacity, begin(step))
+    return Feed(capacity, begin(step), _recomputing(experiment, make, key, data))
+
+
+def _recomputing(experiment, make, key, data):
+    """The function `recompute` of a Feed: the passes of the last batches, at the averaged parameters."""
+
+    def statistics_step(*arguments):
+        return experiment.statistics_step(*arguments), {}
+
+    settings = experiment.config.copy_and_resolve_references()
+    settings.steps_per_dispatch = 1
+    _, begin = make(experiment._replace(config=settings, train_step=statistics_step), key, data)
+    replicated = NamedSharding(experiment.mesh, cluster.REPLICATED)
+
+    @functools.partial(jax.jit, out_shardings=replicated)
+    def start(state, count):
+        statistics = jax.tree.map(jnp.copy, state.variables["batch_stats"])  # both are donated to the first step
+        return state._replace(step=state.step - count, ema_stats=statistics)
+
+    def recompute(state):
+        step = int(state.step)
+        count = min(settings.averaging.batches, experiment.steps_per_epoch, step)
+        dispatch, state = begin(step - count), start(state, np.int32(count))
+        for _ in range(count):
+            state, _ = dispatch(state, 1)
+        return state
+
+    return recompute
+
+
+def with_raw_statistics(state: TrainState) -> TrainState:
+    """The state whose `ema_stats` are the network's own statistics."""
+    return state._replace(ema_stats=jax.tree.map(jnp.copy, state.variables["batch_stats"]))
+
+
+def reads_extra(experiment: Experiment) -> bool:
+    """Whether generated images are read from their file while training."""
+    return experiment.data.extra is not None and not experiment.data.extra.resident
+
+
+def resident_data(experiment: Experiment) -> tuple[Any, Any]:
+    """(images, labels) that stay in device memory; labels are distributions where those of generated images are."""
+    data = experiment.data
+    if data.extra is None:
+        return data.train
+    labels = data.train.labels
+    if data.extra.labels.ndim == 2:
+        labels = np.eye(data.num_classes, dtype=np.float32)[labels]
+    if not data.extra.resident:
+        return data.train.images, labels
+    return np.concatenate([data.train.images, data.extra.images]), np.concatenate([labels, data.extra.labels])
 
 
 def trace(experiment: Experiment, state: Any, key: Any) -> None:
     """Traces one step on shapes; raises whatever error the tracing meets."""
-    images, labels = experiment.data.train
-    n = jax.ShapeDtypeStruct((), jnp.int32)
-    if streamed(experiment.data.train):
-        size = experiment.config.batch_size
-        batch = {"image": jax.ShapeDtypeStruct((size, *images.shape[1:]), images.dtype)}
-        batch |= dict.fromkeys(("label", "index"), jax.ShapeDtypeStruct((size,), jnp.int32))
-        jax.eval_shape(make_batch_dispatch(experiment), state, batch, key, experiment.frozen)
-        return
-    shapes = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (images, labels))
-    jax.eval_shape(make_dispatch(experiment, capacity=1), state, *shapes, key, experiment.frozen, n)
+    data, size, frozen = experiment.data, experiment.config.batch_size, experiment.frozen
+    images, n = data.train.images, jax.ShapeDtypeStruct((), jnp.int32)
+    distributions = data.extra is not None and data.extra.labels.ndim == 2
+    kind, classes = (jnp.float32, (data.num_classes,)) if distributions else (jnp.int32, ())
+
+    def shaped(count):
+        """Shapes of so many images and labels."""
+        return jax.ShapeDtypeStruct((count, *images.shape[1:]), images.dtype), jax.ShapeDtypeStruct(
+            (count, *classes), kind
+        )
+
+    if streamed(data.train):
+        batch = dict(zip(("image", "label"), shaped(size), strict=True))
+        jax.eval_shape(make_batch_dispatch(experiment), state, {**batch, "index": batch["label"]}, key, frozen)
+    elif reads_extra(experiment):
+        read = dict(zip(("image", "label"), shaped(size), strict=True))
+        jax.eval_shape(make_reading_dispatch(experiment), state, *shaped(len(images)), read, key, frozen)
+    else:
+        count = len(images) + (0 if data.extra is None else len(data.extra.labels))
+        jax.eval_shape(make_dispatch(experiment, capacity=1), state, *shaped(count), key, frozen, n)
 
 
 def _nothing_transferred():
@@ -55,19 +127,19 @@ def _nothing_transferred():
 # ---- in device memory --------------------------------------------------------------------------------------
 
 
-def _resident(experiment, key, step):
+def _resident(experiment, key, data):
+    """(capacity, a function from the number of the first step to the `dispatch` of a Feed)."""
     settings, mesh = experiment.config, experiment.mesh
     default = 1 if jax.default_backend() == "cpu" else settings.log_every
     capacity = min(settings.steps_per_dispatch or default, experiment.steps_per_epoch)
     dispatch = make_dispatch(experiment, capacity)
-    data = [cluster.replicate(array, mesh) for array in experiment.data.train]
     lengths = {n: cluster.replicate(np.int32(n), mesh) for n in range(1, capacity + 1)}
 
     def run(state, steps):
         with _nothing_transferred():
             return dispatch(state, *data, key, experiment.frozen, lengths[steps])
 
-    return Feed(capacity, run)
+    return capacity, lambda step: run
 
 
 def make_dispatch(experiment: Experiment, capacity: int) -> Callable:
@@ -83,14 +155,19 @@ def make_dispatch(experiment: Experiment, capacity: int) -> Callable:
 
     def dispatch(state, images, labels, key, frozen, n):
         order_key, step_key = jax.random.split(key)
-        epoch = state.step // per_epoch  # the loop never dispatches across the end of an epoch
-        order = jax.random.permutation(jax.random.fold_in(order_key, epoch), len(labels))
+        if experiment.shares is None:
+            epoch = state.step // per_epoch  # the loop never dispatches across the end of an epoch
+            order = jax.random.permutation(jax.random.fold_in(order_key, epoch), len(labels))
+
+        def chosen(step):
+            if experiment.shares is not None:
+                return experiment.shares.index(extra.key_data(order_key), step)
+            return lax.dynamic_slice(order, (step % per_epoch * batch_size,), (batch_size,))
 
         def one(state):
             # otherwise the compiler may shard a weight between two steps and gather it in every step of the attack
             state = lax.with_sharding_constraint(state, stored)
-            index = lax.dynamic_slice(order, (state.step % per_epoch * batch_size,), (batch_size,))
-            index = lax.with_sharding_constraint(index, sharded)
+            index = lax.with_sharding_constraint(chosen(state.step), sharded)
             batch = {"image": images[index], "label": labels[index], "index": index}
             batch = jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, sharded), batch)
             state, metrics = experiment.train_step(state, batch, step_key, frozen)
@@ -115,15 +192,41 @@ def make_dispatch(experiment: Experiment, capacity: int) -> Callable:
 # ---- streamed ----------------------------------------------------------------------------------------------
 
 
-def _streaming(experiment, key, step):
-    settings, mesh = experiment.config, experiment.mesh
+def _streaming(experiment, key, data):
+    """As `_resident`; `data` is empty."""
+    settings = experiment.config
     if (settings.steps_per_dispatch or 1) != 1:
         raise InputError(f"steps_per_dispatch={settings.steps_per_dispatch}: streamed data take 1 step at a time")
     dispatch = make_batch_dispatch(experiment)
-    sharding, size = NamedSharding(mesh, cluster.BATCH), settings.batch_size
-    held = sharding.addressable_devices_indices_map((size,)).values()  # batch positions on this process's devices
+    rows, placed = _placing(experiment)
+    size = settings.batch_size
+
+    def begin(step):
+        source = stream.batches(experiment.data.train, batch_size=size, seed=settings.seed, step=step, rows=rows)
+        return _one_ahead(lambda state, batch: dispatch(state, batch, key, experiment.frozen), source, placed)
+
+    return 1, begin
+
+
+def _one_ahead(dispatch, source, placed):
+    """The `dispatch` of a Feed that takes one batch of `source` after the other, of which one is read ahead."""
+    ahead = [placed(next(source))]
+
+    def run(state, steps):
+        batch = ahead.pop()
+        with _nothing_transferred():
+            result = dispatch(state, batch)
+        ahead.append(placed(next(source)))  # while the devices compute
+        return result
+
+    return run
+
+
+def _placing(experiment):
+    """(the places of a batch that are on this process's devices, a function that puts their values there)."""
+    sharding, size = NamedSharding(experiment.mesh, cluster.BATCH), experiment.config.batch_size
+    held = sharding.addressable_devices_indices_map((size,)).values()
     rows = np.unique(np.concatenate([np.arange(size)[index] for index in held]))
-    source = stream.batches(experiment.data.train, batch_size=size, seed=settings.seed, step=step, rows=rows)
 
     def placed(batch):
         return {
@@ -131,16 +234,7 @@ def _streaming(experiment, key, step):
             for name, value in batch.items()
         }
 
-    ahead = [placed(next(source))]
-
-    def run(state, steps):
-        batch = ahead.pop()
-        with _nothing_transferred():
-            result = dispatch(state, batch, key, experiment.frozen)
-        ahead.append(placed(next(source)))  # while the devices compute
-        return result
-
-    return Feed(1, run)
+    return rows, placed
 
 
 def make_batch_dispatch(experiment: Experiment) -> Callable:
@@ -154,3 +248,51 @@ def make_batch_dispatch(experiment: Experiment) -> Callable:
 
     placed = (state_sharding(experiment), NamedSharding(experiment.mesh, cluster.REPLICATED))
     return jax.jit(dispatch, donate_argnums=0, out_shardings=placed)
+
+
+# ---- generated images that are read --------------------------------------------------------------------------
+
+
+def _reading(experiment, key, data):
+    """As `_resident`."""
+    settings = experiment.config
+    if (settings.steps_per_dispatch or 1) != 1:
+        raise InputError(
+            f"steps_per_dispatch={settings.steps_per_dispatch}: generated images that are read take 1 step at a time"
+        )
+    dispatch = make_reading_dispatch(experiment)
+    rows, placed = _placing(experiment)
+    words = np.asarray(jax.random.key_data(jax.random.split(key)[0]).addressable_data(0))  # of the order, on the host
+
+    def begin(step):
+        source = extra.batches(experiment.data.extra, experiment.shares, words, step, rows)
+        return _one_ahead(lambda state, read: dispatch(state, *data, read, key, experiment.frozen), source, placed)
+
+    return 1, begin
+
+
+def make_reading_dispatch(experiment: Experiment) -> Callable:
+    """The jitted `(state, images, labels, read, key, frozen) -> (state, metrics)`: one step.
+
+    `read` has "image" and "label" of the generated places of the batch; those of the others are taken from `images`
+    and `labels`, and are the same as if all were in device memory.
+    """
+    sharded, replicated = (NamedSharding(experiment.mesh, spec) for spec in (cluster.BATCH, cluster.REPLICATED))
+    shares = experiment.shares
+    assert shares is not None
+
+    def dispatch(state, images, labels, read, key, frozen):
+        order_key, step_key = jax.random.split(key)
+        index = lax.with_sharding_constraint(shares.index(extra.key_data(order_key), state.step), sharded)
+
+        def merged(resident, values):
+            generated = shares.generated.reshape(-1, *(1,) * (values.ndim - 1))
+            return jnp.where(generated, values, resident[jnp.minimum(index, shares.n_original - 1)])
+
+        batch = {"image": merged(images, read["image"]), "label": merged(labels, read["label"]), "index": index}
+        batch = jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, sharded), batch)
+        state, metrics = experiment.train_step(state, batch, step_key, frozen)
+        metrics = {**metrics, "lr": experiment.learning_rate(state.step - 1)}
+        return state, jax.tree.map(lambda value: value[None], metrics)
+
+    return jax.jit(dispatch, donate_argnums=0, out_shardings=(state_sharding(experiment), replicated))

@@ -92,7 +92,7 @@ def train(experiment: Experiment, workdir: Path, *, restart: bool = False) -> No
 
 def _loop(experiment, orbax, state, step, total, write):
     settings, per_epoch, mesh = experiment.config, experiment.steps_per_epoch, experiment.mesh
-    capacity, dispatch = feed.feed(experiment, run_key(settings.seed, 1, mesh), step)
+    capacity, dispatch, recompute = feed.feed(experiment, run_key(settings.seed, 1, mesh), step)
     validator = _validator(experiment)
     window, first, began = Window(step), step, time.perf_counter()
 
@@ -122,6 +122,8 @@ def _loop(experiment, orbax, state, step, total, write):
                 bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['images_per_s']:.0f} images/s")
                 window = Window(step)
             if saved or preempted:
+                if recompute is not None:  # after a notice of preemption there is no time for it
+                    state = recompute(state) if saved else feed.with_raw_statistics(state)
                 try:
                     scores = _validate(experiment, validator, state) if validated else None
                 except InputError as error:  # the weights are so large that the network cannot be judged
