@@ -53,9 +53,8 @@ def _recomputing(experiment, make, key, data):
     settings = experiment.config.copy_and_resolve_references()
     settings.steps_per_dispatch = 1
     _, begin = make(experiment._replace(config=settings, train_step=statistics_step), key, data)
-    replicated = NamedSharding(experiment.mesh, cluster.REPLICATED)
 
-    @functools.partial(jax.jit, out_shardings=replicated)
+    @functools.partial(jax.jit, out_shardings=state_sharding(experiment))
     def start(state, count):
         statistics = jax.tree.map(jnp.copy, state.variables["batch_stats"])  # both are donated to the first step
         return state._replace(step=state.step - count, ema_stats=statistics)
