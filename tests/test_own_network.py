@@ -11,7 +11,7 @@ import pytest
 from flax import linen, nnx
 
 import ibjax
-from ibjax import calls, files, main
+from ibjax import calls, config, files, main
 from ibjax.errors import InputError
 from ibjax.evaluation import benchmark as module
 from ibjax.evaluation import evaluate, report, results
@@ -149,7 +149,9 @@ def test_a_run_has_the_same_flags_as_in_its_evaluation(digits_run):
         if (record := json.loads(file.read_text()))["attack"].startswith("pgd") and record["main"]
     )  # fmt: skip
     threat, n = (record["norm"], record["eps"]), record["n"]
-    (found,) = ibjax.benchmark(trained, "digits", threat=threat, attacks=(record["attack"],), n=n)
+    (found,) = ibjax.benchmark(
+        trained, config.plain(trained.config.data), threat=threat, attacks=(record["attack"],), n=n
+    )
     keys = ("robust_flags", "clean_acc", "images", "dataset", "attack_settings", "step_size", "chance_acc")
     assert {key: found[key] for key in keys} == {key: record[key] for key in keys}
     x, y = trained.test(n)

@@ -10,8 +10,8 @@
 makes a run of it, which can be evaluated and can serve as a teacher. The zoo holds no weights. `published.csv` is its
 table, from which docs/zoo.md is made; `Published.url` says where a file is offered.
 
-Guarantees (tests of the same names): nothing in a file is ever unpickled; a file of another architecture, size, number
-of classes, normalisation or digest than that of the name is refused.
+Guarantees (tested): nothing in a file is ever unpickled; a file of another architecture, size, number of classes,
+normalisation or digest than that of the name is refused.
 """
 
 import urllib.parse
