@@ -246,7 +246,7 @@ def cifar10(row: str, epochs: int, changes: Mapping[str, Any], minutes: float, *
     """A network on CIFAR-10 (JPEG), with the options of CARD."""
     recipe = more.pop("recipe", "configs/baselines_ibd.py")
     given = dict(attacks=("pgd-20", "margin-20"), n=None, accelerator=True) | more
-    changes = CARD | {"epochs": epochs} | changes
+    changes = {**CARD, "epochs": epochs, **changes}
     return Cell(f"cifar10-{slug(row)}-0", "cifar10", row, 0, "cifar10", recipe, changes, minutes=minutes, **given)
 
 
