@@ -65,10 +65,13 @@ def test_the_number_of_the_authors_counts_one_unlucky_draw_as_broken(whole):
     reference = 100 * whole.robust.mean()
     assert reference < whole.drawn.accuracy - 10
     np.testing.assert_array_equal(whole.robust, whole.robust_after["apgd-m"])
-    # one attack alone: its flags are those of the first in a row, whatever else has been attacked
+    assert not np.any(whole.robust & ~whole.robust_after["apgd-ce"])
+
+
+@pytest.mark.slow
+def test_an_attack_alone_has_the_flags_of_the_first_in_a_row_whatever_else_has_been_attacked(whole):
     alone = attack(attacks={"apgd-ce": FEW["apgd-ce"]}, draws=2)
     np.testing.assert_array_equal(alone.robust, whole.robust_after["apgd-ce"])
-    assert not np.any(whole.robust & ~whole.robust_after["apgd-ce"])
 
 
 def test_mean_and_standard_error_are_those_of_the_draws():
