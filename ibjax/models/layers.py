@@ -381,7 +381,7 @@ def resize(x: Array, size: tuple[int, int]) -> Array:
     CPU compiler, the gradient of the sum recomputes its inputs for each term and is up to 200 times slower than that of
     the matrix product.
     """
-    if cores.on_cpu():
+    if cores.form().resize == "product":
         return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), "bilinear", antialias=False)
     for axis, length in zip((1, 2), size, strict=True):
         if x.shape[axis] != length:

@@ -229,13 +229,18 @@ def prepare(settings: ConfigDict, shape: tuple[int, ...], classes: int, teachers
     return settings
 
 
-@cores.elsewhere()
 def compile_step(settings: ConfigDict, mesh: Mesh, images: int | None) -> dict[str, Any]:
     """Compiles the train step of a configuration (see `prepare`) for the devices of `mesh`; nothing is run.
 
     `images` is the number of training images on every device, None where they are streamed. Returns figures for one
     chip and one step.
     """
+    target = {"gpu": "cuda"}.get(mesh.devices.flat[0].platform, "tpu")  # a CPU's devices stand for the chips of a slice
+    with cores.elsewhere(target):
+        return _compile_step(settings, mesh, images)
+
+
+def _compile_step(settings, mesh, images):
     experiment = build(settings, {role: Path("/nowhere") for role in config.TEACHERS}, abstract=True, mesh=mesh)
     replicated, sharded = (NamedSharding(mesh, spec) for spec in (cluster.REPLICATED, cluster.BATCH))
 
