@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 
 from ibjax import losses
 from ibjax.attacks import geometry
-from ibjax.attacks.hoist import hoisted, unjitted
+from ibjax.attacks.hoist import hoisted, prepared, unjitted
 from ibjax.attacks.iterative import Iterative
 from ibjax.devices import cluster, cores
 
@@ -200,8 +200,11 @@ class Runner:
             return attack.init(keys, number % attack.restarts, x, y)
 
         def steps(start, stop, x, image, number, other, y, state):
+            fold = cores.form().fold and not self.randomized
+            logits_fn = prepared(self.logits_fn, x) if fold else self.logits_fn
+
             def step(i, state):
-                return attack.step(i, self.logits_fn, x, y, other, state)
+                return attack.step(i, logits_fn, x, y, other, state)
 
             if cores.form().unroll and attack.gradient:
                 return step(start, state)

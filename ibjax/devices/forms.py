@@ -27,10 +27,63 @@ class Form(NamedTuple):
     serial: bool  # whether factorisations of many matrices run one after the other
     fourier: str  # "product" where a Fourier transform may have to be a matrix product, or "fft"
     resize: str  # "product" or "sum": how images are resized
+    fold: bool  # whether batch-norm is folded into the convolution before it, once per attack (evaluation mode)
+    relu: str  # "input" or "output": what its gradient looks at
+    stem: str  # how a bfloat16 network reads pixels: "float32", or "split" into two bfloat16 numbers
+    stem_gradient: str  # of split pixels: "convolution", or "product" of matrices
+    norm_gradient: str  # of batch-norm that is not folded, in evaluation mode: "float32", or the dtype of the "network"
+    norm: str  # batch-norm in training mode: "two passes" for mean and variance, or "one pass"
+    max_pool: str  # gradient of max-pooling: "own", see `models.gradients`, or the "usual" one
+    average_pool: str  # average-pooling: the "mean" of a reshaped array, or a "window"
 
 
 TABLE = {
-    "cpu": Form(unroll=True, parts=4, serial=True, fourier="product", resize="product"),
-    "cuda": Form(unroll=False, parts=1, serial=False, fourier="fft", resize="sum"),
-    "tpu": Form(unroll=False, parts=1, serial=False, fourier="fft", resize="sum"),
+    "cpu": Form(
+        unroll=True,
+        parts=4,
+        serial=True,
+        fourier="product",
+        resize="product",
+        fold=False,
+        relu="input",
+        stem="float32",
+        stem_gradient="convolution",
+        norm_gradient="float32",
+        norm="two passes",
+        max_pool="own",
+        average_pool="mean",
+    ),
+    "cuda": Form(
+        unroll=False,
+        parts=1,
+        serial=False,
+        fourier="fft",
+        resize="sum",
+        fold=True,
+        relu="output",
+        stem="split",
+        stem_gradient="product",
+        norm_gradient="float32",
+        norm="one pass",
+        max_pool="own",
+        average_pool="mean",
+    ),
+    "tpu": Form(
+        unroll=False,
+        parts=1,
+        serial=False,
+        fourier="fft",
+        resize="sum",
+        fold=True,
+        relu="input",
+        stem="split",
+        stem_gradient="convolution",
+        norm_gradient="network",
+        norm="one pass",
+        max_pool="usual",
+        average_pool="window",
+    ),
 }
+
+# those of accelerators that were a CPU's, or everybody's, before this table: benchmarks/forms.py compares both
+SINCE_THE_TABLE = ("fold", "relu", "stem", "stem_gradient", "norm_gradient", "norm", "max_pool", "average_pool")
