@@ -35,6 +35,7 @@ class Form(NamedTuple):
     norm: str  # batch-norm in training mode: "two passes" for mean and variance, or "one pass"
     max_pool: str  # gradient of max-pooling: "own", see `models.gradients`, or the "usual" one
     average_pool: str  # average-pooling: the "mean" of a reshaped array, or a "window"
+    crop: str  # random crops: a "slice" for each image, or "products" with ones and zeros
 
 
 TABLE = {
@@ -52,6 +53,7 @@ TABLE = {
         norm="two passes",
         max_pool="own",
         average_pool="mean",
+        crop="slice",
     ),
     "cuda": Form(
         unroll=False,
@@ -67,6 +69,7 @@ TABLE = {
         norm="one pass",
         max_pool="own",
         average_pool="mean",
+        crop="slice",
     ),
     "tpu": Form(
         unroll=False,
@@ -82,6 +85,7 @@ TABLE = {
         norm="one pass",
         max_pool="usual",
         average_pool="window",
+        crop="products",
     ),
 }
 

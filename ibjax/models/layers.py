@@ -2,9 +2,10 @@
 
 Parameters, batch statistics and logits are float32; convolutions and activations use `dtype`. The first convolution
 takes float32 pixels (`pixels=True`), since bfloat16 would round away small perturbations, such as a start of 0.001·N(0,
-1): on accelerators each pixel of a bfloat16 network is the sum of two bfloat16 numbers. These are dtypes of arrays. How an accelerator rounds the operands of float32 products is the caller's choice; JAX's default is
-TensorFloat-32 on a GPU and bfloat16 on a TPU (docs/precision.md). What a layer computes differently on CPU, GPU and
-TPU is in the table of `ibjax.devices.forms`.
+1): on accelerators each pixel of a bfloat16 network is the sum of two bfloat16 numbers. These are dtypes of arrays. How
+an accelerator rounds the operands of float32 products is the caller's choice; JAX's default is TensorFloat-32 on a GPU
+and bfloat16 on a TPU (docs/precision.md). What a layer computes differently on CPU, GPU and TPU is in the table of
+`ibjax.devices.forms`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -263,7 +263,11 @@ def _compile_step(settings, mesh, images):
         batch = dict(zip(("image", "label"), of_images(settings.batch_size, jnp.uint8, sharded), strict=True))
         lowered = feed.make_batch_dispatch(experiment).lower(state, {**batch, "index": batch["label"]}, key, frozen)
     else:
-        data, n = of_images(images, jnp.uint8, replicated), shaped(jax.ShapeDtypeStruct((), jnp.int32))
+        held = jax.ShapeDtypeStruct((images, int(np.prod(shape))), jnp.uint8)
+        data, n = (
+            shaped((held, jax.ShapeDtypeStruct((images,), jnp.int32))),
+            shaped(jax.ShapeDtypeStruct((), jnp.int32)),
+        )
         lowered = feed.make_dispatch(experiment, steps).lower(state, *data, key, frozen, n)
     compiled = lowered.compile()
     seconds = time.perf_counter() - began

@@ -42,7 +42,7 @@ def trace(experiment: Experiment, state: Any, key: Any) -> None:
         batch |= dict.fromkeys(("label", "index"), jax.ShapeDtypeStruct((size,), jnp.int32))
         jax.eval_shape(make_batch_dispatch(experiment), state, batch, key, experiment.frozen)
         return
-    shapes = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (images, labels))
+    shapes = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (rows_of(images), labels))
     jax.eval_shape(make_dispatch(experiment, capacity=1), state, *shapes, key, experiment.frozen, n)
 
 
@@ -60,7 +60,8 @@ def _resident(experiment, key, step):
     default = 1 if jax.default_backend() == "cpu" else settings.log_every
     capacity = min(settings.steps_per_dispatch or default, experiment.steps_per_epoch)
     dispatch = make_dispatch(experiment, capacity)
-    data = [cluster.replicate(array, mesh) for array in experiment.data.train]
+    images, labels = experiment.data.train
+    data = [cluster.replicate(array, mesh) for array in (rows_of(images), labels)]
     lengths = {n: cluster.replicate(np.int32(n), mesh) for n in range(1, capacity + 1)}
 
     def run(state, steps):
@@ -70,8 +71,19 @@ def _resident(experiment, key, step):
     return Feed(capacity, run)
 
 
+def rows_of(images: Any) -> Any:
+    """Images (N, H, W, C) as rows (N, H·W·C), as which they lie in device memory.
+
+    As maps, a TPU's compiler copies all of them in each dispatch into a layout that pads a row of 32 pixels to 128: for
+    50,000 images 614 MB, and 5.1 ms on a v5e, as it estimates.
+    """
+    return images.reshape(len(images), -1)
+
+
 def make_dispatch(experiment: Experiment, capacity: int) -> Callable:
     """The jitted `(state, images, labels, key, frozen, n) -> (state, metrics)`: n <= capacity steps.
+
+    `images` are the `rows_of` all training images, or these themselves.
 
     `metrics` are arrays (capacity,) whose first n entries are valid. The loop's length is an argument, so that one
     program serves every n. On a CPU the capacity is 1 and there is no loop, since XLA runs the body of a loop on fewer
@@ -90,7 +102,8 @@ def make_dispatch(experiment: Experiment, capacity: int) -> Callable:
             state = lax.with_sharding_constraint(state, replicated)
             index = lax.dynamic_slice(order, (state.step % per_epoch * batch_size,), (batch_size,))
             index = lax.with_sharding_constraint(index, sharded)
-            batch = {"image": images[index], "label": labels[index], "index": index}
+            chosen = images[index].reshape(batch_size, *experiment.data.train.images.shape[1:])
+            batch = {"image": chosen, "label": labels[index], "index": index}
             batch = jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, sharded), batch)
             state, metrics = experiment.train_step(state, batch, step_key, frozen)
             return state, {**metrics, "lr": experiment.learning_rate(state.step - 1)}
