@@ -264,10 +264,8 @@ def _compile_step(settings, mesh, images):
         lowered = feed.make_batch_dispatch(experiment).lower(state, {**batch, "index": batch["label"]}, key, frozen)
     else:
         held = jax.ShapeDtypeStruct((images, int(np.prod(shape))), jnp.uint8)
-        data, n = (
-            shaped((held, jax.ShapeDtypeStruct((images,), jnp.int32))),
-            shaped(jax.ShapeDtypeStruct((), jnp.int32)),
-        )
+        data = shaped((held, jax.ShapeDtypeStruct((images,), jnp.int32)))
+        n = shaped(jax.ShapeDtypeStruct((), jnp.int32))
         lowered = feed.make_dispatch(experiment, steps).lower(state, *data, key, frozen, n)
     compiled = lowered.compile()
     seconds = time.perf_counter() - began
