@@ -1,6 +1,7 @@
 """Functions as programs: what they close over becomes arguments, what depends on that alone is computed once."""
 
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -39,19 +40,23 @@ def prepared(f: Callable, x: Array) -> Callable:
     closed, shapes = jax.make_jaxpr(f, return_shape=True)(x)
     tree, like = jax.tree.structure(shapes), (x.shape, x.dtype)
     program = _Divided(closed)
-    made = program.read()
-    arrays = {slot: value for slot, value in made.items() if slot not in program.literals}
-    made |= zip(arrays, lax.optimization_barrier(list(arrays.values())), strict=True)
+
+    def prepare(values):
+        made = _run(program.before, {**program.literals, **values})
+        return lax.optimization_barrier({slot: made[slot] for slot in program.between})
+
+    made = {**program.literals, **jax.jit(prepare)(program.constants)}
 
     def call(x):
         if (x.shape, x.dtype) != like:
             return f(x)
-        values = {**made, 0: x}
-        for step in program.steps:
-            values.update(step.run(values))
+        values = _run(program.after, {**made, _ARGUMENT: x})
         return jax.tree.unflatten(tree, [values[slot] for slot in program.outputs])
 
     return call
+
+
+_ARGUMENT = 0  # the slot of a program's argument
 
 
 class _Step(NamedTuple):
@@ -62,80 +67,80 @@ class _Step(NamedTuple):
     reads: dict[Any, int]  # variable -> slot
     writes: list[int]
 
-    def run(self, values):
-        """{slot: value} of the results; as a program of its own, since JAX's versions differ in how to call one."""
-        parts = dict(constvars=[], invars=list(self.reads), outvars=self.equation.outvars, eqns=[self.equation])
-        names = self.within.debug_info.with_unknown_names()
-        alone = self.within.replace(**parts, effects=self.equation.effects, debug_info=names)
-        found = jaxpr_as_fun(ClosedJaxpr(alone, ()))(*(values[slot] for slot in self.reads.values()))
-        return dict(zip(self.writes, found, strict=True))
-
-    def grows(self):
+    def grows(self) -> bool:
         """Whether it writes more than twice as much as it reads, such as a broadcast."""
         sizes = [sum(v.aval.size for v in variables) for variables in (self.equation.outvars, self.reads)]
         return sizes[0] > 2 * sizes[1]
 
 
+def _run(steps, values):
+    """{slot: value} after some steps. Each is a program of its own, since JAX's versions differ in how to call one."""
+    values = dict(values)
+    for equation, within, reads, writes in steps:
+        parts = dict(constvars=[], invars=list(reads), outvars=equation.outvars, eqns=[equation])
+        names = within.debug_info.with_unknown_names()
+        alone = within.replace(**parts, effects=equation.effects, debug_info=names)
+        found = jaxpr_as_fun(ClosedJaxpr(alone, ()))(*(values[slot] for slot in reads.values()))
+        values.update(zip(writes, found, strict=True))
+    return values
+
+
 class _Divided:
-    """A program of one argument, slot 0: the values that do not depend on it, and the steps that remain.
+    """The steps of a program of one argument: those that do not depend on it, and those that remain.
 
     Attributes:
-      steps: the remaining steps, in order.
+      constants, literals: {slot: value} of arrays that the program closes over, and of numbers in its text.
+      before, after: the steps, each in order.
+      between: slots that `before` or `constants` give to `after` or to the results.
       outputs: slots of the results.
-      literals: slots of numbers in the program's text, and of what is made from these alone.
     """
 
     def __init__(self, closed):
-        self._count, self._known, self._later = iter(range(1, 1 << 62)), {}, {}
-        self.steps, self.literals = [], set()
-        self.outputs = self._walk(closed, [0])
-        needed, kept = set(self.outputs), []
-        for step in reversed(self.steps):
-            if step.equation.effects or needed.intersection(step.writes):
-                needed.update(step.reads.values())
-                kept.append(step)
-        self.steps = kept[::-1]
+        self.constants, self.literals = {}, {}
+        self._count, self._cheap, self._fixed = itertools.count(_ARGUMENT + 1), set(), set()
+        before, after = [], []
+        self.outputs = self._walk(closed, [_ARGUMENT], before, after)
+        self.after, needed = _needed(after, self.outputs)
+        self.between = [slot for slot in needed if slot in self._fixed]
+        self.before, _ = _needed(before, self.between)
 
-    def read(self):
-        """{slot: value} of what the remaining steps and the results read of the values that are known."""
-        slots = dict.fromkeys([*(slot for step in self.steps for slot in step.reads.values()), *self.outputs])
-        return {slot: self._known[slot] for slot in slots if slot in self._known}
-
-    def _walk(self, closed, arguments):
+    def _walk(self, closed, arguments, before, after):
         jaxpr, place = closed.jaxpr, {}
         place.update(zip(jaxpr.invars, arguments, strict=True))
-        place.update(zip(jaxpr.constvars, map(self._new, closed.consts), strict=True))
+        for variable, value in zip(jaxpr.constvars, closed.consts, strict=True):
+            place[variable] = slot = next(self._count)
+            self.constants[slot] = value
+            self._fixed.add(slot)
         for equation in jaxpr.eqns:
             reads = {atom: place[atom] for atom in equation.invars if isinstance(atom, Var)}
             step = _Step(equation, jaxpr, reads, [next(self._count) for _ in equation.outvars])
-            writes = step.writes
-            if all(slot in self._known or slot in self._later for slot in reads.values()) and not equation.effects:
-                if step.grows():
-                    self._later |= dict.fromkeys(writes, step)
-                    self.steps.append(step)
-                else:
-                    self._known |= step.run({slot: self._value(slot) for slot in reads.values()})
-                    self.literals.update(writes if self.literals.issuperset(reads.values()) else ())
-            elif equation.primitive.name in ("jit", "pjit"):
-                writes = self._walk(equation.params["jaxpr"], [self._slot(atom, place) for atom in equation.invars])
-            else:
-                self.steps.append(step)
+            slots, writes = set(reads.values()), step.writes
+            known = slots <= self._fixed | self._cheap and not equation.effects
+            cheap = known and (slots <= self._cheap or step.grows())
+            if known:
+                before.append(step)
+                (self._cheap if cheap else self._fixed).update(writes)
+            if not known and equation.primitive.name in ("jit", "pjit"):  # a program within the program
+                given = [self._slot(atom, place) for atom in equation.invars]
+                writes = self._walk(equation.params["jaxpr"], given, before, after)
+            elif cheap or not known:
+                after.append(step)
             place.update(zip(equation.outvars, writes, strict=True))
         return [self._slot(atom, place) for atom in jaxpr.outvars]
-
-    def _new(self, value):
-        self._known[slot := next(self._count)] = value
-        return slot
 
     def _slot(self, atom, place):
         if isinstance(atom, Var):
             return place[atom]
-        self.literals.add(slot := self._new(atom.val))
+        self.literals[slot := next(self._count)] = atom.val
+        self._cheap.add(slot)
         return slot
 
-    def _value(self, slot):
-        """A value that is known; one that grows is computed where another one that is known needs it."""
-        if slot in self._known:
-            return self._known[slot]
-        step = self._later[slot]
-        return step.run({slot: self._value(slot) for slot in step.reads.values()})[slot]
+
+def _needed(steps, outputs):
+    """(the steps that some slots depend on, all slots that these and the steps read)."""
+    needed, kept = dict.fromkeys(outputs), []
+    for step in reversed(steps):
+        if step.equation.effects or any(slot in needed for slot in step.writes):
+            needed.update(dict.fromkeys(step.reads.values()))
+            kept.append(step)
+    return kept[::-1], needed
