@@ -8,8 +8,8 @@ teacher is a network like the student. "loop" is PGD alone, "step" a whole train
 kernels and the GB that they read and write, in the bodies of loops and outside. For a TPU it has the milliseconds that
 the compiler itself expects of one chip: its own cost model, by which it chooses tilings, and no measurement.
 
-"Before" is the same program with one form less: the forms of a CPU where that is what this project gave every platform
-before it had the table. Each program has its own process. The same command continues where it was stopped.
+"Before" is the same program with networks, pooling and crops in the forms of a CPU, as every platform was given them
+before there was a table of forms. Each program has its own process. The same command continues where it was stopped.
 """
 
 import argparse
