@@ -286,7 +286,8 @@ class BatchNorm(nn.Module):
         params, running = self.variables["params"], self.variables["batch_stats"]
         shift = jnp.where(jnp.isfinite(running["mean"]), running["mean"], 0.0)  # a NaN must not outlive its batch
         arguments = (x, params["scale"], params["bias"], lax.stop_gradient(shift), skip, self.epsilon, relu)
-        y, mean, var = gradients.norm_add_relu(*arguments)
+        made: Any = gradients.norm_add_relu(*arguments)
+        y, mean, var = made
         n = x.size // x.shape[-1]
         self._update(mean, var * (n / max(n - 1, 1)))
         return y.astype(self.dtype)
