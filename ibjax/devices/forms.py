@@ -40,8 +40,8 @@ gradient.
 
 Where nothing else is said, figures are of one step of PGD's loop on a ResNet-18 in bfloat16, batch 512: for a GPU the
 kernels and bytes of the program compiled for an H200, for a TPU the milliseconds that its compiler estimates for a v5e
-(jax 0.10.2, libtpu 0.0.42). They are no measurements of a run; those on an H100 and on a CPU are.
-`benchmarks/forms.py` compiles these programs.
+(jax 0.10.2, libtpu 0.0.42), each form tried by itself. They are no measurements of a run; those on an H100 and on a CPU
+are. `benchmarks/forms.py` compiles these programs.
 """
 
 from typing import NamedTuple
