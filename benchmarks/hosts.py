@@ -98,7 +98,7 @@ class Job:
 
     def text(self, i: int) -> str:
         """What process i has written."""
-        return self.outputs[i].read_text(errors="replace")
+        return self.outputs[i].read_text(encoding="utf-8", errors="replace")
 
     def finished(self) -> None:
         """Waits, and raises RuntimeError with the last lines unless all ended well."""
@@ -353,8 +353,8 @@ def command_line() -> None:
         root = Path(folder)
         about = dict(benchmarks=str(ROOT / "benchmarks"), epochs=EPOCHS, teachers=str(root / "teachers"))
         full, short = root / "full.py", root / "short.py"
-        full.write_text(RECIPE.format(**about, attacks=("pgd-20", "autoattack"), n=128))
-        short.write_text(RECIPE.format(**about, attacks=("autoattack",), n=64))
+        full.write_text(RECIPE.format(**about, attacks=("pgd-20", "autoattack"), n=128), encoding="utf-8")
+        short.write_text(RECIPE.format(**about, attacks=("autoattack",), n=64), encoding="utf-8")
         if "agreement" in wanted:
             for count in given.processes:
                 for record in agreement(root, full, count):

@@ -277,7 +277,7 @@ def test_the_steps_of_an_epoch_are_counted_from_its_first():
     optimizer = optax.sgd(0.0)
     step = jax.jit(make_train_step(lambda _: NET, objective, optimizer, None, steps_per_epoch=490))
     state = TrainState(jnp.int32(0), VARIABLES, optimizer.init(trainable(VARIABLES)), None)
-    batch = {"image": BATCH["image"], "label": BATCH["label"]}
+    batch = {"image": BATCH["image"], "label": BATCH["label"], "index": jnp.arange(len(BATCH["label"]))}
     for done, expected in ((0, 0), (489, 489), (490, 0), (500, 10), (980, 0)):
         _, metrics = step(state._replace(step=jnp.int32(done)), batch, jax.random.key(0))
         assert (int(metrics["step"]), int(metrics["epoch_step"])) == (done, expected)

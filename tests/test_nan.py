@@ -21,6 +21,7 @@ from ibjax.attacks.pgd import pgd
 from ibjax.attacks.spsa import spsa
 from ibjax.attacks.square import iterative_square
 from ibjax.data import Split
+from ibjax.devices import cluster
 from ibjax.errors import InputError
 from ibjax.evaluation import scoring
 from ibjax.training import loop
@@ -103,7 +104,8 @@ def test_an_image_whose_logits_become_nan_is_not_robust_and_named(network, attac
 
 def test_validation_counts_them_as_not_robust_and_says_so(caplog):
     settings = SimpleNamespace(seed=0, select_on="val", title="a run")
-    experiment = SimpleNamespace(config=settings, data=SimpleNamespace(val=Split(IMAGES, Y)), select="robust")
+    data = SimpleNamespace(val=Split(IMAGES, Y))
+    experiment = SimpleNamespace(config=settings, data=data, select="robust", mesh=cluster.mesh())
     variables = {"params": {}, "batch_stats": {}}
     state = SimpleNamespace(variables=variables, ema_params=None, ema_stats=None, step=1, opt_state={})
     caplog.set_level(logging.WARNING)
