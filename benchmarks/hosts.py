@@ -80,15 +80,16 @@ class Job:
                 line = [sys.executable, *command]
                 self.processes.append(subprocess.Popen(line, env={**shared, **own}, stdout=out, stderr=out, cwd=folder))
 
-    def wait(self) -> list[int]:
-        """The exit codes; a process that hangs is killed, and has the code -9."""
+    def wait(self, those: Sequence[subprocess.Popen] | None = None) -> list[int]:
+        """The exit codes of all processes, or of `those`; one that hangs is killed, and has the code -9."""
+        those = self.processes if those is None else those
         deadline = time.monotonic() + LATEST + 600 * (len(self.processes) == 1)
-        for process in self.processes:
+        for process in those:
             try:
                 process.wait(max(deadline - time.monotonic(), 0.1))
             except subprocess.TimeoutExpired:
                 process.kill()
-        return [process.wait() for process in self.processes]
+        return [process.wait() for process in those]
 
     def end(self) -> None:
         """Kills what still runs."""
@@ -241,6 +242,19 @@ def kill_in_autoattack(job: Job, workdir: Path) -> None:
 FAULTS = (terminate, kill, kill_first, kill_while_saving, stop, kill_in_autoattack)
 
 
+def ended(job: Job, inject: Callable) -> tuple[list[int], float]:
+    """(exit codes, seconds) of all that have to end by themselves; RuntimeError if one did not do so as it should."""
+    victim = None if inject is terminate else job.processes[0 if inject in (kill_first, kill_while_saving) else -1]
+    began, due = time.monotonic(), errors.EXIT_PEER_LOST if victim else errors.EXIT_PREEMPTED
+    codes = job.wait([process for process in job.processes if process is not victim])
+    seconds = time.monotonic() - began
+    job.end()
+    if set(codes) != {due}:
+        said = " ".join(word for i in range(len(job.processes)) for word in job.text(i).split()[-30:])
+        raise RuntimeError(f"exit codes {codes}, {due} was due: {said}")
+    return codes, seconds
+
+
 def fault(root: Path, recipe: Path, inject: Callable, count: int, trial: int, expected: np.ndarray) -> dict[str, Any]:
     """Injects a fault at a random step, and lets the same command finish the run."""
     workdir = root / f"{inject.__name__}-{count}-{trial}"
@@ -251,22 +265,14 @@ def fault(root: Path, recipe: Path, inject: Callable, count: int, trial: int, ex
     try:
         until(lambda: furthest(workdir) >= at, job, f"step {at}")
         inject(job, workdir)
-        began = time.monotonic()
-        if inject is stop:
-            for process in job.processes[:-1]:
-                process.wait(LATEST)
-            seconds = time.monotonic() - began
-            job.processes[-1].kill()
-        codes = job.wait()
-        seconds = seconds if inject is stop else time.monotonic() - began
-        named = sum("process" in job.text(i).splitlines()[-1] for i, code in enumerate(codes) if code > 0)
+        codes, seconds = ended(job, inject)
         again = train(recipe, "ib_rar", workdir, count)
         again.finished()
         difference = float(np.max(np.abs(losses(workdir) - expected) / np.abs(expected)))
     finally:
         job.end()
     shutil.rmtree(workdir)
-    return {"at": at, "codes": codes, "seconds": round(seconds, 1), "named": named, "difference": difference}
+    return {"at": at, "codes": codes, "seconds": round(seconds, 1), "difference": difference}
 
 
 def faults(root: Path, recipe: Path, count: int, trials: int, kinds: Sequence[Callable]) -> list[dict[str, Any]]:

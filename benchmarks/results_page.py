@@ -1,9 +1,8 @@
 """The page of benchmarks/results.py, results/README.md: a function of the records and of benchmarks/cells.py alone."""
 
-import base64
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from scipy import stats
 
 from ibjax import files
 from ibjax.attacks import names
-from ibjax.evaluation.results import attack_label
+from ibjax.evaluation.results import attack_label, robust_flags
 
 
 class Found(NamedTuple):
@@ -36,13 +35,7 @@ class Found(NamedTuple):
     def flags(self) -> dict[tuple[str, str], np.ndarray]:
         """{(an attack's canonical name, digest of the images): which of them are robust (n,) bool}."""
         kept = [record for record in self.records if record["main"] and "robust_flags" in record]
-        return {(names.canonical(record["attack"]), record["images"]): unpacked(record) for record in kept}
-
-
-def unpacked(record: Mapping[str, Any]) -> np.ndarray:
-    """The flags of a record, (n,) bool."""
-    packed = np.frombuffer(base64.b64decode(record["robust_flags"]), np.uint8)
-    return np.unpackbits(packed, count=record["n"]).astype(bool)
+        return {(names.canonical(record["attack"]), record["images"]): robust_flags(record) for record in kept}
 
 
 def finished(folder: Path) -> dict[str, Found]:

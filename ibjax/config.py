@@ -121,6 +121,12 @@ def base() -> ConfigDict:
 
 # ---- checks ------------------------------------------------------------------------------------------------
 
+# sections and keys that change neither a training nor its result
+WITHOUT_EFFECT = (
+    *("title", "evaluate", "contrast", "log_every", "writers", "checkpoint_every", "steps_per_dispatch"),
+    "sharding",
+)
+
 # dotted path -> (type, lowest, highest); None is allowed where base() has a placeholder
 _NUMBERS = {
     "seed": (int, 0, 2**32 - 1),

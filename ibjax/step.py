@@ -327,13 +327,11 @@ def make_train_step(
       passes: see `Passes`.
     """
     prepare = _preparation(augment, mix, steps_per_epoch)
-    adversarial = _adversarial(objective, attack, training_attack, passes)
+    adversarial = _adversarial(objective, attack, training_attack, smooth, passes)
 
     def differentiate(net, variables, batch, attack_key, loss_key):
         """((gradients, weight perturbation), (variables, metrics)) of a batch, or of a part of one."""
-        x_adv, variables = adversarial(net, variables, batch, attack_key, loss_key)
-        fitted = batch if smooth is None else {**batch, "label": smooth(batch)}
-        net = _with_statistics(net, batch["image"], x_adv, passes)
+        net, variables, fitted, x_adv = adversarial(net, variables, batch, attack_key, loss_key)
 
         def loss(params):
             return objective.loss(net, with_trainable(variables, params), fitted, x_adv, loss_key)
@@ -398,17 +396,14 @@ def make_statistics_step(
     number of the step. Arguments as in `make_train_step`.
     """
     prepare = _preparation(augment, mix, steps_per_epoch)
-    adversarial = _adversarial(objective, attack, training_attack, passes)
+    adversarial = _adversarial(objective, attack, training_attack, smooth, passes)
 
     def statistics_step(state, batch, key, frozen=None):
         batch, progress, keys = prepare(state.step, batch, key)
         net = bind_net(frozen)
 
         def one(variables, part, keys):
-            part = {**part, **progress}
-            x_adv, variables = adversarial(net, variables, part, *keys)
-            fitted = part if smooth is None else {**part, "label": smooth(part)}
-            seen = _with_statistics(net, part["image"], x_adv, passes)
+            seen, variables, fitted, x_adv = adversarial(net, variables, {**part, **progress}, *keys)
             return (), (objective.loss(seen, variables, fitted, x_adv, keys[1])[1][0], {})
 
         variables = {**state.variables, "params": state.ema_params, "batch_stats": state.ema_stats}
@@ -434,10 +429,11 @@ def _preparation(augment, mix, steps_per_epoch):
     return prepare
 
 
-def _adversarial(objective, attack, training_attack, passes):
-    """(net, variables, batch, attack_key, loss_key) -> (x_adv, variables): what comes before the loss."""
+def _adversarial(objective, attack, training_attack, smooth, passes):
+    """(net, variables, batch, attack_key, loss_key) -> (net, variables, batch, x_adv), as the loss takes them."""
 
     def adversarial(net, variables, batch, attack_key, loss_key):
+        seen = net
         if objective.remember is not None:
             variables = objective.remember(net, variables, batch, loss_key)
         x_adv = None
@@ -449,10 +445,12 @@ def _adversarial(objective, attack, training_attack, passes):
             )
         elif attack is not None:
             if passes.attack == "batch":
-                net = net._replace(predict=lambda v, x, edits=None: net.forward(v, x, loss_key, edits)[0])
-            target = objective.target(net, variables, batch, loss_key)
-            x_adv = attack(attack_key, _attacked(objective, net, variables), batch["image"], target)
-        return jax.tree.map(lax.stop_gradient, x_adv), variables
+                seen = net._replace(predict=lambda v, x, edits=None: net.forward(v, x, loss_key, edits)[0])
+            target = objective.target(seen, variables, batch, loss_key)
+            x_adv = attack(attack_key, _attacked(objective, seen, variables), batch["image"], target)
+        x_adv = jax.tree.map(lax.stop_gradient, x_adv)
+        fitted = batch if smooth is None else {**batch, "label": smooth(batch)}
+        return _with_statistics(net, batch["image"], x_adv, passes), variables, fitted, x_adv
 
     return adversarial
 

@@ -220,7 +220,6 @@ def _stored(file, member, digest):
     unpacked = files.cache_folder() / "extra" / f"{digest}.images"
     if not (unpacked.is_file() and unpacked.stat().st_size == size):
         unpacked.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        skip = None
         with (
             files.replacing(unpacked) as temporary,
             zipfile.ZipFile(file) as archive,

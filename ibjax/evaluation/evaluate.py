@@ -133,7 +133,7 @@ def write_records(examined: Examined, folder: Path, keep: int = 10) -> list[dict
 
     keep: as in `evaluate`. Records that are there are not computed again.
     """
-    trained, split, settings, source, _, common = examined
+    trained, split, settings, source = examined[:4]
     main, plan, records = settings["eps"], list(_plan(settings, trained, source)), []
 
     @functools.lru_cache(maxsize=1)  # keeps one attack's compiled program for its whole ladder of eps
@@ -141,12 +141,7 @@ def write_records(examined: Examined, folder: Path, keep: int = 10) -> list[dict
         return _executor(named(name, trained.config.objective), examined)
 
     for number, (name, attack, eps) in enumerate(plan, 1):
-        label, made = names.recorded(name), attack.settings
-        if source is not None:
-            label, made = f"{label} from {source.says['title']}", {**made, "surrogate": source.says}
-        step_size = _step_size(attack, settings, eps)
-        own = {"attack": label, "attack_settings": made, "eps": eps, "step_size": step_size}
-        identity = {**common, **own, "main": eps == main, "bounded": attack.bounded}
+        identity = _identity(examined, name, attack, eps)
         file = folder / _file_name(name, eps, settings, source, trained.config.evaluate)
         record = _existing(file, identity)
         cluster.agree(
@@ -157,8 +152,8 @@ def write_records(examined: Examined, folder: Path, keep: int = 10) -> list[dict
             pictured = keep > 0 and eps == main and source is None and not settings["samples"]
             wanted = first_of_each(split.labels, keep) if pictured else 0
             state = file.with_name(f".{file.stem}-{_state_digest(identity, settings['batch_size'])}.npz")
-            title = f"{common['title']}: {results.attack_label(label)}, eps {eps}, {number} of {len(plan)}"
-            flags, x_adv, more = executor(name)(eps, step_size, title, wanted, state)
+            title = _title(identity, number, len(plan))
+            flags, x_adv, more = executor(name)(eps, identity["step_size"], title, wanted, state)
             record = _record(identity, more, flags)
             if pictured:
                 _save_examples(file.with_suffix(".examples.npz"), subset(split, wanted), x_adv, trained)
@@ -202,18 +197,31 @@ def attack_images(
         settings = replaced(trained.config.evaluate)
     trained = trained._replace(facts={**trained.facts, "label": label, "warnings": ()})  # those of its own data
     examined = examine(trained, split, checkpoint, settings)
-    common, eps, records, found = examined.common, settings["eps"], [], []
+    eps, records, found = settings["eps"], [], []
     for number, name in enumerate(settings["attacks"], 1):
         attack = named(name, trained.config.objective)
-        step_size = _step_size(attack, settings, eps)
-        execute = _executor(attack, examined)
-        shown = names.recorded(name)
-        title = f"{common['title']}: {results.attack_label(shown)}, eps {eps}, {number} of {len(settings['attacks'])}"
-        flags, x_adv, more = execute(eps, step_size, title, len(split.labels), None)
-        own = {"attack": shown, "attack_settings": attack.settings, "eps": eps, "step_size": step_size, "main": True}
-        records.append(_record({**common, **own, "bounded": attack.bounded}, more, flags))
+        identity = _identity(examined, name, attack, eps)
+        title = _title(identity, number, len(settings["attacks"]))
+        flags, x_adv, more = _executor(attack, examined)(eps, identity["step_size"], title, len(split.labels), None)
+        records.append(_record(identity, more, flags))
         found.append(x_adv)
     return records, np.stack(found)
+
+
+def _identity(examined, name, attack, eps):
+    """What a record of an attack at a radius states beside its outcome."""
+    settings, source = examined.settings, examined.source
+    label, made = names.recorded(name), attack.settings
+    if source is not None:
+        label, made = f"{label} from {source.says['title']}", {**made, "surrogate": source.says}
+    own = {"attack": label, "attack_settings": made, "eps": eps, "step_size": _step_size(attack, settings, eps)}
+    return {**examined.common, **own, "main": eps == settings["eps"], "bounded": attack.bounded}
+
+
+def _title(identity, number, count):
+    """The name of an evaluation's progress bar."""
+    label = results.attack_label(identity["attack"])
+    return f"{identity['title']}: {label}, eps {identity['eps']}, {number} of {count}"
 
 
 def _warnings(trained, asked):

@@ -31,11 +31,7 @@ log = logging.getLogger(__name__)
 # Keys that change neither the training nor its result, and so may differ when a run is continued. The teacher is
 # compared by its weights and the data by its content, so the paths of both may change. The threat model is compared
 # through the attacks that use it.
-_FREE_KEYS = (
-    *("title", "threat", "evaluate", "contrast", "log_every", "writers", "checkpoint_every", "steps_per_dispatch"),
-    "sharding",
-    *config.TEACHERS,
-)
+_FREE_KEYS = (*config.WITHOUT_EFFECT, "threat", *config.TEACHERS)
 
 
 # what config.json says of the data that is not part of its content and has no digest; earlier versions did not save it

@@ -123,6 +123,24 @@ def _nothing_transferred():
     return jax.transfer_guard("allow" if eager else "disallow")
 
 
+def _step(experiment, state, batch, key, frozen):
+    """(state, metrics) after one step, the learning rate among the metrics."""
+    state, metrics = experiment.train_step(state, batch, key, frozen)
+    return state, {**metrics, "lr": experiment.learning_rate(state.step - 1)}
+
+
+def _in_a_row(made):
+    """(state, metrics) of one step, as those of a dispatch of one."""
+    state, metrics = made
+    return state, jax.tree.map(lambda value: value[None], metrics)
+
+
+def _one_at_a_time(settings, what):
+    """Raises InputError where a dispatch shall take several steps on data that only takes one."""
+    if (settings.steps_per_dispatch or 1) != 1:
+        raise InputError(f"steps_per_dispatch={settings.steps_per_dispatch}: {what} take 1 step at a time")
+
+
 # ---- in device memory --------------------------------------------------------------------------------------
 
 
@@ -181,12 +199,10 @@ def make_dispatch(experiment: Experiment, capacity: int) -> Callable:
             chosen_images = images[index].reshape(batch_size, *experiment.data.train.images.shape[1:])
             batch = {"image": chosen_images, "label": labels[index], "index": index}
             batch = jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, sharded), batch)
-            state, metrics = experiment.train_step(state, batch, step_key, frozen)
-            return state, {**metrics, "lr": experiment.learning_rate(state.step - 1)}
+            return _step(experiment, state, batch, step_key, frozen)
 
         if capacity == 1:
-            state, metrics = one(state)
-            return state, jax.tree.map(lambda value: value[None], metrics)
+            return _in_a_row(one(state))
 
         def body(i, carry):
             state, rows = carry
@@ -206,8 +222,7 @@ def make_dispatch(experiment: Experiment, capacity: int) -> Callable:
 def _streaming(experiment, key, data):
     """As `_resident`; `data` is empty."""
     settings = experiment.config
-    if (settings.steps_per_dispatch or 1) != 1:
-        raise InputError(f"steps_per_dispatch={settings.steps_per_dispatch}: streamed data take 1 step at a time")
+    _one_at_a_time(settings, "streamed data")
     dispatch = make_batch_dispatch(experiment)
     rows, placed = _placing(experiment)
     size = settings.batch_size
@@ -253,9 +268,7 @@ def make_batch_dispatch(experiment: Experiment) -> Callable:
 
     def dispatch(state, batch, key, frozen):
         _, step_key = jax.random.split(key)
-        state, metrics = experiment.train_step(state, batch, step_key, frozen)
-        metrics = {**metrics, "lr": experiment.learning_rate(state.step - 1)}
-        return state, jax.tree.map(lambda value: value[None], metrics)
+        return _in_a_row(_step(experiment, state, batch, step_key, frozen))
 
     placed = (state_sharding(experiment), NamedSharding(experiment.mesh, cluster.REPLICATED))
     return jax.jit(dispatch, donate_argnums=0, out_shardings=placed)
@@ -266,11 +279,7 @@ def make_batch_dispatch(experiment: Experiment) -> Callable:
 
 def _reading(experiment, key, data):
     """As `_resident`."""
-    settings = experiment.config
-    if (settings.steps_per_dispatch or 1) != 1:
-        raise InputError(
-            f"steps_per_dispatch={settings.steps_per_dispatch}: generated images that are read take 1 step at a time"
-        )
+    _one_at_a_time(experiment.config, "generated images that are read")
     dispatch = make_reading_dispatch(experiment)
     rows, placed = _placing(experiment)
     words = np.asarray(jax.random.key_data(jax.random.split(key)[0]).addressable_data(0))  # of the order, on the host
@@ -303,8 +312,6 @@ def make_reading_dispatch(experiment: Experiment) -> Callable:
         maps = images.reshape(-1, *read["image"].shape[1:])
         batch = {"image": merged(maps, read["image"]), "label": merged(labels, read["label"]), "index": index}
         batch = jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, sharded), batch)
-        state, metrics = experiment.train_step(state, batch, step_key, frozen)
-        metrics = {**metrics, "lr": experiment.learning_rate(state.step - 1)}
-        return state, jax.tree.map(lambda value: value[None], metrics)
+        return _in_a_row(_step(experiment, state, batch, step_key, frozen))
 
     return jax.jit(dispatch, donate_argnums=0, out_shardings=(state_sharding(experiment), replicated))

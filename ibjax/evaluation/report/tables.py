@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ibjax import config
 from ibjax.attacks.geometry import fraction
 from ibjax.evaluation.report import grids
 from ibjax.evaluation.report.grids import Cell, Grid, Value
@@ -54,10 +55,7 @@ class Family(NamedTuple):
 # fields that distinguish rows with equal titles; labels contain as many of them as needed, in this order
 _PARTS = ("checkpoint", "step", "seed", "n", "dataset", "norm", "count", "folder")
 # parts of a configuration in which the seeds of one recipe may differ: they do not affect training
-_FREE = (
-    *("seed", "title", "evaluate", "contrast", "log_every", "writers", "checkpoint_every", "steps_per_dispatch"),
-    "sharding",
-)
+_FREE = ("seed", *config.WITHOUT_EFFECT)
 
 
 def rows(records: Iterable[Record]) -> list[Row]:
