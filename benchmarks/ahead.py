@@ -40,7 +40,7 @@ def compiled(name: str, topology: str) -> dict[str, Any]:
 
     mesh = ahead.slice_mesh(topology)
     replicated = NamedSharding(mesh, cluster.REPLICATED)
-    with cores.elsewhere():
+    with cores.elsewhere("cuda"):
         program = programs.TABLE[name](programs.FULL, mesh)
         shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), jax.eval_shape(program.make)

@@ -28,6 +28,8 @@ from jax.core import Tracer
 
 from ibjax.attacks import Attack, checks
 from ibjax.attacks.checks import first
+from ibjax.attacks.hoist import prepared
+from ibjax.devices import cores
 from ibjax.errors import CodeError, InputError
 
 # what an attack's target may be
@@ -43,7 +45,7 @@ _known: weakref.WeakSet[Hashable] = weakref.WeakSet()  # networks that were test
 def checked(
     attack: Attack, target: str = LABELS, *, network: bool = True, stochastic: bool = False, draws: bool = True
 ) -> Attack:
-    """`attack` with its arguments checked and converted.
+    """`attack` with its arguments checked and converted, and on accelerators its network prepared once for all steps.
 
     Args:
       attack: (key, logits_fn, x, target) -> x_adv, for a typed key and JAX arrays.
@@ -57,6 +59,8 @@ def checked(
     def entered(key: Any, logits_fn: Callable, x: Any, goal: Any) -> Array:
         asked = logits_fn if network else None
         key, x, goal = enter(key, asked, x, goal, target, stochastic=stochastic, draws=draws)
+        if network and not stochastic and cores.form().fold:
+            logits_fn = prepared(logits_fn, x)
         return attack(key, logits_fn, x, goal)
 
     return entered

@@ -212,4 +212,4 @@ def fold_in(key: Array, data: "int | Array") -> Array:
 
 def unrolled(unroll: bool | None) -> bool:
     """Whether a short loop is unrolled: as given, or if None, on CPUs only."""
-    return cores.on_cpu() if unroll is None else unroll
+    return cores.form().unroll if unroll is None else unroll

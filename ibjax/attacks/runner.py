@@ -21,10 +21,9 @@ from jax.sharding import NamedSharding
 
 from ibjax import losses
 from ibjax.attacks import geometry
-from ibjax.attacks.hoist import hoisted, unjitted
+from ibjax.attacks.hoist import hoisted, prepared, unjitted
 from ibjax.attacks.iterative import Iterative
-from ibjax.devices import cluster
-from ibjax.devices.cores import in_parts
+from ibjax.devices import cluster, cores
 
 TOLERANCE = 1e-6  # how far x_adv may lie outside ball and box by float32 rounding
 _STEPS_PER_CALL = 50
@@ -66,7 +65,7 @@ class Runner:
         batch_size: int,
         randomized: bool = False,
     ):
-        self.logits_fn = in_parts(unjitted(logits_fn))
+        self.logits_fn = cores.in_parts(unjitted(logits_fn))
         self.x, self.y, self.norm, self.eps, self.randomized = x, y, norm, eps, randomized
         self.key, self.key_kind = np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)
         mesh = cluster.mesh()
@@ -160,8 +159,7 @@ class Runner:
         x = self._place(self.x[image[rows]])[0]
         state = programs.init(self.key, x, *fixed)
         result = Found(np.zeros((count, *self.x.shape[1:]), np.float32), *np.zeros((2, count), bool))
-        on_cpu = jax.default_backend() == "cpu"  # XLA runs the gradient in a rolled loop on fewer threads there
-        stride = 1 if on_cpu and attack.gradient else _STEPS_PER_CALL
+        stride = 1 if cores.form().unroll and attack.gradient else _STEPS_PER_CALL
         i = 0
         while i < attack.steps:
             stop = min(i + stride, attack.steps)
@@ -202,10 +200,13 @@ class Runner:
             return attack.init(keys, number % attack.restarts, x, y)
 
         def steps(start, stop, x, image, number, other, y, state):
-            def step(i, state):
-                return attack.step(i, self.logits_fn, x, y, other, state)
+            fold = cores.form().fold and not self.randomized
+            logits_fn = prepared(self.logits_fn, x) if fold else self.logits_fn
 
-            if attack.gradient and jax.default_backend() == "cpu":
+            def step(i, state):
+                return attack.step(i, logits_fn, x, y, other, state)
+
+            if cores.form().unroll and attack.gradient:
                 return step(start, state)
             return lax.fori_loop(start, stop, step, state)
 

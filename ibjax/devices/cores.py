@@ -1,7 +1,7 @@
-"""Program variants for CPUs.
+"""Which platform a program is traced for, and passes over parts of the batch for CPUs.
 
-On a CPU, short loops are unrolled and factorisations run one after the other (`on_cpu`), and a forward pass is split
-into passes over parts of the batch, within one program (`in_parts`).
+`form()` is the row of `forms.TABLE` for that platform. Where it asks for parts, a forward pass is split into passes
+over parts of the batch, within one program (`in_parts`).
 
 The split helps because XLA's CPU compiler runs a convolution with few channels on one thread, but runs independent
 operations in parallel, and because the activations of a part are still in the processor's cache when the next layer
@@ -12,27 +12,48 @@ several devices do not need the split.
 
 import contextlib
 import contextvars
+import importlib.util
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-_MOST = 4  # largest number of parts, as each is compiled
+from ibjax.devices import forms
+from ibjax.errors import InputError, nearest
+
 _PIXELS = 2**14  # smallest number of pixels in a part: 16 images of 32×32
 
 _whole = contextvars.ContextVar("whole", default=False)
-_elsewhere = contextvars.ContextVar("elsewhere", default=False)
+_elsewhere = contextvars.ContextVar("elsewhere", default="")
 
 
-def on_cpu() -> bool:
-    """Whether the program that is traced now will run on a CPU."""
-    return jax.default_backend() == "cpu" and not _elsewhere.get()
+def platform() -> str:
+    """The platform that is traced for: "cpu", "cuda" or "tpu", the names of `lax.platform_dependent`.
+
+    It is that of this process's devices, or the one that `elsewhere` names. Any other accelerator counts as "cuda".
+    """
+    here = _elsewhere.get() or jax.default_backend()
+    return here if here in forms.TABLE else "cuda"  # jax.default_backend() calls it "gpu"
+
+
+def form() -> forms.Form:
+    """The forms of the platform that is traced for."""
+    return forms.TABLE[platform()]
 
 
 @contextlib.contextmanager
-def elsewhere():
-    """A context in which programs are traced for accelerators that this machine lacks (ahead-of-time compilation)."""
-    token = _elsewhere.set(True)
+def elsewhere(target: str | None = None):
+    """A context in which programs are traced for a platform that this machine lacks (ahead-of-time compilation).
+
+    `target` is "cuda" or "tpu" ("cpu" where an accelerator is here). None is the accelerator whose compiler is
+    installed: a TPU if libtpu is, else a GPU. JAX keeps what it has traced of a jitted function: give this context one
+    that was not traced for another platform before. Raises InputError on another name.
+    """
+    if target is None:
+        target = "tpu" if importlib.util.find_spec("libtpu") else "cuda"
+    if target not in forms.TABLE:
+        raise InputError(f"the platform '{target}' is unknown; {nearest(target, forms.TABLE)}")
+    token = _elsewhere.set(target)
     try:
         yield
     finally:
@@ -40,7 +61,7 @@ def elsewhere():
 
 
 def in_parts(f: Callable) -> Callable:
-    """`f`, applied to parts of the batch if one CPU runs it.
+    """`f`, applied to parts of the batch if one device of a CPU runs it.
 
     Args:
       f: a function of arrays (B, …), the first of them images (B, H, W, C), that returns a tree of arrays (B, …). The
@@ -77,8 +98,8 @@ def whole():
 
 
 def _parts(x):
-    if _whole.get() or not on_cpu() or jax.device_count() > 1 or x.ndim != 4:
+    if _whole.get() or jax.device_count() > 1 or x.ndim != 4:
         return 1
     batch, height, width, _ = x.shape
-    most = min(_MOST, batch * height * width // _PIXELS)
+    most = min(form().parts, batch * height * width // _PIXELS)
     return next((count for count in range(most, 1, -1) if batch % count == 0), 1)

@@ -68,7 +68,7 @@ def _by_products():
     them (https://github.com/openxla/xla/pull/46347). A program hangs for good once each of these threads runs an FFT,
     as with several devices, with batches in parts or on one core. No release without this fault is known yet.
     """
-    return cores.on_cpu() and jax.__version_info__ >= (0, 11)
+    return cores.form().fourier == "product" and jax.__version_info__ >= (0, 11)
 
 
 def _unitary(n):

@@ -30,6 +30,6 @@ def each_matrix(f: Callable[[Array], Any], matrices: Array, chunk: int | None = 
 
 
 def _each(f, matrices, chunk):
-    if cores.on_cpu():
+    if cores.form().serial:
         return lax.map(f, matrices)
     return jax.vmap(f)(matrices) if chunk is None else lax.map(f, matrices, batch_size=chunk)

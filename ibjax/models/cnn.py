@@ -9,7 +9,6 @@ layer).
 """
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jax import Array
 
 from ibjax.errors import InputError, check_range, nearest
@@ -45,7 +44,7 @@ class Model(nn.Module):
             raise InputError(f"model.pool '{self.pool}' is unknown; {nearest(self.pool, ('flatten', 'average'))}")
         check_range("model.dropout", self.dropout, 0, 1, below=True)
         dtype, zeros = layers.compute_dtype(self.dtype), nn.initializers.zeros
-        linear = layers.linear_init(self.linear_init)
+        linear, start = layers.linear_init(self.linear_init), dict(kernel_init=layers.kaiming_normal, bias_init=zeros)
         tap = layers.Taps(edits)
         x = layers.normalize(x, self.mean, self.std)
         index = 0
@@ -57,18 +56,11 @@ class Model(nn.Module):
                         f"images are too small for the model: a 3×3 convolution of width {width} cannot "
                         f"follow a map of {x.shape[1:3]}"
                     )
-                x = layers.Conv(
-                    width,
-                    padding=self.padding,
-                    use_bias=not self.batch_norm,
-                    kernel_init=layers.kaiming_normal,
-                    bias_init=zeros,
-                    dtype=jnp.float32 if index == 1 else dtype,  # float32 for pixels: see layers.py
-                    name=f"conv{index}",
-                )(x).astype(dtype)
-                if self.batch_norm:
-                    x = layers.BatchNorm(groups=self.bn_groups, dtype=dtype, name=f"bn{index}")(x, train)
-                x = tap(f"conv{index}", layers.Activation()(x))
+                options = dict(dtype=dtype, pixels=index == 1, name=f"conv{index}", **start)
+                conv = layers.Conv(width, padding=self.padding, use_bias=not self.batch_norm, **options)
+                options = dict(groups=self.bn_groups, dtype=dtype, name=f"bn{index}")
+                norm = layers.BatchNorm(**options) if self.batch_norm else None
+                x = tap(f"conv{index}", layers.normed(x, train, norm, conv=conv, activation="relu"))
             x = tap(f"stage{stage}", layers.MaxPool()(x))
         x = layers.GlobalAverage()(x).astype(dtype) if self.pool == "average" else x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.hidden, 1):

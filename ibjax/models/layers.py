@@ -1,12 +1,13 @@
 """Layers that match PyTorch's initialisation, padding and batch-norm; input normalisation; and taps of features.
 
-Parameters, batch statistics and logits are float32; convolutions and activations use `dtype`. The first convolution is
-always float32, since bfloat16 pixels would round away small perturbations, such as a start of 0.001·N(0, 1). These are
-dtypes of arrays. How an accelerator rounds the operands of float32 products is the caller's choice; JAX's default is
-TensorFloat-32 on a GPU and bfloat16 on a TPU (docs/precision.md).
+Parameters, batch statistics and logits are float32; convolutions and activations use `dtype`. The first convolution
+takes float32 pixels (`pixels=True`), since bfloat16 would round away small perturbations, such as a start of 0.001·N(0,
+1): on accelerators each pixel of a bfloat16 network is the sum of two bfloat16 numbers. These are dtypes of arrays. How
+an accelerator rounds the operands of float32 products is the caller's choice; JAX's default is TensorFloat-32 on a GPU
+and bfloat16 on a TPU (docs/precision.md). What a layer computes differently on CPU, GPU and TPU is in the table of
+`ibjax.devices.forms`.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from jax import Array, lax
 
 from ibjax.devices import cores
 from ibjax.errors import InputError, nearest
+from ibjax.models import gradients
 
 # U(−1/√fan_in, 1/√fan_in): PyTorch's default for convolutions and linear layers (kaiming_uniform with a=√5)
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -93,6 +95,37 @@ def remat(block: Callable[..., Array], wanted: bool) -> Callable[..., Array]:
     return nn.remat(block) if wanted else block
 
 
+def normed(
+    x: Array,
+    train: bool,
+    norm: "BatchNorm | None",
+    *,
+    conv: "Conv | Dense | None" = None,
+    skip: Array | None = None,
+    activation: str | None = None,
+) -> Array:
+    """activation(norm(conv(x)) + skip), as far as they are given: the layers that have a form for each platform.
+
+    In evaluation mode, where the platform's form says so, batch-norm is folded into the convolution or linear layer
+    before it, γ = scale/√(var + ε):
+
+        norm(Wx + b) = (γW)x + γb + bias − γ·mean
+
+    `activation` is a kind of `Activation`.
+    """
+    if norm and conv and not train and cores.form().fold and not norm.is_initializing():
+        y = conv.scaled(x, *norm.affine())
+    else:
+        y = x if conv is None else conv(x)
+        if norm and train and norm.one_pass():
+            y, skip = norm.with_relu(y, skip, activation == "relu"), None
+            activation = None if activation == "relu" else activation
+        else:
+            y = y if norm is None else norm(y, train)
+    y = y if skip is None else skip + y
+    return y if activation is None else Activation(activation)(y)
+
+
 class Conv(nn.Module):
     """Convolution with PyTorch's explicit symmetric padding ("SAME" would pad stride-2 layers on one side only)."""
 
@@ -104,28 +137,54 @@ class Conv(nn.Module):
     kernel_init: Any = torch_uniform
     bias_init: Any = None  # None: PyTorch's default
     dtype: Any = jnp.float32
+    pixels: bool = False  # x are pixels, which stay float32: see above; the result has `dtype`
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        pad = (self.kernel - 1) // 2 if self.padding is None else self.padding
-        before, after = (pad, pad) if isinstance(pad, int) else pad
         fan_in = self.kernel**2 * x.shape[-1]
         return nn.Conv(
             self.features,
             (self.kernel, self.kernel),
             (self.stride, self.stride),
-            padding=[(before, after)] * 2,
+            padding=[self.pads()] * 2,
             use_bias=self.use_bias,
             kernel_init=self.kernel_init,
             bias_init=uniform_bias(fan_in) if self.bias_init is None else self.bias_init,
-            dtype=self.dtype,
-            conv_general_dilated=_convolve,
+            dtype=self.computes_in(),
+            conv_general_dilated=lambda x, kernel, *_, **__: self.convolve(x, kernel).astype(x.dtype),
             name="conv",
-        )(x)
+        )(x).astype(self.dtype)
+
+    def scaled(self, x: Array, mul: Array, add: Array) -> Array:
+        """conv(x)·mul + add, mul and add (C,) float32, as one convolution; the variables must exist."""
+        kernel, bias = _scaled(self.variables["params"]["conv"], mul, add)
+        y = self.convolve(x, kernel)
+        return (y + per_channel(bias.astype(y.dtype), y)).astype(self.dtype)
+
+    def convolve(self, x: Array, kernel: Array) -> Array:
+        """The convolution itself, without a bias."""
+        form, padding, strides = cores.form(), [self.pads()] * 2, (self.stride, self.stride)
+        if self.pixels and self.dtype == jnp.bfloat16 and form.stem == "split":
+            by_product = form.stem_gradient == "product"
+            return gradients.convolve_pixels(x, kernel, strides, padding, self.dtype, by_product)
+        x, kernel = x.astype(self.computes_in()), kernel.astype(self.computes_in())
+        options = dict(dimension_numbers=gradients.NHWC)
+        return cores.in_parts(lambda x: lax.conv_general_dilated(x, kernel, strides, padding, **options))(x)
+
+    def computes_in(self) -> Any:
+        """The dtype of the operands."""
+        return jnp.float32 if self.pixels else self.dtype
+
+    def pads(self) -> tuple[int, int]:
+        """The padding (before, after)."""
+        pad = (self.kernel - 1) // 2 if self.padding is None else self.padding
+        return (pad, pad) if isinstance(pad, int) else pad
 
 
-def _convolve(x, kernel, *args, **kwargs):
-    return cores.in_parts(lambda x: lax.conv_general_dilated(x, kernel, *args, **kwargs))(x)
+def _scaled(weights, mul, add):
+    """(kernel, bias) of a linear map followed by ·mul + add for each of its outputs."""
+    kernel = weights["kernel"]
+    return kernel * per_channel(mul, kernel), weights["bias"] * mul + add if "bias" in weights else add
 
 
 class Dense(nn.Module):
@@ -150,6 +209,12 @@ class Dense(nn.Module):
             precision=self.precision,
             name="dense",
         )(x)
+
+    def scaled(self, x: Array, mul: Array, add: Array) -> Array:
+        """dense(x)·mul + add, mul and add (C,) float32, as one linear layer; the variables must exist."""
+        kernel, bias = (a.astype(self.dtype) for a in _scaled(self.variables["params"]["dense"], mul, add))
+        y = jnp.matmul(x.astype(self.dtype), kernel, precision=self.precision)
+        return y + per_channel(bias, y)
 
 
 def classifier(x: Array, num_classes: int | None, **options: Any) -> Array:
@@ -192,12 +257,13 @@ class BatchNorm(nn.Module):
         channels = x.shape[-1]
         scale = per_channel(self.param("scale", nn.initializers.ones, (channels,)), x)
         bias = per_channel(self.param("bias", nn.initializers.zeros, (channels,)), x)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
-        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+        self.variable("batch_stats", "mean", jnp.zeros, (channels,))
+        self.variable("batch_stats", "var", jnp.ones, (channels,))
         if not train:
-            mul = scale * jax.lax.rsqrt(per_channel(running_var.value, x) + self.epsilon)
-            add = bias - per_channel(running_mean.value, x) * mul
-            return (x.astype(jnp.float32) * mul + add).astype(self.dtype)
+            mul, add = self.affine()
+            if cores.form().norm_gradient == "network":
+                return gradients.scale_shift(x, mul, add, self.dtype)
+            return (x.astype(jnp.float32) * per_channel(mul, x) + per_channel(add, x)).astype(self.dtype)
 
         check_groups(self.groups, x)
         grouped = x.astype(jnp.float32).reshape((self.groups, -1, *x.shape[1:]))  # (G, B/G, …, C)
@@ -207,11 +273,37 @@ class BatchNorm(nn.Module):
         if not self.is_initializing():
             n = grouped.size // (self.groups * channels)
             unbiased = var * (n / max(n - 1, 1))
-            for running, batch in ((running_mean, mean), (running_var, unbiased)):
-                batch = jax.lax.stop_gradient(jnp.mean(batch.reshape(self.groups, channels), 0))
-                running.value = self.keep * running.value + (1 - self.keep) * batch
+            self._update(*(jnp.mean(batch.reshape(self.groups, channels), 0) for batch in (mean, unbiased)))
         y = (grouped - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale[None]) + bias[None]
         return y.reshape(x.shape).astype(self.dtype)
+
+    def one_pass(self) -> bool:
+        """Whether training mode reads the batch once for both moments: see `gradients.norm_add_relu`."""
+        return self.groups == 1 and cores.form().norm == "one pass" and not self.is_initializing()
+
+    def with_relu(self, x: Array, skip: Array | None, relu: bool) -> Array:
+        """relu(norm(x) + skip) in training mode, in one pass; updates the running statistics, which must exist."""
+        params, running = self.variables["params"], self.variables["batch_stats"]
+        shift = jnp.where(jnp.isfinite(running["mean"]), running["mean"], 0.0)  # a NaN must not outlive its batch
+        arguments = (x, params["scale"], params["bias"], lax.stop_gradient(shift), skip, self.epsilon, relu)
+        made: Any = gradients.norm_add_relu(*arguments)
+        y, mean, var = made
+        n = x.size // x.shape[-1]
+        self._update(mean, var * (n / max(n - 1, 1)))
+        return y.astype(self.dtype)
+
+    def _update(self, mean, var):
+        """Moves the running statistics towards a batch's mean and unbiased variance."""
+        for name, batch in (("mean", mean), ("var", var)):
+            running = self.get_variable("batch_stats", name)
+            moved = self.keep * running + (1 - self.keep) * lax.stop_gradient(batch)
+            self.put_variable("batch_stats", name, moved)
+
+    def affine(self) -> tuple[Array, Array]:
+        """(mul, add), (C,) float32: in evaluation mode y = x·mul + add; the variables must exist."""
+        params, running = self.variables["params"], self.variables["batch_stats"]
+        mul = params["scale"] * jax.lax.rsqrt(running["var"] + self.epsilon)
+        return mul, params["bias"] - running["mean"] * mul
 
 
 def per_channel(values: Array, x: Array) -> Array:
@@ -259,7 +351,8 @@ class Activation(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        functions = {"relu": nn.relu, "silu": nn.silu}
+        relu = gradients.relu_by_output if cores.form().relu == "output" else nn.relu
+        functions = {"relu": relu, "silu": nn.silu}
         if self.kind not in functions:
             raise InputError(f"model.activation '{self.kind}' is unknown; {nearest(self.kind, functions)}")
         return functions[self.kind](x)
@@ -286,45 +379,11 @@ class MaxPool(nn.Module):
             raise InputError(
                 f"images are too small for the model: a map of {x.shape[1:3]} cannot be pooled; use fewer stages"
             )
-        if self.window == self.stride and not self.padding:
-            return _max_of_windows(x, self.window)
+        if self.window == self.stride and not self.padding and cores.form().max_pool == "own":
+            return gradients.max_of_windows(x, self.window)
         return nn.max_pool(
             x, (self.window, self.window), (self.stride, self.stride), padding=[(self.padding, self.padding)] * 2
         )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _max_of_windows(x, size):
-    """Max-pooling with windows that do not overlap; among equal values the first receives the gradient, as usual.
-
-    The gradient is implemented here because XLA's (select-and-scatter) takes three times as long on CPUs, longer than
-    the neighbouring convolutions. The forward pass keeps where each maximum is. To look for the value again would not
-    be safe: where XLA computes x twice, in two fusions, the two results may differ in their last bit.
-    """
-    return nn.max_pool(x, (size, size), (size, size))
-
-
-def _max_forward(x, size):
-    b, h, w, c = x.shape[0], x.shape[1] // size, x.shape[2] // size, x.shape[3]
-    windows = x[:, : h * size, : w * size].reshape(b, h, size, w, size, c)
-    pooled, place = windows[:, :, 0, :, 0], jnp.zeros((b, h, w, c), jnp.int8 if size < 12 else jnp.int32)
-    for i in range(1, size**2):
-        value = windows[:, :, i // size, :, i % size]
-        place = jnp.where(value > pooled, i, place)
-        pooled = jnp.maximum(pooled, value)
-    return pooled, (place, x.shape)
-
-
-def _max_backward(size, saved, gradient):
-    place, shape = saved
-    b, h, w, c = gradient.shape
-    spread = lambda a: a[:, :, None, :, None]  # noqa: E731  (b, h, 1, w, 1, c)
-    places = jnp.arange(size**2, dtype=place.dtype).reshape(1, 1, size, 1, size, 1)
-    back = jnp.where(places == spread(place), spread(gradient), 0).reshape(b, h * size, w * size, c)
-    return (jnp.pad(back, ((0, 0), (0, shape[1] - h * size), (0, shape[2] - w * size), (0, 0))),)
-
-
-_max_of_windows.defvjp(_max_forward, _max_backward)
 
 
 class GlobalAverage(nn.Module):
@@ -369,6 +428,8 @@ class AveragePool(nn.Module):
         b, h, w, c = x.shape
         if h % self.factor or w % self.factor:
             raise InputError(f"a map of {(h, w)} does not divide into windows of {self.factor}×{self.factor}")
+        if cores.form().average_pool == "window":
+            return nn.avg_pool(x, (self.factor, self.factor), (self.factor, self.factor))
         return x.reshape(b, h // self.factor, self.factor, w // self.factor, self.factor, c).mean((2, 4))
 
 
@@ -381,7 +442,7 @@ def resize(x: Array, size: tuple[int, int]) -> Array:
     CPU compiler, the gradient of the sum recomputes its inputs for each term and is up to 200 times slower than that of
     the matrix product.
     """
-    if cores.on_cpu():
+    if cores.form().resize == "product":
         return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), "bilinear", antialias=False)
     for axis, length in zip((1, 2), size, strict=True):
         if x.shape[axis] != length:

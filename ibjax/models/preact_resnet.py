@@ -50,17 +50,16 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool, see: Callable[[Array], Array]) -> Array:
-        def activated(x, name):
-            x = layers.BatchNorm(groups=self.bn_groups, dtype=self.dtype, name=name)(x, train)
-            return layers.Activation(self.activation)(x)
+        def activated(x, name, conv=None):
+            norm = layers.BatchNorm(groups=self.bn_groups, dtype=self.dtype, name=name)
+            return layers.normed(x, train, norm, conv=conv, activation=self.activation)
 
         def conv(stride, name, kernel=3):
             same = (0, 1) if self.projection == "deepmind" and stride == 2 else None
             return layers.Conv(self.width, kernel, stride, same, dtype=self.dtype, name=name)
 
         def residual(_, x, seen):
-            y = conv(self.stride, "conv1")(seen)
-            y = conv(1, "conv2")(activated(y, "bn2"))
+            y = conv(1, "conv2")(activated(seen, "bn2", conv(self.stride, "conv1")))
             if self.stride != 1 or x.shape[-1] != self.width:
                 kernel = 3 if self.projection == "deepmind" else 1
                 x = conv(self.stride, "shortcut", kernel)(seen if self.projection == "activated" else x)
@@ -102,7 +101,7 @@ class Model(nn.Module):
         counts = stages.block_counts("preact_resnet", self.depth, self.blocks, DEPTHS)
         dtype, tap = layers.compute_dtype(self.dtype), layers.Taps(edits)
         x = layers.normalize(layers.zero_border(x, self.border), self.mean, self.std)
-        x = tap("stem", layers.Conv(self.width, name="stem")(x).astype(dtype))
+        x = tap("stem", layers.Conv(self.width, dtype=dtype, pixels=True, name="stem")(x))
 
         def block(x, see, **place):
             return Block(
@@ -116,7 +115,7 @@ class Model(nn.Module):
 
         x, see = stages.through(x, tap, counts, self.width, block)
         if self.final_norm:
-            x = layers.BatchNorm(groups=self.bn_groups, dtype=dtype, name="bn")(x, train)
-            x = see(layers.Activation(self.activation)(x))
+            norm = layers.BatchNorm(groups=self.bn_groups, dtype=dtype, name="bn")
+            x = see(layers.normed(x, train, norm, activation=self.activation))
         x = tap("pre_logits", layers.GlobalAverage()(x))
         return layers.classifier(x, self.num_classes), tap.finish()

@@ -38,25 +38,25 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        def conv_norm(x, width, kernel, stride, suffix):
+        def conv_norm(x, width, kernel, stride, suffix, skip=None, activation="relu"):
             conv = layers.Conv(
                 width, kernel, stride, kernel_init=self.kernel_init, dtype=self.dtype, name=f"conv{suffix}"
             )
-            return layers.BatchNorm(groups=self.bn_groups, dtype=self.dtype, name=f"bn{suffix}")(conv(x), train)
+            norm = layers.BatchNorm(groups=self.bn_groups, dtype=self.dtype, name=f"bn{suffix}")
+            return layers.normed(x, train, norm, conv=conv, skip=skip, activation=activation)
 
-        width, relu = self.width, layers.Activation("relu")
+        width = self.width
+        out, last = (4 * width, (1, 1, "3")) if self.bottleneck else (width, (3, 1, "2"))
 
         def block(_, x):
             if self.bottleneck:
-                y = relu(conv_norm(x, self.inner_width * width, 1, 1, "1"))
-                y = relu(conv_norm(y, self.inner_width * width, 3, self.stride, "2"))
-                y = conv_norm(y, 4 * width, 1, 1, "3")
+                y = conv_norm(x, self.inner_width * width, 1, 1, "1")
+                y = conv_norm(y, self.inner_width * width, 3, self.stride, "2")
             else:
-                y = relu(conv_norm(x, width, 3, self.stride, "1"))
-                y = conv_norm(y, width, 3, 1, "2")
-            if self.stride != 1 or x.shape[-1] != y.shape[-1]:
-                x = conv_norm(x, y.shape[-1], 1, self.stride, "_shortcut")
-            return relu(x + y)
+                y = conv_norm(x, width, 3, self.stride, "1")
+            if self.stride != 1 or x.shape[-1] != out:
+                x = conv_norm(x, out, 1, self.stride, "_shortcut", activation=None)
+            return conv_norm(y, out, *last, skip=x)
 
         return layers.remat(block, self.remat and train)(self, x)
 
@@ -94,9 +94,9 @@ class Model(nn.Module):
         kernel_init = layers.fan_out_normal if imagenet else layers.torch_uniform
         kernel, stride = (7, 2) if imagenet else (3, 1)
         x = layers.normalize(x, self.mean, self.std)
-        x = layers.Conv(self.width, kernel, stride, kernel_init=kernel_init, name="stem")(x)
-        x = layers.BatchNorm(groups=self.bn_groups, dtype=dtype, name="bn_stem")(x.astype(dtype), train)
-        x = layers.Activation()(x)
+        stem = layers.Conv(self.width, kernel, stride, kernel_init=kernel_init, dtype=dtype, pixels=True, name="stem")
+        norm = layers.BatchNorm(groups=self.bn_groups, dtype=dtype, name="bn_stem")
+        x = layers.normed(x, train, norm, conv=stem, activation="relu")
         x = tap("stem", layers.MaxPool(3, 2, 1)(x) if imagenet else x)
 
         def block(x, see, **place):

@@ -64,7 +64,8 @@ class SingularRegularization(nn.Module):
         stacked = channels if self.fourier == "amplitude" else 2 * channels
         b = FOURIER[self.fourier](x, layers.Conv(stacked, 1, name="values"))
         fused = a + b if self.fuse == "add" else jnp.concatenate([a, b], -1)
-        y = layers.BatchNorm(groups=self.bn_groups, name="bn")(layers.Conv(channels, 1, name="fuse")(fused), train)
+        norm = layers.BatchNorm(groups=self.bn_groups, name="bn")
+        y = layers.normed(fused, train, norm, conv=layers.Conv(channels, 1, name="fuse"))
 
         gram = jnp.matmul(w_o, w_o.T, precision=jax.lax.Precision.HIGHEST)
         identity = jnp.eye(wide)
@@ -112,9 +113,9 @@ class Extractor(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        def norm_relu(x, name):
+        def norm_relu(x, name, conv=None):
             norm = layers.BatchNorm(groups=self.bn_groups, dtype=self.dtype, name=name)
-            return layers.Activation()(norm(x, train))
+            return layers.normed(x, train, norm, conv=conv, activation="relu")
 
         for i, width in enumerate(self.widths, 1):
             dtype = jnp.float32 if i == 1 else self.dtype  # float32 for pixels: see layers.py
@@ -122,8 +123,7 @@ class Extractor(nn.Module):
                 block = wide_resnet.Block(width, bn_groups=self.bn_groups, dtype=dtype, name=f"block{i}")
                 x = block(x, train).astype(self.dtype)
             else:
-                x = layers.Conv(width, dtype=dtype, name=f"conv{i}")(x).astype(self.dtype)
-                x = norm_relu(x, f"bn{i}")
+                x = norm_relu(x, f"bn{i}", layers.Conv(width, dtype=self.dtype, pixels=i == 1, name=f"conv{i}"))
         return norm_relu(x, "bn") if self.basic_blocks else x
 
 

@@ -17,7 +17,6 @@ IB-RAR; and `pre_logits`, the same as `fc2`.
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jax import Array
 
 from ibjax.errors import InputError, nearest
@@ -57,30 +56,29 @@ class Model(nn.Module):
         dtype, tap, torchvision = layers.compute_dtype(self.dtype), layers.Taps(edits), self.variant == "torchvision"
         of_convolutions, of_linear = _start(self.variant)
 
-        def norm_relu(x, name):
-            return layers.Activation()(layers.BatchNorm(groups=self.bn_groups, dtype=dtype, name=name)(x, train))
+        def norm_relu(layer, x, name):
+            norm = layers.BatchNorm(groups=self.bn_groups, dtype=dtype, name=name)
+            return layers.normed(x, train, norm, conv=layer, activation="relu")
 
         x = layers.normalize(x, self.mean, self.std)
         index = 0
         for stage, (count, factor) in enumerate(zip(DEPTHS[self.depth], WIDTHS, strict=True), 1):
             for _ in range(count):
                 index += 1
-                first = jnp.float32 if index == 1 else dtype  # for pixels: see layers.py
-                conv = layers.Conv(
-                    self.width * factor, use_bias=True, dtype=first, name=f"conv{index}", **of_convolutions
-                )
-                x = tap(f"conv{index}", norm_relu(conv(x).astype(dtype), f"bn{index}"))
+                options = dict(use_bias=True, dtype=dtype, pixels=index == 1, name=f"conv{index}", **of_convolutions)
+                conv = layers.Conv(self.width * factor, **options)
+                x = tap(f"conv{index}", norm_relu(conv, x, f"bn{index}"))
             x = tap(f"stage{stage}", layers.MaxPool()(x))
         if torchvision:
             x = layers.AdaptiveAverage(POOLED)(x).reshape(x.shape[0], -1)
         else:
             x = layers.GlobalAverage()(x).astype(dtype)
         for i, width in enumerate(self.hidden, 1):
-            x = layers.Dense(width, dtype=dtype, name=f"fc{i}", **of_linear)(x)
+            linear = layers.Dense(width, dtype=dtype, name=f"fc{i}", **of_linear)
             if torchvision:
-                x = nn.Dropout(0.5, deterministic=not train)(layers.Activation()(x))
+                x = nn.Dropout(0.5, deterministic=not train)(layers.Activation()(linear(x)))
             else:
-                x = norm_relu(x, f"bn_fc{i}")
+                x = norm_relu(linear, x, f"bn_fc{i}")
             x = tap(f"fc{i}", x)
         x = tap("pre_logits", x)
         return layers.classifier(x, self.num_classes, **of_linear), tap.finish()

@@ -53,9 +53,9 @@ class Block(nn.Module):
         strides = (1, self.stride) if ib_rar else (self.stride, 1)
         same = (0, 1) if self.variant == "deepmind" and self.stride == 2 else None
 
-        def activated(x, name):
-            x = layers.BatchNorm(groups=self.bn_groups, dtype=self.dtype, name=name)(x, train)
-            return layers.Activation(self.activation)(x)
+        def activated(x, name, conv=None):
+            norm = layers.BatchNorm(groups=self.bn_groups, dtype=self.dtype, name=name)
+            return layers.normed(x, train, norm, conv=conv, activation=self.activation)
 
         def conv(stride, name, kernel=3, padding=None):
             options = conv_options(self.variant)
@@ -64,8 +64,8 @@ class Block(nn.Module):
         dropout = nn.Dropout(self.dropout, deterministic=not train)
 
         def residual(_, x, seen):
-            y = conv(strides[0], "conv1", padding=same)(seen)
-            y = activated(dropout(y), "bn2") if ib_rar else dropout(activated(y, "bn2"))
+            first = conv(strides[0], "conv1", padding=same)
+            y = activated(dropout(first(seen)), "bn2") if ib_rar and train else dropout(activated(seen, "bn2", first))
             y = conv(strides[1], "conv2")(y)
             if self.stride != 1 or x.shape[-1] != self.width:
                 x = conv(self.stride, "shortcut", kernel=1)(x if ib_rar else seen)
@@ -109,7 +109,7 @@ class Model(nn.Module):
         dtype, tap = layers.compute_dtype(self.dtype), layers.Taps(edits)
         x = layers.zero_border(layers.standardize(x) if self.standardize else x, self.border)
         x = layers.normalize(x, self.mean, self.std)
-        x = tap("stem", layers.Conv(16, name="stem", **conv_options(self.variant))(x).astype(dtype))
+        x = tap("stem", layers.Conv(16, dtype=dtype, pixels=True, name="stem", **conv_options(self.variant))(x))
 
         def block(x, see, **place):
             return Block(
@@ -124,8 +124,8 @@ class Model(nn.Module):
 
         x, see = stages.through(x, tap, (count,) * 3, 16 * self.width, block)
         keep = 0.1 if self.variant == "ib_rar" else 0.9
-        x = layers.BatchNorm(keep, groups=self.bn_groups, dtype=dtype, name="bn")(x, train)
-        x = see(layers.Activation(self.activation)(x))
+        norm = layers.BatchNorm(keep, groups=self.bn_groups, dtype=dtype, name="bn")
+        x = see(layers.normed(x, train, norm, activation=self.activation))
         x = tap("pre_logits", layers.GlobalAverage()(x))
         bias_init = None if self.variant == "ib_rar" else nn.initializers.zeros
         return layers.classifier(x, self.num_classes, bias_init=bias_init), tap.finish()

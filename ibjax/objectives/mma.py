@@ -123,5 +123,5 @@ def bisect(margin, eps, max_eps, steps, state):
 
     value, state = margin(eps, state)
     carry = (jnp.zeros_like(eps), jnp.full_like(eps, max_eps), eps, value, state)
-    _, _, eps, _, state = lax.fori_loop(0, steps, halve, carry, unroll=cores.on_cpu())
+    _, _, eps, _, state = lax.fori_loop(0, steps, halve, carry, unroll=cores.form().unroll)
     return eps, state

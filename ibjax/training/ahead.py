@@ -105,7 +105,7 @@ _SHAPE = re.compile(r"(pred|[a-z]+\d+)\[([\d,]*)\]")
 def collectives(program: str, around: int = 0) -> list[Collective]:
     """All communication in an optimised HLO module; `around` is the number of loops that enclose a train step."""
     found, sizes, chains = Counter(), Counter(), set()
-    for line, depth in _lines(program):
+    for line, depth in lines(program):
         if match := _COLLECTIVE.search(line):
             if piece := _PIECE.search(line):
                 if piece[1] in chains:
@@ -118,10 +118,10 @@ def collectives(program: str, around: int = 0) -> list[Collective]:
 
 def loops(program: str) -> int:
     """The number of loops in an optimised HLO module, without those of gathers, scatters and searches: no FLOPs."""
-    return sum(" while(" in line and not _NO_FLOPS.search(line) for line, _ in _lines(program))
+    return sum(" while(" in line and not _NO_FLOPS.search(line) for line, _ in lines(program))
 
 
-def _lines(program, without=frozenset()):
+def lines(program: str, without: frozenset[str] | set[str] = frozenset()) -> list[tuple[str, int]]:
     """(line, number of loops around it) of all computations that the module's entry reaches, except `without`."""
     blocks, entry, current = {}, None, None
     for line in program.splitlines():
@@ -173,11 +173,11 @@ def kernels(program: str, around: int = 0) -> Kernels:
         name for line in program.splitlines() if (match := _INSIDE.search(line)) for name in match.groups() if name
     }
     types, found = {}, [0, 0, 0, 0]
-    lines = [(_INSTRUCTION.match(line), depth) for line, depth in _lines(program, without=inside)]
-    for match, _ in lines:
+    instructions = [(_INSTRUCTION.match(line), depth) for line, depth in lines(program, without=inside)]
+    for match, _ in instructions:
         if match:
             types[match[1]] = match[2]
-    for match, depth in lines:
+    for match, depth in instructions:
         if match and match[3] not in _NO_KERNEL:
             operands = re.findall(r"%([\w.\-]+)", match[4].split(")")[0])
             place = 0 if depth > around else 2
@@ -233,13 +233,18 @@ def prepare(settings: ConfigDict, shape: tuple[int, ...], classes: int, teachers
     return settings
 
 
-@cores.elsewhere()
 def compile_step(settings: ConfigDict, mesh: Mesh, images: int | None) -> dict[str, Any]:
     """Compiles the train step of a configuration (see `prepare`) for the devices of `mesh`; nothing is run.
 
     `images` is the number of training images on every device, None where they are streamed. Returns figures for one
     chip and one step.
     """
+    target = {"gpu": "cuda"}.get(mesh.devices.flat[0].platform, "tpu")  # a CPU's devices stand for the chips of a slice
+    with cores.elsewhere(target):
+        return _compile_step(settings, mesh, images)
+
+
+def _compile_step(settings, mesh, images):
     experiment = build(settings, {role: Path("/nowhere") for role in config.TEACHERS}, abstract=True, mesh=mesh)
     replicated, sharded = (NamedSharding(mesh, spec) for spec in (cluster.REPLICATED, cluster.BATCH))
 
@@ -265,7 +270,9 @@ def compile_step(settings: ConfigDict, mesh: Mesh, images: int | None) -> dict[s
         batch = dict(zip(("image", "label"), of_images(settings.batch_size, jnp.uint8, sharded), strict=True))
         lowered = feed.make_batch_dispatch(experiment).lower(state, {**batch, "index": batch["label"]}, key, frozen)
     else:
-        data, n = of_images(images, jnp.uint8, replicated), shaped(jax.ShapeDtypeStruct((), jnp.int32))
+        held = jax.ShapeDtypeStruct((images, int(np.prod(shape))), jnp.uint8)
+        data = shaped((held, jax.ShapeDtypeStruct((images,), jnp.int32)))
+        n = shaped(jax.ShapeDtypeStruct((), jnp.int32))
         lowered = feed.make_dispatch(experiment, steps).lower(state, *data, key, frozen, n)
     compiled = lowered.compile()
     seconds = time.perf_counter() - began

@@ -1,0 +1,238 @@
+"""Every network has the same values and gradients in the forms for a CPU, a GPU and a TPU.
+
+And what these forms consist of: networks prepared once per attack, and operations with a gradient of their own.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from ibjax import config, losses, step
+from ibjax.attacks import hoist, pgd
+from ibjax.devices import cluster, cores, forms
+from ibjax.errors import InputError
+from ibjax.models import gradients, layers
+
+RESNET = dict(name="resnet", blocks=(1, 1), width=8)
+NETWORKS = {
+    "resnet": RESNET,
+    "resnet-imagenet": dict(name="resnet", depth=50, blocks=(1, 1), width=4, stem="imagenet"),
+    "preact": dict(name="preact_resnet", blocks=(1, 1), width=8),
+    "preact-silu": dict(name="preact_resnet", blocks=(1, 1), width=8, activation="silu", projection="deepmind"),
+    "wide": dict(name="wide_resnet", depth=10, width=1),
+    "wide-ib_rar": dict(name="wide_resnet", depth=10, width=1, variant="ib_rar", dropout=0.3),
+    "vgg": dict(name="vgg", depth=11, width=4, hidden=(16, 16)),
+    "vgg-torchvision": dict(name="vgg", depth=11, width=4, hidden=(16, 16), variant="torchvision"),
+    "cnn": dict(name="cnn", widths=((8,), (8,)), hidden=(16,)),
+    "cnn-norm": dict(name="cnn", widths=((8,), (8,)), hidden=(), pool="average", batch_norm=True, padding=1),
+    "siriib": dict(name="siriib", backbone=RESNET, scales=(8,), widths=(8,), connections=3),
+    "stochastic": dict(name="stochastic", backbone=RESNET, latent=8),
+    "masked": dict(name="masked", backbone=RESNET, tap="stage2", channels=(1, 3)),
+}
+X = jax.random.uniform(jax.random.key(0), (4, 32, 32, 3))
+Y = jnp.arange(4)
+
+
+def shaken(variables):
+    """Weights and statistics as of a trained network: none is zero, variances are positive."""
+    key = jax.random.key(3)
+    parts = variables["params"], variables.get("batch_stats", {})
+    params = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(key, a.shape), parts[0])
+    return {"params": params, "batch_stats": jax.tree.map(lambda a: a + jax.random.uniform(key, a.shape), parts[1])}
+
+
+def everything(model, variables, x):
+    """Logits, taps and gradients of pixels in evaluation mode; the same of weights and statistics in training mode."""
+    net = step.linen_net(model)
+
+    def value(params, x, train):
+        weights = {**variables, "params": params}
+        if train:
+            (logits, features), updated = net.forward(weights, x, jax.random.key(2))
+        else:
+            (logits, features), updated = net.predict(weights, x), {}
+        return losses.cross_entropy(logits, Y).mean(), (logits, dict(features), updated.get("batch_stats"))
+
+    params = variables["params"]
+    return [jax.grad(value, 1 - train, has_aux=True)(params, x, bool(train)) for train in (0, 1)]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_is_the_same_on_every_platform(name):
+    model = config.build("models", ConfigDict(NETWORKS[name]), "model", num_classes=5)
+    variables = shaken(jax.jit(model.init)(jax.random.key(1), X))
+    found = {}
+    for platform in forms.TABLE:
+        with cores.elsewhere(platform):
+            found[platform] = jax.jit(lambda v, x: everything(model, v, x))(variables, X)
+    for platform in ("cuda", "tpu"):
+        pairs = zip(*map(jax.tree.leaves, (found[platform], found["cpu"])), strict=True)
+        for a, b in pairs:
+            np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()) + 1e-7, err_msg=platform)
+
+
+def test_the_platform_is_that_of_the_program():
+    assert cores.platform() == {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    for platform in forms.TABLE:
+        with cores.elsewhere(platform):
+            assert cores.platform() == platform and cores.form() is forms.TABLE[platform]
+    with cores.elsewhere():
+        assert cores.platform() in ("cuda", "tpu") and not cores.form().unroll
+    with pytest.raises(InputError, match="the platform 'cuda13' is unknown; allowed: cpu, cuda, tpu"):
+        cores.elsewhere("cuda13").__enter__()
+
+
+# ---- a network that is prepared ----------------------------------------------------------------------------------
+
+
+def body_of_the_attack(dtype):
+    """The body of PGD's loop on a small network as traced for a GPU, and how many of its arguments are constants."""
+    model = config.build("models", ConfigDict({**RESNET, "dtype": dtype}), "model", num_classes=5)
+    variables = jax.eval_shape(model.init, jax.random.key(1), X)
+    net, attack = step.linen_net(model), pgd.pgd()
+
+    def program(variables, x):
+        return attack(jax.random.key(0), lambda x: net.predict(variables, x)[0], x, Y)
+
+    with cores.elsewhere("cuda"):
+        equations = jax.make_jaxpr(program)(variables, X).eqns
+    (loop,) = (
+        equation for equation in equations if equation.primitive.name == "scan" and equation.params["length"] == 10
+    )
+    return loop.params["jaxpr"].jaxpr, loop.params["num_consts"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nothing_that_depends_on_weights_alone_is_in_the_loop_of_an_attack(dtype):
+    """But what the compiler fuses: broadcasts of a few numbers to whole maps."""
+    body, constants = body_of_the_attack(dtype)
+    fixed, left = set(body.invars[:constants]), []
+    for equation in body.eqns:
+        read = [atom for atom in equation.invars if not hasattr(atom, "val")]
+        if read and fixed.issuperset(read):
+            fixed.update(equation.outvars)
+            left += (
+                [equation] if equation.outvars[0].aval.ndim < 3 or equation.outvars[0].aval.shape[0] != len(X) else []
+            )
+    transposed = {"transpose", "rev", "broadcast_in_dim", "reshape"}  # of the kernels, for gradients: no arithmetic
+    assert {equation.primitive.name for equation in left} <= transposed, left
+
+
+def test_a_prepared_function_is_the_function():
+    """Values, gradients and the tree of results; through a jitted function, and with arrays of another shape."""
+    weights = jnp.arange(6.0).reshape(2, 3) + 1
+
+    def f(x):
+        hidden = jax.jit(lambda x: gradients.relu_by_output(x @ jnp.square(weights) - 20))(x)
+        return {"hidden": hidden, "sum": jnp.where(x > 1, x, 0).sum(), "weights": weights.sum(), "x": x}
+
+    x = jnp.arange(8.0).reshape(4, 2)
+    prepared = hoist.prepared(f, x)
+    for given in (x, x[:3]):
+        jax.tree.map(np.testing.assert_array_equal, prepared(given), f(given))
+    total = lambda f: lambda x: f(x)["hidden"].sum() * f(x)["weights"] + f(x)["sum"]  # noqa: E731
+    np.testing.assert_array_equal(jax.grad(total(prepared))(x), jax.grad(total(f))(x))
+    np.testing.assert_array_equal(jax.vmap(lambda x: hoist.prepared(f, x)(x)["hidden"])(x[None])[0], f(x)["hidden"])
+
+
+# ---- operations with a gradient of their own -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_product", [False, True])
+@pytest.mark.parametrize(
+    "size, stride, pad, channels", [(3, 1, 1, 3), (3, 1, 0, 1), (5, 1, 1, 3), (7, 2, 3, 3), (3, 1, 3, 3)]
+)
+def test_the_convolution_of_pixels_is_a_convolution(size, stride, pad, channels, by_product):
+    """In float32, where the second part of the pixels is 0: values, and both gradients."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernel = jax.random.normal(keys[0], (2, 9, 8, channels)), jax.random.normal(keys[1], (size, size, channels, 4))
+    where = [stride] * 2, [(pad, pad)] * 2
+
+    def both(convolve):
+        y, back = jax.vjp(convolve, x, kernel)
+        return y, *back(jax.random.normal(keys[2], y.shape))
+
+    ours = both(lambda x, kernel: gradients.convolve_pixels(x, kernel, *where, jnp.float32, by_product))
+    usual = both(lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, *where, dimension_numbers=gradients.NHWC))
+    for a, b in zip(ours, usual, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("platform", forms.TABLE)
+def test_a_small_step_of_the_pixels_reaches_a_bfloat16_network(platform):
+    """The difference of neighbouring pixels, 0.001 beside 0.5: bfloat16 pixels would be equal."""
+    x = 0.5 + 0.001 * jax.random.normal(jax.random.key(0), (1, 4, 6, 1))
+    conv = layers.Conv(1, padding=0, dtype=jnp.bfloat16, pixels=True)
+    kernel = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1).at[1, 2].set(-1)
+    with cores.elsewhere(platform):
+        y = conv.apply({"params": {"conv": {"kernel": kernel}}}, x)
+    expected = (x[:, :, :-1] - x[:, :, 1:])[:, 1:-1, 1:]
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=2e-5)
+
+
+def plain_norm(x, scale, bias, skip, relu):
+    mean, var = jnp.mean(x, (0, 1, 2), keepdims=True), jnp.var(x, (0, 1, 2), keepdims=True)
+    y = (x - mean) * jax.lax.rsqrt(var + 1e-5) * scale.reshape(mean.shape) + bias.reshape(mean.shape)
+    y = y if skip is None else y + skip
+    return (jnp.maximum(y, 0) if relu else y), mean.ravel(), var.ravel()
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("has_skip", [False, True])
+def test_batch_norm_in_one_pass_is_batch_norm(relu, has_skip):
+    """In float64 to 1e-12: values, moments and all gradients."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        x, skip, weight = (jnp.asarray(rng.normal(3, 2, (4, 6, 6, 8))) for _ in range(3))
+        scale, bias, shift = (jnp.asarray(rng.normal(1, 0.3, 8)) for _ in range(3))
+        given = (x, scale, bias, skip) if has_skip else (x, scale, bias)
+
+        def both(f):
+            y, back, moments = jax.vjp(lambda *a: (lambda y, *m: (y, m))(*f(*a)), *given, has_aux=True)
+            return y, moments, back(weight)
+
+        part = lambda rest: rest[0] if rest else None  # noqa: E731
+        ours = both(lambda x, s, b, *rest: gradients.norm_add_relu(x, s, b, shift, part(rest), 1e-5, relu))
+        usual = both(lambda x, s, b, *rest: plain_norm(x, s, b, part(rest), relu))
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(usual), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs several devices")
+def test_statistics_in_one_pass_are_those_of_the_whole_batch_on_several_devices():
+    norm, size = layers.BatchNorm(), 2 * jax.device_count()
+    x = jax.random.normal(jax.random.key(0), (size, 3, 3, 4)) * jnp.arange(1.0, size + 1)[:, None, None, None]
+    variables = {"params": {"scale": jnp.ones(4), "bias": jnp.zeros(4)}}
+    variables["batch_stats"] = {"mean": jnp.ones(4), "var": jnp.ones(4)}
+    with cores.elsewhere("tpu"):
+
+        def moments(x):
+            make = lambda norm, x: layers.normed(x, True, norm, activation="relu")  # noqa: E731
+            return norm.apply(variables, x, mutable=["batch_stats"], method=make)
+
+        sharded = jax.device_put(x, jax.sharding.NamedSharding(cluster.mesh(), cluster.BATCH))
+        y, updated = jax.jit(moments)(sharded)
+        program = jax.jit(lambda x: moments(x)).lower(sharded).compile().as_text()
+    expected, after = norm.apply(variables, x, True, mutable=["batch_stats"])
+    np.testing.assert_allclose(y, jnp.maximum(expected, 0), atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), updated, after)
+    assert "all-reduce" in program and "all-gather" not in program
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scale_and_shift_have_the_usual_gradients(dtype):
+    x = jax.random.normal(jax.random.key(0), (3, 4, 4, 8)).astype(dtype)
+    mul, add = jax.random.normal(jax.random.key(1), (2, 8))
+    usual = lambda x, mul, add: (x.astype(jnp.float32) * mul[None, None, None] + add[None, None, None]).astype(dtype)  # noqa: E731
+    (y, back), (z, expected) = (
+        jax.vjp(f, x, mul, add) for f in (lambda *a: gradients.scale_shift(*a, jnp.dtype(dtype)), usual)
+    )
+    np.testing.assert_array_equal(y, z)
+    for a, b in zip(back(y), expected(y), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(
+            a.astype(jnp.float32), b.astype(jnp.float32), rtol=1e-5 if dtype == "float32" else 1e-2
+        )
