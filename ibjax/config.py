@@ -292,6 +292,7 @@ _LATER = (
     "smoothing",
     "averaging",
     "bn_statistics",
+    "sharding",
 )  # keys that were added later; their defaults change nothing
 
 
