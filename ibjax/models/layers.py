@@ -19,7 +19,8 @@ from jax import Array, lax
 
 from ibjax.devices import cores
 from ibjax.errors import InputError, nearest
-from ibjax.models import gradients
+from ibjax.models import gradients, packed
+from ibjax.models.packed import Packed, unpacked
 
 # U(−1/√fan_in, 1/√fan_in): PyTorch's default for convolutions and linear layers (kaiming_uniform with a=√5)
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -68,13 +69,14 @@ class Taps:
         self.edits: Edits = edits.edits if isinstance(edits, Taps) else edits or {}
         self.features: dict[str, Array] = edits.features if isinstance(edits, Taps) else {}
 
-    def __call__(self, name: str, x: Array) -> Array:
+    def __call__(self, name: str, x: Array | Packed) -> Array | Packed:
+        feature = unpacked(x)
         if name in self.edits:
-            edited = self.edits[name](x)
-            if edited.shape != x.shape:
-                raise InputError(f"the edit of '{name}' returns {edited.shape}; the feature is {x.shape}")
-            x = edited.astype(x.dtype)
-        self.features[name] = x
+            edited = self.edits[name](feature)
+            if edited.shape != feature.shape:
+                raise InputError(f"the edit of '{name}' returns {edited.shape}; the feature is {feature.shape}")
+            x = feature = edited.astype(feature.dtype)
+        self.features[name] = feature
         return x
 
     def finish(self) -> dict[str, Array]:
@@ -96,14 +98,15 @@ def remat(block: Callable[..., Array], wanted: bool) -> Callable[..., Array]:
 
 
 def normed(
-    x: Array,
+    x: Array | Packed,
     train: bool,
     norm: "BatchNorm | None",
     *,
     conv: "Conv | Dense | None" = None,
-    skip: Array | None = None,
+    skip: Array | Packed | None = None,
     activation: str | None = None,
-) -> Array:
+    packs: bool = False,
+) -> Array | Packed:
     """activation(norm(conv(x)) + skip), as far as they are given: the layers that have a form for each platform.
 
     In evaluation mode, where the platform's form says so, batch-norm is folded into the convolution or linear layer
@@ -111,18 +114,24 @@ def normed(
 
         norm(Wx + b) = (γW)x + γb + bias − γ·mean
 
-    `activation` is a kind of `Activation`.
+    `activation` is a kind of `Activation`. `packs` says that a network can go on with packed maps, see
+    `ibjax.models.packed`: x and skip may be such maps, and so is the result.
     """
-    if norm and conv and not train and cores.form().fold and not norm.is_initializing():
-        y = conv.scaled(x, *norm.affine())
+    form = cores.form()
+    if norm and conv and not train and form.fold and not norm.is_initializing():
+        y = conv.scaled(x, *norm.affine(), **(dict(packs=True) if packs and form.rows == "packed" else {}))
     else:
+        x, skip = unpacked(x), None if skip is None else unpacked(skip)
         y = x if conv is None else conv(x)
         if norm and train and norm.one_pass():
             y, skip = norm.with_relu(y, skip, activation == "relu"), None
             activation = None if activation == "relu" else activation
         else:
             y = y if norm is None else norm(y, train)
-    y = y if skip is None else skip + y
+    if isinstance(y, Packed) and (skip is None or isinstance(skip, Packed)):
+        y = y.maps if skip is None else skip.maps + y.maps
+        return Packed(y if activation is None else Activation(activation)(y))
+    y = unpacked(y) if skip is None else unpacked(skip) + unpacked(y)
     return y if activation is None else Activation(activation)(y)
 
 
@@ -155,15 +164,23 @@ class Conv(nn.Module):
             name="conv",
         )(x).astype(self.dtype)
 
-    def scaled(self, x: Array, mul: Array, add: Array) -> Array:
-        """conv(x)·mul + add, mul and add (C,) float32, as one convolution; the variables must exist."""
+    def scaled(self, x: Array | Packed, mul: Array, add: Array, packs: bool = False) -> Array | Packed:
+        """conv(x)·mul + add, mul and add (C,) float32, as one convolution; the variables must exist.
+
+        packs: whether maps may be packed from here on.
+        """
         kernel, bias = _scaled(self.variables["params"]["conv"], mul, add)
-        y = self.convolve(x, kernel)
-        return (y + per_channel(bias.astype(y.dtype), y)).astype(self.dtype)
+        x, kernel, strides, padding, packs = packed.arranged(x, kernel, self.stride, self.pads(), packs)
+        y = self._convolve(x, kernel, strides, padding)
+        y = (y + per_channel(jnp.tile(bias, 1 + packs).astype(y.dtype), y)).astype(self.dtype)
+        return Packed(y) if packs else y
 
     def convolve(self, x: Array, kernel: Array) -> Array:
         """The convolution itself, without a bias."""
-        form, padding, strides = cores.form(), [self.pads()] * 2, (self.stride, self.stride)
+        return self._convolve(x, kernel, (self.stride, self.stride), [self.pads()] * 2)
+
+    def _convolve(self, x, kernel, strides, padding):
+        form = cores.form()
         if self.pixels and self.dtype == jnp.bfloat16 and form.stem == "split":
             by_product = form.stem_gradient == "product"
             return gradients.convolve_pixels(x, kernel, strides, padding, self.dtype, by_product)
@@ -215,6 +232,17 @@ class Dense(nn.Module):
         kernel, bias = (a.astype(self.dtype) for a in _scaled(self.variables["params"]["dense"], mul, add))
         y = jnp.matmul(x.astype(self.dtype), kernel, precision=self.precision)
         return y + per_channel(bias, y)
+
+
+def dense_each(layers: Sequence[Dense], inputs: Sequence[Array]) -> Array:
+    """Each of k linear layers on its own input (B, C), of one width C, as one product: (B, k, features).
+
+    The variables must exist, biases too; layers of one dtype.
+    """
+    weights = [layer.variables["params"]["dense"] for layer in layers]
+    kernel, bias = (jnp.stack([each[name] for each in weights]).astype(layers[0].dtype) for name in ("kernel", "bias"))
+    x = jnp.stack(inputs).astype(layers[0].dtype)
+    return jnp.einsum("kbc,kcd->bkd", x, kernel, precision=layers[0].precision) + bias[None]
 
 
 def classifier(x: Array, num_classes: int | None, **options: Any) -> Array:
@@ -306,6 +334,19 @@ class BatchNorm(nn.Module):
         return mul, params["bias"] - running["mean"] * mul
 
 
+def norm_each(norms: Sequence[BatchNorm], x: Array, train: bool) -> Array:
+    """Each of k batch-norms on its own part of x (B, k, C), as one of k·C channels; the variables must exist."""
+    whole = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(dict(norm.variables) for norm in norms))
+    wide = x.reshape(len(x), -1)
+    if not train:
+        return norms[0].clone(parent=None).apply(whole, wide, False).reshape(x.shape)
+    y, updated = norms[0].clone(parent=None).apply(whole, wide, True, mutable=["batch_stats"])
+    for name, values in updated["batch_stats"].items():
+        for norm, part in zip(norms, jnp.split(values, len(norms)), strict=True):
+            norm.put_variable("batch_stats", name, part)
+    return y.reshape(x.shape)
+
+
 def per_channel(values: Array, x: Array) -> Array:
     """(C,) -> (1, …, 1, C), which broadcasts against x."""
     return values.reshape((1,) * (x.ndim - 1) + (-1,))
@@ -390,8 +431,8 @@ class GlobalAverage(nn.Module):
     """(B, H, W, C) -> (B, C), the spatial mean, summed in float32."""
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        return global_average(x)
+    def __call__(self, x: Array | Packed) -> Array:
+        return global_average(unpacked(x))
 
 
 def global_average(x: Array) -> Array:
