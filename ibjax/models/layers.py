@@ -118,10 +118,10 @@ def normed(
     `ibjax.models.packed`: x and skip may be such maps, and so is the result.
     """
     form = cores.form()
-    if norm and conv and not train and form.fold and not norm.is_initializing():
-        y = conv.scaled(x, *norm.affine(), **(dict(packs=True) if packs and form.rows == "packed" else {}))
+    if conv and not train and form.fold and not conv.is_initializing():
+        options = dict(packs=True) if packs and form.rows == "packed" else {}
+        y = conv.scaled(x, norm.affine() if norm else None, **options)
     else:
-        x, skip = unpacked(x), None if skip is None else unpacked(skip)
         y = x if conv is None else conv(x)
         if norm and train and norm.one_pass():
             y, skip = norm.with_relu(y, skip, activation == "relu"), None
@@ -164,15 +164,17 @@ class Conv(nn.Module):
             name="conv",
         )(x).astype(self.dtype)
 
-    def scaled(self, x: Array | Packed, mul: Array, add: Array, packs: bool = False) -> Array | Packed:
-        """conv(x)·mul + add, mul and add (C,) float32, as one convolution; the variables must exist.
+    def scaled(self, x: Array | Packed, affine: tuple[Array, Array] | None, packs: bool = False) -> Array | Packed:
+        """conv(x)·mul + add, (mul, add) = affine, (C,) float32, as one convolution; None: conv(x).
 
-        packs: whether maps may be packed from here on.
+        The variables must exist. packs: whether maps may be packed from here on.
         """
-        kernel, bias = _scaled(self.variables["params"]["conv"], mul, add)
+        kernel, bias = _scaled(self.variables["params"]["conv"], affine)
         x, kernel, strides, padding, packs = packed.arranged(x, kernel, self.stride, self.pads(), packs)
         y = self._convolve(x, kernel, strides, padding)
-        y = (y + per_channel(jnp.tile(bias, 1 + packs).astype(y.dtype), y)).astype(self.dtype)
+        if bias is not None:
+            y = y + per_channel(jnp.tile(bias, 1 + packs).astype(y.dtype), y)
+        y = y.astype(self.dtype)
         return Packed(y) if packs else y
 
     def convolve(self, x: Array, kernel: Array) -> Array:
@@ -198,9 +200,12 @@ class Conv(nn.Module):
         return (pad, pad) if isinstance(pad, int) else pad
 
 
-def _scaled(weights, mul, add):
-    """(kernel, bias) of a linear map followed by ·mul + add for each of its outputs."""
+def _scaled(weights, affine):
+    """(kernel, bias or None) of a linear map; followed by ·mul + add for each output, where `affine` has these."""
     kernel = weights["kernel"]
+    if affine is None:
+        return kernel, weights.get("bias")
+    mul, add = affine
     return kernel * per_channel(mul, kernel), weights["bias"] * mul + add if "bias" in weights else add
 
 
@@ -227,11 +232,14 @@ class Dense(nn.Module):
             name="dense",
         )(x)
 
-    def scaled(self, x: Array, mul: Array, add: Array) -> Array:
-        """dense(x)·mul + add, mul and add (C,) float32, as one linear layer; the variables must exist."""
-        kernel, bias = (a.astype(self.dtype) for a in _scaled(self.variables["params"]["dense"], mul, add))
-        y = jnp.matmul(x.astype(self.dtype), kernel, precision=self.precision)
-        return y + per_channel(bias, y)
+    def scaled(self, x: Array, affine: tuple[Array, Array] | None) -> Array:
+        """dense(x)·mul + add, (mul, add) = affine, (C,) float32, as one linear layer; None: dense(x).
+
+        The variables must exist.
+        """
+        kernel, bias = _scaled(self.variables["params"]["dense"], affine)
+        y = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype), precision=self.precision)
+        return y if bias is None else y + per_channel(bias.astype(self.dtype), y)
 
 
 def dense_each(layers: Sequence[Dense], inputs: Sequence[Array]) -> Array:
@@ -281,18 +289,19 @@ class BatchNorm(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, x: Any, train: bool) -> Any:
         channels = x.shape[-1]
-        scale = per_channel(self.param("scale", nn.initializers.ones, (channels,)), x)
-        bias = per_channel(self.param("bias", nn.initializers.zeros, (channels,)), x)
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
         self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         self.variable("batch_stats", "var", jnp.ones, (channels,))
-        if not train:
+        if not train:  # packed maps too
             mul, add = self.affine()
-            if cores.form().norm_gradient == "network":
-                return gradients.scale_shift(x, mul, add, self.dtype)
-            return (x.astype(jnp.float32) * per_channel(mul, x) + per_channel(add, x)).astype(self.dtype)
+            if isinstance(x, Packed):
+                return Packed(self._evaluated(x.maps, jnp.tile(mul, 2), jnp.tile(add, 2)))
+            return self._evaluated(x, mul, add)
 
+        scale, bias = per_channel(scale, x), per_channel(bias, x)
         check_groups(self.groups, x)
         grouped = x.astype(jnp.float32).reshape((self.groups, -1, *x.shape[1:]))  # (G, B/G, …, C)
         axes = tuple(range(1, grouped.ndim - 1))
@@ -304,6 +313,11 @@ class BatchNorm(nn.Module):
             self._update(*(jnp.mean(batch.reshape(self.groups, channels), 0) for batch in (mean, unbiased)))
         y = (grouped - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale[None]) + bias[None]
         return y.reshape(x.shape).astype(self.dtype)
+
+    def _evaluated(self, x, mul, add):
+        if cores.form().norm_gradient == "network":
+            return gradients.scale_shift(x, mul, add, self.dtype)
+        return (x.astype(jnp.float32) * per_channel(mul, x) + per_channel(add, x)).astype(self.dtype)
 
     def one_pass(self) -> bool:
         """Whether training mode reads the batch once for both moments: see `gradients.norm_add_relu`."""
