@@ -128,7 +128,7 @@ def float64(tree):
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
 
 
-def attention_oracle(head, variables, student, teacher, train):
+def attention_oracle(head, variables, student, teacher, train=False):
     """The module's attention, written from the paper's formulas in NumPy and float64, layer by layer."""
     params, statistics = float64(variables["params"]), float64(variables["batch_stats"])
 
