@@ -27,8 +27,8 @@ def each_matrix(f: Callable[[Array], Any], matrices: Array, chunk: int | None = 
         return _each(f, matrices, chunk)
     shared = len(matrices) % mesh.size == 0
     where = cluster.BATCH if shared else cluster.REPLICATED
-    options = dict(mesh=mesh, in_specs=where, out_specs=where, check_vma=not shared)
-    return jax.shard_map(functools.partial(_each, f, chunk=chunk), **options)(matrices)
+    share = functools.partial(_each, f, chunk=chunk)
+    return jax.shard_map(share, mesh=mesh, in_specs=where, out_specs=where, check_vma=not shared)(matrices)
 
 
 def _each(f, matrices, chunk):

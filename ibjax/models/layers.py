@@ -69,7 +69,7 @@ class Taps:
         self.edits: Edits = edits.edits if isinstance(edits, Taps) else edits or {}
         self.features: dict[str, Array] = edits.features if isinstance(edits, Taps) else {}
 
-    def __call__(self, name: str, x: Array | Packed) -> Array | Packed:
+    def __call__(self, name: str, x: Any) -> Any:
         feature = unpacked(x)
         if name in self.edits:
             edited = self.edits[name](feature)
@@ -106,7 +106,7 @@ def normed(
     skip: Array | Packed | None = None,
     activation: str | None = None,
     packs: bool = False,
-) -> Array | Packed:
+) -> Any:
     """activation(norm(conv(x)) + skip), as far as they are given: the layers that have a form for each platform.
 
     In evaluation mode, where the platform's form says so, batch-norm is folded into the convolution or linear layer
@@ -351,11 +351,10 @@ class BatchNorm(nn.Module):
 def norm_each(norms: Sequence[BatchNorm], x: Array, train: bool) -> Array:
     """Each of k batch-norms on its own part of x (B, k, C), as one of k·C channels; the variables must exist."""
     whole = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(dict(norm.variables) for norm in norms))
-    wide = x.reshape(len(x), -1)
-    if not train:
-        return norms[0].clone(parent=None).apply(whole, wide, False).reshape(x.shape)
-    y, updated = norms[0].clone(parent=None).apply(whole, wide, True, mutable=["batch_stats"])
-    for name, values in updated["batch_stats"].items():
+    collections: Any = ["batch_stats"] if train else False
+    made: Any = norms[0].clone(parent=None).apply(whole, x.reshape(len(x), -1), train, mutable=collections)
+    y, updated = made if train else (made, {})
+    for name, values in updated.get("batch_stats", {}).items():
         for norm, part in zip(norms, jnp.split(values, len(norms)), strict=True):
             norm.put_variable("batch_stats", name, part)
     return y.reshape(x.shape)

@@ -29,8 +29,8 @@ def block_counts(
 
 
 def through(
-    x: Array | Packed, tap: layers.Taps, counts: Sequence[int], width: int, block: Callable[..., Array | Packed]
-) -> tuple[Any, Callable[[Array], Array]]:
+    x: Array | Packed, tap: layers.Taps, counts: Sequence[int], width: int, block: Callable[..., Any]
+) -> tuple[Any, Callable[[Any], Any]]:
     """(x after all blocks, the `see` function for the layer after them); taps `blockN` and, after stage S, `stageS`.
 
     Args:

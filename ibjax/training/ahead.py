@@ -203,7 +203,7 @@ def _compile_step(settings, mesh, images):
 def _expected(program, chip, flops, batch_size, parts):
     """What a TPU's compiler expects: "estimated", None elsewhere, and kernels: the slow ones and the ten slowest."""
     made = hlo.estimate(program, chip, **parts) if chip is not None and flops is not None else None
-    if made is None:
+    if chip is None or made is None:
         return {"estimated": None, "slow_kernels": [], "slowest_kernels": []}
     estimated = {name: getattr(made, name) for name in ("attack_step_ms", "rest_ms", "step_ms")}
     estimated["share_of_peak"] = flops / chip.flops / (made.step_ms / 1e3)
