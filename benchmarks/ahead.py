@@ -1,13 +1,19 @@
-"""Compiles every compiled part of the package for a GPU that this machine lacks, and counts kernels, bytes and memory.
+"""Compiles every compiled part of the package for a GPU or a TPU that this machine lacks; counts what it costs.
 
-    pip install -e '.[cuda13]'
+    pip install -e '.[cuda13]'      or '.[tpu]'
     python benchmarks/ahead.py [--topology=h200] [--programs='attack *'] [--out=FILE]
+    python benchmarks/ahead.py --topology=v5e:2x2             its first chip
 
 The programs are those of `programs.py`: each objective's train step and each perturbation (ResNet-18, batch 512,
 bfloat16, teachers WRN-34-10), each attack of an evaluation by name and each analysis (float32, a batch of 500). Nothing
-is run, and no card or driver is needed. "In loops" counts the kernels in the bodies of loops, such as PGD's step; each
-body counts once. GB are the bytes that kernels read and write. Nothing is autotuned, so a real card may need more
-temporary memory.
+is run, and neither card, chip nor driver is needed.
+
+For a GPU, "in loops" counts the kernels in the bodies of loops, such as PGD's step; each body counts once. GB are the
+bytes that kernels read and write. Nothing is autotuned, so a real card may need more temporary memory.
+
+For a TPU, the milliseconds are what its compiler expects by its own cost model, and no measurement: of the body of the
+loop that takes longest, such as PGD's step, and of the rest, in which the body of any other loop counts once. Kernels
+over three times their bound (`ibjax.training.hlo`) are counted, and the slowest of them is named.
 
 Each program has its own process, so that a crash of the compiler affects that program only. The same command continues
 where it was stopped, and retries programs that did not compile. Writes a JSON file and the table beside it.
@@ -25,13 +31,12 @@ from typing import Any
 
 import jax
 import measuring
-from jax.sharding import NamedSharding
-from parts import ROOT, bare, compile_rows, reason
+from jax.sharding import Mesh, NamedSharding
+from parts import ROOT, bare, compile_rows, made_by, reason
 
 from ibjax import errors, files
 from ibjax.devices import cluster, cores
-from ibjax.runs import provenance
-from ibjax.training import ahead
+from ibjax.training import ahead, hlo
 
 
 def compiled(name: str, topology: str) -> dict[str, Any]:
@@ -39,8 +44,9 @@ def compiled(name: str, topology: str) -> dict[str, Any]:
     import programs
 
     mesh = ahead.slice_mesh(topology)
+    mesh = Mesh(mesh.devices.ravel()[:1], mesh.axis_names, axis_types=mesh.axis_types)
     replicated = NamedSharding(mesh, cluster.REPLICATED)
-    with cores.elsewhere("cuda"):
+    with cores.elsewhere("cuda" if topology in ahead.GPUS else "tpu"):
         program = programs.TABLE[name](programs.FULL, mesh)
         shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), jax.eval_shape(program.make)
@@ -51,12 +57,19 @@ def compiled(name: str, topology: str) -> dict[str, Any]:
         made = lowered.compile()
     memory = made.memory_analysis()
     assert memory is not None
+    if topology in ahead.GPUS:
+        counted = ahead.kernels(made.as_text())._asdict()
+    else:
+        expected = hlo.estimate(made.as_text(), ahead.CHIPS[mesh.devices.flat[0].device_kind], attack_steps=2)
+        assert expected is not None
+        slow = [kernel._asdict() for kernel in expected.kernels if kernel.slow()]
+        counted = {"loop_ms": expected.attack_step_ms, "rest_ms": expected.rest_ms, "slow_kernels": slow}
     return {
         "trace_seconds": round(traced - began, 1),
         "compile_seconds": round(time.perf_counter() - traced, 1),
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
-        **ahead.kernels(made.as_text())._asdict(),
+        **counted,
     }
 
 
@@ -73,26 +86,38 @@ def in_new_process(name: str, topology: str) -> dict[str, Any]:
 
 def table(content: dict[str, Any]) -> str:
     """All programs so far, in Markdown."""
-    heads = ("program", "kernels in loops", "GB", "kernels outside", "GB", "GiB of arguments", "of temporaries",
-             "trace, s", "compile, s")  # fmt: skip
-    lines = []
+    gpu = content["run"]["topology"] in ahead.GPUS
+    counts = ("kernels in loops", "GB", "kernels outside", "GB")
+    expected = (
+        "loop, estimated ms",
+        "rest, estimated ms",
+        "kernels over 3 × bound",
+        "the slowest: ms, bound, operation",
+    )
+    sizes = ("GiB of arguments", "of temporaries", "trace, s", "compile, s")
+    heads, lines = ("program", *(counts if gpu else expected), *sizes), []
     for name, found in content.items():
         if name == "run":
             continue
         if found["error"]:
             lines.append((name, found["error"], *[""] * 7))
             continue
+        if gpu:
+            loops = (found["in_loops"], f"{found['bytes_in_loops'] / 1e9:.2f}")
+            what = (*loops, found["outside"], f"{found['bytes_outside'] / 1e9:.2f}")
+        else:
+            slow = found["slow_kernels"]
+            first = f"{slow[0]['ms']:.2f}, {slow[0]['bound_ms']:.2f}, {slow[0]['operation'][-50:]}" if slow else ""
+            what = (f"{found['loop_ms']:.2f}", f"{found['rest_ms']:.2f}", len(slow), first)
         sizes = (f"{found[part] / ahead.GIB:.2f}" for part in ("argument_bytes", "temporary_bytes"))
-        loops = (found["in_loops"], f"{found['bytes_in_loops'] / 1e9:.2f}")
-        rest = (found["outside"], f"{found['bytes_outside'] / 1e9:.2f}")
-        lines.append((name, *loops, *rest, *sizes, found["trace_seconds"], found["compile_seconds"]))
+        lines.append((name, *what, *sizes, found["trace_seconds"], found["compile_seconds"]))
     return measuring.markdown(heads, lines)
 
 
 def main() -> None:
     """The command line."""
     parser = bare(__file__, __doc__)
-    parser.add_argument("--topology", default="h200", choices=sorted(ahead.GPUS))
+    parser.add_argument("--topology", default="h200", help="h200, h100, or a TPU slice as v5e:2x2")
     parser.add_argument("--programs", default="*", help="a pattern of names, as 'objective *'")
     parser.add_argument("--out", type=files.path, help="default: results/ahead-TOPOLOGY-DATE.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -118,11 +143,11 @@ def parent(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     chosen = fnmatch.filter(programs.TABLE, given.programs)
     if not chosen:
         parser.error(f"--programs={given.programs} matches none of {', '.join(programs.TABLE)}")
-    out = given.out or ROOT / "results" / f"ahead-{given.topology}-{datetime.date.today()}.json"
-    versions = ", ".join(" ".join(item) for item in provenance.versions().items())
+    out = given.out or ROOT / "results" / f"ahead-{given.topology.replace(':', '-')}-{datetime.date.today()}.json"
+    versions = ", ".join(" ".join(item) for item in made_by()["versions"].items())
 
     def page(content):
-        ordered = {each: content[each] for each in programs.TABLE if each in content}
+        ordered = {each: content[each] for each in ("run", *programs.TABLE) if each in content}
         return f"{table(ordered)}\n\n{given.topology}; {versions}; {content['run']['date']}\n"
 
     compile_rows(parser, out, given.topology, chosen, lambda name: in_new_process(name, given.topology), page)

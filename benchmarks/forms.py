@@ -17,7 +17,6 @@ import datetime
 import fnmatch
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -34,7 +33,7 @@ from ibjax import errors, files
 from ibjax.attacks.pgd import pgd
 from ibjax.devices import cluster, cores, forms
 from ibjax.step import linen_net
-from ibjax.training import ahead
+from ibjax.training import ahead, hlo
 
 NETWORKS = {
     "resnet18": methods.RESNET18,
@@ -67,7 +66,6 @@ ROWS = {
 }
 PLAIN = forms.TABLE["cpu"]
 BEFORE = {name: getattr(PLAIN, name) for name in forms.SINCE_THE_TABLE}
-CLOCKS = {"v4": 1.05e9, "v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}  # Hz; peak = 2 · rows · columns · arrays · clock
 
 
 def lowered(row: str, mesh: Mesh) -> Any:
@@ -106,17 +104,10 @@ def compiled(row: str, topology: str, before: bool) -> dict[str, Any]:
     found = {"compile_seconds": round(time.perf_counter() - began, 1)}
     if target == "cuda":
         return found | ahead.kernels(made.as_text())._asdict()
-    cycles = estimated_cycles(made.as_text())
-    return found | {name: 1e3 * count / CLOCKS[topology.partition(":")[0]] for name, count in cycles.items()}
-
-
-def estimated_cycles(program: str) -> dict[str, int]:
-    """What a TPU's compiler expects of the kernels of an optimised module, in loops, each body once, and outside."""
-    found = {"in_loops": 0, "outside": 0}
-    for line, depth in ahead.lines(program):
-        if cycles := re.search(r'"estimated_cycles":"(\d+)"', line):
-            found["in_loops" if depth else "outside"] += int(cycles[1])
-    return found
+    expected = hlo.estimate(made.as_text(), ahead.CHIPS[mesh.devices.flat[0].device_kind], attack_steps=10)
+    assert expected is not None
+    slow = sum(kernel.slow() for kernel in expected.kernels)
+    return found | {"in_loops": expected.attack_step_ms, "outside": expected.rest_ms, "slow_kernels": slow}
 
 
 def in_new_process(row: str, topology: str) -> dict[str, Any]:

@@ -6,7 +6,8 @@
 No slice is needed. Each row is compiled with its own batch size, in bfloat16. Memory is that of one chip. The images/s
 are the upper bounds that follow from FLOPs and from bytes, which no run reaches. "≥" marks programs with loops other
 than the attack's, whose bodies count only once in FLOPs and bytes. "Collectives" counts the communication of one step;
-"in loops" counts those inside an attack or another loop, which must be none.
+"in loops" counts those inside an attack or another loop, which must be none. "Estimated" is what the compiler's own
+cost model expects of one chip, without communication, and no measurement.
 
 Each row has its own process, which takes minutes on two cores. The same command continues where it was stopped; a row
 is compiled again if the code or a version has changed since. Writes a JSON file and the table beside it.
@@ -60,13 +61,14 @@ def compile_row(name: str, options: list[str], topology: str) -> dict[str, Any]:
 def table(content: dict[str, Any]) -> str:
     """All rows so far, in Markdown."""
     heads = ("recipe", "batch", "GiB of a chip", "TFLOP of a step and chip", "images/s, FLOPs", "images/s, bytes",
-             "collectives of a step", "in loops")  # fmt: skip
+             "collectives of a step", "in loops", "estimated: ms of an attack step", "of the rest", "of a step",
+             "% of peak", "images/s", "kernels over 3 × bound")  # fmt: skip
     lines = []
     for name, found in content.items():
         if name == "run":
             continue
         if found["error"]:
-            lines.append((name, found["error"], *[""] * 6))
+            lines.append((name, found["error"], *[""] * 12))
             continue
         chip = CHIPS[found["kind"]]
         full = " (does not fit)" if found["memory"] > chip.hbm else ""
@@ -79,8 +81,18 @@ def table(content: dict[str, Any]) -> str:
             f"{found['memory'] / GIB:.2f}{full}",
             f"{'≥ ' * bool(found['other_loops'])}{found['flops'] / 1e12:.2f}",
         )
-        lines.append((name, *size, *bounds, each, inside))
+        lines.append((name, *size, *bounds, each, inside, *_expected(found)))
     return measuring.markdown(heads, lines)
+
+
+def _expected(found):
+    """The columns on the time that the compiler expects; empty for a row of before they were there."""
+    expected = found.get("estimated")
+    if expected is None:
+        return [""] * 6
+    times = (f"{expected[part]:.2f}" for part in ("attack_step_ms", "rest_ms", "step_ms"))
+    share, rate = f"{100 * expected['share_of_peak']:.0f}", f"{expected['images_per_s']:,.0f}"
+    return *times, share, rate, len(found["slow_kernels"])
 
 
 def main() -> None:

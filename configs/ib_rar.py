@@ -243,7 +243,7 @@ def adversarial(config, name, how, variant):
     if how == "mart":
         config.schedule = dict(name="constant")
     if variant == "base":
-        config.objective.update(alpha=0.0, beta=0.0)  # the terms are measured but not trained on
+        config.objective.update(alpha=0.0, beta=0.0)
     else:
         config.objective.y_kernel = "linear" if how == "pgd" else "gaussian"
         config.objective.update(dict(until_epoch=1.0) if (name, how) == ("svhn", "mart") else mask(name))

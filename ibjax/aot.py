@@ -1,7 +1,7 @@
 """Compiles a recipe's train step for a TPU slice or a GPU that this machine lacks; prints its cost and communication.
 
     python -m ibjax.aot --config=configs/ibd_wrn.py --topology=v5e:16x16 [--config.batch_size=1024 …]
-    python -m ibjax.aot --config=configs/ibd_wrn.py --topology=h200
+    python -m ibjax.aot --config=configs/ibd_wrn.py --topology=h200                     (or h100)
 
 Prints the memory of each chip against its HBM, the FLOPs and bytes per chip and step, the upper bounds on images/s that
 follow from them, and the collectives with the loop that contains them. An attack must contain no collective, since
@@ -15,8 +15,13 @@ the attack. The bodies of other loops, such as MMA's bisection, are counted once
 printed. FLOPs and bytes are the compiler's figures for the optimised program of one chip. The bounds assume the chip's
 peak in bfloat16 and its full bandwidth, so no run reaches them.
 
+A TPU's compiler also says how many cycles it expects of each kernel. From these follow the estimated milliseconds of a
+step of the attack's loop and of the rest, the share of the peak and the images/s of the slice, without communication.
+They are no measurement. Printed with them are the ten slowest kernels, by the operation that they come from, and every
+kernel of at least 20 µs that takes more than three times its own bound (products over peak, bytes over bandwidth).
+
 For a GPU the compiler reports neither figure. Printed instead are the number of kernels inside and outside of loops,
-and the bytes that they read and write.
+the bytes that they read and write, and the bound that the card's bandwidth sets.
 """
 
 import os
@@ -37,7 +42,9 @@ from ibjax.training import (
 def parser() -> cli.Parser:
     """The arguments of this module."""
     parser = command_line.of_recipe("ibjax.aot", __doc__)
-    parser.add_argument("--topology", default="v5e:16x16", help="the slice, or h200: one GPU; default: %(default)s")
+    parser.add_argument(
+        "--topology", default="v5e:16x16", help="the slice, or one GPU: h100, h200; default: %(default)s"
+    )
     parser.add_argument("--teacher", help="recipe of the teacher, where the configuration names none")
     ahead.add_images(parser)
     parser.add_argument(

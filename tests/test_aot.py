@@ -23,7 +23,7 @@ from ibjax.devices import cluster, cores
 from ibjax.errors import InputError
 from ibjax.information.linalg import each_matrix
 from ibjax.runs import recipe_files
-from ibjax.training import ahead
+from ibjax.training import ahead, hlo
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -269,3 +269,78 @@ def test_without_its_compiler_a_slice_is_refused(monkeypatch):
     monkeypatch.setattr(topologies, "get_topology_desc", absent)
     with pytest.raises(InputError, match="compiler for TPUs is not installed"):
         ahead.slice_mesh("v5e:2x2")
+
+
+# ---- the time that a TPU's compiler expects ------------------------------------------------------------------------
+
+PROGRAM = """
+%product (p: bf16[2,8,8,4], w: bf16[3,3,4,16]) -> bf16[2,8,8,16] {
+  %p = bf16[2,8,8,4]{3,2,1,0:T(8,128)(2,1)} parameter(0)
+  %w = bf16[3,3,4,16]{3,2,1,0} parameter(1)
+  ROOT %c = bf16[2,8,8,16]{3,2,1,0} convolution(%p, %w), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f
+}
+%body (s: (s32[], bf16[2,8,8,4])) -> (s32[], bf16[2,8,8,4]) {
+  %s = (s32[], bf16[2,8,8,4]{3,2,1,0}) parameter(0)
+  %x = bf16[2,8,8,4]{3,2,1,0} get-tuple-element(%s), index=1
+  %k = bf16[3,3,4,16]{3,2,1,0} constant({...})
+  %f = bf16[2,8,8,16]{3,2,1,0} fusion(%x, %k), kind=kOutput, calls=%product, metadata={op_name="conv"}, CYCLES(3000)
+  ROOT %t = (s32[], bf16[2,8,8,4]{3,2,1,0}) tuple(%i, %x)
+}
+%other (s: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %e = f32[8]{0} exponential(%z), CYCLES(1000)
+}
+%condition (s: (s32[], bf16[2,8,8,4])) -> pred[] {
+  ROOT %k.1 = pred[] constant(true)
+}
+ENTRY %main (x: bf16[2,8,8,4]) -> bf16[2,8,8,4] {
+  %a = f32[1000,1000]{1,0} add(%u, %v), metadata={op_name="sum"}, CYCLES(200000)
+  %loop = (s32[], bf16[2,8,8,4]{3,2,1,0}) while(%init), condition=%condition, body=%body
+  %small = (s32[], f32[8]{0}) while(%init), condition=%condition, body=%other
+}""".replace("CYCLES(", 'backend_config={"window_config":{"estimated_cycles":"').replace("00)\n", '00"}}\n')
+
+
+def test_the_expected_time_of_a_step_is_that_of_its_parts():
+    """The longest loop is the attack's and runs ten times; another counts once. A kernel far from its bound shows."""
+    chip = ahead.Chip(flops=1e8, hbm=1e9, bandwidth=1e9, clock=1e6)
+    found = hlo.estimate(PROGRAM, chip, attack_steps=10)
+    assert found[:3] == pytest.approx((3.0, 201.0, 231.0))
+    assert [(kernel.operation, kernel.ms, kernel.in_attack) for kernel in found.kernels] == [
+        ("sum", 200.0, False),
+        ("conv", 3.0, True),
+        ("", 1.0, False),
+    ]
+    products = 2 * 2 * 16 * 4 * (3 * 8 - 2) ** 2  # of 8 pixels, two at the border miss one of three
+    bounds = (4.0, 1e3 * products / 1e8, 32e-6)  # 4 MB, products, 32 bytes
+    assert [kernel.bound_ms for kernel in found.kernels] == pytest.approx(bounds)
+    assert [kernel.slow() for kernel in found.kernels] == [True, False, True]
+    assert hlo.estimate(PROGRAM, chip, attack_steps=10, microbatches=2).step_ms == pytest.approx(208)
+    assert hlo.estimate(PROGRAM, chip, around=1).step_ms == pytest.approx(4)
+    assert hlo.estimate(PROGRAM, ahead.CHIPS["NVIDIA H200 141GB HBM3e"]) is None
+
+
+@pytest.mark.parametrize("passes, precision, kind", [(1, "default", "f32"), (3, "high", "f32"), (6, "highest", "f32"),
+                                                     (1, "highest", "bf16")])  # fmt: skip
+def test_a_float32_product_takes_as_many_passes_as_its_precision(passes, precision, kind):
+    line = f"%d = {kind}[8,5] dot(%a, %b), lhs_contracting_dims={{1}}, operand_precision={{{precision},{precision}}}"
+    text = f"""
+ENTRY %main (a: f32[8,7]) -> f32[8,5] {{
+  %a = {kind}[8,7] parameter(0)
+  %b = {kind}[7,5] parameter(1)
+  {line}, backend_config={{"estimated_cycles":"7"}}
+}}"""
+    chip = ahead.Chip(flops=1e3, hbm=1e9, bandwidth=1e9, clock=1e6)
+    assert hlo.estimate(text, chip).kernels[0].bound_ms == pytest.approx(passes * 2 * 8 * 5 * 7)
+
+
+@pytest.mark.parametrize(
+    "out, lhs, rhs, text, count",
+    [
+        ([1, 4, 4, 3], [1, 8, 8, 2], [3, 3, 2, 3], "window={size=3x3 stride=2x2 pad=1_1x1_1}", 6 * 11**2),
+        ([1, 8, 8, 2], [1, 4, 4, 3], [3, 3, 3, 2], "window={size=3x3 pad=1_2x1_2 lhs_dilate=2x2}", 6 * 11**2),
+        ([8, 5], [8, 7], [7, 5], "dim_labels=bf_io->bf", 8 * 5 * 7),
+    ],
+)
+def test_multiplications_are_counted_without_padding(out, lhs, rhs, text, count):
+    """A convolution of stride 2, its gradient, which needs as many, and a product of matrices."""
+    text = text if "dim_labels" in text else f"{text}, dim_labels=b01f_01io->b01f"
+    assert hlo._multiplications(text, out, lhs, rhs) == count

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from ibjax.errors import InputError
+from ibjax.information import hsic
 from ibjax.objectives.hbar import hbar
 from ibjax.objectives.ib_rar import (
     adaptive_attack,
@@ -175,6 +176,16 @@ def test_the_options_of_the_terms_are_what_they_say():
     plain, plain_gradient, _, _ = evaluate(pgd_at())
     np.testing.assert_allclose(value, plain, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), gradient, plain_gradient)
+
+
+def test_terms_without_weight_are_not_computed(monkeypatch):
+    """The base's loss and gradient, none of the measures' metrics, and no factorisation."""
+    monkeypatch.setattr(hsic, "correlation_operator", lambda *_: pytest.fail("a term of weight 0 is computed"))
+    value, gradient, _, metrics = evaluate(ib_rar(alpha=0.0, beta=0.0))
+    plain, plain_gradient, _, _ = evaluate(pgd_at())
+    np.testing.assert_allclose(value, plain, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), gradient, plain_gradient)
+    assert not {"nhsic_x", "nhsic_y"} & set(metrics)
 
 
 def test_hsic_of_the_layers_is_the_trace():

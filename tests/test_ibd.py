@@ -128,13 +128,14 @@ def float64(tree):
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
 
 
-def attention_oracle(head, variables, student, teacher):
-    """The module's attention in evaluation mode, written from the paper's formulas in NumPy and float64."""
+def attention_oracle(head, variables, student, teacher, train=False):
+    """The module's attention, written from the paper's formulas in NumPy and float64, layer by layer."""
     params, statistics = float64(variables["params"]), float64(variables["batch_stats"])
 
     def linear_norm(x, name, norm):
         y = x @ params[name]["dense"]["kernel"] + params[name]["dense"]["bias"]
-        y = (y - statistics[norm]["mean"]) / np.sqrt(statistics[norm]["var"] + 1e-5)
+        mean, var = (y.mean(0), y.var(0)) if train else (statistics[norm]["mean"], statistics[norm]["var"])
+        y = (y - mean) / np.sqrt(var + 1e-5)
         return y * params[norm]["scale"] + params[norm]["bias"]
 
     z_t, z_s = ([np.asarray(z, np.float64).mean((1, 2)) for z in taps.values()] for taps in (teacher, student))
@@ -143,27 +144,37 @@ def attention_oracle(head, variables, student, teacher):
     if head.query_relu:
         query = [np.maximum(q, 0) for q in query]
     score = np.zeros((len(z_t[0]), n, m))
-    for j, z in enumerate(z_s):
-        key = np.maximum(linear_norm(z, f"key{j + 1}", f"key_bn{j + 1}"), 0)
-        bilinear = linear_norm(key, "bilinear", "bilinear_bn").reshape(-1, n, d)
+    keys = [np.maximum(linear_norm(z, f"key{j}", f"key_bn{j}"), 0) for j, z in enumerate(z_s, 1)]
+    bilinear = linear_norm(np.concatenate(keys), "bilinear", "bilinear_bn").reshape(m, -1, n, d)
+    for j in range(m):
         for i in range(n):
-            score[:, i, j] = (bilinear[:, i] * query[i]).sum(-1)
+            score[:, i, j] = (bilinear[j, :, i] * query[i]).sum(-1)
             if head.positional:
                 score[:, i, j] += params["position_t"][i] @ params["position_s"][j]
     score = np.exp(score / np.sqrt(d))
     return score / score.sum(-1, keepdims=True)
 
 
+MIXED = {f"block{i}": z for i, z in enumerate((*taps(5, [8, 4]).values(), *taps(6, [2], channels=3).values()), 1)}
+MIXED["block2"], MIXED["block3"] = MIXED["block3"], MIXED["block2"]  # layers of two widths, not in order
+
+
+@pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("options", [dict(), dict(query_relu=True), dict(positional=False)])
-def test_the_attention_is_its_formula(options):
+def test_the_attention_is_its_formula(options, train):
     head = AttentionMatching(16, **options)
-    variables = head.init(jax.random.key(2), STUDENT, TEACHER, train=False)
+    variables = head.init(jax.random.key(2), STUDENT, MIXED, train=False)
     keys = iter(jax.random.split(jax.random.key(3), 99))
     variables = jax.tree.map(lambda w: w + 0.3 * jnp.abs(jax.random.normal(next(keys), w.shape)), variables)
-    _, attention = head.apply(variables, STUDENT, TEACHER, train=False)
-    expected = attention_oracle(head, variables, STUDENT, TEACHER)
+    (_, attention), updated = head.apply(variables, STUDENT, MIXED, train=train, mutable=["batch_stats"])
+    expected = attention_oracle(head, variables, STUDENT, MIXED, train)
     assert expected.max() - expected.min() > 0.1
-    np.testing.assert_allclose(attention, expected, rtol=2e-4, atol=1e-6)
+    np.testing.assert_allclose(attention, expected, rtol=2e-4, atol=1e-5)
+    if train:  # each layer's statistics follow its own batch
+        weights = float64(variables["params"]["query3"]["dense"])
+        y = MIXED["block3"].mean((1, 2)) @ weights["kernel"] + weights["bias"]
+        before, after = (v["batch_stats"]["query_bn3"]["mean"] for v in (variables, updated))
+        np.testing.assert_allclose(after, 0.9 * before + 0.1 * y.mean(0), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("teacher_features", ["adv", "nat"])

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 from ibjax import config
 from ibjax.devices import cluster, cores, placement
 from ibjax.information import hsic, svd
+from ibjax.objectives import ib_rar
 from ibjax.training import experiment, feed
 from ibjax.training.ahead import collectives
 
@@ -82,6 +83,22 @@ def test_no_device_is_given_all_features(f):
     z, y = jnp.ones((size, 32, 8, 2 * size)), jnp.ones((size, 5))
     _, program = over_devices(cores.elsewhere()(jax.grad(f)), z, y, out=cluster.BATCH)
     assert sum(item.bytes for item in collectives(program)) < z.nbytes
+
+
+@needs_devices
+def test_a_measure_communicates_at_most_three_times_a_layer():
+    """Features there and back, and a share of sums; one device factorises a matrix. The images count as a layer."""
+    size = jax.device_count()
+    x, y = jnp.ones((2 * size, 4, 4, 3)), jnp.arange(2 * size) % 3
+    layers = [jnp.ones((2 * size, 2, 2, size * n)) for n in (1, 2, 3)]
+
+    def terms(x, y, *layers):
+        return ib_rar.dependence(x, y, 3, list(layers)).sum()
+
+    traced = cores.elsewhere()(jax.grad(terms, range(2, 5)))
+    _, program = over_devices(traced, x, y, *layers, out=cluster.BATCH)
+    found = collectives(program)
+    assert {item.depth for item in found} == {0} and sum(item.count for item in found) <= 3 * (len(layers) + 1), found
 
 
 @needs_devices

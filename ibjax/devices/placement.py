@@ -65,7 +65,8 @@ def everywhere(x: Array) -> Array:
 
 def by_feature(x: Array) -> Array:
     """(B, …) -> (B, d): one row per image, sharded along the d entries."""
-    return split(split(x, 0).reshape(len(x), -1), 1)
+    rows = split(split(x, 0).reshape(len(x), -1), 0)  # as rows before they change hands: all at once, not per axis
+    return split(rows, 1)
 
 
 # ---- the state between two steps ---------------------------------------------------------------------------

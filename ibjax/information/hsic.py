@@ -50,8 +50,8 @@ def squared_distances(x: Array) -> Array:
     """
     x = _samples(x)
     x = x - jnp.mean(x, axis=0, keepdims=True)
-    products = _product(x, x.T)
-    norms = jnp.sum(x * x, axis=1)
+    products = placement.everywhere(_product(x, x.T))
+    norms = jnp.diagonal(products)  # sums of squares would be summed over all devices once more
     distances = norms[:, None] + norms[None, :] - 2 * products
     return jnp.where(jnp.eye(len(x), dtype=bool), 0.0, jnp.maximum(distances, 0.0))
 
@@ -149,6 +149,11 @@ def correlation_operator(k: Array, ridge: float = RIDGE) -> Array:
     return lax.custom_linear_solve(lambda b: _product(regularised, b), k, solve, symmetric=True)
 
 
+def correlation_operators(k: Array, ridge: float = RIDGE) -> Array:
+    """`correlation_operator` of each of the Gram matrices (n, B, B), shape (n, B, B), spread over several devices."""
+    return each_matrix(lambda k: correlation_operator(k, ridge), k)
+
+
 def label_operator(
     labels: Array, num_classes: int, kernel: str = "linear", sigma: float = SIGMA, ridge: float = RIDGE
 ) -> Array:
@@ -173,7 +178,7 @@ def operator_product(r: Array, s: Array) -> Array:
 
 def nhsic_cca(x: Array, y: Array, sigma: float = SIGMA, ridge: float = RIDGE) -> Array:
     """nHSIC of samples (B, …) and (B, …) with Gaussian kernels of width σ·√d: tr(R_X R_Y), a scalar."""
-    return operator_product(*(correlation_operator(scaled_gram(u, sigma), ridge) for u in (x, y)))
+    return operator_product(*correlation_operators(jnp.stack([scaled_gram(u, sigma) for u in (x, y)]), ridge))
 
 
 def nhsic_layers(r: Array, layers: Sequence[Array], sigma: float = SIGMA, ridge: float = RIDGE) -> Array:
@@ -184,7 +189,7 @@ def nhsic_layers(r: Array, layers: Sequence[Array], sigma: float = SIGMA, ridge:
       layers: features (B, …) of any sizes; each gives a Gram matrix, and one batched solve treats all of them.
     """
     grams = jnp.stack([scaled_gram(z, sigma) for z in layers])  # (L, B, B)
-    return _products(r, each_matrix(lambda k: correlation_operator(k, ridge), grams))
+    return _products(r, correlation_operators(grams, ridge))
 
 
 def nhsic_channels(

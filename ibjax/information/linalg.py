@@ -18,15 +18,17 @@ def each_matrix(f: Callable[[Array], Any], matrices: Array, chunk: int | None = 
     batched SVDs in one program deadlocked on two cores (jaxlib 0.10.2). A call for one matrix does not wait.
 
     Within `placement.over` several devices, each device takes its share of the matrices if their number N is a multiple
-    of the number of devices. By default the compiler would gather the matrices on all devices in every round of an
-    iteration, and synchronise the devices to decide when to stop.
+    of the number of devices; otherwise every device computes all of them. By default the compiler would spread single
+    matrices over the devices, exchange parts of them in every round of an iteration, and synchronise the devices to
+    decide when to stop.
     """
     mesh = placement.devices()
-    if mesh is not None and len(matrices) % mesh.size == 0:
-        share = functools.partial(_each, f, chunk=chunk)
-        split = jax.shard_map(share, mesh=mesh, in_specs=cluster.BATCH, out_specs=cluster.BATCH, check_vma=False)
-        return split(matrices)
-    return _each(f, matrices, chunk)
+    if mesh is None:
+        return _each(f, matrices, chunk)
+    shared = len(matrices) % mesh.size == 0
+    where = cluster.BATCH if shared else cluster.REPLICATED
+    share = functools.partial(_each, f, chunk=chunk)
+    return jax.shard_map(share, mesh=mesh, in_specs=where, out_specs=where, check_vma=not shared)(matrices)
 
 
 def _each(f, matrices, chunk):

@@ -19,7 +19,8 @@ from jax import Array, lax
 
 from ibjax.devices import cores
 from ibjax.errors import InputError, nearest
-from ibjax.models import gradients
+from ibjax.models import gradients, packed
+from ibjax.models.packed import Packed, unpacked
 
 # U(−1/√fan_in, 1/√fan_in): PyTorch's default for convolutions and linear layers (kaiming_uniform with a=√5)
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -68,13 +69,14 @@ class Taps:
         self.edits: Edits = edits.edits if isinstance(edits, Taps) else edits or {}
         self.features: dict[str, Array] = edits.features if isinstance(edits, Taps) else {}
 
-    def __call__(self, name: str, x: Array) -> Array:
+    def __call__(self, name: str, x: Any) -> Any:
+        feature = unpacked(x)
         if name in self.edits:
-            edited = self.edits[name](x)
-            if edited.shape != x.shape:
-                raise InputError(f"the edit of '{name}' returns {edited.shape}; the feature is {x.shape}")
-            x = edited.astype(x.dtype)
-        self.features[name] = x
+            edited = self.edits[name](feature)
+            if edited.shape != feature.shape:
+                raise InputError(f"the edit of '{name}' returns {edited.shape}; the feature is {feature.shape}")
+            x = feature = edited.astype(feature.dtype)
+        self.features[name] = feature
         return x
 
     def finish(self) -> dict[str, Array]:
@@ -96,14 +98,15 @@ def remat(block: Callable[..., Array], wanted: bool) -> Callable[..., Array]:
 
 
 def normed(
-    x: Array,
+    x: Array | Packed,
     train: bool,
     norm: "BatchNorm | None",
     *,
     conv: "Conv | Dense | None" = None,
-    skip: Array | None = None,
+    skip: Array | Packed | None = None,
     activation: str | None = None,
-) -> Array:
+    packs: bool = False,
+) -> Any:
     """activation(norm(conv(x)) + skip), as far as they are given: the layers that have a form for each platform.
 
     In evaluation mode, where the platform's form says so, batch-norm is folded into the convolution or linear layer
@@ -111,10 +114,13 @@ def normed(
 
         norm(Wx + b) = (γW)x + γb + bias − γ·mean
 
-    `activation` is a kind of `Activation`.
+    `activation` is a kind of `Activation`. `packs` says that a network can go on with packed maps, see
+    `ibjax.models.packed`: x and skip may be such maps, and so is the result.
     """
-    if norm and conv and not train and cores.form().fold and not norm.is_initializing():
-        y = conv.scaled(x, *norm.affine())
+    form = cores.form()
+    if conv and not train and form.fold and not conv.is_initializing():
+        options = dict(packs=True) if packs and form.rows == "packed" else {}
+        y = conv.scaled(x, norm.affine() if norm else None, **options)
     else:
         y = x if conv is None else conv(x)
         if norm and train and norm.one_pass():
@@ -122,7 +128,10 @@ def normed(
             activation = None if activation == "relu" else activation
         else:
             y = y if norm is None else norm(y, train)
-    y = y if skip is None else skip + y
+    if isinstance(y, Packed) and (skip is None or isinstance(skip, Packed)):
+        y = y.maps if skip is None else skip.maps + y.maps
+        return Packed(y if activation is None else Activation(activation)(y))
+    y = unpacked(y) if skip is None else unpacked(skip) + unpacked(y)
     return y if activation is None else Activation(activation)(y)
 
 
@@ -155,15 +164,25 @@ class Conv(nn.Module):
             name="conv",
         )(x).astype(self.dtype)
 
-    def scaled(self, x: Array, mul: Array, add: Array) -> Array:
-        """conv(x)·mul + add, mul and add (C,) float32, as one convolution; the variables must exist."""
-        kernel, bias = _scaled(self.variables["params"]["conv"], mul, add)
-        y = self.convolve(x, kernel)
-        return (y + per_channel(bias.astype(y.dtype), y)).astype(self.dtype)
+    def scaled(self, x: Array | Packed, affine: tuple[Array, Array] | None, packs: bool = False) -> Array | Packed:
+        """conv(x)·mul + add, (mul, add) = affine, (C,) float32, as one convolution; None: conv(x).
+
+        The variables must exist. packs: whether maps may be packed from here on.
+        """
+        kernel, bias = _scaled(self.variables["params"]["conv"], affine)
+        x, kernel, strides, padding, packs = packed.arranged(x, kernel, self.stride, self.pads(), packs)
+        y = self._convolve(x, kernel, strides, padding)
+        if bias is not None:
+            y = y + per_channel(jnp.tile(bias, 1 + packs).astype(y.dtype), y)
+        y = y.astype(self.dtype)
+        return Packed(y) if packs else y
 
     def convolve(self, x: Array, kernel: Array) -> Array:
         """The convolution itself, without a bias."""
-        form, padding, strides = cores.form(), [self.pads()] * 2, (self.stride, self.stride)
+        return self._convolve(x, kernel, (self.stride, self.stride), [self.pads()] * 2)
+
+    def _convolve(self, x, kernel, strides, padding):
+        form = cores.form()
         if self.pixels and self.dtype == jnp.bfloat16 and form.stem == "split":
             by_product = form.stem_gradient == "product"
             return gradients.convolve_pixels(x, kernel, strides, padding, self.dtype, by_product)
@@ -181,9 +200,12 @@ class Conv(nn.Module):
         return (pad, pad) if isinstance(pad, int) else pad
 
 
-def _scaled(weights, mul, add):
-    """(kernel, bias) of a linear map followed by ·mul + add for each of its outputs."""
+def _scaled(weights, affine):
+    """(kernel, bias or None) of a linear map; followed by ·mul + add for each output, where `affine` has these."""
     kernel = weights["kernel"]
+    if affine is None:
+        return kernel, weights.get("bias")
+    mul, add = affine
     return kernel * per_channel(mul, kernel), weights["bias"] * mul + add if "bias" in weights else add
 
 
@@ -210,11 +232,25 @@ class Dense(nn.Module):
             name="dense",
         )(x)
 
-    def scaled(self, x: Array, mul: Array, add: Array) -> Array:
-        """dense(x)·mul + add, mul and add (C,) float32, as one linear layer; the variables must exist."""
-        kernel, bias = (a.astype(self.dtype) for a in _scaled(self.variables["params"]["dense"], mul, add))
-        y = jnp.matmul(x.astype(self.dtype), kernel, precision=self.precision)
-        return y + per_channel(bias, y)
+    def scaled(self, x: Array, affine: tuple[Array, Array] | None) -> Array:
+        """dense(x)·mul + add, (mul, add) = affine, (C,) float32, as one linear layer; None: dense(x).
+
+        The variables must exist.
+        """
+        kernel, bias = _scaled(self.variables["params"]["dense"], affine)
+        y = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype), precision=self.precision)
+        return y if bias is None else y + per_channel(bias.astype(self.dtype), y)
+
+
+def dense_each(layers: Sequence[Dense], inputs: Sequence[Array]) -> Array:
+    """Each of k linear layers on its own input (B, C), of one width C, as one product: (B, k, features).
+
+    The variables must exist, biases too; layers of one dtype.
+    """
+    weights = [layer.variables["params"]["dense"] for layer in layers]
+    kernel, bias = (jnp.stack([each[name] for each in weights]).astype(layers[0].dtype) for name in ("kernel", "bias"))
+    x = jnp.stack(inputs).astype(layers[0].dtype)
+    return jnp.einsum("kbc,kcd->bkd", x, kernel, precision=layers[0].precision) + bias[None]
 
 
 def classifier(x: Array, num_classes: int | None, **options: Any) -> Array:
@@ -253,18 +289,19 @@ class BatchNorm(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, x: Any, train: bool) -> Any:
         channels = x.shape[-1]
-        scale = per_channel(self.param("scale", nn.initializers.ones, (channels,)), x)
-        bias = per_channel(self.param("bias", nn.initializers.zeros, (channels,)), x)
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
         self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         self.variable("batch_stats", "var", jnp.ones, (channels,))
-        if not train:
+        if not train:  # packed maps too
             mul, add = self.affine()
-            if cores.form().norm_gradient == "network":
-                return gradients.scale_shift(x, mul, add, self.dtype)
-            return (x.astype(jnp.float32) * per_channel(mul, x) + per_channel(add, x)).astype(self.dtype)
+            if isinstance(x, Packed):
+                return Packed(self._evaluated(x.maps, jnp.tile(mul, 2), jnp.tile(add, 2)))
+            return self._evaluated(x, mul, add)
 
+        scale, bias = per_channel(scale, x), per_channel(bias, x)
         check_groups(self.groups, x)
         grouped = x.astype(jnp.float32).reshape((self.groups, -1, *x.shape[1:]))  # (G, B/G, …, C)
         axes = tuple(range(1, grouped.ndim - 1))
@@ -276,6 +313,11 @@ class BatchNorm(nn.Module):
             self._update(*(jnp.mean(batch.reshape(self.groups, channels), 0) for batch in (mean, unbiased)))
         y = (grouped - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale[None]) + bias[None]
         return y.reshape(x.shape).astype(self.dtype)
+
+    def _evaluated(self, x, mul, add):
+        if cores.form().norm_gradient == "network":
+            return gradients.scale_shift(x, mul, add, self.dtype)
+        return (x.astype(jnp.float32) * per_channel(mul, x) + per_channel(add, x)).astype(self.dtype)
 
     def one_pass(self) -> bool:
         """Whether training mode reads the batch once for both moments: see `gradients.norm_add_relu`."""
@@ -304,6 +346,18 @@ class BatchNorm(nn.Module):
         params, running = self.variables["params"], self.variables["batch_stats"]
         mul = params["scale"] * jax.lax.rsqrt(running["var"] + self.epsilon)
         return mul, params["bias"] - running["mean"] * mul
+
+
+def norm_each(norms: Sequence[BatchNorm], x: Array, train: bool) -> Array:
+    """Each of k batch-norms on its own part of x (B, k, C), as one of k·C channels; the variables must exist."""
+    whole = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(dict(norm.variables) for norm in norms))
+    collections: Any = ["batch_stats"] if train else False
+    made: Any = norms[0].clone(parent=None).apply(whole, x.reshape(len(x), -1), train, mutable=collections)
+    y, updated = made if train else (made, {})
+    for name, values in updated.get("batch_stats", {}).items():
+        for norm, part in zip(norms, jnp.split(values, len(norms)), strict=True):
+            norm.put_variable("batch_stats", name, part)
+    return y.reshape(x.shape)
 
 
 def per_channel(values: Array, x: Array) -> Array:
@@ -390,8 +444,8 @@ class GlobalAverage(nn.Module):
     """(B, H, W, C) -> (B, C), the spatial mean, summed in float32."""
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        return global_average(x)
+    def __call__(self, x: Array | Packed) -> Array:
+        return global_average(unpacked(x))
 
 
 def global_average(x: Array) -> Array:

@@ -59,11 +59,12 @@ class Block(nn.Module):
             return layers.Conv(self.width, kernel, stride, same, dtype=self.dtype, name=name)
 
         def residual(_, x, seen):
-            y = conv(1, "conv2")(activated(seen, "bn2", conv(self.stride, "conv1")))
+            y = activated(seen, "bn2", conv(self.stride, "conv1"))
+            second = conv(1, "conv2")
             if self.stride != 1 or x.shape[-1] != self.width:
-                kernel = 3 if self.projection == "deepmind" else 1
-                x = conv(self.stride, "shortcut", kernel)(seen if self.projection == "activated" else x)
-            return x + y
+                shortcut = conv(self.stride, "shortcut", 3 if self.projection == "deepmind" else 1)
+                x = layers.normed(seen if self.projection == "activated" else x, train, None, conv=shortcut)
+            return layers.normed(y, train, None, conv=second, skip=x)
 
         return layers.remat(residual, self.remat and train)(self, x, see(activated(x, "bn1")))
 
@@ -101,7 +102,8 @@ class Model(nn.Module):
         counts = stages.block_counts("preact_resnet", self.depth, self.blocks, DEPTHS)
         dtype, tap = layers.compute_dtype(self.dtype), layers.Taps(edits)
         x = layers.normalize(layers.zero_border(x, self.border), self.mean, self.std)
-        x = tap("stem", layers.Conv(self.width, dtype=dtype, pixels=True, name="stem")(x))
+        stem = layers.Conv(self.width, dtype=dtype, pixels=True, name="stem")
+        x = tap("stem", layers.normed(x, train, None, conv=stem, packs=True))
 
         def block(x, see, **place):
             return Block(

@@ -96,7 +96,7 @@ class Model(nn.Module):
         x = layers.normalize(x, self.mean, self.std)
         stem = layers.Conv(self.width, kernel, stride, kernel_init=kernel_init, dtype=dtype, pixels=True, name="stem")
         norm = layers.BatchNorm(groups=self.bn_groups, dtype=dtype, name="bn_stem")
-        x = layers.normed(x, train, norm, conv=stem, activation="relu")
+        x = layers.normed(x, train, norm, conv=stem, activation="relu", packs=not imagenet and self.depth < 50)
         x = tap("stem", layers.MaxPool(3, 2, 1)(x) if imagenet else x)
 
         def block(x, see, **place):

@@ -5,11 +5,13 @@ Stage s has `width`·2^(s − 1) channels; from the second stage on, the first b
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from jax import Array
 
 from ibjax.errors import InputError
 from ibjax.models import layers
+from ibjax.models.packed import Packed
 
 BASIC = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # depth -> blocks of each stage
 
@@ -27,12 +29,12 @@ def block_counts(
 
 
 def through(
-    x: Array, tap: layers.Taps, counts: Sequence[int], width: int, block: Callable[..., Array]
-) -> tuple[Array, Callable[[Array], Array]]:
+    x: Array | Packed, tap: layers.Taps, counts: Sequence[int], width: int, block: Callable[..., Any]
+) -> tuple[Any, Callable[[Any], Any]]:
     """(x after all blocks, the `see` function for the layer after them); taps `blockN` and, after stage S, `stageS`.
 
     Args:
-      x: (B, H, W, C), the feature `stem`.
+      x: (B, H, W, C), the feature `stem`, or packed maps.
       counts: the number of blocks of each stage.
       width: channels of the first stage.
       block: `(x, see, width=…, stride=…, name=…) -> x`. A pre-activation block calls `see` with its input after BN and

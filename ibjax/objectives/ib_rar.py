@@ -149,6 +149,8 @@ def ib_rar(
             outputs.append(output)
         logits = [output[0] for output in outputs]
         value, metrics = base_loss(base, form, logits, batch, robust_weight)
+        if alpha == beta == 0:
+            return value, (variables, {"loss": value, **metrics})
 
         taps = [tap for _, features in outputs for tap in layers_of(features, layers)]
 
@@ -236,7 +238,7 @@ def dependence(
 
 def _operators(x, labels, classes, y_kernel, sigma, ridge):
     """(R_X, R_Y), shape (2, B, B)."""
-    r_x = hsic.correlation_operator(hsic.scaled_gram(x, sigma), ridge)
+    (r_x,) = hsic.correlation_operators(hsic.scaled_gram(x, sigma)[None], ridge)
     return jnp.stack([r_x, hsic.label_operator(labels, classes, y_kernel, sigma, ridge)])
 
 

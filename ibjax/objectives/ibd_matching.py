@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 
 from ibjax.errors import InputError
-from ibjax.models.layers import BatchNorm, Dense, global_average
+from ibjax.models.layers import BatchNorm, Dense, dense_each, global_average, norm_each
 
 
 class AttentionMatching(nn.Module):
@@ -44,15 +44,8 @@ class AttentionMatching(nn.Module):
         z_s, z_t = (layers_of(features, self.granularity, self.stem) for features in (student, teacher))
         n, m, d, batch = len(z_t), len(z_s), self.qk_dim, z_s[0].shape[0]
 
-        query = [
-            BatchNorm(name=f"query_bn{i}")(Dense(d, name=f"query{i}")(global_average(z)), train)
-            for i, z in enumerate(z_t, 1)
-        ]
-        key = [
-            nn.relu(BatchNorm(name=f"key_bn{j}")(Dense(d, name=f"key{j}")(global_average(z)), train))
-            for j, z in enumerate(z_s, 1)
-        ]
-        query, key = jnp.stack(query, 1), jnp.stack(key, 1)  # (B, n, d), (B, m, d)
+        query = self.projected("query", z_t, train)  # (B, n, d)
+        key = nn.relu(self.projected("key", z_s, train))  # (B, m, d)
         if self.query_relu:
             query = nn.relu(query)
         key = Dense(d * n, name="bilinear")(key.reshape(batch * m, d))
@@ -65,6 +58,21 @@ class AttentionMatching(nn.Module):
         attention = jax.nn.softmax(score / math.sqrt(d), axis=-1)  # over student layers
         difference = energy_differences(z_s, z_t, self.energy)  # (B, n, m)
         return jnp.sum(jnp.mean(jnp.sum(attention * difference, -1), 0)), attention
+
+    def projected(self, kind: str, layers: list[Array], train: bool) -> Array:
+        """BN(W_i GAP(z_i)) of k layers, (B, k, d).
+
+        Each layer has its own weights and statistics. One product serves all layers of a width, and one batch-norm all
+        k·d columns: with 15 layers, separate ones would be some hundred small kernels.
+        """
+        linear = [Dense(self.qk_dim, name=f"{kind}{i}") for i in range(1, len(layers) + 1)]
+        norms = [BatchNorm(name=f"{kind}_bn{i}") for i in range(1, len(layers) + 1)]
+        pooled = [global_average(z) for z in layers]
+        if self.is_initializing():
+            return jnp.stack([norm(dense(z), train) for norm, dense, z in zip(norms, linear, pooled, strict=True)], 1)
+        alike = _grouped([z.shape[-1] for z in pooled])
+        made = [dense_each([linear[i] for i in group], [pooled[i] for i in group]) for group in alike]
+        return norm_each(norms, jnp.concatenate(made, 1)[:, _inverse(alike)], train)
 
 
 def hand_matching(
@@ -118,26 +126,42 @@ def energy_differences(z_s: list[Array], z_t: list[Array], energy: str) -> Array
         e = e.reshape(*e.shape[:2], -1)
         return e * jax.lax.rsqrt(jnp.maximum(jnp.sum(e * e, -1, keepdims=True), 1e-24))
 
-    by_size = defaultdict(list)  # the teacher's layers, grouped by spatial size
-    for i, z in enumerate(z_t):
-        by_size[z.shape[1:3]].append(i)
-    maps_s = [energy_map(z) for z in z_s]
-    columns = {}
-    for size, indices in by_size.items():
-        e_s = unit(jnp.stack([adaptive_average(e, size) for e in maps_s], 1))  # (B, m, HW)
-        e_t = unit(jnp.stack([energy_map(z_t[i]) for i in indices], 1))  # (B, n', HW)
-        columns[size] = jnp.mean(jnp.square(e_s[:, None] - e_t[:, :, None]), -1)  # (B, n', m)
-    order = np.argsort([i for indices in by_size.values() for i in indices])
-    return jnp.concatenate(list(columns.values()), 1)[:, order]
+    def of_size(layers):  # {(H, W): energies (B, k, H, W) of the layers of that size}, and where each layer went
+        groups = _grouped([z.shape[1:3] for z in layers])
+        maps = [jnp.stack([energy_map(layers[i]) for i in group], 1) for group in groups]
+        return {e.shape[2:]: e for e in maps}, _inverse(groups)
+
+    (maps_s, order_s), (maps_t, order_t) = of_size(z_s), of_size(z_t)
+    rows = []
+    for size, e_t in maps_t.items():
+        e_s = unit(jnp.concatenate([adaptive_average(e, size) for e in maps_s.values()], 1))  # (B, m, HW)
+        rows.append(jnp.mean(jnp.square(e_s[:, None] - unit(e_t)[:, :, None]), -1))  # (B, n', m)
+    return jnp.concatenate(rows, 1)[:, order_t][:, :, order_s]
+
+
+def _grouped(kinds):
+    """The positions of equal entries of a list, a list for each kind."""
+    groups = defaultdict(list)
+    for i, kind in enumerate(kinds):
+        groups[kind].append(i)
+    return list(groups.values())
+
+
+def _inverse(groups):
+    """Where in the concatenation of the groups each position is."""
+    return np.argsort([i for group in groups for i in group])
 
 
 def adaptive_average(e: Array, size: tuple[int, int]) -> Array:
-    """PyTorch's adaptive_avg_pool2d: (B, H, W) -> (B, *size); smaller maps are replicated."""
-    if e.shape[1:] == size:
-        return e
-    rows, columns = (_pooling_matrix(n, k) for n, k in zip(e.shape[1:], size, strict=True))
+    """PyTorch's adaptive_avg_pool2d: (…, H, W) -> (…, *size); smaller maps are replicated."""
+    (height, width), (h, w) = e.shape[-2:], size
+    if height % h == width % w == 0:  # one sum, where products would be two kernels
+        return jnp.mean(e.reshape(*e.shape[:-2], h, height // h, w, width // w), (-3, -1))
+    if h % height == w % width == 0:
+        return jnp.repeat(jnp.repeat(e, h // height, -2), w // width, -1)
+    rows, columns = (_pooling_matrix(n, k) for n, k in zip(e.shape[-2:], size, strict=True))
     precision = jax.lax.Precision.HIGHEST
-    return jnp.einsum("hH,bHW,wW->bhw", rows, e, columns, precision=precision)
+    return jnp.einsum("hH,...HW,wW->...hw", rows, e, columns, precision=precision)
 
 
 def _pooling_matrix(n: int, k: int) -> np.ndarray:

@@ -7,15 +7,17 @@ the attack. The bodies of other loops, such as MMA's bisection, are counted once
 reported. FLOPs and bytes are the compiler's figures for the optimised program of one chip. The bounds on images/s
 assume the chip's peak in bfloat16 and its full bandwidth, so no run reaches them.
 
+For a TPU, `ibjax.training.hlo.estimate` adds the time that the compiler expects.
+
 For a GPU, compiling without the card yields neither figure. Reported instead are the kernels and the bytes that they
-read and write. Nothing is autotuned: which of cuDNN's kernels is fastest can only be measured on a card.
+read and write, and the bound on images/s that follows from these. Nothing is autotuned: which of cuDNN's kernels is
+fastest can only be measured on a card.
 """
 
 import argparse
 import logging
 import re
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,8 +36,9 @@ from ibjax.runs import (
     recipe_files,
     run,
 )
-from ibjax.training import feed
+from ibjax.training import feed, hlo
 from ibjax.training.experiment import build, initializer, state_sharding
+from ibjax.training.hlo import Kernels, collectives, kernels, loops
 
 # Set before jax looks for chips: there are none, and another process may be compiling at the same time.
 WITHOUT_CHIPS = {
@@ -45,7 +48,8 @@ WITHOUT_CHIPS = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # CUDA's compiler needs no driver
 }
-GPUS = {"h200": Path(cluster.__file__).with_name("h200.txtpb")}  # topology -> description of the card for XLA
+# topology -> description of the card for XLA
+GPUS = {name: Path(cluster.__file__).with_name(f"{name}.txtpb") for name in ("h100", "h200")}
 
 
 log = logging.getLogger(__name__)
@@ -57,133 +61,20 @@ class Chip(NamedTuple):
     flops: float  # per second, dense bfloat16
     hbm: float  # bytes
     bandwidth: float  # bytes per second
+    clock: float | None = None  # Hz, of a TPU: peak = 2 · rows · columns · arrays of its matrix units · clock
 
 
 GIB = 2**30
 
 
 CHIPS = {  # keys: JAX's `device_kind`; sources: Cloud TPU's documentation, NVIDIA's data sheet
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 84_942_979_072, 3352e9),
     "NVIDIA H200 141GB HBM3e": Chip(989e12, 151_397_597_184, 4800e9),
-    "TPU v4": Chip(275e12, 32 * GIB, 1228e9),
-    "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9),
-    "TPU v5": Chip(459e12, 95 * GIB, 2765e9),
-    "TPU v6 lite": Chip(918e12, 32 * GIB, 1640e9),
+    "TPU v4": Chip(275e12, 32 * GIB, 1228e9, 1.05e9),
+    "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9, 1.5e9),
+    "TPU v5": Chip(459e12, 95 * GIB, 2765e9, 1.75e9),
+    "TPU v6 lite": Chip(918e12, 32 * GIB, 1640e9, 1.75e9),
 }
-
-
-class Collective(NamedTuple):
-    """All communication of one kind at one loop depth of the program."""
-
-    kind: str
-    depth: int  # number of loops around it, minus those around a step: −1 once per dispatch, 0 once per step
-    count: int
-    bytes: int  # of all results together, on one chip
-
-
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-
-
-_CALLED = re.compile(r"(?:calls|to_apply|condition|body|branch_computations|true_computation|false_computation)=")
-
-
-# computations inside one kernel: of a fusion, and the function of a reduction, sort or scatter, but not of a `call`
-_INSIDE = re.compile(r" fusion\(.*calls=%?([\w.\-]+)| (?!call\()[\w\-]+\(.*to_apply=%?([\w.\-]+)")
-_COLLECTIVE = re.compile(
-    r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\("
-)
-
-
-_PIECE = re.compile(r'chain_id="(\d+)"')  # the TPU compiler splits a collective into pieces between convolutions
-
-
-_NO_FLOPS = re.compile(r'op_name="[^"]*(/gather|/scatter|/dynamic_slice|/dynamic_update_slice|searchsorted.*/while)"')
-
-
-_SHAPE = re.compile(r"(pred|[a-z]+\d+)\[([\d,]*)\]")
-
-
-def collectives(program: str, around: int = 0) -> list[Collective]:
-    """All communication in an optimised HLO module; `around` is the number of loops that enclose a train step."""
-    found, sizes, chains = Counter(), Counter(), set()
-    for line, depth in lines(program):
-        if match := _COLLECTIVE.search(line):
-            if piece := _PIECE.search(line):
-                if piece[1] in chains:
-                    continue
-                chains.add(piece[1])
-            found[match[2], depth - around] += 1
-            sizes[match[2], depth - around] += _bytes(match[1])
-    return [Collective(kind, level, count, sizes[kind, level]) for (kind, level), count in sorted(found.items())]
-
-
-def loops(program: str) -> int:
-    """The number of loops in an optimised HLO module, without those of gathers, scatters and searches: no FLOPs."""
-    return sum(" while(" in line and not _NO_FLOPS.search(line) for line, _ in lines(program))
-
-
-def lines(program: str, without: frozenset[str] | set[str] = frozenset()) -> list[tuple[str, int]]:
-    """(line, number of loops around it) of all computations that the module's entry reaches, except `without`."""
-    blocks, entry, current = {}, None, None
-    for line in program.splitlines():
-        if match := _HEADER.match(line):
-            current = match[2]
-            blocks[current] = []
-            entry = current if match[1] else entry
-        elif current is not None:
-            blocks[current].append(line)
-    depth, todo = {entry: 0}, [entry]
-    while todo:
-        name = todo.pop()
-        for line in blocks.get(name, ()):
-            called = _CALLED.search(line)
-            inside = depth[name] + (" while(" in line)
-            for callee in re.findall(r"%([\w.\-]+)", line[called.start() :]) if called else ():
-                if callee in blocks and callee not in without and depth.get(callee, -1) < inside:
-                    depth[callee] = inside
-                    todo.append(callee)
-    return [(line, level) for name, level in depth.items() for line in blocks.get(name, ())]
-
-
-def _bytes(shapes):
-    total = 0
-    for kind, dimensions in _SHAPE.findall(shapes):
-        bits = 8 if kind == "pred" else int(re.sub(r"\D", "", kind)[:2] or 32)
-        total += bits // 8 * int(np.prod([int(d) for d in dimensions.split(",") if d], dtype=np.int64))
-    return total
-
-
-class Kernels(NamedTuple):
-    """What an optimised module for a GPU launches, and the bytes that these kernels read and write."""
-
-    in_loops: int  # the body of each loop counts once
-    bytes_in_loops: int
-    outside: int
-    bytes_outside: int
-
-
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
-_NO_KERNEL = frozenset(
-    ("parameter", "tuple", "get-tuple-element", "constant", "bitcast", "while", "conditional", "call", "after-all")
-)
-
-
-def kernels(program: str, around: int = 0) -> Kernels:
-    """The kernels of an optimised HLO module for a GPU; `around` enclosing loops do not count as loops."""
-    inside = {
-        name for line in program.splitlines() if (match := _INSIDE.search(line)) for name in match.groups() if name
-    }
-    types, found = {}, [0, 0, 0, 0]
-    instructions = [(_INSTRUCTION.match(line), depth) for line, depth in lines(program, without=inside)]
-    for match, _ in instructions:
-        if match:
-            types[match[1]] = match[2]
-    for match, depth in instructions:
-        if match and match[3] not in _NO_KERNEL:
-            operands = re.findall(r"%([\w.\-]+)", match[4].split(")")[0])
-            place = 0 if depth > around else 2
-            found[place] += 1
-            found[place + 1] += _bytes(match[2]) + sum(_bytes(types.get(name, "")) for name in operands)
-    return Kernels(*found)
 
 
 def slice_mesh(topology: str) -> Mesh:
@@ -284,11 +175,13 @@ def _compile_step(settings, mesh, images):
         one = _attack_step(experiment).lower(variables, *part).compile().cost_analysis() or {}
         flops += (repeated - 1) * one["flops"]
         accessed += (repeated - 1) * one["bytes accessed"]
-    platform = mesh.devices.flat[0].platform
+    platform, kind = mesh.devices.flat[0].platform, mesh.devices.flat[0].device_kind
     known = (steps > 1) + (repeated > 1) + (settings.microbatches > 1)
+    flops = None if flops is None else settings.microbatches * flops
+    parts = dict(around=int(steps > 1), attack_steps=repeated, microbatches=settings.microbatches)
     return {
         "chips": mesh.size,
-        "kind": mesh.devices.flat[0].device_kind,
+        "kind": kind,
         "batch_size": settings.batch_size,
         "memory": memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -296,12 +189,34 @@ def _compile_step(settings, mesh, images):
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "flops": None if flops is None else settings.microbatches * flops,
+        "flops": flops,
         "bytes": None if flops is None else settings.microbatches * accessed,
         "collectives": collectives(program, around=int(steps > 1)),
         "other_loops": max(loops(program) - known, 0),
         "compile_seconds": seconds,
+        "attack_steps": repeated,
         "kernels": kernels(program, int(steps > 1))._asdict() if platform == "gpu" else None,
+        **_expected(program, CHIPS.get(kind), flops, settings.batch_size, parts),
+    }
+
+
+def _expected(program, chip, flops, batch_size, parts):
+    """What a TPU's compiler expects: "estimated", None elsewhere, and kernels: the slow ones and the ten slowest."""
+    made = hlo.estimate(program, chip, **parts) if chip is not None and flops is not None else None
+    if chip is None or made is None:
+        return {"estimated": None, "slow_kernels": [], "slowest_kernels": []}
+    estimated = {name: getattr(made, name) for name in ("attack_step_ms", "rest_ms", "step_ms")}
+    estimated["share_of_peak"] = flops / chip.flops / (made.step_ms / 1e3)
+    estimated["images_per_s"] = batch_size / (made.step_ms / 1e3)
+
+    def described(kernel):
+        return {"operation": kernel.operation, "ms": kernel.ms, "bound_ms": kernel.bound_ms, "attack": kernel.in_attack}
+
+    slow = [described(kernel) for kernel in made.kernels if kernel.slow()]
+    return {
+        "estimated": estimated,
+        "slow_kernels": slow,
+        "slowest_kernels": [described(kernel) for kernel in made.kernels[:10]],
     }
 
 
@@ -350,6 +265,11 @@ def table(found: dict[str, Any]) -> str:
         count = Kernels(**found["kernels"])
         loop = f"{count.in_loops} in loops, {count.bytes_in_loops / 1e9:.2f} GB each time round"
         lines += [f"kernels           {loop}; {count.outside} outside, {count.bytes_outside / 1e9:.2f} GB a step"]
+        moved = found["attack_steps"] * count.bytes_in_loops + count.bytes_outside
+        if chip is not None:
+            most = found["batch_size"] * chip.bandwidth / moved
+            lines += [f"bytes             {moved:.3g} bytes a step: at most {most:,.0f} images/s"]
+    lines += _expected_lines(found)
     if found["other_loops"]:
         lines += [f"other loops       {found['other_loops']}, whose bodies FLOPs and bytes count once"]
     where = {-1: "once a dispatch", 0: "each step"}
@@ -358,6 +278,25 @@ def table(found: dict[str, Any]) -> str:
         place = where.get(item.depth, "IN A LOOP OF THE STEP (an attack must have none)")
         lines += [f"                  {item.kind}, {item.count}, {item.bytes / 1e6:.2f}, {place}"]
     return "\n".join(lines)
+
+
+def _expected_lines(found):
+    """The part of `table` on the time that a TPU's compiler expects."""
+    expected = found["estimated"]
+    if expected is None:
+        return []
+    loop = f"{found['attack_steps']} × {expected['attack_step_ms']:.2f} ms of attack, " * (found["attack_steps"] > 1)
+    lines = [
+        f"estimated         {loop}{expected['rest_ms']:.2f} ms of the rest: {expected['step_ms']:.1f} ms a step, "
+        f"{100 * expected['share_of_peak']:.0f} % of peak, {expected['images_per_s']:,.0f} images/s of the slice",
+        "                  by the compiler's own cost model, without communication: no measurement",
+    ]
+    for title, name in (("slowest kernels ", "slowest_kernels"), ("over 3 × bound  ", "slow_kernels")):
+        lines += [f"{title}  ms, bound, where, operation" if found[name] else f"{title}  none"]
+        for kernel in found[name]:
+            where = "attack" if kernel["attack"] else "rest"
+            lines += [f"{kernel['ms']:25.3f} {kernel['bound_ms']:7.3f}  {where:6}  {kernel['operation'][-70:]}"]
+    return lines
 
 
 def teachers_of(settings, given):
