@@ -104,17 +104,19 @@ class Conv(nn.Module):
     kernel_init: Any = torch_uniform
     bias_init: Any = None  # None: PyTorch's default
     dtype: Any = jnp.float32
+    groups: int = 1  # as many as channels: a depthwise convolution
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         pad = (self.kernel - 1) // 2 if self.padding is None else self.padding
         before, after = (pad, pad) if isinstance(pad, int) else pad
-        fan_in = self.kernel**2 * x.shape[-1]
+        fan_in = self.kernel**2 * x.shape[-1] // self.groups
         return nn.Conv(
             self.features,
             (self.kernel, self.kernel),
             (self.stride, self.stride),
             padding=[(before, after)] * 2,
+            feature_group_count=self.groups,
             use_bias=self.use_bias,
             kernel_init=self.kernel_init,
             bias_init=uniform_bias(fan_in) if self.bias_init is None else self.bias_init,
@@ -253,13 +255,13 @@ def zero_border(x: Array, width: int) -> Array:
 
 
 class Activation(nn.Module):
-    """ReLU, or SiLU (also called Swish): x·sigmoid(x)."""
+    """ReLU; SiLU (also called Swish), x·sigmoid(x); or GELU, x·Φ(x) with the exact normal distribution function."""
 
     kind: str = "relu"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        functions = {"relu": nn.relu, "silu": nn.silu}
+        functions = {"relu": nn.relu, "silu": nn.silu, "gelu": functools.partial(nn.gelu, approximate=False)}
         if self.kind not in functions:
             raise InputError(f"model.activation '{self.kind}' is unknown; {nearest(self.kind, functions)}")
         return functions[self.kind](x)

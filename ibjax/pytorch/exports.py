@@ -116,11 +116,20 @@ def model_info(trained: run.Run, checkpoint: str) -> dict[str, Any]:
     }
 
 
+_STEMS = {"patch": "", "convstem": " + ConvStem"}
+
+
 def _readable(model):
     """The architecture in RobustBench's notation, such as WideResNet-34-10 or PreActResNet-18."""
     family = type(model).__module__.rpartition(".")[2]
     if family == "cnn":
         return f"CNN-{sum(map(len, model.widths))}"
+    if family == "convnext":
+        size = {(18, 96): "T", (36, 96): "S", (36, 128): "B", (36, 192): "L"}.get((model.depth, model.width))
+        return f"ConvNeXt-{size or f'{model.depth}-{model.width}'}" + _STEMS[model.stem]
+    if family in ("vit", "xcit"):
+        size = {384: "S", 512: "M", 768: "B" if family == "vit" else "L"}.get(model.width, f"{model.width}-")
+        return f"ViT-{size}{_STEMS[model.stem]}" if family == "vit" else f"XCiT-{size}{model.depth}"
     written = {"wide_resnet": "WideResNet", "preact_resnet": "PreActResNet", "resnet": "ResNet", "vgg": "VGG"}[family]
     if getattr(model, "inner_width", 1) > 1:
         return f"Wide{written}-{model.depth}-{model.inner_width}"
