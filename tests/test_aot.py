@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 from jax.experimental import topologies
@@ -165,6 +166,33 @@ def test_streamed_images_are_no_data_of_the_device():
     for found in (streamed, resident):
         assert {item.depth for item in found["collectives"] if item.kind == "all-reduce"} == {0}
     assert resident["memory"] - streamed["memory"] > 100_000 * 8 * 8 * 3
+
+
+def test_generated_images_count_in_memory_or_as_what_is_read(tmp_path):
+    """Kept on the chip, they add their bytes; read while training, their places of a batch."""
+    settings = config.base()
+    settings.model = dict(name="resnet", blocks=(1,), width=4)
+    settings.update(batch_size=16, log_every=2)
+    settings.attack.steps = 1
+    settings.data.extra = dict(path=str(tmp_path / "absent.npz"), fraction=0.7)
+    shape, small = (8, 8, 3), ahead.prepare(settings, (8, 8, 3), 4, {})
+    assert ahead.generated(config.base().data, shape, None) is None
+    assert len(ahead.generated(settings.data, shape, None).labels) == ahead.GENERATED
+    kept = ahead.generated(settings.data, shape, 200_000)
+    with settings.unlocked():
+        settings.data.extra.resident = False
+    read = ahead.generated(settings.data, shape, 200_000)
+    found = {made: ahead.compile_step(small, cluster.mesh(), 1000, made and kind) for made, kind in
+             ((False, None), ("kept", kept), ("read", read))}  # fmt: skip
+    assert found[False]["generated"] is None
+    assert found["kept"]["generated"] == dict(count=200_000, in_batch=11, bytes=200_000 * 196, bytes_a_step=0)
+    assert found["read"]["generated"] == dict(count=200_000, in_batch=11, bytes=0, bytes_a_step=2 * 196)
+    assert found["kept"]["memory"] - found["read"]["memory"] > 200_000 * 192
+    assert "11 of a batch, of 200,000: 0.04 GB in the memory of every chip" in ahead.table(found["kept"])
+    np.savez(tmp_path / "absent.npz", image=np.zeros((7, *shape), np.uint8), label=np.zeros(7))
+    assert len(ahead.generated(settings.data, shape, None).labels) == 7
+    with pytest.raises(InputError, match="not with data.name='stream'"):
+        ahead.compile_step(small, cluster.mesh(), None, kept)
 
 
 def test_a_program_for_elsewhere_is_not_that_for_this_cpu():

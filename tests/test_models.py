@@ -388,7 +388,7 @@ def test_dropout_stands_where_each_variant_has_it(built):
         resnet.Model(10, stem="image_net"),
         wide_resnet.Model(10, 30),
         wide_resnet.Model(10, 10, variant="deep_mind"),
-        wide_resnet.Model(10, 10, activation="gelu"),
+        wide_resnet.Model(10, 10, activation="mish"),
         vgg.Model(10, depth=17),
         vgg.Model(10, variant="torch_vision"),
     ],

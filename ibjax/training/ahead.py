@@ -26,8 +26,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from ibjax import config
-from ibjax.data import IMAGES
+from ibjax import config, files
+from ibjax.data import IMAGES, extra
 from ibjax.devices import cluster, cores
 from ibjax.errors import InputError, nearest
 from ibjax.runs import (
@@ -218,7 +218,7 @@ def _gpu_mesh(name):
 def prepare(settings: ConfigDict, shape: tuple[int, ...], classes: int, teachers: dict[str, ConfigDict]) -> ConfigDict:
     """The configuration for a compilation: shapes in place of data, and rolled loops as on an accelerator.
 
-    Generated images (`data.extra`) count as other images do.
+    Generated images (`data.extra`) are given to `compile_step`, as `generated` makes them.
     """
     settings = settings.copy_and_resolve_references()
     with settings.unlocked():
@@ -233,14 +233,43 @@ def prepare(settings: ConfigDict, shape: tuple[int, ...], classes: int, teachers
     return settings
 
 
+GENERATED = 1_000_000  # generated images of a recipe whose file is absent
+
+
+def generated(data: ConfigDict, shape: Sequence[int], count: int | None) -> extra.Extra | None:
+    """Generated images of a recipe's data section without their values; None where it has none.
+
+    count: their number; None: that of their file, or GENERATED where there is no file. They stay in device memory, or
+    are read while training, as in a run. Raises DataError where the file is damaged.
+    """
+    given = data.get("extra")
+    if given is None:
+        return None
+    file = files.path(given["path"])
+    if count is None:
+        count = extra.count(file) if file.is_file() else GENERATED
+    fraction, resident = given.get("fraction", extra.FRACTION), given.get("resident")
+    images = np.broadcast_to(np.uint8(0), (count, *shape))  # takes no memory
+    keep = images.size <= extra.RESIDENT if resident is None else resident
+    held = images if keep else extra.Stored(file, 0, images.shape)
+    return extra.Extra(held, np.broadcast_to(np.int32(0), (count,)), fraction, "", file)
+
+
 @cores.elsewhere()
-def compile_step(settings: ConfigDict, mesh: Mesh, images: int | None) -> dict[str, Any]:
+def compile_step(
+    settings: ConfigDict, mesh: Mesh, images: int | None, made: extra.Extra | None = None
+) -> dict[str, Any]:
     """Compiles the train step of a configuration (see `prepare`) for the devices of `mesh`; nothing is run.
 
-    `images` is the number of training images on every device, None where they are streamed. Returns figures for one
-    chip and one step.
+    `images` is the number of training images on every device, None where they are streamed; `made` are generated ones,
+    see `generated`. Returns figures for one chip and one step.
     """
     experiment = build(settings, {role: Path("/nowhere") for role in config.TEACHERS}, abstract=True, mesh=mesh)
+    if made is not None:
+        if images is None:
+            raise InputError("data.extra goes with images in device memory, not with data.name='stream'")
+        shares = extra.shares(made, images, settings.batch_size, settings.microbatches)
+        experiment = experiment._replace(data=experiment.data._replace(extra=made), shares=shares)
     replicated, sharded = (NamedSharding(mesh, spec) for spec in (cluster.REPLICATED, cluster.BATCH))
 
     def shaped(tree, sharding=replicated):
@@ -259,13 +288,19 @@ def compile_step(settings: ConfigDict, mesh: Mesh, images: int | None) -> dict[s
     variables = shaped(state.variables)
     stored = jax.tree.broadcast(state_sharding(experiment), state)
     state = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), state, stored)
-    steps = 1 if images is None else settings.steps_per_dispatch or settings.log_every
+    reads = made is not None and not made.resident
+    steps = 1 if images is None or reads else settings.steps_per_dispatch or settings.log_every
     began = time.perf_counter()
     if images is None:
         batch = dict(zip(("image", "label"), of_images(settings.batch_size, jnp.uint8, sharded), strict=True))
         lowered = feed.make_batch_dispatch(experiment).lower(state, {**batch, "index": batch["label"]}, key, frozen)
+    elif reads:
+        read = dict(zip(("image", "label"), of_images(settings.batch_size, jnp.uint8, sharded), strict=True))
+        data = of_images(images, jnp.uint8, replicated)
+        lowered = feed.make_reading_dispatch(experiment).lower(state, *data, read, key, frozen)
     else:
-        data, n = of_images(images, jnp.uint8, replicated), shaped(jax.ShapeDtypeStruct((), jnp.int32))
+        there = images + (0 if made is None else len(made.labels))
+        data, n = of_images(there, jnp.uint8, replicated), shaped(jax.ShapeDtypeStruct((), jnp.int32))
         lowered = feed.make_dispatch(experiment, steps).lower(state, *data, key, frozen, n)
     compiled = lowered.compile()
     seconds = time.perf_counter() - began
@@ -283,6 +318,7 @@ def compile_step(settings: ConfigDict, mesh: Mesh, images: int | None) -> dict[s
         "chips": mesh.size,
         "kind": mesh.devices.flat[0].device_kind,
         "batch_size": settings.batch_size,
+        "generated": None if made is None else _generated(experiment),
         "memory": memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
@@ -296,6 +332,16 @@ def compile_step(settings: ConfigDict, mesh: Mesh, images: int | None) -> dict[s
         "compile_seconds": seconds,
         "kernels": kernels(program, int(steps > 1))._asdict() if platform == "gpu" else None,
     }
+
+
+def _generated(experiment):
+    """How generated images are kept: their number, those in a batch, and their bytes on a chip at rest or in a step."""
+    found, shares = experiment.data.extra, experiment.shares
+    size = int(np.prod(found.images.shape[1:]))
+    in_batch = int(shares.generated.sum())
+    at_rest = len(found.labels) * (size + 4) if found.resident else 0
+    in_step = 0 if found.resident else len(shares.generated) * (size + 4) // experiment.mesh.size
+    return {"count": len(found.labels), "in_batch": in_batch, "bytes": at_rest, "bytes_a_step": in_step}
 
 
 def _attack_steps(settings):
@@ -339,6 +385,11 @@ def table(found: dict[str, Any]) -> str:
             lines += [f"{name:17} {found[name]:.3g} {unit} a step and chip: at most {rate:,.0f} images/s"]
         if share > 1:
             lines += ["does not fit: model.remat=True, more microbatches or chips, or model.dtype='bfloat16'"]
+    if images := found.get("generated"):
+        where = f"{images['bytes'] / 1e9:.2f} GB in the memory of every chip"
+        if not images["bytes"]:
+            where = f"read while training, {images['bytes_a_step'] / 1e6:.2f} MB a step and chip"
+        lines += [f"generated images  {images['in_batch']} of a batch, of {images['count']:,}: {where}"]
     if found["kernels"]:
         count = Kernels(**found["kernels"])
         loop = f"{count.in_loops} in loops, {count.bytes_in_loops / 1e9:.2f} GB each time round"
