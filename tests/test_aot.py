@@ -191,7 +191,7 @@ def test_generated_images_count_in_memory_or_as_what_is_read(tmp_path):
     assert "11 of a batch, of 200,000: 0.04 GB in the memory of every chip" in ahead.table(found["kept"])
     np.savez(tmp_path / "absent.npz", image=np.zeros((7, *shape), np.uint8), label=np.zeros(7))
     assert len(ahead.generated(settings.data, shape, None).labels) == 7
-    with pytest.raises(InputError, match="not with data.name='stream'"):
+    with pytest.raises(InputError, match=r"not with data\.name='stream'"):
         ahead.compile_step(small, cluster.mesh(), None, kept)
 
 

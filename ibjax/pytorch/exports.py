@@ -13,6 +13,7 @@ from ibjax.pytorch import architectures, folders, gate, torch_file, twins
 from ibjax.pytorch.architectures import ARCHITECTURES
 from ibjax.runs import run, trees
 
+IMAGENET = 5000  # images of ImageNet on which RobustBench evaluates
 log = logging.getLogger(__name__)
 
 
@@ -82,16 +83,19 @@ def _safetensors(to, twin, name, model, shape):
 def model_info(trained: run.Run, checkpoint: str) -> dict[str, Any]:
     """RobustBench's description of a network; a field that the run does not know is None.
 
-    The accuracies come from the run's records, but only from those of the whole test set and of exactly these weights.
+    The accuracies come from the run's records, but only from those of the whole test set, of ImageNet also of 5,000
+    images, and of exactly these weights.
     """
     weights, records = trees.digest(trained.variables), {}
+    dataset = trained.config.data.get("dataset", trained.facts["label"])
+    whole = [trained.facts.get("n_test"), *([IMAGENET] if str(dataset).startswith("imagenet") else [])]
     folder = trained.workdir / "eval" / checkpoint
     for name in files.files_below(folder) if folder.is_dir() else ():
         if not name.endswith(".json"):
             continue
         try:
             record = files.read_json(folder / name)
-            if record["weights"] == weights and record["n"] == trained.facts.get("n_test") and record["main"]:
+            if record["weights"] == weights and record["n"] in whole and record["main"]:
                 records[record["attack"]] = record
         except UnreadableError:
             raise
@@ -106,7 +110,7 @@ def model_info(trained: run.Run, checkpoint: str) -> dict[str, Any]:
         "authors": None,
         "additional_data": None if "imported" in trained.facts else False,
         "number_forward_passes": 1,
-        "dataset": trained.config.data.get("dataset", trained.facts["label"]),
+        "dataset": dataset,
         "venue": None,
         "architecture": _readable(trained.model),
         "eps": str(first["eps"]) if first else None,
