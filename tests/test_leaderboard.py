@@ -80,10 +80,11 @@ def test_the_place_of_a_run_is_between_its_neighbours():
 def test_the_entry_is_written_and_the_command_says_what_it_needs(tmp_path, monkeypatch, capsys):
     info = dict(architecture="WideResNet-28-10", dataset="cifar10", clean_acc="92.44", autoattack_acc="67.31")
     monkeypatch.setattr(leaderboard.exports, "model_info", lambda *_: info)
-    settings = ConfigDict(dict(data=dict(dataset="cifar10"), evaluate=dict(norm="linf", eps="8/255")))
+    settings = ConfigDict(dict(data=dict(name="tfds", dataset="cifar10"), evaluate=dict(norm="linf", eps="8/255")))
     loaded = type("Loaded", (), dict(config=settings))
     for module in (leaderboard.run, evaluate.run):
         monkeypatch.setattr(module, "load", lambda *_: loaded)
+    monkeypatch.setattr(evaluate.cluster, "initialize", lambda: None)
     monkeypatch.setattr(evaluate.config, "effective", lambda settings: settings)
     called = {}
     record = dict(attack="autoattack", norm="linf", eps="8/255")

@@ -54,7 +54,7 @@ def place(dataset: str, norm: str, eps: str, robust: float) -> str:
     ahead = [row for row in board if row.robust > robust]
     behind = board[len(ahead) :]
     words = f"{robust:.2f} % would stand at rank {len(ahead) + 1} of {len(board) + 1} on {dataset}, {NORMS[norm]} {eps}"
-    beside = [f"behind {_named(ahead[-1])}"] * bool(ahead) + [f"ahead of {_named(behind[0])}"] * bool(behind)
+    beside = [f"behind {_named(row)}" for row in ahead[-1:]] + [f"ahead of {_named(row)}" for row in behind[:1]]
     return f"{words}: {', '.join(beside)}"
 
 

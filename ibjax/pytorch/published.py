@@ -71,6 +71,7 @@ class Published(NamedTuple):
         return self.autoattack if self.external is None else self.external
 
 
+@functools.cache
 def table() -> dict[str, Published]:
     """The rows that can be imported, by `Published.path`."""
     return {path: row for path, row in entries().items() if not row.uncovered}
