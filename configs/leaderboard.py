@@ -126,6 +126,7 @@ def get_config(arg=None):
     if small:
         smoke(config, (32, 32, 3), 10, tiny)
         config.smoothing.images = "all"  # there are no generated ones
+        config.evaluate.n = None
         if variant == "ibd":
             config.teacher.update(workdir="", recipe=held(small_teacher()))
     return config
