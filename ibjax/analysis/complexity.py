@@ -62,7 +62,7 @@ def complexity(model: nn.Module, shape: tuple[int, int, int]) -> Complexity:
 
 def multiply_adds(module: nn.Module, inputs: tuple[Any, ...], y: Any) -> int:
     """The multiply-adds of one call y = module(*inputs) for one image, by the table above."""
-    x = inputs[0] if inputs else None
+    x: Any = inputs[0] if inputs else None
     match module:
         case nn.Conv():
             height_width = math.prod(y.shape[1:3])

@@ -48,17 +48,21 @@ def rows(dataset: str, norm: str, eps: str) -> list[Published]:
     if not found:
         known = sorted({f"{row.data} in {row.norm} at {row.eps}" for row in entries().values() if row.norm in NORMS})
         raise InputError(f"there is no leaderboard of {dataset} in {norm} at {eps}; there are: {', '.join(known)}")
-    return sorted((row for row in found if row.robust is not None), key=lambda row: -row.robust)
+    return sorted((row for row in found if row.robust is not None), key=_robust, reverse=True)
 
 
 def place(dataset: str, norm: str, eps: str, robust: float) -> str:
     """Where a robust accuracy in percent would stand, in words; raises InputError as `rows`."""
     board = rows(dataset, norm, eps)
-    ahead = [row for row in board if row.robust > robust]
+    ahead = [row for row in board if _robust(row) > robust]
     behind = board[len(ahead) :]
     words = f"{robust:.2f} % would stand at rank {len(ahead) + 1} of {len(board) + 1} on {dataset}, {NORMS[norm]} {eps}"
     beside = [f"behind {_named(row)}" for row in ahead[-1:]] + [f"ahead of {_named(row)}" for row in behind[:1]]
     return f"{words}: {', '.join(beside)}"
+
+
+def _robust(row: Published) -> float:
+    return row.robust or 0.0
 
 
 def _named(row):

@@ -85,14 +85,14 @@ class Model(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + image[0] // patch * (image[1] // patch), width))
         patches = nn.Conv2d(channels, width, patch, patch)
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = ConvStem(channels, stem_width, width) if stem == "convstem" else patches
+        stem = ConvStem(channels, stem_width, width) if stem == "convstem" else patches
+        self.patch_embed = nn.ModuleDict({"proj": stem})
         self.blocks = nn.Sequential(*(Block(width, heads or width // 64) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(width, EPS), nn.Linear(width, num_classes)
 
     def forward(self, x):
         if self.mean is not None:
             x = (x - self.mean) / self.std
-        x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)
+        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
         return self.head(self.norm(self.blocks(x)[:, 0]))

@@ -64,9 +64,8 @@ class Local(nn.Module):
 class Block(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
-        for i in (1, 2, 3):
-            self.register_parameter(f"gamma{i}", nn.Parameter(torch.ones(width)))
-            self.add_module(f"norm{i}", nn.LayerNorm(width, EPS))
+        self.gamma1, self.gamma2, self.gamma3 = (nn.Parameter(torch.ones(width)) for _ in range(3))
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width, EPS) for _ in range(3))
         self.attn, self.local_mp, self.mlp = CrossCovariance(width, heads), Local(width), Mlp(width)
 
     def forward(self, x, height, width):
@@ -118,8 +117,7 @@ class Model(nn.Module):
             conv = nn.Conv2d(before, after, 3, stride, 1, bias=False)
             parts += [nn.Sequential(conv, nn.BatchNorm2d(after)), nn.GELU()]
             before = after
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Sequential(*parts[:-1])
+        self.patch_embed = nn.ModuleDict({"proj": nn.Sequential(*parts[:-1])})
         self.pos_embed = Positions(width)
         self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
         self.cls_attn_blocks = nn.ModuleList([ClassBlock(width, heads) for _ in range(class_depth)])
@@ -128,7 +126,7 @@ class Model(nn.Module):
     def forward(self, x):
         if self.mean is not None:
             x = (x - self.mean) / self.std
-        x = self.patch_embed.proj(x)
+        x = self.patch_embed["proj"](x)
         size = x.shape[2:]
         x = (x + self.pos_embed(*size)).flatten(2).transpose(1, 2)
         for block in self.blocks:
