@@ -65,8 +65,7 @@ def test_the_class_token_and_the_map_of_patches_are_edited_separately():
     assert np.abs(edited["pre_logits"] - taps["pre_logits"]).max() > 1e-4
 
 
-def test_the_head_of_a_patch_model_that_fits_no_file_is_named():
-    """ViT has one position for each patch: images of another size are refused before anything is computed."""
+def test_tokens_and_positions_keep_their_shape_in_pytorch_and_matrices_are_transposed():
     variables = jax.eval_shape(TINY.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     leaves = architectures.key_map("vit", TINY, (8, 8, 3))
     assert leaves["params/pos_embed"].theirs() == variables["params"]["pos_embed"].shape == (1, 5, 8)
