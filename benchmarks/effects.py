@@ -3,6 +3,7 @@
     python benchmarks/effects.py --workdir=runs/effects-digits [--data=digits] [--epochs=20] [--seeds=3] [--out=PATH]
     python benchmarks/effects.py --workdir=runs/effects-mnist --data=mnist:FILE.npz --fraction=0.1 --n=1000
     python benchmarks/effects.py --workdir=runs/effects-long --epochs=60 --runs='PGD-AT;IBD;IBD, stronger teacher'
+    python benchmarks/effects.py --workdir=runs/ingredients --runs=ingredients --data=mnist:FILE.npz --fraction=0.1
 
 | method             | base                            | claim, on test images                                  |
 |--------------------|---------------------------------|--------------------------------------------------------|
@@ -20,6 +21,10 @@ training time; one with three times the channels ("wider"); and the wider one tr
 which is closest to the paper's. Networks (half as wide on MNIST and CIFAR-10), optimiser and attacks are those of
 `comparison.py`; all other weights are those of the papers.
 
+--runs=ingredients compares what docs/stronger.md adds to PGD-AT with PGD-AT alone: an average of the weights (0.995
+with warm-up), CutMix, smoothed labels (0.1), and 70 % generated images, for which training images stand in that
+--fraction leaves out. The claim is a higher PGD-20 accuracy. No other run takes part unless it is named.
+
 Runs of one seed share their initial weights and the order of their images, so differences are taken seed by seed. A
 claim "appears" if the mean difference over seeds has the claimed sign and is significant in a one-sided t-test at
 5 %. OUT.json and OUT.md are written after every run; the same command continues where it was stopped.
@@ -30,6 +35,7 @@ import json
 import logging
 import math
 import statistics
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import comparison
@@ -44,6 +50,7 @@ from scipy import stats
 
 from ibjax import config, files
 from ibjax.attacks.pgd import pgd
+from ibjax.data import stratified
 from ibjax.errors import DivergedError, InputError
 from ibjax.evaluation.results import attack_label
 from ibjax.runs import provenance, run
@@ -62,8 +69,17 @@ class Training(NamedTuple):
     terms_of: str = ""  # the objective whose loss measures it; "": only attacks do
     teacher: int = 1  # its teacher's channels over its own
     longer: int = 1  # its teacher's epochs over its own
+    ingredient: str = ""  # a key of INGREDIENTS that is added to the recipe
 
 
+HELD_OUT = "held-out.npz"  # in --workdir: what --fraction leaves of the training images, in place of generated ones
+# name -> keys of the configuration and their values
+INGREDIENTS = {
+    "average": {"ema_decay": 0.995, "averaging.warmup": True},
+    "CutMix": {"mix": dict(name="cutmix")},
+    "smoothing": {"smoothing.delta": 0.1},
+    "held-out images": {"data.extra": dict(path=HELD_OUT, fraction=0.7)},
+}
 RUNS = {
     "PGD-AT": Training("pgd_at", terms_of="ib_rar"),
     "TRADES": Training("trades"),
@@ -78,7 +94,10 @@ RUNS = {
     "IBD": Training("ibd"),
     "IBD, wider teacher": Training("ibd", teacher=3),
     "IBD, stronger teacher": Training("ibd", teacher=3, longer=5),
+    **{f"PGD-AT + {name}": Training("pgd_at", ingredient=name) for name in INGREDIENTS},
 }
+TERMS_ALONE = [name for name, training in RUNS.items() if not training.ingredient]  # what runs by default
+ADDED = ["PGD-AT", *(name for name, training in RUNS.items() if training.ingredient)]  # --runs=ingredients
 # objective -> {metric of its loss: how the page calls it}
 TERMS = {
     "ib_rar": {"nhsic_x": "nHSIC(X, T)", "nhsic_y": "nHSIC(Y, T)"},
@@ -104,6 +123,7 @@ EFFECTS = (
     Effect("shared information", "shared information, β = 0", "skl", -1),
     Effect("SiRIIB", "PGD-AT, SiRIIB's network", "svd", -1),
     *(Effect(method, base, "pgd-20", +1) for method in RUNS if "IBD" in method for base in ("PGD-AT", "TRADES")),
+    *(Effect(method, "PGD-AT", "pgd-20", +1) for method in ADDED[1:]),
 )
 
 # --data -> what it changes in the digits' recipe; `path` is given on the command line
@@ -148,10 +168,36 @@ def settings(name: str, seed: int, given: argparse.Namespace) -> ConfigDict:
             network.update(dict(width=16) if network.name == "resnet" else dict(widths=((16, 16), (32, 32))))
             if part.model.name == "siriib":
                 part.model.scales = changes["scales"]
+    for key, value in INGREDIENTS.get(training.ingredient, {}).items():
+        if key == "data.extra":
+            value = dict(value, path=str(given.workdir / HELD_OUT))
+        section, _, name = key.rpartition(".")
+        with made.unlocked():
+            (made[section] if section else made)[name] = value
     if training.teacher > 1:
         strengthen(made.teacher, training.teacher, training.longer)
     made.title = name
     return made
+
+
+def hold_out(made: ConfigDict, file: Path) -> None:
+    """Writes the training images that a configuration's `fraction` leaves out, as an .npz of generated images."""
+    if made.data.fraction >= 1:
+        raise InputError("held-out images are those that --fraction leaves out; give one below 1")
+    whole = made.copy_and_resolve_references()
+    with whole.unlocked():
+        whole.data.fraction, whole.data.extra = 1.0, None
+    part, full = made.copy_and_resolve_references(), run.load_data(whole).train
+    with part.unlocked():
+        part.data.extra = None
+    used = len(run.load_data(part).train.labels)
+    kept = stratified(full.labels, used, made.data.split_seed)
+    rest = np.setdiff1d(np.arange(len(full.labels)), kept)
+    images = full.images[rest]
+    if images.dtype != np.uint8:
+        images = np.rint(255 * images).astype(np.uint8)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(file, image=images, label=full.labels[rest])
 
 
 def strengthen(teacher: ConfigDict, wider: int, longer: int) -> None:
@@ -172,6 +218,8 @@ def measure(name: str, seed: int, given: argparse.Namespace) -> Results:
         known = files.read_json(file)
         if {key: known[key] for key in identity} == identity:
             return known["found"]
+    if made.data.get("extra") and not (given.workdir / HELD_OUT).is_file():
+        hold_out(made, given.workdir / HELD_OUT)
     found = comparison.measure(made, folder)
     objective = RUNS[name].terms_of
     if objective:
@@ -298,7 +346,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=files.path, help="without suffix; default: results/effects-DATA")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument(
-        "--runs", type=lambda text: text.split(";"), default=list(RUNS), help="some, as named on the page"
+        "--runs",
+        type=lambda text: ADDED if text == "ingredients" else text.split(";"),
+        default=TERMS_ALONE,
+        help="some, as named on the page, or `ingredients`; default: all but these",
     )
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, …")
     parser.add_argument("--fraction", type=float, default=1.0, help="of the training images")

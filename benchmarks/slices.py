@@ -1,9 +1,10 @@
 """The memory and cost of the large recipes on a TPU slice: `ibjax.aot` on every WideResNet and ImageNet row.
 
     pip install -e '.[tpu]'
-    python benchmarks/slices.py [--topology=v5e:2x2] [--rows='ibd_*'] [--out=FILE]
+    python benchmarks/slices.py [--topology=v5e:2x2] [--rows='ibd_*'] [--batch=N] [--out=FILE]
 
-No slice is needed. Each row is compiled with its own batch size, in bfloat16. Memory is that of one chip. The images/s
+No slice is needed. Each row is compiled with its own batch size (or --batch), in bfloat16, with the generated images of
+the published file that it names. Memory is that of one chip. The images/s
 are the upper bounds that follow from FLOPs and from bytes, which no run reaches. "≥" marks programs with loops other
 than the attack's, whose bodies count only once in FLOPs and bytes. "Collectives" counts the communication of one step;
 "in loops" counts those inside an attack or another loop, which must be none. "Estimated" is what the compiler's own
@@ -29,6 +30,8 @@ from ibjax.runs import recipe_files
 from ibjax.training.ahead import CHIPS, GIB
 
 IMAGENET_TEACHER = "configs/ibd_imagenet.py:fast_at-2"  # a ResNet-50 too; the real one is imported
+WANG_TEACHER = "configs/leaderboard.py:wang2023-70_16"  # likewise
+MILLIONS = {"1m": 1, "20m": 20, "50m": 50, "ddpm_100m": 100, "pfgmpp_edm_500m": 500}  # of images, by the file's name
 
 
 def rows() -> dict[str, list[str]]:
@@ -40,8 +43,12 @@ def rows() -> dict[str, list[str]]:
             imagenet = settings.data.get("dataset") == "imagenet2012"
             if not imagenet and "wide_resnet" not in str(settings.model) and "wrn" not in row:
                 continue
-            taught = imagenet and settings.teacher.made_by
-            found[f"{file.stem}:{row}"] = [f"--teacher={IMAGENET_TEACHER}"] if taught else []
+            options = [f"--teacher={IMAGENET_TEACHER}"] if imagenet and settings.teacher.made_by else []
+            if row.endswith(",ibd"):
+                options = [f"--teacher={WANG_TEACHER}"]
+            if extra := settings.data.get("extra"):
+                options.append(f"--generated={MILLIONS.get(Path(extra.path).stem, 1)}000000")
+            found[f"{file.stem}:{row}"] = options
     return found
 
 
@@ -100,10 +107,13 @@ def main() -> None:
     parser = bare(__file__, __doc__)
     parser.add_argument("--topology", default="v5e:2x2", help="KIND:SHAPE; every batch must divide among its chips")
     parser.add_argument("--rows", default="*", help="a pattern of FILE:ROW")
+    parser.add_argument("--batch", type=int, help="in place of the rows' own")
     parser.add_argument("--out", type=files.path, help="default: results/slices-TOPOLOGY.json")
     given = parser.parse_args()
     out = given.out or ROOT / "results" / f"slices-{given.topology.replace(':', '-')}.json"
     chosen = {name: options for name, options in rows().items() if fnmatch.fnmatch(name, given.rows)}
+    if given.batch is not None:
+        chosen = {name: [*options, f"--config.batch_size={given.batch}"] for name, options in chosen.items()}
     if not chosen:
         parser.error(f"--rows={given.rows} matches none of {', '.join(rows())}")
     page = lambda content: f"{table(content)}\n\n{given.topology}\n"  # noqa: E731

@@ -22,9 +22,8 @@ run of it ([networks from PyTorch](teachers.md)). Where several networks have on
 `python docs/zoo.py`; a test keeps it current.
 
 Accuracies in percent, on the whole test set, are published ones: those for CIFAR and ImageNet are RobustBench's (commit
-78fcc9e), and only what ibjax can import is listed. Not supported: networks that normalise each image (Ding2020MMA),
-normalise their weights (Pang2020Boosting), are pruned or sparse (MeanSparse), average or mix several networks, or have
-another activation or block; transformers and ConvNeXt. *Exact*: the robust accuracy that a verifier has proven.
+78fcc9e). Only what ibjax can import is listed; [RobustBench's leaderboards](robustbench.md) has the other networks too,
+and says why they cannot be. *Exact*: the robust accuracy that a verifier has proven.
 
 ## By architecture
 

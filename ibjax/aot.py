@@ -6,7 +6,8 @@
 Prints the memory of each chip against its HBM, the FLOPs and bytes per chip and step, the upper bounds on images/s that
 follow from them, and the collectives with the loop that contains them. An attack must contain no collective, since
 images are independent in evaluation mode. Needs the extra [tpu], or for a GPU [cuda13]; their compilers need neither
-chip nor driver. No data are read: only their shape matters.
+chip nor driver. No data are read: only their shape matters. Generated images (`data.extra`) count with their number:
+in the memory of every chip, or as what is read in each step.
 
     FLOPs = m · ( FLOPs(dispatch) + (k − 1) · FLOPs(attack step) )          for m microbatches; the same for bytes
 
@@ -50,6 +51,9 @@ def parser() -> cli.Parser:
     parser.add_argument(
         "--images", type=int, default=50_000, help="of training, on every chip; streamed ones lie elsewhere"
     )
+    parser.add_argument(
+        "--generated", type=int, metavar="N", help="generated images of data.extra; default: those of its file, or 1 M"
+    )
     parser.add_argument("--json", type=files.path, help="file for the numbers")
     return parser
 
@@ -67,8 +71,11 @@ def main() -> None:
         mesh = ahead.slice_mesh(given.topology)
         cluster.check_divides(settings.batch_size, "batch_size", mesh.size, settings.microbatches)
         images = None if settings.data.name == "stream" else given.images
+        if given.generated is not None:
+            errors.check_range("--generated", given.generated, 1)
+        made = ahead.generated(settings.data, shape, given.generated)
         settings = ahead.prepare(settings, shape, classes, teachers)
-        found = ahead.compile_step(settings, mesh, images)
+        found = ahead.compile_step(settings, mesh, images, made)
         print(ahead.in_words(shape, classes))
         print(ahead.table(found))
         if given.json:

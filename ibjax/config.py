@@ -355,9 +355,14 @@ def same(path: str, one: Any, other: Any) -> bool:
 
 
 def parse_arg(arg: str | None, rows: tuple[str, ...] = ()) -> tuple[str, bool]:
-    """(row, smoke) from a recipe's argument: "", "smoke", "ROW" or "ROW,smoke"; the first of `rows` is the default."""
+    """(row, smoke) from a recipe's argument: "", "smoke", "ROW" or "ROW,smoke"; the first of `rows` is the default.
+
+    A row may itself be of several words, as "ROW,VARIANT".
+    """
     words = [word.strip() for word in (arg or "").split(",") if word.strip()]
     chosen = [word for word in words if word != "smoke"]
+    if ",".join(chosen) in rows:
+        return ",".join(chosen), "smoke" in words
     takes = f"it takes {'a row, smoke, or ROW,smoke' if rows else 'smoke alone'}"
     for word in chosen:
         if word not in rows:

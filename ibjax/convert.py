@@ -1,7 +1,7 @@
 """Converts PyTorch networks into runs and runs into PyTorch networks, and runs into model cards and back.
 
     python -m ibjax.convert --torch FILE --arch NAME --workdir DIR [--clean_acc=84.92] [--config.KEY=VALUE …]
-    python -m ibjax.convert --torch FILE --zoo NAME --workdir DIR [--config.KEY=VALUE …]
+    python -m ibjax.convert --torch FILE --robustbench NAME --workdir DIR [--config.KEY=VALUE …]
     python -m ibjax.convert --workdir DIR --to torch --out FOLDER [--checkpoint=best|last|STEP] [--arch NAME]
     python -m ibjax.convert --workdir DIR --to card [--out FOLDER] [--checkpoint=best|last|STEP]
     python -m ibjax.convert --card FOLDER --workdir DIR [--config.data.data_dir=…]
@@ -20,6 +20,9 @@ the training.
 Guarantees (tests of the same names): nothing in a file is ever unpickled; every tensor is used exactly once and every
 weight is filled; the gate, 1e-4 on the logits of real images, sees every single weight; import, export and import again
 end in the same bits; a folder that holds something is refused and one that is made is whole.
+
+--robustbench, or --zoo, takes a name of RobustBench's leaderboards or of the other networks in docs/zoo.md. The name
+says architecture, size and normalisation; where the test set is there, the import checks the published clean accuracy.
 
 A PyTorch file does not say how pixels are normalised unless the network itself holds mean and std. Otherwise give
 --mean and --std, or --no-normalisation; without them the architecture's usual values are used. --clean_acc, the
@@ -104,7 +107,12 @@ def parser() -> cli.Parser:
 def add_import(parser: cli.Parser) -> None:
     """Adds what is said of a PyTorch file: --arch, --key, the normalisation, the digest."""
     add = parser.add_argument
-    add("--zoo", metavar="NAME", help="the published network that it is (ibjax.zoo), in place of --arch and the rest")
+    add(
+        *("--zoo", "--robustbench"),
+        dest="zoo",
+        metavar="NAME",
+        help="the published network that it is (docs/robustbench.md), in place of --arch and the rest",
+    )
     add("--arch", help=f"which network it is, or whose names an export has: {', '.join(ARCHITECTURES)}")
     add("--key", help="of several networks in the file the one that is meant, as state_dict or model_ema.module")
     add("--mean", help="with which pixels are normalised, as 0.4914,0.4822,0.4465; for pixels from 0 to 1")

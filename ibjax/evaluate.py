@@ -7,7 +7,8 @@
 `evaluation/named.py` lists the names of attacks: `fgsm`, `pgd-STEPS` (cross-entropy), `margin-STEPS` (PGD on the margin
 loss), `autoattack` and its parts, adaptive attacks. Options are given as in
 `--attacks="fgsm, cw-l2-200(c=0.1,lr=0.1)"`. An image counts as robust if it is classified correctly both clean and
-under attack. AutoAttack runs at the main eps only, and continues where it was stopped.
+under attack. AutoAttack runs at the main eps only, and continues where it was stopped. --leaderboard runs AutoAttack on
+the whole test set, writes the run's entry for RobustBench to DIR/leaderboard/ and prints where it would stand.
 
 A stochastic network is evaluated at the mean of its latent variable; with --samples, its prediction is the mean of that
 many sampled softmaxes, and every attack differentiates through this mean (`scoring.sampling`). With --surrogate, the
@@ -17,12 +18,13 @@ both.
 
 import jax
 
-from ibjax import cli, errors, files
+from ibjax import cli, config, errors, files
 from ibjax.attacks import names
 from ibjax.devices import cluster
-from ibjax.evaluation import report
+from ibjax.errors import InputError
+from ibjax.evaluation import leaderboard, report
 from ibjax.evaluation.evaluate import attack_images, evaluate
-from ibjax.runs import command_line
+from ibjax.runs import command_line, run
 
 __all__ = ["attack_images", "evaluate"]
 
@@ -36,6 +38,9 @@ def parser() -> cli.Parser:
     command_line.add_attacks(parser)
     command_line.add_evaluation(parser)
     parser.add_argument("--surrogate", type=files.path, help="workdir of the run whose network is attacked instead")
+    parser.add_argument(
+        "--leaderboard", action="store_true", help="AutoAttack on all test images; write the entry for RobustBench"
+    )
     parser.add_argument("--surrogate_checkpoint", default="best", help="of that run: best, last or a step")
     return parser
 
@@ -47,11 +52,35 @@ def main() -> None:
     def command():
         cluster.initialize()
         names.tell_of_old(given.attacks or ())
+        if given.leaderboard:
+            _check_leaderboard(given)
+            given.attacks = given.attacks or ["autoattack"]
         records = evaluate(given.workdir, given.checkpoint, **{name: getattr(given, name) for name in _OPTIONS})
         if jax.process_index() == 0:
             print(report.table(records))
+            if given.leaderboard:
+                _print_place(given, records)
 
     errors.exit_with(command)
+
+
+def _check_leaderboard(given):
+    """Raises InputError where the evaluation would be none of RobustBench's, before it begins."""
+    if given.surrogate or given.samples or (given.attacks and "autoattack" not in given.attacks):
+        raise InputError("--leaderboard needs autoattack, without --surrogate and --samples")
+    settings = config.effective(run.load(given.workdir, given.checkpoint).config)
+    dataset = settings.data.get("dataset", settings.data.name)
+    if given.n is not None and leaderboard.DATA.get(dataset) != "imagenet":
+        raise InputError(f"--leaderboard takes all test images of {dataset}; leave --n={given.n} out")
+    threat = {key: getattr(given, key) or settings.evaluate[key] for key in ("norm", "eps")}
+    leaderboard.rows(dataset, **threat)
+
+
+def _print_place(given, records):
+    file, info = leaderboard.write(given.workdir, str(given.checkpoint))
+    record = next(record for record in records if record["attack"] == "autoattack")
+    print(f"{file}: {info['architecture']}, clean {info['clean_acc']} %, AutoAttack {info['autoattack_acc']} %")
+    print(leaderboard.place(info["dataset"], record["norm"], record["eps"], float(info["autoattack_acc"])))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 
 from ibjax.analysis import complexity
 from ibjax.config import build
-from ibjax.models import cnn, siriib
+from ibjax.models import cnn, convnext, siriib, vit, xcit
 
 RESNET, WRN = dict(name="resnet", depth=18), dict(name="wide_resnet", depth=28, width=10)
 
@@ -128,3 +128,33 @@ def test_the_command_line_names_mistakes(monkeypatch, capsys):
     ]:
         code, printed = run(monkeypatch, capsys, *arguments)
         assert code == 2 and message in printed.err and not printed.out
+
+
+def test_parts_of_patch_models_count_by_the_table():
+    """By hand: depthwise convolution, layer norm, MLP; the attention's products; the class token is a token."""
+    found = complexity.complexity(convnext.Model(10, width=4, blocks=(1,)), (16, 16, 3))
+    assert found.operations["stem"] == 16 * 4 * (48 + 1) and found.operations["norm_stem"] == 2 * 16 * 4
+    assert found.operations["block1"] == 16 * (4 * (49 + 1) + 2 * 4 + 16 * (4 + 1) + 16 + 4 * (16 + 1))
+    found = complexity.complexity(vit.Model(10, depth=1, width=8, heads=2, patch=8), (16, 16, 3))
+    tokens, products = 5, 2 * 5 * 5 * 8
+    block = tokens * (2 * 16 + 24 * 9 + 8 * 9 + 32 * 9 + 32 + 8 * 33)
+    assert found.operations["block1"] == block + products
+    found = complexity.complexity(xcit.Model(10, depth=1, width=8, heads=2, class_depth=1), (32, 32, 3))
+    attention = 2 * 4 * 8 * 4  # q kᵀ and its product with v, over 4 tokens: a head has 4 channels
+    local = 2 * 8 * 10 + 8 + 16
+    assert found.operations["block1"] == attention + 4 * (3 * 16 + 24 * 9 + 8 * 9 + local + 32 * 9 + 32 + 8 * 33)
+
+
+@pytest.mark.parametrize(
+    "model, billions",
+    [
+        (convnext.Model(1000), 4.47),
+        (vit.Model(1000), 4.61),
+        (vit.Model(1000, width=768), 17.58),
+        (xcit.Model(1000), 4.82),
+    ],
+)
+def test_patch_models_cost_what_their_papers_and_timm_print(model, billions):
+    """The published numbers leave norms and activations out, a hundredth or two."""
+    found = complexity.complexity(model, (224, 224, 3)).operations.total() / 1e9
+    assert billions <= found <= 1.02 * billions

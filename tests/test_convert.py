@@ -403,7 +403,7 @@ def test_another_normalisation_is_refused(data, tmp_path):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        ("--torch=a.pt", "--arch is missing; allowed: cnn, dm_preact_resnet"),
+        ("--torch=a.pt", "--arch is missing; allowed: cifar_xcit, cnn, convnext"),
         ("", "give --torch FILE --arch NAME (or --zoo NAME) or --card FOLDER for an import"),
         (
             "--to=x --torch=a.pt --arch=vgg",
@@ -436,7 +436,7 @@ def test_without_an_architecture_the_file_says_which_it_may_be(imported, tmp_pat
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
     with pytest.raises(SystemExit):
         convert.main()
-    assert "--arch is missing; allowed: cnn, " in (text := capsys.readouterr().err)
+    assert "--arch is missing; allowed: cifar_xcit, cnn, " in (text := capsys.readouterr().err)
     assert text.endswith("; closest: --arch=wide_resnet (100 % of its names agree)\n")
 
 

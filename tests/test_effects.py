@@ -85,6 +85,35 @@ def test_unknown_data_is_refused(tmp_path):
         effects.study(effects.parse([f"--workdir={tmp_path}", "--runs=PGD-AT;PGD"]))
 
 
+def test_ingredients_are_added_to_the_base_alone_and_held_out_images_are_no_training_images(tmp_path):
+    """Held-out images stand in for generated ones: all that --fraction leaves of the training images."""
+    given = effects.parse([f"--workdir={tmp_path}", "--runs=ingredients", "--fraction=0.1", "--n=70"])
+    assert given.runs == ["PGD-AT", *(f"PGD-AT + {name}" for name in effects.INGREDIENTS)]
+    assert not set(effects.parse([f"--workdir={tmp_path}"]).runs) & set(given.runs[1:])
+    base, *added = (effects.settings(name, 0, given) for name in given.runs)
+    for made, changes in zip(added, effects.INGREDIENTS.values(), strict=True):
+        config.check(made)
+        for key in changes:
+            section, _, name = key.rpartition(".")
+            inside, plain = ((config.lookup(part, section) if section else part) for part in (made, base))
+            with made.unlocked():
+                if name in plain:
+                    inside[name] = plain[name]
+                else:
+                    del inside[name]
+        assert {**config.plain(made), "title": ""} == {**config.plain(base), "title": ""}
+    held = effects.settings("PGD-AT + held-out images", 0, given)
+    effects.hold_out(held, tmp_path / effects.HELD_OUT)
+    data = run.load_data(held)
+    assert len(data.extra.labels) + len(data.train.labels) == 1797 - len(data.test.labels) - len(data.val.labels)
+    known = {image.tobytes() for image in data.train.images}
+    assert sum(image.tobytes() in known for image in data.extra.images) <= 2  # but for images that are there twice
+    with held.unlocked():
+        held.data.fraction = 1.0
+    with pytest.raises(InputError, match="give one below 1"):
+        effects.hold_out(held, tmp_path / "x.npz")
+
+
 @pytest.mark.parametrize(
     "names, count", [(["IB-RAR"], 1), pytest.param(["PGD-AT", "IB-RAR"], 2, marks=pytest.mark.slow)]
 )

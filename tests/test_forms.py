@@ -38,6 +38,9 @@ NETWORKS = {
     "cnn-norm": dict(name="cnn", widths=((8,), (8,)), hidden=(), pool="average", batch_norm=True, padding=1),
     "siriib": dict(name="siriib", backbone=RESNET, scales=(8,), widths=(8,), connections=3),
     "stochastic": dict(name="stochastic", backbone=RESNET, latent=8),
+    "convnext": dict(name="convnext", blocks=(1, 1), width=8),
+    "vit": dict(name="vit", depth=2, width=16, heads=2, patch=8),
+    "xcit": dict(name="xcit", depth=2, width=16, heads=2, patch=4),
     "masked": dict(name="masked", backbone=RESNET, tap="stage2", channels=(1, 3)),
 }
 X = jax.random.uniform(jax.random.key(0), (4, 32, 32, 3))

@@ -457,7 +457,7 @@ ROWS = [
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 10)),
         lambda net: {f"blocks.0.attn.{name}": value for name, value in state(net).items()},
         "resnet",
-        refused=r"its names are of no architecture that is known here; allowed: cnn, dm_preact",
+        refused=r"its names are of no architecture that is known here; allowed: cifar_xcit, cnn, convnext",
         page="refused: of no known architecture",
     ),
     Row(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ibjax.errors import InputError
-from ibjax.models import cnn, layers, preact_resnet, resnet, siriib, stochastic, vgg, wide_resnet
+from ibjax.models import cnn, convnext, layers, preact_resnet, resnet, siriib, stochastic, vgg, vit, wide_resnet, xcit
 
 CIFAR, MNIST, IMAGENET = (2, 32, 32, 3), (2, 28, 28, 1), (1, 224, 224, 3)
 RESNET = dict(name="resnet", blocks=(1, 1, 1), width=4)
@@ -28,6 +28,10 @@ SMALL = {
     "stochastic": stochastic.Model(10, RESNET, latent=6),
     "siriib": siriib.Model(10, RESNET, widths=(4, 6)),
     "siriib_blocks": siriib.Model(10, RESNET, widths=(4, 4), basic_blocks=True),
+    "convnext": convnext.Model(10, width=4, blocks=(1, 1), drop_path=0.2, layer_scale=0.5),
+    "vit": vit.Model(10, depth=2, width=8, heads=2, patch=8, drop_path=0.2),
+    "vit_convstem": vit.Model(10, depth=2, width=8, heads=2, stem="convstem", stem_width=2),
+    "xcit": xcit.Model(10, depth=2, width=8, heads=2, patch=4, drop_path=0.2),
 }
 
 
@@ -85,6 +89,14 @@ def parameters(model, shape):
         (vgg.Model(10, depth=16), CIFAR, 33_663_050),
         (vgg.Model(1000, depth=16, variant="torchvision"), IMAGENET, 138_365_992),  # vgg16_bn
         (stochastic.Model(10, dict(name="resnet", depth=18)), CIFAR, 11_434_058),
+        (convnext.Model(1000), IMAGENET, 28_589_128),  # this and the following: timm
+        (convnext.Model(1000, stem="convstem"), IMAGENET, 28_627_432),  # Singh et al., with timm's body
+        (convnext.Model(1000, depth=36), IMAGENET, 50_223_688),
+        (convnext.Model(1000, depth=36, width=128), IMAGENET, 88_591_464),
+        (convnext.Model(1000, depth=36, width=192), IMAGENET, 197_767_336),
+        (vit.Model(1000), IMAGENET, 22_050_664),
+        (vit.Model(1000, width=768), IMAGENET, 86_567_656),
+        (xcit.Model(1000), IMAGENET, 26_253_304),
     ],
 )
 def test_parameter_counts_are_the_published_ones(model, shape, count):
@@ -241,7 +253,7 @@ def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32(name):
     variables = jax.eval_shape(rounded.init, jax.random.key(0), x)
     logits, features = jax.eval_shape(rounded.apply, variables, x)
     assert {leaf.dtype for leaf in jax.tree.leaves([variables, logits])} == {jnp.dtype("float32")}
-    assert features["stage1"].dtype == jnp.bfloat16
+    assert features["stage1" if "stage1" in features else "block1"].dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -250,9 +262,11 @@ def test_an_edit_changes_what_comes_after_it_and_nothing_before(name, built):
     order = []
     jax.eval_shape(lambda x: order.extend(model.apply(variables, x)[1]), x)
     assert set(order) == set(features)  # which jit has sorted by name
-    tap = "stage1"
-    changed, edited = jax.jit(lambda x: model.apply(variables, x, edits={tap: lambda f: 2 * f + 1}))(x)
-    np.testing.assert_allclose(edited[tap], 2 * features[tap] + 1, rtol=1e-5, atol=1e-5)
+    tap = "stage1" if "stage1" in features else "block1"
+    changed, edited = jax.jit(lambda x: model.apply(variables, x, edits={tap: lambda f: f * f + 1}))(
+        x
+    )  # no layer norm undoes it
+    np.testing.assert_allclose(edited[tap], features[tap] ** 2 + 1, rtol=1e-5, atol=1e-5)
     for before in order[: order.index(tap)]:
         np.testing.assert_allclose(edited[before], features[before], rtol=1e-5, atol=1e-6, err_msg=before)
     assert jnp.abs(changed - logits).max() > 1e-3
@@ -374,7 +388,7 @@ def test_dropout_stands_where_each_variant_has_it(built):
         resnet.Model(10, stem="image_net"),
         wide_resnet.Model(10, 30),
         wide_resnet.Model(10, 10, variant="deep_mind"),
-        wide_resnet.Model(10, 10, activation="gelu"),
+        wide_resnet.Model(10, 10, activation="mish"),
         vgg.Model(10, depth=17),
         vgg.Model(10, variant="torch_vision"),
     ],

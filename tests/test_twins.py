@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from ibjax.models import cnn, layers, preact_resnet, resnet, vgg, wide_resnet
+from ibjax.models import cnn, convnext, layers, patches, preact_resnet, resnet, vgg, vit, wide_resnet, xcit
 from ibjax.pytorch import architectures, fit
 
 torch = pytest.importorskip("torch", reason="the oracle is PyTorch")
@@ -51,12 +51,20 @@ PAIRS = {
     "cnn": ("cnn", cnn.Model(10, ((4, 4), (6,)), (), padding=1, batch_norm=True, pool="average")),
     "cnn_flattened": ("cnn", cnn.Model(10, ((4,), (6, 5)), (8, 7), padding=1, dropout=0.0)),
     "small_cnn": ("small_cnn", cnn.Model(10, ((4, 4), (6, 6)), (8, 7), dropout=0.0)),
+    "convnext": ("convnext", convnext.Model(10, width=8, blocks=(1, 2), **architectures.IMAGENET)),
+    "convnext_convstem": ("convnext_convstem", convnext.Model(10, width=8, blocks=(1, 1), stem="convstem")),
+    "convnext_convstem_wide": ("convnext_convstem", convnext.Model(10, width=128, blocks=(1,), stem="convstem")),
+    "vit": ("vit", vit.Model(10, depth=2, width=16, heads=2, patch=8, **architectures.IMAGENET)),
+    "vit_convstem": ("vit_convstem", vit.Model(10, depth=1, width=64, stem="convstem", stem_width=4)),
+    "xcit": ("xcit", xcit.Model(10, depth=1, width=16, heads=2, **architectures.IMAGENET)),
+    "cifar_xcit": ("cifar_xcit", xcit.Model(10, depth=2, width=16, heads=2, patch=4, class_depth=1, **NORM)),
 }
 # what no file says of a network of ours that is nobody else's
 FLAGS = {
     "cnn": ["--config.model.padding=1"],
     "cnn_flattened": ["--config.model.padding=1", "--config.model.dropout=0.0"],
     "small_cnn": ["--config.model.dropout=0.0"],
+    "vit": ["--config.model.heads=2"],  # of its width one head of 64 channels, by default
 }
 
 
@@ -66,7 +74,7 @@ def pair(name, groups=1):
     torch.manual_seed(0)
     twin = twins.make(arch, model)
     images = np.random.default_rng(0).uniform(size=(4, 32, 32, 3)).astype(np.float32)
-    return twin, model.clone(bn_groups=groups), ours(name, twin), images
+    return twin, model.clone(**(dict(bn_groups=groups) if groups > 1 else {})), ours(name, twin), images
 
 
 def ours(name, twin):
@@ -82,6 +90,8 @@ def test_same_weights_give_the_same_logits_features_and_running_statistics(name)
     twin, model, variables, images = pair(name)
     norms = [module for module in twin.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
     assert {norm.eps for norm in norms} <= {layers.BatchNorm.epsilon}  # too small to be seen in the logits
+    norms = [module for module in twin.modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert {norm.eps for norm in norms} <= {patches.LayerNorm.epsilon}
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, {"batch_stats": {}, **shapes})
 
@@ -139,6 +149,16 @@ def test_the_twins_have_the_published_parameter_names():
         "classifier.6.weight",
         "small_cnn": "feature_extractor.conv1.weight feature_extractor.conv4.bias classifier.fc1.weight "
         "classifier.fc3.bias",
+        "convnext": "stem.0.weight stem.1.bias stages.0.blocks.0.gamma stages.0.blocks.0.conv_dw.weight "
+        "stages.1.downsample.0.weight stages.1.downsample.1.bias stages.1.blocks.1.mlp.fc2.weight head.norm.weight "
+        "head.fc.bias",
+        "convnext_convstem": "stem.stem.0.weight stem.stem.1.weight stem.stem.4.bias stages.0.blocks.0.norm.weight",
+        "vit": "cls_token pos_embed patch_embed.proj.bias blocks.0.attn.qkv.weight blocks.1.mlp.fc1.bias norm.bias "
+        "head.weight",
+        "vit_convstem": "patch_embed.proj.stem.0.weight patch_embed.proj.stem.10.weight patch_embed.proj.stem.12.bias",
+        "xcit": "cls_token patch_embed.proj.0.0.weight patch_embed.proj.6.1.running_var "
+        "pos_embed.token_projection.weight blocks.0.gamma3 blocks.0.attn.temperature blocks.0.local_mp.bn.weight "
+        "cls_attn_blocks.1.attn.v.bias cls_attn_blocks.0.gamma2 norm.weight head.bias",
         "vgg11": "features.0.weight features.1.running_mean features.4.weight classifier.1.weight classifier.6.bias",
     }
     for name, keys in published.items():

@@ -21,11 +21,25 @@ DOCS = Path(__file__).parent.parent / "docs"
 SPEC = importlib.util.spec_from_file_location("docs_zoo", DOCS / "zoo.py")
 page = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(page)
+OTHER = importlib.util.spec_from_file_location("docs_robustbench", DOCS / "robustbench.py")
+robustbench = importlib.util.module_from_spec(OTHER)
+OTHER.loader.exec_module(robustbench)
 
 
 def test_the_page_is_current():
     """Else: python docs/zoo.py."""
     assert (DOCS / "zoo.md").read_text(encoding="utf-8") == page.page()
+
+
+def test_the_page_of_all_leaderboards_is_current_and_complete():
+    """Else: python docs/robustbench.py. Every entry is covered or says why not."""
+    assert (DOCS / "robustbench.md").read_text(encoding="utf-8") == robustbench.page()
+    rows = published.entries()
+    assert len(rows) - len(zoo.names("mnist")) == 236  # entries of model_info at commit 78fcc9e that can be read
+    for path, row in rows.items():
+        assert bool(row.uncovered) == (not row.arch) == (path not in published.table()), path
+        assert row.data == "mnist" or row.robust is not None, path
+        assert row.external is None or row.external < row.autoattack, path
 
 
 def test_every_row_says_what_its_file_needs():
@@ -50,12 +64,14 @@ def test_unknown_and_ambiguous_names_say_what_there_is():
     for name, words in (
         ("Engstrom2019Robustness", "give cifar10/linf/Engstrom2019Robustness or cifar10/l2/Engstrom2019"),
         ("Carmon2019Unlabelled", "did you mean 'Carmon2019Unlabeled'"),
-        ("Ding2020MMA", "no published network of the zoo; allowed: cifar10/corruptions/…"),
+        ("Ding2020", "no published network of the zoo; allowed: cifar10/corruptions/…"),
+        ("Ding2020MMA", "'Ding2020MMA' cannot be imported: WideResNet-28-4: normalises each image"),
     ):
         with pytest.raises(InputError, match=words):
             zoo.find(name)
     with pytest.raises(InputError, match="data='cifar' is unknown to the zoo; allowed: cifar10, cifar100"):
         zoo.names("cifar")
+    assert zoo.find("Standard_R50").norm == "linf"  # one file on two leaderboards
     assert zoo.names("mnist")[-1] == "mnist/linf/WK17a"
     with pytest.raises(InputError, match=r"x\.pt is no file; download that of cifar10/linf/Carmon2019Unlabeled.*http"):
         zoo.load("Carmon2019Unlabeled", "x.pt")

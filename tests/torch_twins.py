@@ -1,5 +1,7 @@
 """The published networks of `ibjax.pytorch.networks` as oracles: random weights that hide no mistake, and features."""
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -22,10 +24,19 @@ def randomize(twin):
                 module.bias.normal_(0, 0.3)
                 module.running_mean.normal_(0, 0.3)
                 module.running_var.uniform_(0.5, 2.0)
+            elif isinstance(module, nn.LayerNorm):
+                module.weight.uniform_(0.7, 1.3)
+                module.bias.normal_(0, 0.3)
             elif isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)  # PyTorch's own start lets the image fade on its way
                 if module.bias is not None:
                     module.bias.normal_(0, 0.3)
+            for name in ("gamma", "gamma1", "gamma2", "gamma3", "temperature"):
+                if isinstance(getattr(module, name, None), nn.Parameter):
+                    getattr(module, name).uniform_(0.3, 0.8)
+            for name in ("cls_token", "pos_embed"):
+                if isinstance(getattr(module, name, None), nn.Parameter):
+                    getattr(module, name).normal_(0, 0.5)
         head(twin).weight.mul_(0.1)  # logits of the size that trained networks have
     return twin.eval()
 
@@ -57,8 +68,8 @@ def logits_and_taps(twin, images):
 
     def record(*names, act=lambda value: value):
         def hook(module, inputs, output):
-            value = act(output).detach().numpy()
-            taps.update(dict.fromkeys(names, np.moveaxis(value, 1, -1) if value.ndim == 4 else value))
+            for name in names:
+                taps.update(_as_ours(name, act(output).detach().numpy()))
 
         return hook
 
@@ -77,6 +88,17 @@ def logits_and_taps(twin, images):
     return output, taps
 
 
+def _as_ours(name, value):
+    """{tap: value}: maps with channels last; of tokens (B, N, C) their map, and the class token by itself."""
+    if value.ndim == 4:
+        return {name: np.moveaxis(value, 1, -1)}
+    if value.ndim < 3:
+        return {name: value}
+    side = math.isqrt(value.shape[1])
+    first = {} if side**2 == value.shape[1] else {f"{name}_class": value[:, 0]}
+    return {name: value[:, len(first) :].reshape(len(value), side, side, -1), **first}
+
+
 def _recorded(twin):
     """(module, names of its output, what is done to the output first) of all but the first and the last tap."""
     same = lambda value: value  # noqa: E731
@@ -91,9 +113,13 @@ def _recorded(twin):
         for i in range(1, getattr(twin, "count", 0) + 1):
             yield getattr(twin, f"fc{i}"), [f"fc{i}"], F.relu
         return
+    if isinstance(blocks := getattr(twin, "blocks", None), nn.Sequential | nn.ModuleList):  # no stages
+        yield from ((block, [f"block{i}"], same) for i, block in enumerate(blocks, 1))
+        return
     groups = [m for m in twin.modules() if isinstance(m, nn.Sequential) and len(m) and type(m[0]).__name__ == "Block"]
     act = getattr(twin, "activation", F.relu)
-    pre_activation = not any(type(m).__name__ == "Block" and hasattr(m, "projection") for m in twin.modules())
+    one = groups[0][0]
+    pre_activation = not hasattr(one, "projection") and (hasattr(one, "bn1") or hasattr(one, "batchnorm_0"))
     names, index = ["stem"], 0
     for stage, group in enumerate(groups, 1):
         for i, block in enumerate(group):

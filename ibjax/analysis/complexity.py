@@ -6,13 +6,14 @@ Images have the shape and the classes of the recipe's data set, unless others ar
 
 | operation                        | counts                                      |
 |----------------------------------|---------------------------------------------|
-| convolution                      | k²·C_in·C_out·H·W, with a bias + C_out·H·W  |
-| linear layer                     | C_in·C_out, with a bias + C_out             |
-| batch-norm                       | 2 per element                               |
-| ReLU, SiLU                       | 1 per element                               |
+| convolution                      | k²·C_in/groups·C_out·H·W, with a bias + C_out·H·W |
+| linear layer                     | C_in·C_out per token, with a bias + C_out   |
+| attention, q (n, d), k (m, d)    | n·m·d for q kᵀ and as many as its product with v, in each head |
+| batch-norm, layer norm           | 2 per element                               |
+| ReLU, SiLU, GELU                 | 1 per element                               |
 | average- and max-pooling         | 1 per element of the input                  |
 | `layers.Add`                     | 1 per element                               |
-| everything else                  | 0: sigmoid, FFT, resizing, normalisation    |
+| everything else                  | 0: sigmoid, softmax, FFT, resizing, normalisation, layer scale |
 
 ptflops counts `torch.add`, as used in the published code of WideResNet, but not `+=`, as used in that of ResNet. Our
 models therefore use `layers.Add` in the former and `+` in the latter. Nothing is computed: the model is traced on
@@ -28,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from ibjax import errors
-from ibjax.models import layers
+from ibjax.models import layers, patches
 from ibjax.runs import command_line, run
 from ibjax.training import ahead
 
@@ -47,7 +48,7 @@ def complexity(model: nn.Module, shape: tuple[int, int, int]) -> Complexity:
     def count(call, args, kwargs, context):
         output = call(*args, **kwargs)
         if context.method_name == "__call__":
-            operations[part(context.module.path)] += multiply_adds(context.module, args[0] if args else None, output)
+            operations[part(context.module.path)] += multiply_adds(context.module, args, output)
         return output
 
     x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
@@ -59,17 +60,20 @@ def complexity(model: nn.Module, shape: tuple[int, int, int]) -> Complexity:
     return Complexity(parameters, operations)
 
 
-def multiply_adds(module: nn.Module, x: Any, y: Any) -> int:
-    """The multiply-adds of one call y = module(x), by the table above."""
+def multiply_adds(module: nn.Module, inputs: tuple[Any, ...], y: Any) -> int:
+    """The multiply-adds of one call y = module(*inputs) for one image, by the table above."""
+    x: Any = inputs[0] if inputs else None
     match module:
         case nn.Conv():
             height_width = math.prod(y.shape[1:3])
-            return (
-                height_width * module.features * (math.prod(tuple(module.kernel_size)) * x.shape[-1] + module.use_bias)
-            )  # pyright: ignore
+            inner = math.prod(tuple(module.kernel_size)) * x.shape[-1] // module.feature_group_count  # pyright: ignore
+            return height_width * module.features * (inner + module.use_bias)
         case nn.Dense():
-            return module.features * (x.shape[-1] + module.use_bias)
-        case layers.BatchNorm():
+            return math.prod(y.shape[1:]) * (x.shape[-1] + module.use_bias)
+        case patches.Attend():
+            _, k, v = inputs
+            return math.prod(x.shape[:3]) * k.shape[2] * (k.shape[3] + v.shape[3])
+        case layers.BatchNorm() | patches.LayerNorm():
             return 2 * x.size
         case layers.AdaptiveAverage() | layers.AveragePool() | layers.GlobalAverage() | layers.MaxPool():
             return x.size

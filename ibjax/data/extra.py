@@ -42,6 +42,7 @@ from ibjax import files
 from ibjax.data.permutation import permuted
 from ibjax.errors import DataError, InputError, UnreadableError
 
+FRACTION = 0.7  # of a batch, where nothing else is said
 RESIDENT = 4 << 30  # bytes of images up to which they are kept in device memory
 _THREADS, _AHEAD = 8, 3  # that read a batch; batches that are read ahead
 _MEMBERS = ("image", "label")
@@ -94,7 +95,7 @@ class Stored(NamedTuple):
 
 
 def load(
-    *, path: str, fraction: float = 0.7, resident: bool | None = None, shape: tuple[int, ...], num_classes: int
+    *, path: str, fraction: float = FRACTION, resident: bool | None = None, shape: tuple[int, ...], num_classes: int
 ) -> Extra:
     """The generated images of a file; `shape` and `num_classes` are those of the original ones.
 
@@ -124,6 +125,14 @@ def load(
 
 
 EXTRAS = {"npz": load}
+
+
+def count(file: Path) -> int:
+    """The number of images of a file, by its header alone; DataError where it is damaged or lacks `image`."""
+    members = _headers(file)
+    if "image" not in members:
+        raise DataError(f"{file} lacks image; it holds {', '.join(members) or 'nothing'}")
+    return members["image"].shape[0]
 
 
 def _labels(file, found, classes):

@@ -5,16 +5,31 @@ import typing
 from ibjax import lazy
 
 if typing.TYPE_CHECKING:
-    from ibjax.models import cnn, masked, preact_resnet, resnet, siriib, stochastic, vgg, wide_resnet
+    from ibjax.models import (
+        cnn,
+        convnext,
+        masked,
+        preact_resnet,
+        resnet,
+        siriib,
+        stochastic,
+        vgg,
+        vit,
+        wide_resnet,
+        xcit,
+    )
 
 __all__ = [
     "cnn",
+    "convnext",
     "masked",
     "preact_resnet",
     "resnet",
     "siriib",
     "stochastic",
     "vgg",
+    "vit",
     "wide_resnet",
+    "xcit",
 ]
 __getattr__, __dir__ = lazy.attach(__name__, __all__)

@@ -147,15 +147,17 @@ class Conv(nn.Module):
     bias_init: Any = None  # None: PyTorch's default
     dtype: Any = jnp.float32
     pixels: bool = False  # x are pixels, which stay float32: see above; the result has `dtype`
+    groups: int = 1  # as many as channels: a depthwise convolution
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        fan_in = self.kernel**2 * x.shape[-1]
+        fan_in = self.kernel**2 * x.shape[-1] // self.groups
         return nn.Conv(
             self.features,
             (self.kernel, self.kernel),
             (self.stride, self.stride),
             padding=[self.pads()] * 2,
+            feature_group_count=self.groups,
             use_bias=self.use_bias,
             kernel_init=self.kernel_init,
             bias_init=uniform_bias(fan_in) if self.bias_init is None else self.bias_init,
@@ -187,7 +189,7 @@ class Conv(nn.Module):
             by_product = form.stem_gradient == "product"
             return gradients.convolve_pixels(x, kernel, strides, padding, self.dtype, by_product)
         x, kernel = x.astype(self.computes_in()), kernel.astype(self.computes_in())
-        options = dict(dimension_numbers=gradients.NHWC)
+        options = dict(dimension_numbers=gradients.NHWC, feature_group_count=self.groups)
         return cores.in_parts(lambda x: lax.conv_general_dilated(x, kernel, strides, padding, **options))(x)
 
     def computes_in(self) -> Any:
@@ -399,14 +401,14 @@ def zero_border(x: Array, width: int) -> Array:
 
 
 class Activation(nn.Module):
-    """ReLU, or SiLU (also called Swish): x·sigmoid(x)."""
+    """ReLU; SiLU (also called Swish), x·sigmoid(x); or GELU, x·Φ(x) with the exact normal distribution function."""
 
     kind: str = "relu"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         relu = gradients.relu_by_output if cores.form().relu == "output" else nn.relu
-        functions = {"relu": relu, "silu": nn.silu}
+        functions = {"relu": relu, "silu": nn.silu, "gelu": lambda x: nn.gelu(x, approximate=False)}
         if self.kind not in functions:
             raise InputError(f"model.activation '{self.kind}' is unknown; {nearest(self.kind, functions)}")
         return functions[self.kind](x)

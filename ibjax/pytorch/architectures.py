@@ -16,6 +16,12 @@
 | torchvision_vgg          | vgg, variant="torchvision"           | torchvision's vggN_bn                 |
 | small_cnn                | cnn                                  | TRADES's network for MNIST            |
 | cnn                      | cnn                                  | ibjax only, such as the quickstart's  |
+| convnext                 | convnext                             | timm, Liu et al. (ARES)               |
+| convnext_convstem        | convnext, stem="convstem"            | Singh et al.                          |
+| vit                      | vit                                  | timm's ViT and DeiT                   |
+| vit_convstem             | vit, stem="convstem"                 | Singh et al.                          |
+| xcit                     | xcit                                 | timm, Debenedetti et al. (ImageNet)   |
+| cifar_xcit               | xcit, patch=4                        | Debenedetti et al. (CIFAR)            |
 
 Depth, width and classes follow from the shapes in a file (`ibjax.pytorch.sizes`). The layouts differ:
 
@@ -24,7 +30,9 @@ Depth, width and classes follow from the shapes in a file (`ibjax.pytorch.sizes`
 | convolution                     | weight (out, in, height, width)       | kernel (height, width, in, out)        |
 | linear layer                    | weight (out, in)                      | kernel (in, out)                       |
 | linear layer on a flattened map | inputs ordered (channel, row, column) | inputs ordered (row, column, channel)  |
-| batch-norm                      | weight                                | scale                                  |
+| batch-norm, layer norm          | weight                                | scale                                  |
+
+All other parameters, such as tokens, positions and layer scales, have equal shapes.
 """
 
 import functools
@@ -36,7 +44,7 @@ import flax.linen as nn
 import numpy as np
 
 from ibjax.devices import cluster
-from ibjax.models import preact_resnet, resnet, stages, vgg
+from ibjax.models import convnext, preact_resnet, resnet, stages, vgg, vit, xcit
 from ibjax.runs import run
 from ibjax.runs.trees import flatten
 
@@ -59,6 +67,7 @@ class Architecture(NamedTuple):
     fixed: Mapping[str, Any]  # options of our model that make it this architecture
     names: Mapping[str, str]  # our layer name -> the published name, where they differ
     block: str = ""  # template for the name of a block; stages and blocks count from 0
+    marks: tuple[str, ...] = ()  # what `anchors` returns, where it does not follow from names and block
     defaults: Mapping[str, Any] = _NONE  # our options unless file or caller say otherwise
     # data set, or prefix of its name -> our options that normalise its images as the authors' files do. A network with
     # any entry here normalises: on another data set the caller must say how. One without entries usually does not.
@@ -78,6 +87,19 @@ _TORCHVISION = dict(
     block="layer{stage1}.{index}",
     normalized={"imagenet": IMAGENET},
     twin=dict(projection="downsample", head="fc"),
+)
+_CONVNEXT = dict(norm_head="head.norm", head="head.fc", down_norm="0", down="1")
+_CONVNEXT_MARKS = ("stages.0.blocks.0.conv_dw.weight", "head.fc.weight")
+_VIT_MARKS = ("blocks.0.attn.qkv.weight", "norm.weight", "head.weight")
+_XCIT = dict(
+    names=dict(stem="patch_embed.proj", position="pos_embed.token_projection", local="local_mp"),
+    block="blocks.{index}",
+    marks=(
+        "patch_embed.proj.0.0.weight",
+        "blocks.0.attn.temperature",
+        "cls_attn_blocks.0.attn.q.weight",
+        "head.weight",
+    ),
 )
 ARCHITECTURES = {
     "wide_resnet": Architecture(
@@ -130,6 +152,44 @@ ARCHITECTURES = {
     ),
     "small_cnn": Architecture("small_cnn", "cnn", dict(padding=0, batch_norm=False, pool="flatten"), {}),
     "cnn": Architecture("cnn", "cnn", {}, {}),
+    "convnext": Architecture(
+        "convnext",
+        "convnext",
+        dict(stem="patch"),
+        dict(stem="stem.0", norm_stem="stem.1", **_CONVNEXT),
+        "stages.{stage}.blocks.{index}",
+        ("stem.0.weight", *_CONVNEXT_MARKS),
+        normalized={"imagenet": IMAGENET},
+    ),
+    "convnext_convstem": Architecture(
+        "convnext",
+        "convnext",
+        dict(stem="convstem"),
+        dict(stem="stem.stem", **_CONVNEXT),
+        "stages.{stage}.blocks.{index}",
+        ("stem.stem.0.weight", *_CONVNEXT_MARKS),
+    ),
+    "vit": Architecture(
+        "vit",
+        "vit",
+        dict(stem="patch"),
+        dict(stem="patch_embed.proj"),
+        "blocks.{index}",
+        ("patch_embed.proj.weight", *_VIT_MARKS),
+        normalized={"imagenet": IMAGENET},
+    ),
+    "vit_convstem": Architecture(
+        "vit",
+        "vit",
+        dict(stem="convstem", patch=vit.CONVSTEM_PATCH),
+        dict(stem="patch_embed.proj.stem"),
+        "blocks.{index}",
+        ("patch_embed.proj.stem.0.weight", *_VIT_MARKS),
+    ),
+    "xcit": Architecture("xcit", "xcit", dict(patch=16), **_XCIT, normalized={"imagenet": IMAGENET}),
+    "cifar_xcit": Architecture(
+        "xcit", "xcit", dict(patch=4), **_XCIT, normalized={"cifar100": CIFAR100, "cifar10": CIFAR10}
+    ),
 }
 
 
@@ -162,7 +222,9 @@ class Leaf(NamedTuple):
 
     def theirs(self) -> tuple[int, ...]:
         """Its shape in PyTorch."""
-        return (self.shape[3], self.shape[2], *self.shape[:2]) if len(self.shape) == 4 else self.shape[::-1]
+        if len(self.shape) == 4:
+            return self.shape[3], self.shape[2], *self.shape[:2]
+        return self.shape[::-1] if len(self.shape) == 2 else self.shape
 
 
 @functools.lru_cache(maxsize=32)
@@ -175,7 +237,7 @@ def key_map(name: str, model: nn.Module, shape: Shape = _RGB) -> dict[str, Leaf]
         _, *modules, last = path.split("/")
         seen = flattened[1] if flattened and modules[0] == flattened[0] and last == "kernel" else None
         modules = [names.get(module, module) for module in modules if module not in ("conv", "dense")]
-        found[path] = Leaf(".".join([*modules, _LEAVES[last]]), leaf.shape, seen)
+        found[path] = Leaf(".".join([*modules, _LEAVES.get(last, last)]), leaf.shape, seen)
     return found
 
 
@@ -185,6 +247,8 @@ def anchors(name: str) -> tuple[str, ...]:
     Only a whole network has all of them.
     """
     known = ARCHITECTURES[name]
+    if known.marks:
+        return known.marks
     if known.model == "vgg":
         return "features.0.weight", "features.1.weight"
     if known.model == "cnn":
@@ -202,15 +266,33 @@ def _numbered(name, model):
     if known.model == "cnn":
         return _cnn_names(name, model)
     if known.model == "wide_resnet":
-        counts = ((model.depth - 4) // 6,) * 3
+        counts: tuple[int, ...] = ((model.depth - 4) // 6,) * 3
+    elif known.model in ("vit", "xcit"):
+        counts = (model.depth,)
     else:
-        depths = {"resnet": resnet.DEPTHS, "preact_resnet": preact_resnet.DEPTHS}[known.model]
-        counts = stages.block_counts(known.model, model.depth, model.blocks, depths)
+        families = {"resnet": resnet, "preact_resnet": preact_resnet, "convnext": convnext}
+        counts = stages.block_counts(known.model, model.depth, model.blocks, families[known.model].DEPTHS)
     blocks = [(stage, index) for stage, count in enumerate(counts) for index in range(count)]
-    return {
+    names = {
         f"block{n}": known.block.format(stage=stage, stage1=stage + 1, index=index)
         for n, (stage, index) in enumerate(blocks, 1)
     }
+    return names | _stem_names(known.model, model, len(counts))
+
+
+def _stem_names(family, model, stages):
+    """Names of the layers of a ConvStem or of XCiT's stem, of downsamplings and of class blocks."""
+    if family == "xcit":
+        names = {f"class_block{i + 1}": f"cls_attn_blocks.{i}" for i in range(model.class_depth)}
+        for i in range(len(xcit.STRIDES[model.patch])):  # each convolution and batch-norm in a Sequential, then GELU
+            names |= {f"embed{i + 1}": f"{2 * i}.0", f"embed_norm{i + 1}": f"{2 * i}.1"}
+        return names
+    if family not in ("convnext", "vit"):
+        return {}
+    names = {f"downsample{i + 1}": f"stages.{i}.downsample" for i in range(1, stages)}
+    for i in range(5):  # convolution, layer norm, GELU; at most five convolutions
+        names |= {f"embed{i + 1}": f"{3 * i}", f"embed_norm{i + 1}": f"{3 * i + 1}"}
+    return names
 
 
 def _vgg_names(groups, hidden, variant):
@@ -280,11 +362,11 @@ def _value_of_ours(value, leaf):
     if leaf.flattened:
         h, w, c = leaf.flattened
         return value.reshape(-1, c, h, w).transpose(2, 3, 1, 0).reshape(h * w * c, -1)
-    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T if value.ndim == 2 else value
 
 
 def _value_of_theirs(value, leaf):
     if leaf.flattened:
         h, w, c = leaf.flattened
         return value.reshape(h, w, c, -1).transpose(3, 2, 0, 1).reshape(-1, h * w * c)
-    return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+    return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T if value.ndim == 2 else value

@@ -13,6 +13,7 @@ from ibjax.pytorch import architectures, folders, gate, torch_file, twins
 from ibjax.pytorch.architectures import ARCHITECTURES
 from ibjax.runs import run, trees
 
+IMAGENET = 5000  # images of ImageNet on which RobustBench evaluates
 log = logging.getLogger(__name__)
 
 
@@ -82,16 +83,19 @@ def _safetensors(to, twin, name, model, shape):
 def model_info(trained: run.Run, checkpoint: str) -> dict[str, Any]:
     """RobustBench's description of a network; a field that the run does not know is None.
 
-    The accuracies come from the run's records, but only from those of the whole test set and of exactly these weights.
+    The accuracies come from the run's records, but only from those of the whole test set, of ImageNet also of 5,000
+    images, and of exactly these weights.
     """
     weights, records = trees.digest(trained.variables), {}
+    dataset = trained.config.data.get("dataset", trained.facts["label"])
+    whole = [trained.facts.get("n_test"), *([IMAGENET] if str(dataset).startswith("imagenet") else [])]
     folder = trained.workdir / "eval" / checkpoint
     for name in files.files_below(folder) if folder.is_dir() else ():
         if not name.endswith(".json"):
             continue
         try:
             record = files.read_json(folder / name)
-            if record["weights"] == weights and record["n"] == trained.facts.get("n_test") and record["main"]:
+            if record["weights"] == weights and record["n"] in whole and record["main"]:
                 records[record["attack"]] = record
         except UnreadableError:
             raise
@@ -106,7 +110,7 @@ def model_info(trained: run.Run, checkpoint: str) -> dict[str, Any]:
         "authors": None,
         "additional_data": None if "imported" in trained.facts else False,
         "number_forward_passes": 1,
-        "dataset": trained.config.data.get("dataset", trained.facts["label"]),
+        "dataset": dataset,
         "venue": None,
         "architecture": _readable(trained.model),
         "eps": str(first["eps"]) if first else None,
@@ -116,11 +120,20 @@ def model_info(trained: run.Run, checkpoint: str) -> dict[str, Any]:
     }
 
 
+_STEMS = {"patch": "", "convstem": " + ConvStem"}
+
+
 def _readable(model):
     """The architecture in RobustBench's notation, such as WideResNet-34-10 or PreActResNet-18."""
     family = type(model).__module__.rpartition(".")[2]
     if family == "cnn":
         return f"CNN-{sum(map(len, model.widths))}"
+    if family == "convnext":
+        size = {(18, 96): "T", (36, 96): "S", (36, 128): "B", (36, 192): "L"}.get((model.depth, model.width))
+        return f"ConvNeXt-{size or f'{model.depth}-{model.width}'}" + _STEMS[model.stem]
+    if family in ("vit", "xcit"):
+        size = {384: "S", 512: "M", 768: "B" if family == "vit" else "L"}.get(model.width, f"{model.width}-")
+        return f"ViT-{size}{_STEMS[model.stem]}" if family == "vit" else f"XCiT-{size}{model.depth}"
     written = {"wide_resnet": "WideResNet", "preact_resnet": "PreActResNet", "resnet": "ResNet", "vgg": "VGG"}[family]
     if getattr(model, "inner_width", 1) > 1:
         return f"Wide{written}-{model.depth}-{model.inner_width}"

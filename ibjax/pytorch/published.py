@@ -1,7 +1,8 @@
 """The table of published networks, `published.csv`, and the SHA-256 digests of their files.
 
-One row is one file. Architecture, normalisation, key, and clean and AutoAttack accuracies of the networks for CIFAR and
-ImageNet are those of RobustBench at commit 78fcc9e (`robustbench/model_zoo/`, `model_info/`). It publishes no digests;
+One row is one entry of a leaderboard; the networks that cannot be imported say why in `uncovered`, the others are one
+file each. Architecture, normalisation, key and accuracies of the networks for CIFAR and ImageNet are those of
+RobustBench at commit 78fcc9e (`robustbench/model_zoo/`, `model_info/`). It publishes no digests;
 that of Carmon2019Unlabeled.pt is recorded independently in three public repositories. The networks for MNIST, their
 numbers and digests are those of vtjeng/MIPVerify_data 35578a1, Hadisalman/robust-verify-benchmark fce1c27 and
 yaodongyu/TRADES f94f414. Files of torch.hub, torchvision and timm have the first digits of their digest in their names,
@@ -27,19 +28,22 @@ class Published(NamedTuple):
     data: str  # cifar10, cifar100, imagenet or mnist
     norm: str  # linf, l2 or corruptions
     eps: str  # "8/255"; empty for corruptions
-    arch: str  # a key of `architectures.ARCHITECTURES`, or of `verified.NETWORKS`
+    arch: str  # a key of `architectures.ARCHITECTURES`, or of `verified.NETWORKS`; empty where it cannot be imported
     depth: int | None
-    width: int | None  # the factor of a WideResNet
+    width: int | None  # the factor of a WideResNet; channels of the first block of the networks on patches
     key: str | None  # of the network in the file, where the file holds several
     mean: Numbers  # of pixels in [0, 1], with which it normalises; None: it does not
     std: Numbers
     clean: float
     autoattack: float | None
+    external: float | None  # the lowest robust accuracy that is known, where that is below AutoAttack's
+    corruptions: float | None  # accuracy under common corruptions
     pgd: float | None  # 40 steps of 0.01 from x, where there is no start at random
     exact: float | None  # robust accuracy by mixed-integer programming
     file: str
     sha256: str | None
     source: str  # "robustbench" and the file's id at Google Drive, or the repository and its commit
+    uncovered: str  # the network, and why it cannot be imported; empty where it can
 
     @property
     def path(self) -> str:
@@ -59,9 +63,22 @@ class Published(NamedTuple):
         """The number of classes."""
         return {"cifar100": 100, "imagenet": 1000}.get(self.data, 10)
 
+    @property
+    def robust(self) -> float | None:
+        """What a leaderboard ranks by: accuracy under corruptions, or the lowest robust accuracy that is known."""
+        if self.norm == "corruptions":
+            return self.corruptions
+        return self.autoattack if self.external is None else self.external
+
 
 @functools.cache
 def table() -> dict[str, Published]:
+    """The rows that can be imported, by `Published.path`."""
+    return {path: row for path, row in entries().items() if not row.uncovered}
+
+
+@functools.cache
+def entries() -> dict[str, Published]:
     """All rows by `Published.path`."""
     with _TABLE.open(encoding="utf-8", newline="") as lines:
         rows = [_row(row) for row in csv.DictReader(lines)]
@@ -72,7 +89,7 @@ def _row(texts):
     read = dict(texts)
     for name in ("depth", "width"):
         read[name] = int(texts[name]) if texts[name] else None
-    for name in ("clean", "autoattack", "pgd", "exact"):
+    for name in ("clean", "autoattack", "external", "corruptions", "pgd", "exact"):
         read[name] = float(texts[name]) if texts[name] else None
     for name in ("mean", "std"):
         read[name] = None if texts[name] == "none" else tuple(map(float, texts[name].split()))
@@ -87,8 +104,10 @@ def find(name: str) -> Published:
     if name in rows:
         return rows[name]
     found = [path for path, row in rows.items() if row.name == name]
-    if len(found) > 1:
+    if len({rows[path].source for path in found}) > 1:
         raise InputError(f"'{name}' is the name of several published networks; give {' or '.join(found)}")
+    if not found and (uncovered := [row for path, row in entries().items() if name in (path, row.name)]):
+        raise InputError(f"'{name}' cannot be imported: {uncovered[0].uncovered}")
     if not found:
         raise InputError(f"'{name}' is no published network of the zoo; {nearest(name, _near(name, rows))}")
     return rows[found[0]]

@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from ibjax.models import vgg
+from ibjax.models import convnext, vgg
 from ibjax.pytorch.architectures import ARCHITECTURES, Shape, State, anchors
 
 
@@ -21,6 +21,8 @@ def sizes(name: str, state: State) -> dict[str, Any]:
     if known.model == "cnn":
         return _cnn_sizes(name, state)
     shapes = {key: value.shape for key, value in state.items()}
+    if known.model in ("convnext", "vit", "xcit"):
+        return _patch_sizes(name, shapes)
     stem, head = (shapes.get(f"{known.names[layer]}.weight") or None for layer in ("stem", "head"))
     found: dict[str, Any] = {"num_classes": head[0] if head else 10}
     pattern = re.escape(known.block).replace(r"\{stage\}", r"(\d+)").replace(r"\{stage1\}", r"(\d+)")
@@ -42,6 +44,30 @@ def sizes(name: str, state: State) -> dict[str, Any]:
         found["inner_width"] = max(4 * (width or 0) // (_channels(shapes, f"{first}.conv3.weight") or 4), 1)
     depth = next((depth for depth, usual in depths.items() if usual == counts), None)
     return found | ({"depth": depth} if depth else {"depth": next(iter(depths)), "blocks": counts or None})
+
+
+def _patch_sizes(name, shapes):
+    """Of ConvNeXt, ViT and XCiT; the width is that of the first block."""
+    family, head = ARCHITECTURES[name].model, anchors(name)[-1]
+    found: dict[str, Any] = {"num_classes": _channels(shapes, head) or 10}
+    if family == "convnext":
+        places = {(int(m[1]), int(m[2])) for key in shapes if (m := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", key))}
+        counts = tuple(sum(stage == other for other, _ in places) for stage in sorted({stage for stage, _ in places}))
+        depth = next((depth for depth, usual in convnext.DEPTHS.items() if usual == counts), None)
+        width = _channels(shapes, "stages.0.blocks.0.gamma")
+        found |= {"width": width or 96, **({"depth": depth} if depth else {"blocks": counts or None})}
+        return found
+    places = {int(m[1]) for key in shapes if (m := re.match(r"blocks\.(\d+)\.", key))}
+    found |= {"depth": max(len(places), 1), "width": (shapes.get("cls_token") or (384,))[-1]}
+    if family == "xcit":
+        classes = {int(m[1]) for key in shapes if (m := re.match(r"cls_attn_blocks\.(\d+)\.", key))}
+        return found | {"heads": _channels(shapes, "blocks.0.attn.temperature") or 8, "class_depth": len(classes)}
+    stem = shapes.get(anchors(name)[0]) or ()
+    if len(stem) == 4 and name == "vit":
+        found["patch"] = stem[-1]
+    elif len(stem) == 4:
+        found["stem_width"] = stem[0]
+    return found
 
 
 def _channels(shapes, name):
@@ -87,8 +113,11 @@ def input_shape(name: str, model: nn.Module, state: State) -> Shape:
     """(height, width, channels) of a network's input images; a size that is large enough, if it takes any size.
 
     A linear layer on a flattened map fixes the size of that map; the result is the smallest square image that yields
-    it.
+    it; the positions of a ViT fix the number of its patches.
     """
+    if ARCHITECTURES[name].model == "vit":
+        side = model.patch * math.isqrt(max(state["pos_embed"].shape[1] - 1, 1)) if "pos_embed" in state else 224
+        return side, side, channels(name, state)
     if ARCHITECTURES[name].model != "cnn":
         return 32, 32, channels(name, state)
     linear = [value for _, value in _numbered(state) if value.ndim == 2]

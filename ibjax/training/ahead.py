@@ -28,8 +28,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from ibjax import config
-from ibjax.data import IMAGES
+from ibjax import config, files
+from ibjax.data import IMAGES, extra
 from ibjax.devices import cluster, cores
 from ibjax.errors import InputError, nearest
 from ibjax.runs import (
@@ -109,7 +109,7 @@ def _gpu_mesh(name):
 def prepare(settings: ConfigDict, shape: tuple[int, ...], classes: int, teachers: dict[str, ConfigDict]) -> ConfigDict:
     """The configuration for a compilation: shapes in place of data, and rolled loops as on an accelerator.
 
-    Generated images (`data.extra`) count as other images do.
+    Generated images (`data.extra`) are given to `compile_step`, as `generated` makes them.
     """
     settings = settings.copy_and_resolve_references()
     with settings.unlocked():
@@ -124,19 +124,48 @@ def prepare(settings: ConfigDict, shape: tuple[int, ...], classes: int, teachers
     return settings
 
 
-def compile_step(settings: ConfigDict, mesh: Mesh, images: int | None) -> dict[str, Any]:
+GENERATED = 1_000_000  # generated images of a recipe whose file is absent
+
+
+def generated(data: ConfigDict, shape: Sequence[int], count: int | None) -> extra.Extra | None:
+    """Generated images of a recipe's data section without their values; None where it has none.
+
+    count: their number; None: that of their file, or GENERATED where there is no file. They stay in device memory, or
+    are read while training, as in a run. Raises DataError where the file is damaged.
+    """
+    given = data.get("extra")
+    if given is None:
+        return None
+    file = files.path(given["path"])
+    if count is None:
+        count = extra.count(file) if file.is_file() else GENERATED
+    fraction, resident = given.get("fraction", extra.FRACTION), given.get("resident")
+    images = np.broadcast_to(np.uint8(0), (count, *shape))  # takes no memory
+    keep = images.size <= extra.RESIDENT if resident is None else resident
+    held = images if keep else extra.Stored(file, 0, images.shape)
+    return extra.Extra(held, np.broadcast_to(np.int32(0), (count,)), fraction, "", file)
+
+
+def compile_step(
+    settings: ConfigDict, mesh: Mesh, images: int | None, made: extra.Extra | None = None
+) -> dict[str, Any]:
     """Compiles the train step of a configuration (see `prepare`) for the devices of `mesh`; nothing is run.
 
-    `images` is the number of training images on every device, None where they are streamed. Returns figures for one
-    chip and one step.
+    `images` is the number of training images on every device, None where they are streamed; `made` are generated ones,
+    see `generated`. Returns figures for one chip and one step.
     """
     target = {"gpu": "cuda"}.get(mesh.devices.flat[0].platform, "tpu")  # a CPU's devices stand for the chips of a slice
     with cores.elsewhere(target):
-        return _compile_step(settings, mesh, images)
+        return _compile_step(settings, mesh, images, made)
 
 
-def _compile_step(settings, mesh, images):
+def _compile_step(settings, mesh, images, made):
     experiment = build(settings, {role: Path("/nowhere") for role in config.TEACHERS}, abstract=True, mesh=mesh)
+    if made is not None:
+        if images is None:
+            raise InputError("data.extra goes with images in device memory, not with data.name='stream'")
+        shares = extra.shares(made, images, settings.batch_size, settings.microbatches)
+        experiment = experiment._replace(data=experiment.data._replace(extra=made), shares=shares)
     replicated, sharded = (NamedSharding(mesh, spec) for spec in (cluster.REPLICATED, cluster.BATCH))
 
     def shaped(tree, sharding=replicated):
@@ -148,6 +177,11 @@ def _compile_step(settings, mesh, images):
             (jax.ShapeDtypeStruct((count, *shape), dtype), jax.ShapeDtypeStruct((count,), jnp.int32)), sharding
         )
 
+    def held(count):
+        """Shapes of images and labels in device memory: see `feed.rows_of`."""
+        rows = jax.ShapeDtypeStruct((count, int(np.prod(shape))), jnp.uint8)
+        return shaped((rows, jax.ShapeDtypeStruct((count,), jnp.int32)))
+
     key = shaped(jax.eval_shape(lambda: jax.random.key(0)))
     shape = experiment.data.train.images.shape[1:]
     frozen = shaped(experiment.frozen)
@@ -155,15 +189,19 @@ def _compile_step(settings, mesh, images):
     variables = shaped(state.variables)
     stored = jax.tree.broadcast(state_sharding(experiment), state)
     state = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), state, stored)
-    steps = 1 if images is None else settings.steps_per_dispatch or settings.log_every
+    reads = made is not None and not made.resident
+    steps = 1 if images is None or reads else settings.steps_per_dispatch or settings.log_every
     began = time.perf_counter()
     if images is None:
         batch = dict(zip(("image", "label"), of_images(settings.batch_size, jnp.uint8, sharded), strict=True))
         lowered = feed.make_batch_dispatch(experiment).lower(state, {**batch, "index": batch["label"]}, key, frozen)
+    elif reads:
+        read = dict(zip(("image", "label"), of_images(settings.batch_size, jnp.uint8, sharded), strict=True))
+        data = held(images)
+        lowered = feed.make_reading_dispatch(experiment).lower(state, *data, read, key, frozen)
     else:
-        held = jax.ShapeDtypeStruct((images, int(np.prod(shape))), jnp.uint8)
-        data = shaped((held, jax.ShapeDtypeStruct((images,), jnp.int32)))
-        n = shaped(jax.ShapeDtypeStruct((), jnp.int32))
+        there = images + (0 if made is None else len(made.labels))
+        data, n = held(there), shaped(jax.ShapeDtypeStruct((), jnp.int32))
         lowered = feed.make_dispatch(experiment, steps).lower(state, *data, key, frozen, n)
     compiled = lowered.compile()
     seconds = time.perf_counter() - began
@@ -183,6 +221,7 @@ def _compile_step(settings, mesh, images):
         "chips": mesh.size,
         "kind": kind,
         "batch_size": settings.batch_size,
+        "generated": None if made is None else _generated(experiment),
         "memory": memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
@@ -218,6 +257,16 @@ def _expected(program, chip, flops, batch_size, parts):
         "slow_kernels": slow,
         "slowest_kernels": [described(kernel) for kernel in made.kernels[:10]],
     }
+
+
+def _generated(experiment):
+    """How generated images are kept: their number, those in a batch, and their bytes on a chip at rest or in a step."""
+    found, shares = experiment.data.extra, experiment.shares
+    size = int(np.prod(found.images.shape[1:]))
+    in_batch = int(shares.generated.sum())
+    at_rest = len(found.labels) * (size + 4) if found.resident else 0
+    in_step = 0 if found.resident else len(shares.generated) * (size + 4) // experiment.mesh.size
+    return {"count": len(found.labels), "in_batch": in_batch, "bytes": at_rest, "bytes_a_step": in_step}
 
 
 def _attack_steps(settings):
@@ -261,6 +310,11 @@ def table(found: dict[str, Any]) -> str:
             lines += [f"{name:17} {found[name]:.3g} {unit} a step and chip: at most {rate:,.0f} images/s"]
         if share > 1:
             lines += ["does not fit: model.remat=True, more microbatches or chips, or model.dtype='bfloat16'"]
+    if images := found.get("generated"):
+        where = f"{images['bytes'] / 1e9:.2f} GB in the memory of every chip"
+        if not images["bytes"]:
+            where = f"read while training, {images['bytes_a_step'] / 1e6:.2f} MB a step and chip"
+        lines += [f"generated images  {images['in_batch']} of a batch, of {images['count']:,}: {where}"]
     if found["kernels"]:
         count = Kernels(**found["kernels"])
         loop = f"{count.in_loops} in loops, {count.bytes_in_loops / 1e9:.2f} GB each time round"

@@ -1,0 +1,73 @@
+"""Writes docs/robustbench.md: every network of RobustBench's leaderboards, how it is imported, or why it is not.
+
+python docs/robustbench.py             writes the page
+python docs/robustbench.py --check     ends with 1 where the page is not what it would write
+"""
+
+import sys
+from itertools import groupby
+from pathlib import Path
+
+from ibjax.pytorch.published import Published, entries
+
+PAGE = Path(__file__).resolve().parent / "robustbench.md"
+HEAD = """# RobustBench's networks
+
+Of the {count} networks on RobustBench's leaderboards (commit 78fcc9e), ibjax imports {covered}:
+
+```sh
+python -m ibjax.convert --torch=FILE --robustbench=Wang2023Better_WRN-70-16 --workdir=runs/wang
+```
+
+The name says architecture, size, normalisation and published accuracies ([all of them](zoo.md)); FILE is downloaded by
+hand. The import compares logits with PyTorch's and, where the test set is there, the clean accuracy with the published
+one; without the test set, `--photographs=32` (224 for ImageNet) compares logits alone. Where several networks have one
+name, write it as `cifar10/linf/Engstrom2019Robustness`.
+
+`python -m ibjax.evaluate --workdir=DIR --leaderboard` runs AutoAttack on the whole test set, writes the run's entry
+with RobustBench's keys to `DIR/leaderboard/`, and prints where it would stand. Submitting it is up to you.
+
+Networks are ranked by the lowest robust accuracy that is known, in percent, those for common corruptions by their
+accuracy under these. This page is generated from `ibjax/pytorch/published.csv` by `python docs/robustbench.py`; a test
+keeps it current.
+
+| leaderboard | networks | imported |
+|---|---|---|
+"""
+_DATA = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet"}
+_NORMS = {"linf": "l_inf", "l2": "l2", "corruptions": "common corruptions"}
+
+
+def page() -> str:
+    """The page."""
+    rows = [row for row in entries().values() if row.data in _DATA]
+    groups = [(key, list(group)) for key, group in groupby(rows, key=lambda row: (row.data, row.norm))]
+    covered = sum(not row.uncovered for row in rows)
+    parts = [HEAD.format(count=len(rows), covered=covered)]
+    for (data, norm), group in groups:
+        parts.append(f"| {_DATA[data]}, {_NORMS[norm]} | {len(group)} | {sum(not row.uncovered for row in group)} |\n")
+    for (data, norm), group in groups:
+        parts.append(f"\n## {_DATA[data]}, {_NORMS[norm]}\n\n")
+        parts += _section(group)
+    return "".join(parts)
+
+
+def _section(rows: list[Published]):
+    yield "| rank | name | clean | robust | `--arch`, or why not |\n|---|---|---|---|---|\n"
+    for rank, row in enumerate(sorted(rows, key=lambda row: -(row.robust or 0.0)), 1):
+        size = "-".join(str(part) for part in (row.depth, row.width) if part)
+        how = f"not imported. {row.uncovered}" if row.uncovered else f"`{row.arch}` {size}"
+        yield f"| {rank} | {row.name} | {row.clean:.2f} | {row.robust:.2f} | {how} |\n"
+
+
+def main() -> None:
+    """The command line."""
+    text = page()
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(text, encoding="utf-8")
+    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
+        sys.exit("docs/robustbench.md is not current; write it with: python docs/robustbench.py")
+
+
+if __name__ == "__main__":
+    main()

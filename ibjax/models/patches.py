@@ -1,0 +1,130 @@
+"""The parts that networks on patches share: ConvNeXt, ViT and XCiT, with the constants of timm's.
+
+| part                 | constant                                                                          |
+|----------------------|-----------------------------------------------------------------------------------|
+| layer norm           | ε = 1e-6, biased variance, computed in float32                                    |
+| activation           | GELU with the exact normal distribution function, not its tanh approximation      |
+| layer scale          | one factor per channel on each residual branch                                    |
+| stochastic depth     | in training, each image skips a branch with the branch's rate; a branch that is   |
+|                      | kept is divided by 1 − rate                                                       |
+| initialisation       | N(0, 0.02²), zero biases (timm's truncation at ±2 is at 100 deviations)           |
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ibjax.errors import InputError, nearest
+from ibjax.models import layers
+
+INIT: dict[str, Any] = dict(kernel_init=nn.initializers.normal(0.02), bias_init=nn.initializers.zeros)
+STEMS = ("patch", "convstem")
+MLP_RATIO = 4  # width of a block's hidden layer, in units of the block's width
+
+
+def check_stem(stem: str) -> None:
+    """Raises InputError unless `stem` is one of STEMS."""
+    if stem not in STEMS:
+        raise InputError(f"model.stem '{stem}' is unknown; {nearest(stem, STEMS)}")
+
+
+def check_sides(name: str, x: Array, patch: int) -> None:
+    """Raises InputError unless the sides of the images are multiples of the patch's."""
+    if x.shape[1] % patch or x.shape[2] % patch:
+        raise InputError(f"{name}: images of {x.shape[1:3]} pixels are not divisible into patches of {patch}×{patch}")
+
+
+def check_heads(width: int, heads: int) -> None:
+    """Raises InputError unless the heads of an attention divide its channels."""
+    if heads < 1 or width % heads:
+        raise InputError(f"model.heads={heads} does not divide model.width={width}")
+
+
+class LayerNorm(nn.Module):
+    """(x − mean) / √(var + ε) · scale + bias, with mean and variance over the channels of each position."""
+
+    epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = layers.per_channel(self.param("scale", nn.initializers.ones, (x.shape[-1],)), x)
+        bias = layers.per_channel(self.param("bias", nn.initializers.zeros, (x.shape[-1],)), x)
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, -1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), -1, keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(self.dtype)
+
+
+class Attend(nn.Module):
+    """softmax(q kᵀ)·v for q (B, heads, n, d), k (B, heads, m, d), v (B, heads, m, e); the softmax is in float32.
+
+    A module without parameters, so that `analysis.complexity` sees its products.
+    """
+
+    @nn.compact
+    def __call__(self, q: Array, k: Array, v: Array) -> Array:
+        weights = jax.nn.softmax(jnp.einsum("bhnd,bhmd->bhnm", q, k).astype(jnp.float32))
+        return jnp.einsum("bhnm,bhme->bhne", weights.astype(v.dtype), v)
+
+
+class Mlp(nn.Module):
+    """Linear layer to MLP_RATIO times the width, GELU, linear layer back."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        width = x.shape[-1]
+        x = layers.Dense(MLP_RATIO * width, dtype=self.dtype, name="fc1", **INIT)(x)
+        return layers.Dense(width, dtype=self.dtype, name="fc2", **INIT)(layers.Activation("gelu")(x))
+
+
+class ConvStem(nn.Module):
+    """Singh, Croce & Hein (NeurIPS 2023): 3×3 convolutions, each followed by layer norm and GELU, in place of patches.
+
+    widths, strides: of the 3×3 convolutions. out: channels of a final 1×1 convolution; None: there is none.
+    """
+
+    widths: tuple[int, ...]
+    strides: tuple[int, ...]
+    out: int | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for i, (width, stride) in enumerate(zip(self.widths, self.strides, strict=True), 1):
+            x = layers.Conv(width, 3, stride, use_bias=True, dtype=self.dtype, pixels=i == 1, name=f"embed{i}")(x)
+            x = layers.Activation("gelu")(LayerNorm(dtype=self.dtype, name=f"embed_norm{i}")(x))
+        if self.out is not None:
+            x = layers.Conv(self.out, 1, use_bias=True, dtype=self.dtype, name=f"embed{len(self.widths) + 1}")(x)
+        return x
+
+
+def scaled(module: nn.Module, name: str, x: Array, start: float) -> Array:
+    """x times a module's parameter `name` (C,), a layer scale that starts at `start`."""
+    gamma = module.param(name, nn.initializers.constant(start), (x.shape[-1],))
+    return x * layers.per_channel(gamma, x).astype(x.dtype)
+
+
+def dropped(x: Array, rate: float, train: bool) -> Array:
+    """A residual branch under stochastic depth: in training 0 for an image with probability `rate`."""
+    return nn.Dropout(rate, broadcast_dims=tuple(range(1, x.ndim)), deterministic=not train)(x)
+
+
+def rates(last: float, count: int) -> list[float]:
+    """Rates of stochastic depth that rise linearly from 0 at the first block to `last` at the last one."""
+    return [last * i / max(count - 1, 1) for i in range(count)]
+
+
+def heads_of(x: Array, heads: int) -> Array:
+    """(B, N, C) -> (B, heads, N, C/heads)."""
+    return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+
+
+def tokens_of(x: Array) -> Array:
+    """(B, H, W, C) -> (B, H·W, C), rows first."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])

@@ -1,0 +1,126 @@
+"""Networks on patches: timm's constants and logits, options, stochastic depth, and attacks that run unchanged."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ibjax.attacks import autoattack, pgd
+from ibjax.errors import InputError
+from ibjax.models import convnext, patches, vit, xcit
+from ibjax.pytorch import architectures, imports
+
+TINY = vit.Model(10, depth=1, width=8, heads=2, patch=4)
+
+
+@pytest.mark.parametrize(
+    "model, side, match",
+    [
+        (convnext.Model(10, stem="conv_stem"), 32, r"model\.stem 'conv_stem' is unknown; .*'convstem'"),
+        (convnext.Model(10, depth=20), 32, r"convnext has no depth 20; allowed: depth \[18, 36\]"),
+        (convnext.Model(10), 28, r"images of \(28, 28\) pixels are too small for 4 stages"),
+        (convnext.Model(10, drop_path=1.0), 32, r"model\.drop_path=1 is not allowed"),
+        (vit.Model(10, width=96), 32, r"model\.width=96 is no multiple of 64; give model\.heads too"),
+        (vit.Model(10, heads=5), 32, r"model\.heads=5 does not divide model\.width=384"),
+        (vit.Model(10, patch=8, stem="convstem"), 32, r"the convstem makes patches of 16"),
+        (vit.Model(10), 40, r"vit: images of \(40, 40\) pixels are not divisible into patches of 16×16"),
+        (xcit.Model(10, patch=8), 32, r"model\.patch=8 is not allowed; give 16 or 4"),
+        (xcit.Model(10, width=12, heads=2), 32, r"model\.width=12 is not allowed; give a multiple of 8"),
+        (xcit.Model(10), 40, r"xcit: images of \(40, 40\) pixels"),
+    ],
+)
+def test_bad_options_and_images_are_one_clear_line(model, side, match):
+    with pytest.raises(InputError, match=match):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
+
+
+def test_stochastic_depth_drops_whole_branches_of_single_images_in_training_only():
+    """Rates rise linearly from 0; a branch is dropped for an image as a whole, or divided by 1 − rate."""
+    assert patches.rates(0.3, 4) == pytest.approx([0, 0.1, 0.2, 0.3]) and patches.rates(0.3, 1) == [0]
+    model = convnext.Model(10, width=4, blocks=(2,), drop_path=0.25, layer_scale=1.0)
+    x = jnp.tile(jax.random.uniform(jax.random.key(0), (1, 8, 8, 3)), (400, 1, 1, 1))
+    variables = jax.jit(model.init)(jax.random.key(1), x[:1])
+
+    @jax.jit
+    def branches(key):
+        kept = model.apply(variables, x[:1])[1]
+        taps = model.apply(variables, x, train=True, rngs={"dropout": key})[1]
+        return [(f["block2"] - f["block1"], f["block1"] - f["stem"]) for f in (kept, taps)]
+
+    (branch, first), (drawn, never) = branches(jax.random.key(2))
+    np.testing.assert_allclose(never, jnp.tile(first, (400, 1, 1, 1)), atol=1e-5)  # the first block's rate is 0
+    dropped = np.abs(drawn).max((1, 2, 3)) == 0
+    np.testing.assert_allclose(drawn[~dropped], jnp.tile(branch / 0.75, (sum(~dropped), 1, 1, 1)), atol=1e-5)
+    assert 65 < dropped.sum() < 135  # 100 in the mean, four standard deviations
+
+
+def test_the_class_token_and_the_map_of_patches_are_edited_separately():
+    x = jax.random.uniform(jax.random.key(0), (2, 8, 8, 3))
+    variables = jax.jit(TINY.init)(jax.random.key(1), x)
+    _, taps = jax.jit(TINY.apply)(variables, x)
+    assert taps["stem"].shape == taps["block1"].shape == (2, 2, 2, 8) and taps["block1_class"].shape == (2, 8)
+    edited = jax.jit(lambda x: TINY.apply(variables, x, edits={"block1": lambda f: 0 * f})[1])(x)
+    np.testing.assert_allclose(edited["pre_logits"], taps["pre_logits"], atol=1e-6)  # read from the class token alone
+    edited = jax.jit(lambda x: TINY.apply(variables, x, edits={"stem_class": lambda f: f * f + 1})[1])(x)
+    assert np.abs(edited["pre_logits"] - taps["pre_logits"]).max() > 1e-4
+
+
+def test_tokens_and_positions_keep_their_shape_in_pytorch_and_matrices_are_transposed():
+    variables = jax.eval_shape(TINY.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    leaves = architectures.key_map("vit", TINY, (8, 8, 3))
+    assert leaves["params/pos_embed"].theirs() == variables["params"]["pos_embed"].shape == (1, 5, 8)
+    assert leaves["params/block1/attn/qkv/dense/kernel"].theirs() == (24, 8)
+
+
+def test_attacks_run_unchanged():
+    x, y = jax.random.uniform(jax.random.key(0), (4, 8, 8, 3)), jnp.arange(4)
+    variables = jax.jit(TINY.init)(jax.random.key(1), x)
+    attack = pgd.pgd(loss="ce", norm="linf", eps=8 / 255, step_size=2 / 255, steps=3)
+    logits_fn = lambda x: TINY.apply(variables, x)[0]  # noqa: E731
+    x_adv = jax.jit(lambda key: attack(key, logits_fn, x, y))(jax.random.key(2))
+    assert jnp.abs(x_adv - x).max() <= 8 / 255 + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
+    loss = jax.jit(lambda x: -jax.nn.log_softmax(logits_fn(x))[jnp.arange(4), y])
+    assert (loss(x_adv) > loss(x)).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [TINY, xcit.Model(10, depth=1, width=8, heads=2, patch=4, class_depth=1)])
+def test_autoattack_runs_unchanged(model):
+    x, y = jax.random.uniform(jax.random.key(0), (4, 8, 8, 3)), jnp.arange(4)
+    variables = jax.tree.map(
+        lambda leaf: 8 * leaf, jax.jit(model.init)(jax.random.key(1), x)
+    )  # the start is too smooth
+    logits_fn = lambda x: model.apply(variables, x)[0]  # noqa: E731
+    y = jax.jit(logits_fn)(x).argmax(1)
+    result = autoattack.autoattack(jax.random.key(2), logits_fn, x, y, norm="linf", eps=8 / 255, version="standard")
+    assert set(result.robust_after) == {"apgd-ce", "apgd-t", "fab-t", "square"} and not result.robust.all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "timm_name, arch",
+    [("convnext_tiny", "convnext"), ("vit_small_patch16_224", "vit"), ("xcit_small_12_p16_224", "xcit")],
+)
+def test_timms_networks_have_the_same_logits(timm_name, arch, tmp_path):
+    """Weights that hide nothing, at 224 pixels: as the file is imported, and as it comes back from an export."""
+    torch = pytest.importorskip("torch", reason="the oracle is timm")
+    timm = pytest.importorskip("timm", reason="the oracle is timm (pip install --no-deps timm)")
+    import torch_twins
+
+    from ibjax.pytorch import gate
+
+    torch.manual_seed(0)
+    network = torch_twins.randomize(timm.create_model(timm_name))
+    images = gate.crops(224, 4)
+    mean, std = (torch.tensor(part).view(3, 1, 1) for part in architectures.IMAGENET.values())
+    with torch.no_grad():
+        theirs = network((torch_twins.nchw(images.astype(np.float32) / 255) - mean) / std).numpy()
+    torch.save({"state_dict": network.state_dict()}, tmp_path / "a.pt")
+    read = imports.read(tmp_path / "a.pt", arch, imports.Said(**architectures.IMAGENET))
+    variables = architectures.to_ours(arch, read.model, read.state, (224, 224, 3))
+    ours = gate.of_ours(read.model, variables, images)
+    print(f"{timm_name}: max |Δlogit| {np.abs(ours - theirs).max():.1e}, logits up to {np.abs(theirs).max():.1f}")
+    assert np.abs(theirs).max() > 0.5 and gate.compare(ours, theirs, "crops", timm_name) <= 1e-4
+    back = architectures.to_theirs(arch, read.model, variables, (224, 224, 3))
+    given = {key: value.numpy() for key, value in network.state_dict().items() if value.is_floating_point()}
+    assert set(back) == set(given) and all((back[key] == value).all() for key, value in given.items())
