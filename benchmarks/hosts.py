@@ -473,7 +473,7 @@ class Records:
 
     def __init__(self, out: Path | None, minutes: float | None):
         self.page, self.lock, self.left_out = Page("hosts", out, page), threading.Lock(), 0
-        self.deadline = time.monotonic() + 60 * (minutes or 1e9)
+        self.deadline = time.monotonic() + 60 * (1e9 if minutes is None else minutes)
         if self.page.out.is_file():
             self.page.records = [r for r in files.read_json(self.page.out)["records"] if "error" not in r]
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(FOLDER))
 import all as everything  # noqa: E402
 import comparison  # noqa: E402
 import compiled  # noqa: E402
+import hosts  # noqa: E402
 import info_stop  # noqa: E402
 import measuring  # noqa: E402
 import methods  # noqa: E402
@@ -27,6 +28,7 @@ import parts  # noqa: E402
 import programs  # noqa: E402
 import scaling  # noqa: E402
 import slices  # noqa: E402
+import slices_scaling  # noqa: E402
 
 from ibjax.runs import provenance  # noqa: E402
 
@@ -289,3 +291,47 @@ def test_the_table_of_info_stop_comes_from_its_records_which_keep_few_steps():
     assert kept["metrics"]["info"] == kept["steps_kept"]
     assert (kept["largest_info"], kept["last_adv_acc"]) == (300, 290.5)
     assert info_stop.summary({"info": [], "adv_acc": []})["steps_kept"] == []
+
+
+def test_the_figures_of_a_slice_follow_from_small_programs_and_bound_its_efficiency():
+    truth = lambda n, b: 3e12 + 2e11 * n + 1e11 * b + 5e10 * n * b  # noqa: E731
+    content = {}
+    for name, (_, blocks, images) in slices_scaling.programs().items():
+        sizes = [("all-reduce", 0, 1e8 * (blocks or 1)), ("all-gather", 0, 1e6), ("all-gather", -1, 1e12)]
+        collectives = [dict(kind=kind, depth=depth, count=1, bytes=size) for kind, depth, size in sizes]
+        flops = truth(blocks, images) if blocks else 1e10 * images
+        content[name] = dict(error="", flops=flops, bytes=flops / 100, collectives=collectives)
+    found = slices_scaling.figures("ibd_wrn", content, 4)
+    np.testing.assert_allclose(found, (truth(5, 4), truth(5, 4) / 100, 2 * 5e8 + 1e6))
+    np.testing.assert_allclose(slices_scaling.figures("fast_ibd", content, 4)[0], 4e10)
+    place = slices_scaling.Slice("", "TPU v5 lite", 4, 2, 50e9)
+    made = slices_scaling.bound(found, place)
+    np.testing.assert_allclose(made, (max(found.flops / 197e12, found.bytes / 819e9), 0.75 * found.exchanged / 100e9))
+    assert 0 < made.least < made.most <= 1
+    missing = {name: row for name, row in content.items() if name != "ibd_wrn 2 32"}
+    assert slices_scaling.figures("ibd_wrn", missing, 4) is None
+    assert "not compiled yet" in slices_scaling.page("v5e-16", missing) and "Wang" in slices_scaling.page(
+        "v6e-256", content
+    )
+
+
+def test_what_hosts_has_recorded_is_not_done_again_and_errors_are(tmp_path, monkeypatch):
+    called, out = [], tmp_path / "hosts.json"
+
+    def trial(name):
+        called.append(name)
+        if name == "stop":
+            raise RuntimeError("hangs | for ever")
+        return {"at": 5, "codes": [69, 69], "seconds": 30.5, "difference": 0.0}
+
+    for _ in range(2):
+        records = hosts.Records(out, None)
+        for name in ("kill", "stop"):
+            about = {"part": "faults", "fault": name, "processes": 4, "trial": 0}
+            records.add(about, lambda name=name: trial(name))
+    assert called == ["kill", "stop", "stop"]
+    rows = [line for line in out.with_suffix(".md").read_text(encoding="utf-8").splitlines() if "of one in" in line]
+    assert "| 4 | 1 | 1 | 30.5 to 30.5 | 69 | 0.0e+00 |" in rows[0]
+    late = hosts.Records(out, -1)
+    late.add({"part": "elastic"}, lambda: trial("late"))
+    assert late.left_out == 1 and "late" not in called

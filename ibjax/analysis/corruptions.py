@@ -24,6 +24,7 @@ from tqdm import tqdm
 from ibjax import files, losses
 from ibjax.analysis import calibration, commands, output
 from ibjax.data import Split, corruptions, stratified, tfds
+from ibjax.devices import cluster
 from ibjax.errors import DataError, InputError
 from ibjax.runs import command_line, run, rundir
 from ibjax.step import linen_net, to_float
@@ -113,7 +114,8 @@ def evaluate(
     if generate:
         source = generated(run.test_split(trained), trained.facts["label"], n=n)
     else:
-        source = stored(trained.facts["num_classes"], data_dir)
+        with cluster.together("corruptions"):
+            source = stored(trained.facts["num_classes"], data_dir)
     model = calibration.calibrated(trained.model) if calibrated else trained.model
     predict = jax.jit(linen_net(run.in_float32(model)).predict)
     table = accuracies(lambda x: predict(trained.variables, x)[0], source, n, batch_size)
