@@ -23,6 +23,8 @@ after so long, and the command ends with exit code 75 until all is recorded. One
 import atexit
 import concurrent.futures
 import contextlib
+import functools
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -113,6 +115,7 @@ def command(words: list[str], environment: dict[str, str], devices: int, output:
         seconds, nanoseconds = time.time, time.time_ns
         time.time, time.time_ns = lambda: seconds() + clock, lambda: nanoseconds() + int(1e9 * clock)
     jax.config.update("jax_num_cpu_devices", devices)
+    _keep_programs_of_all()
     sys.argv = ["ibjax.main", *words]
     from ibjax import main
 
@@ -127,6 +130,25 @@ def command(words: list[str], environment: dict[str, str], devices: int, output:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _keep_programs_of_all():
+    """Lets every process keep its compiled programs.
+
+    JAX keeps those of process 0, which on CPUs are of no use to the others: each start would compile for half a minute.
+    """
+    from jax._src import compiler, distributed
+
+    write, state = compiler._cache_write, distributed.global_state
+
+    def keep(*arguments):
+        own, state.process_id = state.process_id, 0
+        try:
+            write(*arguments)
+        finally:
+            state.process_id = own
+
+    compiler._cache_write = keep
 
 
 class Job:
@@ -536,18 +558,14 @@ def command_line() -> None:
     if "elastic" in wanted:
         records.add({"part": "elastic"}, lambda: elastic(root, root / "short.py"))
     if "faults" in wanted:
+        for count in given.processes:
+            for recipe in ("short", "attacked"):  # the second one adds its attack to the same run
+                train(root / f"{recipe}.py", "ib_rar", root / f"whole-{count}", count).finished()
         with concurrent.futures.ThreadPoolExecutor(given.parallel) as pool:
-            for count in given.processes:
-                whole = root / f"whole-{count}"
-                for recipe in ("short", "attacked"):  # the second one adds its attack to the same run
-                    train(root / f"{recipe}.py", "ib_rar", whole, count).finished()
-                for trial in range(given.trials):
-                    for name in given.faults:
-                        about = {"part": "faults", "fault": name, "processes": count, "trial": trial}
-                        work = lambda about=about, whole=whole: inject(  # noqa: E731
-                            root, about["fault"], about["processes"], about["trial"], whole
-                        )
-                        pool.submit(records.add, about, work)
+            for trial, count, name in itertools.product(range(given.trials), given.processes, given.faults):
+                about = {"part": "faults", "fault": name, "processes": count, "trial": trial}
+                work = functools.partial(inject, root, name, count, trial, root / f"whole-{count}")
+                pool.submit(records.add, about, work)
     records.finish()
 
 
