@@ -2,19 +2,21 @@
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 
 import jax
 import numpy as np
 import pytest
 from test_data import write_npz
-from test_faults import finish, start
+from test_faults import environment, finish, start
 
 from ibjax import files
 from ibjax.config import base
 from ibjax.devices import cluster, peers
 from ibjax.errors import DataError, InputError
-from ibjax.runs import metrics, run
+from ibjax.runs import metrics, run, rundir
 
 
 class Store:
@@ -186,17 +188,26 @@ def recipe(tmp_path):
     return file
 
 
-def on_two_hosts(recipe, workdir):
+def on_two_hosts(recipe, workdir, module="ibjax.main", *words):
+    """Two processes of a command, each with the files of its own host."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    folders = [recipe.parent / f"host{i}" for i in (0, 1)]
     common = dict(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=2)
-    return [start(recipe, workdir, **common, JAX_PROCESS_ID=i, HOST=folder) for i, folder in enumerate(folders)]
+    words = words or (f"--config={recipe}",)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", module, f"--workdir={workdir}", *words],
+            env=environment(**common, JAX_PROCESS_ID=i, HOST=recipe.parent / f"host{i}"),
+            **pipes,
+        )
+        for i in (0, 1)
+    ]
 
 
 @pytest.mark.slow
-def test_two_hosts_read_their_parts_and_end_with_the_flags_and_losses_of_one(recipe, tmp_path):
+def test_two_hosts_train_attack_and_analyse_as_one_does_and_each_reads_its_files_once(recipe, tmp_path):
     for code, output in map(finish, on_two_hosts(recipe, tmp_path / "two")):
         assert code == 0, output
     assert (tmp_path / "reads").read_text().count("read") == 2, "each process reads the files once"
@@ -210,6 +221,12 @@ def test_two_hosts_read_their_parts_and_end_with_the_flags_and_losses_of_one(rec
         records = [files.read_json(tmp_path / run / "eval" / "best" / f"{name}.json") for run in ("one", "two")]
         assert records[0]["robust_flags"] == records[1]["robust_flags"]
         assert records[0]["clean_acc"] == records[1]["clean_acc"]
+
+    words = ("--tap=pre_logits", "--share=0.5", f"--out={tmp_path / 'masked'}", "--trust=code")
+    both = [finish(process) for process in on_two_hosts(recipe, tmp_path / "two", "ibjax.analysis.mask", *words)]
+    assert [code for code, _ in both] == [0, 0], both
+    assert ["are zero" in output for _, output in both] == [True, False]
+    assert rundir.has_checkpoint(tmp_path / "masked")
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from ibjax import files, losses
@@ -117,8 +118,12 @@ def evaluate(
         with cluster.together("corruptions"):
             source = stored(trained.facts["num_classes"], data_dir)
     model = calibration.calibrated(trained.model) if calibrated else trained.model
-    predict = jax.jit(linen_net(run.in_float32(model)).predict)
-    table = accuracies(lambda x: predict(trained.variables, x)[0], source, n, batch_size)
+    network, mesh = linen_net(run.in_float32(model)).predict, cluster.mesh()
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    rows, place = cluster.parts_of_batch(mesh, batch_size)
+    predict = jax.jit(lambda *given: network(*given)[0], out_shardings=NamedSharding(mesh, cluster.REPLICATED))
+    shown = lambda x: predict(trained.variables, place(np.asarray(x)[rows]))  # noqa: E731
+    table = accuracies(shown, source, n, batch_size)
     record = {
         **run.origin(trained, checkpoint),
         "trained_on": trained.facts["label"],
