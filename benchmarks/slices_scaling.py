@@ -3,8 +3,8 @@
     pip install -e '.[tpu]'
     python benchmarks/slices_scaling.py [--minutes=9] [--out=FILE]
 
-No slice is needed. The train step of each of CASES is compiled for four v5e chips at two batches, WideResNets also at
-two depths; from these a slice's figures follow, for one chip with b images:
+No slice is needed. The train step of the WideResNets is compiled for four v5e chips at two batches and two depths; from
+these a slice's figures follow, for one chip with b images:
 
     FLOPs(n, b), bytes(n, b) = (1, n, b, n·b) · c        n residual blocks in each of the three stages
     S(n, b)                                              bytes that chips exchange in a step, from the same terms
@@ -12,9 +12,10 @@ two depths; from these a slice's figures follow, for one chip with b images:
     T_link                   = f·(N − 1)/N·S / (L·w)     f = 2 for an all-reduce, 1 for the others; L links of w bytes/s
 
 The last line is that of the chip with the fewest links: L is 4 where both axes of the slice are rings (16 chips long),
-else 2, as in a corner. Most of S are gradients, which are as large as the weights. The efficiency of a slice of N chips
-lies between T_chip / (T_chip + T_link), if nothing overlaps, and T_chip / max(T_chip, T_link). A step takes longer:
-latency, and kernels that reach neither peak, are left out.
+else 2, as in a corner. Most of S are gradients, which are as large as the weights. FAST-IBD's figures are those of the
+whole recipe in results/slices-v5e-2x2.json, its FLOPs and bytes in proportion to b. The efficiency of a slice of N
+chips lies between T_chip / (T_chip + T_link), if nothing overlaps, and T_chip / max(T_chip, T_link). A step takes
+longer: latency, and kernels that reach neither peak, are left out.
 
 Strong scaling keeps the batch of the recipe's row in CASES for all chips together, weak scaling the images of a chip.
 "Wang et al." is TRADES on WRN-70-16 at batch 1,024 (Wang et al., "Better Diffusion Models Further Improve Adversarial
@@ -51,7 +52,7 @@ class Case(NamedTuple):
     config: str
     changes: tuple[str, ...]  # overrides of the recipe
     teacher: str  # recipe of the teacher; "": none
-    blocks: int | None  # residual blocks in each stage of the real network; None: it is compiled as it is
+    blocks: int | None  # residual blocks in each stage of the real network; None: the program of slices.py is taken
     batch: int  # of all chips together, in strong scaling
     weak: int  # images of a chip in weak scaling
     compiled: tuple[int, ...]  # images of a chip in the compiled programs
@@ -62,9 +63,9 @@ _WANG = ("--config.objective.beta=5.0", "--config.model.width=16", "--config.mod
 CASES = {
     "ibd_wrn": Case("IBD, WRN-34-10", "ibd_wrn:ibd", (), "trades_wrn:ibd", 5, 1024, 32, (8, 32)),
     "wang": Case("Wang et al., WRN-70-16", "trades_wrn:ibd", _WANG, "", 11, 1024, 32, (8, 32)),
-    "fast_ibd": Case("FAST-IBD, ResNet-50 on ImageNet", "ibd_imagenet:fast_ibd-2", (), "ibd_imagenet:fast_at-2",
-                     None, 2048, 32, (32,)),
-}  # fmt: skip
+    "fast_ibd": Case("FAST-IBD, ResNet-50 on ImageNet", "ibd_imagenet:fast_ibd-2", (), "", None, 2048, 32, (128,)),
+}
+KNOWN = RESULTS / "slices-v5e-2x2.json"  # of slices.py, which compiles whole recipes for the same chips
 DEPTHS = (1, 2)  # blocks in each stage of the compiled WideResNets
 
 
@@ -97,6 +98,12 @@ def programs() -> dict[str, tuple[str, int | None, int]]:
         for blocks, images in itertools.product(DEPTHS if case.blocks else (None,), case.compiled):
             found[f"{name} {blocks or 'whole'} {images}"] = (name, blocks, images)
     return found
+
+
+def known() -> dict[str, Any]:
+    """What slices.py has compiled of `programs`."""
+    rows = files.read_json(KNOWN)
+    return {name: rows[CASES[case].config] for name, (case, blocks, _) in programs().items() if blocks is None}
 
 
 def compiled(
@@ -300,8 +307,10 @@ def main() -> None:
     wanted = {
         name: (CASES[case].config, CASES[case].changes, CASES[case].teacher, blocks, images, TOPOLOGY)
         for name, (case, blocks, images) in programs().items()
+        if blocks is not None
     }
     content, left = compile_all(given.out, wanted, given.minutes)
+    content |= known()
     for name in SLICES:
         file = given.out.with_name(f"slices-{name}.md")
         file.write_text(page(name, content), encoding="utf-8")
