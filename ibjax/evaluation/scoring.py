@@ -90,9 +90,8 @@ class Scorer:
         attacked: Callable | None = None,
         own: str | None = None,
     ):
-        self.bounded, self.guided, self.own = bounded, guided, own
+        self.bounded, self.guided, self.own, self.mesh = bounded, guided, own, mesh
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
-        self.rows, self.place = cluster.parts_of_batch(mesh, self.batch_size)
 
         def score(variables, images, labels, guide, index, seed, eps, step_size):
             x = to_float(images)
@@ -144,6 +143,7 @@ class Scorer:
         """
         eps, step_size = (np.float32(geometry.fraction(value)) for value in (eps, step_size))
         total, size = len(split.labels), self.batch_size
+        rows, place = cluster.parts_of_batch(self.mesh, size)
         keep = np.arange(min(keep, total)) if isinstance(keep, int) else keep
         parts, kept = [], [np.zeros((0, *split.images.shape[1:]), np.float32)]
         guide = guides(split.labels) if self.guided else np.zeros(total, int)
@@ -152,11 +152,11 @@ class Scorer:
         )
         with bar:
             for first in range(0, total, size):
-                index = (first + self.rows).astype(np.int32)
+                index = (first + rows).astype(np.int32)
                 chosen = index % total  # padded with real images, for attacks that couple a batch
                 guiding = split.images[guide[chosen]] if self.guided else None
                 arrays = (split.images[chosen], split.labels[chosen], guiding, index)
-                arrays = (None if array is None else self.place(array) for array in arrays)
+                arrays = (None if array is None else place(array) for array in arrays)
                 flags, x_adv = self.score(variables, *arrays, np.uint32(seed), eps, step_size)
                 count = min(size, total - first)
                 parts.append(jax.tree.map(lambda value, n=count: np.asarray(value)[:n], flags))
