@@ -9,6 +9,7 @@ import threading
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
 from test_data import write_npz
 from test_faults import environment, finish, start
 
@@ -109,6 +110,27 @@ def test_a_process_that_ends_without_coming_is_named(processes):
     assert found[1] is None
     assert str(found[0]) == "process 1 (host1) has ended and never came to 'numbers'"
     assert isinstance(found[2], InputError)
+
+
+@pytest.mark.parametrize("own", [range(8), (1, 6, 3)])
+def test_a_process_reads_the_examples_of_its_own_devices_in_any_order_of_the_mesh(monkeypatch, own):
+    """`own` are the devices of this process; the mesh has all eight in an order of its own, as on a slice."""
+    mesh = Mesh(np.array(jax.devices())[[5, 1, 7, 0, 6, 2, 4, 3]], ("data",), axis_types=(AxisType.Auto,))
+    every = NamedSharding.addressable_devices_indices_map
+    only = lambda sharding, shape: {d: i for d, i in every(sharding, shape).items() if d.id in own}  # noqa: E731
+    monkeypatch.setattr(NamedSharding, "addressable_devices_indices_map", only)
+    rows, place = cluster.parts_of_batch(mesh, 16)
+    held = sorted(2 * at + i for at, device in enumerate(mesh.devices) if device.id in own for i in (0, 1))
+    assert rows.tolist() == held
+    asked = {}
+    monkeypatch.setattr(
+        jax, "make_array_from_callback", lambda shape, _, share: asked.update(shape=shape, share=share) or "placed"
+    )
+    values = np.arange(48.0).reshape(16, 3)
+    assert place(values[rows]) == "placed" and asked["shape"] == (16, 3)
+    for first in held[::2]:
+        index = (slice(first, first + 2), slice(None))
+        np.testing.assert_array_equal(asked["share"](index), values[index])
 
 
 def settings(file):
