@@ -13,18 +13,68 @@ has its own process; the same command continues, with exit code 75 after --minut
 results/sharding-TOPOLOGY.json, and the table beside it.
 """
 
-import math
+import json
+import os
+import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 from measuring import markdown
-from parts import ROOT, bare
-from slices_scaling import compile_all
+from parts import ROOT, bare, done, made_by, reason, update
 
 from ibjax import errors, files
 from ibjax.training.ahead import CHIPS, GIB
 
 WAYS, BATCH, DEPTHS, WHOLE = ("replicated", "fsdp"), 4096, (1, 2, 3), 15
+
+
+def compiled(way: str, blocks: int, topology: str) -> dict[str, Any]:
+    """The figures of one program; for a process of its own."""
+    import jax
+
+    from ibjax.runs import recipe_files
+    from ibjax.training import ahead
+
+    jax.config.update("jax_platforms", "cpu")
+    settings = recipe_files.load(f"{ROOT / 'configs' / 'trades_wrn.py'}")
+    settings.model.update(depth=6 * blocks + 4, width=16)
+    settings.update(batch_size=BATCH, sharding=way)
+    settings = ahead.prepare(settings, (32, 32, 3), 10, {})
+    found = ahead.compile_step(settings, ahead.slice_mesh(topology), 50_000)
+    return {**found, "collectives": [item._asdict() for item in found["collectives"]]}
+
+
+def in_new_process(*arguments: Any) -> dict[str, Any]:
+    """`compiled` in a process of its own; {"error": …} where it fails."""
+    from ibjax.training import ahead
+
+    command = [sys.executable, __file__, f"--child={json.dumps(arguments)}"]
+    environment = {**os.environ, **ahead.WITHOUT_CHIPS}
+    process = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", errors="replace")
+    if process.returncode:
+        return {"error": reason(process.returncode, process.stderr)}
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def compile_all(out: Path, wanted: list[tuple[str, int]], topology: str, minutes: float) -> tuple[dict[str, Any], int]:
+    """Compiles what `out` does not hold yet, (way, blocks) of each; (content, how many are left)."""
+    deadline, source, left = time.monotonic() + 60 * minutes, made_by(), 0
+    known = files.read_json(out) if out.is_file() else {}
+    update(out, "run", versions=", ".join(f"{name} {version}" for name, version in source["versions"].items()))
+    for way, blocks in wanted:
+        name = f"{way} {blocks}"
+        row = known.get(name, {})
+        if done(row or None, source | {"commit": row.get("commit")}):
+            continue
+        if time.monotonic() > deadline:
+            left += 1
+            continue
+        update(out, name, **{"error": "", **in_new_process(way, blocks, topology), **source})
+        row = files.read_json(out)[name]
+        print(name, row["error"] or f"{row['compile_seconds']:.0f} s, {row['memory'] / GIB:.2f} GiB", flush=True)
+    return files.read_json(out), left
 
 
 def of_whole(values: tuple[float, float], blocks: int) -> float:
@@ -77,15 +127,15 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no compilation after so long")
     parser.add_argument("--whole", action="store_true", help="compile depth 94 too")
     parser.add_argument("--out", type=files.path, help="default: results/sharding-TOPOLOGY.json")
+    parser.add_argument("--child", type=json.loads, help="one program, printed")
     given = parser.parse_args()
+    if given.child:
+        print(json.dumps(compiled(*given.child)))
+        return
     out = given.out or ROOT / "results" / f"sharding-{given.topology.replace(':', '-')}.json"
-    chips = math.prod(int(side) for side in given.topology.partition(":")[2].split("x"))
-    wanted = {}
-    for n in (*DEPTHS, *((WHOLE,) if given.whole else ())):
-        for way in WAYS:
-            changes = ["--config.model.width=16", f"--config.sharding={way}"]
-            wanted[f"{way} {n}"] = ("trades_wrn:ibd", changes, "", n, BATCH // chips, given.topology)
-    content, left = compile_all(out, wanted, given.minutes)
+    counts = (*DEPTHS, *((WHOLE,) if given.whole else ()))
+    wanted = [(way, n) for n in counts for way in WAYS]
+    content, left = compile_all(out, wanted, given.topology, given.minutes)
     text = f"TRADES, WRN-depth-16, batch {BATCH:,} on {given.topology}, bfloat16, compiled and not run; "
     text += content["run"]["versions"]
     out.with_suffix(".md").write_text(f"{table(content)}\n\n{text}\n", encoding="utf-8")

@@ -293,25 +293,22 @@ def test_the_table_of_info_stop_comes_from_its_records_which_keep_few_steps():
     assert info_stop.summary({"info": [], "adv_acc": []})["steps_kept"] == []
 
 
-def test_the_figures_of_a_slice_follow_from_small_programs_and_bound_its_efficiency():
-    truth = lambda n, b: 3e12 + 2e11 * n + 1e11 * b + 5e10 * n * b  # noqa: E731
-    content = {}
-    for name, (_, blocks, images) in slices_scaling.programs().items():
-        sizes = [("all-reduce", 0, 1e8 * (blocks or 1)), ("all-gather", 0, 1e6), ("all-gather", -1, 1e12)]
-        collectives = [dict(kind=kind, depth=depth, count=1, bytes=size) for kind, depth, size in sizes]
-        flops = truth(blocks, images) if blocks else 1e10 * images
-        content[name] = dict(error="", flops=flops, bytes=flops / 100, collectives=collectives)
-    found = slices_scaling.figures("ibd_wrn", content, 4)
-    np.testing.assert_allclose(found, (truth(5, 4), truth(5, 4) / 100, 2 * 5e8 + 1e6))
-    np.testing.assert_allclose(slices_scaling.figures("fast_ibd", content, 4)[0], 4e10)
-    place = slices_scaling.Slice("", "TPU v5 lite", 4, 2, 50e9)
-    made = slices_scaling.bound(found, place)
-    np.testing.assert_allclose(made, (max(found.flops / 197e12, found.bytes / 819e9), 0.75 * found.exchanged / 100e9))
+def test_the_figures_of_a_slice_follow_from_the_compiled_programs_and_bound_its_efficiency():
+    sizes = (("all-reduce", 0, 1e8), ("all-gather", 0, 1e6), ("all-gather", -1, 1e12))
+    collectives = [dict(kind=kind, depth=depth, count=1, bytes=size) for kind, depth, size in sizes]
+    row = dict(batch_size=128, chips=4, flops=1e13, bytes=5e10, collectives=collectives)
+    plain, wide = slices_scaling.CASES[0], slices_scaling.CASES[1]
+    content = {case.row: row for case in slices_scaling.CASES}
+    found = slices_scaling.figures(plain, content, 8)
+    np.testing.assert_allclose(found, (1e13 / 4, 5e10 / 4, 2.01e8))
+    made = slices_scaling.bound(found, slices_scaling.Slice("", "TPU v5 lite", 4, 2, 50e9))
+    np.testing.assert_allclose(made, (max(found.flops / 197e12, found.bytes / 819e9), 0.75 * 2.01e8 / 100e9))
     assert 0 < made.least < made.most <= 1
-    missing = {name: row for name, row in content.items() if name != "ibd_wrn 2 32"}
-    assert slices_scaling.figures("ibd_wrn", missing, 4) is None
-    assert "not compiled yet" in slices_scaling.page("v5e-16", missing) and "Wang" in slices_scaling.page(
-        "v6e-256", content
+    larger = slices_scaling.figures(wide, content, 8)
+    assert 5.5 < larger.flops / found.flops < 6.0  # 38.8 and 6.7 billion multiply-adds of WRN-70-16 and WRN-34-10
+    np.testing.assert_allclose(larger.exchanged / found.exchanged, 266.8 / 46.16, rtol=1e-3)  # millions of parameters
+    assert "| Wang et al., WRN-70-16 | strong | 1,024 | 4 |" in slices_scaling.page(
+        slices_scaling.SLICES["v6e-256"], content
     )
 
 
