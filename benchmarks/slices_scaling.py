@@ -162,6 +162,7 @@ FIGURE = "slices-scaling.svg"
 
 def draw(content: dict[str, Any], file: Path) -> None:
     """Strong and weak scaling of every case in one figure."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(9.0, 3.6), layout="constrained")
@@ -190,7 +191,7 @@ def draw(content: dict[str, Any], file: Path) -> None:
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("efficiency in %: line without overlap,\nband up to full overlap")
     panels[1].legend(fontsize=7, loc="lower left")
-    with files.replacing(file) as temporary:
+    with files.replacing(file) as temporary, rc_context({"svg.hashsalt": "slices"}):  # the same file each time
         drawn.savefig(temporary, format="svg", metadata={"Date": None})
 
 
