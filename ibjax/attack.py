@@ -33,7 +33,7 @@ from ibjax.evaluation import report, results
 from ibjax.evaluation.evaluate import attack_images
 from ibjax.evaluation.settings import replaced
 from ibjax.pytorch import imports
-from ibjax.runs import command_line, own_code, run, rundir
+from ibjax.runs import command_line, own_code, run, rundir, trees
 
 __all__ = ["attack_images"]
 
@@ -64,7 +64,10 @@ def main() -> None:
         cluster.initialize()
         names.tell_of_old(given.attacks or ())
         rundir.check_writable(out.parent)
-        split = npz.images(given.file)
+        with cluster.together("images"):
+            split = npz.images(given.file)
+        seen = {given.file.name: trees.digest(split)} if cluster.several() else {}
+        cluster.agree("images", seen, f"give all hosts the same {given.file.name}")
         trained = _network(given, split)
         if given.attacks is None:  # they come from the run's folder
             own_code.permit_attacks(trained.config.evaluate.attacks, trained.workdir / "config.json")

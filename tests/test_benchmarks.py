@@ -20,6 +20,7 @@ sys.path.insert(0, str(FOLDER))
 import all as everything  # noqa: E402
 import comparison  # noqa: E402
 import compiled  # noqa: E402
+import hosts  # noqa: E402
 import info_stop  # noqa: E402
 import measuring  # noqa: E402
 import methods  # noqa: E402
@@ -27,6 +28,7 @@ import parts  # noqa: E402
 import programs  # noqa: E402
 import scaling  # noqa: E402
 import slices  # noqa: E402
+import slices_scaling  # noqa: E402
 
 from ibjax.runs import provenance  # noqa: E402
 
@@ -289,3 +291,44 @@ def test_the_table_of_info_stop_comes_from_its_records_which_keep_few_steps():
     assert kept["metrics"]["info"] == kept["steps_kept"]
     assert (kept["largest_info"], kept["last_adv_acc"]) == (300, 290.5)
     assert info_stop.summary({"info": [], "adv_acc": []})["steps_kept"] == []
+
+
+def test_the_figures_of_a_slice_follow_from_the_compiled_programs_and_bound_its_efficiency():
+    sizes = (("all-reduce", 0, 1e8), ("all-gather", 0, 1e6), ("all-gather", -1, 1e12))
+    collectives = [dict(kind=kind, depth=depth, count=1, bytes=size) for kind, depth, size in sizes]
+    row = dict(batch_size=128, chips=4, flops=1e13, bytes=5e10, collectives=collectives)
+    plain, wide = slices_scaling.CASES[0], slices_scaling.CASES[1]
+    content = {case.row: row for case in slices_scaling.CASES}
+    found = slices_scaling.figures(plain, content, 8)
+    np.testing.assert_allclose(found, (1e13 / 4, 5e10 / 4, 2.01e8))
+    made = slices_scaling.bound(found, slices_scaling.Slice("", "TPU v5 lite", 4, 2, 50e9))
+    np.testing.assert_allclose(made, (max(found.flops / 197e12, found.bytes / 819e9), 0.75 * 2.01e8 / 100e9))
+    assert 0 < made.least < made.most <= 1
+    larger = slices_scaling.figures(wide, content, 8)
+    assert 5.5 < larger.flops / found.flops < 6.0  # 38.8 and 6.7 billion multiply-adds of WRN-70-16 and WRN-34-10
+    np.testing.assert_allclose(larger.exchanged / found.exchanged, 266.8 / 46.16, rtol=1e-3)  # millions of parameters
+    assert "| Wang et al., WRN-70-16 | strong | 1,024 | 4 |" in slices_scaling.page(
+        slices_scaling.SLICES["v6e-256"], content
+    )
+
+
+def test_what_hosts_has_recorded_is_not_done_again_and_errors_are(tmp_path, monkeypatch):
+    called, out = [], tmp_path / "hosts.json"
+
+    def trial(name):
+        called.append(name)
+        if name == "stop":
+            raise RuntimeError("hangs | for ever")
+        return {"at": 5, "codes": [69, 69], "seconds": 30.5, "difference": 0.0}
+
+    for _ in range(2):
+        records = hosts.Records(out, None)
+        for name in ("kill", "stop"):
+            about = {"part": "faults", "fault": name, "processes": 4, "trial": 0}
+            records.add(about, lambda name=name: trial(name))
+    assert called == ["kill", "stop", "stop"]
+    rows = [line for line in out.with_suffix(".md").read_text(encoding="utf-8").splitlines() if "of one in" in line]
+    assert "| 4 | 1 | 1 | 30.5 to 30.5 | 69 | 0.0e+00 |" in rows[0]
+    late = hosts.Records(out, -1)
+    late.add({"part": "elastic"}, lambda: trial("late"))
+    assert late.left_out == 1 and "late" not in called

@@ -64,7 +64,7 @@ def test_processes_agree_or_end_naming_the_difference_and_say_for_whom_they_wait
             """.replace(" " * 12, "")
         )
     )
-    words = "error: the processes see different workdirs: steps in checkpoints/: [1, 2] in process 0, [1] in 1; give"
+    words = "error: the processes see different workdirs: steps in checkpoints/: [1, 2] in process 0, [1] in process 1"
     for output, code in results:
         assert code == 2 and words in output and "Traceback" not in output, output
     assert "waiting for process 1 of 2" in results[0][0] and "to come to 'workdirs'" in results[0][0]

@@ -22,7 +22,7 @@ OUTSIDE = {
     "benchmarks/README.md": "benchmarks.md",
     **{f"results/{file.name}": f"results/{file.name}" for file in sorted(ROOT.glob("results/*.md"))},
 }
-STATIC = ("results/*.json", "notebooks/*.ipynb")  # copied, so that links to them lead somewhere
+STATIC = ("results/*.json", "results/*.svg", "notebooks/*.ipynb")  # copied, so that links to them lead somewhere
 LINK = re.compile(r"(\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^()\s]+)\)")
 FENCE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 ELSEWHERE = re.compile(r'<(?:script|img|iframe|link)\b[^>]* (?:src|href)="?(?:https?:)?//[^>]*>')

@@ -19,11 +19,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from ibjax import files, losses
 from ibjax.analysis import calibration, commands, output
 from ibjax.data import Split, corruptions, stratified, tfds
+from ibjax.devices import cluster
 from ibjax.errors import DataError, InputError
 from ibjax.runs import command_line, run, rundir
 from ibjax.step import linen_net, to_float
@@ -113,10 +115,15 @@ def evaluate(
     if generate:
         source = generated(run.test_split(trained), trained.facts["label"], n=n)
     else:
-        source = stored(trained.facts["num_classes"], data_dir)
+        with cluster.together("corruptions"):
+            source = stored(trained.facts["num_classes"], data_dir)
     model = calibration.calibrated(trained.model) if calibrated else trained.model
-    predict = jax.jit(linen_net(run.in_float32(model)).predict)
-    table = accuracies(lambda x: predict(trained.variables, x)[0], source, n, batch_size)
+    network, mesh = linen_net(run.in_float32(model)).predict, cluster.mesh()
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    rows, place = cluster.parts_of_batch(mesh, batch_size)
+    predict = jax.jit(lambda *given: network(*given)[0], out_shardings=NamedSharding(mesh, cluster.REPLICATED))
+    shown = lambda x: predict(trained.variables, place(np.asarray(x)[rows]))  # noqa: E731
+    table = accuracies(shown, source, n, batch_size)
     record = {
         **run.origin(trained, checkpoint),
         "trained_on": trained.facts["label"],

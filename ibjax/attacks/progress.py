@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from ibjax.attacks import checks
+from ibjax.devices import cluster
 from ibjax.errors import InputError, UnreadableError
 from ibjax.files import content_digest, read_npz, replacing
 
@@ -29,6 +30,8 @@ class Progress:
       settings: plain data that the result depends on.
       fingerprint: fingerprint of the network.
       x, clean: images (N, H, W, C), and which of them are classified correctly (N,).
+
+    If several processes run, all of them must have found the same progress; the first one writes the file.
     """
 
     def __init__(
@@ -49,6 +52,8 @@ class Progress:
         self.own = self._begin() if settings["version"] == "rand" else None  # results of the running attack
         if file is not None and file.exists() and not restart:
             self._restore(file)
+        at = {"finished attacks": len(self.after), "position": self.position, "broken": int(self.broken.sum())}
+        cluster.agree("states of AutoAttack", at, "give a file that all processes share")
 
     @property
     def robust(self) -> np.ndarray:

@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -24,10 +24,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ibjax import errors
 from ibjax.devices import peers
 from ibjax.devices.compiled import keep as keep_compiled
-from ibjax.devices.peers import agree, word_of_first
+from ibjax.devices.peers import agree, several, together, word_of_first
 from ibjax.errors import InputError
 
-__all__ = ["agree", "keep_compiled", "word_of_first"]  # re-exported
+__all__ = ["agree", "keep_compiled", "several", "together", "word_of_first"]  # re-exported
 
 BATCH = PartitionSpec("data")
 REPLICATED = PartitionSpec()
@@ -290,6 +290,28 @@ def on_host(tree):
         return leaf if leaf.is_fully_replicated else np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
     return jax.tree.map(whole, tree)
+
+
+def parts_of_batch(mesh: Mesh, size: int) -> tuple[np.ndarray, Callable[[np.ndarray], jax.Array]]:
+    """What this process reads of a batch of `size` examples that is sharded over all devices.
+
+    Returns:
+      The positions (R,) of the examples that lie on this process's devices, ascending, and a function from their values
+      (R, …) to the array (size, …) on all devices, which all processes call.
+    """
+    sharding = NamedSharding(mesh, BATCH)
+    held = sharding.addressable_devices_indices_map((size,)).values()
+    rows = np.unique(np.concatenate([np.arange(size)[index] for index in held]))
+
+    def placed(values):
+        def share(index):
+            first, stop, _ = index[0].indices(size)
+            begin = np.searchsorted(rows, first)
+            return values[begin : begin + stop - first]
+
+        return jax.make_array_from_callback((size, *values.shape[1:]), sharding, share)
+
+    return rows, placed
 
 
 def check_divides(batch_size: int, name: str, devices: int, parts: int = 1) -> None:

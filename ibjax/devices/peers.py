@@ -4,8 +4,8 @@ All communication uses the key-value store of `jax.distributed`, which process 0
 single process every function returns at once.
 
 Guarantees (tests of the same names): processes that see different things end, each naming the difference; a process
-that waits logs which one it waits for; a process that dies, is stopped or ends with an error is named by the others,
-which end too.
+that waits logs which one it waits for; what one process cannot read ends all with its one line; a process that dies, is
+stopped or ends with an error is named by the others, which end too.
 """
 
 import atexit
@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import os
 import socket
 import subprocess
@@ -20,7 +21,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -47,18 +48,60 @@ def agree(topic: str, values: Mapping[str, Any], advice: str = "start all proces
     client = _client()
     if client is None:
         return
-    key, me = f"ibjax/agree/{next(_topics)}", jax.process_index()
-    client.key_value_set(f"{key}/{me}", json.dumps({"topic": topic, "values": dict(values)}, sort_keys=True))
-    if me == 0:
-        own = json.loads(_wait(client, f"{key}/0", 0, topic))
-        others = range(1, jax.process_count())
-        said = ((index, json.loads(_wait(client, f"{key}/{index}", index, topic))) for index in others)
-        problem = next(filter(None, (_difference(own, index, other) for index, other in said)), "")
-        client.key_value_set(f"{key}/verdict", problem)
-    else:
-        problem = _wait(client, f"{key}/verdict", 0, topic)
-    if problem:
+
+    def difference(said):
+        return next(filter(None, (_difference(client, said[0], index, other) for index, other in said.items())), "")
+
+    if problem := _verdict(client, topic, dict(values), difference, PATIENCE):
         raise InputError(f"{problem}; {advice}")
+
+
+@contextlib.contextmanager
+def together(topic: str) -> Iterator[None]:
+    """A block that all processes leave well, or that ends all of them with one InputError.
+
+    Where one process meets an InputError in the block, it is raised there, and its message in all others, with the name
+    of that process. There is no limit to how long a process waits for the others, as the block may read large files: a
+    process that is lost ends them (see `watch`).
+    """
+    own = None
+    try:
+        yield
+    except InputError as error:
+        own = error
+    client = _client()
+    if client is None:
+        if own is not None:
+            raise own
+        return
+
+    def first(said):
+        failed = [index for index, other in said.items() if other["values"]["error"]]
+        return f"{_name(client, failed[0])}: {said[failed[0]]['values']['error']}" if failed else ""
+
+    problem = _verdict(client, topic, {"error": "" if own is None else str(own)}, first, math.inf)
+    if own is not None:
+        raise own
+    if problem:
+        raise InputError(problem)
+
+
+def _verdict(client, topic, values, judge, patience):
+    """What process 0 finds with `judge` in {process: {"topic", "values"}} of all processes; "" where all is well."""
+    key, me = f"ibjax/agree/{next(_topics)}", jax.process_index()
+    client.key_value_set(f"{key}/{me}", json.dumps({"topic": topic, "values": values}, sort_keys=True))
+    if me:
+        return _wait(client, f"{key}/verdict", 0, topic, patience)
+    everyone = range(jax.process_count())
+    said = {index: json.loads(_wait(client, f"{key}/{index}", index, topic, patience)) for index in everyone}
+    lost = (
+        f"processes 0 and {index} are not at the same point: '{topic}' and '{other['topic']}'"
+        for index, other in said.items()
+        if other["topic"] != topic
+    )
+    problem = next(lost, "") or judge(said)
+    client.key_value_set(f"{key}/verdict", problem)
+    return problem
 
 
 def word_of_first(topic: str, word: str = "") -> str:
@@ -70,30 +113,33 @@ def word_of_first(topic: str, word: str = "") -> str:
     if jax.process_index() == 0:
         client.key_value_set(key, word)
         return word
-    return _wait(client, key, 0, topic)
+    return _wait(client, key, 0, topic, PATIENCE)
 
 
-def _difference(own, index, other):
-    if own["topic"] != other["topic"]:
-        return f"processes 0 and {index} are not at the same point: '{own['topic']}' and '{other['topic']}'"
+def _difference(client, own, index, other):
     for name in {**own["values"], **other["values"]}:
         here, there = own["values"].get(name), other["values"].get(name)
         if here != there:
-            return f"the processes see different {own['topic']}: {name}: {here!r} in process 0, {there!r} in {index}"
+            said = f"{name}: {here!r} in process 0, {there!r} in {_name(client, index)}"
+            return f"the processes see different {own['topic']}: {said}"
     return None
 
 
-def _wait(client, key, index, topic):
+def _wait(client, key, index, topic, patience):
     """The value of a key that process `index` sets; logs which process it waits for."""
     started = told = time.monotonic()
+    gone = False
     while True:
         with _only_timeouts(index):
             return client.blocking_key_value_get(key, int(1000 * _INTERVAL))
         if ended := _ended(client):
             raise InputError(next(iter(ended.values())))
         now = time.monotonic()
-        if now - started > PATIENCE:
-            raise InputError(f"{_name(client, index)} has not come to '{topic}' within {PATIENCE} s")
+        if now - started > patience:
+            raise InputError(f"{_name(client, index)} has not come to '{topic}' within {patience} s")
+        if gone:
+            raise InputError(f"{_name(client, index)} has ended and never came to '{topic}'")
+        gone = _has_left(client, index)  # if so, the value is looked for once more
         if now - told > 2 * _INTERVAL:
             log.info("waiting for %s to come to '%s', %.0f s", _name(client, index), topic, now - started)
             told = now + 3 * _INTERVAL
@@ -108,9 +154,14 @@ def _only_timeouts(index):
             raise InputError(f"process {index} cannot be reached ({str(error).splitlines()[0][:120]})") from None
 
 
+def several() -> bool:
+    """Whether this process is one of several of a run."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
 def _client():
     """The client of the key-value store; None if there is only one process."""
-    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+    if not several():
         return None
     from jax._src import distributed  # not public, but Orbax uses it too
 
@@ -127,6 +178,11 @@ def _known(client, key):
         return client.key_value_try_get(key)
     except jax.errors.JaxRuntimeError:  # the key is not set
         return ""
+
+
+def _has_left(client, index):
+    """Whether a process has ended well."""
+    return any(key.endswith(f"/{index}") for key, _ in client.key_value_dir_get("ibjax/left/"))
 
 
 def _ended(client):

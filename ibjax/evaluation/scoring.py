@@ -61,7 +61,7 @@ class Scorer:
     """One attack on one network, compiled once for all images and all eps.
 
     The last batch is padded, and the results of the padding are discarded. The random key of an image depends on its
-    index in the split.
+    index in the split. Each process reads the images of its own devices; all processes receive all results.
 
     Args:
       predict: the network, (variables, x, keys) -> (logits, features).
@@ -90,9 +90,8 @@ class Scorer:
         attacked: Callable | None = None,
         own: str | None = None,
     ):
-        self.bounded, self.guided, self.own = bounded, guided, own
+        self.bounded, self.guided, self.own, self.mesh = bounded, guided, own, mesh
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
-        self.sharded = NamedSharding(mesh, cluster.BATCH)
 
         def score(variables, images, labels, guide, index, seed, eps, step_size):
             x = to_float(images)
@@ -144,6 +143,7 @@ class Scorer:
         """
         eps, step_size = (np.float32(geometry.fraction(value)) for value in (eps, step_size))
         total, size = len(split.labels), self.batch_size
+        rows, place = cluster.parts_of_batch(self.mesh, size)
         keep = np.arange(min(keep, total)) if isinstance(keep, int) else keep
         parts, kept = [], [np.zeros((0, *split.images.shape[1:]), np.float32)]
         guide = guides(split.labels) if self.guided else np.zeros(total, int)
@@ -152,11 +152,11 @@ class Scorer:
         )
         with bar:
             for first in range(0, total, size):
-                index = np.arange(first, first + size, dtype=np.int32)
+                index = (first + rows).astype(np.int32)
                 chosen = index % total  # padded with real images, for attacks that couple a batch
                 guiding = split.images[guide[chosen]] if self.guided else None
                 arrays = (split.images[chosen], split.labels[chosen], guiding, index)
-                arrays = (None if array is None else self._shard(array) for array in arrays)
+                arrays = (None if array is None else place(array) for array in arrays)
                 flags, x_adv = self.score(variables, *arrays, np.uint32(seed), eps, step_size)
                 count = min(size, total - first)
                 parts.append(jax.tree.map(lambda value, n=count: np.asarray(value)[:n], flags))
@@ -180,9 +180,6 @@ class Scorer:
                 )
             raise RuntimeError(f"an adversarial image is {worst:.8g} away or outside [0, 1]; eps is {float(eps):.8g}")
         return flags, np.concatenate(kept)
-
-    def _shard(self, array):
-        return jax.make_array_from_callback(array.shape, self.sharded, array.__getitem__)
 
 
 # ---- AutoAttack ------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ class Run(NamedTuple):
         """(images (n, H, W, C) float32 in [0, 1], labels (n,) int32) of the run's test set, each class in proportion.
 
         None: all of them. Raises InputError where there are fewer, and DataError where the data set is missing, or is
-        not the one that the run was made with.
+        not the one that the run was made with. If several processes run, all of them must call this.
         """
         split = test_split(self, n)
         return to_float(jnp.asarray(split.images[:])), jnp.asarray(split.labels)
@@ -115,13 +115,14 @@ def build_model(section: Any, num_classes: int, where: str) -> nn.Module:
 _KEPT = 2  # data sets in memory
 
 
-_loaded: dict[tuple, Arrays] = {}
+_loaded: dict[tuple, tuple[Arrays, dict[str, Any]]] = {}
 
 
 def load_data(settings: ConfigDict) -> Arrays:
     """The checked splits of a configuration, cached for all runs of a process that use them.
 
-    They are read again if one of their files has changed since.
+    They are read again if one of their files has changed since. If several processes run, all of them must call this,
+    and all raise InputError if one of them lacks a file, cannot use it, or has another version of the data.
     """
     section = json.dumps(config.plain(settings.data), sort_keys=True)
     key = (
@@ -129,11 +130,24 @@ def load_data(settings: ConfigDict) -> Arrays:
         os.getcwd(),
         *(os.environ.get(name) for name in ("HOME", "TFDS_DATA_DIR")),
     )  # what a path depends on
-    found = _loaded.pop(key, None)
-    _loaded[key] = found if found is not None and unchanged(found) else _read_data(json.loads(section))
-    for oldest in list(_loaded)[:-_KEPT]:
-        del _loaded[oldest]
-    return _loaded[key]
+    with cluster.together("data"):
+        found = _loaded.pop(key, None)
+        if found is None or not unchanged(found[0]):
+            data = _read_data(json.loads(section))
+            found = data, _identified(data) if cluster.several() else {}
+        _loaded[key] = found
+        for oldest in list(_loaded)[:-_KEPT]:
+            del _loaded[oldest]
+    cluster.agree("data", found[1], f"give all hosts the same files of {found[0].label or settings.data.name}")
+    return found[0]
+
+
+def _identified(data):
+    """{what: its identity} by which processes compare their data: of each split its size and digest."""
+    found = facts(data)
+    digests = {name: f"{found[f'n_{name}']} images, digest {digest}" for name, digest in found["digests"].items()}
+    generated = {"extra": "{n} images, digest {digest}".format(**found["extra"])} if "extra" in found else {}
+    return {"classes": found["num_classes"], **digests, **generated}
 
 
 def _read_data(section):

@@ -14,7 +14,7 @@ from typing import Any
 
 import filelock
 import jax
-import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from ibjax import config, extensions, files
@@ -188,7 +188,7 @@ def write_network(
     """
     own = write_config(workdir, settings, facts)
     with checkpoints.manager(workdir, run=own) as store:
-        state = TrainState(jnp.int32(step), variables, (), None)
+        state = TrainState(cluster.replicate(np.int32(step), cluster.mesh()), variables, (), None)
         checkpoints.save(store, state, {"selection": 0.0, **(validation or {})})
 
 

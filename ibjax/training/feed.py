@@ -250,17 +250,8 @@ def _one_ahead(dispatch, source, placed):
 
 def _placing(experiment):
     """(the places of a batch that are on this process's devices, a function that puts their values there)."""
-    sharding, size = NamedSharding(experiment.mesh, cluster.BATCH), experiment.config.batch_size
-    held = sharding.addressable_devices_indices_map((size,)).values()
-    rows = np.unique(np.concatenate([np.arange(size)[index] for index in held]))
-
-    def placed(batch):
-        return {
-            name: jax.make_array_from_process_local_data(sharding, value, (size, *value.shape[1:]))
-            for name, value in batch.items()
-        }
-
-    return rows, placed
+    rows, place = cluster.parts_of_batch(experiment.mesh, experiment.config.batch_size)
+    return rows, lambda batch: {name: place(value) for name, value in batch.items()}
 
 
 def make_batch_dispatch(experiment: Experiment) -> Callable:
