@@ -30,6 +30,7 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # before the backend is made
 import jax
 import measuring
 import numpy as np
+from jax.sharding import NamedSharding
 from measuring import Steps
 
 from ibjax import config
@@ -71,7 +72,7 @@ def runner(made: Any) -> tuple[Steps, dict[str, int]]:
     """(steps of a configuration on its own feed of images, {"bytes", "calculated"} of images on all devices)."""
     experiment = build(made)
     before = {id(array) for array in jax.live_arrays()}
-    key = cluster.replicate(jax.random.key(1), experiment.mesh)
+    key = jax.device_put(jax.random.key(1), NamedSharding(experiment.mesh, cluster.REPLICATED))
     fed = feed.feed(experiment, key, 0)
     kept = [array for array in jax.live_arrays() if id(array) not in before and array.dtype in (np.uint8, np.int32)]
     large = [array for array in kept if array.size > made.batch_size]
