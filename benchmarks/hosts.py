@@ -248,7 +248,7 @@ def undisturbed(root: Path, count: int) -> Path:
 
 
 def inject(root: Path, name: str, count: int, trial: int) -> dict[str, Any]:
-    """Lets a fault happen at a random step, and the same command finish the run; compares it with an undisturbed one."""
+    """Lets a fault happen at a random step, and the same command finish the run; compares it with `undisturbed`."""
     whole = undisturbed(root, count)
     fault, expected = FAULTS[name], losses(whole)
     workdir = root / "trials" / f"{name}-{count}-{trial}"
