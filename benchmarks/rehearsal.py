@@ -4,6 +4,7 @@ The processes are forked from one that has imported ibjax and begun nothing, whi
 """
 
 import atexit
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -54,6 +55,8 @@ class Started(NamedTuple):
 
 def command(words: list[str], environment: dict[str, str], devices: int, output: str, clock: float) -> None:
     """The body of a process: `python -m ibjax.main WORDS`, whose clock is `clock` seconds fast."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the benchmark, however that ends
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
