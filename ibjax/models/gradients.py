@@ -125,9 +125,9 @@ def _convolve(x, kernel, strides, padding):
 def scale_shift(x: Array, mul: Array, add: Array, dtype: Any) -> Array:
     """x·mul + add per channel, mul and add (C,) float32, computed in float32; the gradient of x in its own dtype.
 
-    A TPU's compiler fuses this gradient with a convolution and, in float32, broadcasts `mul` to whole float32 maps. Where
-    the channels do not fill its 128 lanes, as in a WideResNet, such a fusion is slow even so, and an optimisation
-    barrier ends it; elsewhere it saves a pass over memory.
+    A TPU's compiler fuses this gradient with a convolution and, in float32, broadcasts `mul` to whole float32 maps.
+    Where the channels do not fill its 128 lanes, as in a WideResNet, such a fusion is slow even so, and an optimisation
+    barrier ends it; elsewhere the fusion saves a pass over memory.
     """
     return (x.astype(mul.dtype) * _wide(mul, x) + _wide(add, x)).astype(dtype)
 
