@@ -82,7 +82,7 @@ def test_a_network_is_the_same_on_every_platform(name):
     for platform in ("cuda", "tpu"):
         pairs = zip(*map(jax.tree.leaves, (found[platform], found["cpu"])), strict=True)
         for a, b in pairs:
-            np.testing.assert_allclose(a, b, atol=5e-5 * float(jnp.abs(b).max()) + 1e-7, err_msg=platform)
+            np.testing.assert_allclose(a, b, atol=5e-5 * float(jnp.abs(b).max()) + 3e-6, err_msg=platform)
 
 
 def test_the_platform_is_that_of_the_program():
