@@ -171,9 +171,9 @@ def settings(name: str, seed: int, given: argparse.Namespace) -> ConfigDict:
     for key, value in INGREDIENTS.get(training.ingredient, {}).items():
         if key == "data.extra":
             value = dict(value, path=str(given.workdir / HELD_OUT))
-        section, _, name = key.rpartition(".")
+        section, _, option = key.rpartition(".")
         with made.unlocked():
-            (made[section] if section else made)[name] = value
+            (made[section] if section else made)[option] = value
     if training.teacher > 1:
         strengthen(made.teacher, training.teacher, training.longer)
     made.title = name

@@ -53,7 +53,9 @@ def test_every_claim_is_about_two_runs_that_measure_it():
         for name in (effect.method, effect.base):
             measured = effects.TERMS.get(effects.RUNS[name].terms_of, {})
             assert effect.column in {*measured, "pgd-20"} and effect.column in effects.LABELS
-    assert {effects.RUNS[effect.method].objective for effect in effects.EFFECTS} == {
+    methods = [effects.RUNS[effect.method] for effect in effects.EFFECTS]
+    assert {method.ingredient for method in methods} == {"", *effects.INGREDIENTS}
+    assert {method.objective for method in methods if not method.ingredient} == {
         "ib_rar", "shared_information", "siriib", "ibd"
     }  # fmt: skip
 
