@@ -112,12 +112,16 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(autouse=True)
-def own_logging():
-    """A command line configures logging and hooks for its process; a test must not do so for the next."""
+def own_process():
+    """A command line sets logging, hooks and variables of its process; a test must not do so for the next."""
     before, hooks = (logging.root.handlers[:], logging.root.level), (sys.unraisablehook, sys.excepthook)
+    variables = dict(os.environ)
     yield
     logging.root.handlers[:], logging.root.level = before
     sys.unraisablehook, sys.excepthook = hooks
+    if os.environ != variables:
+        os.environ.clear()
+        os.environ.update(variables)
 
 
 @pytest.fixture(scope="session")
