@@ -419,7 +419,8 @@ def _preparation(augment, mix, steps_per_epoch):
 
     def prepare(step, batch, key):
         augment_key, *keys = jax.random.split(jax.random.fold_in(key, step), 3)
-        batch = {**batch, "image": _augmented(augment, augment_key, to_float(batch["image"]), batch["index"])}
+        images = _augmented(augment, augment_key, to_float(batch["image"]), batch.get("index"))
+        batch = {**batch, "image": images}
         if mix is not None:
             batch = mix(jax.random.fold_in(augment_key, _MIXING), batch)
         whole, rest = jnp.divmod(step, steps_per_epoch)  # floor(epoch) stays exact if a device's division is not

@@ -154,7 +154,8 @@ def command(monkeypatch, *flags):
 def test_it_is_run_from_the_command_line(workdir, tmp_path, capsys, monkeypatch):
     """On a network whose predictions differ, and differ under attack."""
     trained, rng = run.load(workdir), np.random.default_rng(0)
-    params = jax.tree.map(lambda w: np.asarray(w) + rng.normal(0, 1, w.shape).astype("f4"), trained.variables["params"])
+    shaken = lambda w: np.asarray(w) + rng.normal(0, 0.3, w.shape).astype("f4")  # noqa: E731
+    params = jax.tree.map(shaken, trained.variables["params"])
     trained = trained._replace(variables={**trained.variables, "params": params})
     monkeypatch.setattr(run, "load", lambda *_: trained)
     picture, flags = tmp_path / "new" / "maps.png", ("--attack=pgd-10", "--n=16", "--names=a,b,c,d,e,f,g,h,i,$j$")
