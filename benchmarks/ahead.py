@@ -24,15 +24,13 @@ import datetime
 import fnmatch
 import json
 import os
-import subprocess
-import sys
 import time
 from typing import Any
 
 import jax
 import measuring
 from jax.sharding import Mesh, NamedSharding
-from parts import ROOT, bare, compile_rows, made_by, reason
+from parts import ROOT, bare, compile_rows, from_child, made_by
 
 from ibjax import errors, files
 from ibjax.devices import cluster, cores
@@ -75,13 +73,8 @@ def compiled(name: str, topology: str) -> dict[str, Any]:
 
 def in_new_process(name: str, topology: str) -> dict[str, Any]:
     """The numbers of one program, or {"error": …}."""
-    command = [sys.executable, __file__, f"--topology={topology}", f"--child={name}"]
-    environment = {**os.environ, "JAX_TRACEBACK_FILTERING": "off"}  # the last line is the error
-    options = dict(cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace", env=environment)
-    process = subprocess.run(command, **options)
-    if process.returncode:
-        return {"error": reason(process.returncode, process.stderr)}
-    return json.loads(process.stdout.strip().splitlines()[-1])
+    unfiltered = dict(JAX_TRACEBACK_FILTERING="off")  # the last line is the error
+    return from_child(__file__, f"--topology={topology}", f"--child={name}", environment=unfiltered)
 
 
 def table(content: dict[str, Any]) -> str:
@@ -144,7 +137,7 @@ def parent(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     if not chosen:
         parser.error(f"--programs={given.programs} matches none of {', '.join(programs.TABLE)}")
     out = given.out or ROOT / "results" / f"ahead-{given.topology.replace(':', '-')}-{datetime.date.today()}.json"
-    versions = ", ".join(" ".join(item) for item in made_by()["versions"].items())
+    versions = measuring.in_words(made_by()["versions"])
 
     def page(content):
         ordered = {each: content[each] for each in ("run", *programs.TABLE) if each in content}

@@ -181,7 +181,7 @@ def origin(script: str) -> Results:
 
 def origin_line(results: Results) -> str:
     """`origin` for the page."""
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    versions = measuring.in_words(results["versions"])
     return f"`{results['command']}`, commit {results['commit']}; {results['hardware']}; {versions}"
 
 

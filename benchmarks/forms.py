@@ -17,8 +17,6 @@ import datetime
 import fnmatch
 import json
 import os
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -27,7 +25,7 @@ import jax.numpy as jnp
 import measuring
 import methods
 from jax.sharding import Mesh, NamedSharding
-from parts import ROOT, bare, compile_rows, made_by, reason
+from parts import ROOT, bare, compile_rows, from_child, made_by
 
 from ibjax import errors, files
 from ibjax.attacks.pgd import pgd
@@ -114,11 +112,9 @@ def in_new_process(row: str, topology: str) -> dict[str, Any]:
     """The numbers of a row, with these forms and without, or {"error": …}."""
     found: dict[str, Any] = {"compile_seconds": 0}
     for name in ("before", "now"):
-        command = [sys.executable, __file__, f"--topology={topology}", f"--child={row}", f"--forms={name}"]
-        process = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace")
-        if process.returncode:
-            return {"error": reason(process.returncode, process.stderr)}
-        found[name] = json.loads(process.stdout.strip().splitlines()[-1])
+        found[name] = from_child(__file__, f"--topology={topology}", f"--child={row}", f"--forms={name}")
+        if "error" in found[name]:
+            return found[name]
         found["compile_seconds"] += found[name]["compile_seconds"]
     return found
 
@@ -167,7 +163,7 @@ def main() -> None:
     if not chosen:
         parser.error(f"--rows={given.rows} matches none of {', '.join(rows)}")
     out = given.out or ROOT / "results" / f"forms-{given.topology.replace(':', '-')}.json"
-    versions = ", ".join(" ".join(item) for item in made_by()["versions"].items())
+    versions = measuring.in_words(made_by()["versions"])
 
     def page(content):
         ordered = {row: content[row] for row in rows if row in content}

@@ -16,7 +16,6 @@ Writes a JSON file with every single time, and the table beside it as Markdown.
 import argparse
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -154,15 +153,12 @@ def _train(recipe, workdir, at):
     """(whether the training ended by itself, seconds); it is killed after `at` seconds."""
     command = [sys.executable, "-m", "ibjax.main", f"--config={recipe}", f"--workdir={workdir}", "--mode=train"]
     began = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        try:
-            _, said = process.communicate(timeout=at)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            return False, time.perf_counter() - began
-    if process.returncode:
-        raise RuntimeError(said.decode()[-2000:])
+    try:
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=at)
+    except subprocess.TimeoutExpired:  # it was ended by SIGKILL
+        return False, time.perf_counter() - began
+    if done.returncode:
+        raise RuntimeError(done.stderr.decode()[-2000:])
     return True, time.perf_counter() - began
 
 

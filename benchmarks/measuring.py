@@ -7,10 +7,9 @@ import os
 import platform
 import re
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -21,7 +20,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs
 
 import jax
 import numpy as np
-from parts import bare
+from parts import bare, from_child
 
 from ibjax import errors, files
 from ibjax.devices import cluster
@@ -133,12 +132,12 @@ def in_new_process(script: str, work: dict[str, Any], environment: dict[str, str
     For what only a fresh process shows: its start, its peak of memory, another number of devices. Not on a TPU, which
     serves one process at a time.
     """
-    command = [sys.executable, script, f"--child={json.dumps(work)}"]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", env={**os.environ, **(environment or {})})
-    if done.returncode == 0:
-        return json.loads(done.stdout.strip().splitlines()[-1])
-    lines = done.stderr.strip().splitlines() or [f"ended with {done.returncode}, without a word"]
-    return {"error": lines[-1][:300]}
+
+    def why(code, log):
+        lines = log.strip().splitlines() or [f"ended with {code}, without a word"]
+        return lines[-1][:300]
+
+    return from_child(script, f"--child={json.dumps(work)}", environment=environment, why=why)
 
 
 # ---- files ---------------------------------------------------------------------------------------------------
@@ -245,10 +244,14 @@ def kept(out: Path, found: dict[str, Any]) -> dict[str, Any]:
     return {} if changed else before
 
 
+def in_words(versions: Mapping[str, str]) -> str:
+    """Versions on one line."""
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
 def provenance_line(found: dict[str, Any]) -> str:
     """Hardware, versions and date on one line."""
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return f"{found['hardware']}; {versions}; {found['date'][:10]}"
+    return f"{found['hardware']}; {in_words(found['versions'])}; {found['date'][:10]}"
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -7,10 +7,12 @@ import argparse
 import contextlib
 import datetime
 import importlib.metadata
+import json
 import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,23 @@ def reason(code: int, log: str) -> str:
         return lines[-1][:200] if lines else f"exit code {code}"
     fatal = [line for line in lines if re.match(r"F\d{4} ", line)]  # as Abseil logs: F1122 09:44:11.680648 … message
     return f"the compiler crashed, {signal.Signals(-code).name} {fatal[0].partition('] ')[2] if fatal else ''}"[:200]
+
+
+def from_child(
+    script: str,
+    *words: str,
+    environment: Mapping[str, str] | None = None,
+    why: Callable[[int, str], str] = reason,
+) -> dict[str, Any]:
+    """What a script, its `__file__`, prints as JSON in its last line in a process of its own.
+
+    Where it fails, {"error": why(exit code, what it said)}.
+    """
+    options: dict[str, Any] = dict(env={**os.environ, **(environment or {})}, capture_output=True)
+    process = subprocess.run([sys.executable, script, *words], encoding="utf-8", errors="replace", **options)
+    if process.returncode:
+        return {"error": why(process.returncode, process.stderr)}
+    return json.loads(process.stdout.strip().splitlines()[-1])
 
 
 def compile_rows(

@@ -14,15 +14,13 @@ results/sharding-TOPOLOGY.json, and the table beside it.
 """
 
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from measuring import markdown
-from parts import ROOT, bare, done, made_by, reason, update
+from measuring import in_words, markdown
+from parts import ROOT, bare, done, from_child, made_by, update
 
 from ibjax import errors, files
 from ibjax.training.ahead import CHIPS, GIB
@@ -50,19 +48,14 @@ def in_new_process(*arguments: Any) -> dict[str, Any]:
     """`compiled` in a process of its own; {"error": …} where it fails."""
     from ibjax.training import ahead
 
-    command = [sys.executable, __file__, f"--child={json.dumps(arguments)}"]
-    environment = {**os.environ, **ahead.WITHOUT_CHIPS}
-    process = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", errors="replace")
-    if process.returncode:
-        return {"error": reason(process.returncode, process.stderr)}
-    return json.loads(process.stdout.splitlines()[-1])
+    return from_child(__file__, f"--child={json.dumps(arguments)}", environment=ahead.WITHOUT_CHIPS)
 
 
 def compile_all(out: Path, wanted: list[tuple[str, int]], topology: str, minutes: float) -> tuple[dict[str, Any], int]:
     """Compiles what `out` does not hold yet, (way, blocks) of each; (content, how many are left)."""
     deadline, source, left = time.monotonic() + 60 * minutes, made_by(), 0
     known = files.read_json(out) if out.is_file() else {}
-    update(out, "run", versions=", ".join(f"{name} {version}" for name, version in source["versions"].items()))
+    update(out, "run", versions=in_words(source["versions"]))
     for way, blocks in wanted:
         name = f"{way} {blocks}"
         row = known.get(name, {})

@@ -11,9 +11,8 @@ import functools
 import importlib.util
 import json
 import re
-import sys
-from pathlib import Path
 
+from generated import DOCS, command
 from ml_collections import ConfigDict
 
 from ibjax import config
@@ -23,8 +22,7 @@ from ibjax.data import IMAGES
 from ibjax.runs import run
 from ibjax.training.ahead import CHIPS
 
-DOCS = Path(__file__).resolve().parent
-PAGE, RECIPE = DOCS / "leaderboard.md", DOCS.parent / "configs" / "leaderboard.py"
+RECIPE = DOCS.parent / "configs" / "leaderboard.py"
 TRAIN = {"cifar10": 50_000, "imagenet2012": 1_281_167}  # images of the whole training set
 # measured: one NVIDIA H200, jax 0.11.2, commit 7d910cc, bfloat16, batch 256, PGD-10 training of WRN-28-10 on noise
 MEASURED = dict(images_per_s=1814, forwards=23, network=dict(name="wide_resnet", depth=28, width=10))
@@ -110,14 +108,5 @@ def _network(section):
     return f"{name}-{section.depth}-{section.width}"
 
 
-def main() -> None:
-    """The command line."""
-    text = page()
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(text, encoding="utf-8")
-    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-        sys.exit("docs/leaderboard.md is not current; write it with: python docs/leaderboard.py")
-
-
 if __name__ == "__main__":
-    main()
+    command("leaderboard", page())

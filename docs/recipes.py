@@ -13,17 +13,15 @@ import importlib.util
 import re
 import sys
 import tomllib
-from pathlib import Path
 from typing import Any
 
+from generated import DOCS, command
 from ml_collections import ConfigDict
 
 from ibjax import config, optim
 from ibjax.errors import InputError
 
-DOCS = Path(__file__).resolve().parent
-CONFIGS = DOCS.parent / "configs"
-PAGE, PAPERS = DOCS / "recipes.md", DOCS / "papers.toml"
+CONFIGS, PAPERS = DOCS.parent / "configs", DOCS / "papers.toml"
 # what the papers say of an aspect, where it is no text of theirs
 UNSTATED, THE_ROW = "?", "row"
 # options of a call that the page does not show there: shown elsewhere, or without effect on values
@@ -383,19 +381,8 @@ def _parts(text):
     return [name, *(part.strip() for part in parts)]
 
 
-def main() -> None:
-    """The command line."""
+if __name__ == "__main__":
     try:
-        text = page()
+        command("recipes", page())
     except InputError as error:
         sys.exit(str(error))
-    if "--check" in sys.argv[1:]:
-        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-            sys.exit("docs/recipes.md is not current; write it with: python docs/recipes.py")
-        return
-    PAGE.write_text(text, encoding="utf-8")
-    print(PAGE)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,13 +4,12 @@ python docs/robustbench.py             writes the page
 python docs/robustbench.py --check     ends with 1 where the page is not what it would write
 """
 
-import sys
 from itertools import groupby
-from pathlib import Path
+
+from generated import DATA, NORMS, command
 
 from ibjax.pytorch.published import Published, entries
 
-PAGE = Path(__file__).resolve().parent / "robustbench.md"
 HEAD = """# RobustBench's networks
 
 Of the {count} networks on RobustBench's leaderboards (commit 78fcc9e), ibjax imports {covered}:
@@ -34,20 +33,18 @@ keeps it current.
 | leaderboard | networks | imported |
 |---|---|---|
 """
-_DATA = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet"}
-_NORMS = {"linf": "l_inf", "l2": "l2", "corruptions": "common corruptions"}
 
 
 def page() -> str:
     """The page."""
-    rows = [row for row in entries().values() if row.data in _DATA]
+    rows = [row for row in entries().values() if row.data != "mnist"]
     groups = [(key, list(group)) for key, group in groupby(rows, key=lambda row: (row.data, row.norm))]
     covered = sum(not row.uncovered for row in rows)
     parts = [HEAD.format(count=len(rows), covered=covered)]
     for (data, norm), group in groups:
-        parts.append(f"| {_DATA[data]}, {_NORMS[norm]} | {len(group)} | {sum(not row.uncovered for row in group)} |\n")
+        parts.append(f"| {DATA[data]}, {NORMS[norm]} | {len(group)} | {sum(not row.uncovered for row in group)} |\n")
     for (data, norm), group in groups:
-        parts.append(f"\n## {_DATA[data]}, {_NORMS[norm]}\n\n")
+        parts.append(f"\n## {DATA[data]}, {NORMS[norm]}\n\n")
         parts += _section(group)
     return "".join(parts)
 
@@ -60,14 +57,5 @@ def _section(rows: list[Published]):
         yield f"| {rank} | {row.name} | {row.clean:.2f} | {row.robust:.2f} | {how} |\n"
 
 
-def main() -> None:
-    """The command line."""
-    text = page()
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(text, encoding="utf-8")
-    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-        sys.exit("docs/robustbench.md is not current; write it with: python docs/robustbench.py")
-
-
 if __name__ == "__main__":
-    main()
+    command("robustbench", page())

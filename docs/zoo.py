@@ -5,14 +5,13 @@ python docs/zoo.py --check     ends with 1 where the page is not what it would w
 """
 
 import re
-import sys
 from itertools import groupby
-from pathlib import Path
+
+from generated import DATA, NORMS, command
 
 from ibjax.pytorch.architectures import CIFAR10, CIFAR100, IMAGENET
 from ibjax.pytorch.published import Published, table
 
-PAGE = Path(__file__).resolve().parent / "zoo.md"
 HEAD = """# Published networks
 
 `ibjax.zoo` knows these {count} networks; it holds no weights. `zoo.load(NAME, FILE)` reads a file
@@ -36,8 +35,6 @@ _WORDS = {
     (IMAGENET["mean"], IMAGENET["std"]): "ImageNet's",
     (None, None): "none",
 }
-_DATA = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet", "mnist": "MNIST"}
-_NORMS = {"linf": "l_inf", "l2": "l2", "corruptions": "common corruptions"}
 
 
 def page() -> str:
@@ -68,7 +65,7 @@ def _normalisation(row):
 def _section(data: str, norm: str, rows: list[Published]):
     exact = any(row.exact for row in rows)
     heads = ["name", "network", "eps", "clean", "AutoAttack", *(["PGD-40", "exact"] if exact else []), "file"]
-    yield f"## {_DATA[data]}, {_NORMS[norm]}\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}\n"
+    yield f"## {DATA[data]}, {NORMS[norm]}\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}\n"
     for row in rows:
         size = "-".join(str(part) for part in (row.depth, row.width) if part)
         numbers = [row.clean, row.autoattack, *([row.pgd, row.exact] if exact else [])]
@@ -78,14 +75,5 @@ def _section(data: str, norm: str, rows: list[Published]):
         yield f"| {' | '.join(cells)} |\n"
 
 
-def main() -> None:
-    """The command line."""
-    text = page()
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(text, encoding="utf-8")
-    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-        sys.exit("docs/zoo.md is not current; write it with: python docs/zoo.py")
-
-
 if __name__ == "__main__":
-    main()
+    command("zoo", page())

@@ -14,6 +14,7 @@ from ibjax.evaluation import leaderboard
 from ibjax.pytorch.published import table
 
 DOCS = Path(__file__).parent.parent / "docs"
+sys.path.insert(0, str(DOCS))
 SPEC = importlib.util.spec_from_file_location("docs_leaderboard", DOCS / "leaderboard.py")
 page = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(page)

@@ -1,6 +1,7 @@
 """docs/recipes.md: current, complete, and no setting that differs from the paper's without a reason."""
 
 import importlib.util
+import sys
 import tomllib
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from test_passes import ORDERS
 from ibjax.errors import InputError
 
 DOCS = Path(__file__).parent.parent / "docs"
+sys.path.insert(0, str(DOCS))
 SPEC = importlib.util.spec_from_file_location("docs_recipes", DOCS / "recipes.py")
 recipes = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(recipes)

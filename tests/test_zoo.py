@@ -18,6 +18,7 @@ from ibjax.pytorch import published, verified
 from ibjax.pytorch.architectures import ARCHITECTURES
 
 DOCS = Path(__file__).parent.parent / "docs"
+sys.path.insert(0, str(DOCS))
 SPEC = importlib.util.spec_from_file_location("docs_zoo", DOCS / "zoo.py")
 page = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(page)

@@ -110,7 +110,7 @@ def binarisation(
         if type(value) is not int or value < 1:
             raise InputError(f"{name}={value!r} is not allowed; give a whole number of at least 1")
     mesh, total = cluster.mesh(), len(images)
-    size = -(-min(batch_size, total) // mesh.size) * mesh.size
+    size = cluster.rounded_up(min(batch_size, total), mesh.size)
     sharded, replicated = (NamedSharding(mesh, spec) for spec in (cluster.BATCH, cluster.REPLICATED))
     gathered = jax.jit(lambda value: value, out_shardings=replicated)
     phi = jax.jit(partial(_flat, features), out_shardings=replicated)

@@ -119,7 +119,7 @@ def evaluate(
             source = stored(trained.facts["num_classes"], data_dir)
     model = calibration.calibrated(trained.model) if calibrated else trained.model
     network, mesh = linen_net(run.in_float32(model)).predict, cluster.mesh()
-    batch_size = -(-batch_size // mesh.size) * mesh.size
+    batch_size = cluster.rounded_up(batch_size, mesh.size)
     rows, place = cluster.parts_of_batch(mesh, batch_size)
     predict = jax.jit(lambda *given: network(*given)[0], out_shardings=NamedSharding(mesh, cluster.REPLICATED))
     shown = lambda x: predict(trained.variables, place(np.asarray(x)[rows]))  # noqa: E731

@@ -73,9 +73,9 @@ class Runner:
         self.replicated = NamedSharding(mesh, cluster.REPLICATED)
         take = lambda tree, rows: jax.tree.map(lambda leaf: leaf[rows], tree)  # noqa: E731
         self.take = jax.jit(take, out_shardings=self.sharded)
-        largest = _ceil(min(batch_size, _power_of_two(len(x))), mesh.size)
+        largest = cluster.rounded_up(min(batch_size, _power_of_two(len(x))), mesh.size)
         shares = ((largest * eighths // 8) >> i for i in range(6) for eighths in (8, 7, 6, 5))
-        self.sizes = sorted({_ceil(max(share, 1), mesh.size) for share in shares})
+        self.sizes = sorted({cluster.rounded_up(max(share, 1), mesh.size) for share in shares})
         self.programs: dict[tuple[str, int], Programs] = {}
         self.constants: dict[int, tuple[Any, Array]] = {}  # id -> (array that logits_fn closes over, its replica)
         self.flat = 0  # number of items so far whose gradient was zero or not finite at the start
@@ -292,10 +292,6 @@ class Runner:
 def passes(attack: Iterative, others: np.ndarray) -> int:
     """The number of runs for each image: all restarts towards the first target, then towards the next, …"""
     return attack.restarts * min(max(attack.targets, 1), others.shape[1])
-
-
-def _ceil(count, divisor):
-    return -(-count // divisor) * divisor
 
 
 def _power_of_two(count):

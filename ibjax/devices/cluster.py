@@ -314,6 +314,11 @@ def parts_of_batch(mesh: Mesh, size: int) -> tuple[np.ndarray, Callable[[np.ndar
     return rows, placed
 
 
+def rounded_up(count: int, divisor: int) -> int:
+    """The smallest multiple of `divisor` that is at least `count`."""
+    return -(-count // divisor) * divisor
+
+
 def check_divides(batch_size: int, name: str, devices: int, parts: int = 1) -> None:
     """Raises InputError unless `batch_size` is a multiple of `devices` times `parts`."""
     count = devices * parts

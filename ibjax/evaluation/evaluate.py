@@ -309,7 +309,7 @@ def make_scorer(attack: Named, predict: Callable, settings: Any, mesh: Any, atta
         predict,
         functools.partial(attack.make, norm=settings["norm"]),
         mesh,
-        -(-settings["batch_size"] // unit) * unit,
+        cluster.rounded_up(settings["batch_size"], unit),
         settings["norm"] if attack.bounded else "l2",
         bounded=attack.bounded,
         features=attack.features is not None,

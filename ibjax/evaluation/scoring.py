@@ -91,7 +91,7 @@ class Scorer:
         own: str | None = None,
     ):
         self.bounded, self.guided, self.own, self.mesh = bounded, guided, own, mesh
-        self.batch_size = -(-batch_size // mesh.size) * mesh.size
+        self.batch_size = cluster.rounded_up(batch_size, mesh.size)
 
         def score(variables, images, labels, guide, index, seed, eps, step_size):
             x = to_float(images)

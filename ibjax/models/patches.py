@@ -125,6 +125,17 @@ def heads_of(x: Array, heads: int) -> Array:
     return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
 
 
+def joined(x: Array) -> Array:
+    """(B, heads, N, d) -> (B, N, heads·d), the inverse of `heads_of`."""
+    return x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1)
+
+
+def qkv(x: Array, heads: int, dtype: Any) -> list[Array]:
+    """q, k and v (B, heads, N, d) of tokens (B, N, C) by one linear layer of the calling module."""
+    made = layers.Dense(3 * x.shape[-1], dtype=dtype, name="qkv", **INIT)(x)
+    return [heads_of(part, heads) for part in jnp.split(made, 3, -1)]
+
+
 def tokens_of(x: Array) -> Array:
     """(B, H, W, C) -> (B, H·W, C), rows first."""
     return x.reshape(x.shape[0], -1, x.shape[-1])

@@ -45,10 +45,8 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         width = x.shape[-1]
-        qkv = layers.Dense(3 * width, dtype=self.dtype, name="qkv", **patches.INIT)(x)
-        q, k, v = (patches.heads_of(part, self.heads) for part in jnp.split(qkv, 3, -1))
-        y = patches.Attend()(q * (width // self.heads) ** -0.5, k, v)
-        y = y.transpose(0, 2, 1, 3).reshape(x.shape)
+        q, k, v = patches.qkv(x, self.heads, self.dtype)
+        y = patches.joined(patches.Attend()(q * (width // self.heads) ** -0.5, k, v))
         return layers.Dense(width, dtype=self.dtype, name="proj", **patches.INIT)(y)
 
 

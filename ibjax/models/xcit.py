@@ -67,11 +67,10 @@ class CrossCovariance(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         width = x.shape[-1]
-        qkv = layers.Dense(3 * width, dtype=self.dtype, name="qkv", **patches.INIT)(x)
-        q, k, v = (patches.heads_of(part, self.heads).swapaxes(2, 3) for part in jnp.split(qkv, 3, -1))  # (B, h, d, N)
+        q, k, v = (part.swapaxes(2, 3) for part in patches.qkv(x, self.heads, self.dtype))  # (B, heads, d, N)
         tau = self.param("temperature", nn.initializers.ones, (self.heads, 1, 1))
         y = patches.Attend()(_unit(q) * tau[None].astype(q.dtype), _unit(k), v)
-        y = y.transpose(0, 3, 1, 2).reshape(x.shape)
+        y = patches.joined(y.swapaxes(2, 3))
         return layers.Dense(width, dtype=self.dtype, name="proj", **patches.INIT)(y)
 
 
@@ -157,8 +156,7 @@ class ClassAttention(nn.Module):
         q, k, v = (
             patches.heads_of(linear(part, name), self.heads) for part, name in ((x[:, :1], "q"), (x, "k"), (x, "v"))
         )
-        y = patches.Attend()(q * (width // self.heads) ** -0.5, k, v)
-        return linear(y.transpose(0, 2, 1, 3).reshape(x.shape[0], 1, width), "proj")
+        return linear(patches.joined(patches.Attend()(q * (width // self.heads) ** -0.5, k, v)), "proj")
 
 
 class Model(nn.Module):

@@ -25,24 +25,14 @@ class Collective(NamedTuple):
 
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-
-
 _CALLED = re.compile(r"(?:calls|to_apply|condition|body|branch_computations|true_computation|false_computation)=")
-
-
 # computations inside one kernel: of a fusion, and the function of a reduction, sort or scatter, but not of a `call`
 _INSIDE = re.compile(r" fusion\(.*calls=%?([\w.\-]+)| (?!call\()[\w\-]+\(.*to_apply=%?([\w.\-]+)")
 _COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\("
 )
-
-
 _PIECE = re.compile(r'chain_id="(\d+)"')  # the TPU compiler splits a collective into pieces between convolutions
-
-
 _NO_FLOPS = re.compile(r'op_name="[^"]*(/gather|/scatter|/dynamic_slice|/dynamic_update_slice|searchsorted.*/while)"')
-
-
 _SHAPE = re.compile(r"(pred|[a-z]+\d+)\[([\d,]*)\]")
 
 
