@@ -208,6 +208,10 @@ def test_accuracies_are_those_counted_one_by_one():
         right = sum(int(np.argmax(image[0, 0])) == label for image, label in zip(x, y, strict=True))
         assert value == round(100 * right / 23, 4)
     assert table == analysis.accuracies(logits_fn, source, batch_size=23)
+    with pytest.raises(InputError, match="n=24 is not allowed; a corruption of one severity has 23 images"):
+        analysis.accuracies(logits_fn, source, n=24)
+    with pytest.raises(InputError, match="n=24 is not allowed; the test set has 23 images"):
+        analysis.generated(splits[1], "noise", n=24)
 
 
 def test_the_published_images_are_found_by_the_number_of_classes(tmp_path):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ibjax import files, losses
 from ibjax.analysis import calibration, commands, output
-from ibjax.data import Split, corruptions, stratified, tfds
+from ibjax.data import Split, corruptions, sample, tfds
 from ibjax.devices import cluster
 from ibjax.errors import DataError, InputError
 from ibjax.runs import command_line, run, rundir
@@ -57,10 +57,12 @@ def stored(num_classes: int, data_dir: str = "") -> Source:
 
 
 def generated(test: Split, label: str, seed: int = 0, n: int | None = None) -> Source:
-    """All corruptions that can be generated from the test images, or from `n` of them: all but frost."""
-    total = len(test.labels)
-    chosen = np.arange(total) if n is None or n >= total else stratified(test.labels, n, seed=0)
-    images, labels = test.images[chosen], test.labels[chosen]
+    """All corruptions that can be generated from the test images, or from `n` of them: all but frost.
+
+    Raises InputError where there are fewer than `n`.
+    """
+    chosen, labels = sample(Split(np.arange(len(test.labels)), test.labels), n)  # indices in place of images
+    images = test.images[chosen]
 
     def split(name, severity):
         return Split(corruptions.corrupt(images, name, severity, seed, chosen), labels)
@@ -73,10 +75,7 @@ def accuracies(logits_fn: Callable, source: Source, n: int | None = None, batch_
     table: dict[str, list[float]] = {name: [] for name in source.names}
     pairs = [(name, severity) for name in source.names for severity in corruptions.SEVERITIES]
     for name, severity in tqdm(pairs, desc="corruptions", disable=not sys.stderr.isatty()):
-        split = source.split(name, severity)
-        if n is not None and n < len(split.labels):
-            chosen = stratified(split.labels, n, seed=0)
-            split = Split(split.images[chosen], split.labels[chosen])
+        split = sample(source.split(name, severity), n, holds="a corruption of one severity has")
         table[name].append(_accuracy(logits_fn, split, batch_size))
     return table
 
