@@ -1,5 +1,6 @@
 """Several real processes: they agree, they say for whom they wait, and the lost one is named."""
 
+import inspect
 import signal
 import socket
 import subprocess
@@ -113,6 +114,19 @@ def test_processes_that_end_well_say_nothing_and_wait_for_each_other():
     for i, (output, code) in enumerate(finish(start(body))):
         lines = [line for line in output.splitlines() if "Gloo" not in line]
         assert (code, lines) == (0, ["begun", f"ended {i}"]), output
+
+
+@pytest.mark.slow
+def test_a_process_may_compile_for_longer_than_the_others_wait_for_a_connection():
+    body = """
+        time.sleep(35 * me)
+        replicated = cluster.replicate({"x": np.float32(2)}, cluster.mesh())
+        total = jax.jit(lambda x: jax.lax.with_sharding_constraint(x + jnp.zeros(2), each).sum())
+        print("sum", float(total(replicated["x"])))
+    """
+    begin = "import jax.numpy as jnp, numpy as np\neach = jax.NamedSharding(cluster.mesh(), cluster.BATCH)\n"
+    for output, code in finish(start(begin + inspect.cleandoc(body))):
+        assert code == 0 and "sum 4.0" in output, output
 
 
 @pytest.mark.slow

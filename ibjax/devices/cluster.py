@@ -65,6 +65,8 @@ def initialize() -> None:
     if backend() == "cpu":
         keep_memory()
     peers.watch()
+    if backend() == "cpu" and several():
+        _connect()
 
 
 def backend() -> str:
@@ -188,6 +190,17 @@ def _join(port, count, index, variable, *address):
     told = _speaking(f"process {index} of {count}", f"{others} {where}", f"start all {count} processes")
     with told if count > 1 else contextlib.nullcontext():
         jax.distributed.initialize(*address, **_common())
+
+
+def _connect():
+    """Connects the CPU devices of all processes to each other, by a sum over them.
+
+    The first sum makes the connections, and each process waits 30 s for the others to come to it. Without this one, a
+    process that finds its compiled program in the cache would give up while another still compiles.
+    """
+    each = NamedSharding(mesh(), BATCH)
+    ones = jax.make_array_from_callback((len(each.device_set),), each, lambda index: np.ones(1, np.float32))
+    jax.block_until_ready(jax.jit(jax.numpy.sum, out_shardings=NamedSharding(each.mesh, REPLICATED))(ones))
 
 
 @contextlib.contextmanager
