@@ -93,7 +93,8 @@ def test_an_error_in_one_process_ends_the_others_which_name_it(how):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_process_that_dies_or_is_stopped_is_named_by_the_others_which_end(victim, how):
     processes = start("time.sleep(60)")
-    assert [process.stdout.readline() for process in processes] == ["begun\n"] * 2
+    for process in processes:
+        assert "begun\n" in iter(process.stdout.readline, "")  # behind what Gloo says
     time.sleep(1)
     processes[victim].send_signal(how)
     began = time.monotonic()
