@@ -4,6 +4,7 @@ The processes are forked from one that has imported ibjax and begun nothing, whi
 """
 
 import atexit
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ import numpy as np
 from ibjax import files
 from ibjax.runs import metrics
 
-LATEST = 300  # seconds after which a process that has not ended counts as hanging
+LATEST = 900  # seconds after which a process that has not ended counts as hanging
 
 
 class Started(NamedTuple):
@@ -37,7 +38,8 @@ class Started(NamedTuple):
     def send(self, number: int) -> None:
         """Sends a signal, if it still runs."""
         if self.poll() is None:
-            os.kill(self.process.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended in between
+                os.kill(self.process.pid, number)
 
     def wait(self, seconds: float) -> int:
         """The exit code; a process that hangs is killed after so many seconds, and has the code −9."""
