@@ -94,8 +94,8 @@ def of_step(name: str, scale: Scale, shape: tuple[int, ...]) -> Program:
 IMAGENET_RESNET18 = {**methods.RESNET18, "stem": "imagenet"}
 RESNET50 = dict(name="resnet", depth=50)
 WRN28 = dict(name="wide_resnet", depth=28, width=10)
-# name -> for images of a side in pixels, the network and how many images a chip has in a batch; `masked` and `own` wrap
-# other networks without a computation of their own
+# name -> for images of a side in pixels, the network and how many images a chip has in a batch; `masked` wraps another
+# network without a computation of its own
 NETWORKS: Mapping[str, Mapping[int, tuple[Mapping[str, Any], int]]] = MappingProxyType(
     {
         "cnn": {
