@@ -276,6 +276,20 @@ def test_info_stop_goes_on_with_what_the_same_code_versions_and_settings_have_ma
             again()
 
 
+def test_rows_of_other_commits_stay_where_asked(tmp_path, monkeypatch):
+    compiled_rows, parser = [], parts.bare(parts.__file__, "")
+
+    def compile_one(name):
+        compiled_rows.append(name)
+        return {"compile_seconds": 1}
+
+    for name, keep in (("commit", False), ("commit", True), ("commit", False), ("versions", True)):
+        with monkeypatch.context() as other:
+            other.setattr(provenance, name, lambda: {"name": str(len(compiled_rows))})
+            parts.compile_rows(parser, tmp_path / "a.json", "h200", ["row"], compile_one, str, keep)
+    assert len(compiled_rows) == 3  # all but the second
+
+
 def test_rows_of_slices_are_compiled_again_where_code_or_compiler_are_others(tmp_path, monkeypatch):
     compiled_rows = []
 
