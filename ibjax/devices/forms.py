@@ -64,7 +64,7 @@ class Form(NamedTuple):
     parts: int  # largest number of parts in which a network answers a batch, see `cores.in_parts`
     serial: bool  # whether factorisations of many matrices run one after the other
     fourier: str  # "product" where a Fourier transform may have to be a matrix product, or "fft"
-    resize: str  # "product" or "sum": how images are resized
+    resize: str  # how images are resized: by a "product", a "sum", or from the two "neighbours" of a pixel
     svd: str  # of many small matrices: the "library", or "rotations" of their columns, see `information.jacobi`
     classes: str  # gradients of all logits: "together" in one pass, or "in turn" in a loop
     fold: bool  # whether batch-norm is folded into the convolution before it, once per attack (evaluation mode)
@@ -123,7 +123,7 @@ TABLE = {
         parts=1,
         serial=False,
         fourier="fft",
-        resize="sum",
+        resize="neighbours",
         svd="rotations",
         classes="in turn",
         fold=True,
