@@ -22,7 +22,6 @@ has changed since, or with --keep only if a version has. Writes a JSON file and 
 """
 
 import argparse
-import datetime
 import fnmatch
 import json
 import os
@@ -127,7 +126,7 @@ def main() -> None:
     parser = bare(__file__, __doc__)
     parser.add_argument("--topology", default="h200", help="h200, h100, or a TPU slice as v5e:2x2")
     parser.add_argument("--programs", default="*", help="a pattern of names, as 'objective *'")
-    parser.add_argument("--out", type=files.path, help="default: results/ahead-TOPOLOGY-DATE.json")
+    parser.add_argument("--out", type=files.path, help="default: results/ahead-TOPOLOGY.json")
     parser.add_argument("--keep", action="store_true", help="leave rows of other commits as they are")
     parser.add_argument("--hlo", type=files.path, help="folder for the texts of the compiled programs")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -152,7 +151,7 @@ def parent(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     chosen = fnmatch.filter(known, given.programs)
     if not chosen:
         parser.error(f"--programs={given.programs} matches none of {', '.join(known)}")
-    out = given.out or ROOT / "results" / f"ahead-{given.topology.replace(':', '-')}-{datetime.date.today()}.json"
+    out = given.out or ROOT / "results" / f"ahead-{given.topology.replace(':', '-')}.json"
     versions = measuring.in_words(made_by()["versions"])
 
     def page(content):
