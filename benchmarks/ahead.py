@@ -14,7 +14,8 @@ bytes that kernels read and write. Nothing is autotuned, so a real card may need
 
 For a TPU, the milliseconds are what its compiler expects by its own cost model, and no measurement: of the body of the
 loop that takes longest, such as PGD's step, and of the rest, in which the body of any other loop counts once. Kernels
-over three times their bound (`ibjax.training.hlo`) are counted, and the slowest of them is named.
+over three times their bound (`ibjax.training.hlo`) are counted, and the slowest of them is named. Sorts and
+factorisations have no estimate, and are counted.
 
 Each program has its own process, so that a crash of the compiler affects that program only. The same command continues
 where it was stopped, and retries programs that did not compile. A program is compiled again if the code or a version
@@ -75,6 +76,7 @@ def compiled(name: str, topology: str, texts: Path | None = None) -> dict[str, A
         assert expected is not None
         slow = [kernel._asdict() for kernel in expected.kernels if kernel.slow()]
         counted = {"loop_ms": expected.attack_step_ms, "rest_ms": expected.rest_ms, "slow_kernels": slow}
+        counted["unpriced"] = expected.unpriced
     return {
         "trace_seconds": round(traced - began, 1),
         "compile_seconds": round(compiled_at - traced, 1),
@@ -100,6 +102,7 @@ def table(content: dict[str, Any]) -> str:
         "rest, estimated ms",
         "kernels over 3 × bound",
         "the slowest: ms, bound, operation",
+        "without estimate",
     )
     sizes = ("GiB of arguments", "of temporaries", "trace, s", "compile, s")
     heads, lines = ("program", *(counts if gpu else expected), *sizes), []
@@ -107,15 +110,16 @@ def table(content: dict[str, Any]) -> str:
         if name == "run":
             continue
         if found["error"]:
-            lines.append((name, found["error"], *[""] * 7))
+            lines.append((name, found["error"], *[""] * (len(heads) - 2)))
             continue
         if gpu:
             loops = (found["in_loops"], f"{found['bytes_in_loops'] / 1e9:.2f}")
             what = (*loops, found["outside"], f"{found['bytes_outside'] / 1e9:.2f}")
         else:
             slow = found["slow_kernels"]
+            unpriced = ", ".join(f"{count} {kind}" for kind, count in found.get("unpriced", {}).items())
             first = f"{slow[0]['ms']:.2f}, {slow[0]['bound_ms']:.2f}, {slow[0]['operation'][-50:]}" if slow else ""
-            what = (f"{found['loop_ms']:.2f}", f"{found['rest_ms']:.2f}", len(slow), first)
+            what = (f"{found['loop_ms']:.2f}", f"{found['rest_ms']:.2f}", len(slow), first, unpriced)
         sizes = (f"{found[part] / ahead.GIB:.2f}" for part in ("argument_bytes", "temporary_bytes"))
         lines.append((name, *what, *sizes, found["trace_seconds"], found["compile_seconds"]))
     return measuring.markdown(heads, lines)
