@@ -20,7 +20,7 @@ gradient.
 |               |             |          |             | as long                                                       |
 | svd           | library  | library  | rotations   | TPU, 3,072 matrices of 32×32: JAX's own compiles in 85 s of   |
 |               |          |          |             | processor time, rotations of columns in 8 s; they take 0.22   |
-|               |          |          |             | ms a round, some 250 rounds. Of JAX's own no estimate exists: |
+|               |          |          |             | ms a round, some 300 rounds. Of JAX's own no estimate exists: |
 |               |          |          |             | its factorisations are kernels without one                    |
 | classes       | together | in turn  | in turn     | FAB without targets, ResNet-18, float32, batch 500. TPU: of   |
 |               |          |          |             | 131 ms a step 40 spread ReLU masks to ten classes. GPU: 70    |
