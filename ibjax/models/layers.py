@@ -526,14 +526,14 @@ def _from_neighbours(x, axis, length):
     """The weights repeat: `new` pixels of each period stand for `old` ones, and are sums of two strided slices."""
     periods = math.gcd(x.shape[axis], length)
     old, new = x.shape[axis] // periods, length // periods
-    padded = jnp.pad(x, [(1, 1) if i == axis else (0, 0) for i in range(x.ndim)], mode="edge")
+    around = int(new > old)  # only new pixels that are closer than the old ones look beyond the border
+    padded = jnp.pad(x, [(around, around) if i == axis else (0, 0) for i in range(x.ndim)], mode="edge")
     stop = (periods - 1) * old + 1
     pixels = []
     for i in range(new):
         low, weight = divmod((i + 0.5) * old / new - 0.5, 1)
-        first, second = (
-            lax.slice_in_dim(padded, start, start + stop, old, axis) for start in (int(low) + 1, int(low) + 2)
-        )
+        start = int(low) + around
+        first, second = (lax.slice_in_dim(padded, i, i + stop, old, axis) for i in (start, start + (weight > 0)))
         pixels.append((1 - weight) * first + weight * second)
     shape = (*x.shape[:axis], length, *x.shape[axis + 1 :])
     return jnp.stack(pixels, axis + 1).reshape(shape)
