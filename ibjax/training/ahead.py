@@ -330,7 +330,10 @@ def table(found: dict[str, Any]) -> str:
     where = {-1: "once a dispatch", 0: "each step"}
     lines += ["collectives       kind, count, MB of a chip, where" if found["collectives"] else "no collectives"]
     for item in found["collectives"]:
-        place = where.get(item.depth, "IN A LOOP OF THE STEP (an attack must have none)")
+        place = where.get(
+            item.depth,
+            "IN A LOOP OF THE STEP (an attack must have none, but with attack_bn='train' sums of batch-norms)",
+        )
         lines += [f"                  {item.kind}, {item.count}, {item.bytes / 1e6:.2f}, {place}"]
     return "\n".join(lines)
 
