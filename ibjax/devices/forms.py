@@ -15,16 +15,19 @@ gradient.
 |               |             |          |             | 0.10.2)                                                       |
 | fourier       | product     | fft      | fft         | several FFTs in one program deadlock on a CPU from jaxlib     |
 |               |             |          |             | 0.11 on                                                       |
-| resize        | product     | sum      | sum         | GPU: the compiler finds no tiling for the product with three  |
+| resize        | product     | sum      | neighbours  | GPU: the compiler finds no tiling for the product with three  |
 |               |             |          |             | channels. CPU: the gradient of the sum takes up to 200 times  |
-|               |             |          |             | as long                                                       |
-| svd           | library  | library  | rotations   | TPU, 3,072 matrices of 32×32: JAX's own compiles in 85 s of   |
-|               |          |          |             | processor time, rotations of columns in 8 s; they take 0.22   |
-|               |          |          |             | ms a round, some 300 rounds. Of JAX's own no estimate exists: |
-|               |          |          |             | its factorisations are kernels without one                    |
-| classes       | together | in turn  | in turn     | FAB without targets, ResNet-18, float32, batch 500. TPU: of   |
-|               |          |          |             | 131 ms a step 40 spread ReLU masks to ten classes. GPU: 70    |
-|               |          |          |             | GB a step, 5.1 GiB. CPU: rolled loops are slow                |
+|               |             |          |             | as long. TPU, the sizes of SiRIIB, 500 images: sums take 1.7  |
+|               |             |          |             | ms forward, neighbours 1.2 with the gradient; products 0.3,   |
+|               |             |          |             | and five times as long to compile                             |
+| svd           | library     | library  | rotations   | TPU, 3,072 matrices of 32×32: JAX's own compiles in 85 s of   |
+|               |             |          |             | processor time, rotations of columns in 8 s; they take 0.22   |
+|               |             |          |             | ms a round, some 300 rounds. Of JAX's own no estimate exists: |
+|               |             |          |             | its factorisations are kernels without one                    |
+| classes       | together    | together | in turn     | FAB without targets, ResNet-18, float32, batch 500. TPU: of   |
+|               |             |          |             | 131 ms a step 40 spread ReLU's masks to ten classes. GPU: 62  |
+|               |             |          |             | GB and 3.9 GiB together, 74 GB and 1.5 GiB in turn. CPU:      |
+|               |             |          |             | rolled loops are slow                                         |
 | fold          | no          | yes      | yes         | GPU: the loop's step falls from 123 kernels, 7.00 GB to 84,   |
 |               |             |          |             | 6.44. TPU: 11.55 to 11.22 ms. CPU: no faster, 4.74 s as it    |
 |               |             |          |             | is, 5.08 s folded (batch 32)                                  |
@@ -106,7 +109,7 @@ TABLE = {
         fourier="fft",
         resize="sum",
         svd="library",
-        classes="in turn",
+        classes="together",
         fold=True,
         relu="output",
         stem="split",

@@ -41,7 +41,7 @@ def svd(matrices: Array) -> tuple[Array, Array, Array]:
     def sweep(carry):
         pairs, _, swept = carry
         start = (*pairs, jnp.zeros((), bool))
-        top, bottom, rotated = lax.fori_loop(0, even - 1, lambda _, at: _round(*at, n, tiny), start)
+        top, bottom, rotated = lax.fori_loop(0, even - 1, lambda _, at: _round(at[0], at[1], at[2], n, tiny), start)
         return (top, bottom), rotated, swept + 1
 
     both = jnp.concatenate([w, v], 1)
