@@ -1,6 +1,5 @@
 """SiRIIB's network: its sizes as printed, its parts as described."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -33,7 +33,6 @@ from jax import Array, lax
 from ibjax import losses
 from ibjax.attacks import Attack, geometry
 from ibjax.attacks.iterative import Iterative, as_attack
-from ibjax.devices import cores
 from ibjax.errors import check_count
 
 _ALPHA_MAX, _ETA, _BETA = 0.1, 1.05, 0.9
@@ -136,9 +135,7 @@ def nearest_boundary(logits_fn: Callable, x: Array, y: Array, norm: str) -> tupl
     is_true = jax.nn.one_hot(y, classes, dtype=bool)
     # one vector-Jacobian product per class, for all images at once: ∇(z_k − z_y)
     towards = jnp.eye(classes, dtype=logits.dtype)[:, None, :] - is_true.astype(logits.dtype)[None]  # (K, B, K)
-    back = lambda cotangent: pull_back(cotangent)[0]  # noqa: E731
-    together = cores.form().classes == "together"
-    gradients = jax.vmap(back)(towards) if together else lax.map(back, towards)  # (K, B, H, W, C)
+    gradients = jax.vmap(lambda cotangent: pull_back(cotangent)[0])(towards)  # (K, B, H, W, C)
     z_y = jnp.sum(jnp.where(is_true, logits, 0.0), axis=-1, keepdims=True)
     df = logits - z_y  # (B, K)
     dual = {"linf": "l1", "l2": "l2", "l1": "linf"}[norm]

@@ -24,10 +24,6 @@ gradient.
 |               |             |          |             | processor time, rotations of columns in 8 s; they take 0.22   |
 |               |             |          |             | ms a round, some 300 rounds. Of JAX's own no estimate exists: |
 |               |             |          |             | its factorisations are kernels without one                    |
-| classes       | together    | together | in turn     | FAB without targets, ResNet-18, float32, batch 500. TPU: of   |
-|               |             |          |             | 131 ms a step 40 spread ReLU's masks to ten classes. GPU: 62  |
-|               |             |          |             | GB and 3.9 GiB together, 74 GB and 1.5 GiB in turn. CPU:      |
-|               |             |          |             | rolled loops are slow                                         |
 | fold          | no          | yes      | yes         | GPU: the loop's step falls from 123 kernels, 7.00 GB to 84,   |
 |               |             |          |             | 6.44. TPU: 11.55 to 11.22 ms. CPU: no faster, 4.74 s as it    |
 |               |             |          |             | is, 5.08 s folded (batch 32)                                  |
@@ -69,7 +65,6 @@ class Form(NamedTuple):
     fourier: str  # "product" where a Fourier transform may have to be a matrix product, or "fft"
     resize: str  # how images are resized: by a "product", a "sum", or from the two "neighbours" of a pixel
     svd: str  # of many small matrices: the "library", or "rotations" of their columns, see `information.jacobi`
-    classes: str  # gradients of all logits: "together" in one pass, or "in turn" in a loop
     fold: bool  # whether batch-norm is folded into the convolution before it, once per attack (evaluation mode)
     relu: str  # "input" or "output": what its gradient looks at
     stem: str  # how a bfloat16 network reads pixels: "float32", or "split" into two bfloat16 numbers
@@ -90,7 +85,6 @@ TABLE = {
         fourier="product",
         resize="product",
         svd="library",
-        classes="together",
         fold=False,
         relu="input",
         stem="float32",
@@ -109,7 +103,6 @@ TABLE = {
         fourier="fft",
         resize="sum",
         svd="library",
-        classes="together",
         fold=True,
         relu="output",
         stem="split",
@@ -128,7 +121,6 @@ TABLE = {
         fourier="fft",
         resize="neighbours",
         svd="rotations",
-        classes="in turn",
         fold=True,
         relu="input",
         stem="split",
