@@ -30,7 +30,7 @@ runs; errors of σ relative to σ_max and of P's entries, median over the matric
 On a CPU this module passes one matrix per call (see linalg.py). The forward pass for two such sets of images and the
 gradient of a squared difference of their σ and P with respect to one set then took 65 ms of processor time. On CUDA the
 default algorithm is Jacobi's, batched by cuSOLVER up to 32 × 32. On a TPU JAX's own is by polar decomposition, nested
-loops of factorisations whose programs take minutes to compile; there jacobi.py replaces it up to 64 × 64. Neither has
+loops of factorisations of which its compiler gives no estimate; there jacobi.py replaces it up to 64 × 64. Neither has
 been measured on an accelerator.
 """
 
