@@ -20,10 +20,10 @@ gradient.
 |               |             |          |             | as long. TPU, the sizes of SiRIIB, 500 images: sums take 1.7  |
 |               |             |          |             | ms forward, neighbours 1.2 with the gradient; products 0.3,   |
 |               |             |          |             | and five times as long to compile                             |
-| svd           | library     | library  | rotations   | TPU: JAX's own is factorisations without an estimate, whose   |
-|               |             |          |             | kernels take 5.7 ms around; rotations take 0.12 ms a round    |
-|               |             |          |             | for 1,500 matrices of 32×32, 310 rounds, and none is opaque.  |
-|               |             |          |             | Two of them: 171 s of processor time to compile, now 120      |
+| svd           | library     | library  | rotations   | TPU, 1,500 matrices of 32×32: JAX's own is factorisations     |
+|               |             |          |             | without an estimate; rotations take 0.12 ms a round, some     |
+|               |             |          |             | 310 rounds. Two such: 171 s of processor time to compile,     |
+|               |             |          |             | with rotations 120                                            |
 | fold          | no          | yes      | yes         | GPU: the loop's step falls from 123 kernels, 7.00 GB to 84,   |
 |               |             |          |             | 6.44. TPU: 11.55 to 11.22 ms. CPU: no faster, 4.74 s as it    |
 |               |             |          |             | is, 5.08 s folded (batch 32)                                  |
