@@ -16,9 +16,9 @@ N = 8
 SMOOTH = np.outer(np.linspace(0.2, 0.9, N), np.linspace(1, 0.3, N))  # rank one
 
 
-@pytest.fixture(autouse=True, params=["cpu", "tpu"])
+@pytest.fixture(autouse=True, params=["cpu", pytest.param("tpu", marks=pytest.mark.slow)])
 def platform(request):
-    """Every test holds for the library's decomposition and for the one by rotations."""
+    """Every test holds for the library's decomposition and, slow but for one, for that by rotations."""
     with cores.elsewhere(request.param):
         yield request.param
 
@@ -114,6 +114,7 @@ def test_the_polar_derivative_is_exact_at_repeated_singular_values():
         np.testing.assert_allclose(got, finite_difference(a, direction, *weights), rtol=1e-6)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"], indirect=True)
 def test_the_polar_derivative_of_a_deficient_matrix_is_that_within_its_rank():
     """Along changes that keep the rank: A = L Rᵀ with L and R of three columns."""
     left, right, d_left, d_right = RNG.normal(size=(4, N, 3))
