@@ -81,18 +81,20 @@ def compile_rows(
     names: Iterable[str],
     compile_one: Callable[[str], dict[str, Any]],
     page: Callable[[dict[str, Any]], str],
+    keep: bool = False,
 ) -> None:
     """Compiles rows one by one into the JSON file, with `page` of its content beside it as Markdown.
 
-    A row that is `done` stays. `compile_one` returns the numbers of a row, with "compile_seconds", or {"error": …}. A
-    file of another topology ends the command.
+    A row that is `done` stays, and with `keep` also one of another commit. `compile_one` returns the numbers of a row,
+    with "compile_seconds", or {"error": …}. A file of another topology ends the command.
     """
     known, source = files.read_json(out) if out.is_file() else {}, made_by()
     if known.get("run", {}).get("topology", topology) != topology:
         parser.error(f"--out={out} is of {known['run']['topology']}; give another")
     update(out, "run", topology=topology, date=datetime.date.today().isoformat())
     for name in names:
-        if done(known.get(name), source):
+        row = known.get(name)
+        if done(row, source | {"commit": row.get("commit")} if keep and row else source):
             continue
         found = {"error": "", **compile_one(name), **source}
         update(out, name, **found)

@@ -2,7 +2,8 @@
 
 `TABLE` maps names, such as "objective trades", "attack pgd-20" or "analysis plane", to functions that build the program
 at a given scale on a mesh. `ahead.py` compiles all of them for a card that this machine lacks, and `device.py` runs
-each of them twice on an available device.
+each of them twice on an available device. `ARCHITECTURES` has the train steps of every network at two image sizes, such
+as "architecture xcit 224px", which only `ahead.py` compiles: each of them has a real size and no smaller one.
 """
 
 from collections.abc import Callable, Mapping
@@ -60,9 +61,9 @@ class Program(NamedTuple):
 Build = Callable[[Scale, Mesh], Program]
 
 
-def images(count: int) -> tuple[jax.Array, jax.Array]:
+def images(count: int, shape: tuple[int, ...] = SHAPE) -> tuple[jax.Array, jax.Array]:
     """Images (B, H, W, C) uint8 and labels (B,) int32."""
-    x = jax.random.randint(jax.random.key(2), (count, *SHAPE), 0, 256).astype(jnp.uint8)
+    x = jax.random.randint(jax.random.key(2), (count, *shape), 0, 256).astype(jnp.uint8)
     return x, jnp.arange(count, dtype=jnp.int32) % CLASSES
 
 
@@ -73,16 +74,68 @@ def initial(model: Any) -> Any:
 
 def of_objective(name: str, scale: Scale, mesh: Mesh) -> Program:
     """The whole train step of a name in `methods.NAMES`."""
+    return of_step(name, scale, SHAPE)
+
+
+def of_step(name: str, scale: Scale, shape: tuple[int, ...]) -> Program:
+    """As `of_objective`, on images (H, W, C)."""
     case = methods.build(methods.settings(name, scale.network, scale.steps), scale.teacher, dtype=scale.dtype)
-    made = methods.program(case, scale.batch, SHAPE)
+    made = methods.program(case, scale.batch, shape)
 
     def arguments():
         state, frozen = made.init()
-        x, y = images(scale.batch)
+        x, y = images(scale.batch, shape)
         batch = {"image": to_float(x), "label": y, "index": jnp.arange(scale.batch, dtype=jnp.int32)}
         return state, batch, jax.random.key(1), frozen
 
     return Program(jax.jit(made.train_step, donate_argnums=0), arguments, lambda given, result: (result[0], *given[1:]))
+
+
+IMAGENET_RESNET18 = {**methods.RESNET18, "stem": "imagenet"}
+RESNET50 = dict(name="resnet", depth=50)
+WRN28 = dict(name="wide_resnet", depth=28, width=10)
+# name -> for images of a side in pixels, the network and how many images a chip has in a batch; `masked` wraps another
+# network without a computation of its own
+NETWORKS: Mapping[str, Mapping[int, tuple[Mapping[str, Any], int]]] = MappingProxyType(
+    {
+        "cnn": {
+            32: (dict(name="cnn"), 512),
+            224: (dict(name="cnn", hidden=(), pool="average", batch_norm=True), 64),
+        },
+        "resnet-18": {32: (methods.RESNET18, 512), 224: (IMAGENET_RESNET18, 128)},
+        "resnet-50": {32: (RESNET50, 256), 224: ({**RESNET50, "stem": "imagenet"}, 128)},
+        "wrn-50-2": {224: ({**RESNET50, "stem": "imagenet", "inner_width": 2}, 128)},
+        "preact-18": {32: (dict(name="preact_resnet"), 512), 224: (dict(name="preact_resnet"), 32)},
+        "wrn-28-10": {32: (WRN28, 128), 224: (WRN28, 4)},
+        "vgg-16": {32: (dict(name="vgg"), 512), 224: (dict(name="vgg", variant="torchvision"), 64)},
+        "convnext-t": {32: (dict(name="convnext"), 512), 224: (dict(name="convnext", stem="convstem"), 64)},
+        "vit-s": {32: (dict(name="vit", patch=4), 512), 224: (dict(name="vit", stem="convstem"), 64)},
+        "xcit-s12": {32: (dict(name="xcit", patch=4), 256), 224: (dict(name="xcit"), 64)},
+        "siriib": {
+            32: (methods.NETWORKS["siriib"](methods.RESNET18), 512),
+            224: ({**methods.NETWORKS["siriib"](IMAGENET_RESNET18), "scales": (224, 112, 56, 28)}, 64),
+        },
+        "stochastic": {
+            32: (methods.NETWORKS["vib"](methods.RESNET18), 512),
+            224: (methods.NETWORKS["vib"](IMAGENET_RESNET18), 128),
+        },
+    }
+)
+
+
+def of_architecture(name: str, side: int, scale: Scale, mesh: Mesh) -> Program:
+    """PGD-AT's train step of a network in NETWORKS on images of `side` pixels."""
+    network, batch = NETWORKS[name][side]
+    return of_step("pgd_at", scale._replace(network=network, batch=batch), (side, side, 3))
+
+
+ARCHITECTURES: Mapping[str, Build] = MappingProxyType(
+    {
+        f"architecture {name} {side}px": partial(of_architecture, name, side)
+        for name, sides in NETWORKS.items()
+        for side in sides
+    }
+)
 
 
 def network_for(name: str, scale: Scale) -> Any:

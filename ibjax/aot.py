@@ -5,9 +5,10 @@
 
 Prints the memory of each chip against its HBM, the FLOPs and bytes per chip and step, the upper bounds on images/s that
 follow from them, and the collectives with the loop that contains them. An attack must contain no collective, since
-images are independent in evaluation mode. Needs the extra [tpu], or for a GPU [cuda13]; their compilers need neither
-chip nor driver. No data are read: only their shape matters. Generated images (`data.extra`) count with their number:
-in the memory of every chip, or as what is read in each step.
+images are independent in evaluation mode; one in training mode (`attack_bn="train"`) has those of batch-norm. Needs the
+extra [tpu], or for a GPU [cuda13]; their compilers need neither chip nor driver. No data are read: only their shape
+matters. Generated images (`data.extra`) count with their number: in the memory of every chip, or as what is read in
+each step.
 
     FLOPs = m · ( FLOPs(dispatch) + (k − 1) · FLOPs(attack step) )          for m microbatches; the same for bytes
 

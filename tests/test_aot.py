@@ -327,12 +327,15 @@ PROGRAM = """
 }
 %other (s: (s32[], f32[8])) -> (s32[], f32[8]) {
   %e = f32[8]{0} exponential(%z), CYCLES(1000)
+  %o = f32[8]{0} sort(%e), dimensions={0}, to_apply=%less
 }
 %condition (s: (s32[], bf16[2,8,8,4])) -> pred[] {
   ROOT %k.1 = pred[] constant(true)
 }
 ENTRY %main (x: bf16[2,8,8,4]) -> bf16[2,8,8,4] {
   %a = f32[1000,1000]{1,0} add(%u, %v), metadata={op_name="sum"}, CYCLES(200000)
+  %r = f32[8,8]{1,0} custom-call(%m), custom_call_target="Cholesky"
+  %b = f32[8,8]{1,0} custom-call(%m), custom_call_target="ConcatBitcast"
   %loop = (s32[], bf16[2,8,8,4]{3,2,1,0}) while(%init), condition=%condition, body=%body
   %small = (s32[], f32[8]{0}) while(%init), condition=%condition, body=%other
 }""".replace("CYCLES(", 'backend_config={"window_config":{"estimated_cycles":"').replace("00)\n", '00"}}\n')
@@ -352,8 +355,10 @@ def test_the_expected_time_of_a_step_is_that_of_its_parts():
     bounds = (4.0, 1e3 * products / 1e8, 32e-6)  # 4 MB, products, 32 bytes
     assert [kernel.bound_ms for kernel in found.kernels] == pytest.approx(bounds)
     assert [kernel.slow() for kernel in found.kernels] == [True, False, True]
+    assert found.unpriced == {"Cholesky": 1, "sort": 1}
     assert hlo.estimate(PROGRAM, chip, attack_steps=10, microbatches=2).step_ms == pytest.approx(208)
     assert hlo.estimate(PROGRAM, chip, around=1).step_ms == pytest.approx(4)
+    assert hlo.estimate(PROGRAM, chip, around=1).unpriced == {"sort": 1}
     assert hlo.estimate(PROGRAM, ahead.CHIPS["NVIDIA H200 141GB HBM3e"]) is None
 
 

@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from ibjax import perturb
+from ibjax.devices import cores
 from ibjax.evaluation import named
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -63,6 +64,27 @@ def test_every_compiled_part_of_the_package_is_a_program():
     assert kinds["perturbation"] == set(perturb.PERTURBATIONS)
     assert kinds["attack"] == {*named.FAMILIES, *named.ATTACKS}
     assert {"mask", "plane"} <= compiling - {"flops"} <= kinds["analysis"]  # flops compiles for CPUs only
+
+
+def test_every_architecture_is_a_program_at_two_image_sizes():
+    known = {
+        file.stem for file in (FOLDER.parent / "ibjax" / "models").glob("*.py") if "class Model" in file.read_text()
+    }
+    sections = {side: [sizes[side][0] for sizes in programs.NETWORKS.values() if side in sizes] for side in (32, 224)}
+    for of_size in sections.values():
+        assert {section["name"] for section in of_size} == known - {"masked"}  # which wraps another network
+    assert set(programs.ARCHITECTURES) >= {"architecture resnet-18 32px", "architecture vit-s 224px"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", programs.ARCHITECTURES)
+@jax.numpy_dtype_promotion("standard")  # Flax's average pooling divides by a whole number
+def test_the_program_of_an_architecture_can_be_traced(name):
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
+    with cores.elsewhere("tpu"):
+        program = programs.ARCHITECTURES[name](programs.FULL, mesh)
+        _, metrics = jax.eval_shape(program.call, *jax.eval_shape(program.make))
+    assert metrics["loss"].shape == ()
 
 
 @pytest.mark.parametrize("name", programs.TABLE)
@@ -252,6 +274,20 @@ def test_info_stop_goes_on_with_what_the_same_code_versions_and_settings_have_ma
         with monkeypatch.context() as other:  # as it was, for the next
             other.setattr(measuring, "kept", lambda out, found: json.loads(out.read_text()))
             again()
+
+
+def test_rows_of_other_commits_stay_where_asked(tmp_path, monkeypatch):
+    compiled_rows, parser = [], parts.bare(parts.__file__, "")
+
+    def compile_one(name):
+        compiled_rows.append(name)
+        return {"compile_seconds": 1}
+
+    for name, keep in (("commit", False), ("commit", True), ("commit", False), ("versions", True)):
+        with monkeypatch.context() as other:
+            other.setattr(provenance, name, lambda: {"name": str(len(compiled_rows))})
+            parts.compile_rows(parser, tmp_path / "a.json", "h200", ["row"], compile_one, str, keep)
+    assert len(compiled_rows) == 3  # all but the second
 
 
 def test_rows_of_slices_are_compiled_again_where_code_or_compiler_are_others(tmp_path, monkeypatch):

@@ -123,6 +123,15 @@ def test_guarantees(norm, options):
     np.testing.assert_allclose(attack(keys[::-1], linear, X[::-1], y[::-1])[::-1], x_adv, atol=1e-5)
 
 
+def test_a_threshold_replaces_a_sort():
+    """The k-th smallest number exactly, with equal ones and zeros among them."""
+    x = jnp.round(jnp.abs(jax.random.normal(jax.random.key(0), (5, 3, 3, 2))), 1)
+    wanted = jnp.sort(x.reshape(5, -1), axis=1)
+    for k in range(18):
+        smaller = lambda t, k=k: jnp.sum(x < t, (1, 2, 3), keepdims=True) <= k  # noqa: E731
+        np.testing.assert_array_equal(geometry.largest_threshold(smaller, x)[:, 0, 0, 0], wanted[:, k])
+
+
 def test_bad_arguments_are_named():
     for options, words in ((dict(norm="l3"), "norm 'l3'"), (dict(eps=8), "8/255"), (dict(steps=0), "steps=0")):
         with pytest.raises(InputError, match=words):

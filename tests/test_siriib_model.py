@@ -1,7 +1,5 @@
 """SiRIIB's network: its sizes as printed, its parts as described."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -150,17 +148,17 @@ def test_the_named_variants_differ_and_have_gradients(options):
     assert jnp.isfinite(gradient).all() and jnp.abs(gradient).max() > 0
 
 
-@pytest.mark.parametrize("place", [contextlib.nullcontext, cores.elsewhere])
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 @pytest.mark.parametrize("size", [(24, 24), (16, 16), (8, 12), (64, 64), (32, 32)])
-def test_resizing_is_pytorchs_without_anti_aliasing(size, place):
-    """Values and gradients, in the form for a CPU and in that for an accelerator."""
+def test_resizing_is_pytorchs_without_anti_aliasing(size, platform):
+    """Values and gradients, in the form of each platform."""
     torch = pytest.importorskip("torch", reason="the oracle is PyTorch")
     rng = np.random.default_rng(0)
     x, weights = (rng.uniform(size=(2, *s, 3)).astype(np.float32) for s in ((32, 32), size))
     theirs, upstream = (torch.from_numpy(a.transpose(0, 3, 1, 2).copy()) for a in (x, weights))
     expected = torch.nn.functional.interpolate(theirs.requires_grad_(), size=size, mode="bilinear", align_corners=False)
     expected.backward(upstream)
-    with place():
+    with cores.elsewhere(platform):
         values, back = jax.vjp(lambda x: layers.resize(x, size), jnp.asarray(x))
     for ours, torchs in ((values, expected.detach()), (back(jnp.asarray(weights))[0], theirs.grad)):
         np.testing.assert_allclose(ours, torchs.numpy().transpose(0, 2, 3, 1), atol=1e-5)

@@ -6,12 +6,21 @@ import numpy as np
 import pytest
 from scipy import linalg
 
+from ibjax.devices import cores
 from ibjax.errors import InputError
+from ibjax.information import jacobi
 from ibjax.information.svd import singular_values_and_polar
 
 RNG = np.random.default_rng(0)
 N = 8
 SMOOTH = np.outer(np.linspace(0.2, 0.9, N), np.linspace(1, 0.3, N))  # rank one
+
+
+@pytest.fixture(autouse=True, params=["cpu", pytest.param("tpu", marks=pytest.mark.slow)])
+def platform(request):
+    """Every test holds for the library's decomposition and, slow but for one, for that by rotations."""
+    with cores.elsewhere(request.param):
+        yield request.param
 
 
 def rotation(seed):
@@ -70,6 +79,21 @@ def test_the_polar_factor_of_a_deficient_matrix_is_the_partial_isometry(rank):
     np.testing.assert_allclose(s.sum(), np.linalg.svd(a)[1].sum(), atol=1e-5)
 
 
+@pytest.mark.parametrize("n", [1, 2, 5, 12])
+def test_rotations_of_columns_give_the_decomposition(n):
+    """Also of an odd number of columns, of equal ones, and of zeros; in float64 to 1e-12."""
+    a = RNG.normal(size=(4, n, n))
+    a[1] = 0
+    a[2, :, n // 2] = a[2, :, 0]
+    with jax.enable_x64(True):
+        u, s, vt = (np.asarray(part) for part in jacobi.svd(jnp.asarray(a)))
+    np.testing.assert_allclose(s, np.linalg.svd(a)[1], atol=1e-12)
+    np.testing.assert_allclose(u * s[:, None] @ vt, a, atol=1e-12)
+    np.testing.assert_allclose(vt @ vt.mT, np.broadcast_to(np.eye(n), a.shape), atol=1e-12)
+    kept = (s > 1e-12) * 1.0
+    np.testing.assert_allclose((u * kept[:, None]).mT @ u * kept[:, None], np.eye(n) * kept[:, None], atol=1e-12)
+
+
 # ---- derivatives ---------------------------------------------------------------------------------------------
 
 
@@ -90,6 +114,7 @@ def test_the_polar_derivative_is_exact_at_repeated_singular_values():
         np.testing.assert_allclose(got, finite_difference(a, direction, *weights), rtol=1e-6)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"], indirect=True)
 def test_the_polar_derivative_of_a_deficient_matrix_is_that_within_its_rank():
     """Along changes that keep the rank: A = L Rᵀ with L and R of three columns."""
     left, right, d_left, d_right = RNG.normal(size=(4, N, 3))

@@ -313,9 +313,10 @@ def _move(state, x, gradient, norm, eps, is_first):
 
 def _sparse_sign(gradient, top):
     """The signs of the share `top` (B,) of gradient entries that are largest, scaled to l1 norm 1."""
-    flat = jnp.abs(gradient).reshape(gradient.shape[0], -1)
-    pixels = flat.shape[1]
-    index = jnp.clip((1.0 - top) * pixels, 0, pixels - 1).astype(jnp.int32)
-    least = jnp.take_along_axis(jnp.sort(flat, axis=1), index[:, None], axis=1)[:, 0]
-    sign = jnp.where(jnp.abs(gradient) >= geometry.per_image(least, gradient), jnp.sign(gradient), 0.0)
+    size, axes = jnp.abs(gradient), tuple(range(1, gradient.ndim))
+    pixels = gradient.size // len(gradient)
+    smaller = geometry.per_image(jnp.clip((1.0 - top) * pixels, 0, pixels - 1).astype(jnp.int32), gradient)
+    fewer = lambda t: jnp.sum(size < t, axes, keepdims=True, dtype=jnp.int32) <= smaller  # noqa: E731
+    least = geometry.largest_threshold(fewer, gradient)
+    sign = jnp.where(size >= least, jnp.sign(gradient), 0.0)
     return sign / (geometry.size(sign, "l1") + 1e-10)

@@ -207,13 +207,18 @@ def _multiplier(slope, most, wanted):
 
 
 def _steepest_first(steepness, room, wanted):
-    """Moves the pixels in order of decreasing steepness, each to its bound, until Σ steepness·length = wanted."""
-    batch = steepness.shape[0]
-    flat = [value.reshape(batch, -1) for value in (steepness, room)]
-    order = jnp.argsort(-flat[0], axis=1)
-    steep, room = (jnp.take_along_axis(value, order, axis=1) for value in flat)
-    gain = steep * room
-    before = jnp.cumsum(gain, axis=1) - gain
-    missing = jnp.maximum(wanted.reshape(batch, 1) - before, 0.0)
-    length = jnp.where(steep > 0, jnp.minimum(missing / jnp.where(steep > 0, steep, 1.0), room), 0.0)
-    return jnp.take_along_axis(length, jnp.argsort(order, axis=1), axis=1).reshape(steepness.shape)
+    """Moves the steepest pixels, each to its bound, until Σ steepness·length = wanted.
+
+    The last ones, which are equally steep, all move by the same share of their room.
+    """
+    axes, gain = tuple(range(1, steepness.ndim)), steepness * room
+
+    def gained(pixels):
+        return jnp.sum(jnp.where(pixels, gain, 0.0), axes, keepdims=True)
+
+    least = geometry.largest_threshold(lambda t: gained(steepness >= t) >= wanted, steepness)
+    last = steepness == least
+    missing, most = wanted - gained(steepness > least), gained(last)
+    share = jnp.clip(missing / jnp.where(most > 0, most, 1.0), 0.0, 1.0)
+    moved = jnp.where(steepness > least, room, jnp.where(last, share * room, 0.0))
+    return jnp.where(steepness > 0, moved, 0.0)

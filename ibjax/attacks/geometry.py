@@ -171,6 +171,32 @@ def _project_l1(x_adv, x, eps):
     return jnp.clip(x + jnp.sign(delta) * moved(threshold), 0.0, 1.0)
 
 
+def largest_threshold(holds: Callable[[Array], Array], like: Array) -> Array:
+    """The largest number t ≥ 0 for which `holds(t)`, exactly, for each image: (B, 1, 1, 1), of the dtype of `like`.
+
+    It must hold for 0, and for no number beyond one for which it does not. Bisection of the bits of t, which are
+    ordered as numbers that are not negative: 31 rounds in float32. It replaces sorts, which take a TPU's compiler
+    seconds each and a CPU longer than the rounds.
+
+    Args:
+      holds: (B, 1, 1, 1) numbers -> (B, 1, 1, 1) whether.
+      like: images (B, H, W, C), float32 or float64.
+    """
+    bits = jnp.int32 if like.dtype == jnp.float32 else jnp.int64
+    zero = jnp.zeros((like.shape[0],) + (1,) * (like.ndim - 1), bits)
+    infinite = lax.bitcast_convert_type(jnp.full(zero.shape, jnp.inf, like.dtype), bits)
+
+    def halve(_, bracket):
+        low, high = bracket
+        middle = low + (high - low) // 2
+        held = holds(lax.bitcast_convert_type(middle, like.dtype))
+        return jnp.where(held, middle, low), jnp.where(held, high, middle)
+
+    found, _ = lax.fori_loop(0, jnp.iinfo(bits).bits - 1, halve, (zero, infinite))
+    threshold = lax.bitcast_convert_type(found, like.dtype)
+    return jnp.where(threshold < jnp.finfo(like.dtype).tiny, 0.0, threshold)  # to the processor these are 0
+
+
 def ascent_direction(gradient: Array, norm: str) -> Array:
     """The unit step of steepest ascent: sign(g) for l_inf, g/||g|| per image for l2."""
     if check_norm(norm, ("linf", "l2")) == "linf":

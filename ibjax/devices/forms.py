@@ -15,9 +15,15 @@ gradient.
 |               |             |          |             | 0.10.2)                                                       |
 | fourier       | product     | fft      | fft         | several FFTs in one program deadlock on a CPU from jaxlib     |
 |               |             |          |             | 0.11 on                                                       |
-| resize        | product     | sum      | sum         | GPU: the compiler finds no tiling for the product with three  |
+| resize        | product     | sum      | neighbours  | GPU: the compiler finds no tiling for the product with three  |
 |               |             |          |             | channels. CPU: the gradient of the sum takes up to 200 times  |
-|               |             |          |             | as long                                                       |
+|               |             |          |             | as long. TPU, the sizes of SiRIIB, 500 images: sums take 1.7  |
+|               |             |          |             | ms forward, neighbours 1.2 with the gradient; products 0.3,   |
+|               |             |          |             | and five times as long to compile                             |
+| svd           | library     | library  | rotations   | TPU, 1,500 matrices of 32×32: JAX's own is factorisations     |
+|               |             |          |             | without an estimate; rotations take 0.12 ms a round, some     |
+|               |             |          |             | 310 rounds. Two such: 171 s of processor time to compile,     |
+|               |             |          |             | with rotations 120                                            |
 | fold          | no          | yes      | yes         | GPU: the loop's step falls from 123 kernels, 7.00 GB to 84,   |
 |               |             |          |             | 6.44. TPU: 11.55 to 11.22 ms. CPU: no faster, 4.74 s as it    |
 |               |             |          |             | is, 5.08 s folded (batch 32)                                  |
@@ -57,7 +63,8 @@ class Form(NamedTuple):
     parts: int  # largest number of parts in which a network answers a batch, see `cores.in_parts`
     serial: bool  # whether factorisations of many matrices run one after the other
     fourier: str  # "product" where a Fourier transform may have to be a matrix product, or "fft"
-    resize: str  # "product" or "sum": how images are resized
+    resize: str  # how images are resized: by a "product", a "sum", or from the two "neighbours" of a pixel
+    svd: str  # of many small matrices: the "library", or "rotations" of their columns, see `information.jacobi`
     fold: bool  # whether batch-norm is folded into the convolution before it, once per attack (evaluation mode)
     relu: str  # "input" or "output": what its gradient looks at
     stem: str  # how a bfloat16 network reads pixels: "float32", or "split" into two bfloat16 numbers
@@ -77,6 +84,7 @@ TABLE = {
         serial=True,
         fourier="product",
         resize="product",
+        svd="library",
         fold=False,
         relu="input",
         stem="float32",
@@ -94,6 +102,7 @@ TABLE = {
         serial=False,
         fourier="fft",
         resize="sum",
+        svd="library",
         fold=True,
         relu="output",
         stem="split",
@@ -110,7 +119,8 @@ TABLE = {
         parts=1,
         serial=False,
         fourier="fft",
-        resize="sum",
+        resize="neighbours",
+        svd="rotations",
         fold=True,
         relu="input",
         stem="split",

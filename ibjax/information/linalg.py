@@ -22,16 +22,20 @@ def each_matrix(f: Callable[[Array], Any], matrices: Array, chunk: int | None = 
     matrices over the devices, exchange parts of them in every round of an iteration, and synchronise the devices to
     decide when to stop.
     """
+    return together(functools.partial(_each, f, chunk=chunk), matrices)
+
+
+def together(f: Callable[[Array], Any], matrices: Array) -> Any:
+    """f of all matrices (N, …), shared among devices as in `each_matrix`; its results have N rows too."""
     mesh = placement.devices()
     if mesh is None:
-        return _each(f, matrices, chunk)
+        return f(matrices)
     shared = len(matrices) % mesh.size == 0
     where = cluster.BATCH if shared else cluster.REPLICATED
-    share = functools.partial(_each, f, chunk=chunk)
-    return jax.shard_map(share, mesh=mesh, in_specs=where, out_specs=where, check_vma=not shared)(matrices)
+    return jax.shard_map(f, mesh=mesh, in_specs=where, out_specs=where, check_vma=not shared)(matrices)
 
 
-def _each(f, matrices, chunk):
+def _each(f, matrices, chunk=None):
     if cores.form().serial:
         return lax.map(f, matrices)
     return jax.vmap(f)(matrices) if chunk is None else lax.map(f, matrices, batch_size=chunk)

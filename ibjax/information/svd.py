@@ -29,19 +29,23 @@ runs; errors of σ relative to σ_max and of P's entries, median over the matric
 
 On a CPU this module passes one matrix per call (see linalg.py). The forward pass for two such sets of images and the
 gradient of a squared difference of their σ and P with respect to one set then took 65 ms of processor time. On CUDA the
-default algorithm is Jacobi's, batched by cuSOLVER up to 32 × 32; TPUs only have an algorithm by polar decomposition.
-Neither has been measured here.
+default algorithm is Jacobi's, batched by cuSOLVER up to 32 × 32. On a TPU JAX's own is by polar decomposition, nested
+loops of factorisations of which its compiler gives no estimate; there jacobi.py replaces it up to 64 × 64. Neither has
+been measured on an accelerator.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ibjax.devices import cores
 from ibjax.errors import InputError
+from ibjax.information import jacobi
 from ibjax.information.hsic import at_least_float32
-from ibjax.information.linalg import each_matrix
+from ibjax.information.linalg import each_matrix, together
 
 SMALLEST_SUM = 1e-4  # of σ_i + σ_j in a derivative, relative to σ_max
+ROTATED = 64  # rows of the largest matrices that a TPU decomposes by rotations, see jacobi.py
 
 
 def singular_values_and_polar(a: Array) -> tuple[Array, Array]:
@@ -64,7 +68,10 @@ def _decompose(a):
 
 def _forward(a):
     n = a.shape[-1]
-    u, s, vt = each_matrix(lambda m: jnp.linalg.svd(m, full_matrices=False), a.reshape(-1, n, n))
+    if cores.form().svd == "rotations" and n <= ROTATED:
+        u, s, vt = together(jacobi.svd, a.reshape(-1, n, n))
+    else:
+        u, s, vt = each_matrix(lambda m: jnp.linalg.svd(m, full_matrices=False), a.reshape(-1, n, n))
     u, s, vt = u.reshape(a.shape), s.reshape(a.shape[:-1]), vt.reshape(a.shape)
     kept = s > jnp.finfo(a.dtype).eps * n * s[..., :1]
     return (s, _product(u * kept[..., None, :].astype(a.dtype), vt)), (u, s, vt, kept)
@@ -72,13 +79,17 @@ def _forward(a):
 
 def _backward(residuals, cotangents):
     (u, s, vt, kept), (s_bar, p_bar) = residuals, cotangents
-    m = _product(_product(u.mT, p_bar), vt.mT)
+    u_kept = jnp.where(kept[..., None, :], u, 0.0)
+    p_bar_v = _product(p_bar, vt.mT)
+    m = _product(u_kept.mT, p_bar_v)
     i, j = kept[..., :, None], kept[..., None, :]
-    numerator = jnp.where(i & j, m - m.mT, jnp.where(i | j, m, 0.0))
     kept_s = jnp.where(kept, s, 0.0)
     floor = jnp.maximum(SMALLEST_SUM * s[..., :1, None], jnp.finfo(s.dtype).tiny)
-    w = numerator / jnp.maximum(kept_s[..., :, None] + kept_s[..., None, :], floor)
-    return (_product(_product(u, w) + u * s_bar[..., None, :], vt),)
+    w = jnp.where(i & j, m - m.mT, m) / jnp.maximum(kept_s[..., :, None] + kept_s[..., None, :], floor)
+    # rows of W with σ_i below τ: their u_i may be any basis, or 0, so they are what the other u_i do not span
+    deficient = j & ~jnp.all(kept, -1)[..., None, None]
+    others = jnp.where(deficient, p_bar_v - _product(u_kept, m), 0.0) / jnp.maximum(kept_s[..., None, :], floor)
+    return (_product(_product(u_kept, w) + others + u * s_bar[..., None, :], vt),)
 
 
 _decompose.defvjp(_forward, _backward)

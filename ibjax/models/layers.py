@@ -8,6 +8,7 @@ and bfloat16 on a TPU (docs/precision.md). What a layer computes differently on 
 `ibjax.devices.forms`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -493,20 +494,25 @@ def resize(x: Array, size: tuple[int, int]) -> Array:
     """(B, H, W, C) -> (B, *size, C), bilinear between pixel centres and without anti-aliasing, PyTorch's default.
 
     Along each axis it computes y_i = Σ_j w_ij·x_j, in float32 whatever the accelerator's default precision is: on a CPU
-    as a matrix product of precision HIGHEST, elsewhere as an elementwise product and a sum. XLA's GPU compiler (jax
-    0.10.2) finds no tiling for such a product with three channels, while the sum is one pass over memory. With XLA's
-    CPU compiler, the gradient of the sum recomputes its inputs for each term and is up to 200 times slower than that of
-    the matrix product.
+    as a matrix product of precision HIGHEST, on a GPU as an elementwise product and a sum, on a TPU from the two pixels
+    next to each new one. XLA's GPU compiler (jax 0.10.2) finds no tiling for such a product with three channels, while
+    the sum is one pass over memory. With XLA's CPU compiler, the gradient of the sum recomputes its inputs for each
+    term and is up to 200 times slower than that of the matrix product.
     """
-    if cores.form().resize == "product":
+    form = cores.form().resize
+    if form == "product":
         return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), "bilinear", antialias=False)
     for axis, length in zip((1, 2), size, strict=True):
         if x.shape[axis] != length:
-            weights = _bilinear(x.shape[axis], length)
-            terms = [1] * (x.ndim + 1)
-            terms[axis : axis + 2] = weights.shape
-            x = jnp.sum(jnp.asarray(weights, x.dtype).reshape(terms) * jnp.expand_dims(x, axis), axis + 1)
+            x = _from_neighbours(x, axis, length) if form == "neighbours" else _as_sum(x, axis, length)
     return x
+
+
+def _as_sum(x, axis, length):
+    weights = _bilinear(x.shape[axis], length)
+    terms = [1] * (x.ndim + 1)
+    terms[axis : axis + 2] = weights.shape
+    return jnp.sum(jnp.asarray(weights, x.dtype).reshape(terms) * jnp.expand_dims(x, axis), axis + 1)
 
 
 def _bilinear(n, length):
@@ -514,6 +520,23 @@ def _bilinear(n, length):
     centres = (np.arange(length) + 0.5) * n / length - 0.5
     weights = np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(n)))
     return weights / weights.sum(1, keepdims=True)  # at the border a neighbour is missing
+
+
+def _from_neighbours(x, axis, length):
+    """The weights repeat: `new` pixels of each period stand for `old` ones, and are sums of two strided slices."""
+    periods = math.gcd(x.shape[axis], length)
+    old, new = x.shape[axis] // periods, length // periods
+    around = int(new > old)  # only new pixels that are closer than the old ones look beyond the border
+    padded = jnp.pad(x, [(around, around) if i == axis else (0, 0) for i in range(x.ndim)], mode="edge")
+    stop = (periods - 1) * old + 1
+    pixels = []
+    for i in range(new):
+        low, weight = divmod((i + 0.5) * old / new - 0.5, 1)
+        start = int(low) + around
+        first, second = (lax.slice_in_dim(padded, i, i + stop, old, axis) for i in (start, start + (weight > 0)))
+        pixels.append((1 - weight) * first + weight * second)
+    shape = (*x.shape[:axis], length, *x.shape[axis + 1 :])
+    return jnp.stack(pixels, axis + 1).reshape(shape)
 
 
 def pixel_unshuffle(x: Array, factor: int = 2) -> Array:

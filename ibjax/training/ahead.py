@@ -243,7 +243,7 @@ def _expected(program, chip, flops, batch_size, parts):
     """What a TPU's compiler expects: "estimated", None elsewhere, and kernels: the slow ones and the ten slowest."""
     made = hlo.estimate(program, chip, **parts) if chip is not None and flops is not None else None
     if chip is None or made is None:
-        return {"estimated": None, "slow_kernels": [], "slowest_kernels": []}
+        return {"estimated": None, "slow_kernels": [], "slowest_kernels": [], "unpriced": {}}
     estimated = {name: getattr(made, name) for name in ("attack_step_ms", "rest_ms", "step_ms")}
     estimated["share_of_peak"] = flops / chip.flops / (made.step_ms / 1e3)
     estimated["images_per_s"] = batch_size / (made.step_ms / 1e3)
@@ -256,6 +256,7 @@ def _expected(program, chip, flops, batch_size, parts):
         "estimated": estimated,
         "slow_kernels": slow,
         "slowest_kernels": [described(kernel) for kernel in made.kernels[:10]],
+        "unpriced": made.unpriced,
     }
 
 
@@ -329,7 +330,10 @@ def table(found: dict[str, Any]) -> str:
     where = {-1: "once a dispatch", 0: "each step"}
     lines += ["collectives       kind, count, MB of a chip, where" if found["collectives"] else "no collectives"]
     for item in found["collectives"]:
-        place = where.get(item.depth, "IN A LOOP OF THE STEP (an attack must have none)")
+        place = where.get(
+            item.depth,
+            "IN A LOOP OF THE STEP (an attack must have none, but with attack_bn='train' sums of batch-norms)",
+        )
         lines += [f"                  {item.kind}, {item.count}, {item.bytes / 1e6:.2f}, {place}"]
     return "\n".join(lines)
 
@@ -345,6 +349,8 @@ def _expected_lines(found):
         f"{100 * expected['share_of_peak']:.0f} % of peak, {expected['images_per_s']:,.0f} images/s of the slice",
         "                  by the compiler's own cost model, without communication: no measurement",
     ]
+    if found["unpriced"]:
+        lines += ["without estimate  " + ", ".join(f"{count} {kind}" for kind, count in found["unpriced"].items())]
     for title, name in (("slowest kernels ", "slowest_kernels"), ("over 3 × bound  ", "slow_kernels")):
         lines += [f"{title}  ms, bound, where, operation" if found[name] else f"{title}  none"]
         for kernel in found[name]:

@@ -107,13 +107,16 @@ _NO_KERNEL = frozenset(
 )
 
 
+def _inside(program):
+    """The names of computations that are part of one kernel."""
+    found = (_INSIDE.search(line) for line in program.splitlines())
+    return {name for match in found if match for name in match.groups() if name}
+
+
 def kernels(program: str, around: int = 0) -> Kernels:
     """The kernels of an optimised HLO module for a GPU; `around` enclosing loops do not count as loops."""
-    inside = {
-        name for line in program.splitlines() if (match := _INSIDE.search(line)) for name in match.groups() if name
-    }
     types, found = {}, [0, 0, 0, 0]
-    instructions = [(_INSTRUCTION.match(line), depth) for line, depth in lines(program, without=inside)]
+    instructions = [(_INSTRUCTION.match(line), depth) for line, depth in lines(program, without=_inside(program))]
     for match, _ in instructions:
         if match:
             types[match[1]] = match[2]
@@ -149,10 +152,12 @@ class Estimate(NamedTuple):
     rest_ms: float
     step_ms: float
     kernels: list[Kernel]
+    unpriced: dict[str, int]  # how many kernels have no estimate, by kind: sorts, and factorisations as "Cholesky"
 
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _SOURCE = re.compile(r'op_name="([^"]*)"')
+_UNPRICED = re.compile(r" (sort)\(| custom-call\(.*custom_call_target=\"(?!ConcatBitcast|AllocateBuffer)([^\"]*)\"")
 
 
 def estimate(program: str, chip: Any, around: int = 0, attack_steps: int = 1, microbatches: int = 1) -> Estimate | None:
@@ -182,7 +187,16 @@ def estimate(program: str, chip: Any, around: int = 0, attack_steps: int = 1, mi
     each = totals[attack] if attack else 0.0
     found.sort(key=lambda item: -item[0])
     made = [Kernel(source, ms, bounds.ms(line), place == attack) for ms, line, source, place in found]
-    return Estimate(each, rest, rest + microbatches * attack_steps * each, made)
+    return Estimate(each, rest, rest + microbatches * attack_steps * each, made, _unpriced(program, around))
+
+
+def _unpriced(program, around):
+    found = Counter()
+    for line, depth in lines(program, without=_inside(program)):
+        match = _UNPRICED.search(line)
+        if match and depth >= around and not _CYCLES.search(line):
+            found[match[1] or match[2]] += 1
+    return dict(sorted(found.items()))
 
 
 class _Bounds:
