@@ -75,9 +75,9 @@ def _patch_sizes(name, shapes):
 
 
 def _swin_sizes(shapes):
-    width, _, _, patch = (shapes.get("patch_embed.proj.weight") or (96, 3, 4, 4))[-4:]
-    table = shapes.get(_TABLE.format(0)) or (169, width // 32)
-    return {"width": width, "patch": patch, "window": _window(table), "heads": table[-1]}
+    stem, table = shapes.get("patch_embed.proj.weight", ()), shapes.get(_TABLE.format(0), ())
+    found = {"width": stem[0], "patch": stem[-1]} if len(stem) == 4 else {}
+    return found | ({"window": _window(table), "heads": table[1]} if len(table) == 2 else {})
 
 
 _TABLE = "layers.{}.blocks.0.attn.relative_position_bias_table"
