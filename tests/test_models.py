@@ -9,7 +9,20 @@ import numpy as np
 import pytest
 
 from ibjax.errors import InputError
-from ibjax.models import cnn, convnext, layers, preact_resnet, resnet, siriib, stochastic, swin, vgg, vit, wide_resnet, xcit
+from ibjax.models import (
+    cnn,
+    convnext,
+    layers,
+    preact_resnet,
+    resnet,
+    siriib,
+    stochastic,
+    swin,
+    vgg,
+    vit,
+    wide_resnet,
+    xcit,
+)
 
 CIFAR, MNIST, IMAGENET = (2, 32, 32, 3), (2, 28, 28, 1), (1, 224, 224, 3)
 RESNET = dict(name="resnet", blocks=(1, 1, 1), width=4)

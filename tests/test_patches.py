@@ -30,7 +30,7 @@ SWIN = swin.Model(10, blocks=(2, 1), width=8, heads=2, patch=2, window=2)  # of 
         (xcit.Model(10), 40, r"xcit: images of \(40, 40\) pixels"),
         (swin.Model(10, depth=18), 32, r"swin has no depth 18; allowed: depth \[12, 24\]"),
         (swin.Model(10), 40, r"swin: images of \(40, 40\) pixels are not divisible into patches of 32×32"),
-        (swin.Model(10), 32, r"with 8 rows or columns, which do not divide into windows of 7×7; give another model.win"),
+        (swin.Model(10), 32, r"with 8 rows or columns, which do not divide into windows of 7×7; give another"),
         (swin.Model(10, width=48), 224, r"model\.width=48 is no multiple of 32; give model\.heads too"),
         (swin.Model(10, heads=5), 224, r"model\.heads=5 does not divide model\.width=96"),
         (swin.Model(10, window=0), 224, r"model\.window=0 is not allowed"),
@@ -98,7 +98,7 @@ def test_positions_attend_to_their_window_as_far_as_it_is_contiguous(shift, wind
 
 
 def test_swin_has_timms_logits_also_of_files_with_older_names(tmp_path):
-    """Maps with shifted windows, a map of one window, bias of each relative position; buffers of the file are unused."""
+    """Maps with shifted windows, a map of one window, biases of relative positions; a file's buffers are unused."""
     torch = pytest.importorskip("torch", reason="the oracle is timm")
     pytest.importorskip("timm", reason="the oracle is timm (pip install --no-deps timm)")
     import torch_twins

@@ -6,7 +6,6 @@ normalisation was lost, the caller must give the value.
 """
 
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
