@@ -47,7 +47,7 @@
 The numbers are RobustBench's (commit 78fcc9e) where it lists the network; those of Gowal et al. 2020, Rebuffi et al.,
 Wang et al., Pang et al. and Liu et al. agree with the READMEs of deepmind-research, DM-Improves-AT (b390f25), SCORE
 (e82f442) and thu-ml/ares (306e35f). Swin-S's are of 1,000 images, from the last. Not checked against a public file,
-but quoted from the papers' tables: the numbers of rebuffi2021-cutmix, wang2023-28_10-1m and wang2023-28_10-50m, and
+but from memory of the papers' tables: the numbers of rebuffi2021-cutmix, wang2023-28_10-1m and wang2023-28_10-50m, and
 batch and epochs of Wang et al.'s rows with more than 1 M images. docs/recipes.md compares every setting with the
 paper or its code; docs/leaderboard.md has the cost of every row, computed by `python docs/leaderboard.py`. `,smoke`
 shrinks any row; generated images are then left out.
