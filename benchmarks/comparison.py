@@ -10,7 +10,7 @@ reason and does not stop the others.
 
 Every method has the defaults of its paper, except options that depend on the length of training, the learning rate or
 eps (OPTIONS). The teachers of distillation methods are a TRADES network and an undefended one of the same architecture,
-which are trained first.
+which are trained first; HAT's is the undefended one.
 """
 
 import argparse
@@ -52,6 +52,7 @@ OPTIONS = {
 }
 
 
+TEACHERS = {"teacher": "trades", "assistant": "standard"}  # role, and folder -> objective of its network
 ATTACKS = ("pgd-20", "margin-20", "autoattack")  # from the weakest to the strongest
 # what a method puts in place of the digits' network, or around it
 NETWORKS = {
@@ -81,10 +82,10 @@ def settings(name: str, epochs: int, seed: int, workdir: Path, network: str = ""
     """
     made = recipe(name, epochs, given_length(name, epochs) | options, network)
     made.seed = seed
-    teachers = {"teacher": "trades", "assistant": "standard"}
     for role in config.build("objectives", made.objective, "objective").teachers:
-        made[role].workdir = str(workdir / role)
-        made[role].recipe = recipe(teachers[role], epochs, {})
+        network = "assistant" if name == "hat" else role  # which labels as a network without a defence does
+        made[role].workdir = str(workdir / network)
+        made[role].recipe = recipe(TEACHERS[network], epochs, {})
     return made
 
 
@@ -124,11 +125,11 @@ def measure(made: ConfigDict, folder: Path) -> Results:
     }
 
 
-def step_times(recipes: dict[str, ConfigDict], workdir: Path, repeats: int = 5, n: int = 19) -> dict[str, list[float]]:
+def step_times(recipes: dict[str, ConfigDict], repeats: int = 5, n: int = 19) -> dict[str, list[float]]:
     """Seconds per step of every objective, a list of rounds that go through all of them in turn."""
     runners = {}
     for name, made in recipes.items():
-        experiment = build(made, {role: workdir / role for role in config.TEACHERS})
+        experiment = build(made, {role: Path(made[role].workdir) for role in config.TEACHERS})
         runners[name] = _steps(experiment)
     measuring.warm_up(runners, [])
     return measuring.alternate(runners, repeats, n).seconds
@@ -164,7 +165,8 @@ def page(results: Results) -> str:
         lines.append([name, str(len(runs)), *cells, step, f"{runs[0]['parameters']:,}"])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     failed = "".join(f"- {name}: {reason}\n" for name, reason in sorted(results["failed"].items()))
-    return f"# Every objective on the digits\n\n{origin_line(results)}\n\n{table}\n\n{_reading(results, methods)}\n" + (
+    what = "Every objective" if set(results["methods"]) >= set(names()) else "Some objectives"
+    return f"# {what} on the digits\n\n{origin_line(results)}\n\n{table}\n\n{_reading(results, methods)}\n" + (
         f"\nNot on the page:\n\n{failed}" if failed else ""
     )
 
@@ -249,7 +251,7 @@ def compare(given: argparse.Namespace) -> None:
     finished = {
         name: settings(name, given.epochs, 0, given.workdir) for name, runs in results["methods"].items() if runs
     }
-    results["seconds_per_step"] = step_times(finished, given.workdir)
+    results["seconds_per_step"] = step_times(finished)
     files.write_json(given.out.with_suffix(".json"), results)
     given.out.with_suffix(".md").write_text(page(results), encoding="utf-8")
     print(page(results))

@@ -7,8 +7,8 @@ An .npz of noise, as large as the published files (`--images`), is read while tr
 kept in the memory of every device. Steps of TRADES-10 on a WideResNet with these two and without generated images
 alternate in one run, on eight simulated devices where there is a CPU alone (JAX_NUM_CPU_DEVICES). *Memory*: the bytes
 of all arrays of images and labels on the devices, against those that follow from their number: N·(H·W·C + 4) on each.
-*Kill*: a training with the file that is read is killed by SIGKILL at a random time, run again until it ends, and its
-last checkpoint compared with that of a training that was not; `--kills` trials.
+*Kill*: a small training with a file that is read is killed by SIGKILL at a random time, run again until it ends, and
+its last checkpoint compared with that of a training that was not; `--kills` trials, after the times are written.
 
 Writes a JSON file with every single time, and the table beside it as Markdown.
 """
@@ -102,7 +102,6 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         runners[name], memory[name] = runner(settings(given, file))
     first = measuring.warm_up(runners, [])
     times = measuring.alternate(runners, given.repeats, given.steps, given.quiet)
-    kills = killed(given, folder, read)
     return {
         "devices": jax.device_count(),
         "batch": given.batch_size,
@@ -110,16 +109,15 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "images": {KEPT: given.resident, READ: given.images},
         "memory": memory,
         "first_two_steps_s": first,
-        "kills": kills,
         **times.record(),
     }
 
 
-def killed(given: argparse.Namespace, folder: Path, file: Path) -> list[dict[str, Any]]:
-    """Kills trainings at random times; for each {"at_s", "starts", "same_bits"} against one that was left alone."""
+def killed(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Kills trainings at random times; {"at_s", "of_s", "starts", "same_bits"} of each against one left alone."""
     recipe, whole = folder / "recipe.py", folder / "whole"
     small = argparse.Namespace(**{**vars(given), "quick": True, "batch_size": 64, "depth": 10, "width": 1})
-    made = settings(small, file)
+    made = settings(small, write(folder / "read.npz", 3000))
     made.validate.batch_size = CLASSES
     recipe.write_text(_RECIPE.format(text=repr(config.plain(made))), encoding="utf-8")
     _, seconds = _train(recipe, whole, None)
@@ -131,7 +129,7 @@ def killed(given: argparse.Namespace, folder: Path, file: Path) -> list[dict[str
             (ended, _), starts = _train(recipe, workdir, None), starts + 1
         same = trees.digest(run.load(workdir, "last").variables) == right
         found.append({"at_s": round(at, 1), "of_s": round(seconds, 1), "starts": starts, "same_bits": same})
-    return found
+    return {"kills": found}
 
 
 _RECIPE = """from ml_collections import ConfigDict
@@ -171,6 +169,10 @@ def table(records: list[dict[str, Any]]) -> str:
         if "error" in record:
             rows.append((record["error"], *[""] * (len(heads) - 1)))
             continue
+        if "kills" in record:
+            same = sum(kill["same_bits"] for kill in record["kills"])
+            lines.append(f"Killed and run again: the same bits in {same} of {len(record['kills'])} trials.\n")
+            continue
         seconds = record["seconds_per_step"]
         for name, times in seconds.items():
             count, memory = record["images"].get(name), record["memory"][name]
@@ -179,8 +181,6 @@ def table(records: list[dict[str, Any]]) -> str:
             about = (record["network"], record["devices"], record["batch"], what)
             sizes = (f"{memory[kind]:,}" for kind in ("bytes", "calculated"))
             rows.append((*about, measuring.spread(times), faster, *sizes))
-        same = sum(kill["same_bits"] for kill in record["kills"])
-        lines.append(f"Killed and run again: the same bits in {same} of {len(record['kills'])} trials.\n")
     return "\n".join([measuring.markdown(heads, rows), "", *lines])
 
 
@@ -204,6 +204,9 @@ def main() -> None:
         given.batch_size = batch_size
         with tempfile.TemporaryDirectory() as folder:
             page.attempt(dict(batch=batch_size), partial(measure, given, Path(folder)))
+    if given.kills:
+        with tempfile.TemporaryDirectory() as folder:
+            page.attempt(dict(kills=given.kills), partial(killed, given, Path(folder)))
     page.finish()
 
 

@@ -34,29 +34,39 @@
 | singh2023-convnext_l   |                                                         | 77.00 | 57.70      |
 | singh2023-vit_s        |                                                         | 72.56 | 48.08      |
 | singh2023-vit_b        |                                                         | 76.30 | 54.66      |
+| **ARES**               | Liu et al. 2023: Swin on ImageNet, l_inf 4/255          |       |            |
+| liu2023-swin_s         |                                                         | 76.6  | 55.6       |
+| liu2023-swin_b         |                                                         | 76.16 | 56.16      |
+| liu2023-swin_l         |                                                         | 78.92 | 59.56      |
 | **on Wang's recipe**   | with its 1 M images on WRN-28-10; no published numbers  |       |            |
 | wang2023-28_10-1m,ibd  | IBD, taught by Wang et al.'s WRN-70-16                  |       |            |
 | wang2023-28_10-1m,ib_rar | IB-RAR, on TRADES                                     |       |            |
 | wang2023-28_10-1m,shared_information | shared information                        |       |            |
 | wang2023-28_10-1m,siriib | SiRIIB, on TRADES                                     |       |            |
 
-The numbers are RobustBench's (commit 78fcc9e) where it lists the network, else the papers'. docs/recipes.md compares
-every setting with the paper or its code; docs/leaderboard.md has the cost of every row, computed by
-`python docs/leaderboard.py`. `,smoke` shrinks any row; generated images are then left out.
+The numbers are RobustBench's (commit 78fcc9e) where it lists the network; those of Gowal et al. 2020, Rebuffi et al.,
+Wang et al., Pang et al. and Liu et al. agree with the READMEs of deepmind-research, DM-Improves-AT (b390f25), SCORE
+(e82f442) and thu-ml/ares (306e35f). Swin-S's are of 1,000 images, from the last. Not checked against a public file,
+but from memory of the papers' tables: the numbers of rebuffi2021-cutmix, wang2023-28_10-1m and wang2023-28_10-50m, and
+batch and epochs of Wang et al.'s rows with more than 1 M images. docs/recipes.md compares every setting with the
+paper or its code; docs/leaderboard.md has the cost of every row, computed by `python docs/leaderboard.py`. `,smoke`
+shrinks any row; generated images are then left out.
 
 Generated images are read from the file of `data.extra.path`, by default the published file's name in the folder
 `generated`: `cifar10_ddpm.npz` of Rebuffi et al., `1m.npz`, `20m.npz` and `50m.npz` of Wang et al., where the parts of
 the larger ones are joined. Those of the rows gowal2020-28_10, gowal2021 and bartoldson2024 are not published.
 
 Deviations of all rows: checkpoints are selected on 1,000 training images that are held out, by PGD-40 on the margin
-every 20 epochs and in the last ones. Of Singh et al.: training starts from random weights, where the authors start from
-networks trained on clean images; the attack is PGD-2, where theirs is APGD-2; of their CutMix and MixUp there is CutMix
-alone, RandAugment has fixed magnitudes, colours are not jittered.
+every 20 epochs and in the last ones. On ImageNet: of CutMix and MixUp there is CutMix alone, RandAugment has fixed
+magnitudes, colours are not jittered. Of Singh et al.: training starts from random weights, where the authors start from
+networks trained on clean images; the attack is PGD-2, where theirs is APGD-2. Of Liu et al.: the attack takes its last
+iterate, where theirs keeps that of the largest loss and has shorter steps in the first five epochs.
 """
 
 from ibjax.config import base, held, parse_arg, smoke
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
+NORMALISED = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # on ImageNet
 DDPM, EDM = "generated/cifar10_ddpm.npz", "generated/{}.npz"
 
 # row -> (depth, width, options of the recipe)
@@ -101,7 +111,12 @@ SINGH = {
     "singh2023-vit_s": (dict(name="vit", depth=12, width=384), 300),
     "singh2023-vit_b": (dict(name="vit", depth=12, width=768), 300),
 }
-ROWS = (*WANG, *(f"{CARRIER},{variant}" for variant in VARIANTS), *DEEPMIND, "dkl-34_10", *SINGH)
+ARES = {  # row -> (depth, width, batch): 64 images, for -L 32, on each of eight cards
+    "liu2023-swin_s": (24, 96, 512),
+    "liu2023-swin_b": (24, 128, 512),
+    "liu2023-swin_l": (24, 192, 256),
+}
+ROWS = (*WANG, *(f"{CARRIER},{variant}" for variant in VARIANTS), *DEEPMIND, "dkl-34_10", *SINGH, *ARES)
 
 
 def get_config(arg=None):
@@ -113,7 +128,9 @@ def get_config(arg=None):
     name, _, variant = row.partition(",")
     tiny = dict(depth=10, width=1, dtype="float32")
     if name in SINGH:
-        tiny = imagenet(config, *SINGH[name])
+        tiny = singh(config, *SINGH[name])
+    elif name in ARES:
+        tiny = ares(config, *ARES[name])
     elif name in DEEPMIND:
         deepmind(config, *DEEPMIND[name])
     elif name in WANG:
@@ -175,7 +192,7 @@ def wang(config, depth, width, given):
     config.attack_bn = "batch"
     if method == "dkl":
         config.attack.init, config.attack_bn = "gaussian", "eval"
-    config.smoothing = dict(delta=0.1, form="others" if method == "score" else "uniform", images="all")
+    config.smoothing = dict(delta=0.0 if method == "score" else 0.1, form="uniform", images="all")
     config.batch_size, config.epochs = given["batch"], given.get("epochs", 400)
     config.optimizer = dict(name="sgd", lr=given.get("lr", 0.2), momentum=0.9, weight_decay=5e-4, nesterov=True)
     config.optimizer.decay_norm = False
@@ -196,23 +213,41 @@ def awp(config):
     config.averaging.update(start=150.0, statistics="averaged")
 
 
-def imagenet(config, model, epochs):
-    """Singh et al. 2023: PGD-2 with AdamW and strong augmentation; returns the network of the short form."""
+def imagenet(config):
+    """What Singh et al. and Liu et al. have in common: AdamW, strong augmentation, eps 4/255."""
     config.data = dict(name="stream", dataset="imagenet2012", size=224, val_size=10_000, split_seed=0)
     config.augment = dict(name="randaugment", operations=2, magnitude=9, pad=0, flip=False, erase=0.25)
     config.mix = dict(name="cutmix")
     config.smoothing = dict(delta=0.1, form="uniform", images="all")
+    config.threat.eps = "4/255"
+    config.optimizer = dict(name="adamw", lr=1e-3, weight_decay=0.05, decay_norm_and_bias=False)
+    config.evaluate.n = 5000
+
+
+def singh(config, model, epochs):
+    """Singh et al. 2023: PGD-2; returns the network of the short form."""
+    imagenet(config)
     config.model = dict(**model, stem="convstem", dtype="bfloat16")
     if model["name"] == "vit" and model["width"] == 384:
-        config.model.update(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # of the DeiT that it starts from
-    config.threat.eps = "4/255"
+        config.model.update(NORMALISED)  # of the DeiT that it starts from
     config.attack.update(steps=2, step_size="4/255", init="uniform")
     config.batch_size, config.epochs = 1024, epochs
-    config.optimizer = dict(name="adamw", lr=1e-3, b1=0.9, b2=0.95, weight_decay=0.05, decay_norm_and_bias=False)
+    config.optimizer.update(b1=0.9, b2=0.95)
     config.schedule = dict(name="cosine", warmup=20.0 if epochs > 100 else 10.0)
     config.ema_decay = 0.9999
-    config.evaluate.n = 5000
     return dict(blocks=(1, 1), width=8) if model["name"] == "convnext" else dict(depth=1, width=64, stem_width=4)
+
+
+def ares(config, depth, width, batch):
+    """Liu et al. 2023: PGD-3 with steps of 8/255/3; returns the network of the short form."""
+    imagenet(config)
+    config.model = dict(name="swin", depth=depth, width=width, dtype="bfloat16", **NORMALISED)
+    config.attack.update(steps=3, step_size="8/765", init="uniform")
+    config.batch_size, config.epochs = batch, 300
+    config.optimizer.lr = 5e-4 * batch / 512
+    config.schedule = dict(name="cosine", warmup=5.0, final=1e-5)
+    config.ema_decay = 0.9998
+    return dict(blocks=(2, 1), width=8, heads=2, window=4, dtype="float32")
 
 
 def bottleneck(config, variant, tiny):

@@ -7,7 +7,7 @@ import pytest
 
 from ibjax.analysis import complexity
 from ibjax.config import build
-from ibjax.models import cnn, convnext, siriib, vit, xcit
+from ibjax.models import cnn, convnext, siriib, swin, vit, xcit
 
 RESNET, WRN = dict(name="resnet", depth=18), dict(name="wide_resnet", depth=28, width=10)
 
@@ -143,6 +143,10 @@ def test_parts_of_patch_models_count_by_the_table():
     attention = 2 * 4 * 8 * 4  # q kᵀ and its product with v, over 4 tokens: a head has 4 channels
     local = 2 * 8 * 10 + 8 + 16
     assert found.operations["block1"] == attention + 4 * (3 * 16 + 24 * 9 + 8 * 9 + local + 32 * 9 + 32 + 8 * 33)
+    found = complexity.complexity(swin.Model(10, blocks=(1, 1), width=8, heads=2, window=2), (16, 16, 3))
+    products = 4 * 2 * 4 * 4 * 8  # of four windows with four positions
+    assert found.operations["block1"] == products + 16 * (2 * 16 + 24 * 9 + 8 * 9 + 32 * 9 + 32 + 8 * 33)
+    assert found.operations["downsample2"] == 4 * (2 * 32 + 32 * 16)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +156,8 @@ def test_parts_of_patch_models_count_by_the_table():
         (vit.Model(1000), 4.61),
         (vit.Model(1000, width=768), 17.58),
         (xcit.Model(1000), 4.82),
+        (swin.Model(1000), 4.5),
+        (swin.Model(1000, depth=24, width=128), 15.4),
     ],
 )
 def test_patch_models_cost_what_their_papers_and_timm_print(model, billions):

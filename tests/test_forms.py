@@ -41,6 +41,7 @@ NETWORKS = {
     "convnext": dict(name="convnext", blocks=(1, 1), width=8),
     "vit": dict(name="vit", depth=2, width=16, heads=2, patch=8),
     "xcit": dict(name="xcit", depth=2, width=16, heads=2, patch=4),
+    "swin": dict(name="swin", blocks=(2, 1), width=16, heads=2, window=4),
     "masked": dict(name="masked", backbone=RESNET, tap="stage2", channels=(1, 3)),
 }
 X = jax.random.uniform(jax.random.key(0), (4, 32, 32, 3))

@@ -49,6 +49,7 @@ def test_the_numbers_are_those_of_the_published_networks():
         "dkl-28_10-20m": "cifar10/linf/Cui2023Decoupled_WRN-28-10",
         "bartoldson2024-94_16": "cifar10/linf/Bartoldson2024Adversarial_WRN-94-16",
         **{f"singh2023-convnext_{s.lower()}": f"{singh}ConvNeXt-{s}-ConvStem" for s in "TSBL"},
+        **{f"liu2023-swin_{s.lower()}": f"imagenet/linf/Liu2023Comprehensive_Swin-{s}" for s in "BL"},
         **{f"singh2023-vit_{s.lower()}": f"{singh}ViT-{s}-ConvStem" for s in "SB"},
     }
     module = page.module()

@@ -9,7 +9,20 @@ import numpy as np
 import pytest
 
 from ibjax.errors import InputError
-from ibjax.models import cnn, convnext, layers, preact_resnet, resnet, siriib, stochastic, vgg, vit, wide_resnet, xcit
+from ibjax.models import (
+    cnn,
+    convnext,
+    layers,
+    preact_resnet,
+    resnet,
+    siriib,
+    stochastic,
+    swin,
+    vgg,
+    vit,
+    wide_resnet,
+    xcit,
+)
 
 CIFAR, MNIST, IMAGENET = (2, 32, 32, 3), (2, 28, 28, 1), (1, 224, 224, 3)
 RESNET = dict(name="resnet", blocks=(1, 1, 1), width=4)
@@ -32,6 +45,7 @@ SMALL = {
     "vit": vit.Model(10, depth=2, width=8, heads=2, patch=8, drop_path=0.2),
     "vit_convstem": vit.Model(10, depth=2, width=8, heads=2, stem="convstem", stem_width=2),
     "xcit": xcit.Model(10, depth=2, width=8, heads=2, patch=4, drop_path=0.2),
+    "swin": swin.Model(10, blocks=(2, 1), width=8, heads=2, window=4, drop_path=0.2),
 }
 
 
@@ -97,6 +111,10 @@ def parameters(model, shape):
         (vit.Model(1000), IMAGENET, 22_050_664),
         (vit.Model(1000, width=768), IMAGENET, 86_567_656),
         (xcit.Model(1000), IMAGENET, 26_253_304),
+        (swin.Model(1000), IMAGENET, 28_288_354),
+        (swin.Model(1000, depth=24), IMAGENET, 49_606_258),
+        (swin.Model(1000, depth=24, width=128), IMAGENET, 87_768_224),
+        (swin.Model(1000, depth=24, width=192), IMAGENET, 196_532_476),
     ],
 )
 def test_parameter_counts_are_the_published_ones(model, shape, count):

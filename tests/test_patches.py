@@ -7,10 +7,11 @@ import pytest
 
 from ibjax.attacks import autoattack, pgd
 from ibjax.errors import InputError
-from ibjax.models import convnext, patches, vit, xcit
+from ibjax.models import convnext, patches, swin, vit, xcit
 from ibjax.pytorch import architectures, imports
 
 TINY = vit.Model(10, depth=1, width=8, heads=2, patch=4)
+SWIN = swin.Model(10, blocks=(2, 1), width=8, heads=2, patch=2, window=2)  # of 8×8 pixels: maps of 4×4 and 2×2
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,12 @@ TINY = vit.Model(10, depth=1, width=8, heads=2, patch=4)
         (xcit.Model(10, patch=8), 32, r"model\.patch=8 is not allowed; give 16 or 4"),
         (xcit.Model(10, width=12, heads=2), 32, r"model\.width=12 is not allowed; give a multiple of 8"),
         (xcit.Model(10), 40, r"xcit: images of \(40, 40\) pixels"),
+        (swin.Model(10, depth=18), 32, r"swin has no depth 18; allowed: depth \[12, 24\]"),
+        (swin.Model(10), 40, r"swin: images of \(40, 40\) pixels are not divisible into patches of 32×32"),
+        (swin.Model(10), 32, r"with 8 rows or columns, which do not divide into windows of 7×7; give another"),
+        (swin.Model(10, width=48), 224, r"model\.width=48 is no multiple of 32; give model\.heads too"),
+        (swin.Model(10, heads=5), 224, r"model\.heads=5 does not divide model\.width=96"),
+        (swin.Model(10, window=0), 224, r"model\.window=0 is not allowed"),
     ],
 )
 def test_bad_options_and_images_are_one_clear_line(model, side, match):
@@ -72,11 +79,54 @@ def test_tokens_and_positions_keep_their_shape_in_pytorch_and_matrices_are_trans
     assert leaves["params/block1/attn/qkv/dense/kernel"].theirs() == (24, 8)
 
 
-def test_attacks_run_unchanged():
+@pytest.mark.parametrize("shift, windows", [((0, 0), (2, 2)), ((1, 1), (2, 2)), ((0, 2), (2, 4)), ((1, 0), (2, 8))])
+def test_positions_attend_to_their_window_as_far_as_it_is_contiguous(shift, windows):
+    """All derivatives of an attention by the definition: what rolling brings together from opposite ends is apart."""
+    model = swin.WindowAttention(1, windows, shift, jnp.float32)
+    x = jax.random.normal(jax.random.key(0), (1, 4, 8, 2))
+
+    @jax.jit
+    def derivatives(key):
+        variables = model.init(key, x)
+        return jax.jacobian(lambda x: model.apply(variables, x).sum(-1))(x)
+
+    seen = np.abs(derivatives(jax.random.key(1))).sum(-1).reshape(32, 32) > 1e-20
+    row, column = np.divmod(np.arange(32), 8)
+    parts = [(place - step) // side for place, step, side in zip((row, column), shift, windows, strict=True)]
+    together = [part[:, None] == part[None] for part in parts]
+    np.testing.assert_array_equal(seen, together[0] & together[1])
+
+
+def test_swin_has_timms_logits_also_of_files_with_older_names(tmp_path):
+    """Maps with shifted windows, a map of one window, biases of relative positions; a file's buffers are unused."""
+    torch = pytest.importorskip("torch", reason="the oracle is timm")
+    pytest.importorskip("timm", reason="the oracle is timm (pip install --no-deps timm)")
+    import torch_twins
+    from timm.models.swin_transformer import SwinTransformer
+
+    sizes = dict(embed_dim=8, depths=(2, 1), num_heads=(2, 4), num_classes=10)
+    network = torch_twins.randomize(SwinTransformer(img_size=8, patch_size=2, window_size=2, **sizes))
+    state = network.state_dict()
+    older = {name.replace("head.fc", "head").replace("layers.1.down", "layers.0.down"): state[name] for name in state}
+    older |= {"layers.0.blocks.1.attn_mask": torch.zeros(4, 4, 4)}
+    older |= {"layers.0.blocks.0.attn.relative_position_index": torch.zeros(4, 4, dtype=torch.int64)}
+    images = np.random.default_rng(0).random((4, 8, 8, 3), np.float32)
+    theirs = torch_twins.logits(network, images)
+    for name, saved in ("today", state), ("older", older):
+        torch.save({"state_dict": saved}, tmp_path / name)
+        read = imports.read(tmp_path / name, "swin", imports.Said(no_normalisation=True))
+        assert read.model == SWIN and read.shape == (8, 8, 3) and read.found.left_out == 2 * (name == "older")
+        variables = architectures.to_ours("swin", read.model, read.state, (8, 8, 3))
+        np.testing.assert_allclose(jax.jit(SWIN.apply)(variables, images)[0], theirs, atol=1e-5)
+    assert np.abs(theirs).max() > 0.1
+
+
+@pytest.mark.parametrize("model", [TINY, SWIN.clone(blocks=(2,))])
+def test_attacks_run_unchanged(model):
     x, y = jax.random.uniform(jax.random.key(0), (4, 8, 8, 3)), jnp.arange(4)
-    variables = jax.jit(TINY.init)(jax.random.key(1), x)
+    variables = jax.jit(model.init)(jax.random.key(1), x)
     attack = pgd.pgd(loss="ce", norm="linf", eps=8 / 255, step_size=2 / 255, steps=3)
-    logits_fn = lambda x: TINY.apply(variables, x)[0]  # noqa: E731
+    logits_fn = lambda x: model.apply(variables, x)[0]  # noqa: E731
     x_adv = jax.jit(lambda key: attack(key, logits_fn, x, y))(jax.random.key(2))
     assert jnp.abs(x_adv - x).max() <= 8 / 255 + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
     loss = jax.jit(lambda x: -jax.nn.log_softmax(logits_fn(x))[jnp.arange(4), y])
@@ -84,7 +134,7 @@ def test_attacks_run_unchanged():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", [TINY, xcit.Model(10, depth=1, width=8, heads=2, patch=4, class_depth=1)])
+@pytest.mark.parametrize("model", [TINY, SWIN, xcit.Model(10, depth=1, width=8, heads=2, patch=4, class_depth=1)])
 def test_autoattack_runs_unchanged(model):
     x, y = jax.random.uniform(jax.random.key(0), (4, 8, 8, 3)), jnp.arange(4)
     variables = jax.tree.map(
@@ -99,7 +149,12 @@ def test_autoattack_runs_unchanged(model):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "timm_name, arch",
-    [("convnext_tiny", "convnext"), ("vit_small_patch16_224", "vit"), ("xcit_small_12_p16_224", "xcit")],
+    [
+        ("convnext_tiny", "convnext"),
+        ("vit_small_patch16_224", "vit"),
+        ("xcit_small_12_p16_224", "xcit"),
+        *((f"swin_{size}_patch4_window7_224", "swin") for size in ("tiny", "small", "base", "large")),
+    ],
 )
 def test_timms_networks_have_the_same_logits(timm_name, arch, tmp_path):
     """Weights that hide nothing, at 224 pixels: as the file is imported, and as it comes back from an export."""
@@ -124,3 +179,16 @@ def test_timms_networks_have_the_same_logits(timm_name, arch, tmp_path):
     back = architectures.to_theirs(arch, read.model, variables, (224, 224, 3))
     given = {key: value.numpy() for key, value in network.state_dict().items() if value.is_floating_point()}
     assert set(back) == set(given) and all((back[key] == value).all() for key, value in given.items())
+
+
+@pytest.mark.slow
+def test_autoattack_runs_on_a_swin_at_224_pixels():
+    """Its checks of the network and its first attack, on Swin-T but for the number of blocks."""
+    model = swin.Model(10, blocks=(2, 2, 2, 2))
+    x = jax.random.uniform(jax.random.key(0), (2, 224, 224, 3))
+    variables = jax.jit(model.init)(jax.random.key(1), x)
+    logits_fn = lambda x: model.apply(variables, x)[0]  # noqa: E731
+    y = jax.jit(logits_fn)(x).argmax(1)
+    options = dict(attacks=["apgd-ce"], options={"steps": 5})
+    result = autoattack.autoattack(jax.random.key(2), logits_fn, x, y, norm="linf", eps="4/255", **options)
+    assert np.abs(result.x_adv - x).max() <= 4 / 255 + 1e-6 and set(result.robust_after) == {"apgd-ce"}

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from ibjax.models import cnn, convnext, layers, patches, preact_resnet, resnet, vgg, vit, wide_resnet, xcit
+from ibjax.models import cnn, convnext, layers, patches, preact_resnet, resnet, swin, vgg, vit, wide_resnet, xcit
 from ibjax.pytorch import architectures, fit
 
 torch = pytest.importorskip("torch", reason="the oracle is PyTorch")
@@ -58,6 +58,8 @@ PAIRS = {
     "vit_convstem": ("vit_convstem", vit.Model(10, depth=1, width=64, stem="convstem", stem_width=4)),
     "xcit": ("xcit", xcit.Model(10, depth=1, width=16, heads=2, **architectures.IMAGENET)),
     "cifar_xcit": ("cifar_xcit", xcit.Model(10, depth=2, width=16, heads=2, patch=4, class_depth=1, **NORM)),
+    "swin": ("swin", swin.Model(10, width=8, blocks=(2, 1), heads=2, window=4, **architectures.IMAGENET)),
+    "mimir_swin": ("mimir_swin", swin.Model(10, width=8, blocks=(2,), heads=2, window=8, epsilon=1e-6)),
 }
 # what no file says of a network of ours that is nobody else's
 FLAGS = {
@@ -91,7 +93,7 @@ def test_same_weights_give_the_same_logits_features_and_running_statistics(name)
     norms = [module for module in twin.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
     assert {norm.eps for norm in norms} <= {layers.BatchNorm.epsilon}  # too small to be seen in the logits
     norms = [module for module in twin.modules() if isinstance(module, torch.nn.LayerNorm)]
-    assert {norm.eps for norm in norms} <= {patches.LayerNorm.epsilon}
+    assert {norm.eps for norm in norms} <= {getattr(model, "epsilon", patches.LayerNorm.epsilon)}
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, {"batch_stats": {}, **shapes})
 
@@ -159,6 +161,9 @@ def test_the_twins_have_the_published_parameter_names():
         "xcit": "cls_token patch_embed.proj.0.0.weight patch_embed.proj.6.1.running_var "
         "pos_embed.token_projection.weight blocks.0.gamma3 blocks.0.attn.temperature blocks.0.local_mp.bn.weight "
         "cls_attn_blocks.1.attn.v.bias cls_attn_blocks.0.gamma2 norm.weight head.bias",
+        "swin": "patch_embed.proj.bias patch_embed.norm.weight layers.0.blocks.1.attn.relative_position_bias_table "
+        "layers.0.blocks.0.attn.qkv.bias layers.1.downsample.norm.weight layers.1.downsample.reduction.weight "
+        "layers.1.blocks.0.mlp.fc2.weight norm.bias head.fc.weight",
         "vgg11": "features.0.weight features.1.running_mean features.4.weight classifier.1.weight classifier.6.bias",
     }
     for name, keys in published.items():

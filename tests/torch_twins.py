@@ -34,7 +34,7 @@ def randomize(twin):
             for name in ("gamma", "gamma1", "gamma2", "gamma3", "temperature"):
                 if isinstance(getattr(module, name, None), nn.Parameter):
                     getattr(module, name).uniform_(0.3, 0.8)
-            for name in ("cls_token", "pos_embed"):
+            for name in ("cls_token", "pos_embed", "relative_position_bias_table"):
                 if isinstance(getattr(module, name, None), nn.Parameter):
                     getattr(module, name).normal_(0, 0.5)
         head(twin).weight.mul_(0.1)  # logits of the size that trained networks have
@@ -65,11 +65,13 @@ def logits(twin, images):
 def logits_and_taps(twin, images):
     """(logits, {name of our tap: value as ours has it}), both arrays."""
     taps, handles = {}, []
+    ours = type(twin).__module__.endswith(".swin")  # whose maps have their channels last
 
     def record(*names, act=lambda value: value):
         def hook(module, inputs, output):
             for name in names:
-                taps.update(_as_ours(name, act(output).detach().numpy()))
+                value = act(output).detach().numpy()
+                taps.update({name: value} if ours else _as_ours(name, value))
 
         return hook
 

@@ -8,7 +8,7 @@ Images have the shape and the classes of the recipe's data set, unless others ar
 |----------------------------------|---------------------------------------------|
 | convolution                      | k²·C_in/groups·C_out·H·W, with a bias + C_out·H·W |
 | linear layer                     | C_in·C_out per token, with a bias + C_out   |
-| attention, q (n, d), k (m, d)    | n·m·d for q kᵀ and as many as its product with v, in each head |
+| attention, q (n, d), k (m, d)    | n·m·d for q kᵀ and as many as its product with v, in each head and window |
 | batch-norm, layer norm           | 2 per element                               |
 | ReLU, SiLU, GELU                 | 1 per element                               |
 | average- and max-pooling         | 1 per element of the input                  |
@@ -69,7 +69,7 @@ def multiply_adds(module: nn.Module, inputs: tuple[Any, ...], y: Any) -> int:
             inner = math.prod(tuple(module.kernel_size)) * x.shape[-1] // module.feature_group_count  # pyright: ignore
             return height_width * module.features * (inner + module.use_bias)
         case nn.Dense():
-            return math.prod(y.shape[1:]) * (x.shape[-1] + module.use_bias)
+            return y.size * (x.shape[-1] + module.use_bias)
         case patches.Attend():
             _, k, v = inputs
             return math.prod(x.shape[:3]) * k.shape[2] * (k.shape[3] + v.shape[3])

@@ -1,8 +1,8 @@
-"""The parts that networks on patches share: ConvNeXt, ViT and XCiT, with the constants of timm's.
+"""The parts that networks on patches share: ConvNeXt, Swin, ViT and XCiT, with the constants of timm's.
 
 | part                 | constant                                                                          |
 |----------------------|-----------------------------------------------------------------------------------|
-| layer norm           | ε = 1e-6, biased variance, computed in float32                                    |
+| layer norm           | ε = 1e-6 (Swin: 1e-5), biased variance, computed in float32                       |
 | activation           | GELU with the exact normal distribution function, not its tanh approximation      |
 | layer scale          | one factor per channel on each residual branch                                    |
 | stochastic depth     | in training, each image skips a branch with the branch's rate; a branch that is   |
@@ -60,15 +60,18 @@ class LayerNorm(nn.Module):
 
 
 class Attend(nn.Module):
-    """softmax(q kᵀ)·v for q (B, heads, n, d), k (B, heads, m, d), v (B, heads, m, e); the softmax is in float32.
+    """softmax(q kᵀ + bias)·v for q (B, heads, n, d), k (B, heads, m, d), v (B, heads, m, e); the softmax is in float32.
 
-    A module without parameters, so that `analysis.complexity` sees its products.
+    bias: (k, heads, n, m) float32, of k entries of the batch in turn; None: 0. A module without parameters, so that
+    `analysis.complexity` sees its products.
     """
 
     @nn.compact
-    def __call__(self, q: Array, k: Array, v: Array) -> Array:
-        weights = jax.nn.softmax(jnp.einsum("bhnd,bhmd->bhnm", q, k).astype(jnp.float32))
-        return jnp.einsum("bhnm,bhme->bhne", weights.astype(v.dtype), v)
+    def __call__(self, q: Array, k: Array, v: Array, bias: Array | None = None) -> Array:
+        scores = jnp.einsum("bhnd,bhmd->bhnm", q, k).astype(jnp.float32)
+        if bias is not None:
+            scores = (scores.reshape(-1, *bias.shape) + bias[None]).reshape(scores.shape)
+        return jnp.einsum("bhnm,bhme->bhne", jax.nn.softmax(scores).astype(v.dtype), v)
 
 
 class Mlp(nn.Module):

@@ -22,6 +22,8 @@
 | vit_convstem             | vit, stem="convstem"                 | Singh et al.                          |
 | xcit                     | xcit                                 | timm, Debenedetti et al. (ImageNet)   |
 | cifar_xcit               | xcit, patch=4                        | Debenedetti et al. (CIFAR)            |
+| swin                     | swin                                 | timm, Liu et al. 2021 and 2023 (ARES) |
+| mimir_swin               | swin, epsilon=1e-6                   | Xu et al. (MIMIR)                     |
 
 Depth, width and classes follow from the shapes in a file (`ibjax.pytorch.sizes`). The layouts differ:
 
@@ -36,7 +38,8 @@ All other parameters, such as tokens, positions and layer scales, have equal sha
 """
 
 import functools
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -44,7 +47,7 @@ import flax.linen as nn
 import numpy as np
 
 from ibjax.devices import cluster
-from ibjax.models import convnext, preact_resnet, resnet, stages, vgg, vit, xcit
+from ibjax.models import convnext, preact_resnet, resnet, stages, swin, vgg, vit, xcit
 from ibjax.runs import run
 from ibjax.runs.trees import flatten
 
@@ -74,6 +77,8 @@ class Architecture(NamedTuple):
     normalized: Mapping[str, Mapping[str, Any]] = _NONE
     twin: Mapping[str, Any] = _NONE  # further options of its PyTorch definition
     unused: str = "(?!)"  # regular expression of names in its files that the network never uses
+    # (a name that only older files have, (regular expression, new name) of each name that has changed since)
+    older: tuple[str, tuple[tuple[str, Callable[[re.Match], str] | str], ...]] = ("", ())
 
 
 _DM = dict(
@@ -100,6 +105,26 @@ _XCIT = dict(
         "cls_attn_blocks.0.attn.q.weight",
         "head.weight",
     ),
+)
+# timm before 0.9, Liu et al. and all who build on them merge patches at the end of a stage, not before the next one
+_SWIN_OLDER = (
+    "layers.0.downsample.reduction.weight",
+    (
+        (r"layers\.(\d+)\.downsample\.(.+)", lambda match: f"layers.{int(match[1]) + 1}.downsample.{match[2]}"),
+        (r"head\.(weight|bias)", r"head.fc.\1"),
+    ),
+)
+_SWIN = dict(
+    names=dict(stem="patch_embed.proj", norm_stem="patch_embed.norm", head="head.fc"),
+    block="layers.{stage}.blocks.{index}",
+    marks=(  # in older files, too
+        "patch_embed.proj.weight",
+        "patch_embed.norm.weight",
+        "layers.0.blocks.0.attn.relative_position_bias_table",
+        "norm.weight",
+    ),
+    unused=r"layers\.\d+\.blocks\.\d+\.(attn_mask|attn\.relative_position_index)",  # follow from the sizes
+    older=_SWIN_OLDER,
 )
 ARCHITECTURES = {
     "wide_resnet": Architecture(
@@ -190,6 +215,8 @@ ARCHITECTURES = {
     "cifar_xcit": Architecture(
         "xcit", "xcit", dict(patch=4), **_XCIT, normalized={"cifar100": CIFAR100, "cifar10": CIFAR10}
     ),
+    "swin": Architecture("swin", "swin", dict(epsilon=1e-5), **_SWIN, normalized={"imagenet": IMAGENET}),
+    "mimir_swin": Architecture("swin", "swin", dict(epsilon=1e-6), **_SWIN),
 }
 
 
@@ -241,6 +268,19 @@ def key_map(name: str, model: nn.Module, shape: Shape = _RGB) -> dict[str, Leaf]
     return found
 
 
+def of_today(name: str, state: State) -> dict[str, np.ndarray]:
+    """A file's state without what the network never uses, and with the names of today where its are older."""
+    known = ARCHITECTURES[name]
+    mark, changes = known.older
+
+    def named(key):
+        for pattern, replacement in changes if mark in state else ():
+            key = re.sub(f"^{pattern}$", replacement, key)
+        return key
+
+    return {named(key): value for key, value in state.items() if not re.fullmatch(known.unused, key)}
+
+
 def anchors(name: str) -> tuple[str, ...]:
     """Names of weights that every file of an architecture has, at any depth and width; the first layer's comes first.
 
@@ -270,7 +310,7 @@ def _numbered(name, model):
     elif known.model in ("vit", "xcit"):
         counts = (model.depth,)
     else:
-        families = {"resnet": resnet, "preact_resnet": preact_resnet, "convnext": convnext}
+        families = {"resnet": resnet, "preact_resnet": preact_resnet, "convnext": convnext, "swin": swin}
         counts = stages.block_counts(known.model, model.depth, model.blocks, families[known.model].DEPTHS)
     blocks = [(stage, index) for stage, count in enumerate(counts) for index in range(count)]
     names = {
@@ -287,9 +327,10 @@ def _stem_names(family, model, stages):
         for i in range(len(xcit.STRIDES[model.patch])):  # each convolution and batch-norm in a Sequential, then GELU
             names |= {f"embed{i + 1}": f"{2 * i}.0", f"embed_norm{i + 1}": f"{2 * i}.1"}
         return names
-    if family not in ("convnext", "vit"):
+    if family not in ("convnext", "vit", "swin"):
         return {}
-    names = {f"downsample{i + 1}": f"stages.{i}.downsample" for i in range(1, stages)}
+    above = "layers" if family == "swin" else "stages"
+    names = {f"downsample{i + 1}": f"{above}.{i}.downsample" for i in range(1, stages)}
     for i in range(5):  # convolution, layer norm, GELU; at most five convolutions
         names |= {f"embed{i + 1}": f"{3 * i}", f"embed_norm{i + 1}": f"{3 * i + 1}"}
     return names

@@ -131,6 +131,9 @@ def _readable(model):
     if family == "convnext":
         size = {(18, 96): "T", (36, 96): "S", (36, 128): "B", (36, 192): "L"}.get((model.depth, model.width))
         return f"ConvNeXt-{size or f'{model.depth}-{model.width}'}" + _STEMS[model.stem]
+    if family == "swin":
+        size = {(12, 96): "T", (24, 96): "S", (24, 128): "B", (24, 192): "L"}.get((model.depth, model.width))
+        return f"Swin-{size or f'{model.depth}-{model.width}'}"
     if family in ("vit", "xcit"):
         size = {384: "S", 512: "M", 768: "B" if family == "vit" else "L"}.get(model.width, f"{model.width}-")
         return f"ViT-{size}{_STEMS[model.stem]}" if family == "vit" else f"XCiT-{size}{model.depth}"

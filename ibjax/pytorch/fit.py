@@ -1,13 +1,12 @@
 """Checks that a state dict matches an architecture exactly, in names and shapes; else finds the closest one."""
 
-import re
 from pathlib import Path
 
 import flax.linen as nn
 import numpy as np
 
 from ibjax.errors import CheckpointError, InputError, nearest
-from ibjax.pytorch.architectures import ARCHITECTURES, Shape, State, anchors, build, key_map
+from ibjax.pytorch.architectures import ARCHITECTURES, Shape, State, anchors, build, key_map, of_today
 from ibjax.pytorch.sizes import input_shape, sizes
 
 _SIMILAR = 0.5  # minimum share of matching names for which an architecture is named as the closest
@@ -51,12 +50,13 @@ def _agreement(name, state):
     """The share of names that a state and an architecture of the state's sizes share, with equal shapes."""
     if not any(anchor in state for anchor in anchors(name)):  # saves building a network of default size for nothing
         return 0.0
+    state = of_today(name, state)
     try:
         model = build(name, sizes(name, state))
         expected = {leaf.name: leaf.theirs() for leaf in key_map(name, model, input_shape(name, model, state)).values()}
     except InputError:  # there is no such size
         return 0.0
-    present = {key: value.shape for key, value in state.items() if not re.fullmatch(ARCHITECTURES[name].unused, key)}
+    present = {key: value.shape for key, value in state.items()}
     agree = sum(expected.get(key) == shape for key, shape in present.items())
     return agree / len({*expected, *present})
 

@@ -6,7 +6,6 @@ normalisation was lost, the caller must give the value.
 """
 
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,7 +149,7 @@ def read(file: Path, arch: str, said: Said = Said()) -> Network:  # noqa: B008
     if arch not in ARCHITECTURES:
         raise InputError(f"--arch={arch} is unknown; {nearest(arch, ARCHITECTURES)}; {hint(content)}")
     known, found = ARCHITECTURES[arch], state_dicts.find(file, content, arch, said.key)
-    state = {name: value for name, value in found.state.items() if not re.fullmatch(known.unused, name)}
+    state = architectures.of_today(arch, found.state)
     measured = sizes.sizes(arch, state)
     exported = config.plain(content.metadata["model"]) if content.metadata.get("arch") == arch else {}
     classes = measured.pop("num_classes")

@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from ibjax.models import convnext, vgg
+from ibjax.models import convnext, swin, vgg
 from ibjax.pytorch.architectures import ARCHITECTURES, Shape, State, anchors
 
 
@@ -21,7 +21,7 @@ def sizes(name: str, state: State) -> dict[str, Any]:
     if known.model == "cnn":
         return _cnn_sizes(name, state)
     shapes = {key: value.shape for key, value in state.items()}
-    if known.model in ("convnext", "vit", "xcit"):
+    if known.model in ("convnext", "swin", "vit", "xcit"):
         return _patch_sizes(name, shapes)
     stem, head = (shapes.get(f"{known.names[layer]}.weight") or None for layer in ("stem", "head"))
     found: dict[str, Any] = {"num_classes": head[0] if head else 10}
@@ -47,16 +47,20 @@ def sizes(name: str, state: State) -> dict[str, Any]:
 
 
 def _patch_sizes(name, shapes):
-    """Of ConvNeXt, ViT and XCiT; the width is that of the first block."""
-    family, head = ARCHITECTURES[name].model, anchors(name)[-1]
+    """Of ConvNeXt, Swin, ViT and XCiT; the width is that of the first block."""
+    known = ARCHITECTURES[name]
+    family, head = known.model, f"{known.names.get('head', 'head')}.weight"
     found: dict[str, Any] = {"num_classes": _channels(shapes, head) or 10}
-    if family == "convnext":
-        places = {(int(m[1]), int(m[2])) for key in shapes if (m := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", key))}
+    if family in ("convnext", "swin"):
+        above, depths = ("stages", convnext.DEPTHS) if family == "convnext" else ("layers", swin.DEPTHS)
+        pattern = rf"{above}\.(\d+)\.blocks\.(\d+)\."
+        places = {(int(m[1]), int(m[2])) for key in shapes if (m := re.match(pattern, key))}
         counts = tuple(sum(stage == other for other, _ in places) for stage in sorted({stage for stage, _ in places}))
-        depth = next((depth for depth, usual in convnext.DEPTHS.items() if usual == counts), None)
-        width = _channels(shapes, "stages.0.blocks.0.gamma")
-        found |= {"width": width or 96, **({"depth": depth} if depth else {"blocks": counts or None})}
-        return found
+        depth = next((depth for depth, usual in depths.items() if usual == counts), None)
+        found |= {"depth": depth} if depth else {"blocks": counts or None}
+        if family == "swin":
+            return found | _swin_sizes(shapes)
+        return found | {"width": _channels(shapes, "stages.0.blocks.0.gamma") or 96}
     places = {int(m[1]) for key in shapes if (m := re.match(r"blocks\.(\d+)\.", key))}
     found |= {"depth": max(len(places), 1), "width": (shapes.get("cls_token") or (384,))[-1]}
     if family == "xcit":
@@ -68,6 +72,20 @@ def _patch_sizes(name, shapes):
     elif len(stem) == 4:
         found["stem_width"] = stem[0]
     return found
+
+
+def _swin_sizes(shapes):
+    stem, table = shapes.get("patch_embed.proj.weight", ()), shapes.get(_TABLE.format(0), ())
+    found = {"width": stem[0], "patch": stem[-1]} if len(stem) == 4 else {}
+    return found | ({"window": _window(table), "heads": table[1]} if len(table) == 2 else {})
+
+
+_TABLE = "layers.{}.blocks.0.attn.relative_position_bias_table"
+
+
+def _window(table):
+    """The side of the windows that a table of relative positions ((2·side − 1)², heads) belongs to."""
+    return (math.isqrt(table[0]) + 1) // 2
 
 
 def _channels(shapes, name):
@@ -113,8 +131,14 @@ def input_shape(name: str, model: nn.Module, state: State) -> Shape:
     """(height, width, channels) of a network's input images; a size that is large enough, if it takes any size.
 
     A linear layer on a flattened map fixes the size of that map; the result is the smallest square image that yields
-    it; the positions of a ViT fix the number of its patches.
+    it; the positions of a ViT fix the number of its patches. The windows of a Swin transformer are at most as large as
+    their maps; the result has one window in the last stage.
     """
+    if ARCHITECTURES[name].model == "swin":
+        stages = sum(_TABLE.format(stage) in state for stage in range(len(state)))
+        last = state[_TABLE.format(stages - 1)].shape if stages else (169,)
+        side = model.patch * 2 ** max(stages - 1, 0) * _window(last)
+        return side, side, channels(name, state)
     if ARCHITECTURES[name].model == "vit":
         side = model.patch * math.isqrt(max(state["pos_embed"].shape[1] - 1, 1)) if "pos_embed" in state else 224
         return side, side, channels(name, state)
