@@ -20,6 +20,7 @@ from ibjax import config
 from ibjax.analysis import attacked, attention, binarisation, calibration, embedding, modulation, plane, score_cam
 from ibjax.attacks import geometry
 from ibjax.attacks.iterative import as_attack
+from ibjax.devices import precision
 from ibjax.evaluation import named, scoring
 from ibjax.evaluation.evaluate import make_scorer
 from ibjax.models import siriib
@@ -98,7 +99,7 @@ def of_attack(name: str, scale: Scale, mesh: Mesh) -> Program:
     chosen, model = named.named(family + group), network_for(name, scale)
     if chosen.make is None:
         return of_autoattack(chosen, model, scale)
-    settings = dict(norm=NORM, batch_size=scale.seen)
+    settings = dict(norm=NORM, batch_size=scale.seen, precision=precision.EVALUATION)
     scorer = make_scorer(chosen, lambda variables, x, keys: linen_net(model).predict(variables, x), settings, mesh)
 
     def arguments():

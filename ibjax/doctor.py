@@ -114,8 +114,7 @@ def _devices():
         if backend == "cpu" and any(glob.glob(pattern) for pattern in patterns):
             yield Finding("devices", f"a {kind} is here, but JAX computes on the CPU", _mend_of_platform(wanted))
     square = np.arange(9, dtype=np.float32).reshape(3, 3)
-    with jax.default_matmul_precision("highest"):
-        found = np.asarray(jax.jit(lambda x: x @ x)(square))
+    found = np.asarray(jax.jit(lambda x: jax.numpy.matmul(x, x, precision="highest"))(square))
     if not np.allclose(found, square @ square):
         yield Finding("devices", f"a product of matrices on {backend} is wrong", "set JAX_PLATFORMS=cpu, or mend it")
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ibjax.devices import precision
 from ibjax.errors import InputError, nearest
 from ibjax.models import layers
 
@@ -67,8 +68,9 @@ class Attend(nn.Module):
 
     @nn.compact
     def __call__(self, q: Array, k: Array, v: Array) -> Array:
-        weights = jax.nn.softmax(jnp.einsum("bhnd,bhmd->bhnm", q, k).astype(jnp.float32))
-        return jnp.einsum("bhnm,bhme->bhne", weights.astype(v.dtype), v)
+        stated = precision.stated()
+        weights = jax.nn.softmax(jnp.einsum("bhnd,bhmd->bhnm", q, k, precision=stated).astype(jnp.float32))
+        return jnp.einsum("bhnm,bhme->bhne", weights.astype(v.dtype), v, precision=stated)
 
 
 class Mlp(nn.Module):
