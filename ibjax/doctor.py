@@ -106,6 +106,7 @@ def _devices():
     import jax
     import numpy as np
 
+    from ibjax.devices import precision
     from ibjax.runs import provenance
 
     yield Finding("devices", f"{provenance.hardware()}, platform {backend}")
@@ -113,6 +114,12 @@ def _devices():
     for kind, (patterns, wanted) in there.items():
         if backend == "cpu" and any(glob.glob(pattern) for pattern in patterns):
             yield Finding("devices", f"a {kind} is here, but JAX computes on the CPU", _mend_of_platform(wanted))
+    rounded = {"gpu": "as TensorFloat-32", "tpu": "to bfloat16 in one pass and in three"}.get(backend)
+    meaning = f"'default' and 'high' round operands {rounded}, 'highest' does not" if rounded else "all names are exact"
+    own = (
+        "" if (given := precision.asked()) is None else f"; runs name their own, and JAX's default {given} is not used"
+    )
+    yield Finding("precision", f"of float32 products on {backend}: {meaning}{own}")
     square = np.arange(9, dtype=np.float32).reshape(3, 3)
     found = np.asarray(jax.jit(lambda x: jax.numpy.matmul(x, x, precision="highest"))(square))
     if not np.allclose(found, square @ square):

@@ -16,6 +16,7 @@ precision.
 import contextlib
 import contextvars
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
@@ -24,6 +25,7 @@ from jax import lax
 
 from ibjax.errors import InputError, nearest
 
+log = logging.getLogger(__name__)
 F = TypeVar("F", bound=Callable[..., Any])
 NAMES = ("default", "high", "highest")
 TRAINING, EVALUATION, JUDGEMENT = NAMES
@@ -44,14 +46,24 @@ def check(name: str, where: str = "precision") -> str:
 def at(name: str) -> Iterator[None]:
     """A context in which the products that are traced have this precision, unless they state another one themselves.
 
-    The innermost context decides. Raises InputError on an unknown name.
+    The innermost context decides, and outweighs JAX's default; a warning says so, once, where they differ. Raises
+    InputError on an unknown name.
     """
+    if _asked.get() is None and asked() not in (None, name):
+        _say_once(str(asked()), name)
     token = _asked.set(check(name))
     try:
         with jax.default_matmul_precision(name):
             yield
     finally:
         _asked.reset(token)
+
+
+@functools.cache
+def _say_once(given, name):
+    log.warning(
+        "JAX's default precision, '%s', is not used here: float32 products are at '%s'; set precision", given, name
+    )
 
 
 def evaluating() -> contextlib.AbstractContextManager[None]:
