@@ -116,9 +116,8 @@ def _devices():
             yield Finding("devices", f"a {kind} is here, but JAX computes on the CPU", _mend_of_platform(wanted))
     rounded = {"gpu": "as TensorFloat-32", "tpu": "to bfloat16 in one pass and in three"}.get(backend)
     meaning = f"'default' and 'high' round operands {rounded}, 'highest' does not" if rounded else "all names are exact"
-    own = (
-        "" if (given := precision.asked()) is None else f"; runs name their own, and JAX's default {given} is not used"
-    )
+    given = precision.asked()
+    own = "" if given is None else f"; runs name their own in place of JAX's default, '{given}'"
     yield Finding("precision", f"of float32 products on {backend}: {meaning}{own}")
     square = np.arange(9, dtype=np.float32).reshape(3, 3)
     found = np.asarray(jax.jit(lambda x: jax.numpy.matmul(x, x, precision="highest"))(square))

@@ -124,11 +124,12 @@ def examine(
     shown = settings if source is None else {**settings, "attacks": ()}
     check_network(trained.model, trained.facts["input_shape"], shown)
     victim = _victim(trained, settings["samples"])
+    of_surrogate = {}
     with precision.at(settings["precision"]):
         x, asked = _asked(trained, victim, split)
-        common = _common(trained, checkpoint, settings, split, asked)
         if source is not None:
-            common |= {"surrogate_fingerprint": checks.fingerprint(jax.jit(source.logits), x).tolist()}
+            of_surrogate["surrogate_fingerprint"] = checks.fingerprint(jax.jit(source.logits), x).tolist()
+    common = _common(trained, checkpoint, settings, split, asked) | of_surrogate
     return Examined(trained, split, settings, source, victim, common)
 
 
