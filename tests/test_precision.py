@@ -315,7 +315,7 @@ def test_rounded_networks_pass_the_checks_that_compare_their_answers(precision, 
 
 # ---- the judgement ---------------------------------------------------------------------------------------------
 
-NARROW = np.float32(RNG.normal(size=(192, 1)) * np.array([1, 1 + 1e-4]))  # near ties, which rounding decides
+NARROW = np.float32(RNG.normal(size=(192, 1)) + 1e-4 * RNG.normal(size=(192, 2)))  # near ties, which rounding decides
 
 
 def near_tie(x):
@@ -354,22 +354,18 @@ def test_what_an_attack_finds_is_judged_in_float32_and_changed_flags_are_counted
 def test_autoattacks_flags_are_those_of_float32_and_its_result_says_which_were_others(on_an_accelerator):
     x, y = np.float32(np.random.default_rng(1).uniform(0.1, 0.9, size=(24, 8, 8, 3))), np.ones(24, np.int32)
     plan = {"apgd-ce": iterative_apgd("ce", "linf", 1e-3, steps=1)}
-    found = {
-        name: autoattack(KEY, near_tie, x, y, eps=1e-3, attacks=plan, batch_size=8, precision=name)
-        for name in ("default", "highest")
-    }
-    for result in found.values():
-        np.testing.assert_array_equal(result.clean, right(x))
-        np.testing.assert_array_equal(result.robust, right(x) & right(result.x_adv))
-        np.testing.assert_array_equal(result.robust_after["apgd-ce"], result.robust)
-    assert found["default"].changed.any() and not found["highest"].changed.any()
-    text = f"{found['default'].changed.sum()} images are classified otherwise when judged at the highest precision"
-    assert any(text in said for said in found["default"].warnings)
+    result = autoattack(KEY, near_tie, x, y, eps=1e-3, attacks=plan, batch_size=24, precision="default")
+    np.testing.assert_array_equal(result.clean, right(x))
+    np.testing.assert_array_equal(result.robust, right(x) & right(result.x_adv))
+    np.testing.assert_array_equal(result.robust_after["apgd-ce"], result.robust)
+    text = f"{result.changed.sum()} images are classified otherwise when judged at the highest precision"
+    assert result.changed.any() and any(text in said for said in result.warnings)
 
 
 # ---- training --------------------------------------------------------------------------------------------------
 
-NETWORKS = ("ibjax/models/layers.py", "ibjax/objectives/ibd_matching.py")  # layers, and IBD's attention over them
+# layers, and IBD's attention over them
+NETWORKS = ("ibjax/models/layers.py", "ibjax/models/gradients.py", "ibjax/objectives/ibd_matching.py")
 WITH_INFORMATION = ("hbar", "ib_rar-mask", "shared_information-mine", "shared_information-ara", "siriib", "mma", "dkl")
 
 

@@ -237,17 +237,16 @@ def autoattack(
         raise InputError(f"draws={draws} is not allowed; give at least 2, for a mean and its standard error")
     with precisions.at(precision) if precision else precisions.evaluating():
         entrance.classes_of(logits_fn, x[:64], entrance.ANYTHING, stochastic=random)
-        runner = Runner(
-            key, _logits_alone(logits_fn), x, y, norm=norm, eps=eps, batch_size=batch_size, randomized=random
-        )
+        logits_fn = _logits_alone(logits_fn)
+        asked = _check_network(logits_fn, x, y, random, allow_randomized)
+        runner = Runner(key, logits_fn, x, y, norm=norm, eps=eps, batch_size=batch_size, randomized=random)
         file = files.path(state) if state else None
-        return _evaluated(runner, version, attacks, options, file, restart, draws, allow_randomized, progress)
+        return _evaluated(runner, asked, version, attacks, options, file, restart, draws, progress)
 
 
-def _evaluated(runner, version, attacks, options, file, restart, draws, allow_randomized, progress):
-    """`autoattack` after its arguments are checked; see there."""
+def _evaluated(runner, asked, version, attacks, options, file, restart, draws, progress):
+    """`autoattack` of a network that has been `asked`, after the arguments are checked; see there."""
     x, y, norm, eps, random = runner.x, runner.y, runner.norm, runner.eps, runner.randomized
-    asked = _check_network(runner.logits_fn, x, y, random, allow_randomized)
     (logits,) = runner.logits(x)
     if not np.all(np.isfinite(logits)):
         raise InputError(f"the network returns NaN or Inf for {int(np.sum(~np.isfinite(logits).all(1)))} images")
