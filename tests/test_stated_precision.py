@@ -25,6 +25,7 @@ from ibjax.attacks import pgd
 from ibjax.devices import cores, precision
 from ibjax.errors import InputError
 from ibjax.evaluation import named
+from ibjax.evaluation.report import provenance
 from ibjax.step import linen_net
 
 KEY = jax.random.key(0)
@@ -185,3 +186,12 @@ def test_an_earlier_run_is_trained_and_evaluated_as_it_was():
         wrong.update_from_flattened_dict({key: "double"})
         with pytest.raises(InputError, match=f"{key}='double' is unknown; allowed: default, high, highest"):
             config.check(wrong)
+
+
+def test_a_report_says_at_which_precision_its_numbers_were_made():
+    earlier, later = {"precision": "None", "n": 10}, {"precision": "high", "judged_in": "highest", "n": 300}
+    records = [earlier, {**later, "changed_by_judgement": 2}, {**later, "changed_by_judgement": 0}]
+    assert provenance._precision(records) == (
+        "attacks at default, flags judged at default; attacks at high, flags judged at highest; 2 of 600 flags are "
+        "others than while attacking"
+    )

@@ -1,10 +1,10 @@
 """The precision of float32 products, by name.
 
-| name      | CPU     | GPU            | TPU                             | usual for                           |
-|-----------|---------|----------------|---------------------------------|-------------------------------------|
-| "default" | float32 | TensorFloat-32 | one pass of bfloat16 operands   | training                            |
-| "high"    | float32 | TensorFloat-32 | three passes, about 16 bits     | attacks, evaluation, analyses       |
-| "highest" | float32 | float32        | six passes, float32             | what is reported: the last judgement |
+| name      | CPU     | GPU            | TPU                           | usual for                     |
+|-----------|---------|----------------|-------------------------------|-------------------------------|
+| "default" | float32 | TensorFloat-32 | one pass of bfloat16 operands | training                      |
+| "high"    | float32 | TensorFloat-32 | three passes, about 16 bits   | attacks, evaluation, analyses |
+| "highest" | float32 | float32        | six passes, float32           | the judgement of an image     |
 
 Every product of this package states its precision: the layers of networks state that of `stated()`, and computations
 that need float32 state HIGHEST themselves. `at(name)` is entered where a program is traced: by the train step, by the
