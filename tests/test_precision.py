@@ -315,7 +315,8 @@ def test_rounded_networks_pass_the_checks_that_compare_their_answers(precision, 
 
 # ---- the judgement ---------------------------------------------------------------------------------------------
 
-NARROW = np.float32(RNG.normal(size=(192, 1)) + 1e-4 * RNG.normal(size=(192, 2)))  # near ties, which rounding decides
+OF_NARROW = np.random.default_rng(2)
+NARROW = np.float32(OF_NARROW.normal(size=(192, 1)) + 1e-4 * OF_NARROW.normal(size=(192, 2)))  # rounding decides
 
 
 def near_tie(x):
