@@ -60,9 +60,15 @@ def check(closed, *allowed):
 # ---- programs of the package --------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def unaided(monkeypatch):
+    """JAX's default stays unset, so that products have a precision only where they state it themselves."""
+    monkeypatch.setattr(jax, "default_matmul_precision", lambda name: contextlib.nullcontext())
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 @jax.numpy_dtype_promotion("standard")  # Flax's average pooling divides bfloat16 by an integer
-def test_every_product_of_a_network_states_the_precision_that_is_asked_for(name):
+def test_every_product_of_a_network_states_the_precision_that_is_asked_for(name, unaided):
     """Values and gradients, in evaluation and training mode, in the forms of each platform."""
     for platform, dtype in (("cpu", "float32"), ("cuda", "bfloat16"), ("tpu", "bfloat16")):
         model = methods.network(NETWORKS[name], dtype)
@@ -74,7 +80,7 @@ def test_every_product_of_a_network_states_the_precision_that_is_asked_for(name)
 
 @pytest.mark.parametrize("name", programs.TABLE)
 @jax.numpy_dtype_promotion("standard")  # optax's Adam mixes a float with its integer count
-def test_every_product_of_a_program_states_its_precision(name):
+def test_every_product_of_a_program_states_its_precision(name, unaided):
     """Train steps "default", attacks and analyses "high"; what is judged, and estimators of information, "highest"."""
     kind, _, rest = name.partition(" ")
     scale, mesh = (
