@@ -29,7 +29,7 @@ from parts import ROOT, bare, compile_rows, from_child, made_by
 
 from ibjax import errors, files
 from ibjax.attacks.pgd import pgd
-from ibjax.devices import cluster, cores, forms
+from ibjax.devices import cluster, cores, forms, precision
 from ibjax.step import linen_net
 from ibjax.training import ahead, hlo
 
@@ -84,6 +84,7 @@ def lowered(row: str, mesh: Mesh) -> Any:
     x, y = jax.ShapeDtypeStruct(images, jnp.float32), jax.ShapeDtypeStruct(images[:1], jnp.int32)
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *images[1:])), train=False))
 
+    @precision.at(precision.TRAINING)
     def attack(variables, x, y):
         return climb(jax.random.key(0), lambda x: net.predict(variables, x)[0], x, y)
 

@@ -21,6 +21,7 @@ from ibjax import config
 from ibjax.analysis import attacked, attention, binarisation, calibration, embedding, modulation, plane, score_cam
 from ibjax.attacks import geometry
 from ibjax.attacks.iterative import as_attack
+from ibjax.devices import precision
 from ibjax.evaluation import named, scoring
 from ibjax.evaluation.evaluate import make_scorer
 from ibjax.models import siriib
@@ -110,6 +111,7 @@ NETWORKS: Mapping[str, Mapping[int, tuple[Mapping[str, Any], int]]] = MappingPro
         "vgg-16": {32: (dict(name="vgg"), 512), 224: (dict(name="vgg", variant="torchvision"), 64)},
         "convnext-t": {32: (dict(name="convnext"), 512), 224: (dict(name="convnext", stem="convstem"), 64)},
         "vit-s": {32: (dict(name="vit", patch=4), 512), 224: (dict(name="vit", stem="convstem"), 64)},
+        "swin-t": {32: (dict(name="swin", patch=2, window=4), 512), 224: (dict(name="swin"), 64)},
         "xcit-s12": {32: (dict(name="xcit", patch=4), 256), 224: (dict(name="xcit"), 64)},
         "siriib": {
             32: (methods.NETWORKS["siriib"](methods.RESNET18), 512),
@@ -151,7 +153,7 @@ def of_attack(name: str, scale: Scale, mesh: Mesh) -> Program:
     chosen, model = named.named(family + group), network_for(name, scale)
     if chosen.make is None:
         return of_autoattack(chosen, model, scale)
-    settings = dict(norm=NORM, batch_size=scale.seen)
+    settings = dict(norm=NORM, batch_size=scale.seen, precision=precision.EVALUATION)
     scorer = make_scorer(chosen, lambda variables, x, keys: linen_net(model).predict(variables, x), settings, mesh)
 
     def arguments():

@@ -37,6 +37,7 @@ from ibjax.calls import (  # noqa: F401 - some of them for those who take them f
     rename,
     signature,
 )
+from ibjax.devices import precision
 from ibjax.errors import InputError, nearest
 from ibjax.threat import effective, held, in_each_recipe, own, same_length, say  # noqa: F401
 
@@ -71,6 +72,9 @@ def base() -> ConfigDict:
     # number of parts of a batch that are attacked and differentiated in turn, to save memory: see step.make_train_step
     config.microbatches = 1
     config.epochs = 200
+    # precision of float32 products: "default", "high" or "highest" (ibjax.devices.precision), in training steps and
+    # validation; that of an evaluation is evaluate.precision
+    config.precision = precision.TRAINING
     config.optimizer = dict(name="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4)
     config.schedule = dict(name="piecewise", boundaries=(100, 150), factor=0.1)
     # the optimiser of the head (the method's own weights). lr=None: the head shares `optimizer`. name: another
@@ -107,6 +111,7 @@ def base() -> ConfigDict:
         n=placeholder(int),  # number of test images, stratified by class; None: all
         samples=placeholder(int),  # stochastic network: evaluate the mean of this many samples; None: z = μ
         batch_size=500,
+        precision=precision.EVALUATION,  # of attacks; what they find is judged at "highest"
     )
     config.log_every = 50  # steps between rows of metrics.jsonl
     # where they go too: names of ibjax.runs.writers. None: TensorBoard if tensorboardX is installed; in the recipe
@@ -154,6 +159,8 @@ _NUMBERS = {
 }
 _CHOICES = {
     "attack_bn": ("eval", "train", "batch"),
+    "precision": precision.NAMES,
+    "evaluate.precision": precision.NAMES,
     "sharding": ("replicated", "fsdp"),
     "bn_statistics": ("all", "adv"),
     "averaging.warmup": (False, True),
@@ -293,7 +300,11 @@ _LATER = (
     "averaging",
     "bn_statistics",
     "sharding",
+    "precision",
 )  # keys that were added later; their defaults change nothing
+_EARLIER = {
+    "evaluate.precision": precision.TRAINING
+}  # what a key of today would have been, where its default is another
 
 
 def upgrade(saved: ConfigDict) -> ConfigDict:
@@ -308,7 +319,7 @@ def upgrade(saved: ConfigDict) -> ConfigDict:
     for section in ("validate", "evaluate"):
         for key, default in reference[section].items():
             if key not in saved[section]:
-                saved[section][key] = default
+                saved[section][key] = _EARLIER.get(f"{section}.{key}", default)
     if "threat" not in saved:
         saved.threat = {key: saved.evaluate[key] for key in THREAT}
     for _, recipe in recipes(saved):

@@ -106,6 +106,7 @@ def _devices():
     import jax
     import numpy as np
 
+    from ibjax.devices import precision
     from ibjax.runs import provenance
 
     yield Finding("devices", f"{provenance.hardware()}, platform {backend}")
@@ -113,9 +114,13 @@ def _devices():
     for kind, (patterns, wanted) in there.items():
         if backend == "cpu" and any(glob.glob(pattern) for pattern in patterns):
             yield Finding("devices", f"a {kind} is here, but JAX computes on the CPU", _mend_of_platform(wanted))
+    rounded = {"gpu": "as TensorFloat-32", "tpu": "to bfloat16 in one pass and in three"}.get(backend)
+    meaning = f"'default' and 'high' round operands {rounded}, 'highest' does not" if rounded else "all names are exact"
+    given = precision.asked()
+    own = "" if given is None else f"; runs name their own in place of JAX's default, '{given}'"
+    yield Finding("precision", f"of float32 products on {backend}: {meaning}{own}")
     square = np.arange(9, dtype=np.float32).reshape(3, 3)
-    with jax.default_matmul_precision("highest"):
-        found = np.asarray(jax.jit(lambda x: x @ x)(square))
+    found = np.asarray(jax.jit(lambda x: jax.numpy.matmul(x, x, precision="highest"))(square))
     if not np.allclose(found, square @ square):
         yield Finding("devices", f"a product of matrices on {backend} is wrong", "set JAX_PLATFORMS=cpu, or mend it")
 

@@ -28,7 +28,7 @@ import optax
 from jax import Array, lax
 
 from ibjax.attacks import Attack, StatefulAttack, entrance
-from ibjax.devices import placement
+from ibjax.devices import placement, precision
 from ibjax.devices.cores import in_parts
 from ibjax.errors import InputError
 
@@ -148,14 +148,17 @@ def linen_net(
     """Wraps a Linen module and its frozen teachers as pure functions of `variables`.
 
     `teachers` and `frozen` map "teacher" and "assistant" to their modules and their variables, as far as they exist.
-    A network that returns logits alone has no features.
+    A network that returns logits alone has no features. Products have the precision of an evaluation, unless the caller
+    asks for another one, as the train step does (`ibjax.devices.precision`).
     """
 
+    @precision.evaluated
     def predict(variables, x, edits=None):
         if edits is not None:  # an edit may need the whole batch
             return as_output(model.apply(_network(variables), x, train=False, **_edited(model, edits)))
         return in_parts(lambda x: as_output(model.apply(_network(variables), x, train=False)))(x)
 
+    @precision.evaluated
     def forward(variables, x, key, edits=None):
         rngs = dict(zip(("dropout", "sample"), jax.random.split(key), strict=True))
         network, edited = _network(variables), _edited(model, edits)
@@ -166,7 +169,7 @@ def linen_net(
         if not frozen or role not in frozen:
             return None
         module, variables = (teachers or {})[role], frozen[role]
-        answer = in_parts(lambda x: as_output(module.apply(variables, x, train=False)))
+        answer = precision.evaluated(in_parts(lambda x: as_output(module.apply(variables, x, train=False))))
         return lambda x: jax.tree.map(lax.stop_gradient, answer(x))
 
     return Net(predict, forward, teach("teacher"), teach("assistant"))
@@ -299,6 +302,7 @@ def make_train_step(
     steps_per_epoch: int = 1,
     microbatches: int = 1,
     passes: Passes = AS_STATED,
+    products: str = precision.TRAINING,
 ) -> Callable[[TrainState, Batch, Array, Mapping[str, Variables] | None], tuple[TrainState, dict[str, Array]]]:
     """The step `(state, batch, key, frozen=None) -> (state, metrics)`, pure and not yet jitted.
 
@@ -325,6 +329,7 @@ def make_train_step(
         only those of one part: batch statistics (which the parts update in turn), HSIC and its widths, weight
         perturbations.
       passes: see `Passes`.
+      products: the precision of float32 products in networks, heads, teachers and attack, by name.
     """
     prepare = _preparation(augment, mix, steps_per_epoch)
     adversarial = _adversarial(objective, attack, training_attack, smooth, passes)
@@ -350,6 +355,7 @@ def make_train_step(
         gradients, (updated, metrics) = jax.grad(loss, has_aux=True)(params)
         return (gradients, offset), (with_trainable(updated, trainable(variables)), metrics)
 
+    @precision.at(products)
     def train_step(state, batch, key, frozen=None):
         batch, progress, keys = prepare(state.step, batch, key)
         net, variables = bind_net(frozen), placement.gathered(state.variables)
@@ -389,6 +395,7 @@ def make_statistics_step(
     steps_per_epoch: int = 1,
     microbatches: int = 1,
     passes: Passes = AS_STATED,
+    products: str = precision.TRAINING,
 ) -> Callable[[TrainState, Batch, Array, Mapping[str, Variables] | None], TrainState]:
     """The step `(state, batch, key, frozen=None) -> state` that moves `ema_stats` as training moves the statistics.
 
@@ -398,6 +405,7 @@ def make_statistics_step(
     prepare = _preparation(augment, mix, steps_per_epoch)
     adversarial = _adversarial(objective, attack, training_attack, smooth, passes)
 
+    @precision.at(products)
     def statistics_step(state, batch, key, frozen=None):
         batch, progress, keys = prepare(state.step, batch, key)
         net = bind_net(frozen)

@@ -2,8 +2,9 @@
 
 XLA's CPU compiler ignores the precision of a product: `jax.default_matmul_precision("bfloat16")` changes no bit there.
 Here the operands of every float32 product and convolution are rounded when it is lowered, unless its precision is
-HIGHEST: to 8 significant bits, as in the single pass of a TPU, or to 11, the TensorFloat-32 of a GPU. This comes after
-differentiation and batching, so that it holds for the products that these make too.
+HIGHEST: to 8 significant bits, as in the single pass of a TPU, or to 11, the TensorFloat-32 of a GPU. With HIGH a TPU
+takes three passes, which keep 16 bits. This comes after differentiation and batching, so that it holds for the products
+that these make too.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import mlir
 
 STORED_BITS = {"bfloat16": 7, "tensorfloat32": 10}  # of the mantissa
+WITH_HIGH = {"bfloat16": 15, "tensorfloat32": 10}  # of products that state HIGH
 PROJECT = Path(__file__).parent.parent
 
 
@@ -42,7 +44,7 @@ def rounded(precision: str = "bfloat16", *, all_products: bool = False) -> Itera
     before = {primitive: rules[primitive] for primitive in (dot_general_p, conv_general_dilated_p)}
     try:
         for primitive, entry in before.items():
-            rule = _rounding(entry.rule, STORED_BITS[precision], all_products, found)
+            rule = _rounding(entry.rule, STORED_BITS[precision], WITH_HIGH[precision], all_products, found)
             mlir.register_lowering(primitive, rule, platform="cpu", cacheable=False)
         jax.clear_caches()
         with jax.default_matmul_precision(precision):
@@ -52,14 +54,16 @@ def rounded(precision: str = "bfloat16", *, all_products: bool = False) -> Itera
         jax.clear_caches()
 
 
-def _rounding(rule, bits, all_products, found):
+def _rounding(rule, bits, high_bits, all_products, found):
     def lowered(ctx, *operands, precision, **params):
         if any(aval.dtype != jnp.float32 for aval in ctx.avals_in):
             return rule(ctx, *operands, precision=precision, **params)
         full = precision is not None and set(precision) == {lax.Precision.HIGHEST}
         found.append(Product(full, _line()))
         if all_products or not full:
-            operands = [stablehlo.reduce_precision(operand, 8, bits) for operand in operands]
+            high = precision is not None and set(precision) == {lax.Precision.HIGH} and not all_products
+            kept = high_bits if high else bits
+            operands = [stablehlo.reduce_precision(operand, 8, kept) for operand in operands]
         return rule(ctx, *operands, precision=precision, **params)
 
     return lowered

@@ -23,6 +23,7 @@ from ibjax.attacks.spsa import spsa
 from ibjax.attacks.square import square
 from ibjax.attacks.targeted import targeted
 from ibjax.attacks.transfer import transfer
+from ibjax.devices import precision
 from ibjax.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -309,9 +310,9 @@ def test_what_rounding_left_outside_the_box_is_clipped():
 
 @pytest.mark.parametrize("name", ["pgd", "mim", "spsa", "apgd", "fab", "square", "cw", "ara", "noise"])
 def test_inside_a_trace_it_costs_nothing(name):
-    """The compiled program is that of the attack without its entrance."""
+    """The compiled program is that of the attack without its entrance, at the precision that is the entrance's."""
     attack, target = make(name), X if name == "ara" else np.int32(Y)
-    with jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_dtype_promotion("standard"), precision.evaluating():
         programs = [
             str(jax.make_jaxpr(lambda key, x, y, run=run: run(key, linear, x, y))(KEY, X, target))
             for run in (attack, attack.__wrapped__)

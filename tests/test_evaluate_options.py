@@ -202,7 +202,15 @@ def test_representation_attacks_are_guided_by_images_of_other_classes(batch_size
 # ---- what is refused -----------------------------------------------------------------------------------------
 
 GOOD = dict(
-    attacks=("pgd-2",), norm="linf", eps="8/255", step_size="2/255", ladder=(), n=None, samples=None, batch_size=8
+    precision="high",
+    attacks=("pgd-2",),
+    norm="linf",
+    eps="8/255",
+    step_size="2/255",
+    ladder=(),
+    n=None,
+    samples=None,
+    batch_size=8,
 )
 
 

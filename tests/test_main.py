@@ -318,6 +318,8 @@ def test_a_record_says_where_its_numbers_come_from(digits_run):
         record["selected_on"] == "val" and record["n"] == 16 and 0 <= record["robust_acc"] <= record["clean_acc"] <= 100
     )
     assert record["max_distance"] <= fraction(record["eps"]) + 1e-6
+    seen = ("high", "highest", 0)  # the precision of the attack and of the judgement, which changes nothing on a CPU
+    assert (record["precision"], record["judged_in"], record["changed_by_judgement"]) == seen
 
 
 def test_a_run_is_shown_on_one_screen(digits_run):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import once
+from jax.sharding import AxisType, Mesh
 from rounding import STORED_BITS, rounded
 from test_objectives import experiment
 
@@ -26,8 +27,10 @@ from ibjax.attacks.sparse_rs import sparse_rs
 from ibjax.attacks.spsa import spsa
 from ibjax.attacks.square import iterative_square, square
 from ibjax.attacks.targeted import targeted
-from ibjax.devices import cores
+from ibjax.data import Split
+from ibjax.devices import cores, forms
 from ibjax.errors import InputError
+from ibjax.evaluation.scoring import Scorer
 from ibjax.information import divergence, fourier, hsic, mige, mine, svd
 from ibjax.models import cnn, layers, siriib
 from ibjax.objectives import ibd_matching
@@ -310,9 +313,60 @@ def test_rounded_networks_pass_the_checks_that_compare_their_answers(precision, 
     assert checks.differences(again, exact, (0.0, 0.0)) == ["logits", "gradients"]
 
 
+# ---- the judgement ---------------------------------------------------------------------------------------------
+
+OF_NARROW = np.random.default_rng(2)
+NARROW = np.float32(OF_NARROW.normal(size=(192, 1)) + 1e-4 * OF_NARROW.normal(size=(192, 2)))  # rounding decides
+
+
+def near_tie(x):
+    """A network of two classes, a function that says nothing of its product."""
+    return x.reshape(len(x), -1) @ jnp.asarray(NARROW)
+
+
+def right(x, precision=None):
+    """Which images `near_tie` classifies as 1, with operands rounded or in float64."""
+    x, w = (a if precision is None else nearest(a, precision) for a in (np.asarray(x).reshape(len(x), -1), NARROW))
+    logits = x.astype(np.float64) @ w.astype(np.float64)
+    return logits[:, 1] > logits[:, 0]
+
+
+@pytest.fixture
+def on_an_accelerator(monkeypatch):
+    """Products are rounded as on a TPU, and programs are made for that."""
+    monkeypatch.setitem(forms.TABLE, "cpu", forms.TABLE["cpu"]._replace(products="rounded"))
+    with rounded("bfloat16"):
+        yield
+
+
+def test_what_an_attack_finds_is_judged_in_float32_and_changed_flags_are_counted(on_an_accelerator):
+    x = np.float32(np.random.default_rng(1).uniform(size=(24, 8, 8, 3)))
+    exact, seen = right(x), right(x, "bfloat16")
+    alone = Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
+    network, unchanged = lambda v, x, keys: (near_tie(x), {}), lambda eps, step_size: lambda key, f, x, y: x
+    for attacked_in, differ in (("default", exact != seen), ("highest", exact & False)):
+        scorer = Scorer(network, unchanged, alone, 24, "linf", attacked_in=attacked_in)
+        flags, _ = scorer({}, Split(x, np.ones(24, np.int32)), 0, eps=0.1, step_size=0.1)
+        np.testing.assert_array_equal(flags.robust, exact)
+        np.testing.assert_array_equal(flags.changed, differ)
+    assert 0 < (exact != seen).sum() < 24 and 0 < exact.sum() < 24
+
+
+def test_autoattacks_flags_are_those_of_float32_and_its_result_says_which_were_others(on_an_accelerator):
+    x, y = np.float32(np.random.default_rng(1).uniform(0.1, 0.9, size=(24, 8, 8, 3))), np.ones(24, np.int32)
+    plan = {"apgd-ce": iterative_apgd("ce", "linf", 1e-3, steps=1)}
+    result = autoattack(KEY, near_tie, x, y, eps=1e-3, attacks=plan, batch_size=24, precision="default")
+    np.testing.assert_array_equal(result.clean, right(x))
+    np.testing.assert_array_equal(result.robust, right(x) & right(result.x_adv))
+    np.testing.assert_array_equal(result.robust_after["apgd-ce"], result.robust)
+    text = f"{result.changed.sum()} images are classified otherwise when judged at the highest precision"
+    assert result.changed.any() and any(text in said for said in result.warnings)
+
+
 # ---- training --------------------------------------------------------------------------------------------------
 
-NETWORKS = ("ibjax/models/layers.py", "ibjax/objectives/ibd_matching.py")  # layers, and IBD's attention over them
+# layers, and IBD's attention over them
+NETWORKS = ("ibjax/models/layers.py", "ibjax/models/gradients.py", "ibjax/objectives/ibd_matching.py")
 WITH_INFORMATION = ("hbar", "ib_rar-mask", "shared_information-mine", "shared_information-ara", "siriib", "mma", "dkl")
 
 

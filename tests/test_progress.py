@@ -62,6 +62,8 @@ def test_all_that_a_result_depends_on_is_compared(tmp_path, monkeypatch):
         attack(lambda x: linear(x).astype(jnp.bfloat16), state=file)
     with jax.default_matmul_precision("float32"), pytest.raises(InputError, match=r"its precision differ\)"):
         attack(linear, state=file)
+    with pytest.raises(InputError, match=r"its precision differ\)"):
+        attack(linear, state=file, precision="default")
     monkeypatch.setattr(autoattack, "code_digest", lambda: "of another version")
     with pytest.raises(InputError, match=r"its code differ\).*restart=True"):
         attack(linear, state=file)

@@ -328,8 +328,8 @@ def test_gradients_of_parts_are_those_of_the_whole_where_nothing_couples_images(
 
     objective = Objective(lambda net, variables, batch, key: batch["label"], loss)
     attack = pgd(eps="8/255", step_size="2/255", steps=2, init="none")
-    with jax.default_matmul_precision("highest"):  # of the network: it is the sum over parts that is looked at
-        (whole, metrics), (parts, averaged) = (take(objective, attack, microbatches=count) for count in (1, 3))
+    exact = dict(products="highest")  # of the network: it is the sum over parts that is looked at
+    (whole, metrics), (parts, averaged) = (take(objective, attack, microbatches=count, **exact) for count in (1, 3))
     chex.assert_trees_all_close(parts.variables["params"], whole.variables["params"], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(averaged["loss"], metrics["loss"], rtol=1e-5)
 

@@ -314,7 +314,7 @@ def scripted_flags(monkeypatch, scores):
 
     def flags(self, variables, split, *args, **kwargs):
         clean, robust = (np.arange(100) < count for count in next(pairs))
-        return Flags(clean, robust, np.zeros(100), np.zeros(100)), None
+        return Flags(clean, robust, np.zeros(100), np.zeros(100), np.zeros(100, bool)), None
 
     monkeypatch.setattr(loop.Scorer, "__call__", flags)
 

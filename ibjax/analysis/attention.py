@@ -33,7 +33,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from ibjax import config
 from ibjax.analysis import attacked, commands, output, pictures
-from ibjax.devices import cluster
+from ibjax.devices import cluster, precision
 from ibjax.errors import InputError
 from ibjax.evaluation.results import attack_label
 from ibjax.objectives.ibd_matching import layers_of
@@ -113,7 +113,8 @@ def attend_to(
     taught: Array,
 ) -> Any:  # fmt: skip
     """Attn (B, n, m) of one batch, by the matching `module` with the variables `head`."""
-    return module.apply(head, *features_of(predict, bind_net, variables, frozen, x, taught), train=False)[1]
+    with precision.evaluating():
+        return module.apply(head, *features_of(predict, bind_net, variables, frozen, x, taught), train=False)[1]
 
 
 def evaluate(

@@ -14,6 +14,12 @@ attacks", ICML 2020; in l1: "Mind the box: l1-APGD for sparse adversarial attack
 APGD and FAB take 100 steps. The number of targets is at most the number of other classes, and a target is only tried on
 the images that are not broken yet. With too few classes for DLR, the margin loss replaces it and a warning says so.
 
+Gradients and the search for adversarial images use float32 products of `precision`, "high" unless said otherwise: on a
+GPU TensorFloat-32, as PyTorch's convolutions. At the end every image and its adversarial image are classified once more
+at "highest", and the flags are those of this judgement. An image that was only broken by rounding counts as robust, one
+that only rounding kept does not; `Result.changed` says which flags were others before. A network that draws in each
+call, and is attacked in spite of it, is not asked again.
+
 Differences from the authors' code:
 - The random key of an image is folded from the attack's name and the image's index, so batch size, number of devices
   and interruptions do not change the result.
@@ -58,7 +64,8 @@ from ibjax.attacks.progress import Progress
 from ibjax.attacks.runner import Runner, passes
 from ibjax.attacks.sparse_rs import iterative_sparse_rs
 from ibjax.attacks.square import iterative_square
-from ibjax.devices import cluster
+from ibjax.devices import cluster, cores
+from ibjax.devices import precision as precisions
 from ibjax.errors import InputError, PreemptedError, check_count, nearest
 from ibjax.files import content_digest
 
@@ -97,6 +104,7 @@ class Result(NamedTuple):
     robust_after: dict[str, np.ndarray]  # attack -> (N,) bool: still robust after this and all attacks before it
     seconds: dict[str, float]  # attack -> wall-clock time, compilation included
     warnings: list[str]
+    changed: np.ndarray  # (N,) bool: the judgement at "highest" differs from what the attacks saw
     drawn: Drawn | None = None  # with version "rand" only
 
 
@@ -179,6 +187,7 @@ def autoattack(
     restart: bool = False,
     draws: int = DRAWS,
     allow_randomized: bool = False,
+    precision: str | None = None,
     progress: str | None = None,
 ) -> Result:
     """Runs AutoAttack and returns which images it does not break, the adversarial images, and warnings.
@@ -203,6 +212,8 @@ def autoattack(
       draws: with version "rand", number of draws of the network for each adversarial image at the end; at least 2.
       allow_randomized: attack a network whose logits differ from call to call, although "standard" overestimates its
         robustness.
+      precision: of float32 products while attacking: "default", "high" or "highest" (`ibjax.devices.precision`). None:
+        "high", or what JAX's `default_matmul_precision` is set to.
       progress: name of a progress bar; with it, a preemption notice stops the attack with PreemptedError.
 
     Raises:
@@ -224,12 +235,19 @@ def autoattack(
     random = version == "rand"
     if random and draws < 2:
         raise InputError(f"draws={draws} is not allowed; give at least 2, for a mean and its standard error")
-    entrance.classes_of(logits_fn, x[:64], entrance.ANYTHING, stochastic=random)
-    logits_fn = _logits_alone(logits_fn)
-    asked = _check_network(logits_fn, x, y, random, allow_randomized)
+    with precisions.at(precision) if precision else precisions.evaluating():
+        entrance.classes_of(logits_fn, x[:64], entrance.ANYTHING, stochastic=random)
+        logits_fn = _logits_alone(logits_fn)
+        asked = _check_network(logits_fn, x, y, random, allow_randomized)
+        runner = Runner(key, logits_fn, x, y, norm=norm, eps=eps, batch_size=batch_size, randomized=random)
+        file = files.path(state) if state else None
+        return _evaluated(runner, asked, version, attacks, options, file, restart, draws, progress)
 
-    runner = Runner(key, logits_fn, x, y, norm=norm, eps=eps, batch_size=batch_size, randomized=random)
-    logits = runner.clean_logits()
+
+def _evaluated(runner, asked, version, attacks, options, file, restart, draws, progress):
+    """`autoattack` of a network that has been `asked`, after the arguments are checked; see there."""
+    x, y, norm, eps, random = runner.x, runner.y, runner.norm, runner.eps, runner.randomized
+    (logits,) = runner.logits(x)
     if not np.all(np.isfinite(logits)):
         raise InputError(f"the network returns NaN or Inf for {int(np.sum(~np.isfinite(logits).all(1)))} images")
     if isinstance(attacks, Mapping):
@@ -237,24 +255,35 @@ def autoattack(
         _check_plan(plan, norm, eps, random)
     else:
         plan, notes = sub_attacks(version, norm, eps, logits.shape[1], attacks, options)
-    settings = dict(version=version, batch_size=batch_size, draws=draws if random else None, dtype=asked.dtype)
+    settings = dict(version=version, batch_size=runner.batch_size, draws=draws if random else None, dtype=asked.dtype)
     settings |= _identity(plan, runner)
-    file = files.path(state) if state else None
     found = Progress(file, settings, asked.fingerprint, x, logits.argmax(1) == y, restart)
     if random and found.right is None:
         found.right = runner.draws("chosen", x, np.arange(len(x)), draws).sum(0)
     _run(runner, plan, logits, found, progress)
     warnings = [*asked.warnings, *notes, *_gradient_warnings(plan, found.flat)]
     after = dict(zip(plan, found.after, strict=True))
-    warnings += _final_checks(runner, found, after)
+    warnings += _gains(found.clean, after)
     seconds = {name: round(value, 2) for name, value in zip(plan, found.seconds[:-1], strict=True)}
-    drawn = None
+    clean, robust, drawn = found.clean, found.robust, None
     if random:
-        drawn = Drawn(*(runner.draws("judged", shown, np.arange(len(x)), draws) for shown in (x, found.x_adv)))
+        drawn, changed = _drawn(runner, found, draws)
         if progress:
             spread = f"{drawn.accuracy:.2f} ± {drawn.standard_error:.2f} %"
             log.info("%s: robust accuracy %s over %d fresh draws", progress, spread, draws)
-    return Result(found.x_adv, found.robust, found.clean, after, seconds, list(dict.fromkeys(warnings)), drawn)
+    elif asked.randomised:  # one more draw would judge nothing
+        changed = np.zeros(len(x), bool)
+    else:
+        (clean, robust), said = _judged(runner, found.x_adv)
+        changed = (clean != found.clean) | (robust != found.robust)
+        after = {name: np.where(changed, robust, kept) for name, kept in after.items()}
+        warnings += said
+        if changed.any():
+            warnings.append(
+                f"{changed.sum()} images are classified otherwise when judged at the highest precision: rounding "
+                f"decides on them"
+            )
+    return Result(found.x_adv, robust, clean, after, seconds, list(dict.fromkeys(warnings)), changed, drawn)
 
 
 def _identity(plan, runner):
@@ -267,14 +296,9 @@ def _identity(plan, runner):
         labels=content_digest({"y": runner.y}),
         key=runner.key.tolist(),
         key_kind=str(runner.key_kind),
-        precision=precision(),
+        precision=precisions.asked(),
         code=code_digest(),
     )
-
-
-def precision() -> str:
-    """JAX's default precision of matrix products and convolutions."""
-    return str(jax.config.jax_default_matmul_precision)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @functools.cache
@@ -300,7 +324,7 @@ def _check_network(logits_fn, x, y, random, allow_randomized):
         except TypeError as error:
             raise InputError(f"version 'rand' calls logits_fn(x, keys), a key per image: {error}") from None
     asked = checks.network(logits_fn, x, y)
-    if any("randomised" in text for text in asked.warnings) and not allow_randomized:
+    if asked.randomised and not allow_randomized:
         raise InputError(
             "the network answers differently from call to call, so that 'standard' would overestimate it; give "
             "version='rand' with logits_fn(x, keys), or allow_randomized=True"
@@ -363,24 +387,40 @@ def _gradient_warnings(plan, flat):
     ]
 
 
-def _final_checks(runner, state, after):
-    """Warnings from a check of the flags, and from one more evaluation of the adversarial images."""
-    warnings, accuracy = [], [100 * float(flags.mean()) for flags in (state.clean, *after.values())]
-    if "square" in after:
-        gain = accuracy[list(after).index("square")] - accuracy[list(after).index("square") + 1]
-        if gain > 0.2 and list(after).index("square") > 0:
-            warnings.append(f"square lowers robust accuracy by {gain:.2f} points more: gradients may be masked")
-    if not runner.randomized:
-        again = Runner(
-            jax.random.wrap_key_data(runner.key, impl=runner.key_kind), runner.logits_fn, state.x_adv, runner.y,
-            norm=runner.norm, eps=runner.eps, batch_size=runner.sizes[-1],
-        ).clean_logits()  # fmt: skip
-        if not np.all(np.isfinite(again)):
-            warnings.append(
-                f"the network returns NaN or Inf for {np.sum(~np.isfinite(again).all(1))} adversarial images: where it "
-                f"names no class, they count as not robust"
-            )
-        differing = int(np.sum(np.asarray(losses.correct(again, runner.y)) != state.robust))
-        if differing:
-            warnings.append(f"{differing} images are classified otherwise when scored again: rounding decides on them")
-    return warnings
+def _gains(clean, after):
+    """A warning where Square breaks many images that the attacks before it do not."""
+    accuracy = [100 * float(flags.mean()) for flags in (clean, *after.values())]
+    place = list(after).index("square") if "square" in after else 0
+    if place > 0 and (gain := accuracy[place] - accuracy[place + 1]) > 0.2:
+        return [f"square lowers robust accuracy by {gain:.2f} points more: gradients may be masked"]
+    return []
+
+
+def _judged(runner, x_adv):
+    """((clean, robust), warnings): flags of the images and their adversarial images, in the highest precision."""
+    with precisions.at(precisions.JUDGEMENT):
+        answers = runner.logits(runner.x, x_adv)
+    right, withstood = (np.asarray(losses.correct(logits, runner.y)) for logits in answers)
+    warnings, undefined = [], int(np.sum(~np.isfinite(answers[1]).all(1)))
+    if undefined:
+        warnings.append(
+            f"the network returns NaN or Inf for {undefined} adversarial images: where it names no class, they count "
+            f"as not robust"
+        )
+    return (right, right & withstood), warnings
+
+
+def _drawn(runner, found, draws):
+    """(`Drawn` in the highest precision, where the first draw is another while attacking)."""
+
+    def draw(count):
+        rows = np.arange(len(runner.x))
+        return Drawn(*(runner.draws("judged", shown, rows, count) for shown in (runner.x, found.x_adv)))
+
+    with precisions.at(precisions.JUDGEMENT):
+        drawn = draw(draws)
+    changed = np.zeros(len(runner.x), bool)
+    if cores.differ(str(precisions.asked()), precisions.JUDGEMENT):
+        before = draw(1)
+        changed = (before.clean[0] != drawn.clean[0]) | (before.robust[0] != drawn.robust[0])
+    return drawn, changed

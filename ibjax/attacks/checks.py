@@ -84,6 +84,7 @@ class Asked(NamedTuple):
     warnings: list[str]
     fingerprint: np.ndarray  # summary of its logits and gradients on a few images: see `fingerprint`
     dtype: str  # dtype of its logits
+    randomised: bool  # two passes over the same images differ
 
 
 def network(logits_fn: Callable, x: np.ndarray, y: np.ndarray, keys: Array | None = None) -> Asked:
@@ -109,8 +110,9 @@ def network(logits_fn: Callable, x: np.ndarray, y: np.ndarray, keys: Array | Non
         warnings.append("the network returns probabilities, not logits: gradients of attacks may vanish")
     if len(images) > 1 and np.ptp(logits, axis=0).max() < 1e-6:
         warnings.append("the network returns the same logits for every image")
-    warnings += [_DRAWS] if _randomised(network) else _dependence(network)
-    return Asked(warnings, _fingerprint(network), str(answer.dtype))
+    randomised = _randomised(network)
+    warnings += [_DRAWS] if randomised else _dependence(network)
+    return Asked(warnings, _fingerprint(network), str(answer.dtype), randomised)
 
 
 _DRAWS = (

@@ -29,7 +29,7 @@ from jax.core import Tracer
 from ibjax.attacks import Attack, checks
 from ibjax.attacks.checks import first
 from ibjax.attacks.hoist import prepared
-from ibjax.devices import cores
+from ibjax.devices import cores, precision
 from ibjax.errors import CodeError, InputError
 
 # what an attack's target may be
@@ -47,6 +47,9 @@ def checked(
 ) -> Attack:
     """`attack` with its arguments checked and converted, and on accelerators its network prepared once for all steps.
 
+    The products of `logits_fn` have the precision of an evaluation, unless the caller asks for another one
+    (`ibjax.devices.precision`).
+
     Args:
       attack: (key, logits_fn, x, target) -> x_adv, for a typed key and JAX arrays.
       target: the targets that the attack accepts, one of the constants above.
@@ -56,6 +59,7 @@ def checked(
     """
 
     @functools.wraps(attack)
+    @precision.evaluated
     def entered(key: Any, logits_fn: Callable, x: Any, goal: Any) -> Array:
         asked = logits_fn if network else None
         key, x, goal = enter(key, asked, x, goal, target, stochastic=stochastic, draws=draws)

@@ -39,7 +39,7 @@ from ibjax import losses
 from ibjax.attacks import Attack, StatefulAttack, geometry
 from ibjax.attacks.checks import first
 from ibjax.attacks.entrance import ANYTHING, DISTRIBUTIONS, SOFT_LABELS, checked, enter
-from ibjax.devices import cores
+from ibjax.devices import cores, precision
 from ibjax.errors import InputError, check_count, nearest
 
 LOSSES = {"ce": losses.cross_entropy, "kl": losses.kl, "margin": losses.margin}
@@ -128,6 +128,7 @@ def stateful_pgd(
     threat = dict(norm=norm, eps=eps, step_size=step_size)
     ascend = _ascent(loss=loss, steps=steps, init=init, clip_input=clip_input, unroll=unroll, **threat)
 
+    @precision.evaluated  # in training the train step says otherwise
     def attack(key: Array, forward: Callable, x: Array, target: Any, state: Any) -> tuple[Array, Any]:
         network = lambda x: forward(x, state)[0]  # noqa: E731 - with batch statistics, in training
         key, x, target = enter(key, network, x, target, target_kind(loss), coupled=True)

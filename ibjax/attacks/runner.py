@@ -67,6 +67,7 @@ class Runner:
     ):
         self.logits_fn = cores.in_parts(unjitted(logits_fn))
         self.x, self.y, self.norm, self.eps, self.randomized = x, y, norm, eps, randomized
+        self.batch_size = batch_size
         self.key, self.key_kind = np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)
         mesh = cluster.mesh()
         self.mesh, self.sharded = mesh, NamedSharding(mesh, cluster.BATCH)
@@ -80,19 +81,21 @@ class Runner:
         self.constants: dict[int, tuple[Any, Array]] = {}  # id -> (array that logits_fn closes over, its replica)
         self.flat = 0  # number of items so far whose gradient was zero or not finite at the start
 
-    def clean_logits(self) -> np.ndarray:
-        """The logits of the clean images, (N, classes) float32."""
-        parts, size = [], self.sizes[-1]
+    def logits(self, *seen: np.ndarray) -> list[np.ndarray]:
+        """The logits of all images, (N, classes) float32, for each array (N, H, W, C) of them, such as `self.x`."""
+        size = self.sizes[-1]
 
         def answer(key, image, x):
             return self.logits_fn(x, *self._keys(key, "clean", image, 0 * image))
 
         program = self._on_each_device(answer, "css", gathered=True)
-        for first in range(0, len(self.x), size):
-            chosen = np.minimum(np.arange(first, first + size, dtype=np.int32), len(self.x) - 1)
-            logits = program(self.key, *self._place(chosen, self.x[chosen]))
-            parts.append(np.asarray(logits)[: len(self.x) - first])
-        return np.concatenate(parts).astype(np.float32)
+
+        def of(x):
+            for first in range(0, len(x), size):
+                chosen = np.minimum(np.arange(first, first + size, dtype=np.int32), len(x) - 1)
+                yield np.asarray(program(self.key, *self._place(chosen, x[chosen])))[: len(x) - first]
+
+        return [np.concatenate(list(of(x))).astype(np.float32) for x in seen]
 
     def draws(self, name: str, x: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
         """Whether a random network classifies the images `rows` of x (N, H, W, C) correctly, (count, len(rows)) bool.

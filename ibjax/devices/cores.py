@@ -41,6 +41,11 @@ def form() -> forms.Form:
     return forms.TABLE[platform()]
 
 
+def differ(one: str, other: str) -> bool:
+    """Whether float32 products of two precisions, by name, may differ on the platform that is traced for."""
+    return one != other and form().products == "rounded"
+
+
 @contextlib.contextmanager
 def elsewhere(target: str | None = None):
     """A context in which programs are traced for a platform that this machine lacks (ahead-of-time compilation).

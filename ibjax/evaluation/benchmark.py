@@ -49,6 +49,7 @@ def benchmark(
     workdir: str | os.PathLike | None = None,
     n: int | None = None,
     batch_size: int = 500,
+    precision: str = "high",
     seed: int = 0,
     title: str = "",
 ) -> list[dict[str, Any]]:
@@ -65,6 +66,7 @@ def benchmark(
       workdir: folder for records and report; None: nothing is written.
       n: number of test images, each class in proportion; None: all.
       batch_size: images at a time.
+      precision: of float32 products while attacking: "default", "high" or "highest" (`ibjax.devices.precision`).
       seed: of the attacks' random draws.
       title: the network's name in records and report; default: that of its class.
 
@@ -72,7 +74,7 @@ def benchmark(
     unknown attacks, an invalid threat model, or a folder that holds something else.
     """
     given = _network(network)
-    settings, section = _settings(threat, attacks, n, batch_size, seed)
+    settings, section = _settings(threat, attacks, n, batch_size, precision, seed)
     split, facts = _images(data)
     split, classes = _checked(split, f"{facts['label']}:", given)
     facts |= {"input_shape": list(split.images.shape[1:]), "num_classes": classes, "n_test": len(split.labels)}
@@ -118,7 +120,7 @@ def _network(network):
     return wrap.function(network)
 
 
-def _settings(threat, attacks, n, batch_size, seed):
+def _settings(threat, attacks, n, batch_size, precision, seed):
     """(a configuration whose sections on training describe nothing, its checked `evaluate` section for this call)."""
     if not isinstance(threat, tuple | list) or len(threat) != 2:
         raise InputError(f"threat={threat!r} is not allowed; give norm and eps, as ('linf', '8/255')")
@@ -130,8 +132,8 @@ def _settings(threat, attacks, n, batch_size, seed):
     settings.seed = seed
     settings = config.effective(settings)
     settings.evaluate.attacks = tuple(attacks)
-    given = replaced({**config.plain(settings.evaluate), "n": n, "batch_size": batch_size})
-    settings.evaluate.update(attacks=given["attacks"], batch_size=batch_size)
+    given = replaced({**config.plain(settings.evaluate), "n": n, "batch_size": batch_size, "precision": precision})
+    settings.evaluate.update(attacks=given["attacks"], batch_size=batch_size, precision=precision)
     return settings, given
 
 

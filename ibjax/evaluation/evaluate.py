@@ -27,7 +27,7 @@ import numpy as np
 from ibjax import config, files, threat
 from ibjax.attacks import autoattack, checks, names
 from ibjax.data import Split, check, first_of_each, subset
-from ibjax.devices import cluster
+from ibjax.devices import cluster, precision
 from ibjax.errors import InputError, UnreadableError
 from ibjax.evaluation import results
 from ibjax.evaluation.named import Named, named
@@ -54,6 +54,7 @@ def evaluate(
     eps: str | float | None = None,
     step_size: str | float | None = None,
     batch_size: int | None = None,
+    precision: str | None = None,
     surrogate: Path | None = None,
     surrogate_checkpoint: str | int = "best",
     keep: int = 10,
@@ -67,8 +68,9 @@ def evaluate(
       workdir: of the run.
       checkpoint: "best", "last" or a step.
       settings: an `evaluate` section; None uses the run's own.
-      attacks, n, samples, norm, eps, step_size, batch_size: replace the section's values. Another norm needs its own
-        eps. With another eps and no `step_size`, the step keeps its ratio to eps. Another norm or eps has no ladder.
+      attacks, n, samples, norm, eps, step_size, batch_size, precision: replace the section's values. Another norm needs
+        its own eps. With another eps and no `step_size`, the step keeps its ratio to eps. Another norm or eps has no
+        ladder.
       surrogate: workdir of a run for transfer attacks: its network, at `surrogate_checkpoint`, is attacked, and the
         adversarial images are evaluated on this run.
       keep: number of adversarial images of each attack at the main eps to keep for the report, from as many classes.
@@ -82,7 +84,8 @@ def evaluate(
     trained = run.load(workdir, checkpoint, trust=trust)
     if settings is None and attacks is None:  # they come from the run's folder, not from the caller
         own_code.permit_attacks(trained.config.evaluate.attacks, workdir / "config.json", trust)
-    given = dict(attacks=attacks, n=n, samples=samples, batch_size=batch_size, norm=norm, eps=eps, step_size=step_size)
+    given = dict(attacks=attacks, n=n, samples=samples, batch_size=batch_size, precision=precision)
+    given |= dict(norm=norm, eps=eps, step_size=step_size)
     settings = replaced(trained.config.evaluate if settings is None else settings, **given)
     source = None if surrogate is None else _surrogate(surrogate, surrogate_checkpoint, trained, settings, trust)
     split = run.test_split(trained, settings["n"])
@@ -121,10 +124,12 @@ def examine(
     shown = settings if source is None else {**settings, "attacks": ()}
     check_network(trained.model, trained.facts["input_shape"], shown)
     victim = _victim(trained, settings["samples"])
-    x, asked = _asked(trained, victim, split)
-    common = _common(trained, checkpoint, settings, split, asked)
-    if source is not None:
-        common |= {"surrogate_fingerprint": checks.fingerprint(jax.jit(source.logits), x).tolist()}
+    of_surrogate = {}
+    with precision.at(settings["precision"]):
+        x, asked = _asked(trained, victim, split)
+        if source is not None:
+            of_surrogate["surrogate_fingerprint"] = checks.fingerprint(jax.jit(source.logits), x).tolist()
+    common = _common(trained, checkpoint, settings, split, asked) | of_surrogate
     return Examined(trained, split, settings, source, victim, common)
 
 
@@ -282,7 +287,7 @@ def _executor(attack: Named, examined: Examined):
         return lambda eps, step_size, title, keep, state: auto_attack(
             lambda x, keys: victim(trained.variables, x, keys)[0], split, seed, attack.of_autoattack(),
             norm=norm, eps=eps, batch_size=batch_size, title=title, keep=keep, state=state,
-            attacked=attacked, count=attack.count,
+            attacked=attacked, count=attack.count, attacked_in=settings["precision"],
         )  # fmt: skip
     surrogate = None if source is None else lambda variables, x, keys: source.predict(variables[1], x)
     scorer = make_scorer(
@@ -299,7 +304,7 @@ def _executor(attack: Named, examined: Examined):
 
 
 def make_scorer(attack: Named, predict: Callable, settings: Any, mesh: Any, attacked: Callable | None = None) -> Scorer:
-    """The scorer of a named attack (not of AutoAttack) under the norm and batch size of an `evaluate` section.
+    """The scorer of a named attack (not of AutoAttack) under norm, batch size and precision of an `evaluate` section.
 
     predict, attacked: as of `Scorer`.
     """
@@ -317,6 +322,7 @@ def make_scorer(attack: Named, predict: Callable, settings: Any, mesh: Any, atta
         count=attack.count,
         attacked=attacked,
         own=attack.settings.get("code", {}).get("name"),
+        attacked_in=settings["precision"],
     )
 
 
@@ -367,7 +373,8 @@ def _common(trained, checkpoint, settings, split, asked):
         "samples": settings["samples"],
         "fingerprint": asked.fingerprint.tolist(),
         "code": autoattack.code_digest(),
-        "precision": autoattack.precision(),
+        "precision": settings["precision"],
+        "judged_in": precision.JUDGEMENT,
         "n": len(split.labels),
         "chance_acc": percent(split.labels == np.bincount(split.labels).argmax()),  # of the most frequent class
         "images": trees.digest(split),
@@ -397,6 +404,7 @@ def _existing(file, identity):
         record = files.read_json(file)
         results.validate(record)
         record["attack"] = names.canonical(record["attack"])
+        record["precision"] = precision.of_record(record)
     except FileNotFoundError:
         return None
     except UnreadableError:
@@ -429,6 +437,7 @@ def _record(identity, more, flags):
         **identity,
         **more,
         "warnings": warnings,
+        "changed_by_judgement": int(flags.changed.sum()),
         "max_distance": float(flags.distance.max()),
         "mean_loss": float(np.mean(finite)) if len(finite) else None,
         "date": datetime.date.today().isoformat(),
@@ -439,7 +448,9 @@ def _record(identity, more, flags):
 def _save_examples(file, split, x_adv, trained):
     """Clean and adversarial images with their predictions, for the report's picture."""
     x = np.asarray(to_float(jnp.asarray(split.images[:])))
-    predicted, predicted_adv = (np.asarray(trained.logits_fn(jnp.asarray(images))).argmax(1) for images in (x, x_adv))
+    with precision.at(precision.JUDGEMENT):
+        logits = [np.asarray(trained.logits_fn(jnp.asarray(images))) for images in (x, x_adv)]
+    predicted, predicted_adv = (each.argmax(1) for each in logits)
     if jax.process_index() == 0:  # the other processes only take part in the computation
         file.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(file) as temporary, temporary.open("wb") as handle:

@@ -2,7 +2,8 @@
 
 An image counts as robust if it is classified correctly both clean and under attack; with `count="attacked"`, as some
 papers count, only the prediction under attack matters. A network is called as `predict(variables, x, keys)`, with one
-random key per image; deterministic networks ignore the keys.
+random key per image; deterministic networks ignore the keys. An attack may see rounded products; what it finds, and the
+clean image, are judged at "highest" (`ibjax.devices.precision`).
 
 Guarantees (tests of the same names): batch size and number of devices change no flag; every x_adv lies in the eps-ball
 and in [0, 1] to 1e-6, checked per example in float32.
@@ -24,7 +25,7 @@ from ibjax import losses
 from ibjax.attacks import Attack, autoattack, eot, geometry
 from ibjax.attacks.representation import guides
 from ibjax.data import Split
-from ibjax.devices import cluster
+from ibjax.devices import cluster, cores, precision
 from ibjax.errors import CodeError, InputError, PreemptedError
 from ibjax.step import Variables, as_output, to_float
 
@@ -42,6 +43,7 @@ class Flags(NamedTuple):
     robust: np.ndarray  # (N,) bool: counts as robust, see `count`
     loss: np.ndarray  # (N,) float32: cross-entropy under the attack; NaN where the logits are NaN
     distance: np.ndarray  # (N,) float32: size of the perturbation, in the attack's norm
+    changed: np.ndarray  # (N,) bool: one of both flags would be another in the precision of the attack
 
 
 def nan_warnings(flags: Flags) -> list[str]:
@@ -73,6 +75,7 @@ class Scorer:
       count: which images count as robust, "both" or "attacked": see above.
       attacked: a surrogate with the signature of `predict`, which is attacked in place of `predict`.
       own: the name of an attack of the user's own, for messages.
+      attacked_in, judged_in: precisions of float32 products in the attack, and in the predictions that are judged.
     """
 
     def __init__(
@@ -89,6 +92,8 @@ class Scorer:
         count: str = "both",
         attacked: Callable | None = None,
         own: str | None = None,
+        attacked_in: str = precision.EVALUATION,
+        judged_in: str = precision.JUDGEMENT,
     ):
         self.bounded, self.guided, self.own, self.mesh = bounded, guided, own, mesh
         self.batch_size = cluster.rounded_up(batch_size, mesh.size)
@@ -102,17 +107,23 @@ class Scorer:
                 output = (attacked or predict)(variables, x, while_attacked)
                 return output if features else output[0]
 
+            def judge(name):
+                with precision.at(name):
+                    clean, logits = (predict(variables, seen, when_judged)[0] for seen in (x, x_adv))
+                correct, robust = losses.correct(clean, labels), losses.correct(logits, labels)
+                return correct, correct & robust if count == "both" else robust, logits
+
             target = (labels, to_float(guide)) if guided else labels
-            x_adv = make_attack(eps=eps, step_size=step_size)(keys, shown, x, target)
-            clean, logits = (predict(variables, seen, when_judged)[0] for seen in (x, x_adv))
-            correct = losses.correct(clean, labels)
+            with precision.at(attacked_in):
+                x_adv = make_attack(eps=eps, step_size=step_size)(keys, shown, x, target)
+            correct, robust, logits = judge(judged_in)
+            changed = jnp.zeros(labels.shape, bool)
+            if cores.differ(attacked_in, judged_in):
+                changed = _changed(judge(attacked_in), (correct, robust))
             in_box = jnp.all((x_adv >= 0) & (x_adv <= 1), axis=(1, 2, 3))
             distance = jnp.where(in_box, geometry.distance(x_adv, x, norm), jnp.inf)
             distance = jnp.where(jnp.all(jnp.isfinite(x_adv), axis=(1, 2, 3)), distance, jnp.nan)
-            robust = losses.correct(logits, labels)
-            if count == "both":
-                robust &= correct
-            return Flags(correct, robust, losses.cross_entropy(logits, labels), distance), x_adv
+            return Flags(correct, robust, losses.cross_entropy(logits, labels), distance, changed), x_adv
 
         replicated = NamedSharding(mesh, cluster.REPLICATED)
         self.score = jax.jit(score, out_shardings=replicated)
@@ -199,6 +210,7 @@ def auto_attack(
     state: Path | None = None,
     attacked: Callable | None = None,
     count: str = "both",
+    attacked_in: str = precision.EVALUATION,
 ) -> tuple[Flags, np.ndarray, dict[str, Any]]:
     """Runs AutoAttack: (flags of the whole split, the images that `keep` selects, further fields of the record).
 
@@ -207,7 +219,7 @@ def auto_attack(
       state: a file that holds the progress; the same call continues where an earlier one was stopped.
       attacked: a surrogate, (x, keys) -> logits. AutoAttack runs on it, and `network` is evaluated on the result.
         Images that the surrogate misclassifies or on which it stays robust are not perturbed.
-      keep, count: as in `Scorer`. Without a surrogate, AutoAttack does not perturb misclassified images.
+      keep, count, attacked_in: as in `Scorer`. Without a surrogate, AutoAttack does not perturb misclassified images.
 
     With version "rand" the record's accuracies are means over fresh draws, the flags are those of the first draw, and
     `reference` holds the accuracies as the authors' code counts them: see autoattack.py.
@@ -218,36 +230,50 @@ def auto_attack(
     keys = draw_keys(seed, len(x))
     logits_fn = climbed if options["version"] == "rand" else lambda x: climbed(x, None)
     result = autoattack.autoattack(
-        key, logits_fn, x, split.labels, norm, eps, batch_size=batch_size, state=state, progress=title, **options
-    )
+        key, logits_fn, x, split.labels, norm, eps, batch_size=batch_size, state=state, progress=title,
+        precision=attacked_in, **options,
+    )  # fmt: skip
 
     @jax.jit
     def score(x_adv, keys, x, y):
         logits = network(x_adv, keys)
         return losses.correct(logits, y), losses.cross_entropy(logits, y), geometry.distance(x_adv, x, norm)
 
-    def judge(shown):
+    def judge(shown, name=precision.JUDGEMENT):
         parts = [slice(first, first + batch_size) for first in range(0, len(x), batch_size)]
-        values = [score(shown[part], keys[part], x[part], split.labels[part]) for part in parts]
+        with precision.at(name):
+            values = [score(shown[part], keys[part], x[part], split.labels[part]) for part in parts]
         return [np.concatenate(column) for column in zip(*values, strict=True)]
 
     withstood, loss, distance = judge(result.x_adv)
-    if attacked is None:  # keep the flags found while attacking: in another batch, rounding may change one
-        flags = Flags(result.clean, result.robust, loss, distance)
+    if attacked is None:  # keep AutoAttack's own judgement: in another batch, rounding may change a flag
+        flags = Flags(result.clean, result.robust, loss, distance, result.changed)
         after = {name: percent(kept) for name, kept in result.robust_after.items()}
         more = {"robust_after": after}
         if result.drawn is not None:
             flags = flags._replace(clean=result.drawn.clean[0], robust=result.drawn.robust[0])
             more |= drawn_record(result)
     else:
-        clean = judge(x)[0]
-        flags, more = Flags(clean, withstood if count == "attacked" else clean & withstood, loss, distance), {}
+
+        def outcome(name, withstood):
+            clean = judge(x, name)[0]
+            return clean, clean & withstood if count == "both" else withstood
+
+        judged, changed = outcome(precision.JUDGEMENT, withstood), np.zeros(len(x), bool)
+        if cores.differ(attacked_in, precision.JUDGEMENT):
+            changed = _changed(outcome(attacked_in, judge(result.x_adv, attacked_in)[0]), judged)
+        flags, more = Flags(*judged, loss, distance, changed), {}
     more |= {
         "seconds_of": result.seconds,
         "seconds": round(sum(result.seconds.values()), 2),
         "warnings": result.warnings,
     }
     return flags, result.x_adv[:keep] if isinstance(keep, int) else result.x_adv[keep], more
+
+
+def _changed(before, judged):
+    """Where the flags of an attack, (clean, robust, …), are not those that are judged."""
+    return (before[0] != judged[0]) | (before[1] != judged[1])
 
 
 def drawn_record(result: autoattack.Result) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ibjax import config, threat
 from ibjax.attacks import geometry, names
 from ibjax.data import Split
+from ibjax.devices import precision
 from ibjax.errors import InputError
 from ibjax.evaluation.named import check, named, takes_step_size
 from ibjax.step import linen_net, taps
@@ -27,6 +28,7 @@ def check_settings(settings: Any) -> None:
         check(name, settings["norm"], settings["eps"], settings["step_size"])
     for eps in settings["ladder"]:
         geometry.radius(eps, settings["norm"], "evaluate.ladder eps")
+    precision.check(settings["precision"], "evaluate.precision")
     for name in ("n", "samples", "batch_size"):
         value = settings[name]
         if value is not None and (type(value) is not int or value < 1):
@@ -93,7 +95,7 @@ def replaced(section: Any, *, norm: Any = None, eps: Any = None, step_size: Any 
     an option in the names of the attacks whose step is `evaluate.step_size`, so that different attacks have different
     names.
 
-    given: attacks, n, samples or batch_size.
+    given: attacks, n, samples, batch_size or precision.
     """
     given = {name: tuple(value) if name == "attacks" else value for name, value in given.items() if value is not None}
     settings = _changed(config.plain(section) | given, norm, eps, step_size)

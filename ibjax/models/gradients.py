@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ibjax.devices import precision
+
 NHWC = ("NHWC", "HWIO", "NHWC")
 
 # ---- ReLU --------------------------------------------------------------------------------------------------------
@@ -62,7 +64,7 @@ def convolve_pixels(
         back = _in_eights(1, narrow.transpose(3, 0, 1, 2).reshape(kernel.shape[3], -1))
     else:
         back = _in_eights(2, narrow)
-    static = (tuple(strides), tuple(padding), by_product)
+    static = (tuple(strides), tuple(padding), by_product, precision.stated())  # a gradient may be traced elsewhere
     return _pixels(static, x, kernel, _in_eights(2, narrow, narrow), back)
 
 
@@ -70,7 +72,8 @@ def convolve_pixels(
 def _pixels(static, x, kernel, twice, back):
     high = x.astype(twice.dtype)
     low = (x - high.astype(x.dtype)).astype(twice.dtype)
-    return _convolve(_in_eights(3, high, low), twice, *static[:2])
+    strides, padding, _, stated = static
+    return convolve(_in_eights(3, high, low), twice, strides, padding, stated)
 
 
 def _pixels_forward(static, x, kernel, twice, back):
@@ -78,13 +81,13 @@ def _pixels_forward(static, x, kernel, twice, back):
 
 
 def _pixels_backward(static, saved, g):
-    (strides, padding, by_product), (x, kernel, back) = static, saved
-    _, of_kernel = jax.vjp(lambda kernel: _convolve(x, kernel, strides, padding), kernel)
+    (strides, padding, by_product, stated), (x, kernel, back) = static, saved
+    _, of_kernel = jax.vjp(lambda kernel: convolve(x, kernel, strides, padding, stated), kernel)
     if by_product:
-        dx = _shifted_sums(jnp.matmul(g, back), kernel.shape[0], padding[0], x.shape)
+        dx = _shifted_sums(jnp.matmul(g, back, precision=stated), kernel.shape[0], padding[0], x.shape)
     else:
         wide = jnp.zeros((*x.shape[:3], back.shape[2]), g.dtype)
-        _, of_pixels = jax.vjp(lambda x: _convolve(x, back, strides, padding), wide)
+        _, of_pixels = jax.vjp(lambda x: convolve(x, back, strides, padding, stated), wide)
         dx = of_pixels(g)[0][..., : x.shape[3]].astype(x.dtype)
     return dx, *of_kernel(g.astype(kernel.dtype)), None, None
 
@@ -114,8 +117,18 @@ def _in_eights(axis, *arrays):
     return jnp.pad(whole, widths)
 
 
-def _convolve(x, kernel, strides, padding):
-    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC)
+def convolve(
+    x: Array,
+    kernel: Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    stated: lax.Precision | None,
+    groups: int = 1,
+) -> Array:
+    """The convolution of maps (B, H, W, C) with a kernel (k, k, C/groups, O), in the precision that it states."""
+    return lax.conv_general_dilated(
+        x, kernel, strides, padding, dimension_numbers=NHWC, feature_group_count=groups, precision=stated
+    )
 
 
 # ---- batch-norm --------------------------------------------------------------------------------------------------

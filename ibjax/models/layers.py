@@ -3,9 +3,9 @@
 Parameters, batch statistics and logits are float32; convolutions and activations use `dtype`. The first convolution
 takes float32 pixels (`pixels=True`), since bfloat16 would round away small perturbations, such as a start of 0.001·N(0,
 1): on accelerators each pixel of a bfloat16 network is the sum of two bfloat16 numbers. These are dtypes of arrays. How
-an accelerator rounds the operands of float32 products is the caller's choice; JAX's default is TensorFloat-32 on a GPU
-and bfloat16 on a TPU (docs/precision.md). What a layer computes differently on CPU, GPU and TPU is in the table of
-`ibjax.devices.forms`.
+an accelerator rounds the operands of float32 products is the caller's choice: every product states the precision that
+is asked for where the network is called (`ibjax.devices.precision`). What a layer computes differently on CPU, GPU and
+TPU is in the table of `ibjax.devices.forms`.
 """
 
 import math
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ibjax.devices import cores
+from ibjax.devices import cores, precision
 from ibjax.errors import InputError, nearest
 from ibjax.models import gradients, packed
 from ibjax.models.packed import Packed, unpacked
@@ -190,8 +190,8 @@ class Conv(nn.Module):
             by_product = form.stem_gradient == "product"
             return gradients.convolve_pixels(x, kernel, strides, padding, self.dtype, by_product)
         x, kernel = x.astype(self.computes_in()), kernel.astype(self.computes_in())
-        options = dict(dimension_numbers=gradients.NHWC, feature_group_count=self.groups)
-        return cores.in_parts(lambda x: lax.conv_general_dilated(x, kernel, strides, padding, **options))(x)
+        stated = precision.stated()
+        return cores.in_parts(lambda x: gradients.convolve(x, kernel, strides, padding, stated, self.groups))(x)
 
     def computes_in(self) -> Any:
         """The dtype of the operands."""
@@ -220,7 +220,7 @@ class Dense(nn.Module):
     kernel_init: Any = torch_uniform
     bias_init: Any = None  # None: PyTorch's default
     dtype: Any = jnp.float32
-    precision: lax.PrecisionLike = None  # precision of the matrix product; None: JAX's default
+    precision: lax.Precision | None = None  # of the matrix product; None: what is asked for, see `devices.precision`
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -231,7 +231,7 @@ class Dense(nn.Module):
             kernel_init=self.kernel_init,
             bias_init=bias_init,
             dtype=self.dtype,
-            precision=self.precision,
+            precision=self.states(),
             name="dense",
         )(x)
 
@@ -241,8 +241,12 @@ class Dense(nn.Module):
         The variables must exist.
         """
         kernel, bias = _scaled(self.variables["params"]["dense"], affine)
-        y = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype), precision=self.precision)
+        y = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype), precision=self.states())
         return y if bias is None else y + per_channel(bias.astype(self.dtype), y)
+
+    def states(self) -> lax.Precision | None:
+        """The precision of its product."""
+        return precision.stated() if self.precision is None else self.precision
 
 
 def dense_each(layers: Sequence[Dense], inputs: Sequence[Array]) -> Array:
@@ -253,7 +257,7 @@ def dense_each(layers: Sequence[Dense], inputs: Sequence[Array]) -> Array:
     weights = [layer.variables["params"]["dense"] for layer in layers]
     kernel, bias = (jnp.stack([each[name] for each in weights]).astype(layers[0].dtype) for name in ("kernel", "bias"))
     x = jnp.stack(inputs).astype(layers[0].dtype)
-    return jnp.einsum("kbc,kcd->bkd", x, kernel, precision=layers[0].precision) + bias[None]
+    return jnp.einsum("kbc,kcd->bkd", x, kernel, precision=layers[0].states()) + bias[None]
 
 
 def classifier(x: Array, num_classes: int | None, **options: Any) -> Array:

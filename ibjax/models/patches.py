@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ibjax.devices import precision
 from ibjax.errors import InputError, nearest
 from ibjax.models import layers
 
@@ -68,10 +69,11 @@ class Attend(nn.Module):
 
     @nn.compact
     def __call__(self, q: Array, k: Array, v: Array, bias: Array | None = None) -> Array:
-        scores = jnp.einsum("bhnd,bhmd->bhnm", q, k).astype(jnp.float32)
+        stated = precision.stated()
+        scores = jnp.einsum("bhnd,bhmd->bhnm", q, k, precision=stated).astype(jnp.float32)
         if bias is not None:
             scores = (scores.reshape(-1, *bias.shape) + bias[None]).reshape(scores.shape)
-        return jnp.einsum("bhnm,bhme->bhne", jax.nn.softmax(scores).astype(v.dtype), v)
+        return jnp.einsum("bhnm,bhme->bhne", jax.nn.softmax(scores).astype(v.dtype), v, precision=stated)
 
 
 class Mlp(nn.Module):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ibjax.devices import precision
 from ibjax.errors import InputError
 from ibjax.models.layers import BatchNorm, Dense, dense_each, global_average, norm_each
 
@@ -50,11 +51,12 @@ class AttentionMatching(nn.Module):
             query = nn.relu(query)
         key = Dense(d * n, name="bilinear")(key.reshape(batch * m, d))
         key = BatchNorm(name="bilinear_bn")(key, train).reshape(batch, m, n, d)
-        score = jnp.einsum("bmnd,bnd->bnm", key, query)
+        stated = precision.stated()
+        score = jnp.einsum("bmnd,bnd->bnm", key, query, precision=stated)
         if self.positional:
             xavier = nn.initializers.variance_scaling(1.0, "fan_avg", "normal")  # Flax's own is truncated
             position_t, position_s = (self.param(f"position_{w}", xavier, (k, d)) for w, k in (("t", n), ("s", m)))
-            score = score + (position_t @ position_s.T)[None]
+            score = score + jnp.matmul(position_t, position_s.T, precision=stated)[None]
         attention = jax.nn.softmax(score / math.sqrt(d), axis=-1)  # over student layers
         difference = energy_differences(z_s, z_t, self.energy)  # (B, n, m)
         return jnp.sum(jnp.mean(jnp.sum(attention * difference, -1), 0)), attention
@@ -160,8 +162,7 @@ def adaptive_average(e: Array, size: tuple[int, int]) -> Array:
     if h % height == w % width == 0:
         return jnp.repeat(jnp.repeat(e, h // height, -2), w // width, -1)
     rows, columns = (_pooling_matrix(n, k) for n, k in zip(e.shape[-2:], size, strict=True))
-    precision = jax.lax.Precision.HIGHEST
-    return jnp.einsum("hH,...HW,wW->...hw", rows, e, columns, precision=precision)
+    return jnp.einsum("hH,...HW,wW->...hw", rows, e, columns, precision=jax.lax.Precision.HIGHEST)
 
 
 def _pooling_matrix(n: int, k: int) -> np.ndarray:

@@ -45,6 +45,7 @@ from jax import Array, lax
 from ibjax import losses
 from ibjax.attacks import Attack
 from ibjax.attacks.pgd import pgd
+from ibjax.devices import precision
 from ibjax.errors import InputError, check_range, nearest
 from ibjax.information.svd import singular_values_and_polar
 from ibjax.objectives.pgd_at import pgd_at
@@ -188,6 +189,7 @@ def adaptive_attack(
             raise InputError(f"term '{term}' is unknown; {nearest(term, ('ce', 'svd', 'info'))}")
     weights = (1.0,) * len(terms) if weights is None else tuple(weights)
 
+    @precision.evaluated
     def attack(key, logits_fn, x, target):
         _, clean = jax.tree.map(lax.stop_gradient, logits_fn(x))
 

@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ibjax.data import Split, stratified
+from ibjax.devices import precision
 from ibjax.errors import CheckpointError, InputError
 from ibjax.pytorch import torch_file
 from ibjax.pytorch.architectures import Shape
@@ -91,7 +92,7 @@ def of_ours(model: nn.Module, variables: Any, images: np.ndarray) -> np.ndarray:
     """The same of ours, in float32 throughout, whatever the network was trained in."""
     predict = _predict(model.clone(dtype="float32"))
     x = np.asarray(to_float(jnp.asarray(images)))
-    with jax.default_matmul_precision("highest"):  # accelerators round inputs of convolutions otherwise
+    with precision.at(precision.JUDGEMENT):  # accelerators round inputs of convolutions otherwise
         return np.concatenate([predict(variables, x[i : i + _BATCH])[0] for i in range(0, len(x), _BATCH)])
 
 

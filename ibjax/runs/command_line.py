@@ -10,10 +10,11 @@ from ml_collections import ConfigDict
 from ibjax import extensions, files
 from ibjax.attacks.names import split
 from ibjax.cli import Parser, parser
+from ibjax.devices import precision
 from ibjax.runs import recipe_files
 
 CONFIG = "the recipe: NAME[:arg] of one that ships with ibjax, FILE.py[:arg], or a run's config.json"
-OF_EVALUATION = ("n", "samples", "norm", "eps", "step_size", "batch_size")
+OF_EVALUATION = ("n", "samples", "norm", "eps", "step_size", "batch_size", "precision")
 
 
 def of_run(module: str, description: str | None) -> Parser:
@@ -60,6 +61,9 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eps", help='radius, as "8/255"')
     parser.add_argument("--step_size", help='of iterative attacks, as "2/255"; default: the run\'s share of eps')
     parser.add_argument("--batch_size", type=int, help="images at a time")
+    parser.add_argument(
+        "--precision", choices=precision.NAMES, help="of float32 products in attacks; default: the run's, usually high"
+    )
 
 
 def comma_list(text: str) -> list[str]:

@@ -128,6 +128,7 @@ def build(
         steps_per_epoch=steps_per_epoch,
         microbatches=settings.microbatches,
         passes=_passes(settings, objective),
+        products=settings.precision,
     )
     placed = functools.partial(_placed, mesh=mesh, fsdp=settings.sharding == "fsdp")
     averaged = _averaging(settings, steps_per_epoch)

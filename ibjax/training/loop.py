@@ -187,7 +187,8 @@ def _validator(experiment):
 
     predict, size = experiment.bind_net(None).predict, experiment.config.validate.batch_size
     network, own = lambda variables, x, keys: predict(variables, x), config.own_source("attacks", section.name)
-    scorer = Scorer(network, attack, experiment.mesh, size, section.norm, own=own and own.name)
+    same = dict(attacked_in=experiment.config.precision, judged_in=experiment.config.precision)
+    scorer = Scorer(network, attack, experiment.mesh, size, section.norm, own=own and own.name, **same)
     return scorer, {"eps": eps, "step_size": eps if step_size is None else step_size}
 
 

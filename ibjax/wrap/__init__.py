@@ -25,6 +25,9 @@ A wrapped network is in evaluation mode; the given object stays as it is:
 An attack tests at its first call whether the logits of an image depend on the rest of its batch, and refuses a network
 that still uses batch statistics or draws random numbers.
 
+Float32 products of a network in JAX, also of one that is a plain function, have the precision of an evaluation
+(`ibjax.devices.precision`); PyTorch's are as PyTorch is set.
+
 For training, a configuration names the class of an NNX or Equinox module, as any network of one's own
 (docs/own_network.md). `linen_from_nnx` and `linen_from_equinox` make the Linen module that is trained, by any objective
 that needs no features of it.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from ibjax.devices import precision
 from ibjax.devices.cores import in_parts
 from ibjax.errors import InputError, nearest
 from ibjax.step import Output, as_output, checked_logits
@@ -29,6 +30,7 @@ def of(
 ) -> Network:
     """A `Network` of `predict`, whose result may be logits alone."""
 
+    @precision.evaluated  # the only way to the products of another library's network
     def answer(variables, x):
         return in_parts(lambda x: as_output(predict(variables, x)))(x)
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from ibjax.devices import precision
 from ibjax.evaluation import results
 from ibjax.evaluation.results import Record, attack_label
 
@@ -36,6 +37,7 @@ def facts(records: Sequence[Record]) -> dict[str, list[str]]:
             f"{_weights(record)}"
             for record in records
         ],
+        "Precision": [_precision(records)],
         "Evaluated on": [f"{distinct(record.get('hardware') for record in records)}, {seconds:.0f} s in all"],
         "Versions": [distinct(versions)],
         "Commit": [distinct(record.get("commit") or "none, an installed package" for record in records)],
@@ -46,6 +48,20 @@ def facts(records: Sequence[Record]) -> dict[str, list[str]]:
 def _on_ladder(records):
     kinds = {bool(record.get("fixed_step")) for record in records if not results.is_main(record)} or {False}
     return ", or ".join({False: "scale with eps", True: "stay as they are"}[kind] for kind in sorted(kinds))
+
+
+def _precision(records):
+    """The precisions of float32 products, and how many flags the judgement at another one than the attack's changed."""
+    names = "; ".join(
+        dict.fromkeys(
+            f"attacks at {precision.of_record(record)}, flags judged at "
+            f"{record.get('judged_in') or precision.of_record(record)}"
+            for record in records
+        )
+    )
+    counted = [record for record in records if "changed_by_judgement" in record]
+    changed, flags = (sum(_number(record.get(key)) for record in counted) for key in ("changed_by_judgement", "n"))
+    return f"{names}; {changed:.0f} of {flags:.0f} flags are others than while attacking" if counted else names
 
 
 def _selected(record):
