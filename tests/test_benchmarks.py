@@ -78,7 +78,6 @@ def test_every_architecture_is_a_program_at_two_image_sizes():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", programs.ARCHITECTURES)
-@jax.numpy_dtype_promotion("standard")  # Flax's average pooling divides by a whole number
 def test_the_program_of_an_architecture_can_be_traced(name):
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
     with cores.elsewhere("tpu"):

@@ -67,7 +67,6 @@ def unaided(monkeypatch):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@jax.numpy_dtype_promotion("standard")  # Flax's average pooling divides bfloat16 by an integer
 def test_every_product_of_a_network_states_the_precision_that_is_asked_for(name, unaided):
     """Values and gradients, in evaluation and training mode, in the forms of each platform."""
     for platform, dtype in (("cpu", "float32"), ("cuda", "bfloat16"), ("tpu", "bfloat16")):
