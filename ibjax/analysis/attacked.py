@@ -49,7 +49,7 @@ def attack(
     norm, eps, batch_size = settings["norm"], settings["eps"], settings["batch_size"]
     if chosen.make is None:
         options = dict(norm=norm, eps=eps, batch_size=batch_size, title=name, keep=total)
-        options |= dict(attacked_in=settings["precision"])
+        options["attacked_in"] = settings["precision"]
         network, made = lambda x, keys: predict(trained.variables, x)[0], chosen.of_autoattack()
         return auto_attack(network, split, seed, made, **options)[:2]
     scorer = make_scorer(chosen, lambda variables, x, keys: predict(variables, x), settings, cluster.mesh())

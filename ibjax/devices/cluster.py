@@ -62,11 +62,11 @@ def initialize() -> None:
     keep_compiled()
     with _without_proxies():
         _start_distributed()
+    peers.watch()
     if backend() == "cpu":
         keep_memory()
-    peers.watch()
-    if backend() == "cpu" and several():
-        _connect()
+        if several():
+            _connect()
 
 
 def backend() -> str:

@@ -101,16 +101,15 @@ class Model(nn.Module):
         if min(x.shape[1:3]) < 4 * 2 ** (len(counts) - 1):
             raise InputError(f"convnext: images of {x.shape[1:3]} pixels are too small for {len(counts)} stages")
         x = self._stem(layers.normalize(x, self.mean, self.std), dtype)
-        x, number = tap("stem", x), 0
-        rates = patches.rates(self.drop_path, sum(counts))
-        for stage, count in enumerate(counts, 1):
-            if stage > 1:
+        x, rates = tap("stem", x), patches.rates(self.drop_path, sum(counts))
+
+        def block(x, stage, i, number):
+            if stage > 1 and i == 0:
                 x = Downsample(self.width * 2 ** (stage - 1), dtype, name=f"downsample{stage}")(x)
-            for _ in range(count):
-                block = Block(self.layer_scale, rates[number], dtype, self.remat, name=f"block{number + 1}")
-                number += 1
-                x = tap(f"block{number}", block(x, train))
-            x = tap(f"stage{stage}", x)
+            rate = rates[number - 1]
+            return Block(self.layer_scale, rate, dtype, self.remat, name=f"block{number}")(x, train)
+
+        x = stages.in_turn(x, tap, counts, block)
         x = patches.LayerNorm(name="norm_head")(layers.GlobalAverage()(x))
         return layers.classifier(tap("pre_logits", x), self.num_classes, **patches.INIT), tap.finish()
 

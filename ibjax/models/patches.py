@@ -10,6 +10,7 @@
 | initialisation       | N(0, 0.02²), zero biases (timm's truncation at ±2 is at 100 deviations)           |
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -42,6 +43,15 @@ def check_heads(width: int, heads: int) -> None:
     """Raises InputError unless the heads of an attention divide its channels."""
     if heads < 1 or width % heads:
         raise InputError(f"model.heads={heads} does not divide model.width={width}")
+
+
+def heads_for(width: int, heads: int | None, channels: int) -> int:
+    """The number of heads that is given, or one for each so many channels; InputError if the width does not divide."""
+    if heads is None and width % channels:
+        raise InputError(f"model.width={width} is no multiple of {channels}; give model.heads too")
+    heads = heads or width // channels
+    check_heads(width, heads)
+    return heads
 
 
 class LayerNorm(nn.Module):
@@ -86,6 +96,30 @@ class Mlp(nn.Module):
         width = x.shape[-1]
         x = layers.Dense(MLP_RATIO * width, dtype=self.dtype, name="fc1", **INIT)(x)
         return layers.Dense(width, dtype=self.dtype, name="fc2", **INIT)(layers.Activation("gelu")(x))
+
+
+class Block(nn.Module):
+    """(B, …, C) -> the same: x + A(LN(x)), then x + MLP(LN(x)), both under stochastic depth.
+
+    attention: makes A, a module of the same shapes, within the block. remat: saves memory, see `layers.remat`.
+    """
+
+    attention: Callable[[], nn.Module]
+    drop_path: float
+    dtype: Any
+    remat: bool
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        def norm(x, number):
+            return LayerNorm(self.epsilon, self.dtype, name=f"norm{number}")(x)
+
+        def block(_, x):
+            x = x + dropped(self.attention()(norm(x, 1)), self.drop_path, train)
+            return x + dropped(Mlp(self.dtype, name="mlp")(norm(x, 2)), self.drop_path, train)
+
+        return layers.remat(block, self.remat and train)(self, x)
 
 
 class ConvStem(nn.Module):
@@ -139,6 +173,14 @@ def qkv(x: Array, heads: int, dtype: Any) -> list[Array]:
     """q, k and v (B, heads, N, d) of tokens (B, N, C) by one linear layer of the calling module."""
     made = layers.Dense(3 * x.shape[-1], dtype=dtype, name="qkv", **INIT)(x)
     return [heads_of(part, heads) for part in jnp.split(made, 3, -1)]
+
+
+def attention(x: Array, heads: int, dtype: Any, bias: Array | None = None) -> Array:
+    """Self-attention of tokens (B, N, C), with linear layers of the calling module; bias: see `Attend`."""
+    width = x.shape[-1]
+    q, k, v = qkv(x, heads, dtype)
+    y = joined(Attend()(q * (width // heads) ** -0.5, k, v, bias=bias))
+    return layers.Dense(width, dtype=dtype, name="proj", **INIT)(y)
 
 
 def tokens_of(x: Array) -> Array:

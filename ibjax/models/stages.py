@@ -1,6 +1,7 @@
-"""The stages of the residual networks: their blocks in order, with a tap after each block and each stage.
+"""The stages of a network: their blocks in order, with a tap after each block and each stage.
 
-Stage s has `width`·2^(s − 1) channels; from the second stage on, the first block of a stage halves the resolution.
+Stage s of a residual network has `width`·2^(s − 1) channels; from the second stage on, its first block halves the
+resolution.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,10 +29,26 @@ def block_counts(
     raise InputError(f"{name} has no {given}; allowed: depth {sorted(depths)}, or blocks as (2, 2, 2, 2)")
 
 
+def in_turn(x: Any, tap: layers.Taps, counts: Sequence[int], block: Callable[[Any, int, int, int], Any]) -> Any:
+    """x after all blocks; taps `blockN` and, after stage S, `stageS`.
+
+    Args:
+      counts: the number of blocks of each stage.
+      block: (x, number of the stage from 1, place of the block in it from 0, number N of the block from 1) -> x.
+    """
+    number = 0
+    for stage, count in enumerate(counts, 1):
+        for i in range(count):
+            number += 1
+            x = tap(f"block{number}", block(x, stage, i, number))
+        x = tap(f"stage{stage}", x)
+    return x
+
+
 def through(
     x: Array | Packed, tap: layers.Taps, counts: Sequence[int], width: int, block: Callable[..., Any]
 ) -> tuple[Any, Callable[[Any], Any]]:
-    """(x after all blocks, the `see` function for the layer after them); taps `blockN` and, after stage S, `stageS`.
+    """(x after all blocks of a residual network, the `see` function for the layer after them); taps as in `in_turn`.
 
     Args:
       x: (B, H, W, C), the feature `stem`, or packed maps.
@@ -40,16 +57,14 @@ def through(
       block: `(x, see, width=…, stride=…, name=…) -> x`. A pre-activation block calls `see` with its input after BN and
         ReLU and continues with the result; `see` taps it as `NAME_relu`, after the name of the feature x.
     """
-    names, number = ["stem"], 0  # names of the feature x; number of the last block
-    for stage, count in enumerate(counts, 1):
-        for i in range(count):
-            number += 1
-            place = dict(width=width * 2 ** (stage - 1), stride=2 if stage > 1 and i == 0 else 1)
-            x = block(x, partial(_see, tap, names), **place, name=f"block{number}")
-            names = [f"block{number}"] + [f"stage{stage}"] * (i == count - 1)
-            for name in names:
-                x = tap(name, x)
-    return x, partial(_see, tap, names)
+
+    def one(x, stage, i, number):
+        names = [f"block{number - 1}"] + [f"stage{stage - 1}"] * (i == 0) if number > 1 else ["stem"]  # of x
+        place = dict(width=width * 2 ** (stage - 1), stride=2 if stage > 1 and i == 0 else 1)
+        return block(x, partial(_see, tap, names), **place, name=f"block{number}")
+
+    x = in_turn(x, tap, counts, one)
+    return x, partial(_see, tap, [f"block{sum(counts)}", f"stage{len(counts)}"])
 
 
 def _see(tap, names, x):

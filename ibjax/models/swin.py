@@ -28,6 +28,7 @@ only if they have the same windows.
 Taps: `stem` (what enters stage 1), `blockN`, `stageN`, `pre_logits`.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -58,15 +59,12 @@ class WindowAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        shape, width = x.shape, x.shape[-1]
-        bias = self._bias()
+        shape, bias = x.shape, self._bias()
         if any(self.shift):
             x = jnp.roll(x, [-step for step in self.shift], (1, 2))
             apart = _APART * apart_in_windows((shape[1], shape[2]), self.window, self.shift)
             bias = bias + jnp.asarray(apart, jnp.float32)[:, None]  # (windows, heads, n, n)
-        q, k, v = patches.qkv(to_windows(x, self.window), self.heads, self.dtype)
-        y = patches.joined(patches.Attend()(q * (width // self.heads) ** -0.5, k, v, bias=bias))
-        y = layers.Dense(width, dtype=self.dtype, name="proj", **patches.INIT)(y)
+        y = patches.attention(to_windows(x, self.window), self.heads, self.dtype, bias)
         y = from_windows(y, shape, self.window)
         return jnp.roll(y, self.shift, (1, 2)) if any(self.shift) else y
 
@@ -76,30 +74,6 @@ class WindowAttention(nn.Module):
         shape = (self.heads, (2 * rows - 1) * (2 * columns - 1))
         table = self.param("relative_position_bias_table", nn.initializers.normal(0.02), shape)
         return table[:, relative_positions(self.window)][None]
-
-
-class Block(nn.Module):
-    """x + Attn(LN(x)), then x + MLP(LN(x)), both under stochastic depth; (B, H, W, C) -> the same."""
-
-    heads: int
-    window: Sides
-    shift: Sides
-    epsilon: float
-    drop_path: float
-    dtype: Any
-    remat: bool
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
-        def norm(x, number):
-            return patches.LayerNorm(self.epsilon, self.dtype, name=f"norm{number}")(x)
-
-        def block(_, x):
-            attention = WindowAttention(self.heads, self.window, self.shift, self.dtype, name="attn")
-            x = x + patches.dropped(attention(norm(x, 1)), self.drop_path, train)
-            return x + patches.dropped(patches.Mlp(self.dtype, name="mlp")(norm(x, 2)), self.drop_path, train)
-
-        return layers.remat(block, self.remat and train)(self, x)
 
 
 class Merging(nn.Module):
@@ -151,19 +125,19 @@ class Model(nn.Module):
         x = layers.Conv(self.width, self.patch, self.patch, name="stem", **options)(
             layers.normalize(x, self.mean, self.std)
         )
-        x, number = tap("stem", patches.LayerNorm(self.epsilon, dtype, name="norm_stem")(x)), 0
+        x = tap("stem", patches.LayerNorm(self.epsilon, dtype, name="norm_stem")(x))
         rates = patches.rates(self.drop_path, sum(counts))
-        for stage, count in enumerate(counts, 1):
-            if stage > 1:
+
+        def block(x, stage, i, number):
+            if stage > 1 and i == 0:
                 x = Merging(self.epsilon, dtype, name=f"downsample{stage}")(x)
             window, shift = windows((x.shape[1], x.shape[2]), self.window)
-            for i in range(count):
-                place = dict(window=window, shift=shift if i % 2 else (0, 0), epsilon=self.epsilon)
-                options = dict(drop_path=rates[number], dtype=dtype, remat=self.remat)
-                number += 1
-                block = Block(heads * 2 ** (stage - 1), **place, **options, name=f"block{number}")
-                x = tap(f"block{number}", block(x, train))
-            x = tap(f"stage{stage}", x)
+            place = (heads * 2 ** (stage - 1), window, shift if i % 2 else (0, 0))
+            attention = functools.partial(WindowAttention, *place, dtype, name="attn")
+            options = dict(epsilon=self.epsilon, name=f"block{number}")
+            return patches.Block(attention, rates[number - 1], dtype, self.remat, **options)(x, train)
+
+        x = stages.in_turn(x, tap, counts, block)
         x = layers.GlobalAverage()(patches.LayerNorm(self.epsilon, name="norm")(x))
         return layers.classifier(tap("pre_logits", x), self.num_classes, **patches.INIT), tap.finish()
 
@@ -179,11 +153,7 @@ class Model(nn.Module):
                     f"swin: images of {x.shape[1:3]} pixels have maps with {side} rows or columns, which do not divide "
                     f"into windows of {self.window}×{self.window}; give another model.window or model.patch"
                 )
-        if self.heads is None and self.width % HEAD:
-            raise InputError(f"model.width={self.width} is no multiple of {HEAD}; give model.heads too")
-        heads = self.heads or self.width // HEAD
-        patches.check_heads(self.width, heads)
-        return heads
+        return patches.heads_for(self.width, self.heads, HEAD)
 
 
 def windows(sides: Sides, window: int) -> tuple[Sides, Sides]:

@@ -23,6 +23,7 @@ Taps: `stem`, `blockN` (B, H/16, W/16, C), the patch tokens as a map, so that me
 features; `blockN_class` (B, C), the class token; `pre_logits`. There are no stages.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -44,29 +45,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        width = x.shape[-1]
-        q, k, v = patches.qkv(x, self.heads, self.dtype)
-        y = patches.joined(patches.Attend()(q * (width // self.heads) ** -0.5, k, v))
-        return layers.Dense(width, dtype=self.dtype, name="proj", **patches.INIT)(y)
-
-
-class Block(nn.Module):
-    """z + Attn(LN(z)), then z + MLP(LN(z)), both under stochastic depth."""
-
-    heads: int
-    drop_path: float
-    dtype: Any
-    remat: bool
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
-        def block(_, x):
-            y = Attention(self.heads, self.dtype, name="attn")(patches.LayerNorm(dtype=self.dtype, name="norm1")(x))
-            x = x + patches.dropped(y, self.drop_path, train)
-            y = patches.Mlp(self.dtype, name="mlp")(patches.LayerNorm(dtype=self.dtype, name="norm2")(x))
-            return x + patches.dropped(y, self.drop_path, train)
-
-        return layers.remat(block, self.remat and train)(self, x)
+        return patches.attention(x, self.heads, self.dtype)
 
 
 class Model(nn.Module):
@@ -94,8 +73,7 @@ class Model(nn.Module):
     def __call__(
         self, x: Array, train: bool = False, edits: layers.Edits | layers.Taps | None = None
     ) -> tuple[Array, dict[str, Array]]:
-        self._check(x)
-        heads = self.heads or self.width // HEAD
+        heads = self._check(x)
         dtype, tap = layers.compute_dtype(self.dtype), layers.Taps(edits)
         x = self._stem(layers.normalize(x, self.mean, self.std), dtype).astype(dtype)
         shape, tokens = x.shape, patches.tokens_of(x)
@@ -105,20 +83,20 @@ class Model(nn.Module):
         tokens = jnp.concatenate([first, tokens], 1) + positions.astype(dtype)
         tokens = self._tap(tap, "stem", tokens, shape)
         for i, rate in enumerate(patches.rates(self.drop_path, self.depth), 1):
-            tokens = Block(heads, rate, dtype, self.remat, name=f"block{i}")(tokens, train)
+            attention = functools.partial(Attention, heads, dtype, name="attn")
+            tokens = patches.Block(attention, rate, dtype, self.remat, name=f"block{i}")(tokens, train)
             tokens = self._tap(tap, f"block{i}", tokens, shape)
         x = tap("pre_logits", patches.LayerNorm(name="norm")(tokens[:, 0]))
         return layers.classifier(x, self.num_classes, **patches.INIT), tap.finish()
 
     def _check(self, x):
+        """The number of heads."""
         patches.check_stem(self.stem)
         check_range("model.drop_path", self.drop_path, 0, 1, below=True)
         if self.stem == "convstem" and self.patch != CONVSTEM_PATCH:
             raise InputError(f"model.patch={self.patch}: the convstem makes patches of {CONVSTEM_PATCH}; leave it out")
         patches.check_sides("vit", x, self.patch)
-        patches.check_heads(self.width, self.heads or max(self.width // HEAD, 1))
-        if self.heads is None and self.width % HEAD:
-            raise InputError(f"model.width={self.width} is no multiple of {HEAD}; give model.heads too")
+        return patches.heads_for(self.width, self.heads, HEAD)
 
     def _stem(self, x, dtype):
         if self.stem == "convstem":

@@ -121,6 +121,7 @@ def model_info(trained: run.Run, checkpoint: str) -> dict[str, Any]:
 
 
 _STEMS = {"patch": "", "convstem": " + ConvStem"}
+_STAGED = {"convnext": ("ConvNeXt", 18, 36), "swin": ("Swin", 12, 24)}  # name, depth of T, and of S, B and L
 
 
 def _readable(model):
@@ -128,12 +129,11 @@ def _readable(model):
     family = type(model).__module__.rpartition(".")[2]
     if family == "cnn":
         return f"CNN-{sum(map(len, model.widths))}"
-    if family == "convnext":
-        size = {(18, 96): "T", (36, 96): "S", (36, 128): "B", (36, 192): "L"}.get((model.depth, model.width))
-        return f"ConvNeXt-{size or f'{model.depth}-{model.width}'}" + _STEMS[model.stem]
-    if family == "swin":
-        size = {(12, 96): "T", (24, 96): "S", (24, 128): "B", (24, 192): "L"}.get((model.depth, model.width))
-        return f"Swin-{size or f'{model.depth}-{model.width}'}"
+    if family in _STAGED:
+        written, shallow, deep = _STAGED[family]
+        sizes = {(shallow, 96): "T", (deep, 96): "S", (deep, 128): "B", (deep, 192): "L"}
+        size = sizes.get((model.depth, model.width)) or f"{model.depth}-{model.width}"
+        return f"{written}-{size}" + _STEMS[getattr(model, "stem", "patch")]
     if family in ("vit", "xcit"):
         size = {384: "S", 512: "M", 768: "B" if family == "vit" else "L"}.get(model.width, f"{model.width}-")
         return f"ViT-{size}{_STEMS[model.stem]}" if family == "vit" else f"XCiT-{size}{model.depth}"
