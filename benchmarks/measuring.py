@@ -186,7 +186,10 @@ class Page:
     def __init__(self, benchmark: str, out: Path | None, table: Callable[[list[dict]], str], note: str = ""):
         self.found, self.records, self.table, self.note = environment(), [], table, note
         self.benchmark = benchmark
-        self.out = out or Path("results") / f"{benchmark}-{jax.default_backend()}-{self.found['date'][:10]}.json"
+        name = f"{benchmark}-{jax.default_backend()}-{self.found['date'][:10]}.json"
+        self.out = Path("results") / name if out is None else out
+        if self.out.suffix != ".json":
+            raise errors.InputError(f"--out={self.out} is no JSON file; give a path that ends in .json")
 
     def add(self, record: dict[str, Any]) -> None:
         """Writes one more record, and its table to the terminal."""
