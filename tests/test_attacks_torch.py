@@ -33,7 +33,7 @@ X[:, 0, 0] = 0.0
 def networks():
     """(logits_fn, its twin, labels): an untrained network whose head is not zero, and what it predicts."""
     model = cnn.Model(num_classes=5, widths=WIDTHS, hidden=(), padding=1, batch_norm=True, pool="average")
-    variables = jax.device_get(model.init(jax.random.key(0), X))
+    variables = jax.device_get(jax.jit(model.init)(jax.random.key(0), X))
     head = variables["params"]["head"]["dense"]
     head["kernel"] = np.float32(RNG.normal(size=head["kernel"].shape))
     z = np.asarray(jax.jit(lambda x: model.apply(variables, x)[0])(X))

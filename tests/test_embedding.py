@@ -94,7 +94,7 @@ def test_taps_are_those_of_images():
     """Not the class means of CEB, which are as many as there are classes."""
     backbone = dict(name="cnn", widths=((4,),), hidden=(), padding=1, pool="average")
     model = run.build_model(dict(name="stochastic", backbone=backbone, class_means=True, latent=3), 10, "model")
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
     found = embedding.taps(linen_net(model).predict, variables, (8, 8, 1))
     assert {"mu", "z", "stage1"} < set(found) and "class_means" not in found
 

@@ -40,7 +40,7 @@ def mesh(devices):
 def gaussian(sigma_bias=0.0, scale=3.0, num_classes=3):
     """A stochastic network whose last layer is not small, and its variables; σ = softplus(bias)."""
     model = stochastic.Model(num_classes, BACKBONE, latent=5)
-    params = jax.tree.map(lambda leaf: scale * leaf, model.init(jax.random.key(0), X)["params"])
+    params = jax.tree.map(lambda leaf: scale * leaf, jax.jit(model.init)(jax.random.key(0), X)["params"])
     dense = params["gaussian"]["dense"]
     params["gaussian"]["dense"] = {
         "kernel": dense["kernel"].at[:, 5:].set(0),
@@ -130,7 +130,7 @@ def test_an_attack_does_not_know_the_draws_by_which_it_is_judged():
 
 def test_without_its_terms_ib_rars_attack_is_pgd_on_cross_entropy():
     model = cnn.Model(3, **{k: v for k, v in BACKBONE.items() if k != "name"}, batch_norm=True)
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     variables["params"]["head"]["dense"]["kernel"] = jax.random.normal(jax.random.key(1), (6, 3))
     network = lambda x: linen_net(model).predict(variables, x)  # noqa: E731
     x, y = (jnp.tile(a, (19, *[1] * (a.ndim - 1)))[:200] for a in (X, Y))  # two groups
@@ -173,7 +173,7 @@ def test_a_groups_result_depends_on_its_own_images_only():
 
 def test_siriibs_attack_on_cross_entropy_alone_is_pgd():
     model = siriib.Model(3, dict(name="resnet", blocks=(1, 1), width=4), connections=1, scales=(8, 4), widths=(3,))
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     network = lambda x: linen_net(model).predict(variables, x)  # noqa: E731
     keys = jax.random.split(jax.random.key(0), N)
     made = {

@@ -1,5 +1,7 @@
 """What is promised in float32 (docs/precision.md) does not depend on how an accelerator rounds products by default."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -159,23 +161,14 @@ PROMISED = {
 }
 
 
-@pytest.fixture(scope="module")
-def answers():
-    """{how products are rounded: {what is promised: (its values, the products in it)}}."""
-    asked = {name: make() for name, make in PROMISED.items()}
-
-    def answer(found):
-        result = {}
-        for name, (function, x) in asked.items():
-            before = len(found)
-            result[name] = jax.tree.map(np.asarray, function(x)), found[before:]
-        return result
-
-    with rounded("bfloat16") as found:
-        default = answer(found)
-    with rounded("bfloat16", all_products=True) as found:
-        everywhere = answer(found)
-    return {"none": answer([]), "by default": default, "all": everywhere}
+def answers(name):
+    """[(the values of what is promised, the products in it)]: not rounded, rounded by default, and all rounded."""
+    function, x = PROMISED[name]()
+    found = []
+    for rounding in (contextlib.nullcontext([]), rounded("bfloat16"), rounded("bfloat16", all_products=True)):
+        with rounding as products:
+            found.append((jax.tree.map(np.asarray, function(x)), products))
+    return found
 
 
 def difference(one, other):
@@ -185,9 +178,9 @@ def difference(one, other):
 
 
 @pytest.mark.parametrize("name", PROMISED)
-def test_no_promise_depends_on_the_default(name, answers):
+def test_no_promise_depends_on_the_default(name):
     """The same values as without rounding; and with HIGHEST ignored others, or the comparison would say nothing."""
-    (exact, _), (default, products), (all_rounded, _) = (answers[how][name] for how in ("none", "by default", "all"))
+    (exact, _), (default, products), (all_rounded, _) = answers(name)
     assert products and {product.line for product in products if not product.full} == set()
     assert difference(default, exact) < 1e-6
     assert difference(all_rounded, exact) > 1e-4

@@ -35,7 +35,7 @@ def test_a_masked_network_is_the_network_with_zeros_at_its_tap(section, tap):
     variables = jax.jit(inner.init)(jax.random.key(1), X)
     outer = masked.Model(5, section, tap, (1, 3))
     nested = {kind: {"backbone": tree} for kind, tree in variables.items()}
-    width = inner.apply(variables, X)[1][tap].shape[-1]
+    width = jax.eval_shape(inner.apply, variables, X)[1][tap].shape[-1]
     edits = {tap: ib_rar.masked(jnp.ones(width).at[jnp.array([1, 3])].set(0))}
     expected = jax.jit(lambda variables: inner.apply(variables, X, edits=edits))(variables)
     logits, features = jax.jit(outer.apply)(nested, X)

@@ -171,7 +171,7 @@ def test_mines_network_follows_the_options():
 def test_at_the_prediction_no_stochastic_layer_is_needed():
     value(location="prediction", lam=0.1)
     model = cnn.Model(4, **{key: option for key, option in CNN.items() if key != "name"})
-    plain, variables = linen_net(model), {"batch_stats": {}, **model.init(KEY, BATCH["image"])}
+    plain, variables = linen_net(model), {"batch_stats": {}, **jax.jit(model.init)(KEY, BATCH["image"])}
     objective = shared_information(location="prediction", lam=0.1)
     assert np.isfinite(objective.loss(plain, variables, BATCH, X_ADV, KEY)[0])
     with pytest.raises(InputError, match="needs a stochastic layer"):

@@ -164,7 +164,7 @@ def test_beside_a_plain_classifier_the_two_are_trained_apart():
     """connections=0: the classifier's gradient is PGD-AT's, and the calibration has none of the cross-entropy's."""
     alone = siriib.Model(4, backbone=BACKBONE, connections=0, scales=(8, 4))
     net = linen_net(alone)
-    variables = {"batch_stats": {}, **alone.init(jax.random.key(0), IMAGES)}
+    variables = {"batch_stats": {}, **jax.jit(alone.init)(jax.random.key(0), IMAGES)}
 
     def gradient(objective):
         def loss(params):
@@ -218,7 +218,7 @@ def test_no_image_of_the_adaptive_attack_depends_on_the_others():
 
 def test_another_network_and_unknown_choices_are_refused():
     model = resnet.Model(4, blocks=(1,), width=4)
-    variables = {"batch_stats": {}, **model.init(KEY, IMAGES)}
+    variables = {"batch_stats": {}, **jax.jit(model.init)(KEY, IMAGES)}
     with pytest.raises(InputError, match="needs its network"):
         method.siriib().loss(linen_net(model), variables, BATCH, X_ADV, KEY)
     for options in (dict(base="mart"), dict(distance="l1"), dict(lam=-1.0)):

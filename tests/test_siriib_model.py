@@ -123,7 +123,7 @@ def nn_orthogonal(n):
 @pytest.mark.parametrize("penalty", ["off_diagonal", "full"])
 def test_the_penalty_is_that_of_the_kernels_that_are_there(penalty):
     module = siriib.Calibration(scales=(16, 8), penalty=penalty)
-    variables = module.init(jax.random.key(0), X)
+    variables = jax.jit(module.init)(jax.random.key(0), X)
     w = np.random.default_rng(0).normal(size=(2, 12, 12))  # as W_o x: a row for each channel that comes out
     for i in (1, 2):
         kernel = jnp.asarray(w[i - 1].T.reshape(1, 1, 12, 12), jnp.float32)
@@ -134,17 +134,17 @@ def test_the_penalty_is_that_of_the_kernels_that_are_there(penalty):
         variables["params"][f"sr{i}"]["vectors"]["conv"]["kernel"] = kernel
     gram = w @ w.transpose(0, 2, 1)
     error = gram * (1 - np.eye(12)) if penalty == "off_diagonal" else gram - np.eye(12)
-    np.testing.assert_allclose(module.apply(variables, X)[1], (error**2).sum(), rtol=1e-4)
+    np.testing.assert_allclose(jax.jit(module.apply)(variables, X)[1], (error**2).sum(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("options", [dict(fourier="amp_phase"), dict(fourier="reim"), dict(fuse="concat")])
 def test_the_named_variants_differ_and_have_gradients(options):
     default, module = siriib.Calibration(scales=(8,)), siriib.Calibration(scales=(8,), **options)
     small = X[:, :8, :8]
-    variables = module.init(jax.random.key(0), small)
-    one, other = (m.init(jax.random.key(0), small)["params"]["sr1"] for m in (default, module))
-    assert jax.tree.map(np.shape, one) != jax.tree.map(np.shape, other)
-    gradient = jax.grad(lambda x: module.apply(variables, x)[0].sum())(small)
+    variables = jax.jit(module.init)(jax.random.key(0), small)
+    one = jax.eval_shape(default.init, jax.random.key(0), small)["params"]["sr1"]
+    assert jax.tree.map(np.shape, one) != jax.tree.map(np.shape, variables["params"]["sr1"])
+    gradient = jax.jit(jax.grad(lambda x: module.apply(variables, x)[0].sum()))(small)
     assert jnp.isfinite(gradient).all() and jnp.abs(gradient).max() > 0
 
 
@@ -158,9 +158,15 @@ def test_resizing_is_pytorchs_without_anti_aliasing(size, platform):
     theirs, upstream = (torch.from_numpy(a.transpose(0, 3, 1, 2).copy()) for a in (x, weights))
     expected = torch.nn.functional.interpolate(theirs.requires_grad_(), size=size, mode="bilinear", align_corners=False)
     expected.backward(upstream)
+
+    @jax.jit
+    def resized(x, weights):
+        values, back = jax.vjp(lambda x: layers.resize(x, size), x)
+        return values, back(weights)[0]
+
     with cores.elsewhere(platform):
-        values, back = jax.vjp(lambda x: layers.resize(x, size), jnp.asarray(x))
-    for ours, torchs in ((values, expected.detach()), (back(jnp.asarray(weights))[0], theirs.grad)):
+        values, gradient = resized(x, weights)
+    for ours, torchs in ((values, expected.detach()), (gradient, theirs.grad)):
         np.testing.assert_allclose(ours, torchs.numpy().transpose(0, 2, 3, 1), atol=1e-5)
 
 

@@ -16,7 +16,7 @@ X = jnp.asarray(np.random.default_rng(0).random((3, 8, 8, 3)), jnp.float32)
 
 def made(**options):
     model = stochastic.Model(5, BACKBONE, **{"latent": 6, **options})
-    return model, model.init(jax.random.key(1), X)
+    return model, jax.jit(model.init)(jax.random.key(1), X)
 
 
 def drawn(model, variables, seed):
