@@ -108,8 +108,18 @@ class Job:
 
     fork = multiprocessing.get_context("forkserver")
 
-    def __init__(self, folder: Path, processes: int, devices: int, *words: str, clocks: dict[int, float] | None = None):
-        """`clocks`: by how many seconds the clock of a process is fast, as Python's code sees it."""
+    def __init__(
+        self,
+        folder: Path,
+        processes: int,
+        devices: int,
+        *words: str,
+        clocks: dict[int, float] | None = None,
+        joined: bool = False,
+    ):
+        """`clocks`: by how many seconds the clock of a process is fast, as Python's code sees it. `joined`: whether one
+        process is a job of one process too, so that its devices add up as those of several processes do.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         shared = {"JAX_NUM_PROCESSES": str(processes)}
         with socket.socket() as free:
@@ -118,7 +128,13 @@ class Job:
         self.processes: list[Started] = []
         for i in range(processes):
             own, output = {**shared, "JAX_PROCESS_ID": str(i)}, folder / f"output-{i}.txt"
-            arguments = (list(words), own if processes > 1 else {}, devices, str(output), (clocks or {}).get(i, 0.0))
+            arguments = (
+                list(words),
+                own if processes > 1 or joined else {},
+                devices,
+                str(output),
+                (clocks or {}).get(i, 0.0),
+            )
             process = self.fork.Process(target=command, args=arguments)
             process.start()
             self.processes.append(Started(process, output))
@@ -147,11 +163,17 @@ class Job:
 
 
 def train(
-    recipe: Path, method: str, workdir: Path, processes: int, devices: int = 1, clocks: dict[int, float] | None = None
+    recipe: Path,
+    method: str,
+    workdir: Path,
+    processes: int,
+    devices: int = 1,
+    clocks: dict[int, float] | None = None,
+    joined: bool = False,
 ) -> Job:
-    """Starts (or continues) the training of a method on `processes` times `devices` devices."""
+    """Starts (or continues) the training of a method on `processes` times `devices` devices; see `Job`."""
     words = (f"--config={recipe}:{method}", f"--workdir={workdir}", "--trust=code")
-    return Job(workdir.parent / f"{workdir.name}-output", processes, devices, *words, clocks=clocks)
+    return Job(workdir.parent / f"{workdir.name}-output", processes, devices, *words, clocks=clocks, joined=joined)
 
 
 def losses(workdir: Path) -> np.ndarray:
