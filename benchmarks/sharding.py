@@ -1,12 +1,13 @@
-"""A network larger than a chip, on paper: WRN-94-16 at batch 4,096, replicated and with `sharding=fsdp`.
+"""Networks larger than a chip, on paper: WRN-94-16, ViT-L/16 and ConvNeXt-L at batch 4,096, replicated and with
+`sharding=fsdp`.
 
     pip install -e '.[tpu]'
-    python benchmarks/sharding.py [--topology=v5e:16x16] [--minutes=9] [--whole] [--out=FILE]
+    python benchmarks/sharding.py [--topology=v5e:16x16] [--only=vit_l …] [--minutes=9] [--whole] [--out=FILE]
 
-The TRADES train step is compiled for the slice at depths 10, 16 and 22 of width 16 in both ways. Memory, and the bytes
-of the collectives, grow by the same amount with every residual block of each stage, so those of depth 94 follow from
-the first two; the third shows by how much that is off. --whole compiles depth 94 itself, which takes about half an hour
-on two cores for each way.
+The train step (NETWORKS says of which recipe) is compiled for the slice in both ways, at three depths that are far
+below that of the network. Memory, and the bytes of the collectives, grow by the same amount with every block, so those
+of the whole network follow from the first two; the third shows by how much that is off. --whole compiles the network
+itself, which takes about half an hour on two cores for each way.
 
 "In the attack" counts collectives inside a loop of the step, where the weights must not be gathered. Each compilation
 has its own process; the same command continues, with exit code 75 after --minutes. Writes a JSON file,
@@ -16,8 +17,9 @@ results/sharding-TOPOLOGY.json, and the table beside it.
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from measuring import in_words, markdown
 from parts import ROOT, bare, done, from_child, made_by, update
@@ -25,10 +27,40 @@ from parts import ROOT, bare, done, from_child, made_by, update
 from ibjax import errors, files
 from ibjax.training.ahead import CHIPS, GIB
 
-WAYS, BATCH, DEPTHS, WHOLE = ("replicated", "fsdp"), 4096, (1, 2, 3), 15
+WAYS, BATCH = ("replicated", "fsdp"), 4096
 
 
-def compiled(way: str, blocks: int, topology: str) -> dict[str, Any]:
+class Network(NamedTuple):
+    """A network whose depth is a number of blocks, in the train step of a recipe."""
+
+    text: str
+    recipe: str  # of configs/
+    model: Callable[[int], dict[str, Any]]  # blocks -> settings that differ from the recipe's
+    blocks: tuple[int, int, int]  # that are compiled
+    whole: int
+    shape: tuple[int, int, int]
+    images: int  # of the training set
+    classes: int
+
+
+IMAGENET: dict[str, Any] = dict(shape=(224, 224, 3), images=1_271_167, classes=1000)
+NETWORKS = {
+    "wrn": Network(
+        "WRN-94-16, TRADES", "trades_wrn.py", lambda n: dict(depth=6 * n + 4, width=16), (1, 2, 3), 15, (32, 32, 3),
+        50_000, 10,
+    ),
+    "vit_l": Network(
+        "ViT-L/16, PGD-AT", "leaderboard.py:singh2023-vit_b",
+        lambda n: dict(depth=n, width=1024, stem="patch"), (2, 4, 6), 24, **IMAGENET,
+    ),
+    "convnext_l": Network(  # the depth of its third stage
+        "ConvNeXt-L, PGD-AT", "leaderboard.py:singh2023-convnext_l", lambda n: dict(blocks=(3, 3, n, 3)), (3, 6, 9), 27,
+        **IMAGENET,
+    ),
+}  # fmt: skip
+
+
+def compiled(name: str, way: str, blocks: int, topology: str) -> dict[str, Any]:
     """The figures of one program; for a process of its own."""
     import jax
 
@@ -36,11 +68,13 @@ def compiled(way: str, blocks: int, topology: str) -> dict[str, Any]:
     from ibjax.training import ahead
 
     jax.config.update("jax_platforms", "cpu")
-    settings = recipe_files.load(f"{ROOT / 'configs' / 'trades_wrn.py'}")
-    settings.model.update(depth=6 * blocks + 4, width=16)
+    network = NETWORKS[name]
+    settings = recipe_files.load(f"{ROOT / 'configs' / network.recipe}")
+    with settings.unlocked():
+        settings.model.update(network.model(blocks))
     settings.update(batch_size=BATCH, sharding=way)
-    settings = ahead.prepare(settings, (32, 32, 3), 10, {})
-    found = ahead.compile_step(settings, ahead.slice_mesh(topology), 50_000)
+    settings = ahead.prepare(settings, network.shape, network.classes, {})
+    found = ahead.compile_step(settings, ahead.slice_mesh(topology), network.images)
     return {**found, "collectives": [item._asdict() for item in found["collectives"]]}
 
 
@@ -51,36 +85,39 @@ def in_new_process(*arguments: Any) -> dict[str, Any]:
     return from_child(__file__, f"--child={json.dumps(arguments)}", environment=ahead.WITHOUT_CHIPS)
 
 
-def compile_all(out: Path, wanted: list[tuple[str, int]], topology: str, minutes: float) -> tuple[dict[str, Any], int]:
-    """Compiles what `out` does not hold yet, (way, blocks) of each; (content, how many are left)."""
+def compile_all(
+    out: Path, wanted: list[tuple[str, str, int]], topology: str, minutes: float
+) -> tuple[dict[str, Any], int]:
+    """Compiles what `out` does not hold yet, (network, way, blocks) of each; (content, how many are left)."""
     deadline, source, left = time.monotonic() + 60 * minutes, made_by(), 0
     known = files.read_json(out) if out.is_file() else {}
     update(out, "run", versions=in_words(source["versions"]))
-    for way, blocks in wanted:
-        name = f"{way} {blocks}"
+    for network, way, blocks in wanted:
+        name = f"{network} {way} {blocks}"
         row = known.get(name, {})
         if done(row or None, source | {"commit": row.get("commit")}):
             continue
         if time.monotonic() > deadline:
             left += 1
             continue
-        update(out, name, **{"error": "", **in_new_process(way, blocks, topology), **source})
+        update(out, name, **{"error": "", **in_new_process(network, way, blocks, topology), **source})
         row = files.read_json(out)[name]
         print(name, row["error"] or f"{row['compile_seconds']:.0f} s, {row['memory'] / GIB:.2f} GiB", flush=True)
     return files.read_json(out), left
 
 
-def of_whole(values: tuple[float, float], blocks: int) -> float:
-    """What grows by the same amount with every block: at `blocks` of them, from the values at the first two DEPTHS."""
-    return values[0] + (values[1] - values[0]) * (blocks - DEPTHS[0])
+def at_depth(known: dict[int, float], blocks: int) -> float:
+    """What grows by the same amount with every block: at `blocks` of them, from {blocks: value} at two depths."""
+    (one, first), (two, second) = known.items()
+    return first + (second - first) * (blocks - one) / (two - one)
 
 
-def row(way: str, depth: str, memory: float, collectives: dict[tuple[str, bool], float], hbm: float) -> tuple:
+def row(network: str, way: str, depth: str, memory: float, collectives: dict, hbm: float) -> tuple:
     """A line of the table; `collectives` are bytes by kind and by whether they stand in a loop of the step."""
     full = " (does not fit)" if memory > hbm else ""
     kinds = [f"{kind} {size / 1e6:,.0f}" for (kind, inside), size in sorted(collectives.items()) if not inside]
     inside = sum(size for (_, inside), size in collectives.items() if inside)
-    return way, depth, f"{memory / GIB:.2f}{full}", ", ".join(kinds), f"{inside / 1e6:,.0f}"
+    return network, way, depth, f"{memory / GIB:.2f}{full}", ", ".join(kinds), f"{inside / 1e6:,.0f}"
 
 
 def sizes(found: dict[str, Any]) -> dict[tuple[str, bool], float]:
@@ -94,22 +131,32 @@ def sizes(found: dict[str, Any]) -> dict[tuple[str, bool], float]:
 
 
 def table(content: dict[str, Any]) -> str:
-    """All programs so far, and what follows for depth 94."""
+    """All programs so far, and what follows for the whole networks."""
     rows = []
-    for way in WAYS:
-        found = {n: content.get(f"{way} {n}") for n in (*DEPTHS, WHOLE)}
-        found = {n: made for n, made in found.items() if made and not made["error"]}
-        for n, made in found.items():
-            rows.append(row(way, f"{6 * n + 4}", made["memory"], sizes(made), CHIPS[made["kind"]].hbm))
-        if not {*DEPTHS[:2]} <= {*found}:
-            continue
-        first, second = (found[n] for n in DEPTHS[:2])
-        for n in [n for n in (DEPTHS[2], WHOLE) if n not in found or n == DEPTHS[2]]:
-            memory = of_whole((first["memory"], second["memory"]), n)
-            kinds = {**sizes(first), **sizes(second)}
-            moved = {key: of_whole((sizes(first).get(key, 0), sizes(second).get(key, 0)), n) for key in kinds}
-            rows.append(row(way, f"{6 * n + 4}, from 10 and 16", memory, moved, CHIPS[first["kind"]].hbm))
-    heads = ("sharding", "depth", "GiB of a chip", "MB of a chip and step, by collective", "MB in the attack")
+    for name, network in NETWORKS.items():
+        *first_two, third = network.blocks
+        for way in WAYS:
+            found = {n: content.get(f"{name} {way} {n}") for n in (*network.blocks, network.whole)}
+            found = {n: made for n, made in found.items() if made and not made["error"]}
+            for n, made in found.items():
+                which = "whole" if n == network.whole else f"{n} blocks"
+                rows.append(row(network.text, way, which, made["memory"], sizes(made), CHIPS[made["kind"]].hbm))
+            if not {*first_two} <= {*found}:
+                continue
+            kinds = {kind for n in first_two for kind in sizes(found[n])}
+            for n in dict.fromkeys((third, network.whole)):
+                memory = at_depth({m: found[m]["memory"] for m in first_two}, n)
+                moved = {k: at_depth({m: sizes(found[m]).get(k, 0.0) for m in first_two}, n) for k in sorted(kinds)}
+                which = f"{'whole' if n == network.whole else f'{n} blocks'}, from {first_two[0]} and {first_two[1]}"
+                rows.append(row(network.text, way, which, memory, moved, CHIPS[found[first_two[0]]["kind"]].hbm))
+    heads = (
+        "network",
+        "sharding",
+        "depth",
+        "GiB of a chip",
+        "MB of a chip and step, by collective",
+        "MB in the attack",
+    )
     return markdown(heads, rows)
 
 
@@ -118,7 +165,8 @@ def main() -> None:
     parser = bare(__file__, __doc__)
     parser.add_argument("--topology", default="v5e:16x16", help="KIND:SHAPE; the batch must divide among its chips")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no compilation after so long")
-    parser.add_argument("--whole", action="store_true", help="compile depth 94 too")
+    parser.add_argument("--whole", action="store_true", help="compile the whole networks too")
+    parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="default: all")
     parser.add_argument("--out", type=files.path, help="default: results/sharding-TOPOLOGY.json")
     parser.add_argument("--child", type=json.loads, help="one program, printed")
     given = parser.parse_args()
@@ -126,10 +174,14 @@ def main() -> None:
         print(json.dumps(compiled(*given.child)))
         return
     out = given.out or ROOT / "results" / f"sharding-{given.topology.replace(':', '-')}.json"
-    counts = (*DEPTHS, *((WHOLE,) if given.whole else ()))
-    wanted = [(way, n) for n in counts for way in WAYS]
+    wanted = [
+        (name, way, n)
+        for name in given.only
+        for n in (*NETWORKS[name].blocks, *((NETWORKS[name].whole,) if given.whole else ()))
+        for way in WAYS
+    ]
     content, left = compile_all(out, wanted, given.topology, given.minutes)
-    text = f"TRADES, WRN-depth-16, batch {BATCH:,} on {given.topology}, bfloat16, compiled and not run; "
+    text = f"Batch {BATCH:,} on {given.topology}, bfloat16, compiled and not run; "
     text += content["run"]["versions"]
     out.with_suffix(".md").write_text(f"{table(content)}\n\n{text}\n", encoding="utf-8")
     print(out.with_suffix(".md"))
