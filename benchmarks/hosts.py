@@ -5,9 +5,7 @@ process does, and what becomes of a run when something happens to one of them?
                                [--faults kill stop …] [--parallel=2] [--minutes=9] [--out=PATH]
 
 agreement: IBD, IB-RAR and shared information on the digits, on N processes with one device each and on one process with
-N devices, which adds up in the same order, through Gloo. (A process on its own would add otherwise; the last bits of a
-sum then differ, and an attack that takes signs of gradients makes them the first digits of a loss within a few epochs.)
-Compared: the loss of every step, accuracies, AutoAttack's flags.
+N devices. Compared: the loss of every step, accuracies, AutoAttack's flags.
 
 elastic: a run of IBD that is preempted in the middle of epochs and continued as 4, 2 and 1 processes with a device
 each; a restart refuses a state that is not, to the bit, the one that was saved. Compared: the steps in metrics.jsonl,
@@ -83,7 +81,7 @@ def agreement(root: Path, recipe: Path, method: str, count: int) -> dict[str, An
     """N processes beside one process with N devices."""
     folders = {n: root / f"{method}-{n}-{count}" for n in (1, count)}
     for n, folder in folders.items():
-        train(recipe, method, folder, n, count // n, joined=True).finished()
+        train(recipe, method, folder, n, count // n).finished()
     one, many = (losses(folders[n]) for n in (1, count))
     records = {n: found_in(folder) for n, folder in folders.items()}
     flags = {n: {name: results.robust_flags(record) for name, record in records[n].items()} for n in folders}

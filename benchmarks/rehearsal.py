@@ -22,6 +22,9 @@ import numpy as np
 from ibjax import files
 from ibjax.runs import metrics
 
+# XLA on CPUs cuts products by its number of threads, at least one a device. With other cuts the last bits of a sum differ,
+# and an attack that takes signs of gradients makes them the first digits of a loss within an epoch
+THREADS = 8
 LATEST = 900  # seconds after which a process that has not ended counts as hanging
 
 
@@ -62,7 +65,7 @@ def command(words: list[str], environment: dict[str, str], devices: int, output:
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    os.environ.update(environment)
+    os.environ.update(environment, NPROC=str(THREADS))  # as XLA reads it
     if clock:
         seconds, nanoseconds = time.time, time.time_ns
         time.time, time.time_ns = lambda: seconds() + clock, lambda: nanoseconds() + int(1e9 * clock)
@@ -108,18 +111,8 @@ class Job:
 
     fork = multiprocessing.get_context("forkserver")
 
-    def __init__(
-        self,
-        folder: Path,
-        processes: int,
-        devices: int,
-        *words: str,
-        clocks: dict[int, float] | None = None,
-        joined: bool = False,
-    ):
-        """`clocks`: by how many seconds the clock of a process is fast, as Python's code sees it. `joined`: whether one
-        process is a job of one process too, so that its devices add up as those of several processes do.
-        """
+    def __init__(self, folder: Path, processes: int, devices: int, *words: str, clocks: dict[int, float] | None = None):
+        """`clocks`: by how many seconds the clock of a process is fast, as Python's code sees it."""
         folder.mkdir(parents=True, exist_ok=True)
         shared = {"JAX_NUM_PROCESSES": str(processes)}
         with socket.socket() as free:
@@ -128,13 +121,7 @@ class Job:
         self.processes: list[Started] = []
         for i in range(processes):
             own, output = {**shared, "JAX_PROCESS_ID": str(i)}, folder / f"output-{i}.txt"
-            arguments = (
-                list(words),
-                own if processes > 1 or joined else {},
-                devices,
-                str(output),
-                (clocks or {}).get(i, 0.0),
-            )
+            arguments = (list(words), own if processes > 1 else {}, devices, str(output), (clocks or {}).get(i, 0.0))
             process = self.fork.Process(target=command, args=arguments)
             process.start()
             self.processes.append(Started(process, output))
@@ -163,17 +150,11 @@ class Job:
 
 
 def train(
-    recipe: Path,
-    method: str,
-    workdir: Path,
-    processes: int,
-    devices: int = 1,
-    clocks: dict[int, float] | None = None,
-    joined: bool = False,
+    recipe: Path, method: str, workdir: Path, processes: int, devices: int = 1, clocks: dict[int, float] | None = None
 ) -> Job:
-    """Starts (or continues) the training of a method on `processes` times `devices` devices; see `Job`."""
+    """Starts (or continues) the training of a method on `processes` times `devices` devices."""
     words = (f"--config={recipe}:{method}", f"--workdir={workdir}", "--trust=code")
-    return Job(workdir.parent / f"{workdir.name}-output", processes, devices, *words, clocks=clocks, joined=joined)
+    return Job(workdir.parent / f"{workdir.name}-output", processes, devices, *words, clocks=clocks)
 
 
 def losses(workdir: Path) -> np.ndarray:
