@@ -22,8 +22,8 @@ import numpy as np
 from ibjax import files
 from ibjax.runs import metrics
 
-# XLA on CPUs cuts products by its number of threads, at least one a device. With other cuts the last bits of a sum differ,
-# and an attack that takes signs of gradients makes them the first digits of a loss within an epoch
+# XLA on CPUs cuts products by its number of threads, at least one a device. With other cuts the last bits of a sum
+# differ, and an attack that takes signs of gradients makes them the first digits of a loss within an epoch
 THREADS = 8
 LATEST = 900  # seconds after which a process that has not ended counts as hanging
 
