@@ -39,11 +39,11 @@ class Network(NamedTuple):
     blocks: tuple[int, int, int]  # that are compiled
     whole: int
     shape: tuple[int, int, int]
-    images: int  # of the training set
+    images: int | None  # on every device; None: they are streamed
     classes: int
 
 
-IMAGENET: dict[str, Any] = dict(shape=(224, 224, 3), images=1_271_167, classes=1000)
+IMAGENET: dict[str, Any] = dict(shape=(224, 224, 3), images=None, classes=1000)
 NETWORKS = {
     "wrn": Network(
         "WRN-94-16, TRADES", "trades_wrn.py", lambda n: dict(depth=6 * n + 4, width=16), (1, 2, 3), 15, (32, 32, 3),
