@@ -103,9 +103,9 @@ def elastic(root: Path, recipe: Path, plan: Sequence[int] = (1, 4, 2, 1)) -> dic
     train(recipe, "ibd", whole, 1).finished()
     expected = losses(whole)
     stops, before = [], np.zeros(0)
-    for i, count in enumerate(plan[:-1]):
+    for count in plan[:-1]:
+        goal = furthest(changing) + len(expected) // (len(plan) + 2)
         job = train(recipe, "ibd", changing, count)
-        goal = (i + 1) * len(expected) // (len(plan) + 2)
         until(lambda goal=goal: furthest(changing) >= goal, job, f"step {goal}")
         job.processes[-1].send(signal.SIGTERM)
         codes = job.wait()
