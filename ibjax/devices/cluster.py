@@ -31,8 +31,8 @@ __all__ = ["agree", "keep_compiled", "several", "together", "word_of_first"]  # 
 
 BATCH = PartitionSpec("data")
 REPLICATED = PartitionSpec()
-# After this silence of a peer, JAX ends a process. A peer speaks every half of it, so that the silence may have begun so
-# long before its death; `ibjax.devices.peers` reports it earlier, after 30 to 34 s.
+# After this silence of a peer, JAX ends a process. A peer speaks every half of it, so its silence may begin long before
+# its death; `ibjax.devices.peers` reports it earlier, after 30 to 34 s.
 _HEARTBEAT_SECONDS = 100
 _START_SECONDS = 300  # how long a process waits for the others of its run to start
 
