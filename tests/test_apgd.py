@@ -9,6 +9,7 @@ from scipy import optimize
 from ibjax import losses
 from ibjax.attacks import geometry
 from ibjax.attacks.apgd import apgd, checkpoint_windows, iterative_apgd, larger_eps_stages
+from ibjax.attacks.iterative import UNTARGETED
 from ibjax.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -25,6 +26,7 @@ def curved(x):
 
 
 Y = jnp.asarray(curved(IMAGES).argmax(1).astype(np.int32))
+NONE = jnp.full(len(IMAGES), UNTARGETED)  # as target class of an attack without one
 
 
 def test_checkpoints_are_where_the_paper_has_them():
@@ -127,9 +129,8 @@ def test_it_is_the_algorithm_by_the_book(norm, loss):
 
 
 def run_all(attack, state, steps):
-    return jax.jit(lambda state: jax.lax.fori_loop(0, steps, lambda i, s: attack.step(i, curved, X, Y, Y, s), state))(
-        state
-    )
+    step = lambda i, state: attack.step(i, curved, X, Y, NONE, state)  # noqa: E731
+    return jax.jit(lambda state: jax.lax.fori_loop(0, steps, step, state))(state)
 
 
 def test_the_loss_before_the_first_step_does_not_count_at_the_first_checkpoint():
@@ -139,7 +140,7 @@ def test_the_loss_before_the_first_step_does_not_count_at_the_first_checkpoint()
         attack = iterative_apgd(loss, "linf", 1e-6, 100)
         state = attack.init(jax.random.split(jax.random.key(0), len(X)), 0, X, Y)
         for i in range(2):  # the start, and the first step
-            state = attack.step(i, curved, X, Y, Y, state)
+            state = attack.step(i, curved, X, Y, NONE, state)
         rises[loss] = state.rises
     np.testing.assert_array_equal(rises["ce"], 1)
     np.testing.assert_array_equal(rises["dlr"], 0)
@@ -215,7 +216,7 @@ def test_l1_adapts_sparsity_and_step_as_the_paper_says():
     eps, steps = EPS["l1"], 100
     attack = iterative_apgd("ce", "l1", eps, steps)
     state = attack.init(jax.random.split(jax.random.key(0), len(X)), 0, X, Y)
-    step = jax.jit(lambda i, state: attack.step(i, curved, X, Y, Y, state))
+    step = jax.jit(lambda i, state: attack.step(i, curved, X, Y, NONE, state))
     for i in range(5):
         before, state = state, step(i, state)
         if i == 0:
@@ -241,6 +242,25 @@ def test_larger_eps_ends_in_the_ball_asked_for():
     x_adv = apgd(norm="l1", eps=2.0, steps=30, larger_eps=True)(jax.random.key(0), curved, X, Y)
     assert float(geometry.distance(x_adv, X, "l1").max()) <= 2 + 1e-6
     assert np.any(x_adv != X)
+
+
+def test_with_and_without_a_target_class_an_image_climbs_its_own_loss():
+    """Cross-entropy and targeted DLR are one program; neither value nor gradient of an image has a bit of the other."""
+    both = iterative_apgd("dlr_targeted", "linf", 0.1, 2)
+    assert both.functions() == iterative_apgd("ce", "linf", 0.1, 2).functions()
+    assert both.functions() != iterative_apgd("ce", "linf", 0.2, 2).functions()
+    target, odd = (Y + 1) % 5, np.arange(len(X)) % 2 == 1
+    state = both.init(jax.random.split(jax.random.key(0), len(X)), 0, X, Y)
+    step = jax.jit(lambda other: both.step(0, curved, X, Y, other, state))
+    mixed, plain, towards = (step(other) for other in (jnp.where(odd, target, NONE), NONE, target))
+    for name in ("loss_best", "gradient_best", "x"):
+        mixed_, plain_, towards_ = (np.asarray(getattr(each, name)) for each in (mixed, plain, towards))
+        np.testing.assert_array_equal(mixed_[~odd], plain_[~odd])
+        np.testing.assert_array_equal(mixed_[odd], towards_[odd])
+        assert np.any(plain_ != towards_)
+    logits = curved(state.x)
+    np.testing.assert_allclose(plain.loss_best, losses.cross_entropy(logits, Y), rtol=1e-5)
+    np.testing.assert_allclose(towards.loss_best, losses.dlr_targeted(logits, Y, target), rtol=1e-4)
 
 
 @pytest.mark.parametrize("loss, classes", [("dlr", 2), ("dlr_targeted", 3)])

@@ -33,6 +33,7 @@ misclassified without attack, or that the attack does not break, is returned unc
 independent of the others in its batch.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -43,12 +44,14 @@ from jax import Array, lax
 
 from ibjax import losses
 from ibjax.attacks import Attack, geometry
-from ibjax.attacks.iterative import Iterative, as_attack
+from ibjax.attacks.iterative import UNTARGETED, Iterative, as_attack
 from ibjax.errors import InputError, check_count, nearest
 
 LOSSES = {"ce": losses.cross_entropy, "dlr": losses.dlr, "margin": losses.margin}
 TARGETED_LOSSES = {"dlr_targeted": losses.dlr_targeted, "margin_targeted": losses.margin_targeted}
 FEWEST_CLASSES = {"dlr": 3, "dlr_targeted": 4}  # their denominators contain the third and fourth largest logit
+# losses whose attacks are one program: the first where there is no target class, the last where there is one
+_TOGETHER = (("ce", "dlr_targeted"), ("margin", "margin_targeted"), ("dlr",))
 _RHO, _MOMENTUM = 0.75, 0.75
 
 
@@ -127,11 +130,36 @@ def iterative_apgd(
     if larger_eps and steps < 2:
         raise InputError(f"apgd's steps={steps} is not allowed with larger_eps; give at least 2")
     stages = larger_eps_stages(largest, steps) if larger_eps else [(largest, steps)]
+    together = next(names for names in _TOGETHER if loss in names)
+    init, step, x_adv, best = _functions(together, norm, tuple(stages), larger_eps, eot)
+
+    def check(classes):
+        if classes < FEWEST_CLASSES.get(loss, 0):
+            raise InputError(
+                f"apgd's loss '{loss}' needs {FEWEST_CLASSES[loss]} classes, there are {classes}; give "
+                f"loss='{loss.replace('dlr', 'margin')}'"
+            )
+
+    targets = targets if loss in TARGETED_LOSSES else 0
+    return Iterative(
+        "apgd", norm, largest, init, step, sum(n + 1 for _, n in stages), x_adv, flat=_flat, restarts=restarts,
+        targets=targets, eot=eot, settings=dict(loss=loss, larger_eps=larger_eps), best=best if eot else None,
+        check=check,
+    )  # fmt: skip
+
+
+def _flat(state):
+    return state.flat
+
+
+@functools.lru_cache(maxsize=64)
+def _functions(together, norm, stages, larger_eps, eot):
+    """(init, step, x_adv, best) of an `Iterative` for some losses; the same functions for the same arguments."""
     # one row per evaluation of the network: a stage of n steps has n + 1
     radii = np.concatenate([np.full(n + 1, stage_eps) for stage_eps, n in stages]).astype(np.float32)
     first = np.concatenate([np.arange(n + 1) == 0 for _, n in stages])
     windows = np.concatenate([checkpoint_windows(n, norm) for _, n in stages])
-    gradient_of = _gradient(loss, eot)
+    gradient_of = _gradient(together, eot)
 
     def init(keys, restart, x, y):
         x_start = jnp.clip(_start(keys, x, norm, radii[0]), 0.0, 1.0)
@@ -162,11 +190,7 @@ def iterative_apgd(
     def best(x, state):  # correct samples at every iterate do not prove robustness
         return jnp.where(geometry.per_image(state.found, x), state.x_found, state.x_best)
 
-    targets = targets if loss in TARGETED_LOSSES else 0
-    return Iterative(
-        "apgd", norm, largest, init, step, len(radii), x_adv, flat=lambda state: state.flat, restarts=restarts,
-        targets=targets, eot=eot, settings=dict(loss=loss, larger_eps=larger_eps), best=best if eot else None,
-    )  # fmt: skip
+    return init, step, x_adv, best
 
 
 def larger_eps_stages(eps: float, steps: int) -> list[tuple[float, int]]:
@@ -200,24 +224,28 @@ def _start(keys, x, norm, eps):
     return geometry.project(x + t, x, norm, eps)
 
 
-def _gradient(loss, eot):
+def _gradient(together, eot):
     """(i, logits_fn, x, y, other, keys) -> (logits, loss (B,), gradient); the gradient is the mean of `eot` samples."""
-    targeted = TARGETED_LOSSES.get(loss)
+
+    def climbed(logits, y, other):
+        """(loss (B,), its slope (B, classes)): of each image those of its own loss alone, to the bit."""
+
+        def of(name):
+            arguments = (y, jnp.maximum(other, 0)) if name in TARGETED_LOSSES else (y,)
+            loss = (LOSSES | TARGETED_LOSSES)[name]
+            value, pull_back = jax.vjp(lambda logits: loss(logits, *arguments), logits)
+            return value, pull_back(jnp.ones_like(value))[0]  # images do not depend on each other
+
+        # a loss without enough classes has no attack here: `Iterative.check` refuses it
+        made = [of(name) for name in together if logits.shape[-1] >= FEWEST_CLASSES.get(name, 0)]
+        plain = other == UNTARGETED
+        (loss, slope), (loss_targeted, slope_targeted) = made[0], made[-1]
+        return jnp.where(plain, loss, loss_targeted), jnp.where(plain[:, None], slope, slope_targeted)
 
     def at(logits_fn, x, y, other):
-        def total(x):
-            logits = logits_fn(x)
-            if logits.shape[-1] < FEWEST_CLASSES.get(loss, 0):
-                instead = loss.replace("dlr", "margin")
-                raise InputError(
-                    f"apgd's loss '{loss}' needs {FEWEST_CLASSES[loss]} classes, there are {logits.shape[-1]}; give "
-                    f"loss='{instead}'"
-                )
-            per_image = LOSSES[loss](logits, y) if targeted is None else targeted(logits, y, other)
-            return jnp.sum(per_image), (logits, per_image)  # the sum's gradient is that of each image
-
-        gradient, (logits, per_image) = jax.grad(total, has_aux=True)(x)
-        return logits, per_image, gradient
+        logits, pull_back = jax.vjp(logits_fn, x)
+        per_image, slope = climbed(logits, y, other)
+        return logits, per_image, pull_back(slope)[0]
 
     def mean(i, logits_fn, x, y, other, keys):
         if eot is None:

@@ -17,13 +17,15 @@ from ibjax.attacks import Attack, geometry
 from ibjax.attacks.entrance import checked
 
 State = Any
+UNTARGETED = -1  # in place of a target class
 _ANSWERS = 1 << 20  # folded into the keys of clean and final forward passes of a random network
 
 
 class Iterative(NamedTuple):
-    """The parts of an attack. `other` (B,) is the target class of a targeted attack, and ignored by an untargeted one.
+    """The parts of an attack. `other` (B,) is the target class of a targeted attack, and `UNTARGETED` for all others.
 
-    With `eot`, `logits_fn` takes `(x, keys)`, a key per image, and returns a sample for each image.
+    With `eot`, `logits_fn` takes `(x, keys)`, a key per image, and returns a sample for each image. Attacks that share
+    their functions, as APGD on cross-entropy and on targeted DLR do, share their compiled programs too.
     """
 
     kind: str  # "apgd", "fab" or "square"
@@ -43,6 +45,11 @@ class Iterative(NamedTuple):
     best: Callable[[Array, State], Array] | None = (
         None  # for random networks, (x, state) -> x_adv, or the strongest image if none was found
     )
+    check: Callable[[int], None] | None = None  # raises InputError where the network has too few classes
+
+    def functions(self) -> tuple[Callable | None, ...]:
+        """All that its compiled programs depend on, apart from the sizes of their arguments."""
+        return self.init, self.step, self.x_adv, self.done, self.flat, self.best
 
     def identity(self) -> dict[str, Any]:
         """Everything that identifies the attack, as plain data."""
@@ -69,7 +76,9 @@ def as_attack(attack: Iterative) -> Attack:
             return logits_fn(x) if attack.eot is None else logits_fn(x, geometry.fold(keys, number + _ANSWERS))
 
         clean = answer(x, -1)
-        others = other_classes(clean) if attack.targets else y[:, None]
+        if attack.check is not None:
+            attack.check(clean.shape[-1])
+        others = other_classes(clean) if attack.targets else jnp.full((len(x), 1), UNTARGETED)
         passes = attack.restarts * min(max(attack.targets, 1), others.shape[1])
 
         def once(number, found):

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding
 from ibjax import losses
 from ibjax.attacks import geometry
 from ibjax.attacks.hoist import hoisted, prepared, unjitted
-from ibjax.attacks.iterative import Iterative
+from ibjax.attacks.iterative import UNTARGETED, Iterative
 from ibjax.devices import cluster, cores
 
 TOLERANCE = 1e-6  # how far x_adv may lie outside ball and box by float32 rounding
@@ -30,8 +30,18 @@ _STEPS_PER_CALL = 50
 _COMPILING = 500  # a batch shrinks only if that saves the time of this many steps, as compiling takes time too
 
 
+class Items(NamedTuple):
+    """The items of a batch, each (B,) int32."""
+
+    image: Any  # its index
+    number: Any  # of the pass
+    restart: Any  # number of the restart within the target
+    other: Any  # target class, or UNTARGETED
+    y: Any  # label
+
+
 class Programs(NamedTuple):
-    """The compiled programs of one attack at one batch size."""
+    """The compiled programs at one batch size of all attacks with the same functions."""
 
     init: Callable
     steps: Callable
@@ -77,7 +87,7 @@ class Runner:
         largest = cluster.rounded_up(min(batch_size, _power_of_two(len(x))), mesh.size)
         shares = ((largest * eighths // 8) >> i for i in range(6) for eighths in (8, 7, 6, 5))
         self.sizes = sorted({cluster.rounded_up(max(share, 1), mesh.size) for share in shares})
-        self.programs: dict[tuple[str, int], Programs] = {}
+        self.programs: dict[tuple, Programs] = {}  # (functions of the attack, size) -> its programs
         self.constants: dict[int, tuple[Any, Array]] = {}  # id -> (array that logits_fn closes over, its replica)
         self.flat = 0  # number of items so far whose gradient was zero or not finite at the start
 
@@ -86,7 +96,7 @@ class Runner:
         size = self.sizes[-1]
 
         def answer(key, image, x):
-            return self.logits_fn(x, *self._keys(key, "clean", image, 0 * image))
+            return self.logits_fn(x, *self._keys(key, _number("clean"), image, 0 * image))
 
         program = self._on_each_device(answer, "css", gathered=True)
 
@@ -105,7 +115,7 @@ class Runner:
         answers, size = np.zeros((count, len(rows)), bool), self.sizes[-1]
 
         def answer(key, x, image, number, y):
-            return losses.correct(self.logits_fn(x, *self._keys(key, name, image, number)), y)
+            return losses.correct(self.logits_fn(x, *self._keys(key, _number(name), image, number)), y)
 
         program = self._on_each_device(answer, "cssss", gathered=True)
         for first in range(0, len(rows), size):
@@ -139,6 +149,8 @@ class Runner:
           broken, x_adv: (N,) bool and (N, H, W, C), updated in place.
           position: number of items that are done, of `passes(…)` times len(todo).
         """
+        if attack.check is not None:
+            attack.check(1 + others.shape[1])
         total = passes(attack, others) * len(todo)
         while position < total:
             ahead = np.arange(position, total)
@@ -146,27 +158,33 @@ class Runner:
             position = alive[-1] + 1 if len(alive) == self.sizes[-1] else total
             if len(alive):
                 image, number = todo[alive % len(todo)], alive // len(todo)
-                found = self._batch(name, attack, image, number, others[image, number // attack.restarts])
+                towards = (
+                    others[image, number // attack.restarts] if attack.targets else np.full_like(image, UNTARGETED)
+                )
+                found = self._batch(
+                    name, attack, Items(image, number, number % attack.restarts, towards, self.y[image])
+                )
                 self.flat += int(found.flat.sum())
                 for row in np.nonzero(found.broken | self.randomized)[0]:
                     if not broken[image[row]]:
                         broken[image[row]], x_adv[image[row]] = found.broken[row], found.x_adv[row]
             yield int(position)
 
-    def _batch(self, name, attack, image, number, other):
-        """Runs all steps for some items: images (n,), numbers of their passes (n,), target classes (n,)."""
-        count = len(image)
+    def _batch(self, name, attack, items):
+        """Runs all steps of the attack for some items, arrays (n,)."""
+        count = len(items.image)
         rows = self._padded(np.arange(count))
-        programs = self._programs(name, attack, len(rows))
-        fixed = self._place(*(a[rows].astype(np.int32) for a in (image, number, other, self.y[image])))
-        x = self._place(self.x[image[rows]])[0]
-        state = programs.init(self.key, x, *fixed)
+        programs = self._programs(attack, len(rows))
+        draws, answers = _number(name), _number(f"{name} found")
+        fixed = Items(*self._place(*(column[rows].astype(np.int32) for column in items)))
+        (x,) = self._place(self.x[items.image[rows]])
+        state = programs.init(self.key, draws, x, fixed)
         result = Found(np.zeros((count, *self.x.shape[1:]), np.float32), *np.zeros((2, count), bool))
         stride = 1 if cores.form().unroll and attack.gradient else _STEPS_PER_CALL
         i = 0
         while i < attack.steps:
             stop = min(i + stride, attack.steps)
-            state = programs.steps(np.int32(i), np.int32(stop), x, *fixed, state)
+            state = programs.steps(np.int32(i), np.int32(stop), x, fixed, state)
             i = stop
             if attack.done is None or i == attack.steps:
                 continue
@@ -176,47 +194,46 @@ class Runner:
                 break
             size = self._size(len(going))
             if (attack.steps - i) * (len(rows) - size) > _COMPILING * len(rows):
-                self._harvest(programs, x, fixed, state, rows, result)
+                self._harvest(programs.finish(self.key, answers, x, fixed, state), rows, result)
                 kept = self._padded(going)
                 state, x, fixed = jax.block_until_ready(self.take((state, x, fixed), kept))
-                rows, programs = rows[kept], self._programs(name, attack, len(kept))
-        self._harvest(programs, x, fixed, state, rows, result)
+                rows, programs = rows[kept], self._programs(attack, len(kept))
+        self._harvest(programs.finish(self.key, answers, x, fixed, state), rows, result)
         return result
 
-    def _harvest(self, programs, x, fixed, state, rows, result):
+    def _harvest(self, finished, rows, result):
         """Writes the results of a batch so far into `result`, at the rows that the batch holds."""
-        x_adv, broken, flat, distance = map(np.asarray, programs.finish(self.key, x, *fixed, state))
+        x_adv, broken, flat, distance = map(np.asarray, finished)
         if not float(distance.max()) <= self.eps + TOLERANCE:
             raise RuntimeError(
                 f"an adversarial image is {distance.max():.8g} away or outside [0, 1]; eps is {self.eps:g}"
             )
         result.x_adv[rows], result.broken[rows], result.flat[rows] = x_adv, broken, flat
 
-    def _programs(self, name, attack, size):
-        if (name, size) not in self.programs:
-            self.programs[name, size] = self._make(name, attack)
-        return self.programs[name, size]
+    def _programs(self, attack, size):
+        which = (*attack.functions(), size)
+        if which not in self.programs:
+            self.programs[which] = self._make(attack)
+        return self.programs[which]
 
-    def _make(self, name, attack):
-        def init(key, x, image, number, other, y):
-            keys = self._image_keys(key, name, image, number)
-            return attack.init(keys, number % attack.restarts, x, y)
+    def _make(self, attack):
+        def init(key, name, x, items):
+            return attack.init(self._image_keys(key, name, items.image, items.number), items.restart, x, items.y)
 
-        def steps(start, stop, x, image, number, other, y, state):
+        def steps(start, stop, x, items, state):
             fold = cores.form().fold and not self.randomized
             logits_fn = prepared(self.logits_fn, x) if fold else self.logits_fn
 
             def step(i, state):
-                return attack.step(i, logits_fn, x, y, other, state)
+                return attack.step(i, logits_fn, x, items.y, items.other, state)
 
             if cores.form().unroll and attack.gradient:
                 return step(start, state)
             return lax.fori_loop(start, stop, step, state)
 
-        def finish(key, x, image, number, other, y, state):
+        def finish(key, name, x, items, state):
             x_adv = attack.x_adv(x, state)
-            logits = self.logits_fn(x_adv, *self._keys(key, f"{name} found", image, number))
-            broken = ~losses.correct(logits, y)
+            broken = ~losses.correct(self.logits_fn(x_adv, *self._keys(key, name, items.image, items.number)), items.y)
             x_adv = x_adv if attack.best is None else attack.best(x, state)
             distance = geometry.distance(x_adv, x, self.norm)
             in_box = jnp.all((x_adv >= 0) & (x_adv <= 1), axis=(1, 2, 3))
@@ -224,9 +241,9 @@ class Runner:
             return x_adv, broken, flat, jnp.where(in_box, distance, jnp.inf)
 
         return Programs(
-            self._on_each_device(init, "csssss"),
-            self._on_each_device(steps, "ccssssss", donate=True),
-            self._on_each_device(finish, "cssssss", gathered=True),
+            self._on_each_device(init, "ccss"),
+            self._on_each_device(steps, "ccsss", donate=True),
+            self._on_each_device(finish, "ccsss", gathered=True),
             jax.jit(attack.done or (lambda state: None), out_shardings=self.replicated),
         )
 
@@ -272,8 +289,8 @@ class Runner:
         return jax.random.wrap_key_data(data, impl=self.key_kind)
 
     def _image_keys(self, key, name, image, number):
-        """A key for each item, derived from the attack's name, the image and the number of the pass."""
-        key = jax.random.fold_in(self._key(key), np.uint32(zlib.crc32(name.encode())))
+        """A key for each item, derived from the number of a name, the image and the number of the pass."""
+        key = jax.random.fold_in(self._key(key), name)
         fold = jax.vmap(jax.random.fold_in)
         return fold(jax.vmap(jax.random.fold_in, (None, 0))(key, image), number)
 
@@ -295,6 +312,11 @@ class Runner:
 def passes(attack: Iterative, others: np.ndarray) -> int:
     """The number of runs for each image: all restarts towards the first target, then towards the next, …"""
     return attack.restarts * min(max(attack.targets, 1), others.shape[1])
+
+
+def _number(name):
+    """The number by which a name enters the derivation of random keys."""
+    return np.uint32(zlib.crc32(name.encode()))
 
 
 def _power_of_two(count):
