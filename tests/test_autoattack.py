@@ -346,7 +346,7 @@ def test_what_a_jitted_network_closes_over_is_not_compiled_in():
     for network in (linear, jax.jit(linear)):
         runner = Runner(KEY, network, X, Y, norm="linf", eps=0.02, batch_size=64)
         (logits,) = runner.logits(X)
-        found.append((logits, [constant.shape for constant, _ in runner.constants.values()]))
+        found.append((logits, [constant.shape for constant, _ in runner.compiler.constants.values()]))
     np.testing.assert_array_equal(found[0][0], found[1][0])
     assert found[0][1] == found[1][1] != []
 

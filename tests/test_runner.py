@@ -1,12 +1,20 @@
 """The runner: which programs a plan compiles, and that how it runs them changes no image."""
 
+import itertools
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from ibjax.attacks import progress, runner
 from ibjax.attacks.apgd import iterative_apgd
+from ibjax.attacks.autoattack import autoattack, sub_attacks
 from ibjax.attacks.fab import iterative_fab
 from ibjax.attacks.runner import Runner
+from ibjax.attacks.square import iterative_square
+from ibjax.devices import forms
 
 RNG = np.random.default_rng(0)
 N, CLASSES, EPS = 64, 5, 0.02
@@ -22,30 +30,158 @@ def curved(x):
     return z + jnp.sin(3 * z[:, ::-1])
 
 
-def run(plan, batch_size=64, todo=None):
+def run(plan, todo=None, eps=EPS):
     """(runner, flags (N,) after each attack, images) of a plan {name: attack}."""
-    runner = Runner(KEY, curved, X, Y, norm="linf", eps=EPS, batch_size=batch_size)
+    made = Runner(KEY, curved, X, Y, norm="linf", eps=eps, batch_size=64)
     broken, x_adv, after = np.zeros(N, bool), X.copy(), {}
     for name, attack in plan.items():
         left = np.nonzero(~broken)[0] if todo is None else todo
-        for _ in runner.run(name, attack, left, OTHERS, broken, x_adv):
+        for _ in made.run(name, attack, left, OTHERS, broken, x_adv):
             pass
         after[name] = ~broken
-    return runner, after, x_adv
+    return made, after, x_adv
+
+
+def few(queries=60):
+    return {
+        "apgd-ce": iterative_apgd("ce", "linf", EPS, 3),
+        "apgd-t": iterative_apgd("dlr_targeted", "linf", EPS, 3),
+        "fab-t": iterative_fab("linf", EPS, 3, targets=2),
+        "square": iterative_square("linf", EPS, queries),
+    }
+
+
+@pytest.fixture
+def on_an_accelerator(monkeypatch):
+    """Programs are compiled ahead and sizes chosen as there; `on_an_accelerator(queries=…)` changes more."""
+
+    def change(**fields):
+        monkeypatch.setitem(forms.TABLE, "cpu", forms.TABLE["cpu"]._replace(**fields))
+
+    change(**{name: getattr(forms.TABLE["cuda"], name) for name in ("compiling", "ahead", "queries")})
+    return change
+
+
+# ---- which programs ------------------------------------------------------------------------------------------
 
 
 def test_attacks_that_differ_in_their_loss_or_name_are_one_program():
-    plan = {
-        "apgd-ce": iterative_apgd("ce", "linf", EPS, 3),
-        "apgd-t": iterative_apgd("dlr_targeted", "linf", EPS, 3),
-        "again": iterative_apgd("ce", "linf", EPS, 3),
-    }
-    runner, _, _ = run(plan, todo=np.arange(N))
-    of_apgd = {key for key in runner.programs if key[1] is plan["apgd-ce"].step}
-    assert of_apgd == set(runner.programs) and len(runner.programs) <= len(runner.sizes)
-    assert len({(key[:-1]) for key in runner.programs}) == 1
-    runner, _, _ = run({**plan, "fab": iterative_fab("linf", EPS, 3, targets=2)}, todo=np.arange(N))
-    assert len({(key[:-1]) for key in runner.programs}) == 2
+    plan = {name: few()[name] for name in ("apgd-ce", "apgd-t")}
+    made, _, _ = run({**plan, "again": iterative_apgd("ce", "linf", EPS, 3)}, todo=np.arange(N))
+    assert len(made.programs) == 1
+    made, _, _ = run(few(), todo=np.arange(N))
+    assert len(made.programs) == 3
+
+
+def test_a_size_is_compiled_only_where_its_steps_save_more_than_that_takes(on_an_accelerator):
+    sizes = Runner(KEY, curved, X, Y, norm="linf", eps=EPS, batch_size=64).sizes
+    assert sizes == [8, 16, 24, 32, 40, 48, 56, 64]  # of eight devices
+    plan, _ = sub_attacks("standard", "linf", EPS, 10)
+    used = {name: runner.worthwhile(sizes, attack.steps) for name, attack in plan.items()}
+    assert used == {"apgd-ce": [64], "apgd-t": [64], "fab-t": [64], "square": sizes}
+    for steps in (101, 700, 5001):
+        chosen = runner.worthwhile(sizes, steps)
+        saved = [steps * (larger - size) / 64 for size, larger in itertools.pairwise(chosen)]
+        assert all(each > 500 for each in saved) and (steps < 600) == (len(chosen) == 1)
+    on_an_accelerator(compiling=30)
+    assert runner.worthwhile(sizes, 101) == [16, 40, 64]
+
+
+def test_a_batch_that_is_nearly_done_shrinks_only_to_sizes_that_pay(on_an_accelerator):
+    plan = {"square": iterative_square("linf", 0.2, 200)}
+    on_an_accelerator(compiling=1)
+    made, after, _ = run(plan, eps=0.2)
+    assert len(made.programs) > 1
+    on_an_accelerator(compiling=10**6)
+    made, again, _ = run(plan, eps=0.2)
+    assert len(made.programs) == 1
+    np.testing.assert_array_equal(after["square"], again["square"])
+
+
+def test_many_queries_at_once_change_no_flag_and_most_are_made_where_least_changes(on_an_accelerator):
+    attack = iterative_square("linf", EPS, 700)
+    found = {}
+    for queries in (50, 500):
+        on_an_accelerator(queries=queries)
+        found[queries] = run({"square": attack})[1]["square"], runner.stops(attack)
+    np.testing.assert_array_equal(found[50][0], found[500][0])
+    assert 0 < found[50][0].sum() < N
+    assert found[50][1] == [*range(50, 701, 50), 701] and found[500][1] == [50, 100, 200, 400, 701]
+    assert len(runner.stops(iterative_square("linf", EPS, 5000))) == 14
+
+
+def test_a_program_ends_where_all_of_its_images_are_done():
+    attack = iterative_square("linf", EPS, 1000)._replace(done=lambda state: state >= 70)
+    count = jax.jit(lambda start, stop, state: runner._steps(attack, lambda i, s: s + 1, start, stop, state))
+    np.testing.assert_array_equal(count(0, 1000, jnp.array([0, 3])), [100, 103])  # looks after each 50 queries
+    np.testing.assert_array_equal(count(0, 30, jnp.array([0, 3])), [30, 33])
+    np.testing.assert_array_equal(count(950, 1001, jnp.array([0, 0])), [51, 51])
+
+
+# ---- compiled ahead ------------------------------------------------------------------------------------------
+
+
+def attack(**options):
+    return autoattack(KEY, curved, X, Y, "linf", EPS, **{"attacks": few(), "batch_size": 64, **options})
+
+
+def test_what_is_compiled_ahead_in_threads_has_the_same_flags_and_images(on_an_accelerator, monkeypatch):
+    compile, threads = jax.stages.Lowered.compile, []
+
+    def noting(self, *args, **kwargs):
+        threads.append((threading.current_thread().name, jax.config.jax_default_matmul_precision))
+        return compile(self, *args, **kwargs)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", noting)
+    found = {}
+    for ahead in (False, True):
+        on_an_accelerator(ahead=ahead, products="rounded")
+        threads.clear()
+        found[ahead] = attack()
+        assert all(name.startswith("compile") == ahead for name, _ in threads)
+        assert len(threads) == 2 + 3 * 3 + 1  # clean and judged logits, three parts of three attacks, Square's `done`
+    np.testing.assert_array_equal(found[False].x_adv, found[True].x_adv)
+    for name, flags in found[False].robust_after.items():
+        np.testing.assert_array_equal(found[True].robust_after[name], flags)
+
+
+def test_what_goes_wrong_in_a_thread_is_raised_where_its_program_is_called(on_an_accelerator, monkeypatch):
+    compile, count = jax.stages.Lowered.compile, [0]
+
+    def failing(self, *args, **kwargs):
+        count[0] += 1
+        if count[0] > 4:  # the logits and APGD's programs are well
+            raise ValueError("no space left on the card")
+        return compile(self, *args, **kwargs)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", failing)
+    seen, finish = [], progress.Progress.finish_attack
+    monkeypatch.setattr(progress.Progress, "finish_attack", lambda self, *a: (seen.append(a), finish(self, *a)))
+    with pytest.raises(ValueError, match="no space left on the card"):
+        attack()
+    assert len(seen) == 2
+
+
+def test_an_interrupted_evaluation_does_not_wait_for_the_compiler(on_an_accelerator, monkeypatch):
+    compile, count, released = jax.stages.Lowered.compile, [0], threading.Event()
+
+    def slow(self, *args, **kwargs):
+        count[0] += 1
+        if count[0] > 4:
+            released.wait(60)
+        return compile(self, *args, **kwargs)
+
+    def interrupted(self, *_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", slow)
+    monkeypatch.setattr(progress.Progress, "finish_attack", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            attack(attacks={name: few()[name] for name in ("apgd-ce", "fab-t")})
+        assert not released.is_set()
+    finally:
+        released.set()
 
 
 def test_a_name_draws_for_itself_although_it_shares_its_program():

@@ -241,7 +241,10 @@ def autoattack(
         asked = _check_network(logits_fn, x, y, random, allow_randomized)
         runner = Runner(key, logits_fn, x, y, norm=norm, eps=eps, batch_size=batch_size, randomized=random)
         file = files.path(state) if state else None
-        return _evaluated(runner, asked, version, attacks, options, file, restart, draws, progress)
+        try:
+            return _evaluated(runner, asked, version, attacks, options, file, restart, draws, progress)
+        finally:
+            runner.compiler.close()
 
 
 def _evaluated(runner, asked, version, attacks, options, file, restart, draws, progress):
@@ -351,10 +354,13 @@ def _check_plan(plan, norm, eps, random):
 def _run(runner, plan, logits, state, bar_name):
     """Runs all attacks that are not finished yet."""
     others = np.asarray(other_classes(jnp.asarray(logits)))
-    for name, attack in list(plan.items())[len(state.after) :]:
+    for number, (name, attack) in enumerate(plan.items()):
+        if number < len(state.after):
+            continue
         images, broken = state.attacked
         todo = np.nonzero(state.todo)[0]
         total = passes(attack, others) * len(todo)
+        runner.meanwhile = [functools.partial(_expect, runner, list(plan.values())[number + 1 :], others, len(todo))]
         bar = tqdm(total=total, initial=min(state.position, total), desc=f"{bar_name or ''} {name}".strip(),
                    unit="run", leave=False, disable=not (bar_name and sys.stderr.isatty()))  # fmt: skip
         with bar:
@@ -377,6 +383,17 @@ def _run(runner, plan, logits, state, bar_name):
             log.info(
                 "%s: robust accuracy %.2f %% after %s (%.1f s)", bar_name, 100 * state.robust.mean(), name, seconds
             )
+
+
+def _expect(runner, later, others, count):
+    """Begins to compile what follows an attack that `count` images are left to: the next attack, or the judgement."""
+    if not cores.form().ahead:
+        return
+    if later:
+        runner.expect(later[0], count * passes(later[0], others))
+    elif not runner.randomized:
+        with precisions.at(precisions.JUDGEMENT):
+            runner.expect_logits()
 
 
 def _gradient_warnings(plan, flat):

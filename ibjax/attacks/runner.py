@@ -2,13 +2,15 @@
 
 The work is a list of items: one for each image and each restart and target, in the order of the targets. A batch takes
 the next items whose image is not broken yet, for whichever target, so that the devices stay busy while few images are
-left. If several items break an image, the first item's result is kept. Batches are padded to one of a few sizes. If an
-attack reports that images are done (Square), the batch is compacted to a smaller size between its steps.
+left. If several items break an image, the first item's result is kept. Batches are padded to one of a few sizes: a
+smaller one is only used where an attack's steps save more time than compiling takes (`worthwhile`). If an attack
+reports that images are done (Square), the batch is compacted to a smaller size between its steps.
 
 The random key of an item is derived from the attack's name, the image's index and the number of its pass (restart and
 target), so batch size, number of devices and interruptions between batches do not change the random draws.
 """
 
+import functools
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -17,17 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import NamedSharding
 
 from ibjax import losses
 from ibjax.attacks import geometry
-from ibjax.attacks.hoist import hoisted, prepared, unjitted
+from ibjax.attacks.hoist import prepared, unjitted
 from ibjax.attacks.iterative import UNTARGETED, Iterative
-from ibjax.devices import cluster, cores
+from ibjax.attacks.programs import Compiler, Program
+from ibjax.devices import cluster, cores, precision
 
 TOLERANCE = 1e-6  # how far x_adv may lie outside ball and box by float32 rounding
-_STEPS_PER_CALL = 50
-_COMPILING = 500  # a batch shrinks only if that saves the time of this many steps, as compiling takes time too
+_LOOKED_AFTER = 50  # queries after which a program looks whether all of its images are done
 
 
 class Items(NamedTuple):
@@ -43,10 +44,10 @@ class Items(NamedTuple):
 class Programs(NamedTuple):
     """The compiled programs at one batch size of all attacks with the same functions."""
 
-    init: Callable
-    steps: Callable
-    finish: Callable
-    done: Callable
+    init: Program
+    steps: Program
+    finish: Program
+    done: Program | None
 
 
 class Found(NamedTuple):
@@ -79,26 +80,21 @@ class Runner:
         self.x, self.y, self.norm, self.eps, self.randomized = x, y, norm, eps, randomized
         self.batch_size = batch_size
         self.key, self.key_kind = np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)
-        mesh = cluster.mesh()
-        self.mesh, self.sharded = mesh, NamedSharding(mesh, cluster.BATCH)
-        self.replicated = NamedSharding(mesh, cluster.REPLICATED)
+        self.compiler = Compiler()
+        mesh, self.sharded = self.compiler.mesh, self.compiler.sharded
         take = lambda tree, rows: jax.tree.map(lambda leaf: leaf[rows], tree)  # noqa: E731
         self.take = jax.jit(take, out_shardings=self.sharded)
         largest = cluster.rounded_up(min(batch_size, _power_of_two(len(x))), mesh.size)
         shares = ((largest * eighths // 8) >> i for i in range(6) for eighths in (8, 7, 6, 5))
         self.sizes = sorted({cluster.rounded_up(max(share, 1), mesh.size) for share in shares})
         self.programs: dict[tuple, Programs] = {}  # (functions of the attack, size) -> its programs
-        self.constants: dict[int, tuple[Any, Array]] = {}  # id -> (array that logits_fn closes over, its replica)
+        self.answers: dict[str, Program] = {}  # precision -> the program of the clean logits
+        self.meanwhile: list[Callable[[], None]] = []  # what to do as soon as the devices are at work
         self.flat = 0  # number of items so far whose gradient was zero or not finite at the start
 
     def logits(self, *seen: np.ndarray) -> list[np.ndarray]:
         """The logits of all images, (N, classes) float32, for each array (N, H, W, C) of them, such as `self.x`."""
-        size = self.sizes[-1]
-
-        def answer(key, image, x):
-            return self.logits_fn(x, *self._keys(key, _number("clean"), image, 0 * image))
-
-        program = self._on_each_device(answer, "css", gathered=True)
+        size, program = self.sizes[-1], self._answer()
 
         def of(x):
             for first in range(0, len(x), size):
@@ -106,6 +102,22 @@ class Runner:
                 yield np.asarray(program(self.key, *self._place(chosen, x[chosen])))[: len(x) - first]
 
         return [np.concatenate(list(of(x))).astype(np.float32) for x in seen]
+
+    def expect_logits(self) -> None:
+        """Begins to compile the program of `logits`, for the precision that is asked for here."""
+        image = jax.ShapeDtypeStruct((self.sizes[-1],), jnp.int32)
+        self._answer().lower(self.key, image, self._pixels(self.sizes[-1]))
+
+    def _answer(self):
+        name = str(precision.asked())  # products that no precision changes are one program
+        name = next((known for known in self.answers if not cores.differ(known, name)), name)
+
+        def answer(key, image, x):
+            return self.logits_fn(x, *self._keys(key, _number("clean"), image, 0 * image))
+
+        if name not in self.answers:
+            self.answers[name] = self.compiler.program(answer, "css", gathered=True)
+        return self.answers[name]
 
     def draws(self, name: str, x: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
         """Whether a random network classifies the images `rows` of x (N, H, W, C) correctly, (count, len(rows)) bool.
@@ -117,7 +129,7 @@ class Runner:
         def answer(key, x, image, number, y):
             return losses.correct(self.logits_fn(x, *self._keys(key, _number(name), image, number)), y)
 
-        program = self._on_each_device(answer, "cssss", gathered=True)
+        program = self.compiler.program(answer, "cssss", gathered=True)
         for first in range(0, len(rows), size):
             chosen = rows[np.minimum(np.arange(first, first + size), len(rows) - 1)].astype(np.int32)
             shown, image, y = self._place(x[chosen], chosen, self.y[chosen].astype(np.int32))
@@ -170,36 +182,46 @@ class Runner:
                         broken[image[row]], x_adv[image[row]] = found.broken[row], found.x_adv[row]
             yield int(position)
 
+    def expect(self, attack: Iterative, count: int) -> None:
+        """Begins to compile the programs for `count` items of an attack, or more; what they are is not known yet."""
+        self._programs(
+            attack, len(_padded(np.arange(min(count, self.sizes[-1])), worthwhile(self.sizes, attack.steps)))
+        )
+
     def _batch(self, name, attack, items):
         """Runs all steps of the attack for some items, arrays (n,)."""
-        count = len(items.image)
-        rows = self._padded(np.arange(count))
+        count, sizes = len(items.image), worthwhile(self.sizes, attack.steps)
+        rows = _padded(np.arange(count), sizes)
         programs = self._programs(attack, len(rows))
         draws, answers = _number(name), _number(f"{name} found")
         fixed = Items(*self._place(*(column[rows].astype(np.int32) for column in items)))
         (x,) = self._place(self.x[items.image[rows]])
         state = programs.init(self.key, draws, x, fixed)
         result = Found(np.zeros((count, *self.x.shape[1:]), np.float32), *np.zeros((2, count), bool))
-        stride = 1 if cores.form().unroll and attack.gradient else _STEPS_PER_CALL
         i = 0
-        while i < attack.steps:
-            stop = min(i + stride, attack.steps)
+        for stop in stops(attack):
             state = programs.steps(np.int32(i), np.int32(stop), x, fixed, state)
             i = stop
-            if attack.done is None or i == attack.steps:
+            if programs.done is None or i == attack.steps:
                 continue
+            self._do_meanwhile()
             going = np.nonzero(~np.asarray(programs.done(state)))[0]
             going = going[going < len(np.unique(rows))]  # the rest is padding
             if not len(going):
                 break
-            size = self._size(len(going))
-            if (attack.steps - i) * (len(rows) - size) > _COMPILING * len(rows):
+            kept = _padded(going, sizes)
+            if (attack.steps - i) * (len(rows) - len(kept)) > cores.form().compiling * sizes[-1]:
                 self._harvest(programs.finish(self.key, answers, x, fixed, state), rows, result)
-                kept = self._padded(going)
                 state, x, fixed = jax.block_until_ready(self.take((state, x, fixed), kept))
                 rows, programs = rows[kept], self._programs(attack, len(kept))
-        self._harvest(programs.finish(self.key, answers, x, fixed, state), rows, result)
+        finished = programs.finish(self.key, answers, x, fixed, state)
+        self._do_meanwhile()
+        self._harvest(finished, rows, result)
         return result
+
+    def _do_meanwhile(self):
+        while self.meanwhile:
+            self.meanwhile.pop(0)()
 
     def _harvest(self, finished, rows, result):
         """Writes the results of a batch so far into `result`, at the rows that the batch holds."""
@@ -211,9 +233,18 @@ class Runner:
         result.x_adv[rows], result.broken[rows], result.flat[rows] = x_adv, broken, flat
 
     def _programs(self, attack, size):
-        which = (*attack.functions(), size)
+        """The programs of an attack at one size, lowered."""
+        which = (*attack.functions(), attack.steps, size)
         if which not in self.programs:
-            self.programs[which] = self._make(attack)
+            made, x = self._make(attack), self._pixels(size)
+            number, name = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.uint32)
+            items = Items(*[jax.ShapeDtypeStruct((size,), jnp.int32)] * len(Items._fields))
+            state = made.init.lower(self.key, name, x, items)
+            made.steps.lower(number, number, x, items, state)
+            made.finish.lower(self.key, name, x, items, state)
+            if made.done is not None:
+                made.done.lower(state)
+            self.programs[which] = made
         return self.programs[which]
 
     def _make(self, attack):
@@ -227,9 +258,7 @@ class Runner:
             def step(i, state):
                 return attack.step(i, logits_fn, x, items.y, items.other, state)
 
-            if cores.form().unroll and attack.gradient:
-                return step(start, state)
-            return lax.fori_loop(start, stop, step, state)
+            return _steps(attack, step, start, stop, state)
 
         def finish(key, name, x, items, state):
             x_adv = attack.x_adv(x, state)
@@ -240,50 +269,13 @@ class Runner:
             flat = jnp.zeros(len(x), bool) if attack.flat is None else attack.flat(state)
             return x_adv, broken, flat, jnp.where(in_box, distance, jnp.inf)
 
+        program = self.compiler.program
         return Programs(
-            self._on_each_device(init, "ccss"),
-            self._on_each_device(steps, "ccsss", donate=True),
-            self._on_each_device(finish, "ccsss", gathered=True),
-            jax.jit(attack.done or (lambda state: None), out_shardings=self.replicated),
+            program(init, "ccss"),
+            program(steps, "ccsss", donate=True),
+            program(finish, "ccsss", gathered=True),
+            None if attack.done is None else program(attack.done, "s", gathered=True),
         )
-
-    def _on_each_device(self, program, arguments, gathered=False, donate=False):
-        """Compiles a program that runs on each device for its own images; no step waits for another device.
-
-        The arrays that the program closes over, the weights of logits_fn, become arguments, so that they are not
-        compiled in as constants.
-
-        Args:
-          program: a function of arrays and trees; it sees one device's share.
-          arguments: one letter per argument: "s", sharded over the devices, or "c", common to all.
-          gathered: whether all processes need the whole result.
-          donate: whether the result may reuse the memory of the last argument (buffer donation).
-        """
-        specs = tuple({"s": cluster.BATCH, "c": cluster.REPLICATED}[kind] for kind in arguments)
-        split = jax.shard_map(program, mesh=self.mesh, in_specs=specs, out_specs=cluster.BATCH, check_vma=False)
-        compiled: list[tuple] = []
-
-        def call(*arguments):
-            leaves = jax.tree.leaves(arguments)
-            if not compiled:
-                program, constants, tree = hoisted(split, *arguments)
-                kept = range(1 + len(leaves) - len(jax.tree.leaves(arguments[-1])), 1 + len(leaves))
-                program = jax.jit(
-                    program,
-                    out_shardings=self.replicated if gathered else self.sharded,
-                    donate_argnums=tuple(kept) if donate else (),
-                )
-                compiled.append((program, [self._everywhere(c) for c in constants], tree))
-            program, constants, tree = compiled[0]
-            return jax.tree.unflatten(tree, program(constants, *leaves))
-
-        return call
-
-    def _everywhere(self, constant):
-        """An array that logits_fn closes over, replicated on all devices; transferred only once."""
-        if id(constant) not in self.constants:
-            self.constants[id(constant)] = constant, jax.device_put(constant, self.replicated)
-        return self.constants[id(constant)][1]
 
     def _key(self, data):
         return jax.random.wrap_key_data(data, impl=self.key_kind)
@@ -298,12 +290,8 @@ class Runner:
         """The arguments that logits_fn takes after x: keys for a random network, else none."""
         return [self._image_keys(key, name, image, number)] if self.randomized else []
 
-    def _size(self, count):
-        return next(size for size in self.sizes if size >= count)
-
-    def _padded(self, rows):
-        """`rows`, padded to the next batch size by repeating the last one."""
-        return np.concatenate([rows, np.repeat(rows[-1:], self._size(len(rows)) - len(rows))])
+    def _pixels(self, size):
+        return jax.ShapeDtypeStruct((size, *self.x.shape[1:]), jnp.float32)
 
     def _place(self, *arrays):
         return [jax.make_array_from_callback(a.shape, self.sharded, a.__getitem__) for a in arrays]
@@ -312,6 +300,64 @@ class Runner:
 def passes(attack: Iterative, others: np.ndarray) -> int:
     """The number of runs for each image: all restarts towards the first target, then towards the next, …"""
     return attack.restarts * min(max(attack.targets, 1), others.shape[1])
+
+
+def stops(attack: Iterative) -> list[int]:
+    """The steps before which an attack's programs are left; only there can a batch be compacted, on all devices alike.
+
+    Queries are made in more and more at once, since most images that fall do so early.
+    """
+    if attack.done is None:
+        stride = 1 if cores.form().unroll and attack.gradient else attack.steps
+        return [*range(stride, attack.steps, stride), attack.steps]
+    found = [0]
+    while found[-1] < attack.steps:
+        stride = max(_LOOKED_AFTER, min(found[-1], cores.form().queries))
+        found.append(min(found[-1] + stride, attack.steps))
+    return found[1:]
+
+
+def _steps(attack, step, start, stop, state):
+    """The state after steps start … stop − 1, those between two of `stops`.
+
+    A loop whose length is known while it is compiled runs on a GPU without asking the host before each step.
+    """
+    if attack.done is None:
+        if cores.form().unroll and attack.gradient:
+            return step(start, state)
+        return lax.fori_loop(0, attack.steps, step, state)
+
+    def query(_, carry):
+        i, state = carry
+        keep = functools.partial(jnp.where, i < stop)
+        return i + 1, jax.tree.map(keep, step(i, state), state)
+
+    def goes_on(carry):
+        i, state = carry
+        return (i < stop) & ~jnp.all(attack.done(state))
+
+    looked_after = min(_LOOKED_AFTER, attack.steps)
+    return lax.while_loop(goes_on, lambda carry: lax.fori_loop(0, looked_after, query, carry), (start, state))[1]
+
+
+def worthwhile(sizes: list[int], steps: int) -> list[int]:
+    """Those of some batch sizes, ascending, that an attack of so many steps uses.
+
+    The largest, and each one that saves more time against the next larger one of them than compiling its program takes.
+    Both are counted in steps at the largest size (`cores.form().compiling`), never by a clock or by what is compiled
+    already: an evaluation that was interrupted goes on with the same sizes, and so with the same bits.
+    """
+    chosen = [sizes[-1]]
+    for size in reversed(sizes):
+        if steps * (chosen[0] - size) > cores.form().compiling * sizes[-1]:
+            chosen.insert(0, size)
+    return chosen
+
+
+def _padded(rows, sizes):
+    """`rows`, padded to the next of these batch sizes by repeating the last one."""
+    size = next(size for size in sizes if size >= len(rows))
+    return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows))])
 
 
 def _number(name):

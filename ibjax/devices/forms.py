@@ -46,6 +46,12 @@ gradient.
 | average_pool  | mean        | mean     | window      | TPU, 64 to 128 channels at 32×32 with its convolution and     |
 |               |             |          |             | gradients: 3.99 and 2.39 ms                                   |
 | crop          | slice       | slice    | products    | TPU, 512 images of 32×32: 3.9 and 0.14 ms                     |
+| compiling     | 30          | 500      | 500         | APGD-CE's three programs on a CPU: 185 steps for a network of |
+|               |             |          |             | 17,000 weights at batch 256, 2 for a ResNet-18 at 32. GPU: a  |
+|               |             |          |             | ResNet-18's compile in 8 s, and a step reads and writes 13 GB |
+| ahead         | no          | yes      | yes         | on a CPU attack and compiler share the cores                  |
+| queries       | 50          | 500      | 500         | of a ResNet-18 at batch 256: two minutes on two cores, in     |
+|               |             |          |             | which nothing can interrupt them                              |
 | products      | exact       | rounded  | rounded     | a CPU ignores their precision, and what is judged at          |
 |               |             |          |             | "highest" need not be asked for again                         |
 
@@ -77,6 +83,9 @@ class Form(NamedTuple):
     max_pool: str  # gradient of max-pooling: "own", see `models.gradients`, or the "usual" one
     average_pool: str  # average-pooling: the "mean" of a reshaped array, or a "window"
     crop: str  # random crops: a "slice" for each image, or "products" with ones and zeros
+    compiling: int  # steps of an attack at the largest batch whose time compiling them for another batch takes
+    ahead: bool  # whether the programs of AutoAttack's next part are compiled in threads while one part runs
+    queries: int  # largest number of queries that one program of Square makes before the host is asked
     products: str  # of float32: "exact" whatever their precision is, or "rounded" as `devices.precision` says
 
 
@@ -98,6 +107,9 @@ TABLE = {
         max_pool="own",
         average_pool="mean",
         crop="slice",
+        compiling=30,
+        ahead=False,
+        queries=50,
         products="exact",
     ),
     "cuda": Form(
@@ -117,6 +129,9 @@ TABLE = {
         max_pool="own",
         average_pool="mean",
         crop="slice",
+        compiling=500,
+        ahead=True,
+        queries=500,
         products="rounded",
     ),
     "tpu": Form(
@@ -136,6 +151,9 @@ TABLE = {
         max_pool="usual",
         average_pool="window",
         crop="products",
+        compiling=500,
+        ahead=True,
+        queries=500,
         products="rounded",
     ),
 }
