@@ -144,12 +144,16 @@ def iterative_apgd(
     return Iterative(
         "apgd", norm, largest, init, step, sum(n + 1 for _, n in stages), x_adv, flat=_flat, restarts=restarts,
         targets=targets, eot=eot, settings=dict(loss=loss, larger_eps=larger_eps), best=best if eot else None,
-        check=check,
+        ends=_ends, check=check,
     )  # fmt: skip
 
 
 def _flat(state):
     return state.flat
+
+
+def _ends(x, state):
+    return state.x_best, state.x
 
 
 @functools.lru_cache(maxsize=64)
@@ -168,7 +172,7 @@ def _functions(together, norm, stages, larger_eps, eot):
         blank |= dict.fromkeys(("found", "flat", "halved"), flag) | dict.fromkeys(("x_best", "gradient_best"), image)
         return State(**blank | dict(keys=keys, x=x_start, x_before=x_start, x_found=x, rises=number.astype(jnp.int32)))
 
-    def step(i, logits_fn, x, y, other, state):
+    def step(i, logits_fn, x, y, other, state, exact=None):  # it never stops at an image
         radius, is_first, window = (jnp.asarray(table)[i] for table in (radii, first, windows))
         if larger_eps:  # each stage begins at the best point of the stage before
             restart = jnp.where(i == 0, state.x, state.x_best)

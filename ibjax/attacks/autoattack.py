@@ -20,6 +20,10 @@ at "highest", and the flags are those of this judgement. An image that was only 
 that only rounding kept does not; `Result.changed` says which flags were others before. A network that draws in each
 call, and is attacked in spite of it, is not asked again.
 
+With `search_dtype="bfloat16"` gradients and candidates come from the network with its products in bfloat16. The network
+itself, in float32, classifies every image that an attack reports, the image of largest loss and the last one of each
+run, every image at which Square would stop and every step of FAB, so that no number depends on what bfloat16 broke.
+
 Differences from the authors' code:
 - The random key of an image is folded from the attack's name and the image's index, so batch size, number of devices
   and interruptions do not change the result.
@@ -55,7 +59,7 @@ from jax import Array
 from tqdm import tqdm
 
 from ibjax import files, losses
-from ibjax.attacks import checks, entrance, geometry
+from ibjax.attacks import autocast, checks, entrance, geometry
 from ibjax.attacks.apgd import FEWEST_CLASSES, iterative_apgd
 from ibjax.attacks.fab import iterative_fab
 from ibjax.attacks.hoist import unjitted
@@ -188,6 +192,7 @@ def autoattack(
     draws: int = DRAWS,
     allow_randomized: bool = False,
     precision: str | None = None,
+    search_dtype: str = "float32",
     progress: str | None = None,
 ) -> Result:
     """Runs AutoAttack and returns which images it does not break, the adversarial images, and warnings.
@@ -214,6 +219,9 @@ def autoattack(
         robustness.
       precision: of float32 products while attacking: "default", "high" or "highest" (`ibjax.devices.precision`). None:
         "high", or what JAX's `default_matmul_precision` is set to.
+      search_dtype: "float32", or "bfloat16": gradients and the search use the network with its products in bfloat16
+        (`ibjax.attacks.autocast`), for speed; no other than the network itself judges an image. The result is not
+        the standard one.
       progress: name of a progress bar; with it, a preemption notice stops the attack with PreemptedError.
 
     Raises:
@@ -226,6 +234,8 @@ def autoattack(
     if not eps > 0:
         raise InputError("eps=0 is not allowed; AutoAttack takes a radius above 0")
     check_count("batch_size", batch_size)
+    if search_dtype not in autocast.DTYPES:
+        raise InputError(f"search_dtype={search_dtype!r} is unknown; {nearest(str(search_dtype), autocast.DTYPES)}")
     x, y = checks.images_and_labels(np.asarray(x), np.asarray(y))
     key = entrance.as_key(key, x)
     if key.ndim:
@@ -239,7 +249,10 @@ def autoattack(
         entrance.classes_of(logits_fn, x[:64], entrance.ANYTHING, stochastic=random)
         logits_fn = _logits_alone(logits_fn)
         asked = _check_network(logits_fn, x, y, random, allow_randomized)
-        runner = Runner(key, logits_fn, x, y, norm=norm, eps=eps, batch_size=batch_size, randomized=random)
+        runner = Runner(
+            key, logits_fn, x, y, norm=norm, eps=eps, batch_size=batch_size, randomized=random,
+            search_dtype=search_dtype,
+        )  # fmt: skip
         file = files.path(state) if state else None
         try:
             return _evaluated(runner, asked, version, attacks, options, file, restart, draws, progress)
@@ -264,6 +277,9 @@ def _evaluated(runner, asked, version, attacks, options, file, restart, draws, p
     if random and found.right is None:
         found.right = runner.draws("chosen", x, np.arange(len(x)), draws).sum(0)
     _run(runner, plan, logits, found, progress)
+    if runner.search is not None:
+        keys = [jax.random.split(jax.random.key(0), len(x))[:1]] if random else []
+        notes = [*notes, *autocast.told(runner.logits_fn, x[:1], *keys)]
     warnings = [*asked.warnings, *notes, *_gradient_warnings(plan, found.flat)]
     after = dict(zip(plan, found.after, strict=True))
     warnings += _gains(found.clean, after)
@@ -300,6 +316,7 @@ def _identity(plan, runner):
         key=runner.key.tolist(),
         key_kind=str(runner.key_kind),
         precision=precisions.asked(),
+        search_dtype="float32" if runner.search is None else "bfloat16",
         code=code_digest(),
     )
 

@@ -80,7 +80,7 @@ def iterative_fab(norm: str, eps: "str | float", steps: int = 100, restarts: int
         x_start = jnp.where(geometry.per_image(restart > 0, x), jnp.clip(x + 0.5 * radius * t, 0.0, 1.0), x)
         return State(x_start, x, jnp.full(x.shape[0], jnp.inf))
 
-    def step(i, logits_fn, x, y, other, state):
+    def step(i, logits_fn, x, y, other, state, exact=None):
         df, w = slopes(logits_fn, state.x, y, other, norm)
         df, w = geometry.finite(df), geometry.finite(w)  # with NaN logits there is no boundary to step to
         above = df + jnp.sum((w * (x - state.x)).reshape(x.shape[0], -1), 1)  # the same linear function, at x
@@ -89,7 +89,7 @@ def iterative_fab(norm: str, eps: "str | float", steps: int = 100, restarts: int
         a1, a0 = (jnp.maximum(geometry.size(d, norm), 1e-8) for d in (d1, d0))
         alpha = jnp.minimum(a1 / (a1 + a0), _ALPHA_MAX)
         moved = jnp.clip((state.x + _ETA * d1) * (1 - alpha) + (x + _ETA * d0) * alpha, 0.0, 1.0)
-        wrong = ~losses.correct(logits_fn(moved), y)
+        wrong = ~losses.correct((exact or logits_fn)(moved), y)
         distance = geometry.distance(moved, x, norm)
         nearer = wrong & (distance < state.nearest)
         back = jnp.where(geometry.per_image(wrong, x), x + _BETA * (moved - x), moved)
@@ -99,7 +99,10 @@ def iterative_fab(norm: str, eps: "str | float", steps: int = 100, restarts: int
     def x_adv(x, state):
         return jnp.where(geometry.per_image(state.nearest <= radius, x), state.x_best, x)
 
-    return Iterative("fab", norm, radius, init, step, steps, x_adv, restarts=restarts, targets=targets)
+    def ends(x, state):
+        return (jnp.where(geometry.per_image(geometry.distance(state.x, x, norm) <= radius, x), state.x, x),)
+
+    return Iterative("fab", norm, radius, init, step, steps, x_adv, restarts=restarts, targets=targets, ends=ends)
 
 
 def _direction(keys, x, norm):

@@ -73,14 +73,21 @@ class _Step(NamedTuple):
         return sizes[0] > 2 * sizes[1]
 
 
+def alone(equation: Any, within: Any, reads: list[Any]) -> Callable[..., list[Any]]:
+    """An equation of the program `within` as a function of the variables that it reads.
+
+    It becomes a program of its own, since JAX's versions differ in how to call one equation.
+    """
+    parts = dict(constvars=[], invars=reads, outvars=equation.outvars, eqns=[equation])
+    names = within.debug_info.with_unknown_names()
+    return jaxpr_as_fun(ClosedJaxpr(within.replace(**parts, effects=equation.effects, debug_info=names), ()))
+
+
 def _run(steps, values):
-    """{slot: value} after some steps. Each is a program of its own, since JAX's versions differ in how to call one."""
+    """{slot: value} after some steps."""
     values = dict(values)
     for equation, within, reads, writes in steps:
-        parts = dict(constvars=[], invars=list(reads), outvars=equation.outvars, eqns=[equation])
-        names = within.debug_info.with_unknown_names()
-        alone = within.replace(**parts, effects=equation.effects, debug_info=names)
-        found = jaxpr_as_fun(ClosedJaxpr(alone, ()))(*(values[slot] for slot in reads.values()))
+        found = alone(equation, within, list(reads))(*(values[slot] for slot in reads.values()))
         values.update(zip(writes, found, strict=True))
     return values
 

@@ -26,13 +26,16 @@ class Iterative(NamedTuple):
 
     With `eot`, `logits_fn` takes `(x, keys)`, a key per image, and returns a sample for each image. Attacks that share
     their functions, as APGD on cross-entropy and on targeted DLR do, share their compiled programs too.
+
+    A step may be given a network in bfloat16 and `exact`, the network itself. It searches with the former; where it
+    stops at an image because it is misclassified, `exact` decides on that.
     """
 
     kind: str  # "apgd", "fab" or "square"
     norm: str
     eps: float
     init: Callable[[Array, Array, Array, Array], State]  # (keys (B,), restart, x, y) -> state, without the network
-    step: Callable[..., State]  # (i, logits_fn, x, y, other, state) -> state, for i = 0 … steps − 1
+    step: Callable[..., State]  # (i, logits_fn, x, y, other, state, exact=None) -> state, for i < steps
     steps: int  # evaluations of the network in one run, each with a gradient if the attack uses gradients
     x_adv: Callable[[Array, State], Array]  # (x, state) -> the adversarial images found; x itself if none was found
     done: Callable[[State], Array] | None = None  # (B,) bool: further steps change nothing; None: never
@@ -45,16 +48,36 @@ class Iterative(NamedTuple):
     best: Callable[[Array, State], Array] | None = (
         None  # for random networks, (x, state) -> x_adv, or the strongest image if none was found
     )
+    ends: Callable[[Array, State], tuple[Array, ...]] | None = (
+        None  # (x, state) -> where the search ended: images in ball and box that another network may call misclassified
+    )
     check: Callable[[int], None] | None = None  # raises InputError where the network has too few classes
 
     def functions(self) -> tuple[Callable | None, ...]:
         """All that its compiled programs depend on, apart from the sizes of their arguments."""
-        return self.init, self.step, self.x_adv, self.done, self.flat, self.best
+        return self.init, self.step, self.x_adv, self.done, self.flat, self.best, self.ends
 
     def identity(self) -> dict[str, Any]:
         """Everything that identifies the attack, as plain data."""
         counts = dict(steps=self.steps, restarts=self.restarts, targets=self.targets, eot=self.eot)
         return dict(kind=self.kind, norm=self.norm, eps=self.eps, **counts, **self.settings)
+
+
+def lead(logits_fn: Callable, exact: Callable | None, x: Array, y: Array, going: Array) -> Array:
+    """z_y − max_{k≠y} z_k of the images x, (B,); −∞ with NaN logits, which count as misclassified.
+
+    With `exact` it is that of `exact` for the images among `going` (B,) that logits_fn misclassifies.
+    """
+
+    def of(network):
+        logits = network(x)
+        return jnp.where(losses.predicted(logits) < 0, -jnp.inf, -losses.margin(logits, y))
+
+    found = of(logits_fn)
+    if exact is None:
+        return found
+    doubtful = going & (found <= 0)
+    return jnp.where(doubtful, lax.cond(jnp.any(doubtful), lambda: of(exact), lambda: found), found)
 
 
 def other_classes(logits: Array) -> Array:

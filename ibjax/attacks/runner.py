@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array, lax
 
 from ibjax import losses
-from ibjax.attacks import geometry
+from ibjax.attacks import autocast, geometry
 from ibjax.attacks.hoist import prepared, unjitted
 from ibjax.attacks.iterative import UNTARGETED, Iterative
 from ibjax.attacks.programs import Compiler, Program
@@ -61,7 +61,8 @@ class Found(NamedTuple):
 class Runner:
     """A network, its images (N, H, W, C) float32 and labels (N,), and the devices; compiles each program once.
 
-    With `randomized`, `logits_fn` takes `(x, keys)`.
+    With `randomized`, `logits_fn` takes `(x, keys)`. With the search dtype "bfloat16" attacks see the network that
+    `autocast.narrowed` makes of it; what they find, and where they end, is judged by the network itself.
     """
 
     def __init__(
@@ -75,8 +76,10 @@ class Runner:
         eps: float,
         batch_size: int,
         randomized: bool = False,
+        search_dtype: str = "float32",
     ):
         self.logits_fn = cores.in_parts(unjitted(logits_fn))
+        self.search = autocast.narrowed(self.logits_fn) if search_dtype == "bfloat16" else None
         self.x, self.y, self.norm, self.eps, self.randomized = x, y, norm, eps, randomized
         self.batch_size = batch_size
         self.key, self.key_kind = np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)
@@ -253,17 +256,24 @@ class Runner:
 
         def steps(start, stop, x, items, state):
             fold = cores.form().fold and not self.randomized
-            logits_fn = prepared(self.logits_fn, x) if fold else self.logits_fn
+            ready = functools.partial(prepared, x=x) if fold else lambda network: network
+            exact = {} if self.search is None else {"exact": ready(self.logits_fn)}
+            logits_fn = ready(self.search or self.logits_fn)
 
             def step(i, state):
-                return attack.step(i, logits_fn, x, items.y, items.other, state)
+                return attack.step(i, logits_fn, x, items.y, items.other, state, **exact)
 
             return _steps(attack, step, start, stop, state)
 
         def finish(key, name, x, items, state):
+            keys = self._keys(key, name, items.image, items.number)
+            judged = lambda found: ~losses.correct(self.logits_fn(found, *keys), items.y)  # noqa: E731
             x_adv = attack.x_adv(x, state)
-            broken = ~losses.correct(self.logits_fn(x_adv, *self._keys(key, name, items.image, items.number)), items.y)
+            broken = judged(x_adv)
             x_adv = x_adv if attack.best is None else attack.best(x, state)
+            for end in attack.ends(x, state) if self.search and attack.ends else ():
+                more = ~broken & judged(end)
+                x_adv, broken = jnp.where(geometry.per_image(more, x), end, x_adv), broken | more
             distance = geometry.distance(x_adv, x, self.norm)
             in_box = jnp.all((x_adv >= 0) & (x_adv <= 1), axis=(1, 2, 3))
             flat = jnp.zeros(len(x), bool) if attack.flat is None else attack.flat(state)

@@ -30,9 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ibjax import losses
 from ibjax.attacks import Attack, geometry
-from ibjax.attacks.iterative import Iterative, as_attack
+from ibjax.attacks.iterative import Iterative, as_attack, lead
 from ibjax.errors import InputError, check_count, check_range
 
 _AFTER = np.array([0, 50, 200, 500, 1000, 2000, 4000, 6000, 8000])  # queries of 10,000
@@ -90,11 +89,10 @@ def iterative_sparse_rs(
         x_best = jnp.where(changed[..., None], _of_colours(_colours(geometry.fold(draws, 2), x), x), x)
         return State(keys, x_best, changed, jnp.full(x.shape[0], jnp.inf))
 
-    def step(i, logits_fn, x, y, other, state):
+    def step(i, logits_fn, x, y, other, state, exact=None):
         proposal, changed = _exchange(geometry.fold(state.keys, i), x, state, exchanged, i)
         proposal = jnp.where(i == 0, state.x_best, proposal)
-        logits = logits_fn(proposal)
-        margin = jnp.where(losses.predicted(logits) < 0, -jnp.inf, -losses.margin(logits, y))  # NaN logits: broken
+        margin = lead(logits_fn, exact, proposal, y, state.margin > 0)
         accept = (state.margin > 0) & ((margin < state.margin) | (margin <= 0))
         x_best = jnp.where(geometry.per_image(accept, x), proposal, state.x_best)
         moved = (accept & (i > 0))[:, None, None]
@@ -105,11 +103,14 @@ def iterative_sparse_rs(
     def done(state):
         return state.margin <= 0
 
+    def ends(x, state):
+        return (state.x_best,)
+
     def x_adv(x, state):
         return jnp.where(geometry.per_image(done(state), x), state.x_best, x)
 
     return Iterative(
-        "sparse-rs", norm, pixels, init, step, queries, x_adv, done, gradient=False, restarts=restarts,
+        "sparse-rs", norm, pixels, init, step, queries, x_adv, done, gradient=False, restarts=restarts, ends=ends,
         settings=dict(p_init=p_init),
     )  # fmt: skip
 

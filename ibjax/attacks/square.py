@@ -34,9 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ibjax import losses
 from ibjax.attacks import Attack, geometry
-from ibjax.attacks.iterative import Iterative, as_attack
+from ibjax.attacks.iterative import Iterative, as_attack, lead
 from ibjax.errors import check_count, check_range
 
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -98,13 +97,12 @@ def iterative_square(
         start = _stripes if norm == "linf" else _bumps
         return State(keys, start(draw_keys, x, norm, radius), jnp.full(x.shape[0], jnp.inf))
 
-    def step(i, logits_fn, x, y, other, state):
+    def step(i, logits_fn, x, y, other, state, exact=None):
         keys = geometry.fold(state.keys, i)
         sides = side_lengths(shares, x.shape[1:3], norm)
         propose = _squares if norm == "linf" else _moved_mass
         proposal = jnp.where(i == 0, state.x_best, propose(keys, x, state.x_best, norm, radius, sides, i - 1))
-        logits = logits_fn(proposal)
-        margin = jnp.where(losses.predicted(logits) < 0, -jnp.inf, -losses.margin(logits, y))  # NaN logits: broken
+        margin = lead(logits_fn, exact, proposal, y, state.margin > 0)
         accept = (state.margin > 0) & ((margin < state.margin) | (margin <= 0))
         x_best = jnp.where(geometry.per_image(accept, x), proposal, state.x_best)
         return State(state.keys, x_best, jnp.where(accept, margin, state.margin))
@@ -112,11 +110,14 @@ def iterative_square(
     def done(state):
         return state.margin <= 0
 
+    def ends(x, state):
+        return (state.x_best,)
+
     def x_adv(x, state):
         return jnp.where(geometry.per_image(done(state), x), state.x_best, x)
 
     return Iterative(
-        "square", norm, radius, init, step, queries + 1, x_adv, done, gradient=False, restarts=restarts,
+        "square", norm, radius, init, step, queries + 1, x_adv, done, gradient=False, restarts=restarts, ends=ends,
         settings=dict(p_init=p_init, rescale=rescale),
     )  # fmt: skip
 

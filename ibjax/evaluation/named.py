@@ -34,11 +34,13 @@ Options are given in parentheses, as in `cw-l2-200(c=0.1,lr=0.1)`; records state
 | sparse-rs                         | queries=10000, p_init=0.3, restarts=1                                          |
 | ib_rar                            | alpha, beta, layers=all, y_kernel=gaussian, init=uniform, group=100            |
 | siriib                            | lam=1, the weight λ₁ of L_svd and L_info; restarts=1, step_size                |
+| AutoAttack and its parts          | search_dtype=float32, or bfloat16: see autoattack.py                           |
 | all                               | count=both or attacked, see below                                              |
 
 With count=both an image counts as robust if it is classified correctly both clean and under attack. With
-count=attacked, as some papers count, only the prediction under attack matters. AutoAttack as a whole has no other
-option, since it is a standard. In l1 the defaults of its parts are those of AutoAttack for l1.
+count=attacked, as some papers count, only the prediction under attack matters. AutoAttack as a whole has no option
+that changes its steps, since it is a standard. With search_dtype=bfloat16 it is not the standard, as its name says. In
+l1 the defaults of its parts are those of AutoAttack for l1.
 """
 
 from collections.abc import Callable, Mapping
@@ -49,7 +51,7 @@ import jax
 from jax import Array
 
 from ibjax import extensions
-from ibjax.attacks import Attack, geometry
+from ibjax.attacks import Attack, autocast, geometry
 from ibjax.attacks.autoattack import DRAWS, sub_attacks
 from ibjax.attacks.cw import cw
 from ibjax.attacks.deepfool import deepfool
@@ -129,8 +131,11 @@ def _unbounded(factory, **settings):
     return Named(settings, lambda *, norm, eps, step_size: factory(**settings), bounded=False)
 
 
-def _auto(*, version, attacks, draws=None, **options):
-    given = {"draws": draws, "options": options}
+def _auto(*, version, attacks, draws=None, search_dtype=None, **options):
+    if search_dtype is not None and search_dtype not in autocast.DTYPES:
+        raise InputError(f"search_dtype={search_dtype} is unknown; {nearest(search_dtype, autocast.DTYPES)}")
+    search_dtype = None if search_dtype == autocast.DTYPES[0] else search_dtype
+    given = {"draws": draws, "search_dtype": search_dtype, "options": options}
     return Named(
         dict(version=version, attacks=attacks, **{name: value for name, value in given.items() if value}), None
     )
@@ -225,14 +230,15 @@ _PARTS = {
     "square": dict(queries=5000, restarts=1, p_init=0.8),
     "sparse-rs": dict(queries=10_000, restarts=1, p_init=0.3),
 }
+_SEARCH = {"search_dtype": "float32"}
 ATTACKS: dict[str, _Form] = {
     "fgsm": _Form(_fgsm, dict(loss="ce", init="none", restarts=1)),
     "noise": _Form(partial(_sized, noise), dict(kind="uniform")),
     "noise-sign": _Form(partial(_sized, noise), dict(kind="sign")),
-    "autoattack": _Form(_auto, dict(version="standard", attacks=None)),
-    "autoattack-plus": _Form(_auto, dict(version="plus", attacks=None)),
-    "autoattack-rand": _Form(_auto, dict(version="rand", attacks=None, draws=DRAWS)),
-    **{name: _Form(_auto, dict(version="standard", attacks=[name]), more) for name, more in _PARTS.items()},
+    "autoattack": _Form(_auto, dict(version="standard", attacks=None), _SEARCH),
+    "autoattack-plus": _Form(_auto, dict(version="plus", attacks=None), _SEARCH),
+    "autoattack-rand": _Form(_auto, dict(version="rand", attacks=None, draws=DRAWS), _SEARCH),
+    **{name: _Form(_auto, dict(version="standard", attacks=[name]), more | _SEARCH) for name, more in _PARTS.items()},
 }
 
 

@@ -1,0 +1,236 @@
+"""A network whose products are in bfloat16, from any function that JAX can trace, by rewriting its program.
+
+    product(a, b)   becomes   float32( product( bfloat16(a), bfloat16(b) ) )          convolutions and matrix products
+
+Each product is accumulated in float32 by the hardware and stored in bfloat16; everything else, as normalisations, sums
+and activation functions, is computed in float32 from what is stored. Derivatives follow: the gradients of a product are
+products in bfloat16.
+
+| what                                                  | becomes                                                      |
+|-------------------------------------------------------|--------------------------------------------------------------|
+| a product between two others                          | bfloat16, if both operands are float32                       |
+| the first products, which read the pixels             | stay in float32: bfloat16 pixels lose what is below 1/512    |
+| the last products, as the classifier                  | stay in float32: logits in bfloat16 would have three digits  |
+| products of weights alone                             | stay in float32; `hoist.prepared` computes them once         |
+| `jit`, `remat`, the branches of a conditional         | as what they contain                                         |
+| the body of a loop (`scan`, `while_loop`)             | bfloat16, since what it computes may return to it            |
+| `custom_jvp`, `custom_vjp`, and any other call        | stay in float32, as their derivatives are code of their own  |
+
+`told` says what a network keeps in float32 by the last row.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.extend.core import ClosedJaxpr, Literal, Var
+
+from ibjax.attacks.hoist import alone
+
+DTYPES = ("float32", "bfloat16")
+_PRODUCTS = ("conv_general_dilated", "dot_general")
+_INLINED = ("jit", "pjit", "closed_call", "core_call")  # programs within a program
+_REMAT = ("checkpoint", "remat", "remat2")
+_LOOPS = ("scan", "while")
+
+
+class _Step(NamedTuple):
+    """An equation, and how it is computed."""
+
+    equation: Any
+    narrow: bool = False  # a product in bfloat16; a loop or conditional with such
+    within: "list[_Step] | None" = None  # the steps of a program within the program
+    levels: tuple[int, ...] = ()  # of the arguments of the branches of a conditional
+
+
+# what a value depends on
+_WEIGHTS, _PIXELS, _FEATURES = range(3)  # no argument; an argument, through no product; a product of such
+
+
+def narrowed(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f` with its products in bfloat16, as the table above says; arguments and results keep their types."""
+
+    def call(*arguments):
+        closed, shapes = jax.make_jaxpr(f, return_shape=True)(*arguments)
+        found = _run(closed.jaxpr, closed.consts, _of_network(closed.jaxpr), jax.tree.leaves(arguments))
+        return jax.tree.unflatten(jax.tree.structure(shapes), found)
+
+    return call
+
+
+def told(f: Callable[..., Any], *arguments: Any) -> list[str]:
+    """Warnings: which products of `f` stay in float32 although they are not its last, or that none is in bfloat16.
+
+    Of the arguments, arrays or their shapes and dtypes, no value is read.
+    """
+    narrow, left = _counted(_of_network(jax.make_jaxpr(f)(*arguments).jaxpr))
+    warnings = []
+    if left:
+        where = ", ".join(f"{count} in {name}" for name, count in sorted(left.items()))
+        warnings.append(f"search_dtype: products with derivatives of their own stay in float32 ({where})")
+    if not narrow:
+        warnings.append("search_dtype: no product of the network is narrowed: the search is as without search_dtype")
+    return warnings
+
+
+# ---- how each equation is computed ---------------------------------------------------------------------------
+
+
+def _of_network(jaxpr):
+    """The steps of a whole network: its arguments are pixels, its results logits."""
+    return _planned(jaxpr, [_PIXELS] * len(jaxpr.invars), [False] * len(jaxpr.outvars))[0]
+
+
+def _planned(jaxpr, levels, feeds):
+    """(its steps, which arguments a later product depends on).
+
+    levels, feeds: what the arguments depend on, and which of the results a later product depends on.
+    """
+    known = _levels(jaxpr, levels)
+    needed: dict[Any, bool] = {}
+
+    def note(atom, feed):
+        if isinstance(atom, Var):
+            needed[atom] = feed or needed.get(atom, False)
+
+    for atom, feed in zip(jaxpr.outvars, feeds, strict=True):
+        note(atom, feed)
+    steps = []
+    for equation in reversed(jaxpr.eqns):
+        feeds = [needed.get(variable, False) for variable in equation.outvars]
+        step, reads = _step(equation, [known.get(atom, _WEIGHTS) for atom in _variables(equation.invars)], feeds)
+        steps.append(step)
+        for atom, feed in zip(equation.invars, reads, strict=True):
+            note(atom, feed)
+    return steps[::-1], [needed.get(variable, False) for variable in jaxpr.invars]
+
+
+def _variables(atoms):
+    """The atoms, with None for a number."""
+    return [atom if isinstance(atom, Var) else None for atom in atoms]
+
+
+def _levels(jaxpr, levels):
+    """{variable: what it depends on}, given what the arguments depend on."""
+    known: dict[Any, int] = dict(zip(jaxpr.invars, levels, strict=True))
+    for equation in jaxpr.eqns:
+        given = [known.get(atom, _WEIGHTS) for atom in _variables(equation.invars)]
+        made = [max(given, default=_WEIGHTS)] * len(equation.outvars)
+        if equation.primitive.name in _INLINED + _REMAT:
+            (program,) = _programs(equation)
+            within = _levels(program, given)
+            made = [within.get(atom, _WEIGHTS) for atom in _variables(program.outvars)]
+        elif max(made, default=_WEIGHTS) > _WEIGHTS and _is_product(equation):
+            made = [_FEATURES] * len(made)
+        known.update(zip(equation.outvars, made, strict=True))
+    return known
+
+
+def _step(equation, levels, feeds):
+    """(how an equation is computed, which of its arguments a later product, or it as one, depends on)."""
+    name, count = equation.primitive.name, len(equation.invars)
+    if name in _PRODUCTS:
+        float32 = all(atom.aval.dtype == jnp.float32 for atom in (*equation.invars, *equation.outvars))
+        return _Step(equation, narrow=float32 and any(feeds) and max(levels) == _FEATURES), [True] * count
+    if name in _INLINED + _REMAT:
+        (program,) = _programs(equation)
+        steps, reads = _planned(program, levels, feeds)
+        return _Step(equation, within=steps), reads
+    product = _is_product(equation)
+    narrow = product and (name in _LOOPS or (name == "cond" and any(feeds) and max(levels) == _FEATURES))
+    return _Step(equation, narrow=narrow, levels=tuple(levels[1:])), [product or any(feeds)] * count
+
+
+def _is_product(equation):
+    """Whether it is a product, or has one in it."""
+    return equation.primitive.name in _PRODUCTS or any(map(_products, _programs(equation)))
+
+
+def _programs(equation) -> Iterator[Any]:
+    """The programs within an equation."""
+    for value in equation.params.values():
+        for each in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(each, "jaxpr") or hasattr(each, "eqns"):
+                yield each.jaxpr if hasattr(each, "jaxpr") else each
+
+
+def _counted(steps):
+    """(number of products in bfloat16, {name of a call: number of its products that stay in float32})."""
+    narrow, left = 0, Counter()
+    for step in steps:
+        name = step.equation.primitive.name
+        if step.within is not None:
+            found, beside = _counted(step.within)
+            narrow, left = narrow + found, left + beside
+        elif name in (*_PRODUCTS, *_LOOPS, "cond"):
+            narrow += step.narrow
+        else:
+            left[name] += sum(map(_products, _programs(step.equation)))
+    return narrow, +left
+
+
+def _products(program):
+    return sum(
+        1 if equation.primitive.name in _PRODUCTS else sum(map(_products, _programs(equation)))
+        for equation in program.eqns
+    )
+
+
+# ---- running it ----------------------------------------------------------------------------------------------
+
+
+def _run(jaxpr, constants, steps, arguments) -> list[Any]:
+    values: dict[Any, Any] = dict(zip(jaxpr.constvars, constants, strict=True))
+    values.update(zip(jaxpr.invars, arguments, strict=True))
+
+    def read(atom):
+        return atom.val if isinstance(atom, Literal) else values[atom]
+
+    for step in steps:
+        given = [read(atom) for atom in step.equation.invars]
+        values.update(zip(step.equation.outvars, _applied(step, jaxpr, given), strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _applied(step, within, given):
+    """The results of one step."""
+    equation, name = step.equation, step.equation.primitive.name
+    if name in _REMAT:
+        rerun = lambda *given: _run(equation.params["jaxpr"], (), step.within, given)  # noqa: E731
+        kept = {key: equation.params[key] for key in ("prevent_cse", "policy")}
+        return jax.checkpoint(rerun, **kept)(*given)
+    if step.within is not None:
+        program = next(value for value in equation.params.values() if isinstance(value, ClosedJaxpr))
+        return _run(program.jaxpr, program.consts, step.within, given)
+    if name in _PRODUCTS and step.narrow:
+        return [_product(equation, *given)]
+    if step.narrow:
+        levels = step.levels if name == "cond" else None
+        equation = equation.replace(params={key: _narrow(value, levels) for key, value in equation.params.items()})
+    variables = {atom: value for atom, value in zip(equation.invars, given, strict=True) if isinstance(atom, Var)}
+    return alone(equation, within, list(variables))(*variables.values())
+
+
+def _narrow(value, levels):
+    """A parameter of a loop or conditional: each program in it, with its products in bfloat16."""
+    if isinstance(value, tuple | list):
+        return type(value)(_narrow(each, levels) for each in value)
+    if not isinstance(value, ClosedJaxpr):
+        return value
+    program = value.jaxpr
+    steps, _ = _planned(program, levels or [_FEATURES] * len(program.invars), [True] * len(program.outvars))
+    like = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=getattr(a, "weak_type", False)) for a in value.in_avals]
+    return jax.make_jaxpr(lambda *given: _run(value.jaxpr, value.consts, steps, given))(*like)
+
+
+def _product(equation, a: Array, b: Array) -> Array:
+    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    how = dict(precision=lax.Precision.DEFAULT, preferred_element_type=None)  # products of bfloat16 numbers are exact
+    if equation.primitive.name == "dot_general":
+        return lax.dot_general(a, b, equation.params["dimension_numbers"], **how).astype(jnp.float32)
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers")
+    names += ("feature_group_count", "batch_group_count")
+    return lax.conv_general_dilated(a, b, **{name: equation.params[name] for name in names}, **how).astype(jnp.float32)
