@@ -3,6 +3,7 @@
     pip install torch torchvision && pip install --no-deps torchattacks==3.5.1
     python -m ibjax.main --config=configs/small_cnn.py --workdir=runs/small_cnn --config.data.path=FOLDER
     python benchmarks/autoattack.py --workdir=runs/small_cnn [--n=256] [--queries=5000] [--eps=4/255] [--rounds=1]
+        [--search_dtype=bfloat16]
 
 Each part attacks all correctly classified images by itself: APGD on cross-entropy, APGD on targeted DLR and FAB with
 100 steps and 9 targets, Square with torchattacks' schedule. Steps and queries are equal on both sides. In each round
@@ -36,6 +37,7 @@ from ibjax import files
 from ibjax.attacks import geometry
 from ibjax.attacks.apgd import iterative_apgd
 from ibjax.attacks.autoattack import autoattack
+from ibjax.attacks.autocast import DTYPES
 from ibjax.attacks.fab import iterative_fab
 from ibjax.attacks.iterative import Iterative
 from ibjax.attacks.square import iterative_square
@@ -87,7 +89,17 @@ def compare(workdir: Path, found: dict[str, Any], rounds: int, save: Callable) -
             done.append({})
         if "ibjax" not in done[round_]:
             key, own = jax.random.key(round_), {name: ours}
-            run_ours = partial(autoattack, key, trained.logits_fn, x, y, "linf", eps, attacks=own)
+            run_ours = partial(
+                autoattack,
+                key,
+                trained.logits_fn,
+                x,
+                y,
+                "linf",
+                eps,
+                attacks=own,
+                search_dtype=found.get("search_dtype", DTYPES[0]),
+            )
             result, *times = timed(run_ours)
             done[round_]["ibjax"] = measured(result.robust, result.x_adv - x, *times) | {"warnings": result.warnings}
             save()
@@ -143,6 +155,7 @@ def main() -> None:
     parser.add_argument("--eps", default="4/255")
     parser.add_argument("--steps", type=int, default=100, help="of APGD and FAB")
     parser.add_argument("--queries", type=int, default=5000, help="of Square")
+    parser.add_argument("--search_dtype", choices=DTYPES, default=DTYPES[0], help="of ibjax")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--out", type=files.path, help="default: results/autoattack-BACKEND-DATE.json")
     given = parser.parse_args()
@@ -156,6 +169,7 @@ def main() -> None:
         "eps": given.eps,
         "steps": given.steps,
         "queries": given.queries,
+        "search_dtype": given.search_dtype,
     }
     found = measuring.kept(out, about)
     if any(found.get(name) != value for name, value in asked.items()):
@@ -167,7 +181,8 @@ def main() -> None:
         compare(given.workdir, found, given.rounds, lambda: files.write_json(out, found))
     text = (
         f"{table(found)}\n\nrobust accuracy in percent of {given.n} images, l_inf, eps {given.eps}, clean "
-        f"{found['clean'][0]:.2f}; {given.steps} steps, {given.queries} queries; {given.rounds} round(s); "
+        f"{found['clean'][0]:.2f}; {given.steps} steps, {given.queries} queries; {given.rounds} round(s), ibjax's "
+        f"search in {given.search_dtype}; "
         f"{measuring.provenance_line(about)}\n"
     )
     out.with_suffix(".md").write_text(text, encoding="utf-8")

@@ -1,5 +1,6 @@
 """Counts the flags of AutoAttack that differ between a search in float32 and one in bfloat16, on the same networks.
 
+    export XLA_FLAGS=--xla_allow_excess_precision=false
     python benchmarks/search_dtype.py [--folder=FOLDER --data=mnist.npz] [--only=digits,WK17a] [--n=1000]
         [--state=FOLDER] [--out=results/search-dtype-cpu.json]
 
@@ -11,7 +12,8 @@
 
 Both searches have the same key and run the standard version in l_inf. What they find is judged in float32
 (`ibjax/attacks/autocast.py`), so a flag that differs is one that a search missed. A CPU has no products in bfloat16,
-and emulates them: seconds there say nothing of an accelerator.
+and emulates them: seconds there say nothing of an accelerator. Without the flag it keeps float32 where an accelerator
+stores bfloat16.
 
 Writes a JSON file after each evaluation, with the flag of every image, and the table beside it as Markdown. The same
 command continues; records of other networks are kept.

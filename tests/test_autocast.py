@@ -113,6 +113,16 @@ def test_products_between_two_others_are_in_bfloat16_and_what_stays_is_said(name
         np.testing.assert_allclose(slopes[1], slopes[0], atol=0.05 * float(jnp.abs(slopes[0]).max()))
 
 
+def test_what_a_product_reads_is_stored_once_for_every_later_reader():
+    network, _, _ = NETWORKS["a residual sum"]
+    rounded = lambda a: np.asarray(jnp.asarray(a).astype(jnp.bfloat16).astype(jnp.float32))  # noqa: E731
+    h = rounded(X @ W[0])
+    wanted = np.tanh(h + np.maximum(rounded(h @ rounded(W[1])), 0)) @ W[4]
+    found = np.asarray(autocast.narrowed(network)(X))  # within `jit`, a CPU keeps float32 where it need not store
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert np.abs(found - np.asarray(network(jnp.asarray(X)))).max() > 1e-4
+
+
 def test_the_weights_of_a_residual_network_are_narrowed_before_the_loop():
     model = resnet.Model(num_classes=5, blocks=(1, 1), width=4)
     x = jnp.asarray(np.float32(RNG.uniform(size=(2, 8, 8, 3))))

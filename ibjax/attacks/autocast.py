@@ -2,9 +2,10 @@
 
     product(a, b)   becomes   float32( product( bfloat16(a), bfloat16(b) ) )          convolutions and matrix products
 
-Each product is accumulated in float32 by the hardware and stored in bfloat16; everything else, as normalisations, sums
-and activation functions, is computed in float32 from what is stored. Derivatives follow: the gradients of a product are
-products in bfloat16.
+Each product is accumulated in float32 by the hardware and stored in bfloat16, and so is what a product reads: whatever
+reads it too, as the sum at the end of a residual block, reads the stored number. Everything else, as normalisations,
+sums and activation functions, is computed in float32 from what is stored. Derivatives follow: the gradients of a
+product are products in bfloat16.
 
 | what                                                  | becomes                                                      |
 |-------------------------------------------------------|--------------------------------------------------------------|
@@ -44,10 +45,11 @@ class _Step(NamedTuple):
     narrow: bool = False  # a product in bfloat16; a loop or conditional with such
     within: "list[_Step] | None" = None  # the steps of a program within the program
     levels: tuple[int, ...] = ()  # of the arguments of the branches of a conditional
+    stored: tuple[bool, ...] = ()  # which of its results are stored in bfloat16
 
 
-# what a value depends on
-_WEIGHTS, _PIXELS, _FEATURES = range(3)  # no argument; an argument, through no product; a product of such
+_WEIGHTS, _PIXELS, _FEATURES = range(3)  # a value depends on no argument; on one, through no product; on a product
+_LAST, _BEFORE, _READ = range(3)  # no product depends on a value; one does; one in bfloat16 reads it
 
 
 def narrowed(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,31 +83,26 @@ def told(f: Callable[..., Any], *arguments: Any) -> list[str]:
 
 def _of_network(jaxpr):
     """The steps of a whole network: its arguments are pixels, its results logits."""
-    return _planned(jaxpr, [_PIXELS] * len(jaxpr.invars), [False] * len(jaxpr.outvars))[0]
+    return _planned(jaxpr, [_PIXELS] * len(jaxpr.invars), [_LAST] * len(jaxpr.outvars))[0]
 
 
-def _planned(jaxpr, levels, feeds):
-    """(its steps, which arguments a later product depends on).
-
-    levels, feeds: what the arguments depend on, and which of the results a later product depends on.
-    """
+def _planned(jaxpr, levels, uses):
+    """(its steps, the uses of its arguments), given the levels of its arguments and the uses of its results."""
     known = _levels(jaxpr, levels)
-    needed: dict[Any, bool] = {}
+    used: dict[Any, int] = {}
 
-    def note(atom, feed):
-        if isinstance(atom, Var):
-            needed[atom] = feed or needed.get(atom, False)
+    def note(atoms, uses):
+        for atom, use in zip(_variables(atoms), uses, strict=True):
+            used[atom] = max(use, used.get(atom, _LAST))
 
-    for atom, feed in zip(jaxpr.outvars, feeds, strict=True):
-        note(atom, feed)
+    note(jaxpr.outvars, uses)
     steps = []
     for equation in reversed(jaxpr.eqns):
-        feeds = [needed.get(variable, False) for variable in equation.outvars]
-        step, reads = _step(equation, [known.get(atom, _WEIGHTS) for atom in _variables(equation.invars)], feeds)
+        given = [known.get(atom, _WEIGHTS) for atom in _variables(equation.invars)]
+        step, reads = _step(equation, given, [used.get(variable, _LAST) for variable in equation.outvars])
         steps.append(step)
-        for atom, feed in zip(equation.invars, reads, strict=True):
-            note(atom, feed)
-    return steps[::-1], [needed.get(variable, False) for variable in jaxpr.invars]
+        note(equation.invars, reads)
+    return steps[::-1], [used.get(variable, _LAST) for variable in jaxpr.invars]
 
 
 def _variables(atoms):
@@ -129,19 +126,23 @@ def _levels(jaxpr, levels):
     return known
 
 
-def _step(equation, levels, feeds):
-    """(how an equation is computed, which of its arguments a later product, or it as one, depends on)."""
-    name, count = equation.primitive.name, len(equation.invars)
+def _step(equation, levels, uses):
+    """(how an equation is computed, the uses of its arguments), given their levels and the uses of its results."""
+    name, feeds = equation.primitive.name, max(uses, default=_LAST) > _LAST
+    stored = tuple(use == _READ for use in uses)
     if name in _PRODUCTS:
         float32 = all(atom.aval.dtype == jnp.float32 for atom in (*equation.invars, *equation.outvars))
-        return _Step(equation, narrow=float32 and any(feeds) and max(levels) == _FEATURES), [True] * count
+        narrow = float32 and feeds and max(levels) == _FEATURES
+        reads = [_READ if narrow and level == _FEATURES else _BEFORE for level in levels]
+        return _Step(equation, narrow=narrow, stored=stored), reads
     if name in _INLINED + _REMAT:
         (program,) = _programs(equation)
-        steps, reads = _planned(program, levels, feeds)
+        steps, reads = _planned(program, levels, uses)
         return _Step(equation, within=steps), reads
     product = _is_product(equation)
-    narrow = product and (name in _LOOPS or (name == "cond" and any(feeds) and max(levels) == _FEATURES))
-    return _Step(equation, narrow=narrow, levels=tuple(levels[1:])), [product or any(feeds)] * count
+    narrow = product and (name in _LOOPS or (name == "cond" and feeds and max(levels) == _FEATURES))
+    reads = [_BEFORE if product or feeds else _LAST] * len(equation.invars)
+    return _Step(equation, narrow=narrow, levels=tuple(levels[1:]), stored=stored), reads
 
 
 def _is_product(equation):
@@ -190,8 +191,13 @@ def _run(jaxpr, constants, steps, arguments) -> list[Any]:
         return atom.val if isinstance(atom, Literal) else values[atom]
 
     for step in steps:
-        given = [read(atom) for atom in step.equation.invars]
-        values.update(zip(step.equation.outvars, _applied(step, jaxpr, given), strict=True))
+        found = _applied(step, jaxpr, [read(atom) for atom in step.equation.invars])
+        if any(step.stored):
+            found = [
+                _stored(value).astype(jnp.float32) if stored else value
+                for value, stored in zip(found, step.stored, strict=True)
+            ]
+        values.update(zip(step.equation.outvars, found, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
@@ -221,9 +227,21 @@ def _narrow(value, levels):
     if not isinstance(value, ClosedJaxpr):
         return value
     program = value.jaxpr
-    steps, _ = _planned(program, levels or [_FEATURES] * len(program.invars), [True] * len(program.outvars))
+    steps, _ = _planned(program, levels or [_FEATURES] * len(program.invars), [_BEFORE] * len(program.outvars))
     like = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=getattr(a, "weak_type", False)) for a in value.in_avals]
     return jax.make_jaxpr(lambda *given: _run(value.jaxpr, value.consts, steps, given))(*like)
+
+
+@jax.custom_vjp
+def _stored(x: Array) -> Array:
+    """x in bfloat16, as an array in memory; its gradient is passed on as it is.
+
+    Without the barrier, XLA computes a sum of residual blocks again from the results of all products before it.
+    """
+    return lax.optimization_barrier(x.astype(jnp.bfloat16))
+
+
+_stored.defvjp(lambda x: (_stored(x), None), lambda _, g: (g.astype(jnp.float32),))
 
 
 def _product(equation, a: Array, b: Array) -> Array:
