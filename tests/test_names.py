@@ -38,6 +38,7 @@ OTHER = dict(
     loss="margin", init="gaussian", restarts=2, step_size="1/255", decay=0.5, samples=3, delta=0.02, lr=0.1, c=0.1,
     kappa=1.0, torchattacks_compat=True, steps=7, targets=2, queries=9, p_init=0.3, alpha=0.1, beta=0.2,
     layers="pre_logits", y_kernel="linear", group=4, lam=20.0, count="attacked", draws=9, towards=1, overshoot=0.1,
+    search_dtype="bfloat16",
 )  # fmt: skip
 FORMS = {**ATTACKS, **{f"{name}-3": form for name, form in FAMILIES.items()}}
 
