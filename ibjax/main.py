@@ -118,9 +118,10 @@ def _execute(settings, workdir, mode, restart):
     for job in todo:
         for text in _departures(job.settings, settings.evaluate):
             log.warning("%s: %s", job.settings.title or job.workdir, text)
+    checked = []
     for job in todo if mode == "train" else ():  # check all jobs before any is trained: a typo must not cost hours
-        loop.check(job.settings, job.teachers)
-        data = run.load_data(job.settings)
+        checked.append(loop.check(job.settings, job.teachers))
+        data = checked[-1].experiment.data
         check_images(data.test, data.label, settings.evaluate)
         model = run.build_model(job.settings.model, data.num_classes, "model")
         check_network(model, data.test.images.shape[1:], settings.evaluate)
@@ -138,7 +139,8 @@ def _execute(settings, workdir, mode, restart):
         _check_results(workdir / "report.html", [job.workdir / "eval" for job in todo])
         if mode == "train":
             for job in todo:
-                loop.train(build(job.settings, job.teachers), job.workdir, restart=restart)
+                experiment = build(job.settings, job.teachers)
+                loop.train(experiment, job.workdir, restart=restart, checked=checked.pop(0))
         records = []
         for job in reversed(todo):  # the run itself first, then the runs for contrast
             records += evaluate(job.workdir, "best", settings=settings.evaluate)

@@ -92,6 +92,16 @@ def test_help_and_import_need_no_library_and_names_are_seen_before_they_are_impo
     assert done.returncode == 0, done.stderr
 
 
+def test_training_on_the_digits_imports_no_library_that_only_other_runs_need():
+    heavy = "matplotlib scipy sklearn pandas tensorflow tensorflow_datasets torch grain jinja2 tensorboardX wandb"
+    code = (
+        "import sys, ibjax.main; from ibjax.data import digits; digits.load()\n"
+        f"assert not set({heavy.split()}) & set(sys.modules), sorted(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 PACKAGES = ("", ".analysis", ".attacks", ".data", ".information", ".models", ".objectives", ".pytorch")
 
 

@@ -1,5 +1,6 @@
 """The loop: data order, resuming to the bit, what stops it."""
 
+import collections
 import dataclasses
 import io
 import itertools
@@ -10,14 +11,14 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import clean_recipe
+from conftest import clean_recipe, smoke_config
 
 from ibjax import config
 from ibjax.devices import cluster
 from ibjax.errors import DivergedError, InputError, PreemptedError
 from ibjax.evaluation.scoring import Flags
 from ibjax.runs import checkpoint, metrics, run, rundir, trees, writers
-from ibjax.training import feed, loop
+from ibjax.training import experiment, feed, loop, programs
 from ibjax.training.experiment import build, initial_state
 
 
@@ -316,7 +317,7 @@ def scripted_flags(monkeypatch, scores):
         clean, robust = (np.arange(100) < count for count in next(pairs))
         return Flags(clean, robust, np.zeros(100), np.zeros(100), np.zeros(100, bool)), None
 
-    monkeypatch.setattr(loop.Scorer, "__call__", flags)
+    monkeypatch.setattr(programs.Scorer, "__call__", flags)
 
 
 @pytest.mark.parametrize(
@@ -363,13 +364,13 @@ def test_the_accuracy_that_selects_is_checked():
 
 def test_selection_looks_at_the_validation_split_or_where_asked_at_the_test_set(tmp_path, monkeypatch):
     seen = []
-    original = loop.Scorer.__call__
+    original = programs.Scorer.__call__
 
     def spy(self, variables, split, *args, **kwargs):
         seen.append(split)
         return original(self, variables, split, *args, **kwargs)
 
-    monkeypatch.setattr(loop.Scorer, "__call__", spy)
+    monkeypatch.setattr(programs.Scorer, "__call__", spy)
     for name in ("val", "test"):
         recipe = settings(epochs=1, select_on=name)
         made = build(recipe)
@@ -433,7 +434,67 @@ def test_running_out_of_memory_names_the_batch_of_a_device(tmp_path, monkeypatch
         loop.train(build(settings()), tmp_path)
 
 
-def test_a_run_compiles_its_step_once_and_says_so(tmp_path):
-    loop.train(build(settings()), tmp_path)
+@pytest.fixture
+def traces(monkeypatch):
+    """{function: how often it was traced}, of the functions of `programs.Programs`."""
+    counts = collections.Counter()
+
+    def counted(name, function):
+        def call(*arguments, **options):
+            counts[name] += 1
+            return function(*arguments, **options)
+
+        return call
+
+    def counting(make, name):
+        return lambda *arguments, **options: counted(name, make(*arguments, **options))
+
+    monkeypatch.setattr(experiment, "make_train_step", counting(experiment.make_train_step, "step"))
+    monkeypatch.setattr(experiment, "initializer", counting(experiment.initializer, "initial"))
+    scorer = programs.Scorer
+    monkeypatch.setattr(
+        programs,
+        "Scorer",
+        lambda network, make, *rest, **options: scorer(network, counting(make, "validator"), *rest, **options),
+    )
+    return counts
+
+
+def test_a_run_traces_and_compiles_its_step_once_and_says_so(tmp_path, traces):
+    """What a check has traced is not traced again."""
+    checked = loop.check(settings())
+    once = {"step": 1, "initial": 1, "validator": 1}
+    assert traces == once
+    loop.train(build(settings()), tmp_path, checked=checked)
+    assert traces == once
     compiles = [row["compiles"] for row in metrics.read(tmp_path / "metrics.jsonl") if row["kind"] == "train"]
     assert compiles[0] > 0 and compiles[-1] == 0
+
+
+def test_several_steps_of_a_dispatch_are_traced_as_one(traces):
+    checked = programs.make(build(settings(steps_per_dispatch=3)))
+    checked.trace()
+    assert traces["step"] == 1
+
+
+def test_what_a_check_has_traced_serves_nothing_but_its_configuration_data_and_networks(monkeypatch):
+    checked = programs.make(build(settings(), abstract=True))
+    same = checked.of(made := build(settings()))
+    assert same.step is checked.step and same.experiment is made
+    others = {
+        "configuration": build(settings(batch_size=16)),
+        "network": made._replace(model=made.model.clone(widths=((5,), (4,)))),
+        "data": made._replace(data=made.data._replace()),
+        "teacher": made._replace(teachers={"teacher": made.model}),
+    }
+    for what, other in others.items():
+        assert checked.of(other).step is not checked.step, what
+
+
+def test_a_teacher_that_is_trained_after_the_check_changes_nothing_that_is_traced(digits_run):
+    recipe = config.effective(smoke_config("digits"))
+    checked = programs.make(build(recipe, {"teacher": digits_run / "nowhere"}, abstract=True))
+    made = build(recipe, {"teacher": digits_run / "teacher"})
+    assert checked.of(made).step is checked.step
+    shapes = [cluster.shapes(frozen, made.mesh) for frozen in (checked.experiment.frozen, made.frozen)]
+    assert shapes[0] == shapes[1]

@@ -55,15 +55,14 @@ def choose(settings: ConfigDict, workdir: Path, gain: float = 1.0) -> dict[str, 
     settings = config.effective(config.complete(settings))
     pgd = next((name for name in settings.evaluate.attacks if name.startswith("pgd-")), "pgd-10")
     recipes = candidates(settings)
-    for recipe in recipes.values():
-        loop.check(recipe)
+    checked = {name: loop.check(recipe) for name, recipe in recipes.items()}
     data = run.load_data(settings)
     split = data.val if settings.select_on == "val" else data.test
     assert split is not None  # loop.check saw to it
     accuracy: dict[str, dict[str, float]] = {}
     for name, recipe in recipes.items():
         with rundir.lock(workdir / name):
-            loop.train(build(recipe), workdir / name)
+            loop.train(build(recipe), workdir / name, checked=checked[name])
             trained = run.load(workdir / name, "last")
         predict = linen_net(run.in_float32(trained.model)).predict
         flags, _ = attack(pgd, predict, trained, split, config.plain(recipe.evaluate))

@@ -93,13 +93,13 @@ def record(
     alone = config.effective(config.complete(settings).copy_and_resolve_references())
     alone.contrast = {}
     todo = jobs.jobs(alone, workdir)
-    for job in todo:  # check all jobs first: an error in the last must not cost the training of a teacher
-        loop.check(job.settings, job.teachers)
+    # check all jobs first: an error in the last must not cost the training of a teacher
+    checked = [loop.check(job.settings, job.teachers) for job in todo]
     settings, teachers = todo[-1].settings, todo[-1].teachers
     _measure(build(settings, teachers, abstract=True), n, taps, attack)
-    for job in todo[:-1]:
+    for job, traced in zip(todo[:-1], checked[:-1], strict=True):
         with rundir.lock(job.workdir):
-            loop.train(build(job.settings, job.teachers), job.workdir)
+            loop.train(build(job.settings, job.teachers), job.workdir, checked=traced)
     with rundir.lock(workdir):
         experiment = build(settings, teachers)
         measure, names = _measure(experiment, n, taps, attack)

@@ -5,7 +5,7 @@
 A class consists of the images in and below its folder. The test folder is `test` or, if that has no labels, `val` or
 `validation`. Instead of class folders there may be a table of labels, as Tiny-ImageNet's val/val_annotations.txt.
 Hidden files and folders are ignored, and so are files that are not images of a class, with a warning that names them.
-Images are rotated according to their EXIF orientation.
+Images are rotated according to their EXIF orientation. Decoded images are kept for the next run (`ibjax.data.decoded`).
 """
 
 import collections
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from ibjax import files
-from ibjax.data import Arrays, Split, listed, require_classes, stamps
+from ibjax.data import Arrays, Split, decoded, listed, require_classes, stamps
 from ibjax.errors import DataError, InputError, check_range, nearest
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,15 @@ _KNOWN = {
 }
 
 
-def load(*, path: str, label: str = "", grey: bool = False, size: int | None = None, fit: str = "crop") -> Arrays:
+def load(
+    *,
+    path: str,
+    label: str = "",
+    grey: bool = False,
+    size: int | None = None,
+    fit: str = "crop",
+    cache: str | None = None,
+) -> Arrays:
     """Reads every image under `path` into memory.
 
     Args:
@@ -52,6 +60,7 @@ def load(*, path: str, label: str = "", grey: bool = False, size: int | None = N
       grey: read images with one channel instead of RGB.
       size: side of the images in pixels; None: all images already have the same size.
       fit: how an image becomes a square: "crop" takes the largest central square, "stretch" rescales the whole image.
+      cache: folder in which decoded images are kept; None: ibjax's own, see `files.cache_folder`; empty: they are not.
 
     Raises DataError with the file or folder, what is wrong with it, and what is expected.
     """
@@ -65,7 +74,8 @@ def load(*, path: str, label: str = "", grey: bool = False, size: int | None = N
     if unknown := sorted(set(splits[1]) - set(classes)):
         raise DataError(f"{trees[1].root} has classes that train/ lacks: {listed(unknown)}; there: {listed(classes)}")
     chosen = [[(file, i) for i, c in enumerate(classes) for file in split.get(c, ())] for split in splits]
-    read = stamps([root, *(path for tree in trees for path in (*tree.folders, *tree.images))])
+    pictures = stamps(image for tree in trees for image in tree.images)
+    read = (*stamps([root, *(folder for tree in trees for folder in tree.folders)]), *pictures)
     _say_what_is_left_out(root, trees)
     for tree, split in zip(trees, chosen, strict=True):
         if not split:
@@ -74,8 +84,24 @@ def load(*, path: str, label: str = "", grey: bool = False, size: int | None = N
     name = label or root.name
     if size is not None:
         name += f", {FITS[fit]} {size}×{size}"
-    train, test = (_read(split, grey, size, fit) for split in chosen)
+    options = (grey, size, fit)
+
+    def decode():
+        return {name: _read(split, *options) for name, split in zip(("train", "test"), chosen, strict=True)}
+
+    shown = [[str(file) for file, _ in split] for split in chosen]
+    images = decoded.kept(cache, (str(root.absolute()), options), pictures, (shown, options, _decoders()), decode)
+    train, test = (
+        Split(images[name], np.array([label for _, label in split]))
+        for name, split in zip(("train", "test"), chosen, strict=True)
+    )
     return Arrays(train, test, len(classes), label=name, classes=tuple(classes), read=read)
+
+
+def _decoders():
+    """What decides how a file is decoded: this module, Pillow and its libraries."""
+    libraries = [features.version(name) for name in ("jpg", "libjpeg_turbo", "webp", "jpg_2000")]
+    return files.digest(Path(__file__).read_bytes()), Image.__version__, libraries
 
 
 def _numbered(names):
@@ -200,7 +226,7 @@ def _hint(root):
 # ---- images ------------------------------------------------------------------------------------------------
 
 
-def _read(files: Sequence[tuple[Path, int]], grey, size, fit) -> Split:
+def _read(files: Sequence[tuple[Path, int]], grey, size, fit) -> np.ndarray:
     """The images of (file, label) pairs, in their order."""
     turned = []
     with ThreadPoolExecutor() as pool:
@@ -218,7 +244,7 @@ def _read(files: Sequence[tuple[Path, int]], grey, size, fit) -> Split:
             turned += [file] * was_turned
     if turned:
         log.info("%d images are turned as their EXIF orientation says, as %s", len(turned), turned[0])
-    return Split(images, np.array([label for _, label in files]))
+    return images
 
 
 def _image(file, grey, size, fit):

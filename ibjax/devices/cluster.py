@@ -290,6 +290,12 @@ def replicate(tree, mesh: Mesh):
     )
 
 
+def shapes(tree, mesh: Mesh, spec: PartitionSpec = REPLICATED):
+    """The shapes and types of arrays, as of arrays that the devices of `mesh` hold as `spec` says."""
+    sharding = NamedSharding(mesh, spec)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
 def on_every_device(tree, mesh: Mesh):
     """Arrays that the devices keep in shares become whole on every device; whole arrays are returned as they are."""
     return jax.device_put(tree, NamedSharding(mesh, REPLICATED))

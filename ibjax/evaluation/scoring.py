@@ -128,11 +128,14 @@ class Scorer:
         replicated = NamedSharding(mesh, cluster.REPLICATED)
         self.score = jax.jit(score, out_shardings=replicated)
 
-    def trace(self, variables: Any, split: Split) -> None:
-        """Traces the program without compiling or running it; raises the errors that tracing finds."""
-        images, labels = (jax.ShapeDtypeStruct((self.batch_size, *a.shape[1:]), a.dtype) for a in split)
+    def arguments(self, variables: Any, split: Split) -> tuple:
+        """The shapes that `score` is called with for a split; those of the variables are given."""
+        images, labels = (
+            cluster.shapes(jax.ShapeDtypeStruct((self.batch_size, *a.shape[1:]), a.dtype), self.mesh, cluster.BATCH)
+            for a in split
+        )
         scalars = (np.uint32(0), np.float32(0), np.float32(0))
-        jax.eval_shape(self.score, variables, images, labels, images if self.guided else None, labels, *scalars)
+        return variables, images, labels, images if self.guided else None, labels, *scalars
 
     def __call__(
         self,

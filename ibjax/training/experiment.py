@@ -53,6 +53,7 @@ class Experiment(NamedTuple):
     statistics_step: Callable | None  # recomputes the averaged network's batch statistics, where that is wanted
     steps_per_epoch: int
     mesh: Any
+    teachers: dict[str, nn.Module]  # by role
     shares: extra.Shares | None  # which images of a batch are generated; None without generated images
 
     @property
@@ -151,6 +152,7 @@ def build(
         frozen=frozen,
         steps_per_epoch=steps_per_epoch,
         mesh=mesh,
+        teachers=modules,
         shares=mixture,
     )
 
@@ -372,11 +374,16 @@ def _smooth(settings, objective, data):
 # ---- the first state ---------------------------------------------------------------------------------------
 
 
-def initial_state(experiment: Experiment) -> TrainState:
-    """The state before the first step, placed as `state_sharding` says, from the configuration's seed."""
+def initial_state(experiment: Experiment, program: Callable[..., TrainState] | None = None) -> TrainState:
+    """The state before the first step from the configuration's seed; `program` is an existing `initial_program`."""
     key = run_key(experiment.config.seed, 0, experiment.mesh)
     x = np.zeros((1, *experiment.data.train.images.shape[1:]), np.float32)
-    return jax.jit(initializer(experiment), out_shardings=state_sharding(experiment))(key, x, experiment.frozen)
+    return (program or initial_program(experiment))(key, x, experiment.frozen)
+
+
+def initial_program(experiment: Experiment) -> Any:
+    """The jitted `initializer`, whose state is placed as `state_sharding` says."""
+    return jax.jit(initializer(experiment), out_shardings=state_sharding(experiment))
 
 
 def state_sharding(experiment: Experiment) -> Any:

@@ -34,18 +34,42 @@ class Feed(NamedTuple):
     recompute: Callable[[TrainState], TrainState] | None = None
 
 
-def feed(experiment: Experiment, key: Array, step: int) -> Feed:
-    """The compiled steps from `step` on, with their data; `key` is the run's key for training."""
+def feed(experiment: Experiment, key: Array, step: int, made: Callable | None = None) -> Feed:
+    """The compiled steps from `step` on, with their data.
+
+    `key` is the run's key for training, `made` the function of `make_step`, if it exists.
+    """
     streams = streamed(experiment.data.train)
-    make = _streaming if streams else _reading if reads_extra(experiment) else _resident
+    run = _streaming if streams else _reading if reads_extra(experiment) else _resident
     data = () if streams else tuple(cluster.replicate(array, experiment.mesh) for array in resident_data(experiment))
-    capacity, begin = make(experiment, key, data)
+    begin = run(experiment, made or make_step(experiment), key, data)
     if experiment.statistics_step is None:
-        return Feed(capacity, begin(step))
-    return Feed(capacity, begin(step), _recomputing(experiment, make, key, data))
+        return Feed(_capacity(experiment), begin(step))
+    return Feed(_capacity(experiment), begin(step), _recomputing(experiment, run, key, data))
 
 
-def _recomputing(experiment, make, key, data):
+def make_step(experiment: Experiment) -> Any:
+    """The jitted steps of a dispatch, a function of what `arguments` says."""
+    if streamed(experiment.data.train):
+        return make_batch_dispatch(experiment)
+    if reads_extra(experiment):
+        return make_reading_dispatch(experiment)
+    return make_dispatch(experiment, _capacity(experiment))
+
+
+def _capacity(experiment):
+    """The number of steps of a dispatch at most."""
+    settings = experiment.config
+    if streamed(experiment.data.train) or reads_extra(experiment):
+        if (settings.steps_per_dispatch or 1) != 1:
+            what = "streamed data" if streamed(experiment.data.train) else "generated images that are read"
+            raise InputError(f"steps_per_dispatch={settings.steps_per_dispatch}: {what} take 1 step at a time")
+        return 1
+    default = 1 if jax.default_backend() == "cpu" else settings.log_every
+    return min(settings.steps_per_dispatch or default, experiment.steps_per_epoch)
+
+
+def _recomputing(experiment, run, key, data):
     """The function `recompute` of a Feed: the passes of the last batches, at the averaged parameters."""
 
     def statistics_step(*arguments):
@@ -53,7 +77,8 @@ def _recomputing(experiment, make, key, data):
 
     settings = experiment.config.copy_and_resolve_references()
     settings.steps_per_dispatch = 1
-    _, begin = make(experiment._replace(config=settings, train_step=statistics_step), key, data)
+    passing = experiment._replace(config=settings, train_step=statistics_step)
+    begin = run(passing, make_step(passing), key, data)
 
     @functools.partial(jax.jit, out_shardings=state_sharding(experiment))
     def start(state, count):
@@ -93,28 +118,26 @@ def resident_data(experiment: Experiment) -> tuple[Any, Any]:
     return rows_of(images), labels
 
 
-def trace(experiment: Experiment, state: Any, key: Any) -> None:
-    """Traces one step on shapes; raises whatever error the tracing meets."""
-    data, size, frozen = experiment.data, experiment.config.batch_size, experiment.frozen
-    images, n = data.train.images, jax.ShapeDtypeStruct((), jnp.int32)
+def arguments(experiment: Experiment, state: Any, key: Any) -> tuple:
+    """The shapes that the function of `make_step` is called with; those of state and key are given."""
+    data, size, mesh = experiment.data, experiment.config.batch_size, experiment.mesh
+    images, frozen = data.train.images, cluster.shapes(experiment.frozen, mesh)
     distributions = data.extra is not None and data.extra.labels.ndim == 2
     kind, classes = (jnp.float32, (data.num_classes,)) if distributions else (jnp.int32, ())
 
-    def shaped(count, shape=images.shape[1:]):
+    def shaped(count, shape, spec):
         """Shapes of so many images and labels."""
-        return jax.ShapeDtypeStruct((count, *shape), images.dtype), jax.ShapeDtypeStruct((count, *classes), kind)
+        made = jax.ShapeDtypeStruct((count, *shape), images.dtype), jax.ShapeDtypeStruct((count, *classes), kind)
+        return cluster.shapes(made, mesh, spec)
 
-    row = (math.prod(images.shape[1:]),)  # see rows_of
-
+    batch = dict(zip(("image", "label"), shaped(size, images.shape[1:], cluster.BATCH), strict=True))
     if streamed(data.train):
-        batch = dict(zip(("image", "label"), shaped(size), strict=True))
-        jax.eval_shape(make_batch_dispatch(experiment), state, {**batch, "index": batch["label"]}, key, frozen)
-    elif reads_extra(experiment):
-        read = dict(zip(("image", "label"), shaped(size), strict=True))
-        jax.eval_shape(make_reading_dispatch(experiment), state, *shaped(len(images), row), read, key, frozen)
-    else:
-        count = len(images) + (0 if data.extra is None else len(data.extra.labels))
-        jax.eval_shape(make_dispatch(experiment, capacity=1), state, *shaped(count, row), key, frozen, n)
+        return state, {**batch, "index": batch["label"]}, key, frozen
+    count = len(images) + (0 if data.extra is None or reads_extra(experiment) else len(data.extra.labels))
+    held = shaped(count, (math.prod(images.shape[1:]),), cluster.REPLICATED)  # see rows_of
+    if reads_extra(experiment):
+        return state, *held, batch, key, frozen
+    return state, *held, key, frozen, cluster.shapes(jax.ShapeDtypeStruct((), jnp.int32), mesh)
 
 
 def _nothing_transferred():
@@ -135,28 +158,18 @@ def _in_a_row(made):
     return state, jax.tree.map(lambda value: value[None], metrics)
 
 
-def _one_at_a_time(settings, what):
-    """Raises InputError where a dispatch shall take several steps on data that only takes one."""
-    if (settings.steps_per_dispatch or 1) != 1:
-        raise InputError(f"steps_per_dispatch={settings.steps_per_dispatch}: {what} take 1 step at a time")
-
-
 # ---- in device memory --------------------------------------------------------------------------------------
 
 
-def _resident(experiment, key, data):
-    """(capacity, a function from the number of the first step to the `dispatch` of a Feed)."""
-    settings, mesh = experiment.config, experiment.mesh
-    default = 1 if jax.default_backend() == "cpu" else settings.log_every
-    capacity = min(settings.steps_per_dispatch or default, experiment.steps_per_epoch)
-    dispatch = make_dispatch(experiment, capacity)
-    lengths = {n: cluster.replicate(np.int32(n), mesh) for n in range(1, capacity + 1)}
+def _resident(experiment, dispatch, key, data):
+    """A function from the number of the first step to the `dispatch` of a Feed; `dispatch` is that of `make_step`."""
+    lengths = {n: cluster.replicate(np.int32(n), experiment.mesh) for n in range(1, _capacity(experiment) + 1)}
 
     def run(state, steps):
         with _nothing_transferred():
             return dispatch(state, *data, key, experiment.frozen, lengths[steps])
 
-    return capacity, lambda step: run
+    return lambda step: run
 
 
 def rows_of(images: Any) -> Any:
@@ -180,6 +193,7 @@ def make_dispatch(experiment: Experiment, capacity: int) -> Callable:
     batch_size, per_epoch = experiment.config.batch_size, experiment.steps_per_epoch
     sharded, replicated = (NamedSharding(experiment.mesh, spec) for spec in (cluster.BATCH, cluster.REPLICATED))
     stored = state_sharding(experiment)
+    step = jax.jit(functools.partial(_step, experiment), inline=True)  # traced once: for its shapes, and in the loop
 
     def dispatch(state, images, labels, key, frozen, n):
         order_key, step_key = jax.random.split(key)
@@ -199,7 +213,7 @@ def make_dispatch(experiment: Experiment, capacity: int) -> Callable:
             chosen_images = images[index].reshape(batch_size, *experiment.data.train.images.shape[1:])
             batch = {"image": chosen_images, "label": labels[index], "index": index}
             batch = jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, sharded), batch)
-            return _step(experiment, state, batch, step_key, frozen)
+            return step(state, batch, step_key, frozen)
 
         if capacity == 1:
             return _in_a_row(one(state))
@@ -219,19 +233,16 @@ def make_dispatch(experiment: Experiment, capacity: int) -> Callable:
 # ---- streamed ----------------------------------------------------------------------------------------------
 
 
-def _streaming(experiment, key, data):
+def _streaming(experiment, dispatch, key, data):
     """As `_resident`; `data` is empty."""
-    settings = experiment.config
-    _one_at_a_time(settings, "streamed data")
-    dispatch = make_batch_dispatch(experiment)
     rows, placed = _placing(experiment)
-    size = settings.batch_size
+    options = dict(batch_size=experiment.config.batch_size, seed=experiment.config.seed, rows=rows)
 
     def begin(step):
-        source = stream.batches(experiment.data.train, batch_size=size, seed=settings.seed, step=step, rows=rows)
+        source = stream.batches(experiment.data.train, step=step, **options)
         return _one_ahead(lambda state, batch: dispatch(state, batch, key, experiment.frozen), source, placed)
 
-    return 1, begin
+    return begin
 
 
 def _one_ahead(dispatch, source, placed):
@@ -268,10 +279,8 @@ def make_batch_dispatch(experiment: Experiment) -> Callable:
 # ---- generated images that are read --------------------------------------------------------------------------
 
 
-def _reading(experiment, key, data):
+def _reading(experiment, dispatch, key, data):
     """As `_resident`."""
-    _one_at_a_time(experiment.config, "generated images that are read")
-    dispatch = make_reading_dispatch(experiment)
     rows, placed = _placing(experiment)
     words = np.asarray(jax.random.key_data(jax.random.split(key)[0]).addressable_data(0))  # of the order, on the host
 
@@ -279,7 +288,7 @@ def _reading(experiment, key, data):
         source = extra.batches(experiment.data.extra, experiment.shares, words, step, rows)
         return _one_ahead(lambda state, read: dispatch(state, *data, read, key, experiment.frozen), source, placed)
 
-    return 1, begin
+    return begin
 
 
 def make_reading_dispatch(experiment: Experiment) -> Callable:

@@ -21,54 +21,54 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ibjax import config, extensions
 from ibjax.devices import cluster
 from ibjax.errors import DivergedError, InputError, PreemptedError
-from ibjax.evaluation.scoring import Scorer, nan_warnings
+from ibjax.evaluation.scoring import nan_warnings
 from ibjax.runs import checkpoint as checkpoints
 from ibjax.runs import rundir, trees, writers
 from ibjax.runs.metrics import MetricsLog, Window
-from ibjax.training import feed
-from ibjax.training.experiment import Experiment, build, initial_state, initializer, run_key
+from ibjax.training import feed, programs
+from ibjax.training.experiment import Experiment, build, initial_state, run_key
 
 log = logging.getLogger(__name__)
 _CATASTROPHE = 20.0  # drop in robust validation accuracy, in points, that counts as catastrophic overfitting
 
 
-def check(settings: ConfigDict, folders: Mapping[str, Path] | None = None) -> None:
+def check(settings: ConfigDict, folders: Mapping[str, Path] | None = None) -> programs.Programs:
     """Raises InputError on any error in a configuration, its data or its teacher.
 
     The whole step and the validation are traced; nothing is saved, compiled or computed. A teacher that has yet to be
-    trained is represented by its recipe.
+    trained is represented by its recipe. Returns what is traced, for `train`.
     """
     writers.check(settings.writers)
     experiment = build(settings, folders, abstract=True)
-    frozen = experiment.frozen
-    x = jax.ShapeDtypeStruct((1, *experiment.data.train.images.shape[1:]), jnp.float32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
     try:
-        state = jax.eval_shape(initializer(experiment), key, x, frozen)
-        feed.trace(experiment, state, key)
-        scorer, _ = _validator(experiment)
-        scorer.trace(checkpoints.split(state)[0], _selection_split(experiment))
+        made = programs.make(experiment)
+        made.trace()
     except InputError:
         raise
     except Exception as error:  # an inconsistency of shapes, types or values that only tracing finds
         raise InputError(f"this configuration cannot be traced: {extensions.failure(error)}") from error
+    return made
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------
 
 
-def train(experiment: Experiment, workdir: Path, *, restart: bool = False) -> None:
+def train(
+    experiment: Experiment, workdir: Path, *, restart: bool = False, checked: programs.Programs | None = None
+) -> None:
     """Trains to the last epoch, from the newest undamaged checkpoint if there is one.
 
     Where all checkpoints are lost or damaged, `restart` begins again at step 0; without it, InputError is raised for
-    lost checkpoints and CheckpointError for damaged ones. Raises PreemptedError after it has saved because of a
-    SIGTERM, and DivergedError where a metric or the state is not finite.
+    lost checkpoints and CheckpointError for damaged ones. `checked` is what `check` returned: nothing is traced again
+    that it has traced. Raises PreemptedError after it has saved because of a SIGTERM, and DivergedError where a metric
+    or the state is not finite.
     """
     settings = experiment.config
     total = settings.epochs * experiment.steps_per_epoch
     identity = rundir.write_config(workdir, settings, experiment.facts, restart=restart)
+    made = programs.make(experiment) if checked is None else checked.of(experiment)
     with checkpoints.manager(workdir, run=identity) as orbax:
-        state = initial_state(experiment)
+        state = initial_state(experiment, made.initial)
         state = checkpoints.restore_latest(orbax, state, restart=restart) or state
         step = int(state.step)
         if step >= total:
@@ -83,17 +83,17 @@ def train(experiment: Experiment, workdir: Path, *, restart: bool = False) -> No
         if jax.process_index() == 0:
             title = settings.title or workdir.resolve().name
             started = writers.Started(workdir, title, config.plain(settings), step)
-            made = writers.start(settings.writers, started)
-            with contextlib.closing(MetricsLog(workdir, step, made)) as metrics_log:
-                _loop(experiment, orbax, state, step, total, metrics_log.write)
+            told = writers.start(settings.writers, started)
+            with contextlib.closing(MetricsLog(workdir, step, told)) as metrics_log:
+                _loop(made, orbax, state, step, total, metrics_log.write)
         else:
-            _loop(experiment, orbax, state, step, total, lambda *args, **values: None)
+            _loop(made, orbax, state, step, total, lambda *args, **values: None)
 
 
-def _loop(experiment, orbax, state, step, total, write):
+def _loop(made, orbax, state, step, total, write):
+    experiment, validator = made.experiment, made.validator
     settings, per_epoch, mesh = experiment.config, experiment.steps_per_epoch, experiment.mesh
-    capacity, dispatch, recompute = feed.feed(experiment, run_key(settings.seed, 1, mesh), step)
-    validator = _validator(experiment)
+    capacity, dispatch, recompute = feed.feed(experiment, run_key(settings.seed, 1, mesh), step, made.step)
     window, first, began = Window(step), step, time.perf_counter()
 
     with _progress(settings, total, step) as bar:
@@ -170,34 +170,11 @@ def _validate_now(settings, epoch):
     return last or dense or epoch % settings.validate.every == 0
 
 
-def _selection_split(experiment):
-    return experiment.data.val if experiment.config.select_on == "val" else experiment.data.test
-
-
-def _validator(experiment):
-    """(the scorer with the attack that selects checkpoints, {"eps", "step_size"} of this attack)."""
-    section = config.complete(experiment.config.copy_and_resolve_references()).validate.attack
-    options = config.arguments("attacks", section, "validate.attack")
-    eps, step_size = options.pop("eps"), options.pop("step_size", None)
-    make = config.factory("attacks", section.name)
-    sized = "step_size" in config.signature(make)[0]
-
-    def attack(*, eps, step_size):
-        return make(eps=eps, **options, **({"step_size": step_size} if sized else {}))
-
-    predict, size = experiment.bind_net(None).predict, experiment.config.validate.batch_size
-    network, own = lambda variables, x, keys: predict(variables, x), config.own_source("attacks", section.name)
-    same = dict(attacked_in=experiment.config.precision, judged_in=experiment.config.precision)
-    scorer = Scorer(network, attack, experiment.mesh, size, section.norm, own=own and own.name, **same)
-    return scorer, {"eps": eps, "step_size": eps if step_size is None else step_size}
-
-
 def _validate(experiment, validator, state):
     """{"clean_acc", "robust_acc", "selection"} in percent on the split that selects checkpoints."""
-    (scorer, size), split = validator, _selection_split(experiment)
-    flags, _ = scorer(
-        cluster.on_every_device(checkpoints.split(state)[0], experiment.mesh), split, experiment.config.seed, **size
-    )
+    (scorer, size), split = validator, programs.selection_split(experiment)
+    variables = cluster.on_every_device(checkpoints.split(state)[0], experiment.mesh)
+    flags, _ = scorer(variables, split, experiment.config.seed, **size)
     for text in nan_warnings(flags):
         log.warning("%s: validation: %s", _name(experiment.config), text)
     clean, robust = (100 * float(np.mean(part)) for part in (flags.clean, flags.robust))
