@@ -37,7 +37,6 @@ from ibjax.information import divergence, fourier, hsic, mige, mine, svd
 from ibjax.models import cnn, layers, siriib
 from ibjax.objectives import ibd_matching
 from ibjax.pytorch import gate
-from ibjax.training import feed
 from ibjax.training.experiment import initializer
 
 RNG = np.random.default_rng(0)
@@ -366,10 +365,10 @@ WITH_INFORMATION = ("hbar", "ib_rar-mask", "shared_information-mine", "shared_in
 @pytest.mark.parametrize("name", WITH_INFORMATION)
 def test_only_the_layers_of_networks_are_at_the_default_in_a_step(name, tmp_path):
     made = experiment(name, tmp_path, devices=1)
-    images, labels = made.data.train
+    images, labels = (array[: made.config.batch_size] for array in made.data.train)
     state = jax.eval_shape(initializer(made), KEY, jnp.zeros((1, *images.shape[1:])), made.frozen)
     with rounded("bfloat16") as found:
-        feed.make_dispatch(made, 1).lower(state, images, labels, KEY, made.frozen, np.int32(1))
+        jax.jit(made.train_step).lower(state, dict(image=images, label=labels, index=labels), KEY, made.frozen)
     assert found
     assert {product.line.split(":")[0] for product in found if not product.full} <= set(NETWORKS)
     assert name == "mma" or any(product.full for product in found)
