@@ -88,15 +88,13 @@ def measure(words: list[str], launched: float) -> dict[str, Any]:
 
 def table(found: dict[str, dict[str, Any]]) -> str:
     """The parts of both runs as Markdown."""
-    rows = [
-        "| cache | " + " | ".join(PARTS) + " | traced | lowered | compiled or loaded |",
-        "|---" * (len(PARTS) + 4) + "|",
-    ]
+    from measuring import markdown  # here, since a process that is measured imports what a run imports
+
+    rows = []
     for name, record in found.items():
-        cells = ["{:.1f} ({:.1f})".format(*record["spent"][part]) for part in PARTS]
-        cells += [str(sum(record[title].values())) for title in EVENTS.values()]
-        rows.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+        spent = ["{:.1f} ({:.1f})".format(*record["spent"][part]) for part in PARTS]
+        rows.append((name, *spent, *(sum(record[title].values()) for title in EVENTS.values())))
+    return markdown(("cache", *PARTS, *EVENTS.values()), rows)
 
 
 def main() -> None:
@@ -109,17 +107,16 @@ def main() -> None:
 
     def command():
         with tempfile.TemporaryDirectory() as folder:
-            run = [f"--config={given.config}", *overrides, f"--workdir={folder}/run"]
+            settings = [f"--config={given.config}", *overrides]
             if given.child:
-                print(json.dumps(measure(run, float(given.child))))
+                print(json.dumps(measure([*settings, f"--workdir={folder}/run"], float(given.child))))
                 return
             cache = {"XDG_CACHE_HOME": str(Path(folder, "cache"))}
             os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
             print(f"{provenance.versions()}, {provenance.hardware()}")
             found = {}
             for name in ("empty", "filled"):
-                again = [f"--config={given.config}", *overrides]
-                found[name] = from_child(__file__, *again, f"--child={time.time()}", environment=cache)
+                found[name] = from_child(__file__, *settings, f"--child={time.time()}", environment=cache)
                 print(name, json.dumps(found[name]))
             print(table(found))
 

@@ -15,6 +15,7 @@ fastest can only be measured on a card.
 """
 
 import argparse
+import functools
 import logging
 import re
 import time
@@ -37,7 +38,7 @@ from ibjax.runs import (
     run,
 )
 from ibjax.training import feed, hlo
-from ibjax.training.experiment import build, initializer, state_sharding
+from ibjax.training.experiment import build, state_shapes
 from ibjax.training.hlo import Kernels, collectives, kernels, loops
 
 # Set before jax looks for chips: there are none, and another process may be compiling at the same time.
@@ -166,16 +167,12 @@ def _compile_step(settings, mesh, images, made):
             raise InputError("data.extra goes with images in device memory, not with data.name='stream'")
         shares = extra.shares(made, images, settings.batch_size, settings.microbatches)
         experiment = experiment._replace(data=experiment.data._replace(extra=made), shares=shares)
-    replicated, sharded = (NamedSharding(mesh, spec) for spec in (cluster.REPLICATED, cluster.BATCH))
+    shaped = functools.partial(cluster.shapes, mesh=mesh)
 
-    def shaped(tree, sharding=replicated):
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
-
-    def of_images(count, dtype, sharding):
-        """Shapes of images and labels."""
-        return shaped(
-            (jax.ShapeDtypeStruct((count, *shape), dtype), jax.ShapeDtypeStruct((count,), jnp.int32)), sharding
-        )
+    def of_images(count, dtype):
+        """Shapes of images and labels, in shares."""
+        arrays = jax.ShapeDtypeStruct((count, *shape), dtype), jax.ShapeDtypeStruct((count,), jnp.int32)
+        return shaped(arrays, spec=cluster.BATCH)
 
     def held(count):
         """Shapes of images and labels in device memory: see `feed.rows_of`."""
@@ -185,18 +182,16 @@ def _compile_step(settings, mesh, images, made):
     key = shaped(jax.eval_shape(lambda: jax.random.key(0)))
     shape = experiment.data.train.images.shape[1:]
     frozen = shaped(experiment.frozen)
-    state = jax.eval_shape(initializer(experiment), key, jax.ShapeDtypeStruct((1, *shape), jnp.float32), frozen)
+    state = state_shapes(experiment, key)
     variables = shaped(state.variables)
-    stored = jax.tree.broadcast(state_sharding(experiment), state)
-    state = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), state, stored)
     reads = made is not None and not made.resident
     steps = 1 if images is None or reads else settings.steps_per_dispatch or settings.log_every
     began = time.perf_counter()
     if images is None:
-        batch = dict(zip(("image", "label"), of_images(settings.batch_size, jnp.uint8, sharded), strict=True))
+        batch = dict(zip(("image", "label"), of_images(settings.batch_size, jnp.uint8), strict=True))
         lowered = feed.make_batch_dispatch(experiment).lower(state, {**batch, "index": batch["label"]}, key, frozen)
     elif reads:
-        read = dict(zip(("image", "label"), of_images(settings.batch_size, jnp.uint8, sharded), strict=True))
+        read = dict(zip(("image", "label"), of_images(settings.batch_size, jnp.uint8), strict=True))
         data = held(images)
         lowered = feed.make_reading_dispatch(experiment).lower(state, *data, read, key, frozen)
     else:
@@ -209,7 +204,7 @@ def _compile_step(settings, mesh, images, made):
     flops, accessed = cost.get("flops"), cost.get("bytes accessed")  # both None for a GPU that is absent
     repeated = _attack_steps(settings)
     if flops is not None and repeated > 1:
-        part = of_images(settings.batch_size // settings.microbatches, jnp.float32, sharded)
+        part = of_images(settings.batch_size // settings.microbatches, jnp.float32)
         one = _attack_step(experiment).lower(variables, *part).compile().cost_analysis() or {}
         flops += (repeated - 1) * one["flops"]
         accessed += (repeated - 1) * one["bytes accessed"]

@@ -386,6 +386,14 @@ def initial_program(experiment: Experiment) -> Any:
     return jax.jit(initializer(experiment), out_shardings=state_sharding(experiment))
 
 
+def state_shapes(experiment: Experiment, key: Any, program: Callable[..., TrainState] | None = None) -> TrainState:
+    """The shapes of `initial_state`, with their shardings, given that of the key; `program` as there."""
+    x = jax.ShapeDtypeStruct((1, *experiment.data.train.images.shape[1:]), jnp.float32)
+    state = jax.eval_shape(program or initializer(experiment), key, x, experiment.frozen)
+    stored = jax.tree.broadcast(state_sharding(experiment), state)
+    return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), state, stored)
+
+
 def state_sharding(experiment: Experiment) -> Any:
     """The sharding of the state between two steps: one for all its arrays, or a TrainState of shardings with "fsdp".
 

@@ -10,7 +10,6 @@ configuration, data and networks that it was traced for.
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from ibjax import config
 from ibjax.data import Split
@@ -18,7 +17,7 @@ from ibjax.devices import cluster
 from ibjax.evaluation.scoring import Scorer
 from ibjax.runs import checkpoint as checkpoints
 from ibjax.training import feed
-from ibjax.training.experiment import Experiment, initial_program, state_sharding
+from ibjax.training.experiment import Experiment, initial_program, state_shapes
 
 
 class Programs(NamedTuple):
@@ -40,10 +39,7 @@ class Programs(NamedTuple):
         """Traces all of them on shapes, without compiling or computing; raises the errors that tracing finds."""
         experiment, mesh = self.experiment, self.experiment.mesh
         key = cluster.shapes(jax.eval_shape(lambda: jax.random.key(0)), mesh)
-        x = jax.ShapeDtypeStruct((1, *experiment.data.train.images.shape[1:]), jnp.float32)
-        state = jax.eval_shape(self.initial, key, x, experiment.frozen)
-        stored = jax.tree.broadcast(state_sharding(experiment), state)
-        state = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), state, stored)
+        state = state_shapes(experiment, key, self.initial)
         jax.eval_shape(self.step, *feed.arguments(experiment, state, key))
         (scorer, _), variables = self.validator, cluster.shapes(checkpoints.split(state)[0], mesh)
         jax.eval_shape(scorer.score, *scorer.arguments(variables, selection_split(experiment)))
