@@ -15,10 +15,14 @@ The box of CutMix has its centre anywhere in the image and the sides ⌊H√(1�
 numbers, as in the code of Yun et al. and of Rebuffi et al. ("Data Augmentation Can Improve Robustness", NeurIPS 2021).
 What lies outside the image is cut off; s is the share that is left, on average more than λ.
 
-The partner j is drawn by a permutation of the group. All draws are a function of (seed, step), those with per_image of
-(seed, step, index). The attack and the loss see x̃ and ỹ.
+The partner of the image i of a group of n is j = (i + d) mod n, with one d of 1 … n − 1 for a step. The papers draw a
+permutation; as the order of a batch is random, a shift pairs the same images as often, and no image with itself. Among
+many devices it costs each of them the exchange of its own part, where a permutation gathers the whole batch on all.
+All draws are a function of (seed, step), those with per_image of (seed, step, index). The attack and the loss see x̃
+and ỹ.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -79,19 +83,29 @@ def _mixer(weights, per_image, groups):
         if batch % groups:
             raise InputError(f"mix.groups={groups} does not divide a batch of {batch}; give a divisor of it")
         key_partner, key_weights = jax.random.split(key)
-        part = batch // groups
-        draws = [
-            jax.random.permutation(k, part) + i * part for i, k in enumerate(jax.random.split(key_partner, groups))
-        ]
-        partner = jnp.concatenate(draws)
+        partners, partners_labels = _shifted(key_partner, groups, images, labels)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key_weights, index if per_image else jnp.arange(groups))
         w = jax.vmap(lambda k: weights(k, tuple(size)))(keys)[..., None]  # (B or groups, H, W, 1)
-        w = w if per_image else jnp.repeat(w, part, axis=0)
+        w = w if per_image else jnp.repeat(w, batch // groups, axis=0)
         share = jnp.mean(w, axis=(1, 2, 3))
         own = share[:, None]
-        return Mixed(w * images + (1.0 - w) * images[partner], own * labels + (1.0 - own) * labels[partner], share)
+        return Mixed(w * images + (1.0 - w) * partners, own * labels + (1.0 - own) * partners_labels, share)
 
     return mix
+
+
+def _shifted(key: Array, groups: int, *arrays: Array) -> tuple[Array, ...]:
+    """`arrays` (B, …) with entry (i + d) mod n of each group of n in the place of i, d uniform in 1 … n − 1.
+
+    The shift is put together from those by powers of two: a compiler knows only of fixed ones what to send where.
+    """
+    n = arrays[0].shape[0] // groups
+    distance = jax.random.randint(key, (), 1, max(n, 2))
+    parts = [a.reshape(groups, n, *a.shape[1:]) for a in arrays]
+    for bit in range((n - 1).bit_length()):
+        turn = functools.partial(jax.tree.map, lambda a, by=2**bit: jnp.roll(a, -by, axis=1))
+        parts = jax.lax.cond((distance >> bit) & 1 > 0, turn, lambda same: same, parts)
+    return tuple(part.reshape(a.shape) for part, a in zip(parts, arrays, strict=True))
 
 
 MIXES = {"cutmix": cutmix, "mixup": mixup}
