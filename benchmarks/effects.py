@@ -53,8 +53,9 @@ from ibjax.attacks.pgd import pgd
 from ibjax.data import stratified
 from ibjax.errors import DivergedError, InputError
 from ibjax.evaluation.results import attack_label
+from ibjax.net import linen_net, to_float
 from ibjax.runs import provenance, run
-from ibjax.step import Objective, linen_net, to_float
+from ibjax.step import Objective
 
 log = logging.getLogger(__name__)
 LEVEL = 0.05  # of the test

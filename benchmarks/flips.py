@@ -50,8 +50,8 @@ from ibjax.data import stream
 from ibjax.devices import compiled
 from ibjax.evaluation import evaluate
 from ibjax.evaluation.report import runs
+from ibjax.net import linen_net, to_float
 from ibjax.runs import checkpoint, metrics, provenance, run, rundir, trees
-from ibjax.step import linen_net, to_float
 from ibjax.training import experiment, jobs
 
 ROOT = Path(__file__).resolve().parent.parent

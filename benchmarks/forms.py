@@ -30,7 +30,7 @@ from parts import ROOT, bare, compile_rows, from_child, made_by
 from ibjax import errors, files
 from ibjax.attacks.pgd import pgd
 from ibjax.devices import cluster, cores, forms, precision
-from ibjax.step import linen_net
+from ibjax.net import linen_net
 from ibjax.training import ahead, hlo
 
 NETWORKS = {

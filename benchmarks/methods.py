@@ -21,8 +21,9 @@ from ml_collections import ConfigDict
 from ibjax import config, optim, step
 from ibjax.attacks import Attack
 from ibjax.devices import cluster
+from ibjax.net import Net, Variables, linen_net
 from ibjax.perturb import awp
-from ibjax.step import Net, Objective, Perturb, TrainState, Variables
+from ibjax.step import Objective, Perturb, TrainState
 
 NAMES = (
     "standard",
@@ -140,7 +141,7 @@ def program(case: Case, images: int, shape: tuple[int, ...] = (32, 32, 3), micro
     optimizer = optim.sgd(lr=0.01)
 
     def bind_net(frozen):
-        return step.linen_net(case.model, case.teachers, frozen)
+        return linen_net(case.model, case.teachers, frozen)
 
     def init():
         key, x = jax.random.key(0), jnp.zeros((1, *shape))
@@ -149,8 +150,8 @@ def program(case: Case, images: int, shape: tuple[int, ...] = (32, 32, 3), micro
         parts = (key, bind_net(frozen), case.model, case.objective.head, optimizer, x)
         return step.init_state(*parts, ema=False, memory=memory), frozen
 
-    options = dict(perturb=case.perturb, microbatches=microbatches)
-    made = step.make_train_step(bind_net, case.objective, optimizer, case.attack, **options)
+    problem = step.Problem(bind_net, case.objective, case.attack, microbatches=microbatches)
+    made = step.make_train_step(problem, optimizer, perturb=case.perturb)
     return Program(made, init, bind_net)
 
 
@@ -186,7 +187,7 @@ def ibjax_predictions(case: Case, batch_size: int, shape: tuple[int, int, int] =
     """Jitted predictions of one batch of noise, on the first device."""
     variables = jax.jit(partial(case.model.init, train=False))(jax.random.key(0), jnp.zeros((1, *shape)))
     x, _ = noise(batch_size, shape)
-    predict, x = jax.jit(lambda variables, x: step.linen_net(case.model).predict(variables, x)[0]), jnp.asarray(x)
+    predict, x = jax.jit(lambda variables, x: linen_net(case.model).predict(variables, x)[0]), jnp.asarray(x)
 
     def predictions(n):
         logits = [predict(variables, x) for _ in range(n)]

@@ -25,9 +25,9 @@ from ibjax.devices import precision
 from ibjax.evaluation import named, scoring
 from ibjax.evaluation.evaluate import make_scorer
 from ibjax.models import siriib
+from ibjax.net import linen_net, to_float
 from ibjax.objectives import ib_rar
 from ibjax.perturb import PERTURBATIONS
-from ibjax.step import linen_net, to_float
 
 CLASSES, NORM, EPS, STEP_SIZE = 10, "linf", "8/255", "2/255"
 

@@ -39,7 +39,7 @@ from ibjax.attacks.pgd import pgd
 from ibjax.devices import cluster
 from ibjax.errors import InputError
 from ibjax.models import resnet
-from ibjax.step import linen_net
+from ibjax.net import linen_net
 
 EPOCHS, BATCH, EPS = 20, 128, 0.125
 NAMES = ("digits", *published.NETWORKS)

@@ -1,10 +1,11 @@
 """The training step, shared by all methods, and the interfaces that a method implements.
 
-    Net        how a network is called: pure functions over plain nested dicts of arrays
-    Attack     (key, logits_fn, x, target) -> x_adv                                  ibjax.attacks
-    Objective  the target of the attack, and the loss of the optimiser               ibjax.objectives
-    Perturb    (params, gradients, epoch) -> a step in weight space                  ibjax.perturb
-    TrainState, make_train_step                                                      below
+    Net        how a network is called: pure functions over plain nested dicts of arrays   ibjax.net
+    Attack     (key, logits_fn, x, target) -> x_adv                                        ibjax.attacks
+    Objective  the target of the attack, and the loss of the optimiser                     ibjax.objectives
+    Perturb    (params, gradients, epoch) -> a step in weight space                        ibjax.perturb
+    Problem    all of which a batch passes on its way to the loss                          below
+    TrainState, make_train_step                                                            below
 
 `variables` is a dict with these entries:
 
@@ -16,30 +17,25 @@
 batch-norm statistics are updated.
 """
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array, lax
 
-from ibjax.attacks import Attack, StatefulAttack, entrance
+from ibjax.attacks import Attack, StatefulAttack
 from ibjax.devices import placement, precision
-from ibjax.devices.cores import in_parts
 from ibjax.errors import InputError
+from ibjax.net import Net, Output, Variables, of_network, to_float
 
-Variables = dict[str, Any]
 # "image" (B, H, W, C) float32 in [0, 1]; "label" and "index" (B,) int32; "step" int32, the number of steps before this
 # one; "epoch" float32, the same number in epochs (0.5: half of the first epoch is done); "epoch_step" int32, the number
 # of steps of the current epoch before this one. Mixed images have "share" (B,) float32, the share of the image at
 # "index"; their "label" holds distributions (B, C) float32, as it does in the loss where labels are smoothed
 Batch = dict[str, Array]
-Output = tuple[Array, dict[str, Array]]  # logits (B, C) float32, features
-Edits = Mapping[str, Callable[[Array], Array]]  # name of a tap -> edit of its feature in the forward pass
 Perturb = Callable[[Any, Any, Array], Any]
 
 
@@ -51,44 +47,6 @@ class PerImage(NamedTuple):
 
 Augment = Callable[[Array, Array], Array] | PerImage
 _MIXING = 2**31 - 1  # folded into the key of the augmentation, whose own draws fold in small numbers
-
-
-class Features(dict[str, Array]):
-    """The taps of a network by name; InputError, which names those that exist, where a method needs another one."""
-
-    def __missing__(self, name: str) -> Array:
-        taps = f"its taps are {', '.join(self)}" if self else "it returns logits alone; return (logits, {name: array})"
-        raise InputError(f"the method needs the tap '{name}', which the network does not have: {taps}")
-
-
-jax.tree_util.register_pytree_with_keys(
-    Features,
-    lambda taps: ([(jax.tree_util.DictKey(name), taps[name]) for name in sorted(taps)], tuple(sorted(taps))),
-    lambda names, arrays: Features(zip(names, arrays, strict=True)),
-)
-
-
-class Predict(Protocol):
-    """A forward pass in evaluation mode; it updates no variables."""
-
-    def __call__(self, variables: Variables, x: Array, edits: Edits | None = None) -> Output: ...
-
-
-class Forward(Protocol):
-    """A forward pass in training mode; the returned variables contain the updated batch statistics."""
-
-    def __call__(
-        self, variables: Variables, x: Array, key: Array, edits: Edits | None = None
-    ) -> tuple[Output, Variables]: ...
-
-
-class Net(NamedTuple):
-    """The network as the train step sees it: the only interface to the neural-network library."""
-
-    predict: Predict
-    forward: Forward
-    teacher: Callable[[Array], Output] | None = None  # frozen weights, evaluation mode, no gradient
-    assistant: Callable[[Array], Output] | None = None  # a second teacher, likewise
 
 
 Loss = tuple[Array, tuple[Variables, dict[str, Array]]]  # value, (variables, metrics)
@@ -140,86 +98,6 @@ class TrainState(NamedTuple):
     ema_stats: Any = None  # the batch statistics of the averaged network; None: those of the network itself
 
 
-def linen_net(
-    model: nn.Module,
-    teachers: Mapping[str, nn.Module] | None = None,
-    frozen: Mapping[str, Variables] | None = None,
-) -> Net:
-    """Wraps a Linen module and its frozen teachers as pure functions of `variables`.
-
-    `teachers` and `frozen` map "teacher" and "assistant" to their modules and their variables, as far as they exist.
-    A network that returns logits alone has no features. Products have the precision of an evaluation, unless the caller
-    asks for another one, as the train step does (`ibjax.devices.precision`).
-    """
-
-    @precision.evaluated
-    def predict(variables, x, edits=None):
-        if edits is not None:  # an edit may need the whole batch
-            return as_output(model.apply(_network(variables), x, train=False, **_edited(model, edits)))
-        return in_parts(lambda x: as_output(model.apply(_network(variables), x, train=False)))(x)
-
-    @precision.evaluated
-    def forward(variables, x, key, edits=None):
-        rngs = dict(zip(("dropout", "sample"), jax.random.split(key), strict=True))
-        network, edited = _network(variables), _edited(model, edits)
-        output, updated = model.apply(network, x, train=True, mutable=["batch_stats"], rngs=rngs, **edited)
-        return as_output(output), {**variables, **updated}
-
-    def teach(role):
-        if not frozen or role not in frozen:
-            return None
-        module, variables = (teachers or {})[role], frozen[role]
-        answer = precision.evaluated(in_parts(lambda x: as_output(module.apply(variables, x, train=False))))
-        return lambda x: jax.tree.map(lax.stop_gradient, answer(x))
-
-    return Net(predict, forward, teach("teacher"), teach("assistant"))
-
-
-def as_output(made: Any) -> Output:
-    """(logits, features) from what a network returns: these two, or logits alone. InputError on anything else."""
-    match made:
-        case (jax.Array() as logits, Mapping() as features):
-            return logits, Features(features)
-        case jax.Array():
-            return made, Features()
-    given = f"a tuple of {len(made)}" if isinstance(made, tuple) else f"a {type(made).__name__}"
-    raise InputError(f"the network returns {given}; return logits (B, classes), or (logits, {{name of a tap: array}})")
-
-
-def checked_logits(predict: Callable[[Any, Array], Output], variables: Any) -> Callable[[Array], Array]:
-    """A network as a function from images to logits in evaluation mode, which checks its images as the attacks do."""
-    program = jax.jit(predict)
-
-    def logits_fn(x: Array) -> Array:
-        if isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.floating):
-            x = x.astype(np.float32)  # as JAX does
-        return program(variables, entrance.images(x))[0]
-
-    return logits_fn
-
-
-def taps(model: nn.Module, input_shape: Sequence[int]) -> Features:
-    """The shapes of a network's features for one image; nothing is computed."""
-    x = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
-    return jax.eval_shape(lambda x: as_output(model.init_with_output(jax.random.key(0), x, train=False)[0])[1], x)
-
-
-def _edited(model, edits):
-    """The argument `edits`, which networks need not take, as long as no method edits their taps."""
-    if edits is None:
-        return {}
-    if "edits" not in inspect.signature(type(model).__call__).parameters:
-        raise InputError(
-            f"the method edits the tap {', '.join(edits)}, and the network's __call__ has no argument `edits`; apply "
-            f"them as ibjax.models.layers.Taps does, or take a network of ibjax.models"
-        )
-    return {"edits": edits}
-
-
-def _network(variables):
-    return {name: variables[name] for name in ("params", "batch_stats") if name in variables}
-
-
 def trainable(variables: Variables) -> dict[str, Any]:
     """The part of `variables` that has gradients: {"params": …} and, with a head, {"head": …}."""
     head = {"head": variables["head"]["params"]} if "head" in variables else {}
@@ -238,7 +116,7 @@ def evaluation_variables(state: TrainState) -> Variables:
     The running statistics are those of the averaged network if the state has them, else those of the raw parameters, as
     in the code of Gowal et al. and of SCORE.
     """
-    evaluated = _network(state.variables)
+    evaluated = of_network(state.variables)
     if state.ema_params is not None:
         evaluated["params"] = state.ema_params
     if state.ema_stats is not None:
@@ -287,22 +165,45 @@ class Passes(NamedTuple):
 AS_STATED = Passes()
 
 
+class Problem(NamedTuple):
+    """What an optimiser solves: how a batch becomes a loss, with the attack on the way.
+
+    bind_net: {role: a teacher's variables} (or None) -> Net.
+    objective: the method.
+    attack: the inner maximisation, in evaluation mode; None: no attack, or the one of `objective.attack`.
+    training_attack: the same attack with batch-norm in training mode, where every attack step updates the running
+      statistics; it replaces `attack`.
+    augment: (key, images) -> float32 images in [0, 1], or `PerImage`; None only converts the images to float32.
+    mix: (key, batch) -> the batch with mixed "image", "label" (B, C) and "share"; the attack and the loss see it.
+    smooth: batch -> the labels (B, C) that `objective.loss` fits; the attack sees those of the batch.
+    steps_per_epoch: converts `state.step` into `batch["epoch"]`.
+    microbatches: number of parts of a batch that are attacked and differentiated one after the other, to save memory;
+      the optimiser takes one step with the mean gradient. Whatever couples the images of a batch then couples only
+      those of one part: batch statistics (which the parts update in turn), HSIC and its widths, weight perturbations.
+    passes: see `Passes`.
+    products: the precision of float32 products in networks, heads, teachers and attack, by name.
+    """
+
+    bind_net: Callable[[Mapping[str, Variables] | None], Net]
+    objective: Objective
+    attack: Attack | None = None
+    training_attack: StatefulAttack | None = None
+    augment: Augment | None = None
+    mix: Callable[[Array, Batch], Batch] | None = None
+    smooth: Callable[[Batch], Array] | None = None
+    steps_per_epoch: int = 1
+    microbatches: int = 1
+    passes: Passes = AS_STATED
+    products: str = precision.TRAINING
+
+
 def make_train_step(
-    bind_net: Callable[[Mapping[str, Variables] | None], Net],
-    objective: Objective,
+    problem: Problem,
     optimizer: optax.GradientTransformation,
-    attack: Attack | None,
-    training_attack: StatefulAttack | None = None,
-    augment: Augment | None = None,
-    mix: Callable[[Array, Batch], Batch] | None = None,
-    smooth: Callable[[Batch], Array] | None = None,
+    *,
+    perturb: Perturb | None = None,
     ema_decay: float | Callable[[Array], Array] | None = None,
     average_stats: bool = False,
-    perturb: Perturb | None = None,
-    steps_per_epoch: int = 1,
-    microbatches: int = 1,
-    passes: Passes = AS_STATED,
-    products: str = precision.TRAINING,
 ) -> Callable[[TrainState, Batch, Array, Mapping[str, Variables] | None], tuple[TrainState, dict[str, Array]]]:
     """The step `(state, batch, key, frozen=None) -> (state, metrics)`, pure and not yet jitted.
 
@@ -310,60 +211,24 @@ def make_train_step(
     saved with the state.
 
     Args:
-      bind_net: {role: teacher's variables} (or None) -> Net.
-      objective: the method.
+      problem: how a batch becomes a loss.
       optimizer: over `trainable(variables)`.
-      attack: the inner maximisation, in evaluation mode; None: no attack, or the one of `objective.attack`.
-      training_attack: the same attack with batch-norm in training mode, where every attack step updates the running
-        statistics; it replaces `attack`.
-      augment: (key, images) -> float32 images in [0, 1], or `PerImage`; None only converts the images to float32.
-      mix: (key, batch) -> the batch with mixed "image", "label" (B, C) and "share"; the attack and the loss see it.
-      smooth: batch -> the labels (B, C) that `objective.loss` fits; the attack sees those of the batch.
-      ema_decay: decay of the moving average of the parameters, if the state has one; or a function of the steps done.
-      average_stats: whether `ema_stats` of the state is the same average of the batch statistics.
       perturb: a weight perturbation. The gradient is taken at the perturbed weights; the perturbation is subtracted
         after the optimiser's step.
-      steps_per_epoch: converts `state.step` into `batch["epoch"]`.
-      microbatches: number of parts of a batch that are attacked and differentiated one after the other, to save
-        memory; the optimiser takes one step with the mean gradient. Whatever couples the images of a batch then couples
-        only those of one part: batch statistics (which the parts update in turn), HSIC and its widths, weight
-        perturbations.
-      passes: see `Passes`.
-      products: the precision of float32 products in networks, heads, teachers and attack, by name.
+      ema_decay: decay of the moving average of the parameters, if the state has one; or a function of the steps done.
+      average_stats: whether `ema_stats` of the state is the same average of the batch statistics.
     """
-    prepare = _preparation(augment, mix, steps_per_epoch)
-    adversarial = _adversarial(objective, attack, training_attack, smooth, passes)
+    differentiate = _differentiation(problem, perturb)
 
-    def differentiate(net, variables, batch, attack_key, loss_key):
-        """((gradients, weight perturbation), (variables, metrics)) of a batch, or of a part of one."""
-        net, variables, fitted, x_adv = adversarial(net, variables, batch, attack_key, loss_key)
-
-        def loss(params):
-            return objective.loss(net, with_trainable(variables, params), fitted, x_adv, loss_key)
-
-        params, offset = trainable(variables), None
-        if perturb is not None:
-
-            def proxy(weights):
-                changed = with_trainable(variables, {**params, "params": weights})
-                if objective.proxy is None:
-                    return objective.loss(net, changed, fitted, x_adv, loss_key)[0]
-                return objective.proxy(net, changed, fitted, x_adv, loss_key)
-
-            offset = perturb(params["params"], jax.grad(proxy)(params["params"]), batch["epoch"])
-            params = {**params, "params": jax.tree.map(jnp.add, params["params"], offset)}
-        gradients, (updated, metrics) = jax.grad(loss, has_aux=True)(params)
-        return (gradients, offset), (with_trainable(updated, trainable(variables)), metrics)
-
-    @precision.at(products)
+    @precision.at(problem.products)
     def train_step(state, batch, key, frozen=None):
-        batch, progress, keys = prepare(state.step, batch, key)
-        net, variables = bind_net(frozen), placement.gathered(state.variables)
+        batch, progress, keys = _prepared(problem, state.step, batch, key)
+        net, variables = problem.bind_net(frozen), placement.gathered(state.variables)
 
         def one(variables, part, keys):
             return differentiate(net, variables, {**part, **progress}, *keys)
 
-        summed, (variables, metrics) = _over_parts(one, variables, batch, keys, microbatches)
+        summed, (variables, metrics) = _over_parts(one, variables, batch, keys, problem.microbatches)
         gradients, offset = placement.shared(summed)
 
         params = raw = placement.shared(trainable(state.variables))
@@ -385,83 +250,100 @@ def make_train_step(
 
 
 def make_statistics_step(
-    bind_net: Callable[[Mapping[str, Variables] | None], Net],
-    objective: Objective,
-    attack: Attack | None,
-    training_attack: StatefulAttack | None = None,
-    augment: Augment | None = None,
-    mix: Callable[[Array, Batch], Batch] | None = None,
-    smooth: Callable[[Batch], Array] | None = None,
-    steps_per_epoch: int = 1,
-    microbatches: int = 1,
-    passes: Passes = AS_STATED,
-    products: str = precision.TRAINING,
+    problem: Problem,
 ) -> Callable[[TrainState, Batch, Array, Mapping[str, Variables] | None], TrainState]:
     """The step `(state, batch, key, frozen=None) -> state` that moves `ema_stats` as training moves the statistics.
 
     It makes the passes of a train step, with the same images, at the averaged parameters; nothing else changes but the
-    number of the step. Arguments as in `make_train_step`.
+    number of the step.
     """
-    prepare = _preparation(augment, mix, steps_per_epoch)
-    adversarial = _adversarial(objective, attack, training_attack, smooth, passes)
 
-    @precision.at(products)
+    @precision.at(problem.products)
     def statistics_step(state, batch, key, frozen=None):
-        batch, progress, keys = prepare(state.step, batch, key)
-        net = bind_net(frozen)
+        batch, progress, keys = _prepared(problem, state.step, batch, key)
+        net = problem.bind_net(frozen)
 
         def one(variables, part, keys):
-            seen, variables, fitted, x_adv = adversarial(net, variables, {**part, **progress}, *keys)
-            return (), (objective.loss(seen, variables, fitted, x_adv, keys[1])[1][0], {})
+            seen, variables, fitted, x_adv = _attacked(problem, net, variables, {**part, **progress}, *keys)
+            return (), (problem.objective.loss(seen, variables, fitted, x_adv, keys[1])[1][0], {})
 
         variables = {**state.variables, "params": state.ema_params, "batch_stats": state.ema_stats}
         variables = placement.gathered(variables)
-        _, (variables, _) = _over_parts(one, variables, batch, keys, microbatches)
+        _, (variables, _) = _over_parts(one, variables, batch, keys, problem.microbatches)
         return state._replace(step=state.step + 1, ema_stats=variables["batch_stats"])
 
     return statistics_step
 
 
-def _preparation(augment, mix, steps_per_epoch):
-    """(step, batch, key) -> (augmented and mixed batch, what all its images share, keys of attack and loss)."""
-
-    def prepare(step, batch, key):
-        augment_key, *keys = jax.random.split(jax.random.fold_in(key, step), 3)
-        images = _augmented(augment, augment_key, to_float(batch["image"]), batch.get("index"))
-        batch = {**batch, "image": images}
-        if mix is not None:
-            batch = mix(jax.random.fold_in(augment_key, _MIXING), batch)
-        whole, rest = jnp.divmod(step, steps_per_epoch)  # floor(epoch) stays exact if a device's division is not
-        epoch = whole.astype(jnp.float32) + rest.astype(jnp.float32) / steps_per_epoch
-        return batch, {"step": step, "epoch": epoch, "epoch_step": rest}, jnp.stack(keys)
-
-    return prepare
+def _prepared(problem, step, batch, key):
+    """(augmented and mixed batch, what all its images share, keys of attack and loss)."""
+    augment_key, *keys = jax.random.split(jax.random.fold_in(key, step), 3)
+    images = _augmented(problem.augment, augment_key, to_float(batch["image"]), batch.get("index"))
+    batch = {**batch, "image": images}
+    if problem.mix is not None:
+        batch = problem.mix(jax.random.fold_in(augment_key, _MIXING), batch)
+    whole, rest = jnp.divmod(step, problem.steps_per_epoch)  # floor(epoch) stays exact if a device's division is not
+    epoch = whole.astype(jnp.float32) + rest.astype(jnp.float32) / problem.steps_per_epoch
+    return batch, {"step": step, "epoch": epoch, "epoch_step": rest}, jnp.stack(keys)
 
 
-def _adversarial(objective, attack, training_attack, smooth, passes):
-    """(net, variables, batch, attack_key, loss_key) -> (net, variables, batch, x_adv), as the loss takes them."""
+def _augmented(augment, key, images, index):
+    """The augmented images (B, H, W, C)."""
+    if augment is None:
+        return images
+    if not isinstance(augment, PerImage):
+        return augment(key, images)
+    return jax.vmap(augment.change)(jax.vmap(jax.random.fold_in, (None, 0))(key, index), images)
 
-    def adversarial(net, variables, batch, attack_key, loss_key):
-        seen = net
-        if objective.remember is not None:
-            variables = objective.remember(net, variables, batch, loss_key)
-        x_adv = None
-        if objective.attack is not None:
-            x_adv, variables = objective.attack(net, variables, batch, attack_key)
-        elif training_attack is not None:
-            x_adv, variables = _attack_in_training_mode(
-                training_attack, attack_key, net, variables, batch, objective, loss_key
-            )
-        elif attack is not None:
-            if passes.attack == "batch":
-                seen = net._replace(predict=lambda v, x, edits=None: net.forward(v, x, loss_key, edits)[0])
-            target = objective.target(seen, variables, batch, loss_key)
-            x_adv = attack(attack_key, _attacked(objective, seen, variables), batch["image"], target)
-        x_adv = jax.tree.map(lax.stop_gradient, x_adv)
-        fitted = batch if smooth is None else {**batch, "label": smooth(batch)}
-        return _with_statistics(net, batch["image"], x_adv, passes), variables, fitted, x_adv
 
-    return adversarial
+def _differentiation(problem, perturb):
+    """(net, variables, batch, attack_key, loss_key) -> ((gradients, perturbation), (variables, metrics)).
+
+    The batch may be a part of one.
+    """
+    objective = problem.objective
+
+    def differentiate(net, variables, batch, attack_key, loss_key):
+        net, variables, fitted, x_adv = _attacked(problem, net, variables, batch, attack_key, loss_key)
+
+        def loss(params):
+            return objective.loss(net, with_trainable(variables, params), fitted, x_adv, loss_key)
+
+        params, offset = trainable(variables), None
+        if perturb is not None:
+
+            def proxy(weights):
+                changed = with_trainable(variables, {**params, "params": weights})
+                if objective.proxy is None:
+                    return objective.loss(net, changed, fitted, x_adv, loss_key)[0]
+                return objective.proxy(net, changed, fitted, x_adv, loss_key)
+
+            offset = perturb(params["params"], jax.grad(proxy)(params["params"]), batch["epoch"])
+            params = {**params, "params": jax.tree.map(jnp.add, params["params"], offset)}
+        gradients, (updated, metrics) = jax.grad(loss, has_aux=True)(params)
+        return (gradients, offset), (with_trainable(updated, trainable(variables)), metrics)
+
+    return differentiate
+
+
+def _attacked(problem, net, variables, batch, attack_key, loss_key):
+    """(net, variables, batch, x_adv), as the loss takes them."""
+    objective, passes, seen, x_adv = problem.objective, problem.passes, net, None
+    if objective.remember is not None:
+        variables = objective.remember(net, variables, batch, loss_key)
+    if objective.attack is not None:
+        x_adv, variables = objective.attack(net, variables, batch, attack_key)
+    elif problem.training_attack is not None:
+        x_adv, variables = _attack_in_training_mode(problem, attack_key, net, variables, batch, loss_key)
+    elif problem.attack is not None:
+        if passes.attack == "batch":
+            seen = net._replace(predict=lambda v, x, edits=None: net.forward(v, x, loss_key, edits)[0])
+        target = objective.target(seen, variables, batch, loss_key)
+        answer = lambda x: _for_attack(objective, seen.predict(variables, x))  # noqa: E731
+        x_adv = problem.attack(attack_key, answer, batch["image"], target)
+    x_adv = jax.tree.map(lax.stop_gradient, x_adv)
+    fitted = batch if problem.smooth is None else {**batch, "label": problem.smooth(batch)}
+    return _with_statistics(net, batch["image"], x_adv, passes), variables, fitted, x_adv
 
 
 def _with_statistics(net, x, x_adv, passes):
@@ -508,39 +390,21 @@ def _over_parts(differentiate, variables, batch, keys, count):
     return summed, (variables, metrics)
 
 
-def _augmented(augment, key, images, index):
-    """The augmented images (B, H, W, C)."""
-    if augment is None:
-        return images
-    if not isinstance(augment, PerImage):
-        return augment(key, images)
-    return jax.vmap(augment.change)(jax.vmap(jax.random.fold_in, (None, 0))(key, index), images)
+def _for_attack(objective, output):
+    """What the attack sees of a network's output: the logits, or (logits, features) if the objective has its loss."""
+    return output if objective.attack_loss is not None else output[0]
 
 
-def _attacked(objective, net, variables):
-    """The function that the attack evaluates: x -> logits, or (logits, features) if the objective defines its loss."""
-    if objective.attack_loss is not None:
-        return lambda x: net.predict(variables, x)
-    return lambda x: net.predict(variables, x)[0]
-
-
-def _attack_in_training_mode(attack, key, net, variables, batch, objective, loss_key):
+def _attack_in_training_mode(problem, key, net, variables, batch, loss_key):
     """Every attack step is a training-mode forward pass and moves the running statistics once (Rice et al.)."""
+    objective = problem.objective
     target = objective.target(net, variables, batch, loss_key)
     params = trainable(variables)
 
-    def forward(x, changing):
-        output, updated = net.forward(with_trainable(changing, params), x, loss_key)
-        changed = {name: part for name, part in updated.items() if name != "params"}
-        return output if objective.attack_loss is not None else output[0], changed
+    def forward(x, rest):
+        output, updated = net.forward(with_trainable(rest, params), x, loss_key)
+        return _for_attack(objective, output), {name: part for name, part in updated.items() if name != "params"}
 
     rest = {name: part for name, part in variables.items() if name != "params"}
-    x_adv, rest = attack(
-        key, lambda x, rest: forward(x, {**rest, "params": params["params"]}), batch["image"], target, rest
-    )
+    x_adv, rest = problem.training_attack(key, forward, batch["image"], target, rest)
     return x_adv, {**rest, "params": params["params"]}
-
-
-def to_float(images: Array) -> Array:
-    """uint8 images become float32 in [0, 1]; float images pass unchanged."""
-    return images.astype(jnp.float32) / 255.0 if images.dtype == jnp.uint8 else images

@@ -9,9 +9,9 @@ from conftest import in_programs, once
 from ibjax import config
 from ibjax.errors import InputError
 from ibjax.models import stochastic
+from ibjax.net import linen_net
 from ibjax.objectives.ara import ara
 from ibjax.objectives.shared_information import shared_information
-from ibjax.step import linen_net
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)

@@ -13,8 +13,8 @@ from ibjax.data import npz
 from ibjax.devices import cluster
 from ibjax.errors import DataError
 from ibjax.evaluation import results
+from ibjax.net import to_float
 from ibjax.runs import run
-from ibjax.step import to_float
 
 
 @pytest.fixture

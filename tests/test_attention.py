@@ -17,8 +17,8 @@ from ibjax.attacks.pgd import pgd
 from ibjax.devices import cluster
 from ibjax.errors import CheckpointError, InputError
 from ibjax.evaluation import scoring
+from ibjax.net import linen_net, to_float
 from ibjax.runs import checkpoint, run, rundir, trees
-from ibjax.step import linen_net, to_float
 from ibjax.training.experiment import build, initial_state
 
 

@@ -13,8 +13,8 @@ from ibjax.devices import cluster
 from ibjax.errors import InputError
 from ibjax.evaluation import evaluate, scoring
 from ibjax.models import resnet, siriib
+from ibjax.net import to_float
 from ibjax.runs import run
-from ibjax.step import to_float
 
 BACKBONE = dict(name="resnet", blocks=(1,), width=2)
 SIZES = dict(backbone=BACKBONE, scales=(8, 4), widths=(2,))

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from ibjax import config, losses, step
+from ibjax import config, losses
 from ibjax.devices import cores
+from ibjax.net import linen_net
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +76,7 @@ def test_a_network_answers_the_same_in_parts():
         "models", ConfigDict({"name": "resnet", "blocks": (1, 1), "width": 8, "dtype": "float32"}), "model",
         num_classes=10,
     )  # fmt: skip
-    net, x, y = step.linen_net(model), noise(64), jnp.arange(64) % 10
+    net, x, y = linen_net(model), noise(64), jnp.arange(64) % 10
     variables = model.init(jax.random.key(1), x[:1], train=False)
 
     def everything():
@@ -103,7 +104,7 @@ def test_an_edit_sees_the_whole_batch():
     model = config.build(
         "models", ConfigDict({"name": "resnet", "blocks": (1, 1), "width": 8}), "model", num_classes=10
     )
-    net, x = step.linen_net(model), noise(64)
+    net, x = linen_net(model), noise(64)
     variables, seen = model.init(jax.random.key(1), x[:1], train=False), []
 
     def edit(feature):

@@ -10,6 +10,7 @@ from test_objectives import BATCH, MODEL, NET, TEACHER, VARIABLES, X_ADV, random
 
 from ibjax import losses
 from ibjax.errors import InputError
+from ibjax.net import linen_net
 from ibjax.objectives import ibd_matching
 from ibjax.objectives.ard import ard
 from ibjax.objectives.iad import iad
@@ -17,7 +18,7 @@ from ibjax.objectives.ibd import ibd
 from ibjax.objectives.ibd_matching import AttentionMatching, energy_differences, hand_matching, layers_of
 from ibjax.objectives.rslad import rslad
 from ibjax.perturb import awp
-from ibjax.step import linen_net, trainable, with_trainable
+from ibjax.step import trainable, with_trainable
 
 ASSISTANT = random_variables(9)
 BOTH = in_programs(

@@ -16,9 +16,9 @@ import effects
 
 from ibjax import config
 from ibjax.errors import InputError
+from ibjax.net import to_float
 from ibjax.objectives.ib_rar import dependence, ib_rar, layers_of
 from ibjax.runs import run
-from ibjax.step import to_float
 
 SMALL = dict(name="cnn", widths=((2,),), hidden=(), padding=1, pool="average")
 

@@ -17,8 +17,8 @@ from ibjax.attacks.pgd import pgd
 from ibjax.devices import cluster
 from ibjax.errors import InputError
 from ibjax.evaluation import scoring
+from ibjax.net import linen_net, to_float
 from ibjax.runs import run
-from ibjax.step import linen_net, to_float
 from ibjax.training import loop
 from ibjax.training.experiment import build
 

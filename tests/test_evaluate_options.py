@@ -21,9 +21,9 @@ from ibjax.evaluation import evaluate, results, scoring, settings
 from ibjax.evaluation.named import in_groups, named
 from ibjax.evaluation.report import provenance, tables
 from ibjax.models import cnn, siriib, stochastic
+from ibjax.net import linen_net
 from ibjax.objectives import ib_rar
 from ibjax.runs import run
-from ibjax.step import linen_net
 
 RNG = np.random.default_rng(1)
 N = 11

@@ -13,7 +13,7 @@ from ibjax.attacks.pgd import pgd, stateful_pgd
 from ibjax.errors import InputError
 from ibjax.objectives.pgd_at import pgd_at
 from ibjax.optim import sgd
-from ibjax.step import init_state, make_train_step
+from ibjax.step import Problem, init_state, make_train_step
 from ibjax.training.experiment import build
 
 KEY = jax.random.key(3)
@@ -72,7 +72,7 @@ def test_a_step_has_two_passes_in_training_mode():
     """The running statistics after it are those of the start, then x'."""
     options = dict(eps=EPS, step_size=1.25 * EPS, steps=1)
     optimizer = sgd(lr=lambda step: 0.0)
-    step = make_train_step(lambda _: NET, pgd_at(), optimizer, None, stateful_pgd(**options))
+    step = make_train_step(Problem(lambda _: NET, pgd_at(), training_attack=stateful_pgd(**options)), optimizer)
     state = jax.jit(lambda: init_state(KEY, NET, MODEL, None, optimizer, BATCH["image"], False))()
     state = state._replace(variables=VARIABLES)
     found = jax.jit(step)(state, BATCH, KEY)[0].variables["batch_stats"]

@@ -8,6 +8,7 @@ from ibjax.analysis import flops
 from ibjax.attacks import geometry
 from ibjax.attacks.pgd import pgd
 from ibjax.models import cnn, resnet
+from ibjax.net import linen_net
 from ibjax.objectives.alp import alp
 from ibjax.objectives.ard import ard
 from ibjax.objectives.dkl import dkl
@@ -45,7 +46,7 @@ def cost(objective, attack, teacher=None, perturb=None, assistant=None, student=
     frozen = {role: jax.eval_shape(module.init, jax.random.key(0), IMAGES) for role, module in teachers.items()}
 
     def bind_net(frozen):
-        return step.linen_net(student, teachers, frozen)
+        return linen_net(student, teachers, frozen)
 
     def init(x, frozen):
         memory = objective.memory(8, 10) if objective.memory else None
@@ -54,7 +55,7 @@ def cost(objective, attack, teacher=None, perturb=None, assistant=None, student=
         )
 
     state = jax.eval_shape(init, IMAGES, frozen)
-    train_step = step.make_train_step(bind_net, objective, optimizer, attack, perturb=perturb)
+    train_step = step.make_train_step(step.Problem(bind_net, objective, attack), optimizer, perturb=perturb)
     found = flops.step_cost(train_step, bind_net, state, {"image": IMAGES, "label": LABELS, "index": LABELS}, frozen)
     return tuple(found[part] / found["forward"] for part in ("step", "teacher", "assistant"))
 

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from ibjax import config, losses, step
+from ibjax import config, losses
 from ibjax.attacks import hoist, pgd
 from ibjax.devices import cluster, cores, forms
 from ibjax.errors import InputError
 from ibjax.models import gradients, layers, packed
+from ibjax.net import linen_net
 
 RESNET = dict(name="resnet", blocks=(1, 1), width=8)
 NETWORKS = {
@@ -58,7 +59,7 @@ def shaken(variables):
 
 def everything(model, variables, x):
     """Logits, taps and gradients of pixels in evaluation mode; the same of weights and statistics in training mode."""
-    net = step.linen_net(model)
+    net = linen_net(model)
 
     def value(params, x, train):
         weights = {**variables, "params": params}
@@ -104,7 +105,7 @@ def body_of_the_attack(dtype):
     """The body of PGD's loop on a small network as traced for a GPU, and how many of its arguments are constants."""
     model = config.build("models", ConfigDict({**RESNET, "dtype": dtype}), "model", num_classes=5)
     variables = jax.eval_shape(model.init, jax.random.key(1), X)
-    net, attack = step.linen_net(model), pgd.pgd()
+    net, attack = linen_net(model), pgd.pgd()
 
     def program(variables, x):
         return attack(jax.random.key(0), lambda x: net.predict(variables, x)[0], x, Y)
@@ -202,8 +203,8 @@ def test_edits_and_taps_of_packed_maps_are_those_of_maps():
     found = []
     for platform in ("cuda", "tpu"):
         with cores.elsewhere(platform):
-            found.append(jax.jit(lambda v, x: step.linen_net(model).predict(v, x, edits))(variables, x))
-            text = str(jax.make_jaxpr(lambda x: step.linen_net(model).predict(variables, x))(x))
+            found.append(jax.jit(lambda v, x: linen_net(model).predict(v, x, edits))(variables, x))
+            text = str(jax.make_jaxpr(lambda x: linen_net(model).predict(variables, x))(x))
         assert ("f32[2,4,8,128]" in text) == (platform == "tpu")  # two rows in the channels
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

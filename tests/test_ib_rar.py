@@ -8,6 +8,7 @@ import pytest
 
 from ibjax.errors import InputError
 from ibjax.information import hsic
+from ibjax.net import Net
 from ibjax.objectives.hbar import hbar
 from ibjax.objectives.ib_rar import (
     adaptive_attack,
@@ -20,7 +21,7 @@ from ibjax.objectives.ib_rar import (
     permanent_mask,
 )
 from ibjax.objectives.pgd_at import pgd_at
-from ibjax.step import Net, Objective, TrainState, make_train_step, trainable
+from ibjax.step import Objective, Problem, TrainState, make_train_step, trainable
 
 B, CLASSES, WIDTHS = 16, 3, (12, 9)
 RNG = np.random.default_rng(0)
@@ -286,7 +287,7 @@ def test_the_steps_of_an_epoch_are_counted_from_its_first():
 
     objective = Objective(lambda net, variables, batch, key: batch["label"], record, attack_losses=())
     optimizer = optax.sgd(0.0)
-    step = jax.jit(make_train_step(lambda _: NET, objective, optimizer, None, steps_per_epoch=490))
+    step = jax.jit(make_train_step(Problem(lambda _: NET, objective, steps_per_epoch=490), optimizer))
     state = TrainState(jnp.int32(0), VARIABLES, optimizer.init(trainable(VARIABLES)), None)
     batch = {"image": BATCH["image"], "label": BATCH["label"], "index": jnp.arange(len(BATCH["label"]))}
     for done, expected in ((0, 0), (489, 489), (490, 0), (500, 10), (980, 0)):

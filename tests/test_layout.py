@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 GROUND = ("errors", "calls", "extensions", "sources", "losses", "files", "cli", "places", "lazy")
-CORE = ("step", "config", "optim", "perturb", "threat")
+CORE = ("step", "net", "config", "optim", "perturb", "threat")
 COMMANDS = ("main", "evaluate", "attack", "report", "convert", "aot", "doctor")
 # from the ground up; modules and wings of one floor may import one another, but not in a circle
 FLOORS = (

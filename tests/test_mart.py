@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ibjax.net import Net
 from ibjax.objectives.mart import boosted_cross_entropy, floored_kl, mart
-from ibjax.step import Net
 
 LABELS = np.arange(6) % 4
 

@@ -7,8 +7,8 @@ import pytest
 
 from ibjax.attacks.pgd import pgd
 from ibjax.errors import InputError
+from ibjax.net import Net
 from ibjax.objectives.mma import bisect, mma, soft_logit_margin
-from ibjax.step import Net
 
 RNG = np.random.default_rng(0)
 SHAPE, B, N = (3, 3, 1), 32, 40

@@ -14,8 +14,8 @@ from ibjax.analysis import attacked, modulation
 from ibjax.devices import cluster
 from ibjax.errors import InputError
 from ibjax.models import resnet, siriib
+from ibjax.net import linen_net, to_float
 from ibjax.runs import run
-from ibjax.step import linen_net, to_float
 
 BACKBONE = dict(name="resnet", blocks=(1,), width=2)
 SIZES = dict(backbone=BACKBONE, scales=(8, 4), widths=(2,))

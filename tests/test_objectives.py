@@ -11,13 +11,14 @@ from ibjax import config, losses
 from ibjax.attacks.pgd import pgd
 from ibjax.devices import cluster
 from ibjax.models import cnn
+from ibjax.net import linen_net
 from ibjax.objectives.ibd import ibd
 from ibjax.objectives.pgd_at import pgd_at
 from ibjax.objectives.standard import standard
 from ibjax.objectives.trades import trades
 from ibjax.optim import sgd
 from ibjax.runs import checkpoint, trees
-from ibjax.step import init_state, linen_net, make_train_step, trainable, with_trainable
+from ibjax.step import Problem, init_state, make_train_step, trainable, with_trainable
 from ibjax.training import feed
 from ibjax.training.experiment import build, initial_state
 
@@ -315,7 +316,7 @@ def test_the_attack_leaves_the_running_statistics_alone_and_training_mode_moves_
 
         options = dict(eps=0.1, step_size=0.05, steps=3, init="none", unroll=False)
         attacks = (None, stateful_pgd(**options)) if training else (pgd(**options), None)
-        made = make_train_step(lambda _: NET, pgd_at(), sgd(lr=lambda s: 0.0), *attacks)
+        made = make_train_step(Problem(lambda _: NET, pgd_at(), *attacks), sgd(lr=lambda s: 0.0))
         zero, key = sgd(lr=lambda s: 0.0), jax.random.key(0)
         state = jax.jit(lambda: init_state(key, NET, MODEL, None, zero, BATCH["image"], False))()
         return jax.jit(made)(state._replace(variables=VARIABLES), BATCH, key)[0].variables["batch_stats"]

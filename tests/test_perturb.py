@@ -12,7 +12,7 @@ from ibjax.objectives.pgd_at import pgd_at
 from ibjax.objectives.trades import trades
 from ibjax.optim import sgd
 from ibjax.perturb import awp
-from ibjax.step import init_state, make_train_step, with_trainable
+from ibjax.step import Problem, init_state, make_train_step, with_trainable
 
 PARAMS = VARIABLES["params"]
 GRADIENT = jax.tree.map(lambda w: jnp.asarray(np.cos(17 * np.asarray(w))), PARAMS)
@@ -26,7 +26,7 @@ def take_step(objective, perturb, optimizer=None, epoch=0, variables=VARIABLES):
     optimizer = optimizer or sgd(lr=lambda step: 0.1, weight_decay=5e-4)
     state = jax.jit(lambda: init_state(jax.random.key(0), NET, MODEL, None, optimizer, BATCH["image"], False))()
     state = state._replace(variables=variables, step=jnp.int32(epoch))
-    step = make_train_step(lambda _: NET, objective, optimizer, stored_attack, perturb=perturb)
+    step = make_train_step(Problem(lambda _: NET, objective, stored_attack), optimizer, perturb=perturb)
     return step(state, BATCH, jax.random.key(0))[0].variables
 
 

@@ -15,8 +15,8 @@ from ibjax import config, files
 from ibjax.analysis import attacked, plane
 from ibjax.devices import cluster
 from ibjax.errors import DivergedError, InputError, PreemptedError
+from ibjax.net import linen_net, to_float
 from ibjax.runs import provenance, run, rundir
-from ibjax.step import linen_net, to_float
 from ibjax.training import loop
 from ibjax.training.experiment import build, initial_state
 

@@ -14,9 +14,9 @@ from ibjax.analysis import layers, mask
 from ibjax.errors import InputError
 from ibjax.evaluation import evaluate
 from ibjax.models import masked
+from ibjax.net import linen_net
 from ibjax.objectives import ib_rar
 from ibjax.runs import metrics, recipe_files, run, rundir
-from ibjax.step import linen_net
 
 X = jnp.asarray(np.random.default_rng(0).random((4, 32, 32, 3)), jnp.float32)
 NETWORKS = [  # a pooled map; one that a shortcut and a convolution see; one before a batch-norm; a vector

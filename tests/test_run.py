@@ -12,8 +12,8 @@ from PIL import Image
 from ibjax import config, main
 from ibjax.errors import InputError
 from ibjax.evaluation.report import runs
+from ibjax.net import linen_net
 from ibjax.runs import run
-from ibjax.step import linen_net
 
 RNG = np.random.default_rng(0)
 CLASSES = ("2", "10", "11")  # as text, 2 would be last

@@ -14,8 +14,8 @@ from ibjax import files
 from ibjax.analysis import score_cam
 from ibjax.devices import cluster
 from ibjax.models import cnn, siriib, vgg, wide_resnet
+from ibjax.net import linen_net, to_float
 from ibjax.runs import run
-from ibjax.step import linen_net, to_float
 
 SIDE, SMALL = 12, 3
 

@@ -12,10 +12,11 @@ from ibjax import losses
 from ibjax.errors import InputError
 from ibjax.information import hsic
 from ibjax.models import cnn, stochastic
+from ibjax.net import linen_net
 from ibjax.objectives.pgd_at import pgd_at
 from ibjax.objectives.shared_information import beta_at, measure, shared_information
 from ibjax.optim import sgd
-from ibjax.step import init_state, linen_net, make_train_step, trainable
+from ibjax.step import Problem, init_state, make_train_step, trainable
 from ibjax.training.experiment import _optimizer
 
 CNN = dict(name="cnn", widths=((6,), (6,)), hidden=(), padding=1, batch_norm=True, pool="average")
@@ -146,7 +147,7 @@ def test_the_mine_head_is_trained_with_the_network():
     objective = shared_information(information="mine", lam=1.0)
     optimizer = sgd(lr=lambda step: 0.1)
     state = init_state(KEY, NET, MODEL, objective.head, optimizer, BATCH["image"], False)
-    step = make_train_step(lambda _: NET, objective, optimizer, lambda *_: X_ADV)
+    step = make_train_step(Problem(lambda _: NET, objective, lambda *_: X_ADV), optimizer)
     after, _ = step(state, {k: BATCH[k] for k in ("image", "label", "index")}, KEY)
     for part in ("params", "head"):
         moved = jax.tree.map(

@@ -13,8 +13,8 @@ from ibjax.attacks.pgd import pgd
 from ibjax.data import Split
 from ibjax.devices import cluster
 from ibjax.evaluation import evaluate, scoring
+from ibjax.net import linen_net, to_float
 from ibjax.runs import run
-from ibjax.step import linen_net, to_float
 
 RNG = np.random.default_rng(0)
 X = RNG.uniform(size=(5, 8, 6, 3)).astype(np.float32)

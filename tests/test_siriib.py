@@ -9,10 +9,11 @@ from conftest import in_programs, once
 from ibjax import losses
 from ibjax.errors import InputError
 from ibjax.models import resnet, siriib
+from ibjax.net import linen_net
 from ibjax.objectives import siriib as method
 from ibjax.objectives.pgd_at import pgd_at
 from ibjax.objectives.trades import trades
-from ibjax.step import linen_net, trainable, with_trainable
+from ibjax.step import trainable, with_trainable
 
 BACKBONE = dict(name="resnet", blocks=(1, 1), width=4)
 MODEL = siriib.Model(4, backbone=BACKBONE, connections=2, scales=(8, 4), widths=(3, 5))

@@ -26,7 +26,7 @@ from ibjax.devices import cores, precision
 from ibjax.errors import InputError
 from ibjax.evaluation import named
 from ibjax.evaluation.report import provenance
-from ibjax.step import linen_net
+from ibjax.net import linen_net
 
 KEY = jax.random.key(0)
 DEFAULT, HIGH, HIGHEST = Precision.DEFAULT, Precision.HIGH, Precision.HIGHEST

@@ -11,6 +11,7 @@ from test_objectives import BATCH, MODEL, NET, TEACHER, VARIABLES, X_ADV, random
 from ibjax import losses
 from ibjax.attacks.pgd import pgd, stateful_pgd
 from ibjax.errors import InputError
+from ibjax.net import linen_net, to_float
 from ibjax.objectives.alp import alp
 from ibjax.objectives.ibd import ibd
 from ibjax.objectives.pgd_at import pgd_at
@@ -21,12 +22,11 @@ from ibjax.runs.checkpoint import join, split
 from ibjax.step import (
     Objective,
     Passes,
+    Problem,
     evaluation_variables,
     init_state,
-    linen_net,
     make_statistics_step,
     make_train_step,
-    to_float,
 )
 
 KEY = jax.random.key(0)
@@ -43,7 +43,8 @@ def begin(objective=None, optimizer=None, ema=False, net=NET):
 def take(objective, attack=None, optimizer=None, state=None, batch=BATCH, net=NET, **options):
     optimizer = optimizer or sgd(lr=lambda step: 0.1)
     state = begin(objective, optimizer, net=net) if state is None else state
-    return make_train_step(lambda _: net, objective, optimizer, attack, **options)(state, batch, KEY)
+    own = {name: options.pop(name) for name in ("perturb", "ema_decay", "average_stats") if name in options}
+    return make_train_step(Problem(lambda _: net, objective, attack, **options), optimizer, **own)(state, batch, KEY)
 
 
 def recording(seen, loss=None):
@@ -141,8 +142,9 @@ def test_the_average_with_its_warm_up_is_that_of_a_hand():
     options = dict(ema_decay=average_decay(0.6, warmup=True, start=1), average_stats=True)
     state = begin(ema=True)._replace(ema_stats=jax.tree.map(jnp.copy, VARIABLES["batch_stats"]))
     plain = begin()
-    step = jax.jit(make_train_step(lambda _: NET, standard(), sgd(lr=lambda s: 0.1), None, **options))
-    alone = jax.jit(make_train_step(lambda _: NET, standard(), sgd(lr=lambda s: 0.1), None))
+    problem = Problem(lambda _: NET, standard())
+    step = jax.jit(make_train_step(problem, sgd(lr=lambda s: 0.1), **options))
+    alone = jax.jit(make_train_step(problem, sgd(lr=lambda s: 0.1)))
     expected = state.ema_params, state.ema_stats
     for t in range(4):
         state, _ = step(state, BATCH, KEY)
@@ -164,7 +166,7 @@ def test_recomputed_statistics_are_those_of_passes_of_the_averaged_network():
     state = begin(ema=True)._replace(
         ema_params=jax.tree.map(lambda w: 0.5 * w, VARIABLES["params"]), ema_stats=VARIABLES["batch_stats"]
     )
-    step = make_statistics_step(lambda _: NET, pgd_at(passes="adv,clean"), lambda *_: X_ADV)
+    step = make_statistics_step(Problem(lambda _: NET, pgd_at(passes="adv,clean"), lambda *_: X_ADV))
     after = step(state, BATCH, KEY)
     expected = {**VARIABLES, "params": state.ema_params}
     for images in (X_ADV, BATCH["image"]):

@@ -13,7 +13,7 @@ from ibjax.objectives.pgd_at import pgd_at
 from ibjax.objectives.te import te
 from ibjax.objectives.trades import trades
 from ibjax.optim import sgd
-from ibjax.step import init_state, make_train_step
+from ibjax.step import Problem, init_state, make_train_step
 
 KEY = jax.random.key(0)
 E = np.float32(np.random.default_rng(0).random((20, 4)))  # what is remembered of 20 images; the batch has the first 12
@@ -106,7 +106,7 @@ def test_what_is_remembered_is_of_the_unperturbed_weights():
         initial = lambda: init_state(KEY, NET, MODEL, None, optimizer, BATCH["image"], False, jnp.zeros((20, 4)))  # noqa: E731
         state = jax.jit(initial)()
         state = state._replace(variables={**state.variables, **VARIABLES})
-        step = make_train_step(lambda _: NET, objective, optimizer, spy, perturb=perturb)
+        step = make_train_step(Problem(lambda _: NET, objective, spy), optimizer, perturb=perturb)
         return step(state, BATCH, KEY)[0].variables["memory"]
 
     far = memory(lambda params, gradients, epoch: jax.tree.map(lambda w: 0.5 * jnp.ones_like(w), params))

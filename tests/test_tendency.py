@@ -13,8 +13,8 @@ from ibjax.attacks.pgd import pgd
 from ibjax.devices import cluster
 from ibjax.errors import InputError
 from ibjax.evaluation import evaluate, scoring
+from ibjax.net import linen_net, to_float
 from ibjax.runs import run
-from ibjax.step import linen_net, to_float
 
 
 def test_counts_and_order():

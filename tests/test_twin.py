@@ -20,6 +20,7 @@ from ibjax import optim, step  # noqa: E402
 from ibjax.attacks import geometry  # noqa: E402
 from ibjax.attacks.pgd import pgd  # noqa: E402
 from ibjax.models import resnet, stochastic  # noqa: E402
+from ibjax.net import linen_net  # noqa: E402
 from ibjax.objectives.pgd_at import pgd_at  # noqa: E402
 
 LR = 0.05
@@ -90,8 +91,8 @@ def test_one_step_from_the_same_weights_gives_the_same_loss_weights_and_running_
     model = resnet.Model(num_classes=10, blocks=blocks, width=width)
     optimizer = optim.sgd(lr=LR)
     attack = pgd(eps=eps, steps=4, init="none", unroll=False)
-    train_step = step.make_train_step(lambda _: step.linen_net(model), pgd_at(), optimizer, attack)
-    net = step.linen_net(model)
+    train_step = step.make_train_step(step.Problem(lambda _: linen_net(model), pgd_at(), attack), optimizer)
+    net = linen_net(model)
     state = step.init_state(jax.random.key(0), net, model, None, optimizer, x[:1], ema=False)
 
     torch_model = twin.ResNet(blocks=blocks, width=width)

@@ -17,8 +17,9 @@ from ibjax.attacks.fab import iterative_fab
 from ibjax.attacks.pgd import pgd
 from ibjax.attacks.square import iterative_square
 from ibjax.errors import InputError
+from ibjax.net import linen_net
 from ibjax.objectives.trades import trades
-from ibjax.step import evaluation_variables, init_state, linen_net, make_train_step
+from ibjax.step import Problem, evaluation_variables, init_state, make_train_step
 
 RNG = np.random.default_rng(0)
 N, SIDE, CLASSES, WIDTH = 24, 6, 4, 5
@@ -309,7 +310,7 @@ def trained(module):
     attack = pgd(loss="kl", eps=0.1, step_size=0.05, steps=1, init="gaussian", unroll=False)
     net = linen_net(module)
     state = init_state(jax.random.key(1), net, module, None, optimizer, jnp.asarray(X), ema=False)
-    step = jax.jit(make_train_step(lambda frozen: net, objective, optimizer, attack))
+    step = jax.jit(make_train_step(Problem(lambda frozen: net, objective, attack), optimizer))
     batch = {"image": jnp.asarray(X), "label": jnp.asarray(Y()), "index": jnp.arange(N)}
     first = copy.copy(state)
     for _ in range(2):

@@ -19,8 +19,8 @@ from ibjax.evaluation.evaluate import make_scorer
 from ibjax.evaluation.named import named
 from ibjax.evaluation.scoring import Flags, auto_attack
 from ibjax.evaluation.settings import check_network, check_settings
+from ibjax.net import to_float
 from ibjax.runs import own_code, run
-from ibjax.step import to_float
 
 
 def load(

@@ -36,10 +36,10 @@ from ibjax.analysis import attacked, commands, output, pictures
 from ibjax.devices import cluster, precision
 from ibjax.errors import InputError
 from ibjax.evaluation.results import attack_label
+from ibjax.net import linen_net, to_float
 from ibjax.objectives.ibd_matching import layers_of
 from ibjax.runs import checkpoint as checkpoints
 from ibjax.runs import command_line, run, rundir
-from ibjax.step import linen_net, to_float
 from ibjax.training.experiment import Experiment, build, initializer
 from ibjax.training.jobs import jobs
 

@@ -56,8 +56,8 @@ from ibjax.devices import cluster
 from ibjax.errors import InputError, PreemptedError
 from ibjax.evaluation.named import named
 from ibjax.evaluation.scoring import TOLERANCE, percent
+from ibjax.net import linen_net, taps, to_float
 from ibjax.runs import command_line, run
-from ibjax.step import linen_net, taps, to_float
 
 ETA, SLACK, CRITERION = 0.95, 0.01, 95.0
 _SEPARATED = 1e-4  # minimum margin relative to the features' length, well above the rounding of float32

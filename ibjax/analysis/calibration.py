@@ -23,8 +23,8 @@ from ibjax.errors import InputError
 from ibjax.evaluation.results import attack_label
 from ibjax.evaluation.scoring import percent
 from ibjax.models import siriib
+from ibjax.net import linen_net
 from ibjax.runs import command_line, run
-from ibjax.step import linen_net
 
 ROWS = ("image", "calibrated", "through")
 

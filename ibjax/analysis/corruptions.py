@@ -27,8 +27,8 @@ from ibjax.analysis import calibration, commands, output
 from ibjax.data import Split, corruptions, sample, tfds
 from ibjax.devices import cluster
 from ibjax.errors import DataError, InputError
+from ibjax.net import linen_net, to_float
 from ibjax.runs import command_line, run, rundir
-from ibjax.step import linen_net, to_float
 
 log = logging.getLogger(__name__)
 

@@ -35,8 +35,8 @@ from ibjax.analysis import attacked, commands, output, pictures
 from ibjax.errors import InputError, check_range, nearest
 from ibjax.evaluation.results import attack_label
 from ibjax.evaluation.scoring import percent
+from ibjax.net import linen_net, to_float
 from ibjax.runs import command_line, run, rundir
-from ibjax.step import linen_net, to_float
 
 CLEAN = "clean"  # used in place of an attack's name
 PERPLEXITY = 30.0  # scikit-learn's default

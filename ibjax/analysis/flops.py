@@ -48,8 +48,8 @@ from ml_collections import ConfigDict
 from ibjax import errors
 from ibjax.config import TEACHERS
 from ibjax.errors import check_range
+from ibjax.net import Net, Variables
 from ibjax.runs import command_line
-from ibjax.step import Net, Variables
 from ibjax.training import ahead
 from ibjax.training.experiment import build, initial_state
 

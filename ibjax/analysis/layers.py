@@ -22,9 +22,9 @@ from ibjax.analysis import commands, output
 from ibjax.analysis.attacked import attack
 from ibjax.errors import InputError
 from ibjax.evaluation.scoring import percent
+from ibjax.net import linen_net, taps
 from ibjax.objectives.ib_rar import layers_of
 from ibjax.runs import command_line, run, rundir
-from ibjax.step import linen_net, taps
 from ibjax.training import loop
 from ibjax.training.experiment import build
 

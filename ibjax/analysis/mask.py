@@ -22,9 +22,9 @@ from ibjax import config, files
 from ibjax.analysis import commands
 from ibjax.analysis.attacked import feature_shapes
 from ibjax.errors import InputError, nearest
+from ibjax.net import linen_net, to_float
 from ibjax.objectives.ib_rar import channel_information, permanent_mask
 from ibjax.runs import command_line, run, rundir, trees
-from ibjax.step import linen_net, to_float
 
 BATCHES = 50
 

@@ -38,8 +38,8 @@ from ibjax.evaluation.named import named
 from ibjax.evaluation.results import attack_label
 from ibjax.information.svd import singular_values_and_polar
 from ibjax.models import siriib
+from ibjax.net import linen_net, to_float
 from ibjax.runs import command_line, run, rundir
-from ibjax.step import linen_net, to_float
 
 ATTACKS = ("pgd-20", "margin-20", "siriib-svd-20", "siriib-info-20")
 OTHER = "another image"

@@ -19,7 +19,7 @@ from ibjax.errors import InputError
 from ibjax.evaluation import picture_files
 from ibjax.evaluation.picture_files import SUFFIXES
 from ibjax.evaluation.results import attack_label
-from ibjax.step import to_float
+from ibjax.net import to_float
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:

@@ -47,9 +47,10 @@ from ibjax.evaluation.named import named
 from ibjax.evaluation.results import attack_label
 from ibjax.evaluation.settings import check_network, check_settings
 from ibjax.information import hsic
+from ibjax.net import linen_net, to_float
 from ibjax.objectives.ib_rar import layers_of
 from ibjax.runs import command_line, provenance, run, rundir
-from ibjax.step import evaluation_variables, linen_net, to_float
+from ibjax.step import evaluation_variables
 from ibjax.training import feed, jobs, loop
 from ibjax.training.experiment import build, initial_state, run_key
 

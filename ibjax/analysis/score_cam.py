@@ -39,8 +39,8 @@ from ibjax.data import stratified
 from ibjax.errors import InputError, nearest
 from ibjax.evaluation.results import attack_label
 from ibjax.models import layers
+from ibjax.net import linen_net, to_float
 from ibjax.runs import command_line, run
-from ibjax.step import linen_net, to_float
 
 CHUNK = 128  # masked images in one pass through the network
 SHOWN = 10  # images in the picture at most

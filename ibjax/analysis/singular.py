@@ -41,8 +41,8 @@ from ibjax.analysis import commands, output, pictures
 from ibjax.analysis.attacked import attack, load, predictions
 from ibjax.evaluation.results import attack_label
 from ibjax.evaluation.scoring import TOLERANCE, percent
+from ibjax.net import linen_net, to_float
 from ibjax.runs import command_line, run
-from ibjax.step import linen_net, to_float
 
 SEEN = ("swapped", "unclipped", "converse", "noise")
 MEASURES = ("clipped", "moved", "left")

@@ -22,8 +22,8 @@ from ibjax.analysis import attacked, commands, output
 from ibjax.attacks.names import in_file_name
 from ibjax.errors import InputError
 from ibjax.evaluation.results import attack_label
+from ibjax.net import linen_net
 from ibjax.runs import command_line, run
-from ibjax.step import linen_net
 
 
 def counts(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:

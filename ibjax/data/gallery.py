@@ -14,7 +14,7 @@ from PIL import Image
 from ibjax import cli, config, errors, files
 from ibjax.data import Arrays, Split, augment, load_splits
 from ibjax.errors import InputError
-from ibjax.step import to_float
+from ibjax.net import to_float
 
 _COLUMNS = 20  # maximum number of classes shown
 _EDGE = 1  # pixels between images

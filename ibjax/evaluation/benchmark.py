@@ -31,8 +31,8 @@ from ibjax.errors import InputError, check_count
 from ibjax.evaluation import report
 from ibjax.evaluation.evaluate import attack_images, examine, write_records
 from ibjax.evaluation.settings import replaced
+from ibjax.net import to_float
 from ibjax.runs import run, rundir, trees
-from ibjax.step import to_float
 from ibjax.wrap import training
 from ibjax.wrap.networks import Network
 

@@ -33,8 +33,8 @@ from ibjax.evaluation import results
 from ibjax.evaluation.named import Named, named
 from ibjax.evaluation.scoring import Scorer, auto_attack, draw_keys, nan_warnings, percent, sampling
 from ibjax.evaluation.settings import check_network, replaced, scaled_step
+from ibjax.net import linen_net, to_float
 from ibjax.runs import own_code, run, rundir, trees
-from ibjax.step import linen_net, to_float
 
 # the fields that must agree for a record to be reused
 _IDENTITY = ("weights", "images", "dtype", "attack", "attack_settings", "eps", "step_size", "norm", "seed", "samples")

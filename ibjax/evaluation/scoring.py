@@ -27,7 +27,7 @@ from ibjax.attacks.representation import guides
 from ibjax.data import Split
 from ibjax.devices import cluster, cores, precision
 from ibjax.errors import CodeError, InputError, PreemptedError
-from ibjax.step import Variables, as_output, to_float
+from ibjax.net import Variables, as_output, to_float
 
 TOLERANCE = 1e-6  # of the eps-ball and of [0, 1], in float32
 _EVALUATION = 0x65766C  # folded into the seed, so that evaluation uses other keys than training

@@ -13,7 +13,7 @@ from ibjax.data import Split
 from ibjax.devices import precision
 from ibjax.errors import InputError
 from ibjax.evaluation.named import check, named, takes_step_size
-from ibjax.step import linen_net, taps
+from ibjax.net import linen_net, taps
 
 
 def check_settings(settings: Any) -> None:

@@ -61,10 +61,11 @@ from ibjax.attacks import Attack, geometry
 from ibjax.attacks.pgd import pgd
 from ibjax.errors import InputError, check_range, nearest
 from ibjax.information import hsic
+from ibjax.net import Net, Variables
 from ibjax.objectives.mart import boosted_cross_entropy, floored_kl
 from ibjax.objectives.standard import accuracy
 from ibjax.objectives.trades import attack_target
-from ibjax.step import Batch, Net, Objective, Variables
+from ibjax.step import Batch, Objective
 
 CHOICES = {
     "base": ("standard", "pgd_at", "trades", "mart"),

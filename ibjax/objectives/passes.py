@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ibjax.errors import InputError
-from ibjax.step import Net, Output, Variables
+from ibjax.net import Net, Output, Variables
 
 
 def order(passes: str, needed: tuple[str, ...]) -> tuple[str, ...]:

@@ -48,10 +48,11 @@ from ibjax.attacks.pgd import pgd
 from ibjax.devices import precision
 from ibjax.errors import InputError, check_range, nearest
 from ibjax.information.svd import singular_values_and_polar
+from ibjax.net import Net, Output
 from ibjax.objectives.pgd_at import pgd_at
 from ibjax.objectives.te import te
 from ibjax.objectives.trades import trades
-from ibjax.step import Net, Objective, Output
+from ibjax.step import Objective
 
 ADDED = ("calibration", "extractor")  # modules of the network that are not the classifier's
 

@@ -23,9 +23,10 @@ from jax import Array
 
 from ibjax import losses
 from ibjax.errors import InputError, check_range
+from ibjax.net import Net, Variables
 from ibjax.objectives import passes as training_passes
 from ibjax.objectives.standard import accuracy
-from ibjax.step import Batch, Net, Objective, Variables
+from ibjax.step import Batch, Objective
 
 
 def trades(*, beta: float = 6.0, passes: str = "clean,adv", forwards: int = 2) -> Objective:

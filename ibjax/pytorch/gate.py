@@ -12,10 +12,10 @@ from ml_collections import ConfigDict
 from ibjax.data import Split, stratified
 from ibjax.devices import precision
 from ibjax.errors import CheckpointError, InputError
+from ibjax.net import linen_net, to_float
 from ibjax.pytorch import torch_file
 from ibjax.pytorch.architectures import Shape
 from ibjax.runs import run
-from ibjax.step import linen_net, to_float
 
 TOLERANCE = 1e-4  # maximum difference between two logits
 _BATCH = 64  # images at a time

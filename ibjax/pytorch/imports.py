@@ -19,12 +19,12 @@ from ml_collections import ConfigDict
 from ibjax import config, errors, files
 from ibjax.data import Split, check
 from ibjax.errors import CheckpointError, InputError, nearest
+from ibjax.net import checked_logits, linen_net
 from ibjax.pytorch import architectures, fit, folders, gate, normalisation, sizes, state_dicts, torch_file, twins
 from ibjax.pytorch.architectures import ARCHITECTURES, Shape
 from ibjax.pytorch.normalisation import Said
 from ibjax.pytorch.published import Published
 from ibjax.runs import recipe_files, run, rundir
-from ibjax.step import checked_logits, linen_net
 
 _CROPS = 16  # crops of photographs on which logits are compared where there are no other images
 

@@ -21,9 +21,9 @@ from ibjax import config, extensions, files, threat
 from ibjax.data import Arrays, Split, load_splits, sample, unchanged
 from ibjax.devices import cluster
 from ibjax.errors import InputError
+from ibjax.net import Variables, checked_logits, linen_net, to_float
 from ibjax.runs import checkpoint as checkpoints
 from ibjax.runs import own_code, provenance, rundir, trees
-from ibjax.step import Variables, checked_logits, linen_net, to_float
 
 PATHS = ("path", "data_dir")  # of a data section: `~` and $VARIABLES are expanded
 

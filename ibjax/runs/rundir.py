@@ -21,9 +21,10 @@ from ibjax import config, extensions, files
 from ibjax.devices import cluster
 from ibjax.errors import CheckpointError, CodeError, InputError, UnreadableError
 from ibjax.files import write_json
+from ibjax.net import Variables
 from ibjax.runs import checkpoint as checkpoints
 from ibjax.runs import metrics, own_code, provenance
-from ibjax.step import TrainState, Variables
+from ibjax.step import TrainState
 
 log = logging.getLogger(__name__)
 

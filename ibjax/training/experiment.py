@@ -20,16 +20,14 @@ from ibjax import config, extensions, files, losses, optim
 from ibjax.data import Arrays, augment, extra
 from ibjax.devices import cluster, placement
 from ibjax.errors import InputError
+from ibjax.net import Net, Variables, as_output, linen_net
 from ibjax.runs import run, rundir, trees
 from ibjax.step import (
-    Net,
     Objective,
     Passes,
+    Problem,
     TrainState,
-    Variables,
-    as_output,
     init_state,
-    linen_net,
     make_statistics_step,
     make_train_step,
     trainable,
@@ -118,11 +116,12 @@ def build(
             "trains on clean images, set it to False"
         )
 
-    def bind_net(frozen):
-        return linen_net(model, modules, frozen)
-
-    attacks = _attacks(settings, objective)
-    shared = dict(
+    attack, training_attack = _attacks(settings, objective)
+    problem = Problem(
+        bind_net=lambda frozen: linen_net(model, modules, frozen),
+        objective=objective,
+        attack=attack,
+        training_attack=training_attack,
         augment=_augmentation(settings),
         mix=_mix(settings, objective, data.num_classes),
         smooth=_smooth(settings, objective, data),
@@ -132,23 +131,20 @@ def build(
         products=settings.precision,
     )
     placed = functools.partial(_placed, mesh=mesh, fsdp=settings.sharding == "fsdp")
-    averaged = _averaging(settings, steps_per_epoch)
-    step = make_train_step(bind_net, objective, optimizer, *attacks, **averaged, perturb=_perturb(settings), **shared)
-    recompute = None
-    if settings.averaging.statistics == "recomputed":
-        recompute = placed(make_statistics_step(bind_net, objective, *attacks, **shared))
+    step = make_train_step(problem, optimizer, perturb=_perturb(settings), **_averaging(settings, steps_per_epoch))
+    recompute = settings.averaging.statistics == "recomputed"
 
     return Experiment(
         config=settings,
         data=data,
         facts={**run.facts(data), **{role: made for role, (_, _, made) in taught.items() if made}},
         model=model,
-        bind_net=bind_net,
+        bind_net=problem.bind_net,
         objective=objective,
         optimizer=optimizer,
         learning_rate=learning_rate,
         train_step=placed(step),
-        statistics_step=recompute,
+        statistics_step=placed(make_statistics_step(problem)) if recompute else None,
         frozen=frozen,
         steps_per_epoch=steps_per_epoch,
         mesh=mesh,

@@ -13,7 +13,7 @@ from jax import Array
 from ibjax.devices import precision
 from ibjax.devices.cores import in_parts
 from ibjax.errors import InputError, nearest
-from ibjax.step import Output, as_output, checked_logits
+from ibjax.net import Output, as_output, checked_logits
 
 
 class Network(NamedTuple):

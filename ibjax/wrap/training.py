@@ -21,7 +21,7 @@ from flax import linen as nn
 from jax import Array
 
 from ibjax.errors import InputError, nearest
-from ibjax.step import Output, as_output
+from ibjax.net import Output, as_output
 from ibjax.wrap.networks import LAYOUTS, Network, in_layout, library_of
 
 _COLLECTIONS = ("params", "batch_stats")
