@@ -132,6 +132,13 @@ def test_neither_batch_size_nor_number_of_devices_changes_a_flag(monkeypatch, wh
     np.testing.assert_allclose(result.x_adv, reference.x_adv, atol=1e-4)
 
 
+def test_numbers_of_numpy_are_saved_and_found_again(tmp_path):
+    plan = {"square": iterative_square("linf", 0.02, queries=np.int64(20), p_init=np.float32(0.3))}
+    options = dict(attacks=plan, batch_size=np.int64(8), state=tmp_path / "state.npz")
+    first, again = attack(**options), attack(**options)
+    np.testing.assert_array_equal(first.x_adv, again.x_adv)
+
+
 def test_another_key_draws_otherwise():
     few = {"apgd-ce": iterative_apgd("ce", "linf", 0.02, 1)}
     first, second = (attack(key=jax.random.key(seed), attacks=few).x_adv for seed in (0, 1))
@@ -387,6 +394,7 @@ def test_features_beside_the_logits_change_nothing():
     np.testing.assert_array_equal(alone.x_adv, beside.x_adv)
 
 
+CE, DLR = (iterative_apgd(loss, "linf", 0.02, 3) for loss in ("ce", "dlr"))
 BAD = {
     "images above 1": (dict(x=X * 255), "reach from"),
     "images below 0": (dict(x=X - 0.5), "reach from"),
@@ -415,6 +423,13 @@ BAD = {
     "a network in NumPy": (dict(network=lambda x: np.asarray(x).reshape(N, -1) @ WEIGHTS), "cannot trace"),
     "no batch": (dict(batch_size=0), "batch_size=0"),
     "no attacks": (dict(attacks={}), "at least one"),
+    "an unknown version beside attacks": (dict(version="Rand", attacks=short()), "version 'Rand'"),
+    "options of attacks that are given": (dict(options={"queries": 9}, attacks=short()), "attacks given by name"),
+    "options of a version": (dict(options={"queries": 9}, attacks=None), "attacks given by name"),
+    "too few classes for a later attack": (
+        dict(network=lambda x: linear(x)[:, :2], y=np.zeros(N, int), attacks={"c": CE, "d": DLR}),
+        "needs 3 classes",
+    ),
     "an attack of another norm": (dict(norm="l2", eps=0.5, attacks=short()), "made for linf"),
     "an attack of another eps": (dict(eps=0.01, attacks=short()), r"made for linf and eps=0\.02"),
     "an attack with samples": (dict(attacks={"a": iterative_apgd("ce", "linf", 0.02, 3, eot=2)}), "eot=2"),

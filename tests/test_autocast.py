@@ -54,6 +54,23 @@ def either(x):
     return jax.lax.cond(x.sum() > 0, lambda x: x @ jnp.asarray(W[1]), lambda x: x @ jnp.asarray(W[2]), x)
 
 
+def one_by_one(x):
+    return jax.lax.map(dense(0, 1, 2), x)
+
+
+def of_normalised_weights(h):
+    """Power iteration, as in spectral normalisation."""
+    w = jnp.asarray(W[1])
+    v = jax.lax.fori_loop(0, 3, lambda _, v: (u := w.T @ (w @ v)) / jnp.linalg.norm(u), w[0])
+    return h @ (w / jnp.linalg.norm(w @ v))
+
+
+def resized(x):
+    """Pixels are resized by two products in a row, which state the highest precision."""
+    pixels = jax.image.resize(x.reshape(-1, 2, 4, 1), (len(x), 4, 2, 1), "bilinear", antialias=False)
+    return dense(0, 1, 2)(pixels.reshape(-1, 8))
+
+
 def of_weights(x):
     return x @ (jnp.asarray(W[1]) @ jnp.asarray(W[2]))
 
@@ -67,12 +84,20 @@ NETWORKS = {
     "four layers": (dense(0, 1, 2, 3), "fnnf", ()),
     "one function jitted, its first and last call": (dense(0, 0, 0), "fnf", ()),
     "a residual sum": (around(lambda h: h + block(h, jnp.asarray(W[1]))), "fnf", ()),
+    "a product that states its precision": (
+        around(lambda h: jnp.matmul(h, jnp.asarray(W[1]), precision="highest")),
+        "fff",
+        (NONE,),
+    ),
     "remat": (around(jax.checkpoint(lambda h: jnp.sin(h @ jnp.asarray(W[1])))), "fnf", ()),
     "scan": (around(repeated), "fnf", ()),
     "while": (around(until), "fnf", ()),
     "cond": (around(either), "fnnf", ()),
     "a derivative of its own": (around(lambda h: own(h) @ jnp.asarray(W[3])), "ffnf", (LEFT,)),
     "a product of weights": (around(of_weights), "ffnf", ()),
+    "a loop of weights": (around(of_normalised_weights), "ffffnf", ()),
+    "a loop over images": (one_by_one, "fff", (NONE,)),
+    "pixels resized": (resized, "fffnf", ()),
     "bfloat16 already": (
         around(lambda h: (h.astype(jnp.bfloat16) @ jnp.bfloat16(W[1])).astype(jnp.float32)),
         "fbf",

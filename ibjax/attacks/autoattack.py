@@ -102,7 +102,8 @@ class Result(NamedTuple):
     `x_adv` has the worst image found for every input, and `drawn.accuracy` is the robust accuracy.
     """
 
-    x_adv: np.ndarray  # (N, H, W, C) float32; except with "rand", x itself if robust or misclassified without attack
+    # (N, H, W, C) float32; except with "rand", x itself if misclassified without attack, or robust and not `changed`
+    x_adv: np.ndarray
     robust: np.ndarray  # (N,) bool: classified correctly without attack and after every attack
     clean: np.ndarray  # (N,) bool: classified correctly without attack
     robust_after: dict[str, np.ndarray]  # attack -> (N,) bool: still robust after this and all attacks before it
@@ -127,8 +128,7 @@ def sub_attacks(
     warnings: list[str] = []
     restarts, targets, eot, larger_eps = 1, 9, None, False
     norm, eps = geometry.check_norm(norm, geometry.ALL_NORMS), geometry.one_radius(eps, norm)
-    if version not in _VERSIONS:
-        raise InputError(f"AutoAttack's version '{version}' is unknown; {nearest(version, _VERSIONS)}")
+    _check_version(version)
     if version == "standard" and norm == "l1":
         restarts, targets, larger_eps = 5, 5, True
     if version == "plus":
@@ -166,6 +166,11 @@ def sub_attacks(
         if eot and not name.startswith("apgd"):
             raise InputError(f"attack '{name}' has no form for random networks; 'rand' runs {_VERSIONS['rand']}")
     return {name: make[name](name) for name in names}, warnings
+
+
+def _check_version(version):
+    if version not in _VERSIONS:
+        raise InputError(f"AutoAttack's version '{version}' is unknown; {nearest(version, _VERSIONS)}")
 
 
 _VERSIONS = {
@@ -234,6 +239,9 @@ def autoattack(
     if not eps > 0:
         raise InputError("eps=0 is not allowed; AutoAttack takes a radius above 0")
     check_count("batch_size", batch_size)
+    _check_version(version)
+    if options and (attacks is None or isinstance(attacks, Mapping)):
+        raise InputError(f"options={dict(options)} are those of attacks given by name; set attacks=[…] to names")
     if search_dtype not in autocast.DTYPES:
         raise InputError(f"search_dtype={search_dtype!r} is unknown; {nearest(str(search_dtype), autocast.DTYPES)}")
     x, y = checks.images_and_labels(np.asarray(x), np.asarray(y))
@@ -271,6 +279,9 @@ def _evaluated(runner, asked, version, attacks, options, file, restart, draws, p
         _check_plan(plan, norm, eps, random)
     else:
         plan, notes = sub_attacks(version, norm, eps, logits.shape[1], attacks, options)
+    for attack in plan.values():
+        if attack.check is not None:
+            attack.check(logits.shape[1])
     settings = dict(version=version, batch_size=runner.batch_size, draws=draws if random else None, dtype=asked.dtype)
     settings |= _identity(plan, runner)
     found = Progress(file, settings, asked.fingerprint, x, logits.argmax(1) == y, restart)
@@ -294,6 +305,7 @@ def _evaluated(runner, asked, version, attacks, options, file, restart, draws, p
         changed = np.zeros(len(x), bool)
     else:
         (clean, robust), said = _judged(runner, found.x_adv)
+        robust &= found.clean  # who seemed misclassified was not attacked
         changed = (clean != found.clean) | (robust != found.robust)
         after = {name: np.where(changed, robust, kept) for name, kept in after.items()}
         warnings += said

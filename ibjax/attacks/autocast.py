@@ -13,8 +13,9 @@ product are products in bfloat16.
 | the first products, which read the pixels             | stay in float32: bfloat16 pixels lose what is below 1/512    |
 | the last products, as the classifier                  | stay in float32: logits in bfloat16 would have three digits  |
 | products of weights alone                             | stay in float32; `hoist.prepared` computes them once         |
-| `jit`, `remat`, the branches of a conditional         | as what they contain                                         |
-| the body of a loop (`scan`, `while_loop`)             | bfloat16, since what it computes may return to it            |
+| products that state the highest precision             | stay in float32, as a resize of the pixels before a network  |
+| `jit`, `remat`                                        | as what they contain                                         |
+| loops (`scan`, `while_loop`) and conditionals         | as one product: those between two others are in bfloat16     |
 | `custom_jvp`, `custom_vjp`, and any other call        | stay in float32, as their derivatives are code of their own  |
 
 `told` says what a network keeps in float32 by the last row.
@@ -30,10 +31,11 @@ from jax import Array, lax
 from jax.extend.core import ClosedJaxpr, Literal, Var
 
 from ibjax.attacks.hoist import alone
+from ibjax.devices import precision
 
 DTYPES = ("float32", "bfloat16")
 _PRODUCTS = ("conv_general_dilated", "dot_general")
-_INLINED = ("jit", "pjit", "closed_call", "core_call")  # programs within a program
+_INLINED = ("jit", "pjit", "closed_call")  # programs within a program
 _REMAT = ("checkpoint", "remat", "remat2")
 _LOOPS = ("scan", "while")
 
@@ -120,7 +122,7 @@ def _levels(jaxpr, levels):
             (program,) = _programs(equation)
             within = _levels(program, given)
             made = [within.get(atom, _WEIGHTS) for atom in _variables(program.outvars)]
-        elif max(made, default=_WEIGHTS) > _WEIGHTS and _is_product(equation):
+        elif max(made, default=_WEIGHTS) > _WEIGHTS and _is_product(equation) and not _exact(equation):
             made = [_FEATURES] * len(made)
         known.update(zip(equation.outvars, made, strict=True))
     return known
@@ -132,7 +134,7 @@ def _step(equation, levels, uses):
     stored = tuple(use == _READ for use in uses)
     if name in _PRODUCTS:
         float32 = all(atom.aval.dtype == jnp.float32 for atom in (*equation.invars, *equation.outvars))
-        narrow = float32 and feeds and max(levels) == _FEATURES
+        narrow = float32 and feeds and max(levels) == _FEATURES and not _exact(equation)
         reads = [_READ if narrow and level == _FEATURES else _BEFORE for level in levels]
         return _Step(equation, narrow=narrow, stored=stored), reads
     if name in _INLINED + _REMAT:
@@ -140,7 +142,7 @@ def _step(equation, levels, uses):
         steps, reads = _planned(program, levels, uses)
         return _Step(equation, within=steps), reads
     product = _is_product(equation)
-    narrow = product and (name in _LOOPS or (name == "cond" and feeds and max(levels) == _FEATURES))
+    narrow = product and name in (*_LOOPS, "cond") and feeds and max(levels) == _FEATURES
     reads = [_BEFORE if product or feeds else _LAST] * len(equation.invars)
     return _Step(equation, narrow=narrow, levels=tuple(levels[1:]), stored=stored), reads
 
@@ -148,6 +150,12 @@ def _step(equation, levels, uses):
 def _is_product(equation):
     """Whether it is a product, or has one in it."""
     return equation.primitive.name in _PRODUCTS or any(map(_products, _programs(equation)))
+
+
+def _exact(equation):
+    """Whether a product states the highest precision by itself, and not because all products here are asked to."""
+    stated = equation.params.get("precision")
+    return stated == (lax.Precision.HIGHEST,) * 2 and str(precision.asked()) != precision.JUDGEMENT
 
 
 def _programs(equation) -> Iterator[Any]:

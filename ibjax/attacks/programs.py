@@ -3,8 +3,8 @@
 Tracing needs Python's lock, compiling does not. A program is therefore traced and lowered where it is asked for, in the
 context that its products take their precision from, and compiled in a thread where the platform gains from that
 (`cores.form().ahead`). Whoever calls the program waits for the thread, and gets the error that compiling it ended with.
-No thread launches anything on a device, so programs are launched in the same order on all processes; they are also
-compiled in the same order, since processes that share the work of tuning their kernels wait for each other.
+No thread launches a program of ours, so programs are launched in the same order on all processes; they also begin to
+be compiled in the same order, since processes that share the work of tuning their kernels wait for each other.
 """
 
 import contextvars

@@ -43,7 +43,8 @@ class Progress:
         clean: np.ndarray,
         restart: bool = False,
     ):
-        self.file, self.settings, self.fingerprint, self.x, self.clean = file, settings, fingerprint, x, clean
+        self.file, self.fingerprint, self.x, self.clean = file, fingerprint, x, clean
+        self.settings = json.loads(json.dumps(settings, default=lambda number: number.item()))  # NumPy's numbers too
         self.x_adv, self.broken = x.copy(), ~clean
         self.right: np.ndarray | None = None  # (N,) random network: number of draws that are right on x_adv
         self.after: list[np.ndarray] = []

@@ -27,7 +27,7 @@ from ibjax.attacks.iterative import UNTARGETED, Iterative
 from ibjax.attacks.programs import Compiler, Program
 from ibjax.devices import cluster, cores, precision
 
-TOLERANCE = 1e-6  # how far x_adv may lie outside ball and box by float32 rounding
+TOLERANCE = 2e-6  # how far x_adv may lie outside the ball by float32 rounding, relative to a radius above 1
 _LOOKED_AFTER = 50  # queries after which a program looks whether all of its images are done
 
 
@@ -91,7 +91,7 @@ class Runner:
         shares = ((largest * eighths // 8) >> i for i in range(6) for eighths in (8, 7, 6, 5))
         self.sizes = sorted({cluster.rounded_up(max(share, 1), mesh.size) for share in shares})
         self.programs: dict[tuple, Programs] = {}  # (functions of the attack, size) -> its programs
-        self.answers: dict[str, Program] = {}  # precision -> the program of the clean logits
+        self.answers: dict[tuple[str, str], Program] = {}  # ("logits" or "draws", precision) -> their program
         self.meanwhile: list[Callable[[], None]] = []  # what to do as soon as the devices are at work
         self.flat = 0  # number of items so far whose gradient was zero or not finite at the start
 
@@ -112,33 +112,36 @@ class Runner:
         self._answer().lower(self.key, image, self._pixels(self.sizes[-1]))
 
     def _answer(self):
-        name = str(precision.asked())  # products that no precision changes are one program
-        name = next((known for known in self.answers if not cores.differ(known, name)), name)
-
         def answer(key, image, x):
             return self.logits_fn(x, *self._keys(key, _number("clean"), image, 0 * image))
 
-        if name not in self.answers:
-            self.answers[name] = self.compiler.program(answer, "css", gathered=True)
-        return self.answers[name]
+        return self._kept("logits", answer, "css")
+
+    def _kept(self, what, function, places):
+        """The program of a function for the precision that is asked for here, made at its first use."""
+        asked = str(precision.asked())
+        for (known, other), program in self.answers.items():
+            if known == what and not cores.differ(other, asked):  # products that no precision changes are one program
+                return program
+        return self.answers.setdefault((what, asked), self.compiler.program(function, places, gathered=True))
 
     def draws(self, name: str, x: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
         """Whether a random network classifies the images `rows` of x (N, H, W, C) correctly, (count, len(rows)) bool.
 
         Each image has `count` draws of its own; a draw depends on `name`, the image's index and the draw's number.
         """
-        answers, size = np.zeros((count, len(rows)), bool), self.sizes[-1]
+        answers, size, drawn = np.zeros((count, len(rows)), bool), self.sizes[-1], _number(name)
 
-        def answer(key, x, image, number, y):
-            return losses.correct(self.logits_fn(x, *self._keys(key, _number(name), image, number)), y)
+        def answer(key, drawn, x, image, number, y):
+            return losses.correct(self.logits_fn(x, *self._keys(key, drawn, image, number)), y)
 
-        program = self.compiler.program(answer, "cssss", gathered=True)
+        program = self._kept("draws", answer, "ccssss")
         for first in range(0, len(rows), size):
             chosen = rows[np.minimum(np.arange(first, first + size), len(rows) - 1)].astype(np.int32)
             shown, image, y = self._place(x[chosen], chosen, self.y[chosen].astype(np.int32))
             for draw in range(count):
                 (number,) = self._place(np.full(size, draw, np.int32))
-                found = np.asarray(program(self.key, shown, image, number, y))
+                found = np.asarray(program(self.key, drawn, shown, image, number, y))
                 answers[draw, first : first + size] = found[: len(rows) - first]
         return answers
 
@@ -154,7 +157,7 @@ class Runner:
     ) -> Iterator[int]:
         """Attacks the images `todo`; after each batch updates `broken` and `x_adv` and yields the next position.
 
-        With a random network, `x_adv` also receives the attack's strongest image for an image that is not broken.
+        With a random network, `x_adv` also receives what the latest pass made of an image that is not broken.
 
         Args:
           name: name of the attack; its random draws depend on it.
@@ -164,8 +167,6 @@ class Runner:
           broken, x_adv: (N,) bool and (N, H, W, C), updated in place.
           position: number of items that are done, of `passes(…)` times len(todo).
         """
-        if attack.check is not None:
-            attack.check(1 + others.shape[1])
         total = passes(attack, others) * len(todo)
         while position < total:
             ahead = np.arange(position, total)
@@ -229,11 +230,13 @@ class Runner:
     def _harvest(self, finished, rows, result):
         """Writes the results of a batch so far into `result`, at the rows that the batch holds."""
         x_adv, broken, flat, distance = map(np.asarray, finished)
-        if not float(distance.max()) <= self.eps + TOLERANCE:
+        if not float(distance.max()) <= self.eps + TOLERANCE * max(1.0, self.eps):
             raise RuntimeError(
                 f"an adversarial image is {distance.max():.8g} away or outside [0, 1]; eps is {self.eps:g}"
             )
-        result.x_adv[rows], result.broken[rows], result.flat[rows] = x_adv, broken, flat
+        count = len(np.unique(rows))  # the rest is padding
+        rows = rows[:count]
+        result.x_adv[rows], result.broken[rows], result.flat[rows] = x_adv[:count], broken[:count], flat[:count]
 
     def _programs(self, attack, size):
         """The programs of an attack at one size, lowered."""
@@ -271,7 +274,8 @@ class Runner:
             x_adv = attack.x_adv(x, state)
             broken = judged(x_adv)
             x_adv = x_adv if attack.best is None else attack.best(x, state)
-            for end in attack.ends(x, state) if self.search and attack.ends else ():
+            more_ends = self.search and attack.ends and not self.randomized  # which is judged by one draw
+            for end in attack.ends(x, state) if more_ends else ():
                 more = ~broken & judged(end)
                 x_adv, broken = jnp.where(geometry.per_image(more, x), end, x_adv), broken | more
             distance = geometry.distance(x_adv, x, self.norm)
