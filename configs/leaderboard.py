@@ -58,9 +58,9 @@ the larger ones are joined. Those of the rows gowal2020-28_10, gowal2021 and bar
 
 Deviations of all rows: checkpoints are selected on 1,000 training images that are held out, by PGD-40 on the margin
 every 20 epochs and in the last ones. On ImageNet: of CutMix and MixUp there is CutMix alone, RandAugment has fixed
-magnitudes, colours are not jittered. Of Singh et al.: training starts from random weights, where the authors start from
-networks trained on clean images; the attack is PGD-2, where theirs is APGD-2. Of Liu et al.: the attack takes its last
-iterate, where theirs keeps that of the largest loss and has shorter steps in the first five epochs.
+magnitudes and the operations of its paper. Of Singh et al.: training starts from random weights, where the authors
+start from networks trained on clean images; the attack is PGD-2, where theirs is APGD-2. Of Liu et al.: the attack
+takes its last iterate, where theirs keeps that of the largest loss and has shorter steps in the first five epochs.
 """
 
 from ibjax.config import base, held, parse_arg, smoke
@@ -169,7 +169,7 @@ def deepmind(config, depth, width, given):
     config.attack = dict(name="pgd_adam", loss="kl", step_size=0.1, decay=((5, 0.1),), steps=10, init="uniform")
     config.attack_bn, config.bn_statistics = "batch", "adv"
     if given.get("cutmix"):
-        config.mix = dict(name="cutmix", groups=4)
+        config.mix = dict(name="cutmix")
     if given.get("extra"):
         config.smoothing = dict(delta=0.1, form="uniform", images="generated")
     config.batch_size, config.epochs = batch, epochs
@@ -216,11 +216,13 @@ def awp(config):
 def imagenet(config):
     """What Singh et al. and Liu et al. have in common: AdamW, strong augmentation, eps 4/255."""
     config.data = dict(name="stream", dataset="imagenet2012", size=224, val_size=10_000, split_seed=0)
-    config.augment = dict(name="randaugment", operations=2, magnitude=9, pad=0, flip=False, erase=0.25)
+    # timm's m9 of 10; each operation with probability one half
+    config.augment = dict(name="randaugment", operations=2, magnitude=27, probability=0.5)
+    config.augment.update(pad=0, flip=False, erase=0.25)
     config.mix = dict(name="cutmix")
     config.smoothing = dict(delta=0.1, form="uniform", images="all")
     config.threat.eps = "4/255"
-    config.optimizer = dict(name="adamw", lr=1e-3, weight_decay=0.05, decay_norm_and_bias=False)
+    config.optimizer = dict(name="adamw", lr=1e-3, weight_decay=0.05)
     config.evaluate.n = 5000
 
 
@@ -230,9 +232,10 @@ def singh(config, model, epochs):
     config.model = dict(**model, stem="convstem", dtype="bfloat16")
     if model["name"] == "vit" and model["width"] == 384:
         config.model.update(NORMALISED)  # of the DeiT that it starts from
-    config.attack.update(steps=2, step_size="4/255", init="uniform")
+    config.attack.update(steps=2, step_size="8/255", init="none")
     config.batch_size, config.epochs = 1024, epochs
     config.optimizer.update(b1=0.9, b2=0.95)
+    config.optimizer.update({"decay_bias" if model["name"] == "convnext" else "decay_norm_and_bias": False})
     config.schedule = dict(name="cosine", warmup=20.0 if epochs > 100 else 10.0)
     config.ema_decay = 0.9999
     return dict(blocks=(1, 1), width=8) if model["name"] == "convnext" else dict(depth=1, width=64, stem_width=4)
@@ -244,7 +247,7 @@ def ares(config, depth, width, batch):
     config.model = dict(name="swin", depth=depth, width=width, dtype="bfloat16", **NORMALISED)
     config.attack.update(steps=3, step_size="8/765", init="uniform")
     config.batch_size, config.epochs = batch, 300
-    config.optimizer.lr = 5e-4 * batch / 512
+    config.optimizer.update(lr=5e-4 * batch / 512, decay_norm_and_bias=False)
     config.schedule = dict(name="cosine", warmup=5.0, final=1e-5)
     config.ema_decay = 0.9998
     return dict(blocks=(2, 1), width=8, heads=2, window=4, dtype="float32")

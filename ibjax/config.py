@@ -54,8 +54,8 @@ def base() -> ConfigDict:
     # augment: random crop and flip (padding: zero, edge or reflect), or the name of an augmentation of one's own
     config.augment = dict(pad=4, padding="zero", flip=True)
     config.mix = None  # or dict(name="cutmix") or dict(name="mixup"): images and labels mixed in pairs
-    # smoothing: the labels that the loss fits keep all but delta of the true class; form: the rest goes to the "others"
-    # or to all classes, "uniform"; images: "all", or the "generated" ones of data.extra. The attack sees hard labels
+    # smoothing: the loss's labels take delta from the true class; form: it goes to the "others", or to all
+    # classes, "uniform"; images: "all", or the "generated" ones of data.extra. The attack sees hard labels
     config.smoothing = dict(delta=0.0, form="others", images="all")
     config.model = dict(name="preact_resnet", depth=18)
     config.objective = dict(name="pgd_at")
@@ -84,7 +84,8 @@ def base() -> ConfigDict:
     # averaging: how the average is made, where there is one. warmup: its decay is min(ema_decay, (1 + t)/(10 + t)), t
     # steps after the epoch `start`, before which it is the network itself. statistics: the running statistics that the
     # averaged network is evaluated with: "raw", those of the network itself; "averaged" like the weights; "recomputed"
-    # before each validation, by training-mode passes of the averaged network over the last `batches` batches
+    # before each checkpoint and validation, by training-mode passes of the averaged network over the last
+    # `batches` batches
     config.averaging = dict(warmup=False, start=0.0, statistics="raw", batches=100)
     config.perturb = None  # or dict(name="awp", gamma=…, warmup=…): the gradient is taken at perturbed weights
     # teacher: workdir of a trained run, or a recipe that is trained in workdir/teacher; made_by: a hint for messages
@@ -320,6 +321,8 @@ def upgrade(saved: ConfigDict) -> ConfigDict:
         for key, default in reference[section].items():
             if key not in saved[section]:
                 saved[section][key] = _EARLIER.get(f"{section}.{key}", default)
+    if saved.mix is not None and "groups" in saved.mix:
+        del saved.mix["groups"]  # batches were mixed in parts
     if "threat" not in saved:
         saved.threat = {key: saved.evaluate[key] for key in THREAT}
     for _, recipe in recipes(saved):

@@ -5,7 +5,7 @@
     adam:  g ← g + wd·w;  w ← w − lr·Adam(g)                       (L2 regularisation)
     adamw: w ← w − lr·(Adam(g) + wd·w)                             (Loshchilov & Hutter, ICLR 2019: decoupled)
 
-In all three, `decay_norm=False` and `decay_norm_and_bias=False` spare parameters from weight decay. DeepMind's robust
+`decay_norm=False`, `decay_norm_and_bias=False` and `decay_bias=False` spare parameters from it. DeepMind's robust
 training adds ½·wd·‖w‖² to the loss for all but the parameters of batch-norm: that is sgd with decay_norm=False.
 
 A schedule is a function of the epoch, a real number. `stepping` says at which epoch it is evaluated for a step:
@@ -182,6 +182,7 @@ def sgd(
     nesterov: bool = False,
     decay_norm: bool = True,
     decay_norm_and_bias: bool = True,
+    decay_bias: bool = True,
 ) -> optax.GradientTransformation:
     """PyTorch's SGD.
 
@@ -194,28 +195,33 @@ def sgd(
       nesterov: PyTorch's Nesterov form.
       decay_norm: False excludes scale and bias of batch-norm from weight decay (Fast-AT on ImageNet).
       decay_norm_and_bias: False excludes every one-dimensional parameter, biases of linear layers included.
+      decay_bias: False excludes the biases of all layers and norms, and leaves scales (Singh et al.'s ConvNeXts).
     """
     check_range("optimizer.momentum", momentum, 0, 1, below=True)
     check_range("optimizer.weight_decay", weight_decay, 0)
     return optax.chain(
-        optax.add_decayed_weights(weight_decay, _decayed(decay_norm, decay_norm_and_bias)),
+        optax.add_decayed_weights(weight_decay, _decayed(decay_norm, decay_norm_and_bias, decay_bias)),
         _trace(lr, momentum, momentum_at_peak, nesterov),
         optax.scale_by_learning_rate(lr),
     )
 
 
-def _decayed(decay_norm, decay_norm_and_bias):
+def _decayed(decay_norm, decay_norm_and_bias, decay_bias):
     """The mask of parameters that decay, as a function of the parameters; None: all of them."""
-    if not decay_norm_and_bias:
-        return lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
-    return None if decay_norm else _not_of_norms
+    if decay_norm and decay_norm_and_bias and decay_bias:
+        return None
 
+    def mask(params, name="", of_norm=False):
+        if isinstance(params, Mapping):  # normalisations are the only modules with a `scale`
+            return {key: mask(part, key, "scale" in params) for key, part in params.items()}
+        spared = (
+            of_norm and not decay_norm,
+            params.ndim <= 1 and not decay_norm_and_bias,
+            name == "bias" and not decay_bias,
+        )
+        return not any(spared)
 
-def _not_of_norms(params: Any) -> Any:
-    """A mask: False for the parameters of normalisations, the only modules with a `scale`; True for all others."""
-    if not isinstance(params, Mapping):
-        return True
-    return {name: "scale" not in params and _not_of_norms(part) for name, part in params.items()}
+    return mask
 
 
 class _MovingTrace(NamedTuple):
@@ -252,11 +258,12 @@ def adam(
     weight_decay: float = 0.0,
     decay_norm: bool = True,
     decay_norm_and_bias: bool = True,
+    decay_bias: bool = True,
 ) -> optax.GradientTransformation:
     """PyTorch's Adam: weight decay is added to the gradient before the moments are computed (L2 regularisation)."""
     _check_adam(b1, b2, eps, weight_decay)
     return optax.chain(
-        optax.add_decayed_weights(weight_decay, _decayed(decay_norm, decay_norm_and_bias)),
+        optax.add_decayed_weights(weight_decay, _decayed(decay_norm, decay_norm_and_bias, decay_bias)),
         _moments(b1, b2, eps),
         optax.scale_by_learning_rate(lr),
     )
@@ -271,12 +278,13 @@ def adamw(
     weight_decay: float = 0.01,
     decay_norm: bool = True,
     decay_norm_and_bias: bool = True,
+    decay_bias: bool = True,
 ) -> optax.GradientTransformation:
     """PyTorch's AdamW: weights shrink by lr·wd beside Adam's step. Transformers: decay_norm_and_bias=False, wd 0.05."""
     _check_adam(b1, b2, eps, weight_decay)
     return optax.chain(
         _moments(b1, b2, eps),
-        optax.add_decayed_weights(weight_decay, _decayed(decay_norm, decay_norm_and_bias)),
+        optax.add_decayed_weights(weight_decay, _decayed(decay_norm, decay_norm_and_bias, decay_bias)),
         optax.scale_by_learning_rate(lr),
     )
 

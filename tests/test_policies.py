@@ -113,6 +113,19 @@ def test_idbhs_crop_is_a_window_somewhere_in_zeros():
     assert {sum(cut) for cut in cuts} == {0, 1, 2, 3, 4} and len(cuts) == 15
 
 
+def test_an_operation_has_its_probability():
+    """At probability 0 no image changes, and at one half half as many as at 1, since some operations keep an image."""
+    images = jax.random.uniform(jax.random.key(0), (400, 8, 8, 3))
+    keys = jax.random.split(jax.random.key(1), len(images))
+    changed = []
+    for probability in (0.0, 0.5, 1.0):
+        change = policies.randaugment(operations=1, magnitude=20, probability=probability, pad=0, flip=False).change
+        changed.append(float((jax.jit(jax.vmap(change))(keys, images) != images).any((1, 2, 3)).mean()))
+    none, half, always = changed
+    assert none == 0 and always > 0.7
+    assert abs(half - always / 2) < 4 * (0.25 / len(images)) ** 0.5
+
+
 def test_a_configuration_names_policies_and_refuses_wrong_options():
     settings = config.base()
     settings.augment = dict(name="randaugment", operations=3, magnitude=5.0, padding="reflect")

@@ -8,18 +8,17 @@
 | symbol | code      | default |
 |--------|-----------|---------|
 | λ      | alpha     | 1       | λ ~ Beta(alpha, alpha)
-|        | per_image | False   | True: one λ and one box for each image, False: for each group
-|        | groups    | 1       | parts of the batch, mixed within themselves; Rebuffi et al. emulate four machines
+|        | per_image | False   | True: one λ and one box for each image, False: for the whole batch
 
 The box of CutMix has its centre anywhere in the image and the sides ⌊H√(1−λ)⌋ and ⌊W√(1−λ)⌋, rounded down to even
 numbers, as in the code of Yun et al. and of Rebuffi et al. ("Data Augmentation Can Improve Robustness", NeurIPS 2021).
-What lies outside the image is cut off; s is the share that is left, on average more than λ.
+The part of the box outside the image is cut off, so s, the image's own share, exceeds λ on average.
 
-The partner of the image i of a group of n is j = (i + d) mod n, with one d of 1 … n − 1 for a step. The papers draw a
-permutation; as the order of a batch is random, a shift pairs the same images as often, and no image with itself. Among
-many devices it costs each of them the exchange of its own part, where a permutation gathers the whole batch on all.
-All draws are a function of (seed, step), those with per_image of (seed, step, index). The attack and the loss see x̃
-and ỹ.
+In a batch of n images, the partner of image i is j = (i + d) mod n; one d in 1 … n − 1 is drawn per step. The papers
+draw a permutation. As batches are in random order, a shift pairs any two images equally often, and none with itself.
+On several devices each exchanges only its own part; a permutation would gather the whole batch on each.
+All draws are functions of (seed, step); with per_image, those of λ and the box also of index. The attack and the loss
+see x̃ and ỹ.
 """
 
 import functools
@@ -30,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ibjax.errors import CodeError, InputError, check_count, check_range
+from ibjax.errors import CodeError, check_range
 
 
 class Mixed(NamedTuple):
@@ -45,7 +44,7 @@ class Mixed(NamedTuple):
 Mix = Callable[[Array, Array, Array, Array], Mixed]
 
 
-def cutmix(*, alpha: float = 1.0, per_image: bool = False, groups: int = 1) -> Mix:
+def cutmix(*, alpha: float = 1.0, per_image: bool = False) -> Mix:
     """A box of each image is replaced by that of another one."""
     check_range("mix.alpha", alpha, 1e-6)
 
@@ -61,32 +60,31 @@ def cutmix(*, alpha: float = 1.0, per_image: bool = False, groups: int = 1) -> M
             inside &= jnp.expand_dims(along, 1 - axis)
         return 1.0 - inside.astype(jnp.float32)
 
-    return _mixer(weights, per_image, groups)
+    return _mixer(weights, per_image)
 
 
-def mixup(*, alpha: float = 1.0, per_image: bool = False, groups: int = 1) -> Mix:
+def mixup(*, alpha: float = 1.0, per_image: bool = False) -> Mix:
     """Each image is averaged with another one."""
     check_range("mix.alpha", alpha, 1e-6)
 
     def weights(key: Array, size: tuple[int, int]) -> Array:
         return jnp.full(size, jax.random.beta(key, alpha, alpha))
 
-    return _mixer(weights, per_image, groups)
+    return _mixer(weights, per_image)
 
 
-def _mixer(weights, per_image, groups):
+def _mixer(weights, per_image):
     """`Mix` of a function (key, (H, W)) -> w, the weight (H, W) of an image's own pixels."""
-    check_count("mix.groups", groups)
 
     def mix(key: Array, images: Array, labels: Array, index: Array) -> Mixed:
-        batch, *size, _ = images.shape
-        if batch % groups:
-            raise InputError(f"mix.groups={groups} does not divide a batch of {batch}; give a divisor of it")
+        size = tuple(images.shape[1:3])
         key_partner, key_weights = jax.random.split(key)
-        partners, partners_labels = _shifted(key_partner, groups, images, labels)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key_weights, index if per_image else jnp.arange(groups))
-        w = jax.vmap(lambda k: weights(k, tuple(size)))(keys)[..., None]  # (B or groups, H, W, 1)
-        w = w if per_image else jnp.repeat(w, batch // groups, axis=0)
+        partners, partners_labels = _shifted(key_partner, images, labels)
+        if per_image:
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key_weights, index)
+            w = jax.vmap(lambda k: weights(k, size))(keys)[..., None]  # (B, H, W, 1)
+        else:
+            w = jnp.broadcast_to(weights(key_weights, size)[..., None], (len(images), *size, 1))
         share = jnp.mean(w, axis=(1, 2, 3))
         own = share[:, None]
         return Mixed(w * images + (1.0 - w) * partners, own * labels + (1.0 - own) * partners_labels, share)
@@ -94,18 +92,17 @@ def _mixer(weights, per_image, groups):
     return mix
 
 
-def _shifted(key: Array, groups: int, *arrays: Array) -> tuple[Array, ...]:
-    """`arrays` (B, …) with entry (i + d) mod n of each group of n in the place of i, d uniform in 1 … n − 1.
+def _shifted(key: Array, *arrays: Array) -> tuple[Array, ...]:
+    """`arrays` (n, …) with entry (i + d) mod n in the place of i, d uniform in 1 … n − 1.
 
     The shift is put together from those by powers of two: a compiler knows only of fixed ones what to send where.
     """
-    n = arrays[0].shape[0] // groups
+    n = arrays[0].shape[0]
     distance = jax.random.randint(key, (), 1, max(n, 2))
-    parts = [a.reshape(groups, n, *a.shape[1:]) for a in arrays]
     for bit in range((n - 1).bit_length()):
-        turn = functools.partial(jax.tree.map, lambda a, by=2**bit: jnp.roll(a, -by, axis=1))
-        parts = jax.lax.cond((distance >> bit) & 1 > 0, turn, lambda same: same, parts)
-    return tuple(part.reshape(a.shape) for part, a in zip(parts, arrays, strict=True))
+        turn = functools.partial(jax.tree.map, lambda a, by=2**bit: jnp.roll(a, -by, axis=0))
+        arrays = jax.lax.cond((distance >> bit) & 1 > 0, turn, lambda same: same, arrays)
+    return arrays
 
 
 MIXES = {"cutmix": cutmix, "mixup": mixup}

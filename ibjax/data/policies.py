@@ -113,15 +113,20 @@ def randaugment(
     *,
     operations: int = 2,
     magnitude: float = 9.0,
+    probability: float = 1.0,
     fill: float = GREY,
     erase: float = 0.0,
     pad: int = 4,
     padding: str = "zero",
     flip: bool = True,
 ) -> PerImage:
-    """`operations` of the 14, each drawn anew and with a random sign, at a magnitude of 0 to 30; then crop and flip."""
+    """`operations` of the 14, each drawn anew and with a random sign, at a magnitude of 0 to 30; then crop and flip.
+
+    Each of them is applied with `probability`. A magnitude m of timm, which goes to 10, is 3·m here.
+    """
     check_count("augment.operations", operations)
     check_range("augment.magnitude", magnitude, 0, LEVELS)
+    check_range("augment.probability", probability, 0, 1)
     check_range("augment.fill", fill, 0, 1)
     check_padding(pad, padding)
     check_erasing(erase)
@@ -133,7 +138,10 @@ def randaugment(
             key_which, key_sign = jax.random.split(key_op)
             which = jnp.asarray(numbers)[jax.random.randint(key_which, (), 0, len(names))]
             sign = jax.random.rademacher(key_sign, (), jnp.float32)
-            image = ops.apply(image, which, ops.value(which, magnitude / LEVELS, sign, image.shape), fill)
+            changed = ops.apply(image, which, ops.value(which, magnitude / LEVELS, sign, image.shape), fill)
+            if probability < 1:
+                changed = jnp.where(jax.random.bernoulli(jax.random.fold_in(key_op, 2), probability), changed, image)
+            image = changed
         return image
 
     return _chain(change, _crop_flip(pad, padding, flip), _erasing(erase))

@@ -16,7 +16,8 @@ published implementations, which differ as follows:
 | biases of convolutions  | no                 | no                         | yes                         |
 | initialisation of conv. | N(0, 2/(k²·C_out)) | N(0, 2/(k²·C_out))         | PyTorch's default           |
 | … of the linear bias    | 0                  | 0                          | PyTorch's default           |
-| `keep` of the final BN  | 0.9                | 0.9                        | 0.1 (momentum 0.9)          |
+| `keep` of the final BN  | 0.9                | 0.99                       | 0.1 (momentum 0.9)          |
+| … of the other BNs      | 0.9                | 0.99                       | 0.9                         |
 
 Paddings are (before, after). Taps as in `preact_resnet`: `stem`, `blockN`, `blockN_relu`, `stageN`, `stageN_relu`,
 `pre_logits`.
@@ -54,7 +55,8 @@ class Block(nn.Module):
         same = (0, 1) if self.variant == "deepmind" and self.stride == 2 else None
 
         def activated(x, name, conv=None):
-            norm = layers.BatchNorm(groups=self.bn_groups, dtype=self.dtype, name=name)
+            keep = 0.99 if self.variant == "deepmind" else 0.9
+            norm = layers.BatchNorm(keep, groups=self.bn_groups, dtype=self.dtype, name=name)
             return layers.normed(x, train, norm, conv=conv, activation=self.activation)
 
         def conv(stride, name, kernel=3, padding=None):
@@ -123,7 +125,7 @@ class Model(nn.Module):
             )(x, train, see)
 
         x, see = stages.through(x, tap, (count,) * 3, 16 * self.width, block)
-        keep = 0.1 if self.variant == "ib_rar" else 0.9
+        keep = {"trades": 0.9, "deepmind": 0.99, "ib_rar": 0.1}[self.variant]
         norm = layers.BatchNorm(keep, groups=self.bn_groups, dtype=dtype, name="bn")
         x = see(layers.normed(x, train, norm, activation=self.activation))
         x = tap("pre_logits", layers.GlobalAverage()(x))
