@@ -16,9 +16,9 @@ HEAD = """# Published networks
 
 `ibjax.zoo` knows these {count} networks; it holds no weights. `zoo.load(NAME, FILE)` reads a file
 ([your own network](own_network.md#published-networks)), `ibjax convert --torch=FILE --zoo=NAME --workdir=DIR` makes a
-run of it ([networks from PyTorch](teachers.md)). Where several networks have one name, write it in full, as
-`cifar10/linf/Engstrom2019Robustness`. This page is generated from `ibjax/pytorch/published.csv` by
-`python docs/zoo.py`; a test keeps it current.
+run of it ([networks from PyTorch](teachers.md)), except of `kw` and `mlp_b`, which only `zoo.load` reads. Where several
+networks have one name, write it in full, as `cifar10/linf/Engstrom2019Robustness`. This page is generated from
+`ibjax/pytorch/published.csv` by `python docs/zoo.py`; a test keeps it current.
 
 Accuracies in percent, on the whole test set, are published ones: those for CIFAR and ImageNet are RobustBench's (commit
 78fcc9e). Only what ibjax can import is listed; [RobustBench's leaderboards](robustbench.md) has the other networks too,

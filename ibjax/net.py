@@ -1,4 +1,4 @@
-"""How a network is called: pure functions over plain nested dicts of arrays, the only interface to the library of it.
+"""How a network is called: through pure functions over plain nested dicts of arrays, whatever library it is written in.
 
     predict    (variables, images) -> logits, features                    evaluation mode
     forward    (variables, images, key) -> (logits, features), variables  training mode: batch statistics move

@@ -4,7 +4,7 @@
     Attack     (key, logits_fn, x, target) -> x_adv                                        ibjax.attacks
     Objective  the target of the attack, and the loss of the optimiser                     ibjax.objectives
     Perturb    (params, gradients, epoch) -> a step in weight space                        ibjax.perturb
-    Problem    all of which a batch passes on its way to the loss                          below
+    Problem    everything between a batch and its loss                                     below
     TrainState, make_train_step                                                            below
 
 `variables` is a dict with these entries:
@@ -55,7 +55,7 @@ Loss = tuple[Array, tuple[Variables, dict[str, Array]]]  # value, (variables, me
 class Objective(NamedTuple):
     """A training method: its loss, and what its attack maximises.
 
-    target: (net, variables, batch, key) -> the target of the attack, whose loss the inner maximisation increases:
+    target: (net, variables, batch, key) -> the attack's target, against which the inner maximisation raises the loss:
       labels (B,), distributions (B, C), or any pytree that `attack_loss` takes.
     loss: (net, variables, batch, x_adv, key) -> (loss, (variables, metrics)); `x_adv` is None without an attack.
       `target` and `loss` get the same key, so XLA computes only once what both of them compute.

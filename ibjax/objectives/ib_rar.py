@@ -35,7 +35,8 @@ Channel mask (FC), two versions:
 
 - The authors' code (mask_rule="code"): in every `mask_every`-th step of an epoch, but not in its first step, the
   training passes zero channels of one tap. The last channel is never masked. Of the others, those with the lowest
-  nHSIC(Y, f_c) and those with the highest nHSIC(X, f_c) are; X is the input of the pass, both kernels are Gaussian, and
+  nHSIC(Y, f_c) and those with the highest nHSIC(X, f_c) are masked. X is the pass's input, both kernels are
+  Gaussian, and
   no gradient flows through the choice. Attacks and tests never use the mask. The information terms see the masked
   feature, except at `pre_logits`: the authors' ResNet-18 records that vector before it is masked.
 - The paper's text: mask the 5 % of channels with the lowest nHSIC(Y, f_c). Its Algorithm 1 does so in every training

@@ -18,8 +18,8 @@ Batch-norm: one training-mode pass over x'. Published code makes more of them, f
 Here all passes come before the optimiser's step. In the published code the last pass over x comes after the step, at
 the new weights, and the first pass of AWP is made at the unperturbed weights. The attack runs in evaluation mode by
 default; with `config.attack_bn = "train"` it runs in training mode, as that of Rice et al. and of Fast-AT. The code of
-AWP attacks in training mode too, except in the first batch of every epoch but the first: that one it attacks in
-evaluation mode, which the validation before it has set. Here all batches are treated alike.
+AWP attacks in training mode too, but from the second epoch on it attacks an epoch's first batch in
+evaluation mode, left over from the validation before. Here all batches are treated alike.
 """
 
 import jax.numpy as jnp
