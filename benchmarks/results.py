@@ -3,12 +3,14 @@
     python benchmarks/results.py --list                                        what is missing, and what it would cost
     python benchmarks/results.py --only='mnist-*-0' --mnist=mnist.npz --budget=8m           what fits into eight minutes
     python benchmarks/results.py --only=mnist-trades-0 --mnist=mnist.npz                     one cell, however long
+    python benchmarks/results.py --only=mnist-trades-0 --mnist=mnist.npz --again             the same, once more
     python benchmarks/results.py --page                                        writes results/README.md again
 
 A *cell* is one network, or AutoAttack on it; `benchmarks/cells.py` lists them in their order. A finished cell has a
 folder results/cells/NAME with its configuration, metrics, records and cell.json, which says where and with what it was
 made; results/README.md is generated from these folders. Weights stay in --work. A cell that was stopped goes on there:
-training from its last checkpoint, AutoAttack from its last batch, any other attack from its start.
+training from its last checkpoint, AutoAttack from its last batch, any other attack from its start. A working folder of
+another configuration is refused.
 
 With --budget, cells run one after another in processes of their own. First comes what was begun, then what fits. On a
 CPU, where nothing fits, the first missing cell is begun and is stopped in time. On an accelerator no cell is stopped:
@@ -22,6 +24,7 @@ import argparse
 import contextlib
 import fnmatch
 import json
+import shutil
 import signal
 import statistics
 import subprocess
@@ -140,9 +143,14 @@ def train(cell: Cell, given: argparse.Namespace) -> None:
     if cell.teacher:
         train(cells()[cell.teacher], given)
     folder = given.work / cell.name
+    made = settings(cell, given)
+    asked, file = json.loads(json.dumps(portable(config.plain(made)))), folder / "asked.json"
+    if file.is_file() and {**files.read_json(file), "evaluate": None} != {**asked, "evaluate": None}:
+        raise InputError(f"{folder} is of another configuration of {cell.name}; delete it")
     if is_trained(folder):
         return
-    made = settings(cell, given)
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_json(file, asked)
     with clocked(folder, "train"):
         loop.train(build(made, {"teacher": Path(made.teacher.workdir)} if cell.teacher else {}), folder)
     files.write_json(folder / "seconds.json", {**seconds(folder), "trained": 1})
@@ -323,8 +331,9 @@ def listing(chosen: list[Cell], given: argparse.Namespace) -> str:
     for cell in chosen:
         if cell.name in done:
             continue
-        cost, begun = minutes(cell, given, here.slower), bool(seconds(given.work / cell.name))
-        total[cell.accelerator] += cell.minutes * (1 if cell.accelerator != here.accelerator else here.slower)
+        slower = here.slower if cell.accelerator == here.accelerator else 1.0
+        cost, begun = minutes(cell, given, slower), bool(seconds(given.work / cell.name))
+        total[cell.accelerator] += cell.minutes * slower
         place = "needs an accelerator" if cell.accelerator and not here.accelerator else "begun" if begun else ""
         lines.append(f"{cost:8.1f} min  {cell.name:70} {place}".rstrip())
     hours = {kind: f"{value / 60:.1f} hours" for kind, value in total.items()}
@@ -365,6 +374,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--work", type=files.path, help="working folders with checkpoints; default: in the user's cache"
     )
     parser.add_argument("--cells", type=files.path, help="folder of the records; default: results/cells")
+    parser.add_argument("--again", action="store_true", help="run finished cells once more, from the beginning")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and random images, to try the script")
     given = parser.parse_args(argv)
     given.work = (given.work or files.cache_folder() / "results").resolve()
@@ -375,14 +385,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def chosen(pattern: str) -> list[Cell]:
-    """The cells whose names match; raises InputError where one of the patterns matches none."""
+    """The cells whose names match, pattern by pattern; raises InputError where one of the patterns matches none."""
     known, found = cells(), {}
     for word in pattern.split(","):
         matching = fnmatch.filter(known, word)
         if not matching:
             raise InputError(f"--only={word} names no cell; {errors.nearest(word, known)}")
         found |= dict.fromkeys(matching)
-    return [cell for name, cell in known.items() if name in found]
+    return [known[name] for name in found]
 
 
 def with_data(selected: list[Cell], given: argparse.Namespace) -> list[Cell]:
@@ -408,7 +418,9 @@ def main() -> None:
     elif given.budget is None:
         done = results_page.finished(given.cells)
         for cell in with_data(selected, given):
-            if cell.name not in done:
+            if given.again:
+                shutil.rmtree(given.work / cell.name, ignore_errors=True)
+            if given.again or cell.name not in done:
                 execute(cell, given)
                 results_page.write(page, given.cells)
     else:

@@ -1,5 +1,8 @@
 """The step's wiring: what each part is given, and that nothing is dropped on the way."""
 
+import re
+from pathlib import Path
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -360,3 +363,13 @@ def test_the_step_with_parts_is_taken_at_the_mean_perturbation():
     state, _ = take(objective, optimizer=sgd(lr=lambda step: 0.1, weight_decay=0.5), perturb=perturb, microbatches=2)
     before, after = (s.variables["params"]["head"]["dense"]["kernel"] for s in (begin(objective), state))
     np.testing.assert_allclose(after, before - 0.1 * 0.5 * (before + 1), rtol=1e-5, atol=1e-6)
+
+
+def test_the_loop_of_the_training_page_learns():
+    """The code of docs/train.md, as it is printed there."""
+    page = (Path(__file__).parent.parent / "docs" / "train.md").read_text(encoding="utf-8")
+    code = re.search(r"## A training loop of your own.*?^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert code is not None
+    names: dict = {}
+    exec(code[1], names)
+    assert 0.5 < names["metrics"]["clean_acc"] <= 1

@@ -27,7 +27,7 @@ from ibjax.attacks.iterative import UNTARGETED, Iterative
 from ibjax.attacks.programs import Compiler, Program
 from ibjax.devices import cluster, cores, precision
 
-TOLERANCE = 2e-6  # how far x_adv may lie outside the ball by float32 rounding, relative to a radius above 1
+TOLERANCE = 1e-6  # how far x_adv may lie outside the ball by float32 rounding; above a radius of 1, in radii
 _LOOKED_AFTER = 50  # queries after which a program looks whether all of its images are done
 
 

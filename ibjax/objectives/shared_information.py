@@ -11,6 +11,7 @@ Recognition 134, 2023 (MERL TR2022-141).
 | α      | alpha       | 0.5                                                                                 |
 | β, β₀  | beta, beta_start | 4 (MNIST, CIFAR-10; 6 for CIFAR-100), 1e-3                                     |
 |        | warmup, ramp | 10, 90 epochs                                                                      |
+|        | stepping    | "epoch"; "step": e in place of ⌊e⌋, for trainings of few epochs                     |
 | λ      | lam         | 1e-3; the recipes with "mine" and "mige" have 0.01                                  |
 | k      | neighbours  | 10; used by "hsic" and "trace"                                                       |
 | I      | information | "hsic", biased; "trace", without its (B − 1)⁻²; "mine"; "mige"; "nhsic", whose      |
@@ -50,6 +51,7 @@ from ibjax.step import Objective
 CHOICES = {
     "information": ("hsic", "trace", "nhsic", "mine", "mige"),
     "location": ("latent", "prediction"),
+    "stepping": ("epoch", "step"),
 }
 HSIC = {"hsic": hsic.hsic, "trace": hsic.hsic_trace}
 
@@ -59,8 +61,9 @@ def shared_information(
     alpha: float = 0.5,
     beta: float = 4.0,
     beta_start: float = 1e-3,
-    warmup: int = 10,
-    ramp: int = 90,
+    warmup: float = 10.0,
+    ramp: float = 90.0,
+    stepping: str = "epoch",
     lam: float = 1e-3,
     neighbours: int = 10,
     information: str = "hsic",
@@ -69,7 +72,7 @@ def shared_information(
     location: str = "latent",
 ) -> Objective:
     """Shared information; its attack is PGD on cross-entropy."""
-    given = dict(information=information, location=location)
+    given = dict(information=information, location=location, stepping=stepping)
     for name, value in given.items():
         if value not in CHOICES[name]:
             raise InputError(f"objective.{name}='{value}' is unknown; {nearest(value, CHOICES[name])}")
@@ -77,7 +80,7 @@ def shared_information(
     check_range("objective.beta", beta, 0)
     check_range("objective.beta_start", beta_start, 1e-12)
     check_range("objective.warmup", warmup, 0)
-    check_range("objective.ramp", ramp, 1)
+    check_range("objective.ramp", ramp, 1e-6)
     check_range("objective.lam", lam, 0)
     check_range("objective.neighbours", neighbours, 1)
     for width in mine_widths if mine_projection is None else (mine_projection, *mine_widths):
@@ -98,7 +101,8 @@ def shared_information(
         robust = jnp.mean(losses.cross_entropy(adv[0], y))
         natural = jnp.mean(losses.cross_entropy(clean[0], y))
         skl = jnp.mean(divergences(clean, adv, location))
-        value = alpha * robust + (1 - alpha) * natural + beta_at(batch["epoch"], beta, beta_start, warmup, ramp) * skl
+        epoch = jnp.floor(batch["epoch"]) if stepping == "epoch" else batch["epoch"]
+        value = alpha * robust + (1 - alpha) * natural + beta_at(epoch, beta, beta_start, warmup, ramp) * skl
         metrics = {"natural": natural, "robust": robust, "skl": skl}
         if lam:
             if mine is not None:
@@ -121,9 +125,9 @@ def shared_information(
     return Objective(target, loss, mine)
 
 
-def beta_at(epoch: Array, beta: float, start: float, warmup: int, ramp: int) -> Array:
-    """β(e), constant within an epoch: `start` for `warmup` epochs, then exponentially to `beta` over `ramp` epochs."""
-    progress = jnp.clip((jnp.floor(epoch) - warmup) / ramp, 0.0, 1.0)
+def beta_at(epoch: Array, beta: float, start: float, warmup: float, ramp: float) -> Array:
+    """β(e): `start` for `warmup` epochs, then exponentially to `beta` over `ramp` epochs."""
+    progress = jnp.clip((epoch - warmup) / ramp, 0.0, 1.0)
     return start * (max(beta, 1e-12) / start) ** progress if beta else jnp.zeros(())
 
 
