@@ -112,6 +112,9 @@ def test_images_are_read_one_by_one_from_the_file(tmp_path, monkeypatch, compres
     else:
         with pytest.raises(DataError, match="has become shorter"):
             read.take(which)
+        write(tmp_path, image=255 - IMAGES)  # of the same size
+        with pytest.raises(DataError, match="has changed; restore it"):
+            read.take(which)
         stored.unlink()
         with pytest.raises(DataError, match="is gone"):
             read.take(which)

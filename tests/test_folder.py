@@ -149,6 +149,11 @@ def test_a_table_of_labels_stands_in_place_of_class_folders(tmp_path):
         table.write_text("\n".join(damaged))
         with pytest.raises(DataError, match=rf"val_annotations\.txt, line {line}: .* is not FILE<TAB>CLASS"):
             load(tmp_path)
+    table.write_text("\n".join(rows))
+    (tmp_path / "val/old").mkdir()
+    picture().save(tmp_path / "val/old/val_1.png")
+    with pytest.raises(DataError, match=r"more than one file is called val_1\.png; keep one"):
+        load(tmp_path)
     table.write_bytes(b"\xff\xfe\n")
     with pytest.raises(DataError, match=r"val_annotations\.txt cannot be read"):
         load(tmp_path)

@@ -98,6 +98,8 @@ def test_erasing_has_its_probability_and_area():
 def test_idbhs_crop_is_a_window_somewhere_in_zeros():
     """Of s = 0 to 4 lines that are cut off in all; the rest is found again, whole, at another place."""
     image = np.arange(1, 73, dtype=np.float32).reshape(8, 9, 1)
+    with pytest.raises(InputError, match="cuts off up to 8 lines; nothing would be left"):
+        policies._crop_shift(8)(jax.random.key(0), jnp.asarray(image))
     shift = policies._crop_shift(4)
     made = np.asarray(
         jax.jit(jax.vmap(lambda key: shift(key, jnp.asarray(image))))(jax.random.split(jax.random.key(0), 300))

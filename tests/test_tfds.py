@@ -478,6 +478,35 @@ def test_stream_training_goes_on_to_the_bit_and_is_evaluated(streamed, tmp_path,
         loop.train(build(settings), tmp_path / "other")
 
 
+def test_stream_a_read_that_fails_is_tried_again_and_then_named(streamed, monkeypatch):
+    """Storage that is far away fails at times; a record that cannot be read is named, with its shard."""
+    monkeypatch.setattr(stream, "_WAITS", (0.0, 0.0))
+    images, wanted = streamed.train.images, streamed.train.images[np.array([3])]
+    source, failures = images.source, []
+
+    class Flaky:
+        def __getitem__(self, row):
+            if len(failures) < limit:
+                failures.append(row)
+                raise OSError(5, "Input/output error")
+            return source[row]
+
+    images.source, limit = Flaky(), 2
+    np.testing.assert_array_equal(images[np.array([3])], wanted)
+    failures.clear()
+    limit = 3
+    with pytest.raises(DataError, match=r"damaged at record \d+ .*Input/output error"):
+        images[np.array([3])]
+
+
+def test_stream_labels_of_no_class_are_refused(streamed, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "_kept_labels", lambda *_: None)
+    pictures = stream.load(data_dir=str(tmp_path), size=16, threads=2).train.images
+    monkeypatch.setattr(type(pictures.stored), "num_classes", 7)
+    with pytest.raises(DataError, match=r"train labels lie in \[0, 9\]; with 7 classes"):
+        pictures.labels()
+
+
 def test_stream_crops_lie_in_the_image():
     for width, height in ((50, 400), (400, 50), (1, 1), (224, 224)):
         for _ in range(200):

@@ -126,7 +126,8 @@ class Arrays(NamedTuple):
 
 def own_data(source: Any, made: Any, options: Any) -> Arrays:
     """The data that a `load` of the user's own has made; CodeError unless they are `Arrays`."""
-    if not isinstance(made, Arrays) or not (isinstance(made.train, Split) and isinstance(made.test, Split)):
+    parts = (made.train, made.test, made.val) if isinstance(made, Arrays) else ()
+    if not parts or not all(isinstance(part, Split) for part in (*parts[:2], *(parts[2:] if parts[2] else ()))):
         raise CodeError(
             f"{source} is a {type(made).__name__}; return ibjax.data.Arrays(Split(…), Split(…), num_classes)"
         )
@@ -190,9 +191,13 @@ def _split(arrays, val_size, split_seed, fraction):
     if arrays.val is not None:
         if val_size:
             raise DataError(f"data.val_size={val_size}: this source has a validation split of its own; set 0")
-        return arrays._replace(
-            train=part(arrays.train, fraction, split_seed), val=check(arrays.val, "val", arrays.num_classes)
-        )
+        val = check(arrays.val, "val", arrays.num_classes)
+        if val.images.shape[1:] != arrays.train.images.shape[1:]:
+            raise DataError(
+                f"train images are {arrays.train.images.shape[1:]}, val images {val.images.shape[1:]}; they must have "
+                f"one size"
+            )
+        return arrays._replace(train=part(arrays.train, fraction, split_seed), val=val)
     train, val = hold_out(arrays.train, val_size, split_seed)
     return arrays._replace(train=part(train, fraction, split_seed), val=val)
 
@@ -281,12 +286,17 @@ def check(split: Split, name: str, num_classes: int) -> Split:
             f"expected one integer for each of {len(images)} images"
         )
     labels = labels[:, 0]
+    check_labels(labels, name, num_classes)
+    return Split(np.ascontiguousarray(images), labels.astype(np.int32))
+
+
+def check_labels(labels: np.ndarray, name: str, num_classes: int) -> None:
+    """Raises DataError unless all labels (N,) of a split are those of a class."""
     if labels.min() < 0 or labels.max() >= num_classes:
         raise DataError(
             f"{name} labels lie in [{labels.min()}, {labels.max()}]; with {num_classes} classes they must lie "
             f"in [0, {num_classes - 1}]"
         )
-    return Split(np.ascontiguousarray(images), labels.astype(np.int32))
 
 
 _NEARLY_BLACK = 2 / 255  # float images below this were probably divided by 255 twice

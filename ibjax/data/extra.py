@@ -28,12 +28,15 @@ rounded for each of four emulated machines: of 1,024 images 716 are generated wi
 import concurrent.futures
 import io
 import math
+import os
 import zipfile
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,6 +77,7 @@ class Stored(NamedTuple):
     file: Path
     offset: int
     shape: tuple[int, ...]
+    state: tuple[int, ...]  # `_state` of the file when its content was identified
 
     def take(self, which: np.ndarray) -> np.ndarray:
         """The images of these numbers; DataError if the file is gone or too short, UnreadableError if a read fails."""
@@ -82,6 +86,9 @@ class Stored(NamedTuple):
 
         def read():
             with open(self.file, "rb", buffering=0) as handle:
+                if (found := _state(os.fstat(handle.fileno()))) != self.state:
+                    how = "become shorter" if found[0] < self.state[0] else "changed"
+                    raise DataError(f"{self.file} has {how}; restore it, then run the same command")
                 for i, number in enumerate(which):
                     handle.seek(self.offset + int(number) * size)
                     if handle.readinto(made[i].reshape(-1).data) != size:
@@ -106,6 +113,7 @@ def load(
     file = files.path(path)
     if not file.is_file():
         raise DataError(f"data.extra.path={file} is no file; give an .npz with image and label")
+    state = _state(file.stat())  # before its content is read
     members = _headers(file)
     if missing := [name for name in _MEMBERS if name not in members]:
         raise DataError(f"{file} lacks {', '.join(missing)}; it holds {', '.join(members) or 'nothing'}")
@@ -120,7 +128,7 @@ def load(
     digest = files.json_digest([[list(m.shape), str(m.dtype), m.crc] for m in (image, label)])
     keep = math.prod(image.shape) <= RESIDENT if resident is None else resident
     labels = _labels(file, _read(file, label), num_classes)
-    images = _read(file, image) if keep else _stored(file, image, digest)
+    images = _read(file, image) if keep else _stored(file, image, digest, state)
     return Extra(images, labels, float(fraction), digest, file)
 
 
@@ -221,28 +229,37 @@ def _read(file, member):
         raise DataError(str(error)) from None
 
 
-def _stored(file, member, digest):
+def _stored(file, member, digest, state):
     """The images where they lie uncompressed: in the file itself, or unpacked once in the cache folder."""
     if member.offset >= 0:
-        return Stored(file, member.offset, member.shape)
+        return Stored(file, member.offset, member.shape, state)
     size = math.prod(member.shape)
     unpacked = files.cache_folder() / "extra" / f"{digest}.images"
-    if not (unpacked.is_file() and unpacked.stat().st_size == size):
-        unpacked.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with (
-            files.replacing(unpacked) as temporary,
-            zipfile.ZipFile(file) as archive,
-            archive.open(member.name) as stream,
-        ):
-            skip = archive.getinfo(member.name).file_size - size
-            stream.read(skip)
-            with open(temporary, "wb") as made:
-                try:
-                    while chunk := stream.read(1 << 22):  # to the end, where the checksum is compared
-                        made.write(chunk)
-                except (zipfile.BadZipFile, EOFError, ValueError) as error:
-                    raise DataError(f"{file}: its member '{member.name}' is damaged ({error}); copy it again") from None
-    return Stored(unpacked, 0, member.shape)
+    unpacked.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with filelock.FileLock(f"{unpacked}.lock"):  # the processes of a machine unpack it once
+        if not (unpacked.is_file() and unpacked.stat().st_size == size):
+            _unpack(file, member.name, size, unpacked)
+    return Stored(unpacked, 0, member.shape, _state(unpacked.stat()))
+
+
+def _unpack(file, name, size, unpacked):
+    with (
+        files.replacing(unpacked) as temporary,
+        zipfile.ZipFile(file) as archive,
+        archive.open(name) as stream,
+        open(temporary, "wb") as made,
+    ):
+        try:
+            stream.read(archive.getinfo(name).file_size - size)
+            while chunk := stream.read(1 << 22):  # to the end, where the checksum is compared
+                made.write(chunk)
+        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+            raise DataError(f"{file}: its member '{name}' is damaged ({error}); copy it again") from None
+
+
+def _state(found):
+    """What changes where a file is written again: size, time of modification, inode."""
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 # ---- the order ---------------------------------------------------------------------------------------------

@@ -186,6 +186,9 @@ def _from_table(table, tree):
     except (OSError, ValueError) as error:
         raise DataError(f"{table} cannot be read ({error}); copy it again") from None
     images, classes = {image.name: image for image in tree.images}, collections.defaultdict(list)
+    if len(images) < len(tree.images):
+        twice = [name for name, count in collections.Counter(image.name for image in tree.images).items() if count > 1]
+        raise DataError(f"{table}: below {tree.root} more than one file is called {listed(twice)}; keep one of each")
     for number, line in enumerate(lines, 1):
         name, _, rest = line.partition("\t")
         label = rest.partition("\t")[0].strip()

@@ -237,6 +237,10 @@ def _crop_shift(largest):
     """IDBH's CropShift: output pixel u shows input pixel u + start − place, where that was not cut off."""
 
     def change(key: Array, image: Array) -> Array:
+        if largest >= min(image.shape[:2]):
+            raise InputError(
+                f"augment.name='idbh' cuts off up to {largest} lines; nothing would be left of images {image.shape}"
+            )
         keys = jax.random.split(key, 6)
         strength = jax.random.randint(keys[0], (), 0, largest + 1)
         columns = jax.random.randint(keys[1], (), 0, strength + 1)

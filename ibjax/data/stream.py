@@ -2,8 +2,9 @@
 
     data=dict(name="stream", dataset="imagenet2012", size=224)    # a stock copy, made with --file_format=array_record
 
-Training images are random resized crops with flips, test and validation images are centre crops, so `augment` is not
-used. Labels are read once and cached in ~/.cache/ibjax. Needs the extra `imagenet` (Grain).
+Training images are random resized crops with flips, test and validation images are centre crops; a crop and flip of
+`augment` beside it are refused, a policy such as RandAugment comes on top. Labels are read once and cached in
+~/.cache/ibjax. Needs the extra `imagenet` (Grain).
 
 Guarantees (tests of the same names): a batch is a function of seed and step, so that reading can start at any step with
 the same batches; an epoch shows every image once, except those of a last incomplete batch; processes that read parts of
@@ -18,6 +19,7 @@ import io
 import logging
 import math
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from ibjax import files
-from ibjax.data import Arrays, Split, stamps, tfds
+from ibjax.data import Arrays, Split, check_labels, stamps, tfds
 from ibjax.errors import DataError, InputError, UnreadableError, check_range
 
+_WAITS = (0.1, 0.5, 2.0)  # seconds before a record is read again
 _RESIZED = 256 / 224  # ratio of a test image's shorter side to the side of its centre crop
 _FOREVER = 2**62
 _SEAL_BYTES = 16  # length of the digest after the cached labels
@@ -49,6 +52,7 @@ def load(*, dataset: str = "imagenet2012", data_dir: str = "", size: int = 224, 
     """
     check_range("data.size", size, 1)
     check_range("data.threads", threads, 1)
+    _allow_open_files()
     stored = tfds.find(dataset, data_dir)
     if stored.shape is not None:
         raise DataError(f"{stored.folder} has images of one size, which fit in one array; read it as data.name='tfds'")
@@ -66,33 +70,41 @@ def load(*, dataset: str = "imagenet2012", data_dir: str = "", size: int = 224, 
     return Arrays(*splits, stored.num_classes, label=label, classes=stored.classes, read=read)
 
 
+def _allow_open_files():
+    """Raises this process's limit of open files as far as it may: a data set of 1,024 shards keeps as many open."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource  # not on Windows
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 class Pictures:
     """The images of a split, like an array (N, size, size, 3) uint8 of centre crops that is read when indexed."""
 
     dtype, ndim = np.dtype(np.uint8), 4
 
-    def __init__(self, stored: tfds.Stored, split: str, size: int, threads: int, rows: np.ndarray | None = None):
-        import tensorflow_datasets
-
+    def __init__(
+        self,
+        stored: tfds.Stored,
+        split: str,
+        size: int,
+        threads: int,
+        rows: np.ndarray | None = None,
+        source: Any = None,  # of a split of which this is a part
+    ):
         self.stored, self.split, self.size, self.threads = stored, split, size, threads
         self.rows = np.arange(stored.counts[split]) if rows is None else rows
         self.shape = (len(self.rows), size, size, 3)
-        decoders: Any = {stored.keys[0]: tensorflow_datasets.decode.SkipDecoding()}
-        try:
-            self.source = stored.builder.as_data_source(split=split, decoders=decoders)
-        except NotImplementedError:
-            kind = stored.builder.info.file_format.value
-            raise DataError(
-                f"{stored.folder} holds {kind} files, which cannot be read at random; where TensorFlow is installed: "
-                f"tfds convert_format --dataset_version_dir={stored.folder} --out_file_format=array_record"
-            ) from None
+        self.source = _source(stored, split) if source is None else source
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def subset(self, kept: np.ndarray) -> "Pictures":
         """A subset of the images; nothing is read."""
-        return Pictures(self.stored, self.split, self.size, self.threads, self.rows[kept])
+        return Pictures(self.stored, self.split, self.size, self.threads, self.rows[kept], self.source)
 
     def __getitem__(self, which: slice | np.ndarray) -> np.ndarray:
         with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
@@ -104,17 +116,27 @@ class Pictures:
         return self._image(self.rows[i], rng)
 
     def _image(self, row, rng):
+        record = self._record(row)
         try:
-            record = self.source[int(row)]
             with Image.open(io.BytesIO(record[self.stored.keys[0]])) as encoded:
                 image = encoded.convert("RGB")
         except Exception as error:
-            raise tfds.damaged(self.stored, self.split, error) from None
+            raise tfds.unread(self.stored, self.split, int(row), error) from None
         width, height = image.size
         box = _centre(width, height) if rng is None else _random_box(width, height, rng)
         shape = (self.size, self.size)
         pixels = np.asarray(image.resize(shape, Image.Resampling.BILINEAR, box=box, reducing_gap=3.0))
         return pixels[:, ::-1] if rng is not None and rng.random() < 0.5 else pixels
+
+    def _record(self, row):
+        """A record; a read that fails is tried again, since storage that is far away fails at times."""
+        for wait in (*_WAITS, None):
+            try:
+                return self.source[int(row)]
+            except Exception as error:  # the reader raises RuntimeError for a failed read as for a damaged file
+                if wait is None:
+                    raise tfds.unread(self.stored, self.split, int(row), error) from None
+            time.sleep(wait)
 
     def digest(self) -> str:
         """A digest of the files' names and sizes and of the selected images' indices, not of their 100 GB of content.
@@ -152,14 +174,28 @@ class Pictures:
 
     def _read_labels(self):
         def label(row):
-            try:
-                return self.source[int(row)][self.stored.keys[1]]
-            except Exception as error:
-                raise tfds.damaged(self.stored, self.split, error) from None
+            return self._record(row)[self.stored.keys[1]]
 
         with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
             found = tqdm(pool.map(label, self.rows), f"labels of {self.split}", len(self.rows), disable=None)
-            return np.fromiter(found, np.int32, len(self.rows))
+            labels = np.fromiter(found, np.int32, len(self.rows))
+        check_labels(labels, self.split, self.stored.num_classes)
+        return labels
+
+
+def _source(stored, split):
+    """What reads a split's records at random."""
+    import tensorflow_datasets
+
+    decoders: Any = {stored.keys[0]: tensorflow_datasets.decode.SkipDecoding()}
+    try:
+        return stored.builder.as_data_source(split=split, decoders=decoders)
+    except NotImplementedError:
+        kind = stored.builder.info.file_format.value
+        raise DataError(
+            f"{stored.folder} holds {kind} files, which cannot be read at random; where TensorFlow is installed: "
+            f"tfds convert_format --dataset_version_dir={stored.folder} --out_file_format=array_record"
+        ) from None
 
 
 def _kept_labels(file, count, num_classes):
@@ -226,9 +262,9 @@ def batches(
         image = pictures.crop(i, np.random.default_rng((seed, epoch, i)))
         return {"image": image, "label": labels[i], "index": np.int32(i)}
 
-    data = grain.MapDataset.range(step * len(places), _FOREVER).map(example).batch(len(places))
-    options = grain.ReadOptions(num_threads=pictures.threads, prefetch_buffer_size=2 * pictures.threads)
-    return iter(data.to_iter_dataset(options))
+    images = grain.MapDataset.range(step * len(places), _FOREVER).map(example)
+    options = grain.ReadOptions(num_threads=pictures.threads, prefetch_buffer_size=2 * len(places))  # two batches
+    return iter(images.to_iter_dataset(options).batch(len(places)))
 
 
 def _centre(width, height):

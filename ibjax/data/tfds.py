@@ -265,12 +265,26 @@ def _decoded(stored, features, split, raw):
         raise damaged(stored, split, error) from None
 
 
+def unread(stored, split, row, error):
+    """The DataError that names a record of a split that could not be read or decoded, and its shard."""
+    ends = np.cumsum([length for _, length in stored.shards[split]])
+    number = int(np.searchsorted(ends, row, "right"))
+    shard, length = stored.shards[split][number]
+    at = row - int(ends[number]) + length
+    return DataError(f"{shard} is missing, truncated or damaged at record {at} ({_reason(error)}); {stored.remake}")
+
+
+def _reason(error):
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
 def damaged(stored, split, error):
     """The DataError that names the first shard of the split that cannot be read completely."""
     from array_record.python.array_record_module import ArrayRecordReader
 
-    reason = " ".join(str(error).split())[:120] or type(error).__name__
-    for shard, _ in stored.shards[split]:
+    reason = _reason(error)
+    shards = stored.shards[split] if stored.builder.info.file_format.value == "array_record" else ()
+    for shard, _ in shards:
         try:
             reader = ArrayRecordReader(str(shard))
             reader.read_all()

@@ -42,7 +42,7 @@ DESCRIPTIONS = ("classes", "warnings")
 BENCHMARK = "ibjax.benchmark"  # says that a network was given to it, in the section "imported"
 
 
-_FREE_PATHS = ("data.path", "data.data_dir", "data.cache", "data.extra.path")
+_FREE_PATHS = ("data.path", "data.data_dir", "data.cache", "data.extra.path", "data.threads")
 
 
 @contextlib.contextmanager

@@ -143,7 +143,7 @@ def generated(data: ConfigDict, shape: Sequence[int], count: int | None) -> extr
     fraction, resident = given.get("fraction", extra.FRACTION), given.get("resident")
     images = np.broadcast_to(np.uint8(0), (count, *shape))  # takes no memory
     keep = images.size <= extra.RESIDENT if resident is None else resident
-    held = images if keep else extra.Stored(file, 0, images.shape)
+    held = images if keep else extra.Stored(file, 0, images.shape, ())
     return extra.Extra(held, np.broadcast_to(np.int32(0), (count,)), fraction, "", file)
 
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from ibjax import config, extensions, files, losses, optim
-from ibjax.data import Arrays, augment, extra
+from ibjax.data import Arrays, augment, extra, streamed
 from ibjax.devices import cluster, placement
 from ibjax.errors import InputError
 from ibjax.net import Net, Variables, as_output, linen_net
@@ -88,6 +88,10 @@ def build(
     if settings.select_on == "val" and data.val is None:
         raise InputError("data.val_size=0 leaves nothing to select on; hold some out, or set select_on='test'")
     _check_padding(settings.augment.get("pad", 0), data.train.images.shape[1:3])
+    if streamed(data.train) and "name" not in settings.augment and (settings.augment.pad or settings.augment.flip):
+        raise InputError(
+            "streamed images are cropped and flipped as they are read; set augment.pad=0, augment.flip=False"
+        )
     steps_per_epoch = len(data.train.labels) // settings.batch_size
     if not steps_per_epoch:
         raise InputError(f"batch_size={settings.batch_size} exceeds the {len(data.train.labels)} training images")
