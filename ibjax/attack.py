@@ -76,7 +76,7 @@ def main() -> None:
             section, **{name: getattr(given, name) for name in ("attacks", *command_line.OF_EVALUATION)}
         )
         if given.seed is not None:
-            check_count("--seed", given.seed, 0)
+            check_count("--seed", given.seed, 0, config.LARGEST_SEED)
             trained.config.seed = given.seed
         split = sample(split, settings["n"], "--n", "there are")
         records, x_adv = attack_images(trained, split, given.file.stem, given.checkpoint or "best", settings)

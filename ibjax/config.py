@@ -41,6 +41,8 @@ from ibjax.devices import precision
 from ibjax.errors import InputError, nearest
 from ibjax.threat import effective, held, in_each_recipe, own, same_length, say  # noqa: F401
 
+LARGEST_SEED = 2**32 - 1  # NumPy's random numbers take no larger one
+
 
 def base() -> ConfigDict:
     """All keys with their defaults: PGD training with the schedule, network and attack of IBD's Table 1."""
@@ -135,9 +137,9 @@ WITHOUT_EFFECT = (
 
 # dotted path -> (type, lowest, highest); None is allowed where base() has a placeholder
 _NUMBERS = {
-    "seed": (int, 0, 2**32 - 1),
+    "seed": (int, 0, LARGEST_SEED),
     "data.val_size": (int, 0, math.inf),
-    "data.split_seed": (int, 0, 2**32 - 1),
+    "data.split_seed": (int, 0, LARGEST_SEED),
     "augment.pad": (int, 0, 64),
     "smoothing.delta": (float, 0, 0.5),
     "batch_size": (int, 1, math.inf),

@@ -52,10 +52,11 @@ def check_range(name: str, value: float, low: float, high: float = math.inf, *, 
         raise InputError(f"{name}={given} is not allowed; give a number of at least {low:g}{upper}")
 
 
-def check_count(name: str, value: int, low: int = 1) -> None:
-    """Raises InputError unless `value` is an integer of at least `low`; booleans and floats are refused."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < low:
-        raise InputError(f"{name}={value!r} is not allowed; give a whole number of at least {low}")
+def check_count(name: str, value: int, low: int = 1, high: float = math.inf) -> None:
+    """Raises InputError unless `value` is an integer, low <= value <= high; booleans and floats are refused."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not low <= value <= high:
+        upper = "" if high == math.inf else f" and at most {high}"
+        raise InputError(f"{name}={value!r} is not allowed; give a whole number of at least {low}{upper}")
 
 
 class PreemptedError(Exception):

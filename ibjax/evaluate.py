@@ -24,6 +24,7 @@ from ibjax.devices import cluster
 from ibjax.errors import InputError
 from ibjax.evaluation import leaderboard, report
 from ibjax.evaluation.evaluate import attack_images, evaluate
+from ibjax.pytorch import exports
 from ibjax.runs import command_line, run
 
 __all__ = ["attack_images", "evaluate"]
@@ -56,10 +57,9 @@ def main() -> None:
             _check_leaderboard(given)
             given.attacks = given.attacks or ["autoattack"]
         records = evaluate(given.workdir, given.checkpoint, **{name: getattr(given, name) for name in _OPTIONS})
+        said = _place(given, records) if given.leaderboard else ()
         if jax.process_index() == 0:
-            print(report.table(records))
-            if given.leaderboard:
-                _print_place(given, records)
+            print(report.table(records), *said, sep="\n")
 
     errors.exit_with(command)
 
@@ -68,19 +68,23 @@ def _check_leaderboard(given):
     """Raises InputError where the evaluation would be none of RobustBench's, before it begins."""
     if given.surrogate or given.samples or (given.attacks and "autoattack" not in given.attacks):
         raise InputError("--leaderboard needs autoattack, without --surrogate and --samples")
-    settings = config.effective(run.load(given.workdir, given.checkpoint).config)
-    dataset = settings.data.get("dataset", settings.data.name)
-    if given.n is not None and leaderboard.DATA.get(dataset) != "imagenet":
-        raise InputError(f"--leaderboard takes all test images of {dataset}; leave --n={given.n} out")
+    trained = run.load(given.workdir, given.checkpoint)
+    settings, whole = config.effective(trained.config), trained.facts["n_test"]
+    dataset, n = settings.data.get("dataset", settings.data.name), given.n or settings.evaluate.n
+    allowed = [whole, *([exports.IMAGENET] if leaderboard.DATA.get(dataset) == "imagenet" else [])]
+    if n not in (None, *allowed):
+        raise InputError(f"--leaderboard takes all test images of {dataset}, not {n}; give --n={allowed[-1]}")
     threat = {key: getattr(given, key) or settings.evaluate[key] for key in ("norm", "eps")}
     leaderboard.rows(dataset, **threat)
 
 
-def _print_place(given, records):
-    file, info = leaderboard.write(given.workdir, str(given.checkpoint))
-    record = next(record for record in records if record["attack"] == "autoattack")
-    print(f"{file}: {info['architecture']}, clean {info['clean_acc']} %, AutoAttack {info['autoattack_acc']} %")
-    print(leaderboard.place(info["dataset"], record["norm"], record["eps"], float(info["autoattack_acc"])))
+def _place(given, records):
+    """Lines on the entry and its place; all processes write it together."""
+    record = next(record for record in records if record["attack"] == "autoattack" and record["main"])
+    norm, eps = record["norm"], record["eps"]
+    file, info = leaderboard.write(given.workdir, str(given.checkpoint), norm, eps)
+    said = f"{file}: {info['architecture']}, clean {info['clean_acc']} %, AutoAttack {info['autoattack_acc']} %"
+    return said, leaderboard.place(info["dataset"], norm, eps, float(info["autoattack_acc"]))
 
 
 if __name__ == "__main__":

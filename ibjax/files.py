@@ -301,6 +301,8 @@ def path(text: str | os.PathLike) -> Path:
     message if this function is the type of an argument.
     """
     given = os.fspath(text)
+    if not given:
+        raise _PathError("a path is empty (a variable that is not set?); write . for the current folder")
     if given.startswith("~") and os.path.lexists("~"):
         raise _PathError(
             f"{given}: there is a folder called ~ in {os.getcwd()}, made by a command that did not expand it; move "

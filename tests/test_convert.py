@@ -153,7 +153,7 @@ def test_model_info_has_robustbenchs_keys_and_the_records_accuracies(imported):
     assert [*info] == [*keys.split(), "autoattack_acc"]
     assert (info["architecture"], info["eps"], info["clean_acc"]) == ("WideResNet-10-1", "8/255", "75.00")
     assert info["autoattack_acc"] == info["reported"] == "12.35"
-    for other in ({"weights": "another network's"}, {"n": 20}, {"main": False}):
+    for other in ({"weights": "another network's"}, {"n": 20}, {"main": False}, {"eps": "4/255"}, {"samples": 12}):
         files.write_json(file, record | other)
         assert exports.model_info(run.load(workdir), "best")["autoattack_acc"] is None
     file.unlink()

@@ -155,12 +155,17 @@ def test_lost_checkpoints_are_told_and_only_restart_begins_at_step_0(tmp_path):
     log = metrics.MetricsLog(tmp_path, 3)
     log.write("val", 3, clean_acc=50.0)
     log.close()
+    assert begin(tmp_path) == 0  # ended in its first save, which comes after the validation
+    log = metrics.MetricsLog(tmp_path, 6)
+    log.write("val", 3, clean_acc=50.0)
+    log.write("val", 6, clean_acc=50.0)
+    log.close()
     other = config.base()
     other.seed = 1
     for settings in (config.base(), other):
         with pytest.raises(InputError, match=r"no checkpoint any more, but metrics.jsonl tells of step 3; .*--restart"):
             rundir.write_config(tmp_path, settings, FACTS)
-    assert [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [3]
+    assert [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [3, 6]
     rundir.write_config(tmp_path, config.base(), FACTS, restart=True)
     assert metrics.read(tmp_path / "restarted-1" / "metrics.jsonl") and not (tmp_path / "metrics.jsonl").exists()
     assert begin(tmp_path) == 0  # and it stays so, whatever ends the new run

@@ -82,14 +82,15 @@ def test_the_place_of_a_run_is_between_its_neighbours():
 def test_the_entry_is_written_and_the_command_says_what_it_needs(tmp_path, monkeypatch, capsys):
     info = dict(architecture="WideResNet-28-10", dataset="cifar10", clean_acc="92.44", autoattack_acc="67.31")
     monkeypatch.setattr(leaderboard.exports, "model_info", lambda *_: info)
-    settings = ConfigDict(dict(data=dict(name="tfds", dataset="cifar10"), evaluate=dict(norm="linf", eps="8/255")))
-    loaded = type("Loaded", (), dict(config=settings))
+    evaluated = dict(norm="linf", eps="8/255", n=None)
+    settings = ConfigDict(dict(data=dict(name="tfds", dataset="cifar10"), evaluate=evaluated))
+    loaded = type("Loaded", (), dict(config=settings, facts=dict(n_test=10_000)))
     for module in (leaderboard.run, evaluate.run):
         monkeypatch.setattr(module, "load", lambda *_: loaded)
     monkeypatch.setattr(evaluate.cluster, "initialize", lambda: None)
     monkeypatch.setattr(evaluate.config, "effective", lambda settings: settings)
     called = {}
-    record = dict(attack="autoattack", norm="linf", eps="8/255")
+    record = dict(attack="autoattack", norm="linf", eps="8/255", main=True)
     monkeypatch.setattr(evaluate, "evaluate", lambda *_, **options: called.update(options) or [record])
     monkeypatch.setattr(evaluate.report, "table", lambda _: "table")
 
@@ -104,12 +105,16 @@ def test_the_entry_is_written_and_the_command_says_what_it_needs(tmp_path, monke
     assert json.loads((tmp_path / "leaderboard" / "last.json").read_text()) == info
     assert "rank 10 of 100" in said and "last.json: WideResNet-28-10, clean 92.44 %, AutoAttack 67.31 %" in said
     for words, match in (
-        ("--n=100", "takes all test images of cifar10; leave --n=100 out"),
+        ("--n=100", "takes all test images of cifar10, not 100; give --n=10000"),
         ("--attacks=pgd-20", "needs autoattack, without --surrogate and --samples"),
         ("--eps=4/255", "no leaderboard of cifar10 in linf at 4/255"),
     ):
         code, said = run(words)
         assert code != 0 and match in said
-    info["autoattack_acc"] = None
+    settings.evaluate.n = 1000
     code, said = run()
+    assert code != 0 and "takes all test images of cifar10, not 1000; give --n=10000" in said
+    assert run("--n=10000")[0] == 0
+    info["autoattack_acc"] = None
+    code, said = run("--n=10000")
     assert code != 0 and "no record of AutoAttack on the whole test set" in said

@@ -126,7 +126,7 @@ def _settings(threat, attacks, n, batch_size, precision, seed):
         raise InputError(f"threat={threat!r} is not allowed; give norm and eps, as ('linf', '8/255')")
     if isinstance(attacks, str) or not isinstance(attacks, Sequence):
         raise InputError(f"attacks={attacks!r} is not allowed; give names, as ('fgsm', 'pgd-20', 'autoattack')")
-    check_count("seed", seed, 0)
+    check_count("seed", seed, 0, config.LARGEST_SEED)
     settings = config.base()
     settings.threat = dict(norm=threat[0], eps=threat[1])
     settings.seed = seed

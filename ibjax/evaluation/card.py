@@ -122,6 +122,8 @@ def _without_paths(settings):
     for key, value in settings.data.items():
         if key in run.PATHS and value:
             settings.data[key] = Path(value).name
+    if settings.data.get("extra"):
+        settings.data.extra.path = Path(settings.data.extra.path).name
     for role in config.TEACHERS:
         settings[role].workdir = ""
     for _, recipe in config.recipes(settings):
@@ -203,11 +205,11 @@ def _front_matter(trained, name, records):
         "metrics": ["accuracy"],
     }
     if mains := [record for record in records if results.is_main(record)]:
-        measured = {f"clean accuracy, n = {record['n']}": record["clean_acc"] for record in mains}
+        sizes = [f"n = {r['n']}" + (f", mean of {r['samples']} samples" if r.get("samples") else "") for r in mains]
+        measured = {f"clean accuracy, {size}": r["clean_acc"] for r, size in zip(mains, sizes, strict=True)}
         measured |= {
-            f"accuracy under {attack_label(record['attack'])}, {record['norm']}, eps {record['eps']}, n = "
-            f"{record['n']}": record["robust_acc"]
-            for record in mains
+            f"accuracy under {attack_label(r['attack'])}, {r['norm']}, eps {r['eps']}, {size}": r["robust_acc"]
+            for r, size in zip(mains, sizes, strict=True)
         }
         result = {
             "task": {"type": "image-classification", "name": "image classification"},

@@ -38,7 +38,8 @@ from ibjax.runs import own_code, run, rundir, trees
 
 # the fields that must agree for a record to be reused
 _IDENTITY = ("weights", "images", "dtype", "attack", "attack_settings", "eps", "step_size", "norm", "seed", "samples")
-_IDENTITY += ("code", "precision")  # "code" is that of the attacks; the fingerprint covers the network's code
+# "code" is that of the attacks, "attack_code" what one has beside it; the fingerprint covers the network's code
+_IDENTITY += ("code", "attack_code", "precision")
 log = logging.getLogger(__name__)
 
 
@@ -161,7 +162,7 @@ def write_records(examined: Examined, folder: Path, keep: int = 10) -> list[dict
             flags, x_adv, more = executor(name)(eps, identity["step_size"], title, wanted, state)
             record = _record(identity, more, flags)
             if pictured:
-                _save_examples(file.with_suffix(".examples.npz"), subset(split, wanted), x_adv, trained)
+                _save_examples(file.with_suffix(".examples.npz"), subset(split, wanted), x_adv, examined)
             if jax.process_index() == 0:
                 if not pictured:  # existing examples belong to another evaluation
                     file.with_suffix(".examples.npz").unlink(missing_ok=True)
@@ -220,6 +221,7 @@ def _identity(examined, name, attack, eps):
     if source is not None:
         label, made = f"{label} from {source.says['title']}", {**made, "surrogate": source.says}
     own = {"attack": label, "attack_settings": made, "eps": eps, "step_size": _step_size(attack, settings, eps)}
+    own["attack_code"] = attack.code()
     return {**examined.common, **own, "main": eps == settings["eps"], "bounded": attack.bounded}
 
 
@@ -380,7 +382,7 @@ def _common(trained, checkpoint, settings, split, asked):
         "images": trees.digest(split),
         "dtype": "float32",
         "selected_on": "unknown" if imported else selected_on,
-        "select": trained.validation.get("select", "robust") if checkpoint == "best" and not imported else None,
+        "select": trained.validation.get("select", "robust") if of_card == "best" and not imported else None,
         "validation": trained.validation,
         "config": config.plain(trained.config),
         "warnings": _warnings(trained, asked),
@@ -445,11 +447,12 @@ def _record(identity, more, flags):
     }
 
 
-def _save_examples(file, split, x_adv, trained):
+def _save_examples(file, split, x_adv, examined):
     """Clean and adversarial images with their predictions, for the report's picture."""
     x = np.asarray(to_float(jnp.asarray(split.images[:])))
     with precision.at(precision.JUDGEMENT):
-        logits = [np.asarray(trained.logits_fn(jnp.asarray(images))) for images in (x, x_adv)]
+        answer = jax.jit(lambda x: examined.predict(examined.trained.variables, x, None)[0])
+        logits = [np.asarray(answer(jnp.asarray(images))) for images in (x, x_adv)]
     predicted, predicted_adv = (each.argmax(1) for each in logits)
     if jax.process_index() == 0:  # the other processes only take part in the computation
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from ibjax import files
 from ibjax.attacks import geometry
 from ibjax.errors import InputError
@@ -21,22 +23,23 @@ NORMS = {"linf": "l_inf", "l2": "l2"}
 _CLOSE = 0.005  # RobustBench's 0.5 in l2 stands for 128/255
 
 
-def write(workdir: Path, checkpoint: str) -> tuple[Path, dict[str, Any]]:
-    """Writes leaderboard/CHECKPOINT.json into a run's folder; returns the file and the entry.
+def write(workdir: Path, checkpoint: str, norm: str, eps: str) -> tuple[Path, dict[str, Any]]:
+    """Writes leaderboard/CHECKPOINT.json into a run's folder; returns the file and the entry. For all processes.
 
-    Raises InputError where the run has no AutoAttack record of the whole test set.
+    Raises InputError where the run has no AutoAttack record of the whole test set for this threat.
     """
     trained = run.load(workdir, checkpoint)
-    info = exports.model_info(trained, checkpoint)
+    info = exports.model_info(trained, checkpoint, norm, eps)
     if info["autoattack_acc"] is None:
         raise InputError(
-            f"{workdir} has no record of AutoAttack on the whole test set for checkpoint {checkpoint}; evaluate it "
-            f"with --attacks=autoattack and without --n"
+            f"{workdir} has no record of AutoAttack on the whole test set in {norm} at {eps} for checkpoint "
+            f"{checkpoint}; evaluate it with --attacks=autoattack and all test images"
         )
     file = workdir / "leaderboard" / f"{checkpoint}.json"
-    file.parent.mkdir(exist_ok=True)
-    with files.replacing(file) as temporary:  # without a digest, which is no key of RobustBench's
-        temporary.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    if jax.process_index() == 0:
+        file.parent.mkdir(exist_ok=True)
+        with files.replacing(file) as temporary:  # without a digest, which is no key of RobustBench's
+            temporary.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     return file, info
 
 

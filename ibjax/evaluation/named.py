@@ -43,14 +43,17 @@ that changes its steps, since it is a standard. With search_dtype=bfloat16 it is
 l1 the defaults of its parts are those of AutoAttack for l1.
 """
 
+import functools
+import hashlib
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from jax import Array
 
-from ibjax import extensions
+from ibjax import extensions, information
 from ibjax.attacks import Attack, autocast, geometry
 from ibjax.attacks.autoattack import DRAWS, sub_attacks
 from ibjax.attacks.cw import cw
@@ -83,6 +86,11 @@ class Named(NamedTuple):
     guided: bool = False  # its target is (labels, guides): one guide image of another class for each image
     group: int = 1  # number of consecutive images that it couples
     count: str = "both"  # robust images are correct "both" clean and under attack, or only when "attacked"
+    objective: str | None = None  # the module of `ibjax.objectives` whose terms it maximises
+
+    def code(self) -> str | None:
+        """A digest of the source files that it depends on beside those of `ibjax.attacks`; None: of none."""
+        return None if self.objective is None else _digest_of(self.objective)
 
     def step_size(self, eps: Any, otherwise: Any) -> Any:
         """The step at `eps`: the attack's own `step` or `length`, else `otherwise`. A `length` is for the main eps."""
@@ -173,7 +181,7 @@ def _ib_rar(steps, group, **settings):
         return in_groups(ib_rar.adaptive_attack(eps=eps, step_size=step_size, steps=steps, **settings), group)
 
     made = {**settings, "steps": steps, "group": group}
-    return Named(made, make, step=2.3 / steps, features=(), group=group)
+    return Named(made, make, step=2.3 / steps, features=(), group=group, objective="ib_rar")
 
 
 def _siriib(terms, steps, lam=1.0, **options):
@@ -186,7 +194,15 @@ def _siriib(terms, steps, lam=1.0, **options):
             terms=terms, weights=weights, eps=eps, step_size=step_size, steps=steps, **options
         )
 
-    return Named(settings, make, features=("x_avg",))
+    return Named(settings, make, features=("x_avg",), objective="siriib")
+
+
+@functools.cache
+def _digest_of(objective):
+    total, root = hashlib.blake2b(digest_size=8), Path(information.__file__).parent
+    for file in (root.parent / "objectives" / f"{objective}.py", *sorted(root.glob("*.py"))):
+        total.update(file.read_bytes())
+    return total.hexdigest()
 
 
 def _pgd(loss="ce", init="uniform"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ibjax import files
+from ibjax import config, files
 from ibjax.errors import InputError, UnreadableError
 from ibjax.pytorch import architectures, folders, gate, torch_file, twins
 from ibjax.pytorch.architectures import ARCHITECTURES
@@ -80,12 +80,16 @@ def _safetensors(to, twin, name, model, shape):
     return save(tensors, metadata={torch_file.METADATA: json.dumps(said, sort_keys=True)})
 
 
-def model_info(trained: run.Run, checkpoint: str) -> dict[str, Any]:
+def model_info(
+    trained: run.Run, checkpoint: str, norm: str | None = None, eps: str | float | None = None
+) -> dict[str, Any]:
     """RobustBench's description of a network; a field that the run does not know is None.
 
     The accuracies come from the run's records, but only from those of the whole test set, of ImageNet also of 5,000
-    images, and of exactly these weights.
+    images, of exactly these weights, and of one threat: `norm` and `eps`, by default those of the run's evaluation.
     """
+    own = config.effective(trained.config).evaluate
+    norm, eps = norm or own.norm, eps or own.eps
     weights, records = trees.digest(trained.variables), {}
     dataset = trained.config.data.get("dataset", trained.facts["label"])
     whole = [trained.facts.get("n_test"), *([IMAGENET] if str(dataset).startswith("imagenet") else [])]
@@ -95,7 +99,8 @@ def model_info(trained: run.Run, checkpoint: str) -> dict[str, Any]:
             continue
         try:
             record = files.read_json(folder / name)
-            if record["weights"] == weights and record["n"] in whole and record["main"]:
+            same = record["norm"] == norm and config.same_length(record["eps"], eps) and not record.get("samples")
+            if record["weights"] == weights and record["n"] in whole and record["main"] and same:
                 records[record["attack"]] = record
         except UnreadableError:
             raise

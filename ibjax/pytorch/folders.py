@@ -10,7 +10,9 @@ from ibjax.errors import InputError
 
 
 def refuse_existing(folder: Path) -> None:
-    """Raises InputError unless `folder` does not exist or is an empty folder."""
+    """Raises InputError unless `folder` does not exist or is an empty folder, and has a name to be renamed to."""
+    if not folder.name:
+        raise InputError(f"{folder} cannot be replaced as a whole; name a new folder")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not an empty folder; give another, or delete it")
 

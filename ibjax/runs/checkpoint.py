@@ -70,9 +70,13 @@ class Store:
         return steps_in(self.directory)
 
     def wait_until_finished(self) -> None:
-        """Returns once a save in the background is on disk."""
-        if self.orbax is not None:
+        """Returns once a save in the background is on disk; raises CheckpointError where the disk was full."""
+        if self.orbax is None:
+            return
+        try:
             self.orbax.wait_until_finished()
+        except Exception as error:
+            raise _disk_full(error, self) or error from None
 
 
 def steps_in(folder: Path) -> list[int]:

@@ -55,8 +55,8 @@ def add_attacks(parser: argparse.ArgumentParser) -> None:
 
 def add_evaluation(parser: argparse.ArgumentParser) -> None:
     """Adds the other options that replace values of a run's `evaluate` section; OF_EVALUATION has their names."""
-    parser.add_argument("--n", type=int, help="number of test images; default: all")
-    parser.add_argument("--samples", type=int, help="judge the mean of so many drawn predictions; default: no draw")
+    parser.add_argument("--n", type=int, help="number of test images; default: the run's evaluate.n, or all")
+    parser.add_argument("--samples", type=int, help="judge the mean of so many drawn predictions; default: the run's")
     parser.add_argument("--norm", help="linf, l2, l1 or l0; another than the run's needs --eps")
     parser.add_argument("--eps", help='radius, as "8/255"')
     parser.add_argument("--step_size", help='of iterative attacks, as "2/255"; default: the run\'s share of eps')

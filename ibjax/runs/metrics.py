@@ -154,5 +154,10 @@ def _row(line):
 
 
 def saved_step(file: Path) -> int | None:
-    """The last step at which a run saved a checkpoint, according to its rows; None where they tell of none."""
-    return max((row["step"] for row in read(file) if row.get("kind") in ("val", "preempted")), default=None)
+    """The last step at which a run saved a checkpoint, according to its rows; None where they tell of none.
+
+    A row of a validation is written before its checkpoint and after the one before it, so the last one tells of none.
+    """
+    rows = read(file)
+    validated, preempted = ([row["step"] for row in rows if row.get("kind") == kind] for kind in ("val", "preempted"))
+    return max([*sorted(set(validated))[:-1], *preempted], default=None)

@@ -9,7 +9,6 @@
 
 import contextlib
 import inspect
-import json
 import runpy
 import sys
 import textwrap
@@ -209,7 +208,7 @@ def _of_run(file, arg):
     if arg:
         raise InputError(f"--config={file} is a run's configuration and takes no argument; leave ':{arg}' out")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = files.read_json(file)
         saved = config.upgrade(ConfigDict(config.plain(content["config"])))
         own_code.permit(saved, content.get("own_code"), file)
         own_code.permit_attacks(saved.evaluate.attacks, file)

@@ -131,6 +131,7 @@ def _loop(made, orbax, state, step, total, write):
                     write("diverged", step, reason=reason)
                     raise DivergedError(reason) from None
                 if scores:
+                    orbax.wait_until_finished()  # a row is a sign that the checkpoint before it was saved
                     write("val", step, epoch=step / per_epoch, **scores)
                     _tell(settings, epoch, scores, (time.perf_counter() - began) / (step - first) * (total - step))
                 overfitted = scores is not None and _overfitted(experiment, orbax, scores)
