@@ -109,7 +109,11 @@ def methods(seed: int) -> Iterable[Cell]:
     standard, made = TABLE_4["Standard"][0], lambda row: f"mnist-methods-{slug(row)}-{seed}"
     bases = (f"mnist-standard-{seed}", f"mnist-trades-{seed}")
     siriib = dict(
-        name="siriib", backbone=dict(name="resnet", blocks=(1, 1), width=16), scales=(28, 20, 14, 8), widths=(16,)
+        name="siriib",
+        backbone=dict(name="resnet", blocks=(1, 1), width=16),
+        scales=(28, 20, 14, 8),
+        widths=(16,),
+        fourier="amp_phase",  # the default needs colours
     )
     ib_rar = SHORT | {"objective": dict(name="ib_rar")}
     yield mnist("methods", "IB-RAR", seed, standard, ib_rar, terms="ib_rar", minutes=20, against=bases[:1])

@@ -59,7 +59,11 @@ NETWORKS = {
     **dict.fromkeys(("vib", "shared_information"), lambda cnn: dict(name="stochastic", backbone=cnn, latent=32)),
     "ceb": lambda cnn: dict(name="stochastic", backbone=cnn, latent=32, sigma="unit", class_means=True),
     "siriib": lambda cnn: dict(
-        name="siriib", backbone=dict(name="resnet", blocks=(1, 1), width=32), scales=(8, 4), widths=(16,)
+        name="siriib",
+        backbone=dict(name="resnet", blocks=(1, 1), width=32),
+        scales=(8, 4),
+        widths=(16,),
+        fourier="amp_phase",  # the default needs colours
     ),
 }
 

@@ -15,6 +15,7 @@ from ibjax.evaluation import evaluate, scoring
 from ibjax.models import resnet, siriib
 from ibjax.net import to_float
 from ibjax.runs import run
+from ibjax.training.experiment import build
 
 BACKBONE = dict(name="resnet", blocks=(1,), width=2)
 SIZES = dict(backbone=BACKBONE, scales=(8, 4), widths=(2,))
@@ -104,3 +105,12 @@ def test_only_a_calibration_that_stands_apart_is_taken():
     for model in (siriib.Model(10, **SIZES), resnet.Model(10)):
         with pytest.raises(InputError, match="connections=0"):
             calibration.calibrated(model)
+
+
+def test_a_modulation_that_would_only_scale_grey_images_is_refused():
+    """With one channel the default maps the modulus of one colour, x' = w·x."""
+    model = dict(name="siriib", connections=0, **SIZES)
+    for shape, changes in (((32, 32, 3), {}), ((8, 8, 1), dict(fourier="amp_phase"))):
+        build(small_recipe(shape, model=model | changes, objective=dict(name="siriib")))
+    with pytest.raises(InputError, match=r"one channel would only be scaled; set model\.fourier='amp_phase'"):
+        build(small_recipe((8, 8, 1), model=model, objective=dict(name="siriib")))

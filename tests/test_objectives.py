@@ -26,7 +26,12 @@ CE, KL = dict(loss="ce", init="uniform"), dict(loss="kl", init="gaussian")
 CNN = dict(name="cnn", widths=((8,), (8,)), hidden=(), padding=1, batch_norm=True, pool="average")
 GAUSSIAN = dict(name="stochastic", backbone=CNN, latent=6)
 SINGULAR = dict(
-    name="siriib", backbone=dict(name="resnet", blocks=(1, 1), width=4), connections=2, scales=(8, 4), widths=(4,)
+    name="siriib",
+    backbone=dict(name="resnet", blocks=(1, 1), width=4),
+    connections=2,
+    scales=(8, 4),
+    widths=(4,),
+    fourier="reim",
 )
 OWN = dict(loss="objective", init="gaussian")
 AWP = dict(perturb=dict(name="awp", gamma=0.01, warmup=0))

@@ -15,7 +15,8 @@ removes perturbations but keeps images passes a smaller share of the former. --a
 
 The picture shows 8 images, stratified by class: x, x_avg(x), and for each attack x', x_avg(x') and their difference.
 Mid-grey means no difference; all differences have the same scale, which the picture states. The paper's Figure 4 has
-one such picture for each λ₁. (For Figure 7 see `analysis.score_cam`, for Figure 8 `analysis.embedding`.) Writes
+one such picture for each λ₁; its Figure 9 shows x − x' and x_avg − x', each at a scale of its own, which is not drawn.
+(For Figure 7 see `analysis.score_cam`, for Figure 8 `analysis.embedding`.) Writes
 `modulation/<checkpoint>.json` in the workdir.
 
 With connections=0 there is no L_info to attack: attacks on it are refused, and are not among the default ones.

@@ -68,6 +68,7 @@ from ibjax.attacks.representation import ara
 from ibjax.attacks.spsa import spsa
 from ibjax.attacks.targeted import targeted
 from ibjax.calls import THREAT, factory, fits, signature
+from ibjax.devices import cores
 from ibjax.errors import InputError, check_range, nearest
 from ibjax.objectives import ib_rar, siriib
 
@@ -363,6 +364,11 @@ def check(name: str, norm: str, eps: Any, step_size: Any) -> None:
     attack.make(norm=norm, eps=eps, step_size=step)
 
 
+def vmapped(f: Callable, parts: Any) -> Any:
+    """`lax.map`, all at a time."""
+    return jax.vmap(f)(parts)
+
+
 def in_groups(attack: Attack, size: int) -> Attack:
     """`attack`, applied separately to every `size` consecutive images; the batch size must be a multiple of `size`."""
 
@@ -371,6 +377,8 @@ def in_groups(attack: Attack, size: int) -> Attack:
             raise InputError(f"a batch of {len(x)} images does not divide into groups of {size}")
         keys = geometry.keys_per_image(key, x)
         parts = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), (keys, x, target))
-        return jax.vmap(lambda key, x, y: attack(key, logits_fn, x, y))(*parts).reshape(x.shape)
+        of_group = lambda group: attack(group[0], logits_fn, group[1], group[2])  # noqa: E731
+        # on a CPU one after the other: see `linalg.each_matrix` on factorisations of several matrices at a time
+        return (jax.lax.map if cores.form().serial else vmapped)(of_group, parts).reshape(x.shape)
 
     return grouped

@@ -4,8 +4,12 @@
 
 A real linear map over channels that is applied equally to Re F and Im F commutes with the transform, so it would only
 mix the colours of x. The three modulations here do more: `amplitude` and `amplitude_and_phase` are not linear in F, and
-`parts` maps real and imaginary parts jointly, so it can treat them differently. Transforms are unitary, over height and
-width of images (B, H, W, C).
+`parts` maps real and imaginary parts jointly, so it can treat them differently. With one channel `amplitude` is the
+exception: there a map without bias is a factor, and x' = w·x. Transforms are unitary, over height and width of images
+(B, H, W, C).
+
+The gain of `amplitude` has no bound but that of |F| ≥ 1e-6: where a channel is constant and another is not, rounding is
+amplified.
 """
 
 from collections.abc import Callable

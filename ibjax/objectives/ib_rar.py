@@ -16,7 +16,7 @@
 | S        | layers        | "all"      | "robust": stage5, fc1, fc2 of VGG16; or names of taps, such as "stage5,fc1"
 | σ, ε     | sigma, ridge  | 5, 1e-5    | σ in units of √dimension
 |          | estimator     | "nhsic"    | or "hsic", the biased estimator, whose values are orders of magnitude smaller
-|          | y_kernel      | "linear"   | or "gaussian": in the authors' code for all but PGD-AT and the robust layers
+|          | y_kernel      | "linear"   | or "gaussian": in the authors' code for all but PGD-AT and what has the mask
 |          | x_input       | "clean"    | or "adv", X = x'
 | base     | base, form    | "pgd_at", "code" |
 |          | robust_weight | None       | weight of the KL term; None: the base's own in the table above
@@ -35,10 +35,10 @@ Channel mask (FC), two versions:
 
 - The authors' code (mask_rule="code"): in every `mask_every`-th step of an epoch, but not in its first step, the
   training passes zero channels of one tap. The last channel is never masked. Of the others, those with the lowest
-  nHSIC(Y, f_c) and those with the highest nHSIC(X, f_c) are masked. X is the pass's input, both kernels are
-  Gaussian, and
-  no gradient flows through the choice. Attacks and tests never use the mask. The information terms see the masked
-  feature, except at `pre_logits`: the authors' ResNet-18 records that vector before it is masked.
+  nHSIC(Y, f_c) and those with the highest nHSIC(X, f_c) are masked. X is the pass's input, both kernels are Gaussian,
+  and no gradient flows through the choice. Attacks and tests never use the mask. The information terms see the masked
+  feature, except at `pre_logits` of a ResNet and at the last block of a WideResNet, which the authors' code records
+  before the mask.
 - The paper's text: mask the 5 % of channels with the lowest nHSIC(Y, f_c). Its Algorithm 1 does so in every training
   step (mask_rule="paper", mask_every=1; all terms see masked features). After training, `ibjax.analysis.mask` makes
   the mask permanent, in attacks and at test too.

@@ -11,8 +11,8 @@ Better", ICCV 2021.
 |           | scale     | 1; the authors' code multiplies L by 10 on CIFAR-100                |
 | mean of D | reduction | "mean" over B·C, as the authors' code; or "sum" over C, mean over B  |
 
-The two reductions differ by the factor C, so that at equal learning rates they are different methods. With "sum" this
-is IBD without the feature term, up to the constant that the 1e-5 adds.
+The two reductions differ by the factor C, so that at equal learning rates they are different methods. With "sum",
+α = 0.9 and the passes exchanged, this is IBD without the feature term, up to the constant that the 1e-5 adds.
 
 Batch-norm: training-mode passes over x', then x. The teacher is frozen and sees x.
 """

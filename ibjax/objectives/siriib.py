@@ -24,7 +24,7 @@ and 9): L_info is empty and no gradient of L_svd reaches the classifier. The pap
 A weight perturbation (AWP) maximises L_ori alone.
 
 Batch-norm: the passes of L_ori. If none of them is a training-mode pass over x, one follows that updates the running
-statistics of the added parts only.
+statistics of the added parts only; so it is in isolated training, where the paper trains them on x' alone.
 
 There is no public code. The paper writes d as ‖·‖₂ without a reduction. With norms that are not squared, λ₁ = 1 would
 already swamp L_ori, which contradicts the paper's Table 2; hence our mean square. Derivatives: information/svd.py.
@@ -60,6 +60,11 @@ ADDED = ("calibration", "extractor")  # modules of the network that are not the 
 def mean_square(a: Array, b: Array) -> Array:
     """The mean of (a − b)² over all elements."""
     return jnp.mean(jnp.square(a - b))
+
+
+def _mean_square_of_each(a: Array, b: Array) -> Array:
+    """The mean of (a − b)² over each image's elements, (B,)."""
+    return jnp.mean(jnp.square(a - b), axis=tuple(range(1, a.ndim)))
 
 
 def l2_per_image(a: Array, b: Array) -> Array:
@@ -197,12 +202,11 @@ def adaptive_attack(
         def per_example(output, labels_and_clean):
             logits, adv = output
             labels, x, clean = labels_and_clean
-            each = jax.vmap(lambda a, b: svd_loss(a[None], b[None]))
             info = jax.vmap(lambda a, b: info_loss(a, b))
             infos = [{k: v for k, v in features.items() if k.startswith("info")} for features in (adv, clean)]
             values = {
                 "ce": lambda: losses.cross_entropy(logits, labels),
-                "svd": lambda: each(adv["x_avg"], x),
+                "svd": lambda: svd_loss(adv["x_avg"], x, _mean_square_of_each),
                 "info": lambda: info(*infos),
             }
             return sum(weight * values[term]() for term, weight in zip(terms, weights, strict=True))

@@ -99,6 +99,7 @@ def build(
     if data.extra is not None:
         mixture = extra.shares(data.extra, len(data.train.labels), settings.batch_size, settings.microbatches)
     model = run.build_model(settings.model, data.num_classes, "model")
+    _check_modulation(settings.model, data.train.images.shape[-1])
     if config.own_source("models", settings.model.name) is not None:
         _check_logits(model, data)
     objective = config.build("objectives", settings.objective, "objective")
@@ -165,6 +166,15 @@ def _placed(step, mesh, fsdp):
             return step(state, batch, key, frozen)
 
     return placed
+
+
+def _check_modulation(model, channels):
+    """Raises InputError where SiRIIB's module would only scale the images."""
+    if model.name == "siriib" and model.get("fourier", "amplitude") == "amplitude" and channels == 1:
+        raise InputError(
+            "model.fourier='amplitude' mixes the moduli of colours, and images of one channel would only be scaled; "
+            "set model.fourier='amp_phase' or 'reim'"
+        )
 
 
 def _check_padding(pad, size):
