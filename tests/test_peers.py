@@ -155,3 +155,10 @@ def test_a_process_whose_cluster_tells_of_others_that_never_start_says_so_and_en
         [sys.executable, "-c", code], env=environment(**variables), capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2 and "the others that its cluster tells of did not start within" in done.stderr
+
+
+def test_what_a_lost_peer_may_raise_is_told_from_other_errors():
+    """A collective's error leaves `jit` as a RuntimeError or, at dispatch, as a ValueError with XLA's code."""
+    gloo = "UNKNOWN: Gloo AllGather failed: [pair.cc:547] Connection closed by peer [127.0.0.1]:58497"
+    assert peers.may_be_of_a_peer(ValueError(gloo)) and peers.may_be_of_a_peer(RuntimeError("any"))
+    assert not peers.may_be_of_a_peer(ValueError("a shape")) and not peers.may_be_of_a_peer(None)

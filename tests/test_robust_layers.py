@@ -1,5 +1,6 @@
 """IB-RAR's permanent mask as a network, and the two commands: the mask of a run, the choice of robust layers."""
 
+import functools
 import shutil
 
 import jax
@@ -39,15 +40,16 @@ def test_a_masked_network_is_the_network_with_zeros_at_its_tap(section, tap):
     edits = {tap: ib_rar.masked(jnp.ones(width).at[jnp.array([1, 3])].set(0))}
     expected = jax.jit(lambda variables: inner.apply(variables, X, edits=edits))(variables)
     logits, features = jax.jit(outer.apply)(nested, X)
-    np.testing.assert_array_equal(logits, expected[0])
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)  # two programs
+    close(logits, expected[0])
     assert not np.any(features[tap][..., [1, 3]]) and np.any(features[tap][..., [0, 2]])
     assert np.abs(logits - jax.jit(inner.apply)(variables, X)[0]).max() > 1e-5
     key = jax.random.key(2)
     one = jax.jit(linen_net(outer).forward)(nested, X, key)
     if section["name"] != "stochastic":  # a nested module draws from another key
         other = jax.jit(lambda variables: linen_net(inner).forward(variables, X, key, edits))(variables)
-        np.testing.assert_array_equal(one[0][0], other[0][0])
-        jax.tree.map(np.testing.assert_array_equal, one[1]["batch_stats"]["backbone"], other[1]["batch_stats"])
+        close(one[0][0], other[0][0])
+        jax.tree.map(close, one[1]["batch_stats"]["backbone"], other[1]["batch_stats"])
 
 
 def test_a_mask_of_what_is_not_there_is_refused():

@@ -130,13 +130,15 @@ class Pictures:
 
     def _record(self, row):
         """A record; a read that fails is tried again, since storage that is far away fails at times."""
-        for wait in (*_WAITS, None):
+        for wait in _WAITS:
             try:
                 return self.source[int(row)]
-            except Exception as error:  # the reader raises RuntimeError for a failed read as for a damaged file
-                if wait is None:
-                    raise tfds.unread(self.stored, self.split, int(row), error) from None
-            time.sleep(wait)
+            except Exception:  # the reader raises RuntimeError for a failed read as for a damaged file
+                time.sleep(wait)
+        try:
+            return self.source[int(row)]
+        except Exception as error:
+            raise tfds.unread(self.stored, self.split, int(row), error) from None
 
     def digest(self) -> str:
         """A digest of the files' names and sizes and of the selected images' indices, not of their 100 GB of content.

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -33,6 +34,7 @@ PATIENCE = 300  # seconds that a process waits for the others to reach the same 
 SILENCE = 30  # seconds without a sign of life after which a process counts as lost
 _INTERVAL = 2  # seconds between signs of life (heartbeats)
 _GRACE = 10  # seconds that the other processes have to end by themselves after one has ended with an error
+_OF_XLA = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")  # codes of its errors
 _topics = itertools.count()
 log = logging.getLogger(__name__)
 
@@ -281,7 +283,7 @@ class _Watch:
 
     def fail(self, code, message, bug):
         """Reports an error to the other processes and ends; Python's own exit would wait for them, perhaps forever."""
-        if isinstance(bug, RuntimeError):  # a collective may raise it because another process is lost: report that one
+        if may_be_of_a_peer(bug):  # report the lost process, if there is one
             log.info("%s; looking for a process that is lost", " ".join(message.split())[:200])
             self.done.wait(SILENCE + 4 * _INTERVAL)
         if bug is not None:
@@ -301,6 +303,11 @@ class _Watch:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def may_be_of_a_peer(error: Exception | None) -> bool:
+    """Whether a collective may have raised it because another process is lost; `jit` raises some as ValueError."""
+    return isinstance(error, RuntimeError) or (isinstance(error, ValueError) and bool(_OF_XLA.match(str(error))))
 
 
 def _first(watch):
