@@ -48,7 +48,7 @@ import hashlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -336,8 +336,13 @@ def _identity(plan, runner):
 @functools.cache
 def code_digest() -> str:
     """A digest of the attacks' source files, so that saved results are not mixed with those of other code."""
+    return digest_of((*sorted(Path(__file__).parent.glob("*.py")), Path(losses.__file__)))
+
+
+def digest_of(sources: Iterable[Path]) -> str:
+    """A digest of source files."""
     total = hashlib.blake2b(digest_size=8)
-    for file in (*sorted(Path(__file__).parent.glob("*.py")), Path(losses.__file__)):
+    for file in sources:
         total.update(file.read_bytes())
     return total.hexdigest()
 

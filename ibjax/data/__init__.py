@@ -126,8 +126,8 @@ class Arrays(NamedTuple):
 
 def own_data(source: Any, made: Any, options: Any) -> Arrays:
     """The data that a `load` of the user's own has made; CodeError unless they are `Arrays`."""
-    parts = (made.train, made.test, made.val) if isinstance(made, Arrays) else ()
-    if not parts or not all(isinstance(part, Split) for part in (*parts[:2], *(parts[2:] if parts[2] else ()))):
+    whole = isinstance(made, Arrays) and isinstance(made.train, Split) and isinstance(made.test, Split)
+    if not whole or not isinstance(made.val, Split | None):
         raise CodeError(
             f"{source} is a {type(made).__name__}; return ibjax.data.Arrays(Split(…), Split(…), num_classes)"
         )

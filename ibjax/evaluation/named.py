@@ -44,7 +44,6 @@ l1 the defaults of its parts are those of AutoAttack for l1.
 """
 
 import functools
-import hashlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -55,7 +54,7 @@ from jax import Array
 
 from ibjax import extensions, information
 from ibjax.attacks import Attack, autocast, geometry
-from ibjax.attacks.autoattack import DRAWS, sub_attacks
+from ibjax.attacks.autoattack import DRAWS, digest_of, sub_attacks
 from ibjax.attacks.cw import cw
 from ibjax.attacks.deepfool import deepfool
 from ibjax.attacks.iterative import Iterative
@@ -68,8 +67,8 @@ from ibjax.attacks.representation import ara
 from ibjax.attacks.spsa import spsa
 from ibjax.attacks.targeted import targeted
 from ibjax.calls import THREAT, factory, fits, signature
-from ibjax.devices import cores
 from ibjax.errors import InputError, check_range, nearest
+from ibjax.information import linalg
 from ibjax.objectives import ib_rar, siriib
 
 COUNTS = ("both", "attacked")
@@ -200,10 +199,8 @@ def _siriib(terms, steps, lam=1.0, **options):
 
 @functools.cache
 def _digest_of(objective):
-    total, root = hashlib.blake2b(digest_size=8), Path(information.__file__).parent
-    for file in (root.parent / "objectives" / f"{objective}.py", *sorted(root.glob("*.py"))):
-        total.update(file.read_bytes())
-    return total.hexdigest()
+    root = Path(information.__file__).parent
+    return digest_of((root.parent / "objectives" / f"{objective}.py", *sorted(root.glob("*.py"))))
 
 
 def _pgd(loss="ce", init="uniform"):
@@ -364,11 +361,6 @@ def check(name: str, norm: str, eps: Any, step_size: Any) -> None:
     attack.make(norm=norm, eps=eps, step_size=step)
 
 
-def vmapped(f: Callable, parts: Any) -> Any:
-    """`lax.map`, all at a time."""
-    return jax.vmap(f)(parts)
-
-
 def in_groups(attack: Attack, size: int) -> Attack:
     """`attack`, applied separately to every `size` consecutive images; the batch size must be a multiple of `size`."""
 
@@ -378,7 +370,6 @@ def in_groups(attack: Attack, size: int) -> Attack:
         keys = geometry.keys_per_image(key, x)
         parts = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), (keys, x, target))
         of_group = lambda group: attack(group[0], logits_fn, group[1], group[2])  # noqa: E731
-        # on a CPU one after the other: see `linalg.each_matrix` on factorisations of several matrices at a time
-        return (jax.lax.map if cores.form().serial else vmapped)(of_group, parts).reshape(x.shape)
+        return linalg.each(of_group, parts).reshape(x.shape)  # HSIC factorises matrices
 
     return grouped

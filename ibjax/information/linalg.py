@@ -22,7 +22,7 @@ def each_matrix(f: Callable[[Array], Any], matrices: Array, chunk: int | None = 
     matrices over the devices, exchange parts of them in every round of an iteration, and synchronise the devices to
     decide when to stop.
     """
-    return together(functools.partial(_each, f, chunk=chunk), matrices)
+    return together(functools.partial(each, f, chunk=chunk), matrices)
 
 
 def together(f: Callable[[Array], Any], matrices: Array) -> Any:
@@ -35,7 +35,8 @@ def together(f: Callable[[Array], Any], matrices: Array) -> Any:
     return jax.shard_map(f, mesh=mesh, in_specs=where, out_specs=where, check_vma=not shared)(matrices)
 
 
-def _each(f, matrices, chunk=None):
+def each(f: Callable[[Any], Any], matrices: Any, chunk: int | None = None) -> Any:
+    """f of each row of arrays, on one device; see `each_matrix`."""
     if cores.form().serial:
         return lax.map(f, matrices)
     return jax.vmap(f)(matrices) if chunk is None else lax.map(f, matrices, batch_size=chunk)
