@@ -73,10 +73,10 @@ def test_the_place_of_a_run_is_between_its_neighbours():
     assert "rank 1 of 31 on imagenet2012, l_inf 4/255: ahead of Xu2024" in first and "behind" not in first
     assert "rank 30 of 31" in last and "ahead of Standard_R50 (0.00 %)" in last
     assert len(leaderboard.rows("cifar10", "l2", "128/255")) == 21
-    with pytest.raises(
-        InputError, match=r"no leaderboard of cifar10 in linf at 4/255; there are: cifar10 in l2 at 0.5"
-    ):
-        leaderboard.rows("cifar10", "linf", "4/255")
+    assert len(leaderboard.rows("cifar10", "linf", "0.031")) == 99
+    for eps in ("4/255", "7/255", "9/255", "0.03"):
+        with pytest.raises(InputError, match=f"no leaderboard of cifar10 in linf at {eps}; there are: cifar10 in l2"):
+            leaderboard.rows("cifar10", "linf", eps)
 
 
 def test_the_entry_is_written_and_the_command_says_what_it_needs(tmp_path, monkeypatch, capsys):
@@ -102,8 +102,8 @@ def test_the_entry_is_written_and_the_command_says_what_it_needs(tmp_path, monke
 
     code, said = run("--checkpoint=last")
     assert code == 0 and called["attacks"] == ["autoattack"] and called["n"] is None
-    assert json.loads((tmp_path / "leaderboard" / "last.json").read_text()) == info
-    assert "rank 10 of 100" in said and "last.json: WideResNet-28-10, clean 92.44 %, AutoAttack 67.31 %" in said
+    assert json.loads((tmp_path / "leaderboard" / "last.linf.json").read_text()) == info
+    assert "rank 10 of 100" in said and "last.linf.json: WideResNet-28-10, clean 92.44 %, AutoAttack 67.31 %" in said
     for words, match in (
         ("--n=100", "takes all test images of cifar10, not 100; give --n=10000"),
         ("--attacks=pgd-20", "needs autoattack, without --surrogate and --samples"),

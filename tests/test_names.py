@@ -211,7 +211,7 @@ def test_a_step_size_is_that_of_attacks_that_leave_it_open():
         ("margin-100", "margin PGD-100"),
         ("cw-100", "margin PGD-100"),
         ("cw-l2-200(c=0.1,lr=0.1)", "C&W l2-200 (any size, c 0.1, lr 0.1)"),
-        ("pgd-20(count=attacked,restarts=5)", "PGD-20 (restarts 5, counts images wrong as they are)"),
+        ("pgd-20(count=attacked,restarts=5)", "PGD-20 (restarts 5, judged under attack only)"),
         ("pgd-20(restarts=5) from teacher (old)", "PGD-20 (restarts 5), transfer from teacher (old)"),
         ("square(queries=10)", "Square (queries 10)"),
         ("pgd-t-20(towards=next)", "targeted PGD-20 (towards next)"),
@@ -251,7 +251,7 @@ def test_options_are_in_records_files_and_tables(digits):
     assert np.isclose(ladder["step_size"], 2 / 255)  # twice the eps, twice the step
     (table,) = tables.tables(records)
     assert tables.cells(table)[0][4:8] == [
-        "FGSM (counts images wrong as they are)", "PGD-2", "PGD-2 (restarts 2)", "PGD-2 (step_size 1/255)"
+        "FGSM (judged under attack only)", "PGD-2", "PGD-2 (restarts 2)", "PGD-2 (step_size 1/255)"
     ]  # fmt: skip
     (found,) = (part for part in runs.read([digits]) if part.folder == digits)
     assert {"pgd-2(step_size=1/255)", "fgsm(count=attacked)"} <= {record["attack"] for record in found.records}

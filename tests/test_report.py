@@ -19,7 +19,7 @@ from ibjax import report as report_command
 from ibjax.data import first_of_each
 from ibjax.errors import InputError
 from ibjax.evaluation import report, results
-from ibjax.evaluation.report import figures, page, runs, self_checks, tables
+from ibjax.evaluation.report import commands, figures, page, runs, self_checks, tables
 from ibjax.runs import recipe_files
 
 N = 8
@@ -55,7 +55,7 @@ def record(attack="pgd-2", eps="8/255", flags=None, **changes):
         "commit": "abc1234",
         "hardware": "1 × abacus",
         "warnings": [],
-        "max_distance": float(numerator) / float(denominator),
+        "max_distance": float(numerator) / float(denominator or 1),
         "seconds": 1.0,
         "robust_flags": base64.b64encode(np.packbits(flags).tobytes()).decode(),
         **changes,
@@ -290,12 +290,20 @@ def test_attacks_are_sorted_by_strength_and_curves_by_eps():
 
 def test_a_healthy_run_passes_every_check():
     assert {check.status for check in self_checks.checks(healthy())} == {"pass"}
+    targeted = record("pgd-t-2", flags=[1] * 7 + [0])  # towards one class it may be weaker than FGSM
+    assert status([*healthy(), targeted], "as strong as FGSM")[0] == "pass"
+
+
+def test_an_eps_written_in_two_ways_is_one_threat_model():
+    (table,) = tables.tables([record(), record("margin-2", str(8 / 255), main=True)])
+    assert table.eps == "8/255" and table.attacks == ["pgd-2", "margin-2"] and table.lines[0].worst.mean == 25.0
 
 
 @pytest.mark.parametrize(
     "name, fault, numbers",
     [
         ("as strong as FGSM", record("pgd-2", flags=[1] * 6 + [0, 0]), "PGD-2 leaves 75.00, FGSM 62.50"),
+        ("as every other", record("autoattack", str(8 / 255), [1] * 5 + [0] * 3, main=True), "leaves 62.50, PGD-2 37.50"),
         ("as every other", record("autoattack", flags=[1] * 5 + [0] * 3), "AutoAttack leaves 62.50, PGD-2 37.50"),
         ("does not rise", record("pgd-2", "16/255", [1] * 4 + [0] * 4), "37.50 at eps 8/255, 50.00 at eps 16/255"),
         ("halves", [record(a, "16/255", [1, 1, 1, 1, 0, 0, 0, 0]) for a in FLAGS], "87.50 clean, 50.00 at eps 16/255"),
@@ -623,6 +631,14 @@ def test_two_points_are_marks_and_three_are_a_line():
     assert figures.curves(tables.families([record("cw-l2-9", flags=[0] * N, bounded=False)])) is None
 
 
+def test_curves_in_two_norms_or_on_two_data_sets_are_in_panels_of_their_own():
+    others = [record(title="round", norm="l2", eps="128/255", main=True), record(title="coins", dataset="coins")]
+    plot = figures.curves(tables.families([record(), *others]))
+    assert plot.description.count("PGD-2, dice, linf") == 1
+    assert "PGD-2, dice, l2" in plot.description and "PGD-2, coins, linf" in plot.description
+    assert "linf" not in figures.curves(tables.families(healthy())).description
+
+
 def test_seeds_have_bars():
     spread = page.figure(figures.curves(tables.families(seeds(3))))
     assert "Bars: standard deviation over training seeds" in spread and "student, 3 seeds" in spread
@@ -674,7 +690,7 @@ def test_examples_are_of_different_classes_and_classes_have_their_names(tmp_path
     "name, said",
     [
         ("pgd-2.n40", "PGD-2"),
-        ("pgd-2(count=attacked,restarts=2).n40", "PGD-2 (restarts 2, counts images wrong as they are)"),
+        ("pgd-2(count=attacked,restarts=2).n40", "PGD-2 (restarts 2, judged under attack only)"),
         ("pgd-2(step_size=2_255).l2.eps1_2.sampled12", "PGD-2 (step_size 2/255)"),
         ("cw-l2-20(c=0.1,lr=0.1)", "C&W l2-20 (any size, c 0.1, lr 0.1)"),
         ("pgd-2~3fa1c2e4", "PGD-2, transfer from another network"),
@@ -685,6 +701,17 @@ def test_examples_of_any_evaluation_are_shown_under_their_attack(tmp_path, name,
     file = write_examples(folder)
     file.rename(file.with_name(f"{name}.examples.npz"))
     assert f"{said}, checkpoint best" in Page(page_of(folder)).text
+
+
+def test_examples_are_captioned_with_the_threat_model_of_their_own_record(tmp_path):
+    folder = write_run(tmp_path / "run", [record(), record("fgsm")])
+    file = write_examples(folder)
+    other = file.with_name("pgd-2.l2.eps1_2.examples.npz")
+    other.write_bytes(file.read_bytes())
+    other.with_name("pgd-2.l2.eps1_2.json").write_text(json.dumps(record(norm="l2", eps="1/2", max_distance=0.5)))
+    assert "PGD-2, checkpoint best, linf, eps 8/255" in Page(page_of(folder)).text
+    file.unlink()
+    assert "PGD-2, checkpoint best, l2, eps 1/2" in Page(page_of(folder)).text
 
 
 def test_a_page_of_seeds_shows_their_mean_and_each_on_demand(tmp_path):
@@ -800,7 +827,9 @@ def test_the_commands_say_all_that_the_numbers_depend_on(tmp_path):
     # its student's settings attacked it: another eps than its own
     teacher = [record(weights="bb"), record("fgsm", weights="cc", checkpoint="last", selected_on="last", step=9)]
     write_run(folder / "teacher", teacher, "teacher", evaluate={"eps": "4/255", "norm": "linf"})
-    write_run(folder / "same", [record()], "same", evaluate={}, threat={"eps": 8 / 255, "norm": "linf"})
+    same = [record(precision="high"), record("fgsm", precision="highest")]  # on all 8 images, where the run says 4
+    evaluated, masked = {"n": 4, "precision": "high"}, {"masked": {"weights": "0123456789"}}
+    write_run(folder / "same", same, "same", data=masked, evaluate=evaluated, threat={"eps": 8 / 255, "norm": "linf"})
     report.write([folder], tmp_path / "page.html", each=True)
     text = (tmp_path / "page.html").read_text()
     options = [call[3:] for call in pasted(text, tmp_path) if call[1] == "ibjax.evaluate"]
@@ -809,11 +838,15 @@ def test_the_commands_say_all_that_the_numbers_depend_on(tmp_path):
         ["--checkpoint=best", "--attacks=pgd-2", "--norm=l2", "--eps=128/255", "--step_size=32/255"],
         ["--checkpoint=best", "--attacks=pgd-2", f"--surrogate={folder}/teacher", "--surrogate_checkpoint=last"],
         ["--checkpoint=best", "--attacks=pgd-2", "--samples=3"],
-        ["--checkpoint=best", "--attacks=pgd-2"],
+        ["--checkpoint=best", "--attacks=fgsm", "--n=8", "--precision=highest"],
+        ["--checkpoint=best", "--attacks=pgd-2", "--n=8"],
         ["--checkpoint=best", "--attacks=pgd-2", "--norm=linf", "--eps=8/255", "--step_size=2/255"],
         ["--checkpoint=last", "--attacks=fgsm", "--norm=linf", "--eps=8/255"],
     ]
     assert "its attacks from elsewhere need that run, which is not on this page" in text
+    (alone,) = runs.read([folder / "same"])  # no recipe trains it
+    heading = "same: made by ibjax.analysis.mask of a run's weights 01234567"
+    assert commands.blocks([alone], tmp_path / "page.html", each=False)[0] == (heading, [])
     assert pasted(text, tmp_path)[-1][1:] == ["ibjax.report", str(folder), "--each", f"--out={tmp_path}/page.html"]
 
 

@@ -187,10 +187,21 @@ def _readme(trained, about, settings, records: Sequence[Record]) -> str:
         _description(trained, about),
         "## Evaluation\n\n" + _evaluation(records),
         _loading(trained),
-        "## Recipe\n\n`python -m ibjax.main --config=CARD/config.json --workdir=…` trains it again, with the data and "
-        f"the teachers in place.\n\n```json\n{json.dumps(config.plain(settings), indent=1, ensure_ascii=False)}\n```",
+        f"## Recipe\n\n{_again(trained)}\n\n```json\n{json.dumps(config.plain(settings), indent=1, ensure_ascii=False)}\n```",
     ]
     return f"---\n{_front_matter(trained, name, records)}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _again(trained):
+    """How the network is made again; the recipe of an imported or masked one does not train it."""
+    if "masked" in trained.facts:
+        return "It is a trained network that `ibjax.analysis.mask` has masked since; this recipe does not train it."
+    if "imported" in trained.facts:
+        return "It was imported; this recipe does not train it."
+    return (
+        "`python -m ibjax.main --config=CARD/config.json --workdir=…` trains it again, with the data and the teachers "
+        "in place."
+    )
 
 
 def _front_matter(trained, name, records):
@@ -230,7 +241,8 @@ def _description(trained, about):
         how = "It was imported; how it was trained is not known to ibjax, and the recipe below does not say."
     else:
         images = "clean images" if seen is None else f"adversarial images in {seen['norm']} at eps {seen['eps']}"
-        how = f"It was trained with `{trained.config.objective.name}` on {images}, seed {trained.config.seed}."
+        how = f"It was trained with `{trained.config.objective.name}` on {images}, seed {trained.config.seed}"
+        how += ", and masked afterwards by `ibjax.analysis.mask`." if "masked" in trained.facts else "."
     names = {"best": f"best on {trained.config.select_on}", "last": "the last"}
     chosen = names.get(about["checkpoint"], "as asked for")
     text = (

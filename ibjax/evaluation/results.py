@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ibjax.attacks.geometry import fraction
-from ibjax.attacks.names import parse, with_options
+from ibjax.attacks.names import counted, parse, with_options
 
 Record = dict[str, Any]  # accuracies in percent
 _NAMES = {
@@ -98,6 +98,11 @@ def is_transfer(attack: str) -> bool:
     return " from " in attack
 
 
+def is_pgd(attack: str) -> bool:
+    """Whether an attack is untargeted PGD with the gradients of the network itself."""
+    return not is_transfer(attack) and counted(parse(attack)[0])[0] in ("pgd", "pgd-scaled")
+
+
 def attack_label(name: str) -> str:
     """The printed name: "PGD-20 (restarts 5)" for "pgd-20(restarts=5)", "PGD-9, transfer from X" for "pgd-9 from X"."""
     name, _, source = name.partition(" from ")
@@ -112,7 +117,7 @@ def attack_label(name: str) -> str:
     if base.startswith("cw-l2-"):
         label, said = f"C&W l2-{base.removeprefix('cw-l2-')}", ["any size", *said]
     if count == "attacked":
-        said.append("counts images wrong as they are")
+        said.append("judged under attack only")
     label += f" ({', '.join(said)})" if said else ""
     return f"{label}, transfer from {source}" if source else label
 

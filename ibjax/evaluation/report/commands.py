@@ -27,8 +27,8 @@ def blocks(runs: Sequence[Any], out: Path, each: bool) -> list[Block]:
     top = [run for run in runs if not any(folder in run.folder.resolve().parents for folder in folders)]
     found = []
     for run in top:
-        if "imported" in run.facts:
-            found.append(Block(f"{run.title}: {imported_from(run)}", []))
+        if (origin := origin_of(run)) is not None:
+            found.append(Block(f"{run.title}: {origin}", []))
             continue
         taught = _section(run.config, "teacher").get("workdir")
         heading = f"{run.title}: train again" + (f", with the teacher in {taught}" if taught else "")
@@ -51,8 +51,12 @@ def blocks(runs: Sequence[Any], out: Path, each: bool) -> list[Block]:
     return found
 
 
-def imported_from(run: Any) -> str:
-    """The origin of an imported network, in words."""
+def origin_of(run: Any) -> str | None:
+    """The origin of a network that no recipe trains, imported or masked after training, in words; else None."""
+    if masked := _section(run.facts, "masked"):
+        return f"made by ibjax.analysis.mask of a run's weights {str(masked.get('weights'))[:8]}"
+    if "imported" not in run.facts:
+        return None
     source = _section(run.facts, "imported")
     if benchmarked(run.facts):
         return f"given to ibjax.benchmark: {source.get('network')}, {source.get('library')} {source.get('version')}"
@@ -68,22 +72,25 @@ def _command(module, *positional, **options):
 def _evaluations(run, sources):
     """(commands, notes on records without one) for a run's main records; one command per checkpoint and setting."""
     groups: dict[tuple, list[Record]] = {}
+    own = _section(run.config, "evaluate")
     for record in filter(results.is_main, run.records):
         source = weights_of(surrogate_of(record) or {})
         if is_transfer(record["attack"]) and source not in sources:
             source = record["attack"].partition(" from ")[2]  # only its name is known
         samples = str(record["samples"]) if record.get("samples") else None
-        key = record["checkpoint"], record["n"], record["norm"], str(record["eps"]), samples, source
+        precision = record.get("precision")
+        precision = None if precision == own.get("precision", precision) else precision
+        key = record["checkpoint"], record["n"], record["norm"], str(record["eps"]), samples, precision, source
         groups.setdefault(key, []).append(record)
     commands, missing = [], []
-    for (checkpoint, n, norm, eps, samples, source), group in groups.items():
+    for (checkpoint, n, norm, eps, samples, precision, source), group in groups.items():
         if source is not None and source not in sources:
             missing.append(f"its attacks from {source} need that run, which is not on this page")
             continue
         names = sorted({record["attack"].partition(" from ")[0] for record in group}, key=results.strength)
         options = dict(workdir=run.folder, checkpoint=checkpoint, attacks=",".join(names))
-        options |= {} if n == run.facts.get("n_test") else {"n": n}
-        options |= {**_threat(run.config, norm, eps, group), "samples": samples}
+        options |= {} if n == (own.get("n") or run.facts.get("n_test")) else {"n": n}
+        options |= {**_threat(run.config, norm, eps, group), "samples": samples, "precision": precision}
         if source is not None:
             folder, name = sources[source]
             options |= {"surrogate": folder, **({} if name == "best" else {"surrogate_checkpoint": name})}

@@ -159,23 +159,26 @@ def _look(i):
 
 
 def curves(families: Sequence[Family]) -> Plot | None:
-    """Accuracy against eps: a panel for each attack that is bounded by eps, a curve for each line of the table."""
-    drawn = [tables.curves(family) for family in families]
-    attacks = {attack for found in drawn for attack in found}
-    ladders = {attack for attack in attacks if any(len(found.get(attack, [])) > 2 for found in drawn)}
-    attacks = sorted(ladders or attacks, key=results.strength)  # for the others the tables suffice
-    if not attacks:
+    """Accuracy against eps: a panel for each attack that is bounded by eps, on each data set and in each norm; a curve
+    for each line of the table."""
+    drawn = [_curves_of(family) for family in families]
+    keys = {key for found in drawn for key in found}
+    ladders = {key for key in keys if any(len(found.get(key, [])) > 2 for found in drawn)}
+    keys = sorted(ladders or keys, key=lambda key: (results.strength(key[0]), key))  # for the others the tables suffice
+    if not keys:
         return None
+    several = len({key[1:] for key in keys}) > 1
+    titles = [", ".join([attack_label(attack), *(where if several else ())]) for attack, *where in keys]
 
     def draw(palette):
-        columns = min(3, len(attacks))
-        lines = -(-len(attacks) // columns)
+        columns = min(3, len(keys))
+        lines = -(-len(keys) // columns)
         figure = Figure(figsize=(_WIDTH, 2.75 * lines + 0.2), layout="constrained")
         panels = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
-        for panel, attack in zip(panels, attacks, strict=False):
-            _draw_curves(panel, [found.get(attack, []) for found in drawn], palette)
-            panel.set_title(attack_label(attack))
-        for panel in panels[len(attacks) :]:
+        for panel, key, title in zip(panels, keys, titles, strict=False):
+            _draw_curves(panel, [found.get(key, []) for found in drawn], palette)
+            panel.set_title(title)
+        for panel in panels[len(keys) :]:
             panel.set_visible(False)
         for panel in panels[::columns]:
             panel.set_ylabel("accuracy in %")
@@ -187,13 +190,18 @@ def curves(families: Sequence[Family]) -> Plot | None:
         "At eps 0 stands clean accuracy. A curve that does not fall far as eps grows is a sign of an attack that "
         "fails, not of a network that is robust."
     )
-    shown = [found[attack] for found in drawn for attack in attacks if attack in found]
+    shown = [found[key] for found in drawn for key in keys if key in found]
     if any(len(points) == 2 for points in shown):
         caption += " Two points are not joined: nothing was measured between them (evaluate.ladder adds values of eps)."
     if any(value.std is not None for points in shown for *_, value in points):
         caption += " Bars: standard deviation over training seeds."
-    description = f"Accuracy against eps under {', '.join(map(attack_label, attacks))}"
-    return Plot("curves", "", description, draw, legend, caption)
+    return Plot("curves", "", f"Accuracy against eps under {'; '.join(titles)}", draw, legend, caption)
+
+
+def _curves_of(family):
+    """`tables.curves` by (attack, data set, norm): lengths in different norms have no common axis."""
+    first = family.rows[0].records[0]
+    return {(attack, first["dataset"], first["norm"]): found for attack, found in tables.curves(family).items()}
 
 
 def _draw_curves(panel, series, palette):
@@ -375,8 +383,7 @@ def _strip(run, name):
         (f"difference × {factor}", list(0.5 + factor * delta), []),
     ]
     source = f"{attack_label(examples['attack'])}, checkpoint {examples['checkpoint']}"
-    eps = [r["eps"] for r in run.records if results.is_main(r) and r["attack"] == examples["attack"]]
-    source += f", eps {eps[0]}" if eps else ""
+    source += "".join(f", {part}" for part in (examples["norm"], examples["eps"] and f"eps {examples['eps']}") if part)
     which = ", the first of each class" if len(set(label.tolist())) == len(label) else ""
     caption = (
         f"Test images{which}, under {source}. Below each, the predicted class; ✗ marks a wrong one. In the difference, "

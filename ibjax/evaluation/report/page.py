@@ -104,8 +104,8 @@ def _tables(records, each):
 def _config(run):
     """The configuration of a run, and where the run is from."""
     trained = f"Trained on {run.env['hardware']}. " if run.env.get("hardware") else ""
-    if "imported" in run.facts:
-        source = commands.imported_from(run)
-        trained = f"{source[0].upper()}{source[1:]}; how it was trained is not known, and stands nowhere below. "
+    if (source := commands.origin_of(run)) is not None:
+        known = "" if "masked" in run.facts else "; how it was trained is not known, and stands nowhere below"
+        trained = f"{source[0].upper()}{source[1:]}{known}. "
     text = json.dumps(run.config, indent=1, ensure_ascii=False)
     return {"title": run.title, "said": trained, "folder": run.folder, "text": text}

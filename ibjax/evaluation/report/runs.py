@@ -14,7 +14,7 @@ from ibjax.attacks.names import canonical
 from ibjax.errors import InputError
 from ibjax.evaluation import results
 from ibjax.evaluation.report import tables
-from ibjax.evaluation.results import Record, strength
+from ibjax.evaluation.results import Record, is_pgd, strength
 from ibjax.files import read_npz
 from ibjax.runs import metrics
 from ibjax.runs.rundir import doubts
@@ -193,11 +193,18 @@ def _attack_of(file_name):
 
 
 def _read_examples(folder, problems):
-    """The stored images of one attack: preferably PGD on cross-entropy, then of `best`, then with the most steps."""
+    """The stored images of one attack, with the norm and eps of the record beside them.
+
+    Preferably PGD on cross-entropy, then of `best`, then with the most steps, then under the run's own threat model,
+    whose file has the shortest name.
+    """
     suffix = ".examples.npz"
     files = {f: _attack_of(f.name.removesuffix(suffix)) for f in _results(folder, suffix, problems)}
-    best_last = sorted(files, key=lambda f: (files[f].startswith("pgd-"), f.parent.name == "best", strength(files[f])))
-    for file in reversed(best_last):
+
+    def value(file):
+        return is_pgd(files[file]), file.parent.name == "best", strength(files[file]), -len(file.name)
+
+    for file in sorted(files, key=value, reverse=True):
         try:
             arrays = read_npz(file)
             found = {name: arrays[name] for name in ("x", "x_adv", "label", "predicted", "predicted_adv")}
@@ -207,7 +214,9 @@ def _read_examples(folder, problems):
             for labels in (found["label"], found["predicted"], found["predicted_adv"]):
                 if labels.shape != shape[:1] or not np.issubdtype(labels.dtype, np.integer):
                     raise ValueError(f"labels of shape {labels.shape} and type {labels.dtype}")
-            return {**found, "attack": files[file], "checkpoint": file.parent.name}
+            beside = _read_json(file.with_name(file.name.removesuffix(suffix) + ".json"), [])
+            threat = {name: str(beside.get(name, "")) for name in ("norm", "eps")}
+            return {**found, **threat, "attack": files[file], "checkpoint": file.parent.name}
         except (OSError, ValueError, KeyError) as error:  # an InputError is a ValueError
             problems.append(f"{_short(file)} cannot be read ({error})")
     return None

@@ -14,7 +14,7 @@ import numpy as np
 
 from ibjax.attacks.geometry import fraction
 from ibjax.evaluation.report.tables import ladders, rows
-from ibjax.evaluation.results import Record, attack_label, departed, is_bounded, is_transfer, robust_flags, run_label
+from ibjax.evaluation.results import Record, attack_label, departed, is_bounded, is_pgd, robust_flags, run_label
 
 TOLERANCE = 0.5  # percentage points by which a weaker attack may beat a stronger one without a warning
 
@@ -122,7 +122,7 @@ def _iterative(grouped):
         one_step = {str(record["eps"]): record["robust_acc"] for record in row.records if record["attack"] == "fgsm"}
         for record in row.records:
             eps, strong, name = str(record["eps"]), record["robust_acc"], attack_label(record["attack"])
-            if record["attack"].startswith("pgd-") and not is_transfer(record["attack"]) and eps in one_step:
+            if is_pgd(record["attack"]) and eps in one_step:
                 text = f"{row.label}, eps {eps}: {name} leaves {strong:.2f}, FGSM {one_step[eps]:.2f}"
                 cases.append((one_step[eps] + TOLERANCE - strong, text))
     return cases

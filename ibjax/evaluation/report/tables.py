@@ -54,7 +54,7 @@ class Family(NamedTuple):
 
 # fields that distinguish rows with equal titles; labels contain as many of them as needed, in this order
 _PARTS = ("checkpoint", "step", "seed", "n", "dataset", "norm", "count", "folder")
-# parts of a configuration in which the seeds of one recipe may differ: they do not affect training
+# keys in which runs of one recipe may differ: the seed, and those without effect on training
 _FREE = ("seed", *config.WITHOUT_EFFECT)
 
 
@@ -65,7 +65,7 @@ def rows(records: Iterable[Record]) -> list[Row]:
     records have it.
     """
     groups: dict[str, list[Record]] = {}
-    for record in sources_told_apart(records):
+    for record in _one_spelling(sources_told_apart(records)):
         network = [record.get("config", {}).get(section) for section in ("objective", "model", "attack")]
         images = [record.get(part) for part in ("seed", "n", "dataset", "norm", "count")]
         key = json.dumps([network_label(record), _which(record), images, network], sort_keys=True)
@@ -76,6 +76,12 @@ def rows(records: Iterable[Record]) -> list[Row]:
     ]
     labels = _labels([network_label(row.records[0]) for row in made], [_parts([row], row.checkpoints) for row in made])
     return [row._replace(label=label) for row, label in zip(made, labels, strict=True)]
+
+
+def _one_spelling(records):
+    """The records, with each eps written as the first of its value: 8/255 is one threat model, however it was given."""
+    spelled: dict[float, Any] = {}
+    return [{**record, "eps": spelled.setdefault(fraction(record["eps"]), record["eps"])} for record in records]
 
 
 def _which(record):
@@ -92,7 +98,8 @@ def _checkpoint_order(name):
 
 
 def _each_once(group):
-    """The records of a network sorted by attack and eps; of equal pairs, main eps comes first, then `best`."""
+    """The records of a network sorted by attack and eps; where a pair occurs twice, the record at the main
+    eps is kept, and among those that of `best`."""
     once: dict[tuple, Record] = {}
     for record in sorted(group, key=lambda r: (not is_main(r), _checkpoint_order(r["checkpoint"]))):
         once.setdefault((strength(record["attack"]), fraction(record["eps"])), record)
