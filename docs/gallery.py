@@ -84,7 +84,7 @@ ENTRIES = {
         "--workdir={digits} --tap=stage1",
         (),
         True,
-        "Figure 7 of SiRIIB: Score-CAM heat maps of clean and attacked images, for the class predicted on the clean "
+        "Figure 7 of SiRIIB, with attacked images too: Score-CAM heat maps, for the class predicted on the clean "
         "image.",
     ),
     "binarisation": Entry(
@@ -138,7 +138,8 @@ ENTRIES = {
         "--config=docs/gallery.py:ib_rar",
         (),
         False,
-        "Does a compiled train step compute only what its method needs? The quotient in its last line should be at most 1.05.",
+        "Does a compiled train step compute only what its method needs? The quotient, in the last line, should be at most "
+        "1.05.",
     ),
 }
 

@@ -73,9 +73,11 @@ def _report(given):
 
 
 def _watch(given):
-    for option in ("out", "tables", "pictures"):
+    for option in ("out", "tables", "pictures", "each"):
         if getattr(given, option):
-            raise InputError(f"--{option} does not go with --watch, which writes nothing; leave one of them out")
+            raise InputError(
+                f"--{option} does not go with --watch, which writes nothing and shows each run; leave one out"
+            )
     if given.port is not None:
         errors.check_range("--port", given.port, 0, 65535)
     with watch.server(given.folder, given.port) as server:

@@ -74,3 +74,26 @@ def test_records_and_arrays_say_where_they_are(tmp_path, caplog):
         and record.read_text().startswith('{\n "n": 1')
         and np.load(arrays)["x"].tolist() == [0, 1, 2]
     )
+
+
+def test_a_result_made_with_other_settings_or_of_other_weights_is_kept_beside_the_new_one(tmp_path, caplog):
+    def write(name="pgd-20", versions="1", value=1.0):
+        content = {"attack": name, "versions": {"jax": versions}, "shape": (2, 3)}
+        output.record(tmp_path / "new", "best", content, {"x": np.array([value])})
+
+    def kept():
+        found = sorted((tmp_path / "new").glob("*.json"))
+        return {
+            file.stem: (files.read_json(file)["attack"], float(np.load(file.with_suffix(".npz"))["x"][0]))
+            for file in found
+        }
+
+    write()
+    write(versions="2")
+    assert kept() == {"best": ("pgd-20", 1.0)}
+    write("fgsm", value=2.0)
+    write("apgd-ce", value=3.0)
+    assert kept() == {"best": ("apgd-ce", 3.0), "best.1": ("pgd-20", 1.0), "best.2": ("fgsm", 2.0)}
+    (tmp_path / "new/best.json").write_text("{")  # a damaged one is set aside too
+    write()
+    assert (tmp_path / "new/best.3.json").read_text() == "{"

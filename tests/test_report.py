@@ -303,7 +303,11 @@ def test_an_eps_written_in_two_ways_is_one_threat_model():
     "name, fault, numbers",
     [
         ("as strong as FGSM", record("pgd-2", flags=[1] * 6 + [0, 0]), "PGD-2 leaves 75.00, FGSM 62.50"),
-        ("as every other", record("autoattack", str(8 / 255), [1] * 5 + [0] * 3, main=True), "leaves 62.50, PGD-2 37.50"),
+        (
+            "as every other",
+            record("autoattack", str(8 / 255), [1] * 5 + [0] * 3, main=True),
+            "leaves 62.50, PGD-2 37.50",
+        ),
         ("as every other", record("autoattack", flags=[1] * 5 + [0] * 3), "AutoAttack leaves 62.50, PGD-2 37.50"),
         ("does not rise", record("pgd-2", "16/255", [1] * 4 + [0] * 4), "37.50 at eps 8/255, 50.00 at eps 16/255"),
         ("halves", [record(a, "16/255", [1, 1, 1, 1, 0, 0, 0, 0]) for a in FLAGS], "87.50 clean, 50.00 at eps 16/255"),

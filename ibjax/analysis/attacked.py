@@ -11,9 +11,9 @@ import numpy as np
 from jax import Array
 
 from ibjax import config, losses
-from ibjax.attacks.names import canonical
+from ibjax.attacks.names import canonical, parse
 from ibjax.data import Split
-from ibjax.devices import cluster
+from ibjax.devices import cluster, precision
 from ibjax.errors import InputError
 from ibjax.evaluation.evaluate import make_scorer
 from ibjax.evaluation.named import named
@@ -39,6 +39,13 @@ def load(
     check_settings(settings)
     check_network(trained.model, trained.facts["input_shape"], settings)
     return trained, settings, run.test_split(trained, settings["n"])
+
+
+def check_counts(attacks: Sequence[str]) -> None:
+    """InputError for an attack with count=attacked, in an analysis whose other rows need correct clean images."""
+    for name in attacks:
+        if parse(name)[1].get("count", "both") != "both":
+            raise InputError(f"{name} counts other images than the rows of this analysis; leave out count=attacked")
 
 
 def attack(
@@ -69,10 +76,11 @@ def feature_shapes(predict: Callable, variables: Any, input_shape: Sequence[int]
 
 
 def predictions(predict: Callable, variables: Any, images: np.ndarray, batch_size: int) -> np.ndarray:
-    """The predicted classes (N,) of images (N, H, W, C); raises InputError where logits are NaN."""
+    """The predicted classes (N,) of images (N, H, W, C), at the precision of flags; InputError where logits are NaN."""
     classify = jax.jit(partial(classes_of, predict))
     parts = [images[first : first + batch_size] for first in range(0, len(images), batch_size)]
-    classes = np.concatenate([np.asarray(classify(variables, part)) for part in parts])
+    with precision.at(precision.JUDGEMENT):
+        classes = np.concatenate([np.asarray(classify(variables, part)) for part in parts])
     if undefined := int(np.sum(classes < 0)):
         raise InputError(
             f"the network returns NaN or infinite logits for {undefined} of these images: no class to show"

@@ -25,9 +25,11 @@ Images whose features no readout separates are left out and counted. With two cl
 replaced by the margin, and its targeted attacks have one target. A result counts only within ε, in the norm of the
 evaluation.
 
-Deviations: the authors fit an unpenalised logistic regression, which tends to the readout of largest margin. With one
-point on the sphere that readout solves a small problem directly (`readout`). Their class boundary may be as close to
-φ(x_b) as 0.1 % of the margin; ours is at 1 %, because of rounding in float32.
+Deviations: the authors' scripts for most of their case studies draw x_b from the corners of the l_inf ball; ours is on
+the sphere, in a uniform direction. Their rate of random draws also counts an image whose points inside are adversarial
+already. They fit an unpenalised logistic regression, which tends to the readout of largest margin. With one point on
+the sphere that readout solves a small problem directly (`readout`). Their class boundary may be as close to φ(x_b) as
+0.1 % of the margin; ours is at 1 %, because of rounding in float32.
 
 Guarantees (tests of the same names): the boundary point is adversarial for its own readout; batch size changes no flag.
 Writes `binarisation/<checkpoint>.json` in the workdir.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ibjax.analysis import commands, output
-from ibjax.analysis.attacked import attack, load, predictions
+from ibjax.analysis.attacked import attack, check_counts, load, predictions
 from ibjax.errors import InputError
 from ibjax.evaluation.results import attack_label
 from ibjax.evaluation.scoring import percent
@@ -46,6 +46,7 @@ def evaluate(
     attacks, n: replace those of the run's `evaluate` section, which sets norm, eps and step size.
     """
     trained, settings, split = load(workdir, checkpoint, attacks=attacks, n=n)
+    check_counts(settings["attacks"])
     model = run.in_float32(trained.model)
     plain, through = (linen_net(network).predict for network in (model, calibrated(model)))
 

@@ -28,7 +28,14 @@ def add_n(
 
 def add_attack(parser: argparse.ArgumentParser, default: str, said: str = "") -> None:
     """Adds --attack, the name of one attack; `said` describes the default."""
-    parser.add_argument("--attack", type=canonical, default=default, help=f"a name, as of an evaluation{said}")
+    parser.add_argument("--attack", type=_attack, default=default, help=f"a name, as of an evaluation{said}")
+
+
+def _attack(text):
+    try:
+        return canonical(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None  # argparse would replace the text of any other error
 
 
 def add_class_names(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +70,8 @@ def conduct(
     """Runs an analysis and ends the process, as described in `errors.exit_with`.
 
     Invalid arguments are reported before the processes of a run connect: `given.picture` is checked, `given.names`
-    becomes the list of class names, and `given.settings` the configuration that `recipe` reads.
+    becomes the list of class names, and `given.settings` the configuration that `recipe` reads. A folder that cannot be
+    written is reported before anything is computed.
 
     Args:
       given: the parsed command line.
@@ -76,12 +84,14 @@ def conduct(
     def command():
         picture = getattr(given, "picture", None)
         pictures.check(picture)
+        workdir = getattr(given, "workdir", [])
+        workdirs = workdir if isinstance(workdir, list) else [workdir]
         if "names" in given:
-            workdirs = given.workdir if isinstance(given.workdir, list) else [given.workdir]
             given.names = class_names(given.names, rundir.read_config(workdirs[0])[1])
         if recipe is not None:
             given.settings = recipe()
         cluster.initialize()
+        rundir.check_writable(*workdirs, *([] if picture is None else [picture.parent]))
         found = measure()
         if jax.process_index() == 0:
             print("\n".join(lines(found)))

@@ -1,4 +1,4 @@
-"""The size of a network: its parameters, and its multiply-adds for one image by the rules of ptflops.
+"""The size of a network: its parameters, and its multiply-adds for one image, of convolutions by the rules of ptflops.
 
     python -m ibjax.analysis.complexity --config=configs/NAME.py[:arg] [--shape=H,W,C --classes=10] [--config.KEY=…]
 
@@ -16,7 +16,8 @@ Images have the shape and the classes of the recipe's data set, unless others ar
 | everything else                  | 0: sigmoid, softmax, FFT, resizing, normalisation, layer scale |
 
 ptflops counts `torch.add`, as used in the published code of WideResNet, but not `+=`, as used in that of ResNet. Our
-models therefore use `layers.Add` in the former and `+` in the latter. Nothing is computed: the model is traced on
+models therefore use `layers.Add` in the former and `+` in the latter. In transformers it also counts softmax and the
+scaling of queries, and of a layer norm 1 per element. Nothing is computed: the model is traced on
 shapes, and its module calls are intercepted.
 """
 

@@ -104,6 +104,8 @@ def evaluate(
     """Evaluates a run and writes and returns its record; networks trained in bfloat16 are scored in float32."""
     if n is not None and n < 1:
         raise InputError(f"n={n} is not allowed; give a whole number of at least 1")
+    if generate and data_dir:
+        raise InputError("--data_dir is that of the published images; leave it out with --generate")
     shape = rundir.read_config(workdir)[1]["input_shape"]
     if tuple(shape) != (corruptions.SIZE, corruptions.SIZE, 3):
         raise InputError(
@@ -115,6 +117,8 @@ def evaluate(
         source = generated(run.test_split(trained), trained.facts["label"], n=n)
     else:
         with cluster.together("corruptions"):
+            if (name := trained.config.data.get("dataset", "cifar10")) not in ("cifar10", "cifar100"):
+                raise InputError(f"the run is on {name}, and the published images are CIFAR's; use --generate")
             source = stored(trained.facts["num_classes"], data_dir)
     model = calibration.calibrated(trained.model) if calibrated else trained.model
     network, mesh = linen_net(run.in_float32(model)).predict, cluster.mesh()

@@ -32,6 +32,7 @@ from jax import Array
 
 from ibjax import cli, files
 from ibjax.analysis import attacked, commands, output, pictures
+from ibjax.attacks.names import in_file_name
 from ibjax.errors import InputError, check_range, nearest
 from ibjax.evaluation.results import attack_label
 from ibjax.evaluation.scoring import percent
@@ -137,10 +138,9 @@ def evaluate(
         "tsne_seed": seed,
     }
     result = Embedding(record, embedded(found, seed), split.labels, classes)
-    name = f"{checkpoint}.{attack}" + ("" if tap == "pre_logits" else f".{tap}")
+    name = f"{checkpoint}.{in_file_name(attack)}" + ("" if tap == "pre_logits" else f".{tap}")
     arrays = dict(coordinates=result.coordinates, labels=result.labels, predictions=result.predictions)
-    output.arrays(workdir / "embedding", name, arrays)
-    output.record(workdir / "embedding", name, record)
+    output.record(workdir / "embedding", name, record, arrays)
     return result
 
 

@@ -13,6 +13,9 @@
 | label smoothing  | 2k + 3            (3: base="standard")    |
 | PGD-k            | 2k + 3                                    |
 | TRADES-k         | 2k + 1 + 6                                |
+| SCORE-k          | 2k + 1 + 6        (2k + 3: base="pgd_at") |
+| DKL-k            | 2k + 1 + 6                                |
+| HAT-k            | 2k + t + 9        (+ 1: base="trades")    |
 | MART-k, ALP-k    | 2k + 6                                    |
 | TE-k             | 2k + 1 + 3        (+ 3: base="trades")    |
 | MMA-k            | 2k + 2 + s + 6    (s search_steps)        |
@@ -29,8 +32,8 @@
 | shared information | 2k + 6                                |
 
 In the table, k is the number of attack steps; t and a are the costs of a forward pass of the teacher and of the
-assistant, in units of the student's. A pass that only updates the running statistics (`objective.passes`) costs 1 more,
-or nothing where the compiler sees that it repeats another. MMA makes one more pass over x than its update needs, to
+assistant, in units of the student's. A pass made only to update the running statistics (`objective.passes`) costs
+1; it is free if the compiler merges it with an identical pass. MMA makes one more pass over x than its update needs, to
 find the correctly classified images. A weight perturbation repeats the forward and backward passes of the update. Gram
 matrices are not counted: at a batch of 128 those of IB-RAR are about a hundredth of a ResNet-18 step.
 

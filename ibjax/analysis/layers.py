@@ -17,14 +17,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ibjax import config
+from ibjax import config, errors
 from ibjax.analysis import commands, output
 from ibjax.analysis.attacked import attack
 from ibjax.errors import InputError
+from ibjax.evaluation.results import attack_label, is_pgd
 from ibjax.evaluation.scoring import percent
 from ibjax.net import linen_net, taps
 from ibjax.objectives.ib_rar import layers_of
-from ibjax.runs import command_line, run, rundir
+from ibjax.runs import command_line, provenance, run, rundir
 from ibjax.training import loop
 from ibjax.training.experiment import build
 
@@ -48,12 +49,13 @@ def candidates(settings: ConfigDict) -> dict[str, ConfigDict]:
 
 
 def choose(settings: ConfigDict, workdir: Path, gain: float = 1.0) -> dict[str, Any]:
-    """{"attack", "selected_on", "n", "gain", "accuracy": {tap: {"clean", "robust", "gain"}}, "layers"}; also on disk.
+    """{"accuracy": {tap: {"clean", "robust", "gain"}}, "layers", …}, with the attack and the origin; also on disk.
 
     "layers" are the robust taps, as measured on `n` images of the split `selected_on`, "val" or "test".
     """
     settings = config.effective(config.complete(settings))
-    pgd = next((name for name in settings.evaluate.attacks if name.startswith("pgd-")), "pgd-10")
+    errors.check_range("--gain", gain, 0)
+    pgd = next((name for name in settings.evaluate.attacks if is_pgd(name)), "pgd-10")
     recipes = candidates(settings)
     checked = {name: loop.check(recipe) for name, recipe in recipes.items()}
     data = run.load_data(settings)
@@ -70,8 +72,10 @@ def choose(settings: ConfigDict, workdir: Path, gain: float = 1.0) -> dict[str, 
     for row in accuracy.values():
         row["gain"] = round(row["robust"] - accuracy["none"]["robust"], 4)
     robust = [name for name, row in accuracy.items() if name != "none" and row["gain"] >= gain]
-    where = dict(selected_on=settings.select_on, n=len(split.labels))
-    found = dict(attack=pgd, **where, gain=gain, accuracy=accuracy, layers=robust)
+    found: dict[str, Any] = dict(dataset=trained.facts["label"], seed=settings.seed, attack=pgd)
+    found |= {name: settings.evaluate[name] for name in ("norm", "eps", "step_size")}
+    found |= dict(selected_on=settings.select_on, n=len(split.labels), gain=gain, accuracy=accuracy, layers=robust)
+    found |= dict(versions=provenance.versions(), commit=provenance.commit(), hardware=provenance.hardware())
     output.record(workdir, "layers", found)
     return found
 
@@ -79,8 +83,9 @@ def choose(settings: ConfigDict, workdir: Path, gain: float = 1.0) -> dict[str, 
 def table(found: dict[str, Any]) -> str:
     """The result as a Markdown table, and the flag that makes a recipe use the robust layers."""
     images = {"val": "validation", "test": "test"}[found["selected_on"]]
+    attack = f"{attack_label(found['attack'])}, {found['norm']} eps {found['eps']}"
     lines = [f"percent of {found['n']} {images} images, last checkpoint", ""]
-    lines += [f"| terms of | clean | {found['attack']} | gain | robust |", "|---|---|---|---|---|"]
+    lines += [f"| terms of | clean | {attack} | gain | robust |", "|---|---|---|---|---|"]
     for name, row in found["accuracy"].items():
         mark = "yes" if name in found["layers"] else ""
         lines.append(f"| {name} | {row['clean']:.2f} | {row['robust']:.2f} | {row['gain']:+.2f} | {mark} |")

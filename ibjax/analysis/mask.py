@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibjax import config, files
+from ibjax import config, errors, files
 from ibjax.analysis import commands
 from ibjax.analysis.attacked import feature_shapes
 from ibjax.errors import InputError, nearest
@@ -49,6 +49,7 @@ def information(trained: run.Run, tap: str, batches: int = BATCHES) -> np.ndarra
 def mask(workdir: Path, out: Path, tap: str, checkpoint: str = "best", share: float = 0.05) -> tuple[int, ...]:
     """Writes the masked run into `out`; returns the masked channels."""
     out = files.path(out)
+    errors.check_range("--share", share, 0, 1)
     trained = run.load(workdir, checkpoint)
     with_y = information(trained, tap)
     channels = tuple(np.flatnonzero(np.asarray(permanent_mask(jnp.asarray(with_y), share)) == 0).tolist())

@@ -10,12 +10,13 @@
 Requires a run of `model=dict(name="siriib", …)`, whose network has the feature x_avg. The paper shows pictures without
 numbers, and concludes from them that x_avg is stable under all attacks, including adaptive ones. A calibration that
 merely lowered the contrast would look stable too, so its effect on perturbations must be compared with its effect on
-images. Hence the last row, "another image", which replaces x' by the next image of the test set: a calibration that
-removes perturbations but keeps images passes a smaller share of the former. --attacks=noise-sign adds a row for noise.
+images: the last row, "another image", takes the next image of the test set as x'. A calibration that removes
+perturbations but keeps images passes a smaller share of a perturbation than of this difference. --attacks=noise-sign
+adds a row for noise.
 
 The picture shows 8 images, stratified by class: x, x_avg(x), and for each attack x', x_avg(x') and their difference.
 Mid-grey means no difference; all differences have the same scale, which the picture states. The paper's Figure 4 has
-one such picture for each λ₁; its Figure 9 shows x − x' and x_avg − x', each at a scale of its own, which is not drawn.
+one row of x_avg for each λ₁; its Figure 9 shows x − x' and x_avg − x', each at a scale of its own, which is not drawn.
 (For Figure 7 see `analysis.score_cam`, for Figure 8 `analysis.embedding`.) Writes
 `modulation/<checkpoint>.json` in the workdir.
 

@@ -1,5 +1,10 @@
-"""Writes the files of an analysis, and logs where they are."""
+"""Writes the files of an analysis, and logs where they are.
 
+Guarantee (test of the same name): a result made with other settings, or of other weights, is kept beside the new one.
+"""
+
+import itertools
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +17,7 @@ import numpy as np
 from ibjax import files
 
 log = logging.getLogger(__name__)
+_OF_THE_MACHINE = ("versions", "commit", "hardware", "jax", "seconds")  # in which two records of one result may differ
 
 
 @contextmanager
@@ -23,19 +29,41 @@ def writing(file: Path) -> Iterator[Path]:
     log.info("written: %s", file)
 
 
-def record(folder: Path, name: str, content: Mapping[str, Any]) -> None:
-    """Writes `folder`/`name`.json, by the first process; a "/" in the name, as of an attack's options, becomes "_"."""
-    if jax.process_index() == 0:
-        files.write_json(file := _file(folder, name, "json"), content)
-        log.info("written: %s", file)
+def record(folder: Path, name: str, content: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None = None) -> None:
+    """Writes `folder`/`name`.json, and the arrays into `folder`/`name`.npz, by the first process.
+
+    A "/" in the name, as of an attack's options, becomes "_". Files of another result under this name, as with other
+    attacks or another number of images, are renamed to `name`.1 and so on.
+    """
+    if jax.process_index() != 0:
+        return
+    file = folder / f"{name.replace('/', '_')}.json"
+    if file.is_file() and _result(file) != _plain(content):
+        _set_aside(file)
+    files.write_json(file, content)
+    log.info("written: %s", file)
+    if arrays is not None:
+        with writing(file.with_suffix(".npz")) as temporary, temporary.open("wb") as handle:
+            np.savez_compressed(handle, **arrays)
 
 
-def arrays(folder: Path, name: str, content: Mapping[str, np.ndarray]) -> None:
-    """Writes `folder`/`name`.npz, by the first process."""
-    if jax.process_index() == 0:
-        with writing(_file(folder, name, "npz")) as temporary, temporary.open("wb") as handle:
-            np.savez_compressed(handle, **content)
+def _result(file):
+    """What a record says of its result; None where it cannot be read."""
+    try:
+        return _plain(files.read_json(file))
+    except ValueError:
+        return None
 
 
-def _file(folder, name, suffix):
-    return folder / f"{name.replace('/', '_')}.{suffix}"
+def _plain(content):
+    kept = {name: value for name, value in content.items() if name not in _OF_THE_MACHINE}
+    return json.loads(json.dumps(kept))
+
+
+def _set_aside(file):
+    """Renames a record, and the arrays beside it, to the first number that is free."""
+    name = next(name for i in itertools.count(1) if not file.with_stem(name := f"{file.stem}.{i}").exists())
+    for old in (file, file.with_suffix(".npz")):
+        if old.exists():
+            old.rename(old.with_stem(name))
+            log.info("%s, of other settings, is now %s", old, old.with_stem(name).name)

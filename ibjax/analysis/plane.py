@@ -257,16 +257,23 @@ def draw(found: dict[str, Any]) -> Any:
     bar = drawn.colorbar(points, ax=list(panels), aspect=30)
     bar.set_label("epoch", fontsize=9)
     bar.ax.tick_params(labelsize=8)
-    images = "clean" if name == "X" else f"{attack_label(found['attack'])}, {found['norm']} eps {found['eps']}"
-    title = f"{found['title']} on {found['dataset']}, {found['n']} test images, {images}"
+    title = f"{found['title']} on {found['dataset']}, {found['n']} test images, {_images(found)}"
     drawn.suptitle(title, fontsize=11, parse_math=False)
     return drawn
 
 
+def _images(found):
+    """The images of a record in words: clean, or the attack with its norm and eps."""
+    return (
+        "clean" if found["attack"] is None else f"{attack_label(found['attack'])}, {found['norm']} eps {found['eps']}"
+    )
+
+
 def lines(found: dict[str, Any]) -> Iterable[str]:
     """The first and last record as a Markdown table: the untrained network and the trained one."""
-    yield f"{found['title']} on {found['dataset']}, n = {found['n']}, {len(found['step'])} records"
-    yield f"| layer | nHSIC(X, T) at step 0 | at step {found['step'][-1]} | nHSIC(Y, T) at step 0 | at the end |"
+    name = "X" if found["attack"] is None else "X′"
+    yield f"{found['title']} on {found['dataset']}, n = {found['n']}, {_images(found)}, {len(found['step'])} records"
+    yield f"| layer | nHSIC({name}, T) at step 0 | at step {found['step'][-1]} | nHSIC(Y, T) at step 0 | at the end |"
     yield "|---|---|---|---|---|"
     for tap, values in found["nhsic"].items():
         cells = [f"{values[axis][i]:.2f}" for axis in "xy" for i in (0, -1)]

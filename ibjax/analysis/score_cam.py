@@ -1,5 +1,6 @@
-"""Score-CAM heat maps of clean and attacked images: Figure 7 of SiRIIB. Score-CAM: Wang, Wang, Du, Yang, Zhang, Ding,
-Mardziel & Hu, "Score-CAM: Score-Weighted Visual Explanations for Convolutional Neural Networks", CVPRW 2020.
+"""Score-CAM heat maps of clean images, as in Figure 7 of SiRIIB, and of attacked ones. Score-CAM: Wang, Wang, Du,
+Yang, Zhang, Ding, Mardziel & Hu, "Score-CAM: Score-Weighted Visual Explanations for Convolutional Neural Networks",
+CVPRW 2020.
 
     python -m ibjax.analysis.score_cam --workdir=DIR [--checkpoint=best] [--attack=pgd-20] [--n=8] [--tap=stage4]
                                        [--picture=FILE.pdf] [--names=plane,car,bird,cat,deer,dog,frog,horse,ship,truck]
@@ -9,7 +10,7 @@ Mardziel & Hu, "Score-CAM: Score-Weighted Visual Explanations for Convolutional 
     map = unit(ReLU(Σ_k w_k up(A_k)))          constant channels are left out
 
 c is the network's prediction for the clean image, also in the map of x': both maps show the evidence for the same
-class. The default tap is the network's last map of more than one pixel, the output of the last stage of convolutions.
+class. The default tap is the network's last map of more than one pixel (of VGG on 32×32 images, that of stage 4).
 The paper of SiRIIB states neither layer nor class.
 
 The paper of Score-CAM subtracts a baseline's score from w_k and takes a softmax over channels; here, as in its code,
@@ -135,9 +136,8 @@ def evaluate(
     arrays: dict[str, np.ndarray] = {"label": split.labels}
     for suffix, x, m, classes in zip(pair, pair.values(), maps, predicted, strict=True):
         arrays |= {f"x{suffix}": x, f"map{suffix}": m, f"predicted{suffix}": classes}
-    output.record(workdir / "score_cam", checkpoint, record)
-    small = {name: a.astype(np.float16) if a.dtype == np.float32 else a for name, a in arrays.items()}
-    output.arrays(workdir / "score_cam", checkpoint, small)
+    small = {name: a.astype(np.float16) if name.startswith("map") else a for name, a in arrays.items()}
+    output.record(workdir / "score_cam", checkpoint, record, small)
     return record, arrays
 
 

@@ -11,7 +11,7 @@
 | swapped   | x'' = U' Σ V'ᵀ in [0, 1]  | Figure 1, hollow                                                         |
 | unclipped | x'' without clipping      | shows the effect of clipping                                             |
 | converse  | U Σ' Vᵀ in [0, 1]         | the effect of the attack through the singular values alone               |
-| noise     | x' + N, ‖N‖ = ‖Σ − Σ'‖    | control: any change as large as that of the swap; clipped                |
+| noise     | x' + N, ‖N‖ = ‖Σ − Σ'‖    | control: x' plus random noise of the swap's size; clipped                |
 | clipped   |                           | share of the values of x'' outside [0, 1]                                |
 | moved     |                           | ‖x'' − x'‖ / ‖x' − x‖ = ‖Σ − Σ'‖ / ‖x' − x‖, at most 1 (Mirsky)          |
 | left      |                           | ‖x'' − x‖ / ‖x' − x‖                                                     |
@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ibjax.analysis import commands, output, pictures
-from ibjax.analysis.attacked import attack, load, predictions
+from ibjax.analysis.attacked import attack, check_counts, load, predictions
 from ibjax.evaluation.results import attack_label
 from ibjax.evaluation.scoring import TOLERANCE, percent
 from ibjax.net import linen_net, to_float
@@ -116,6 +116,7 @@ def evaluate(
     attacks, n: replace those of the run's `evaluate` section, which sets norm, eps and step size.
     """
     trained, settings, split = load(workdir, checkpoint, attacks=attacks, n=n)
+    check_counts(settings["attacks"])
     predict, size = linen_net(run.in_float32(trained.model)).predict, settings["batch_size"]
 
     def classes(images):

@@ -187,7 +187,8 @@ def _readme(trained, about, settings, records: Sequence[Record]) -> str:
         _description(trained, about),
         "## Evaluation\n\n" + _evaluation(records),
         _loading(trained),
-        f"## Recipe\n\n{_again(trained)}\n\n```json\n{json.dumps(config.plain(settings), indent=1, ensure_ascii=False)}\n```",
+        f"## Recipe\n\n{_again(trained)}\n\n"
+        f"```json\n{json.dumps(config.plain(settings), indent=1, ensure_ascii=False)}\n```",
     ]
     return f"---\n{_front_matter(trained, name, records)}---\n\n" + "\n\n".join(sections) + "\n"
 

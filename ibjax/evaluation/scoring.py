@@ -43,7 +43,7 @@ class Flags(NamedTuple):
     robust: np.ndarray  # (N,) bool: counts as robust, see `count`
     loss: np.ndarray  # (N,) float32: cross-entropy under the attack; NaN where the logits are NaN
     distance: np.ndarray  # (N,) float32: size of the perturbation, in the attack's norm
-    changed: np.ndarray  # (N,) bool: one of both flags would be another in the precision of the attack
+    changed: np.ndarray  # (N,) bool: `clean` or `robust` would differ if judged in the precision of the attack
 
 
 def nan_warnings(flags: Flags) -> list[str]:

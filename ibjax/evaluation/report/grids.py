@@ -69,7 +69,7 @@ def markdown(grid: Grid) -> str:
 
 
 def as_csv(grid: Grid) -> str:
-    """CSV with numbers alone in their cells: what a column says beside its means stands in columns of its own.
+    """CSV with one number per cell; spread, counts of runs and bounds have columns of their own.
 
     "PGD-20 std" is there where a cell of the column has a spread, "PGD-20 runs" where one is over fewer runs than its
     line, "worst case bound" (True, False) where one is an upper bound.

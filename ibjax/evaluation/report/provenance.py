@@ -61,7 +61,7 @@ def _precision(records):
     )
     counted = [record for record in records if "changed_by_judgement" in record]
     changed, flags = (sum(_number(record.get(key)) for record in counted) for key in ("changed_by_judgement", "n"))
-    return f"{names}; {changed:.0f} of {flags:.0f} flags are others than while attacking" if counted else names
+    return f"{names}; {changed:.0f} of {flags:.0f} flags were changed by this judgement" if counted else names
 
 
 def _selected(record):
