@@ -194,8 +194,8 @@ def wang(config, depth, width, given):
         config.attack.init, config.attack_bn = "gaussian", "eval"
     config.smoothing = dict(delta=0.0 if method == "score" else 0.1, form="uniform", images="all")
     config.batch_size, config.epochs = given["batch"], given.get("epochs", 400)
-    config.optimizer = dict(name="sgd", lr=given.get("lr", 0.2), momentum=0.9, weight_decay=5e-4, nesterov=True)
-    config.optimizer.decay_norm = False
+    config.optimizer = dict(name="sgd", lr=given.get("lr", 0.2), weight_decay=5e-4, nesterov=True, decay_norm=False)
+    config.optimizer.update(momentum=0.95, momentum_at_peak=0.85)  # OneCycleLR's, which replaces the code's 0.9
     config.schedule = dict(name="torch_one_cycle", pct_start=0.025, stepping="epoch")
     config.ema_decay = 0.995
     config.averaging.update(warmup=True, start=0.025 * config.epochs)

@@ -138,8 +138,8 @@ ENTRIES = {
         "--config=docs/gallery.py:ib_rar",
         (),
         False,
-        "Does a compiled train step compute only what its method needs? The quotient, in the last line, should be at most "
-        "1.05.",
+        "Does a compiled train step compute only what its method needs? The quotient in the last line should be at "
+        "most 1.05.",
     ),
 }
 

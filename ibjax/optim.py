@@ -1,12 +1,13 @@
 """Optimisers and learning-rate schedules as the papers' PyTorch code has them.
 
     sgd:   g ← g + wd·w;  buf ← m·buf + g;  w ← w − lr·buf         (coupled weight decay, on every parameter)
-           m may follow the learning rate, from `momentum` at rate 0 to `momentum_at_peak` at the highest (CyclicLR)
+           m may follow the learning rate, from `momentum` at rate 0 to `momentum_at_peak` at the highest: the momentum
+           cycles of PyTorch's CyclicLR and OneCycleLR
     adam:  g ← g + wd·w;  w ← w − lr·Adam(g)                       (L2 regularisation)
     adamw: w ← w − lr·(Adam(g) + wd·w)                             (Loshchilov & Hutter, ICLR 2019: decoupled)
 
-`decay_norm=False`, `decay_norm_and_bias=False` and `decay_bias=False` spare parameters from it. DeepMind's robust
-training adds ½·wd·‖w‖² to the loss for all but the parameters of batch-norm: that is sgd with decay_norm=False.
+`decay_norm=False`, `decay_norm_and_bias=False` and `decay_bias=False` spare parameters from weight decay. DeepMind's
+robust training adds ½·wd·‖w‖² to the loss for all but the parameters of batch-norm: that is sgd with decay_norm=False.
 
 A schedule is a function of the epoch, a real number. `stepping` says at which epoch it is evaluated for a step:
 
@@ -34,9 +35,15 @@ from ibjax.errors import CodeError, InputError, check_range, nearest
 
 STEPPINGS = {
     "epoch": lambda step, n: step // n,
-    "step": lambda step, n: step / n,
-    "next_step": lambda step, n: (step + 1) / n,
+    "step": lambda step, n: epoch_of(step, n),
+    "next_step": lambda step, n: epoch_of(step + 1, n),
 }
+
+
+def epoch_of(step: Array, n: int) -> Array:
+    """step / n as float32, the epoch as a real number; its floor is exact, where a compiled division may fall short."""
+    whole, rest = jnp.divmod(step, n)
+    return whole.astype(jnp.float32) + rest.astype(jnp.float32) / n
 
 
 def constant(*, lr: float, epochs: float) -> Callable[[Array], Array]:
@@ -74,7 +81,7 @@ def cosine(*, lr: float, epochs: float, final: float = 0.0, warmup: float = 0.0)
 
 def exponential(*, lr: float, epochs: float, factor: float = 0.97, every: float = 2) -> Callable:
     """lr, multiplied by `factor` after each `every` epochs."""
-    return lambda epoch: lr * factor ** jnp.floor(epoch / every)
+    return lambda epoch: lr * factor ** jnp.floor(epoch / every + 1e-4)  # a compiled division may fall short of it
 
 
 def one_cycle(*, lr: float, epochs: float, peak: float = 0.4, final: float = 0.0) -> Callable:
@@ -100,6 +107,9 @@ def torch_one_cycle(
 
     The peak is at the step pct_start·T − 1 of T, the end at T − 1; a step is an epoch with stepping="epoch", as Wang et
     al. (2023) step it (with pct_start=0.025), and an optimiser's step otherwise. `anneal` is "cos" or "linear".
+
+    PyTorch's also cycles the momentum unless told otherwise, from 0.95 to 0.85 at the peak and back: that is
+    `optimizer.momentum=0.95` with `optimizer.momentum_at_peak=0.85`, to 0.004 in the rise and exactly afterwards.
     """
     if anneal not in ("cos", "linear"):
         raise InputError(f"schedule.anneal='{anneal}' is unknown; {nearest(anneal, ('cos', 'linear'))}")
@@ -170,7 +180,8 @@ def schedule(
     if make is torch_one_cycle:
         options["step_in_epochs"] = 1.0 if stepping == "epoch" else 1.0 / steps_per_epoch
     value = make(lr=lr, epochs=epochs, **options)
-    return Schedule(lambda step: value(jnp.asarray(STEPPINGS[stepping](step, steps_per_epoch), jnp.float32)), lr)
+    epoch = STEPPINGS[stepping]
+    return Schedule(lambda step: value(jnp.asarray(epoch(jnp.asarray(step), steps_per_epoch), jnp.float32)), lr)
 
 
 def sgd(
@@ -190,7 +201,7 @@ def sgd(
       lr: step -> learning rate.
       momentum: m. With `momentum_at_peak`, its value at learning rate 0.
       momentum_at_peak: m at the highest learning rate; in between, m is linear in the rate, as in PyTorch's CyclicLR,
-        which moves it from 0.9 to 0.8 and back. None: m is constant.
+        which moves it from 0.9 to 0.8 and back, and in its OneCycleLR, from 0.95 to 0.85. None: m is constant.
       weight_decay: wd.
       nesterov: PyTorch's Nesterov form.
       decay_norm: False excludes scale and bias of batch-norm from weight decay (Fast-AT on ImageNet).
@@ -198,6 +209,8 @@ def sgd(
       decay_bias: False excludes the biases of all layers and norms, and leaves scales (Singh et al.'s ConvNeXts).
     """
     check_range("optimizer.momentum", momentum, 0, 1, below=True)
+    if nesterov and not (momentum or momentum_at_peak):
+        raise InputError("optimizer.nesterov needs a momentum; set optimizer.momentum, or leave nesterov False")
     check_range("optimizer.weight_decay", weight_decay, 0)
     return optax.chain(
         optax.add_decayed_weights(weight_decay, _decayed(decay_norm, decay_norm_and_bias, decay_bias)),
@@ -212,6 +225,8 @@ def _decayed(decay_norm, decay_norm_and_bias, decay_bias):
         return None
 
     def mask(params, name="", of_norm=False):
+        if isinstance(params, optax.MaskedNode):  # in the place of a group that another optimiser trains
+            return False
         if isinstance(params, Mapping):  # normalisations are the only modules with a `scale`
             return {key: mask(part, key, "scale" in params) for key, part in params.items()}
         spared = (

@@ -30,11 +30,12 @@ from ibjax.attacks import Attack, StatefulAttack
 from ibjax.devices import placement, precision
 from ibjax.errors import InputError
 from ibjax.net import Net, Output, Variables, of_network, to_float
+from ibjax.optim import epoch_of
 
 # "image" (B, H, W, C) float32 in [0, 1]; "label" and "index" (B,) int32; "step" int32, the number of steps before this
 # one; "epoch" float32, the same number in epochs (0.5: half of the first epoch is done); "epoch_step" int32, the number
 # of steps of the current epoch before this one. Mixed images have "share" (B,) float32, the share of the image at
-# "index"; their "label" holds distributions (B, C) float32, as it does in the loss where labels are smoothed
+# "index"; their "label" holds distributions (B, C) float32; smoothed labels, which only the loss sees, do too
 Batch = dict[str, Array]
 Perturb = Callable[[Any, Any, Array], Any]
 
@@ -69,7 +70,7 @@ class Objective(NamedTuple):
     attack: (net, variables, batch, key) -> (x_adv, variables), an inner maximisation that is specific to the method.
     memory: (training images, classes) -> variables["memory"] before the first step.
     remember: (net, variables, batch, key) -> variables with an updated memory. It runs before `target` and the attack,
-      at the unperturbed weights, so a weight perturbation never affects the memory.
+      at the unperturbed weights; what `loss` adds to the memory is of the perturbed ones.
     proxy: (net, variables, batch, x_adv, key) -> the loss that a weight perturbation increases; None: `loss`.
     fits_labels: whether `loss` has a cross-entropy with batch["label"], which smoothed labels change.
     """
@@ -159,7 +160,7 @@ class Passes(NamedTuple):
     """How the forward passes of attack and loss see batch-norm, where it is not what the objective says."""
 
     attack: str = "eval"  # or "batch": the attack sees the statistics of its batch, and moves no running statistics
-    statistics: str = "all"  # or "adv": of the loss's passes, those over clean images move no running statistics
+    statistics: str = "all"  # or "adv": in the loss, passes over clean images leave the running ones as they are
 
 
 AS_STATED = Passes()
@@ -282,9 +283,8 @@ def _prepared(problem, step, batch, key):
     batch = {**batch, "image": images}
     if problem.mix is not None:
         batch = problem.mix(jax.random.fold_in(augment_key, _MIXING), batch)
-    whole, rest = jnp.divmod(step, problem.steps_per_epoch)  # floor(epoch) stays exact if a device's division is not
-    epoch = whole.astype(jnp.float32) + rest.astype(jnp.float32) / problem.steps_per_epoch
-    return batch, {"step": step, "epoch": epoch, "epoch_step": rest}, jnp.stack(keys)
+    n = problem.steps_per_epoch
+    return batch, {"step": step, "epoch": epoch_of(step, n), "epoch_step": step % n}, jnp.stack(keys)
 
 
 def _augmented(augment, key, images, index):

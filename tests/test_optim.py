@@ -61,6 +61,29 @@ def test_a_moving_momentum_is_that_of_pytorchs_cyclic_schedule():
     assert moments[0] == 0.9 and min(moments) == pytest.approx(0.8)
     with pytest.raises(InputError, match="follows a schedule"):
         optim.sgd(lr=lambda step: 0.1, momentum_at_peak=0.8)
+    with pytest.raises(InputError, match="nesterov needs a momentum"):  # which PyTorch refuses too
+        optim.sgd(lr=lambda step: 0.1, momentum=0.0, nesterov=True)
+
+
+def test_momentum_follows_one_cycle_as_in_pytorch():
+    """OneCycleLR's 0.95 → 0.85 → 0.95, which replaces the optimiser's own: exact in the fall, to 0.004 in the rise."""
+    torch = pytest.importorskip("torch", reason="the oracle is PyTorch")
+    parameter, steps = torch.nn.Parameter(torch.zeros(1)), 40
+    reference = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(reference, max_lr=0.2, total_steps=steps, pct_start=0.25)
+    lr = optim.schedule(name="torch_one_cycle", lr=0.2, epochs=steps, steps_per_epoch=1, pct_start=0.25)
+    transform = optim.sgd(lr=lr, momentum=0.95, momentum_at_peak=0.85, weight_decay=0.0)
+    state = transform.init(jnp.zeros(1))
+    for step in range(steps):
+        before = state[1].trace
+        expected = reference.param_groups[0]["momentum"]
+        reference.step()
+        if step + 1 < steps:
+            scheduler.step()
+        _, state = transform.update(jnp.ones(1), state, jnp.zeros(1))
+        if step:
+            found = float((state[1].trace - 1)[0] / before[0])
+            assert abs(found - expected) < (0.005 if step < 9 else 1e-4), step
 
 
 def schedule(name, **options):
@@ -99,6 +122,29 @@ def test_cosine_and_one_cycle_start_peak_and_end():
     np.testing.assert_allclose([lr(0), lr(4), lr(22), lr(40)], [0, 0.1, 0.05, 0], atol=1e-7)
     lr = schedule("one_cycle", peak=0.5)
     np.testing.assert_allclose([lr(0), lr(10), lr(20), lr(30), lr(40)], [0, 0.05, 0.1, 0.05, 0], atol=1e-7)
+
+
+def test_boundaries_are_met_to_the_step_under_jit():
+    """A compiled division by a constant is a product with its inverse, and may fall short of a whole number."""
+    for n, stepping in ((230, "next_step"), (230, "step"), (117, "step")):
+        made = optim.schedule(
+            name="piecewise", lr=1.0, epochs=200, steps_per_epoch=n, boundaries=(90, 100), stepping=stepping
+        )
+        steps = jnp.arange(80 * n, 110 * n)
+        drops = steps[:-1][np.diff(jax.jit(jax.vmap(made))(steps)) < 0] + 1
+        assert drops.tolist() == [90 * n - (stepping == "next_step"), 100 * n - (stepping == "next_step")]
+    made = optim.schedule(name="exponential", lr=1.0, epochs=200, steps_per_epoch=1, factor=0.5, every=47.0)
+    rates = jax.jit(jax.vmap(made))(jnp.arange(100))
+    assert rates[46] == 1.0 and rates[47] == 0.5 and rates[93] == 0.5 and rates[94] == 0.25
+
+
+def test_a_head_of_its_own_optimiser_goes_with_parameters_that_do_not_decay():
+    network, head = (optim.sgd(lr=lambda step: 1.0, momentum=0.0, weight_decay=1.0, decay_norm=False) for _ in range(2))
+    params = {"params": {"norm": {"scale": jnp.ones(2)}, "dense": {"kernel": jnp.ones(2)}}, "head": jnp.ones(2)}
+    both = optim.with_head(network, head)
+    updates, _ = both.update(jax.tree.map(jnp.zeros_like, params), both.init(params), params)
+    moved = jax.tree.map(lambda update: float(update[0]), updates)
+    assert moved == {"params": {"norm": {"scale": 0.0}, "dense": {"kernel": -1.0}}, "head": -1.0}
 
 
 def test_the_head_may_have_its_own_rate():

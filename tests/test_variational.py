@@ -9,9 +9,10 @@ from test_objectives import BATCH, NET, VARIABLES, X_ADV
 
 from ibjax import losses
 from ibjax.errors import InputError
+from ibjax.information.divergence import gaussian_kl
 from ibjax.net import linen_net
 from ibjax.objectives.ceb import ceb
-from ibjax.objectives.vib import gaussian_kl, vib
+from ibjax.objectives.vib import vib
 from ibjax.step import trainable, with_trainable
 
 KEY = jax.random.key(3)

@@ -19,14 +19,9 @@ def symmetrised_gaussian_kl(mean: Array, std: Array, other_mean: Array, other_st
     return jnp.sum(scale + shift, axis=-1) / 4
 
 
-def gaussian_kl_to_standard(mean: Array, std: Array) -> Array:
-    """KL(N(μ, σ²) || N(0, I)) = ½ Σ_k [ μ² + σ² − 1 − log σ² ], shape (B,): the rate of the variational bottleneck."""
-    return jnp.sum(jnp.square(mean) + jnp.square(std) - 1 - 2 * jnp.log(std), axis=-1) / 2
-
-
-def unit_gaussian_kl(mean: Array, other_mean: Array) -> Array:
-    """KL(N(μ, I) || N(μ', I)) = ½ ||μ − μ'||², shape (B,): the rate of the conditional entropy bottleneck."""
-    return jnp.sum(jnp.square(mean - other_mean), axis=-1) / 2
+def gaussian_kl(mean: Array, std: Array, prior_mean: Array | float = 0.0) -> Array:
+    """KL(N(μ, σ²) || N(m, I)) = ½ Σ_k [ (μ − m)² + σ² − 1 − log σ² ], shape (B,): the rate of VIB (m = 0) and CEB."""
+    return jnp.sum(jnp.square(mean - prior_mean) + jnp.square(std) - 1 - 2 * jnp.log(std), axis=-1) / 2
 
 
 def symmetrised_categorical_kl(logits: Array, other_logits: Array) -> Array:

@@ -8,8 +8,8 @@ mix the colours of x. The three modulations here do more: `amplitude` and `ampli
 exception: there a map without bias is a factor, and x' = w·x. Transforms are unitary, over height and width of images
 (B, H, W, C).
 
-The gain of `amplitude` has no bound but that of |F| ≥ 1e-6: where a channel is constant and another is not, rounding is
-amplified.
+The gain of `amplitude` is limited only by the floor 1e-6 of |F|: if one channel is constant and another is not, the
+constant channel's rounding errors are amplified.
 """
 
 from collections.abc import Callable

@@ -11,7 +11,8 @@ scores by the spectral Stein gradient estimator, SSGE: Shi, Sun & Zhu, ICML 2018
 | J      | share | 0.99    | the smallest number of leading eigenvalues λ_j of the Gram matrix whose sum reaches this
 |        |       |         | share of the sum of all. The authors' code uses one eigenvalue less
 
-The width of the Gaussian kernel is the median distance between two samples.
+The width of the Gaussian kernel is the median distance between two samples; the authors' code includes the distances of
+samples to themselves, which are 0.
 
 At the samples themselves the sum simplifies: with the Gram matrix K = U Λ Uᵀ and G_m = Σ_i ∇_{x_i} k(x_i, x_m),
 ŝ = −U_J Λ_J⁻¹ U_Jᵀ G, which is what the code computes. No derivative is taken through the eigenvectors.

@@ -46,12 +46,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        def block(_, x):
+        def block(module, x):
             width = x.shape[-1]
             conv = layers.Conv(width, 7, use_bias=True, groups=width, dtype=self.dtype, name="conv_dw", **patches.INIT)
             y = patches.LayerNorm(dtype=self.dtype, name="norm")(conv(x))
             y = patches.Mlp(dtype=self.dtype, name="mlp")(y)
-            y = patches.scaled(self, "gamma", y, self.layer_scale)
+            y = patches.scaled(module, "gamma", y, self.layer_scale)
             return x + patches.dropped(y, self.drop_path, train)
 
         return layers.remat(block, self.remat and train)(self, x)

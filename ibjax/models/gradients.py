@@ -23,8 +23,8 @@ NHWC = ("NHWC", "HWIO", "NHWC")
 def relu_by_output(x: Array) -> Array:
     """max(x, 0), whose gradient looks at its output y: it passes where y ≠ 0.
 
-    cuDNN's convolution with bias, residual sum and ReLU writes y alone. Any other mask, y > 0 too, which the compiler
-    rewrites to x > 0, would be a second reader of x and end that fusion.
+    cuDNN's convolution with bias, residual sum and ReLU writes y alone. The mask must be y ≠ 0:
+    XLA rewrites y > 0 to x > 0, then x is read twice, and the fusion is lost.
     """
     return jnp.maximum(x, 0)
 
@@ -70,10 +70,20 @@ def convolve_pixels(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _pixels(static, x, kernel, twice, back):
-    high = x.astype(twice.dtype)
-    low = (x - high.astype(x.dtype)).astype(twice.dtype)
+    high, low = _halves(x, twice.dtype)
     strides, padding, _, stated = static
     return convolve(_in_eights(3, high, low), twice, strides, padding, stated)
+
+
+def _halves(x, dtype):
+    """(high, low) with x ≈ high + low, in `dtype`.
+
+    A plain conversion to bfloat16 and back is no rounding for XLA's GPU compiler, which drops the pair (its option
+    xla_allow_excess_precision is on), so that x − x = 0 would be left of `low`. `reduce_precision` always rounds.
+    """
+    digits = jnp.finfo(dtype)
+    rounded = lax.reduce_precision(x, exponent_bits=digits.nexp, mantissa_bits=digits.nmant)
+    return rounded.astype(dtype), (x - rounded).astype(dtype)
 
 
 def _pixels_forward(static, x, kernel, twice, back):

@@ -2,10 +2,10 @@
 
 Parameters, batch statistics and logits are float32; convolutions and activations use `dtype`. The first convolution
 takes float32 pixels (`pixels=True`), since bfloat16 would round away small perturbations, such as a start of 0.001·N(0,
-1): on accelerators each pixel of a bfloat16 network is the sum of two bfloat16 numbers. These are dtypes of arrays. How
-an accelerator rounds the operands of float32 products is the caller's choice: every product states the precision that
-is asked for where the network is called (`ibjax.devices.precision`). What a layer computes differently on CPU, GPU and
-TPU is in the table of `ibjax.devices.forms`.
+1): on accelerators each pixel of a bfloat16 network is the sum of two bfloat16 numbers. These are dtypes of stored
+arrays. How an accelerator rounds the operands of float32 products is the caller's choice: every product states the
+precision that is asked for where the network is called (`ibjax.devices.precision`). What a layer computes differently
+on CPU, GPU and TPU is in the table of `ibjax.devices.forms`.
 """
 
 import math
@@ -108,7 +108,7 @@ def normed(
     activation: str | None = None,
     packs: bool = False,
 ) -> Any:
-    """activation(norm(conv(x)) + skip), as far as they are given: the layers that have a form for each platform.
+    """activation(norm(conv(x)) + skip); parts that are None are left out. The platform decides how it is computed.
 
     In evaluation mode, where the platform's form says so, batch-norm is folded into the convolution or linear layer
     before it, γ = scale/√(var + ε):
@@ -528,7 +528,10 @@ def _bilinear(n, length):
 
 
 def _from_neighbours(x, axis, length):
-    """The weights repeat: `new` pixels of each period stand for `old` ones, and are sums of two strided slices."""
+    """The resized axis. The weights repeat after every `old` pixels of x and `new` of the result.
+
+    The i-th new pixels of all periods are a weighted sum of two strided slices of x.
+    """
     periods = math.gcd(x.shape[axis], length)
     old, new = x.shape[axis] // periods, length // periods
     around = int(new > old)  # only new pixels that are closer than the old ones look beyond the border

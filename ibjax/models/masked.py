@@ -4,7 +4,8 @@
 
 The mask is applied where the feature is tapped, so all later layers, shortcuts included, receive zeros in these
 channels. It is part of the architecture and has no weights; those of the inner network are under "backbone".
-`ibjax.analysis.mask` makes such networks. The features are those of the inner network.
+`ibjax.analysis.mask` makes such networks. The features are those of the inner network; where the mask is that of a
+stage, the feature of the stage's last block is from before it.
 """
 
 import flax.linen as nn

@@ -2,8 +2,8 @@
 
     rows(x)[b, q, w] = [x[b, 2q, w], x[b, 2q + 1, w]]                (B, H, W, C) -> (B, H/2, W, 2C)
 
-A 3×3 convolution of such maps is one with a larger kernel, in which zeros stand for pairs of rows that do not meet. It
-multiplies twice as often, but with 64 channels a TPU leaves half of its lanes empty, and takes as long as with 128. The
+A 3×3 convolution of such maps is one with a larger kernel, which has zeros where an input row does not reach an output
+row. It needs twice the multiplications but no more time: with 64 channels half of a TPU's lanes would be idle. The
 convolution of the pixels writes packed maps, and one with a stride of 2 reads them; sums and ReLUs stay as they are.
 `ibjax.devices.forms` says where it is worth it.
 """

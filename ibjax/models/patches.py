@@ -7,7 +7,8 @@
 | layer scale          | one factor per channel on each residual branch                                    |
 | stochastic depth     | in training, each image skips a branch with the branch's rate; a branch that is   |
 |                      | kept is divided by 1 − rate                                                       |
-| initialisation       | N(0, 0.02²), zero biases (timm's truncation at ±2 is at 100 deviations)           |
+| initialisation       | linear layers: N(0, 0.02²), zero biases (timm's truncation at ±2 is at 100        |
+|                      | deviations). Convolutions: PyTorch's default; those of ConvNeXt as linear layers  |
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ibjax.devices import precision
-from ibjax.errors import InputError, nearest
+from ibjax.errors import InputError, check_count, nearest
 from ibjax.models import layers
 
 INIT: dict[str, Any] = dict(kernel_init=nn.initializers.normal(0.02), bias_init=nn.initializers.zeros)
@@ -35,6 +36,7 @@ def check_stem(stem: str) -> None:
 
 def check_sides(name: str, x: Array, patch: int) -> None:
     """Raises InputError unless the sides of the images are multiples of the patch's."""
+    check_count("model.patch", patch)
     if x.shape[1] % patch or x.shape[2] % patch:
         raise InputError(f"{name}: images of {x.shape[1:3]} pixels are not divisible into patches of {patch}×{patch}")
 
@@ -49,7 +51,7 @@ def heads_for(width: int, heads: int | None, channels: int) -> int:
     """The number of heads that is given, or one for each so many channels; InputError if the width does not divide."""
     if heads is None and width % channels:
         raise InputError(f"model.width={width} is no multiple of {channels}; give model.heads too")
-    heads = heads or width // channels
+    heads = width // channels if heads is None else heads
     check_heads(width, heads)
     return heads
 

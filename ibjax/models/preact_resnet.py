@@ -5,12 +5,15 @@ in the following points, and weights trained with one give other logits in anoth
 
 | projection | the projection shortcut is | strided 3×3 convolutions pad | used by                             |
 |------------|----------------------------|------------------------------|-------------------------------------|
-| activated  | 1×1 of ReLU(BN(x))         | (1, 1)                       | Rice et al.                         |
-| raw        | 1×1 of x                   | (1, 1)                       | pytorch-cifar, RobustBench          |
+| activated  | 1×1 of ReLU(BN(x))         | (1, 1)                       | Rice et al., pytorch-cifar,         |
+|            |                            |                              | RobustBench's PreActBlockV2         |
+| raw        | 1×1 of x                   | (1, 1)                       | Wong et al., RobustBench's          |
+|            |                            |                              | PreActBlock                         |
 | deepmind   | 3×3 of x                   | (0, 1), TensorFlow's SAME    | Rebuffi et al. (with `activation=   |
 |            |                            |                              | "silu"`, mean and std)              |
 
-`final_norm` adds BN and ReLU before the pooling, as in Rice et al. and Rebuffi et al.; pytorch-cifar has neither.
+`final_norm` adds BN and ReLU before the pooling, as in Rice et al. and Rebuffi et al.; pytorch-cifar has neither. Under
+"deepmind" batch-norm keeps 0.99 of its running statistics in each step, otherwise 0.9.
 
 | tap                     | feature                                                                                    |
 |-------------------------|--------------------------------------------------------------------------------------------|
@@ -37,6 +40,10 @@ PROJECTIONS = ("activated", "raw", "deepmind")
 DEPTHS = stages.BASIC
 
 
+def _keep(projection):
+    return 0.99 if projection == "deepmind" else 0.9
+
+
 class Block(nn.Module):
     """x -> x + residual; `see` taps the activated input, as the `_relu` feature of the previous block."""
 
@@ -51,7 +58,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool, see: Callable[[Array], Array]) -> Array:
         def activated(x, name, conv=None):
-            norm = layers.BatchNorm(groups=self.bn_groups, dtype=self.dtype, name=name)
+            norm = layers.BatchNorm(_keep(self.projection), groups=self.bn_groups, dtype=self.dtype, name=name)
             return layers.normed(x, train, norm, conv=conv, activation=self.activation)
 
         def conv(stride, name, kernel=3):
@@ -117,7 +124,7 @@ class Model(nn.Module):
 
         x, see = stages.through(x, tap, counts, self.width, block)
         if self.final_norm:
-            norm = layers.BatchNorm(groups=self.bn_groups, dtype=dtype, name="bn")
+            norm = layers.BatchNorm(_keep(self.projection), groups=self.bn_groups, dtype=dtype, name="bn")
             x = see(layers.normed(x, train, norm, activation=self.activation))
         x = tap("pre_logits", layers.GlobalAverage()(x))
         return layers.classifier(x, self.num_classes), tap.finish()

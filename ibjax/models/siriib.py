@@ -8,8 +8,8 @@
 | paper       | code             | default             |                                                              |
 |-------------|------------------|---------------------|--------------------------------------------------------------|
 | {s}         | scales           | 32, 24, 16, 8       | for 32×32 images; 64, 48, 24, 16 for 64×64                   |
-| # of p_i    | connections      | 3                   | added to the first 3 of stem, stage 1, 2, 3, 4; with 0, SR   |
-|             |                  |                     | is beside a plain classifier, to be trained by itself        |
+| # of p_i    | connections      | 3                   | added to the first 3 of stem, stage 1, 2, 3, 4; 0: nothing   |
+|             |                  |                     | is added to the classifier, and SR is trained separately    |
 |             | classify         | "image"             | the classifier's input: x, or with "calibrated", x_avg       |
 | c           | widths           | (16, 32, 64)        | 3×3 convolutions – BN – ReLU                                 |
 |             | basic_blocks     | False               | True: WRN blocks of these widths, then BN-ReLU. SR-L has     |
@@ -19,8 +19,9 @@
 | A + B       | fuse             | "add"               | or "concat"                                                  |
 | R_τ         | penalty          | "off_diagonal"      | ‖(W_o W_oᵀ) ⊙ (1 − I)‖²_F, or "full": ‖W_o W_oᵀ − I‖²_F      |
 
-The features are those of the backbone, after the addition of f_i; `x_avg`; `info1` …, the f_i; and `orthogonality`, the
-scalar R_τ. The method's losses need no others, and XLA removes the computation of features that a loss does not use.
+The features are those of the backbone, after the addition of f_i (of a stage's last block: from before it); `x_avg`;
+`info1` …, the f_i; and `orthogonality`, the scalar R_τ. The method's losses need no others, and XLA removes the
+computation of features that a loss does not use.
 
 There is no public code. The published numbers of parameters and operations determine to which features f_i is added,
 that p_i comes before the pooling, and the widths and blocks of c. They do not determine the inside of SR, which
@@ -173,7 +174,13 @@ class Model(nn.Module):
             def add(feature):
                 conv = layers.Conv(feature.shape[-1], use_bias=True, dtype=dtype, name=f"p{i}", parent=self)
                 f = conv(extracted)
-                if (factor := f.shape[1] // feature.shape[1]) != 1:
+                factor = f.shape[1] // feature.shape[1]
+                if f.shape[1:3] != (factor * feature.shape[1], factor * feature.shape[2]):
+                    raise InputError(
+                        f"model.connections: the images' size {f.shape[1:3]} is no multiple of that of the backbone's "
+                        f"'{TAPS[i - 1]}', {feature.shape[1:3]}; give other images, or a backbone without a border"
+                    )
+                if factor != 1:
                     f = layers.AveragePool(factor, name=f"pool{i}", parent=self)(f)
                 feature = layers.Add(name=f"add{i}", parent=self)(feature, tap(f"info{i}", f).astype(feature.dtype))
                 return edit(feature) if edit else feature

@@ -11,7 +11,7 @@ appears more robust than it is, as attacks that assume a deterministic network f
 | sigma          | "softplus" | σ = softplus(s) + 1e-7; "shifted": softplus(s − 5) (VIB); "unit": 1, no s (CEB).       |
 |                |            | σ is clipped to [1e-4, 1e2]                                                            |
 | sample_at_test | False      | True: the caller gives `apply` rngs={"sample": key} in evaluation mode too             |
-| class_means    | False      | CEB's b(z|y) = N(m_y, I): a trainable table, features["class_means"] (num_classes, K)  |
+| class_means    | False      | CEB's b(z|y) = N(m_y, I): a trainable table, in training the feature "class_means"    |
 | linear_init    | "torch"    | initialisation of W and V; or "xavier" (VIB): see `layers.LINEAR_INITS`                |
 
 The features are those of the backbone (`pre_logits` is h) and `mu`, `sigma`, `z` (B, K), all float32.
@@ -66,7 +66,9 @@ class Model(nn.Module):
         z = tap("z", mu + sigma * self.noise(mu) if self.samples(train) else mu)
         if self.class_means:
             shape = (self.num_classes, mu.shape[-1])
-            tap("class_means", self.param("class_means", layers.torch_uniform, shape))  # a linear map of one-hot labels
+            means = self.param("class_means", layers.torch_uniform, shape)  # a linear map of one-hot labels
+            if train:  # nothing else reads it, and it has no batch axis
+                tap("class_means", means)
         return layers.classifier(z, self.num_classes, **linear), tap.finish()
 
     def samples(self, train: bool) -> bool:

@@ -17,8 +17,8 @@ Stages have widths width·(1, 2, 4, 8), and heads of 32 channels. Logits equal t
 | L    | 24    | (2, 2, 18, 2)  | 192   |
 
 A window is at most as large as its map. Where it is the whole map, nothing is shifted: at 224 pixels the last stage has
-7×7 positions, one window. The tables of B have the sizes of the windows, so that a network takes images of other sizes
-only if they have the same windows.
+7×7 positions, one window. The shape of B follows from the windows, so a trained network accepts another image size
+only if the windows stay the same in every stage.
 
 | epsilon of LN | in the networks of                                                            |
 |---------------|-------------------------------------------------------------------------------|
@@ -121,7 +121,7 @@ class Model(nn.Module):
         counts = stages.block_counts("swin", self.depth, self.blocks, DEPTHS)
         heads = self._check(x, len(counts))
         dtype, tap = layers.compute_dtype(self.dtype), layers.Taps(edits)
-        options = dict(padding=0, use_bias=True, dtype=dtype, pixels=True, **patches.INIT)
+        options = dict(padding=0, use_bias=True, dtype=dtype, pixels=True)
         x = layers.Conv(self.width, self.patch, self.patch, name="stem", **options)(
             layers.normalize(x, self.mean, self.std)
         )

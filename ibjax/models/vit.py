@@ -19,8 +19,8 @@ Logits equal timm's, whose DeiT without distillation is this network.
 
 The positions have the size of the images with which the network is initialised; it takes no other size.
 
-Taps: `stem`, `blockN` (B, H/16, W/16, C), the patch tokens as a map, so that methods treat them as other networks'
-features; `blockN_class` (B, C), the class token; `pre_logits`. There are no stages.
+Taps: `stem`, `blockN` (B, H/patch, W/patch, C), the patch tokens as a map, so that methods treat them as other
+networks' features; `stem_class`, `blockN_class` (B, C), the class token; `pre_logits`. There are no stages.
 """
 
 import functools

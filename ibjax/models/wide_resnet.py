@@ -19,8 +19,8 @@ published implementations, which differ as follows:
 | `keep` of the final BN  | 0.9                | 0.99                       | 0.1 (momentum 0.9)          |
 | … of the other BNs      | 0.9                | 0.99                       | 0.9                         |
 
-Paddings are (before, after). Taps as in `preact_resnet`: `stem`, `blockN`, `blockN_relu`, `stageN`, `stageN_relu`,
-`pre_logits`.
+For images other than 32×32 meliketoy's file also pools to 8×8 before the final BN. Paddings are (before, after). Taps
+as in `preact_resnet`: `stem`, `blockN`, `blockN_relu`, `stageN`, `stageN_relu`, `pre_logits`.
 """
 
 from collections.abc import Callable

@@ -110,15 +110,15 @@ class Block(nn.Module):
         def norm(x, number):
             return patches.LayerNorm(dtype=self.dtype, name=f"norm{number}")(x)
 
-        def add(x, y, number):
-            y = patches.scaled(self, f"gamma{number}", y.reshape(x.shape), self.layer_scale)
+        def add(module, x, y, number):
+            y = patches.scaled(module, f"gamma{number}", y.reshape(x.shape), self.layer_scale)
             return x + patches.dropped(y, self.drop_path, train)
 
-        def block(_, x):
+        def block(module, x):
             attention = CrossCovariance(self.heads, self.dtype, name="attn")
-            x = add(x, attention(patches.tokens_of(norm(x, 1))), 1)
-            x = add(x, Local(self.bn_groups, self.dtype, name="local")(norm(x, 3), train), 3)
-            return add(x, patches.Mlp(self.dtype, name="mlp")(norm(x, 2)), 2)
+            x = add(module, x, attention(patches.tokens_of(norm(x, 1))), 1)
+            x = add(module, x, Local(self.bn_groups, self.dtype, name="local")(norm(x, 3), train), 3)
+            return add(module, x, patches.Mlp(self.dtype, name="mlp")(norm(x, 2)), 2)
 
         return layers.remat(block, self.remat and train)(self, x)
 

@@ -25,8 +25,9 @@ import jax.numpy as jnp
 
 from ibjax import losses
 from ibjax.errors import InputError, check_range
+from ibjax.information import divergence
 from ibjax.objectives.standard import accuracy
-from ibjax.objectives.vib import encoding, gaussian_kl
+from ibjax.objectives.vib import encoding
 from ibjax.step import Objective
 
 
@@ -44,7 +45,7 @@ def ceb(*, rho: float = 3.0, adversarial: bool = True) -> Objective:
             raise InputError("objective 'ceb' needs the table of class means; set model.class_means=True")
         mu_y = features["class_means"][losses.as_labels(batch["label"])]
         prediction = jnp.mean(losses.cross_entropy(logits, batch["label"]))
-        rate = jnp.mean(gaussian_kl(mu, sigma, mu_y))
+        rate = jnp.mean(divergence.gaussian_kl(mu, sigma, mu_y))
         value = prediction + math.exp(-rho) * rate
         metrics = {"loss": value, "prediction": prediction, "rate": rate}
         metrics["adv_acc" if adversarial else "clean_acc"] = accuracy(logits, batch)

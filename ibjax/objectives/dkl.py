@@ -17,7 +17,7 @@ et al., "Generalized Kullback-Leibler Divergence Loss", TPAMI 2026.
 | α      | alpha       | 4       | the names are those of the authors' code, which has 4 or 5
 | β      | beta        | 20      |
 | T      | temperature | 4       | of the class means
-| γ      | power       | 1       | w^γ / Σ_k w_k^γ in place of w: GKL, 0.4 there
+| γ      | power       | 1       | replaces w by w^γ / Σ_k w_k^γ; GKL uses γ = 0.4
 | β_a    | attack_beta | 1       | weight of W in the attack: 1 in the code for CIFAR-100, 0 in the one for CIFAR-10
 |        | passes      | "adv,clean" | training-mode passes, in order
 

@@ -74,7 +74,9 @@ def iad(
     begin = defaults.begin if begin is None else begin
     if passes not in PASSES:
         raise InputError(f"objective.passes='{passes}' is unknown; {nearest(passes, PASSES)}")
-    always, later = PASSES[passes][variant]  # `later`: a pass whose statistics count only from `begin` on
+    always, later = PASSES[passes][
+        variant
+    ]  # `later`: before epoch `begin` this pass is made, and its statistics are discarded
     check_range("objective.beta", beta, 0)
     check_range("objective.alpha", alpha, 0, 1)
     check_range("objective.begin", begin, 0)

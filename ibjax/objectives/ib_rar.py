@@ -23,7 +23,7 @@
 | FC       | mask_tap      | None       | tap to mask: "stage5" of VGG, "pre_logits" of ResNet, "stage2" of WRN
 |          | mask_rule     | "code"     | or "paper", see below
 |          | mask_channels | 10         | masked by each of the code's two rules; the code has 20 for ResNet-18
-|          | mask_every    | 10         | steps of an epoch from one mask to the next; 1 with the paper's rule
+|          | mask_every    | 10         | steps of an epoch from one mask to the next; set 1 for the paper's rule
 |          | until_epoch   | None       | the terms count before this epoch only: 1 for SVHN with MART
 
 The paper's text swaps the values of α and β: its figure and its rule α = β/10 show which is which.

@@ -5,7 +5,7 @@ Adversarial Training", ICLR 2020.
     L_mma = 1/B · ( Σ_{correct, ε* < d_max} CE(x + ε*·u, y) + Σ_{wrong} CE(x, y) )       correct: SLM(x) < 0
     SLM   = logsumexp_{k≠y} z_k − z_y                                                    soft logit margin
     u     = (x_PGD − x) / ε,   x_PGD: PGD on SLM within ε,   ε = max(d_min, the image's ε* of the previous epoch)
-    ε*    = where SLM(clip(x + ε·u)) changes sign, by bisection over [0, 1.05·d_max] that starts at ε
+    ε*    = the radius r at which SLM(clip(x + r·u)) changes sign, by bisection of [0, 1.05·d_max], first at ε
 
 | symbol       | code         | default  |
 |--------------|--------------|----------|

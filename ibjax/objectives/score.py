@@ -18,9 +18,10 @@
 Gradients flow through p in both terms. Where images are mixed (`config.mix`), y is the mixed label, and the attack of
 "trades" climbs away from it in place of p. Labels are smoothed by `config.smoothing`.
 
-Batch-norm: training-mode passes over x, then x'. The code with generated images attacks with the statistics of the
-batch and moves none (`config.attack_bn = "batch"`), starting at U(−ε, ε); the one without attacks in evaluation mode,
-"trades" from x + 0.001·N(0, 1).
+Batch-norm: training-mode passes over x, then x'. The code for generated images attacks with the batch's own statistics
+and leaves the running ones unchanged (`config.attack_bn = "batch"`), starting at U(−ε, ε). The one without passes over
+x' first (passes="adv,clean"). Its "trades" attacks in evaluation mode from x + 0.001·N(0, 1), its "pgd_at" in training
+mode (`config.attack_bn = "train"`).
 
 The two published codes differ: the one with generated images takes its option `clip_value` for c itself, not for δ, and
 clips the robust term alone (default 0: nothing); the one without generated images does as the formula above.

@@ -29,11 +29,11 @@ statistics of the added parts only; so it is in isolated training, where the pap
 There is no public code. The paper writes d as ‖·‖₂ without a reduction. With norms that are not squared, λ₁ = 1 would
 already swamp L_ori, which contradicts the paper's Table 2; hence our mean square. Derivatives: information/svd.py.
 
-Why the clean f_i have a gradient: without it, the step does not descend on L_info. Where f_i(x') < f_i(x) it makes
-the weights of p_i larger, and both features and their difference grow. With λ₁ = 20, a constant rate of 0.1 and
-batches of 64 on small networks (results/siriib-info-stop.md), L_info stayed below 0.04 with the gradient. Without, it
-rose above 1 in every run. It rose to infinity in one of three runs on digits, at step 277, and in all three on MNIST,
-at steps 28 to 34; the other two came down again and learned.
+Why the clean f_i have a gradient: without it, the step does not descend on L_info. Where f_i(x') < f_i(x) the step
+enlarges the weights of p_i; both features then grow, and so does their difference. With λ₁ = 20, a constant rate of 0.1
+and batches of 64 on small networks (results/siriib-info-stop.md), L_info stayed below 0.04 with the gradient. Without,
+it rose above 1 in every run. It rose to infinity in one of three runs on digits, at step 277, and in all three on
+MNIST, at steps 28 to 34; the other two came down again and learned.
 """
 
 from collections.abc import Sequence

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from ibjax import losses
 from ibjax.errors import InputError, check_range
+from ibjax.information import divergence
 from ibjax.objectives.standard import accuracy
 from ibjax.step import Objective
 
@@ -36,18 +37,13 @@ def vib(*, beta: float = 1e-3, adversarial: bool = False) -> Objective:
         (logits, features), variables = net.forward(variables, x_adv if adversarial else batch["image"], key)
         mu, sigma = encoding(features, "vib")
         prediction = jnp.mean(losses.cross_entropy(logits, batch["label"])) / math.log(2)
-        rate = jnp.mean(gaussian_kl(mu, sigma)) / math.log(2)
+        rate = jnp.mean(divergence.gaussian_kl(mu, sigma)) / math.log(2)
         value = prediction + beta * rate
         metrics = {"loss": value, "prediction": prediction, "rate": rate}
         metrics["adv_acc" if adversarial else "clean_acc"] = accuracy(logits, batch)
         return value, (variables, metrics)
 
     return Objective(target, loss, attack_losses=("ce", "margin") if adversarial else ())
-
-
-def gaussian_kl(mu, sigma, prior_mu=0.0):
-    """KL(N(mu, diag sigma²) || N(prior_mu, I)) in nats, shape (B,); mu, sigma and the prior's mean are (B, K)."""
-    return 0.5 * jnp.sum(jnp.square(mu - prior_mu) + jnp.square(sigma) - 1 - 2 * jnp.log(sigma), axis=-1)
 
 
 def encoding(features, name):

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from ibjax import config, extensions, files, losses, optim
+from ibjax.calls import factory, signature
 from ibjax.data import Arrays, augment, extra, streamed
 from ibjax.devices import cluster, placement
 from ibjax.errors import InputError
@@ -104,6 +105,11 @@ def build(
         _check_logits(model, data)
     objective = config.build("objectives", settings.objective, "objective")
     _check_attack(settings, objective)
+    if settings.head_optimizer.lr is not None and objective.head is None:
+        raise InputError(
+            f"objective '{settings.objective.name}' has no trained head here, and head_optimizer would be ignored; "
+            f"set head_optimizer.lr=None"
+        )
     for role in config.TEACHERS:
         if role not in objective.teachers and (settings[role].workdir or settings[role].recipe):
             raise InputError(
@@ -215,10 +221,12 @@ def _check_attack(settings, objective):
         raise InputError(f"objective '{name}' {why} and would ignore the attack; set attack=None")
     if loss not in losses:
         raise InputError(f"attack.loss='{loss}' does not go with objective '{name}'; allowed: {', '.join(losses)}")
-    if objective.flat_at_x and settings.attack.get("init") == "none":
+    default = signature(factory("attacks", settings.attack.name))[0].get("init")
+    start = settings.attack.get("init", None if default is None else default.default)
+    if objective.flat_at_x and start == "none":
         raise InputError(
-            f"attack.init='none' starts where the loss that objective '{name}' has the attack climb has no gradient; "
-            f"use 'gaussian'"
+            f"attack.init='none' of '{settings.attack.name}' starts where the loss that objective '{name}' has the "
+            f"attack climb has no gradient; use 'gaussian'"
         )
 
 
@@ -298,8 +306,8 @@ def _passes(settings, objective):
     attacked = settings.attack is not None or objective.attack is not None
     if settings.bn_statistics == "adv" and not attacked:
         raise InputError("bn_statistics='adv' needs adversarial images; this run trains on clean ones, set 'all'")
-    if settings.attack_bn == "batch" and settings.attack is None:
-        raise InputError("attack_bn='batch' needs an attack; set it to 'eval'")
+    if settings.attack_bn != "eval" and settings.attack is None:
+        raise InputError(f"attack_bn='{settings.attack_bn}' needs an attack; set it to 'eval'")
     return Passes("batch" if settings.attack_bn == "batch" else "eval", settings.bn_statistics)
 
 

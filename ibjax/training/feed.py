@@ -30,7 +30,7 @@ class Feed(NamedTuple):
 
     capacity: int  # maximum number of steps in one dispatch
     dispatch: Callable[[TrainState, int], tuple[TrainState, dict[str, Array]]]  # (state, steps) -> (state, metrics)
-    # state -> state, whose `ema_stats` are recomputed, and which takes its place; None where they are not to be
+    # state -> the state to go on with, its `ema_stats` recomputed; None where nothing is recomputed
     recompute: Callable[[TrainState], TrainState] | None = None
 
 

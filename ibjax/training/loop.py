@@ -122,7 +122,7 @@ def _loop(made, orbax, state, step, total, write):
                 bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['images_per_s']:.0f} images/s")
                 window = Window(step)
             if saved or preempted:
-                if recompute is not None:  # after a notice of preemption there is no time for it
+                if recompute is not None:  # after a notice of preemption only where a save is due
                     state = recompute(state) if saved else feed.with_raw_statistics(state)
                 try:
                     scores = _validate(experiment, validator, state) if validated else None
