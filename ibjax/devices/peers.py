@@ -5,8 +5,8 @@ single process every function returns at once.
 
 Guarantees (tests of the same names): processes that see different things end, each naming the difference; a process
 that waits logs which one it waits for; what one process cannot read ends all with its one line; a process that dies, is
-stopped or ends with an error is named by the others, which end too. Where a repetition would end in the same error, they
-end with its exit code, so that a script that sees theirs first does not start the run again.
+stopped or ends with an error is named by the others, which end too. If a repetition would end in the same error, they
+take its exit code, so that a script that sees theirs first does not start the run again.
 """
 
 import atexit
