@@ -6,8 +6,8 @@
 #
 # Copies this source tree to all workers, or the wheel WHEEL=ibjax-….whl where this script lies in an installation;
 # installs it with the extra [tpu], and starts the same command on each. The workers find each other through the TPU's
-# metadata. The workdir must be a folder that all workers share. SETUP is a command that each runs first; a slice that is
-# requested again consists of new machines, so it must mount that folder:
+# metadata. The workdir must be a folder that all workers share. SETUP is a command that each runs first. A slice that is
+# requested again consists of new machines, so SETUP must mount that folder; it may also export variables:
 #
 #   SETUP='mountpoint -q /mnt/runs || { sudo apt-get -qq install -y nfs-common && sudo mkdir -p /mnt/runs &&
 #          sudo mount FILESTORE_IP:/SHARE /mnt/runs; }'

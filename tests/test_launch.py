@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from ibjax import errors
+from ibjax.runs import recipe_files
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -252,6 +253,15 @@ def test_a_sky_task_installs_and_prepares_its_data(cluster, tmp_path, dataset):
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "uv pip install -q .[cuda13]", done.stderr
     prepare = ["--dataset=cifar10", f"--data_dir={tmp_path}/tensorflow_datasets", "--download"]
     assert calls[1:] == ([["python", "-m", "ibjax.data.prepare", *prepare]] if dataset else [])
+
+
+def test_what_a_manifest_trains_needs_no_run_before_it():
+    """No teacher that must have been trained: what is there is meant to run as it is."""
+    jobs = [yaml.safe_load((LAUNCH / file).read_text()) for file in ("gke_jobset.yaml", "gke_jobset_gpu.yaml")]
+    specs = [job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"] for job in jobs]
+    names = {spec["containers"][0]["args"][0].removeprefix("--config=") for spec in specs}
+    names.add(yaml.safe_load((LAUNCH / "sky.yaml").read_text())["envs"]["CONFIG"])
+    assert all(not recipe_files.load(name).teacher.workdir for name in names)
 
 
 def of_image():
