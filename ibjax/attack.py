@@ -1,7 +1,7 @@
 """Attacks the images of an .npz file on the network of a run or of a PyTorch file.
 
     python -m ibjax.attack FILE.npz --model=RUN [--checkpoint=best|last|STEP] [--attacks=autoattack,pgd-20] [--eps=…]
-    python -m ibjax.attack FILE.npz --model=NETWORK.pt --arch=resnet18 [--attacks=…]        also .pth .t7 .safetensors
+    python -m ibjax.attack FILE.npz --model=NETWORK.pt --arch=resnet [--attacks=…]        also .pth .t7 .safetensors
 
 FILE.npz holds the images `x` (N, H, W, C), uint8 or float in [0, 1], and their labels `y` (N,), or `x_test` and
 `y_test` of Keras's layout. RUN is the folder of a trained run. A PyTorch file is read as by ibjax.convert; its logits

@@ -31,6 +31,7 @@ EXTRAS = {  # package -> what it brings, and the extra that installs it
 PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "jax-cuda12-pjrt", "jax-cuda13-pjrt")
 LEAST = 1  # GiB of free disk space below which a run may not be able to save
 GPUS, TPUS = ("/dev/nvidia[0-9]*", "/dev/dxg"), ("/dev/accel[0-9]*",)  # device files; dxg is WSL's
+VFIO, VENDORS, GOOGLE = "/dev/vfio/[0-9]*", "/sys/bus/pci/devices/*/vendor", "0x1ae0"  # newer TPUs, and other devices
 DRIVER = "/proc/driver/nvidia/version"
 CUDA13 = 580  # the first version of NVIDIA's driver that runs CUDA 13
 
@@ -110,9 +111,8 @@ def _devices():
     from ibjax.runs import provenance
 
     yield Finding("devices", f"{provenance.hardware()}, platform {backend}")
-    there = {"GPU of NVIDIA": (GPUS, "cuda"), "TPU": (TPUS, "tpu")}
-    for kind, (patterns, wanted) in there.items():
-        if backend == "cpu" and any(glob.glob(pattern) for pattern in patterns):
+    for kind, here, wanted in (("GPU of NVIDIA", any(map(glob.glob, GPUS)), "cuda"), ("TPU", _has_tpu(), "tpu")):
+        if backend == "cpu" and here:
             yield Finding("devices", f"a {kind} is here, but JAX computes on the CPU", _mend_of_platform(wanted))
     rounded = {"gpu": "as TensorFloat-32", "tpu": "to bfloat16 in one pass and in three"}.get(backend)
     meaning = f"'default' and 'high' round operands {rounded}, 'highest' does not" if rounded else "all names are exact"
@@ -123,6 +123,12 @@ def _devices():
     found = np.asarray(jax.jit(lambda x: jax.numpy.matmul(x, x, precision="highest"))(square))
     if not np.allclose(found, square @ square):
         yield Finding("devices", f"a product of matrices on {backend} is wrong", "set JAX_PLATFORMS=cpu, or mend it")
+
+
+def _has_tpu():
+    if any(map(glob.glob, TPUS)):
+        return True
+    return bool(glob.glob(VFIO)) and any(Path(file).read_text().strip() == GOOGLE for file in glob.glob(VENDORS))
 
 
 def _mend_of_platform(wanted):

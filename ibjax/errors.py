@@ -70,10 +70,11 @@ class DivergedError(Exception):
 # exit codes; 1 is Python's own and stands for a bug
 EXIT_INPUT = 2  # bad input: nothing was changed
 EXIT_DIVERGED = 3  # or out of memory; the last good checkpoint is kept
-EXIT_PEER_LOST = 69  # another process of the run has died or ended; the same command continues (EX_UNAVAILABLE)
+EXIT_PEER_LOST = 69  # another process of the run has died or never started; the same command continues (EX_UNAVAILABLE)
 EXIT_PREEMPTED = 75  # state saved after SIGTERM; the same command continues (EX_TEMPFAIL)
 EXIT_PIPE = 141  # nobody reads the output any more; as a shell reports SIGPIPE
 EXIT_INTERRUPTED = 130  # Ctrl-C; the same command continues from the last checkpoint
+FINAL = (1, EXIT_INPUT, EXIT_DIVERGED)  # the same command would end so again: no script of launch/ repeats it
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ a run has changed since it was made.
 | 0         | done                                   |
 | 2         | invalid input                          |
 | 3         | diverged, or out of memory             |
-| 69        | another process of the run was lost    |
+| 69        | another process was lost or missing     |
 | 75        | preempted; the state is saved          |
 | 130       | interrupted                            |
 """

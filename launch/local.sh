@@ -9,7 +9,8 @@ shift
 export JAX_COORDINATOR_ADDRESS=localhost:${PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')}
 export JAX_NUM_PROCESSES=$n JAX_NUM_CPU_DEVICES=${DEVICES:-1}
 pids=()
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT # a preemption notice reaches every process
+# ${pids[@]+…}: for bash before 4.4, as on macOS, an empty array is an unset variable
+trap 'kill -TERM ${pids[@]+"${pids[@]}"} 2>/dev/null || true' TERM INT # a preemption notice reaches every process
 for ((i = 0; i < n; i++)); do
   JAX_PROCESS_ID=$i python -m ibjax.main "$@" &
   pids+=($!)
@@ -23,12 +24,12 @@ while ((${#running[@]})); do
       continue
     fi
     wait "${pids[i]}" && status=0 || status=$?
-    ((status > code)) && code=$status || true
+    case $code in 0 | 69 | 75 | 134) ((status == 0)) || code=$status ;; esac # the first failure, not its echoes
     if ((status && status != 75 && !deadline)); then # 69: this process ended because it lost another one
       deadline=$((SECONDS + (status == 69 ? 15 : 60)))
     fi
   done
-  running=("${still[@]}")
+  running=(${still[@]+"${still[@]}"})
   if ((deadline && SECONDS > deadline && ${#running[@]})); then
     for i in "${running[@]}"; do
       echo "launch/local.sh: process $i of $n did not end after another one had: it is killed" >&2

@@ -1,6 +1,7 @@
 """ibjax attack: the images of a file, attacked on a run's network or on that of a PyTorch file."""
 
 import json
+import re
 import sys
 
 import jax
@@ -14,6 +15,7 @@ from ibjax.devices import cluster
 from ibjax.errors import DataError
 from ibjax.evaluation import results
 from ibjax.net import to_float
+from ibjax.pytorch.architectures import ARCHITECTURES
 from ibjax.runs import run
 
 
@@ -39,6 +41,11 @@ def images(digits_run, tmp_path_factory):
     file = tmp_path_factory.mktemp("images") / "digits.npz"
     np.savez(file, x=split.images, y=split.labels)
     return file, split
+
+
+def test_its_help_names_an_architecture_that_exists():
+    (name,) = re.findall(r"--arch=(\w+)", attack.__doc__ or "")
+    assert name in ARCHITECTURES
 
 
 def test_it_ends_at_the_flags_of_the_run_s_own_evaluation_and_x_adv_shows_them(command, images, digits_run):

@@ -16,6 +16,8 @@ def home(tmp_path, monkeypatch):
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     monkeypatch.setattr(doctor, "GPUS", (str(tmp_path / "nvidia[0-9]"),))
     monkeypatch.setattr(doctor, "TPUS", (str(tmp_path / "accel[0-9]"),))
+    monkeypatch.setattr(doctor, "VFIO", str(tmp_path / "vfio[0-9]"))
+    monkeypatch.setattr(doctor, "VENDORS", str(tmp_path / "*.vendor"))
     monkeypatch.setattr(doctor, "DRIVER", str(tmp_path / "driver"))
     monkeypatch.setattr(doctor, "LEAST", 0)
     monkeypatch.setattr(places, "requirements", lambda: ["jax>=0.7"])
@@ -77,6 +79,16 @@ def test_each_problem_comes_with_the_line_that_mends_it(home, monkeypatch, capsy
     ]
     assert sum(mend.startswith("df -h") for mend in mends) >= 1
     assert f"{len(mends)} to mend" in text
+
+
+@pytest.mark.parametrize(
+    ("device", "vendor", "found"),
+    [("accel0", "0x8086", True), ("vfio0", "0x1ae0", True), ("vfio0", "0x8086", False), ("none", "0x1ae0", False)],
+)
+def test_a_tpu_is_told_from_other_devices(home, device, vendor, found):
+    (home / device).touch()
+    (home / "0.vendor").write_text(f"{vendor}\n")
+    assert doctor._has_tpu() == found
 
 
 def test_a_gpu_that_jax_does_not_use(home, monkeypatch):

@@ -217,7 +217,7 @@ def _speaking(who, whom, advice):
             if waited > _START_SECONDS:
                 text = f"error: {who}: {whom} did not start within {_START_SECONDS} s; {advice}"
                 print(text, file=sys.stderr, flush=True)
-                os._exit(errors.EXIT_INPUT)
+                os._exit(errors.EXIT_PEER_LOST)  # scripts try again: a lost machine takes longer to replace
             log.info("%s waits for %s; %.0f s", who, whom, waited)
 
     threading.Thread(target=speak, daemon=True).start()

@@ -5,7 +5,8 @@ single process every function returns at once.
 
 Guarantees (tests of the same names): processes that see different things end, each naming the difference; a process
 that waits logs which one it waits for; what one process cannot read ends all with its one line; a process that dies, is
-stopped or ends with an error is named by the others, which end too.
+stopped or ends with an error is named by the others, which end too. If a repetition would end in the same error, they
+take its exit code, so that a script that sees theirs first does not start the run again.
 """
 
 import atexit
@@ -135,7 +136,8 @@ def _wait(client, key, index, topic, patience):
         with _only_timeouts(index):
             return client.blocking_key_value_get(key, int(1000 * _INTERVAL))
         if ended := _ended(client):
-            raise InputError(next(iter(ended.values())))
+            _, message = next(iter(ended.values()))
+            raise InputError(message)
         now = time.monotonic()
         if now - started > patience:
             raise InputError(f"{_name(client, index)} has not come to '{topic}' within {patience} s")
@@ -188,8 +190,9 @@ def _has_left(client, index):
 
 
 def _ended(client):
-    """{process: message} for the processes that have ended with an error."""
-    return {int(key.rpartition("/")[2]): text for key, text in client.key_value_dir_get("ibjax/ended/")}
+    """{process: (exit code, message)} for the processes that have ended with an error."""
+    found = client.key_value_dir_get("ibjax/ended/")
+    return {int(key.rpartition("/")[2]): tuple(json.loads(said)) for key, said in found}
 
 
 # ---- signs of life -----------------------------------------------------------------------------------------
@@ -237,9 +240,9 @@ class _Watch:
                     self.judge(last)
                 if lost := _known(self.client, "ibjax/lost"):
                     self.end(lost)
-                for index, text in _ended(self.client).items():
+                for index, (code, text) in _ended(self.client).items():
                     if time.monotonic() - failed.setdefault(index, time.monotonic()) > _GRACE:
-                        self.end(text)
+                        self.end(text, code if code in errors.FINAL else errors.EXIT_PEER_LOST)
                 self.heard = time.monotonic()
 
     def listen(self):
@@ -263,7 +266,7 @@ class _Watch:
                 time.sleep(2 * _INTERVAL)  # time for the others to read it
                 self.end(text)
 
-    def end(self, text):
+    def end(self, text, code=errors.EXIT_PEER_LOST):
         """Ends this process at once, even if its main thread is blocked."""
         with self.lock:
             if self.done.is_set():
@@ -271,7 +274,7 @@ class _Watch:
             self.done.set()
             print(f"error: {text}; the same command continues from the last checkpoint", file=sys.stderr, flush=True)
             self.witness.dismiss()
-            os._exit(errors.EXIT_PEER_LOST)
+            os._exit(code)
 
     def leave(self):
         """Announces the normal end of this process, so that the others do not count it as lost."""
@@ -293,7 +296,7 @@ class _Watch:
         self.witness.dismiss()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             text = f"{_name(self.client, self.me)} has ended: {message}"
-            self.client.key_value_set(f"ibjax/ended/{self.me}", text, allow_overwrite=True)
+            self.client.key_value_set(f"ibjax/ended/{self.me}", json.dumps([code, text]), allow_overwrite=True)
             deadline = time.monotonic() + _GRACE + 2 * _INTERVAL
             while self.me == 0 and time.monotonic() < deadline:  # the key-value store ends with this process
                 left = {int(key.rpartition("/")[2]) for key, _ in self.client.key_value_dir_get("ibjax/left/")}
