@@ -65,9 +65,8 @@ def test_other_kinds_are_refused_before_the_work(name):
 
 def test_records_and_arrays_say_where_they_are(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
-        output.record(tmp_path / "tendency", "best.pgd-20(eps=1/16)", {"n": 1})
-        output.arrays(tmp_path / "maps", "best", {"x": np.arange(3)})
-    record, arrays = tmp_path / "tendency" / "best.pgd-20(eps=1_16).json", tmp_path / "maps" / "best.npz"
+        output.record(tmp_path / "tendency", "best.pgd-20(eps=1/16)", {"n": 1}, {"x": np.arange(3)})
+    record, arrays = (tmp_path / "tendency" / f"best.pgd-20(eps=1_16).{kind}" for kind in ("json", "npz"))
     assert said(caplog) == [f"written: {record}", f"written: {arrays}"]
     assert (
         files.read_json(record) == {"n": 1}
