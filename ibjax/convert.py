@@ -17,9 +17,9 @@ photographs (--photographs=SIDE). The resulting run can be evaluated and can ser
 does not say how its network was trained, so the other sections of the configuration hold defaults that do not describe
 the training.
 
-Guarantees (tests of the same names): nothing in a file is ever unpickled; every tensor is used exactly once and every
-weight is filled; the gate, 1e-4 on the logits of real images, sees every single weight; import, export and import again
-end in the same bits; a folder that holds something is refused and one that is made is whole.
+Guarantees (tests of the same names): Nothing in a file can run code. Every weight is filled, and no weight of the file
+is left over. The gate (logits of real images agree to 1e-4) notices a change of any single weight. Import, export and
+import give the same bits. A folder that is not empty is refused; a new one is written whole or not at all.
 
 --robustbench, or --zoo, takes a name of RobustBench's leaderboards or of the other networks in docs/zoo.md. The name
 says architecture, size and normalisation; where the test set is there, the import checks the published clean accuracy.

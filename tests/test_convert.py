@@ -75,7 +75,7 @@ def imported(data, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_import_export_and_import_again_end_in_the_same_bits(name, data, tmp_path):
+def test_import_export_and_import_give_the_same_bits(name, data, tmp_path):
     arch, model = PAIRS[name]
     network = twin(name)
     flags = [*data, *FLAGS.get(name, ())]
@@ -209,7 +209,9 @@ def test_without_a_data_set_photographs_are_compared_and_the_run_can_teach(impor
         convert.from_torch(imported[0], "wide_resnet", tmp_path / "b", photographs=32, clean_acc=80.0)
 
 
-def test_a_folder_that_holds_something_is_refused_and_one_that_is_made_is_whole(imported, data, tmp_path, monkeypatch):
+def test_a_folder_that_is_not_empty_is_refused_and_a_new_one_is_written_whole_or_not_at_all(
+    imported, data, tmp_path, monkeypatch
+):
     file, workdir = imported
     with pytest.raises(InputError, match="not an empty folder"):
         convert.from_torch(file, "wide_resnet", workdir, overrides=data)
@@ -322,7 +324,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_nothing_in_a_file_is_ever_unpickled(legacy, tmp_path):
+def test_nothing_in_a_file_can_run_code(legacy, tmp_path):
     file, proof = tmp_path / "a.pt", tmp_path / "executed"
     content = {"state_dict": twin().state_dict(), "args": Bomb(proof)}
     torch.save(content, file, _use_new_zipfile_serialization=not legacy)
@@ -365,7 +367,7 @@ def test_another_architecture_is_refused_with_the_closest_and_the_first_differin
     refused(tmp_path, raw, r"closest: --arch=preact_resnet or preact_resnet_raw", arch="resnet")
 
 
-def test_every_tensor_is_used_exactly_once_and_every_weight_is_filled(tmp_path):
+def test_every_weight_is_filled_and_no_weight_of_the_file_is_left_over(tmp_path):
     state = twin().state_dict()
     missing = {key: value for key, value in state.items() if key != "block2.layer.0.bn2.running_var"}
     refused(tmp_path, missing, r"it lacks block2\.layer\.0\.bn2\.running_var; closest: --arch=wide_resnet \(9\d %")
@@ -451,7 +453,7 @@ def test_another_number_of_classes_is_refused(data, tmp_path):
     refused(tmp_path, network.state_dict(), r"has 7 classes, crops has 10", photographs=None, overrides=data)
 
 
-def test_the_gate_sees_every_single_weight(images):
+def test_the_gate_notices_a_change_of_any_single_weight(images):
     """Any leaf, changed by a little, moves the logits beyond the tolerance."""
     x = images[:8].astype(np.float32) / 255
     for name in ("wrn_deepmind", "resnet_bottleneck"):

@@ -85,8 +85,8 @@ def model_info(
 ) -> dict[str, Any]:
     """RobustBench's description of a network; a field that the run does not know is None.
 
-    The accuracies come from the run's records, but only from those of the whole test set, of ImageNet also of 5,000
-    images, of exactly these weights, and of one threat: `norm` and `eps`, by default those of the run's evaluation.
+    Accuracies come from records of exactly these weights on the whole test set (for ImageNet also on 5,000 images), for
+    one norm and eps: by default those of the run's evaluation.
     """
     own = config.effective(trained.config).evaluate
     norm, eps = norm or own.norm, eps or own.eps

@@ -22,7 +22,7 @@ Numbers = tuple[float, ...] | None
 
 
 class Published(NamedTuple):
-    """A published network; accuracies in percent on the whole test set."""
+    """A published network; accuracies in percent, of ImageNet on 5,000 images, else on the whole test set."""
 
     name: str  # as RobustBench's
     data: str  # cifar10, cifar100, imagenet or mnist
@@ -38,7 +38,7 @@ class Published(NamedTuple):
     autoattack: float | None
     external: float | None  # the lowest robust accuracy that is known, where that is below AutoAttack's
     corruptions: float | None  # accuracy under common corruptions
-    pgd: float | None  # 40 steps of 0.01 from x, where there is no start at random
+    pgd: float | None  # PGD with 40 steps of size 0.01; given only where it starts at x, not at a random point
     exact: float | None  # robust accuracy by mixed-integer programming
     file: str
     sha256: str | None

@@ -87,7 +87,10 @@ def find(file: Path, content: torch_file.Content, arch: str, key: str | None = N
 
 
 def all_of(content: torch_file.Content) -> list[dict[str, Any]]:
-    """All possible networks in a file, of any architecture, as tensors by name, to find the closest architecture."""
+    """Every state in the file that could be a network of some architecture, as {name: tensor}.
+
+    It is used to name the closest one.
+    """
     places = [place for arch in ARCHITECTURES for place in _places(content, arch)]
     return [place.own() for place in [*{place.path: place for place in places}.values(), _largest(content)]]
 

@@ -1,9 +1,10 @@
 """Reads the tensors of PyTorch files, by the mappings that hold them, and verifies the files' checksums.
 
-Nothing is ever unpickled: a file that holds more than tensors and plain containers is refused. torch.save writes a zip
-archive; every member is read completely and its CRC compared. Three kinds of file have no checksum and are verified by
-their SHA-256 alone: safetensors, the older format of torch.save, and archives written with CRCs switched off. Any
-exception that a damaged file causes in the readers becomes an error of one line.
+Files of torch.save are read with PyTorch's restricted unpickler (`weights_only=True`); no code of the file is run, and
+one that holds more than tensors and plain containers is refused. torch.save writes a zip archive; every member is read
+completely and its CRC compared. Three kinds of file have no checksum and are verified by their SHA-256 alone:
+safetensors, the older format of torch.save, and archives written with CRCs switched off. Any exception that a damaged
+file causes in the readers becomes an error of one line.
 """
 
 import hashlib

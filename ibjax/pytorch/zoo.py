@@ -10,8 +10,8 @@
 makes a run of it, which can be evaluated and can serve as a teacher. The zoo holds no weights. `published.csv` is its
 table, from which docs/zoo.md is made; `Published.url` says where a file is offered.
 
-Guarantees (tested): nothing in a file is ever unpickled; a file of another architecture, size, number of classes,
-normalisation or digest than that of the name is refused.
+Guarantees (tested): a file is read with PyTorch's restricted unpickler (weights_only), no code of it is run; a file of
+another architecture, size, number of classes, normalisation or digest than that of the name is refused.
 """
 
 import urllib.parse
@@ -48,7 +48,8 @@ def load(name: str, source: str | Path) -> Network:
       source: the file, .pt, .pth or .safetensors, or its URL, from which it is downloaded into the cache folder.
 
     Raises InputError on an unknown name, and CheckpointError where the file is not that of the name. Its logits are
-    compared with those of PyTorch's network on crops of photographs.
+    compared with those of PyTorch's network on crops of photographs, except of `kw` and `mlp_b`, which have no
+    definition in PyTorch here.
     """
     row = find(name)
     file = _file(row, source)

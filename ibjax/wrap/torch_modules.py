@@ -55,7 +55,10 @@ def pytorch(module: Any, *, taps: Sequence[str] = (), **call: Any) -> Network:
 
 
 class _Foreign:
-    """A module, called with NumPy arrays; every array may have further leading axes, as `jax.vmap` adds them."""
+    """Calls a module with NumPy arrays.
+
+    Under `jax.vmap`, an array has extra leading axes, of size 1 where it is not mapped.
+    """
 
     def __init__(self, module, taps, call):
         self.module, self.call, self.kept = module, call, {}
