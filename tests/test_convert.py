@@ -19,8 +19,9 @@ from ibjax.devices import cluster
 from ibjax.errors import CheckpointError, InputError
 from ibjax.evaluation import report
 from ibjax.evaluation.evaluate import evaluate
-from ibjax.models import cnn, wide_resnet
-from ibjax.pytorch import architectures, exports, gate, torch_file
+from ibjax.models import cnn, preact_resnet, wide_resnet
+from ibjax.pytorch import architectures, exports, gate, imports, torch_file
+from ibjax.pytorch import twins as definitions
 from ibjax.runs import checkpoint as checkpoints
 from ibjax.runs import run, rundir, trees
 from ibjax.step import TrainState
@@ -92,6 +93,19 @@ def test_import_export_and_import_give_the_same_bits(name, data, tmp_path):
     first, second = (run.load(tmp_path / folder) for folder in "ab")
     assert trees.digest(first.variables) == trees.digest(second.variables)
     assert first.model == second.model == model
+
+
+def test_an_export_is_read_as_the_architecture_that_it_was_exported_as(tmp_path):
+    """Another one of equal shapes would be another network; a normalisation of any number of channels is kept."""
+    norm = dict(mean=(0.1, 0.2, 0.3, 0.4), std=(0.5, 0.6, 0.7, 0.8))
+    model = preact_resnet.Model(10, width=4, blocks=(1, 1), projection="raw", **norm)
+    weights = twins.state(twins.make("preact_resnet_raw", model, shape := (8, 8, 4)))
+    twin = definitions.make("preact_resnet_raw", model, shape, weights)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(exports._safetensors(file, twin, "preact_resnet_raw", model, shape))
+    with pytest.raises(InputError, match=r"was exported as --arch=preact_resnet_raw, not preact_resnet; give --arch="):
+        imports.read(file, "preact_resnet")
+    assert imports.read(file, "preact_resnet_raw").model == model
 
 
 @pytest.mark.slow

@@ -77,6 +77,7 @@ class Architecture(NamedTuple):
     # By data set (or a prefix of its name): the mean, std and border that the authors use. An architecture with entries
     # always normalises; on a data set not listed, the caller must say how. One without entries usually does not.
     normalized: Mapping[str, Mapping[str, Any]] = _NONE
+    asks: str = ""  # where its files normalise in several ways, these in words; the caller must say which
     twin: Mapping[str, Any] = _NONE  # further options of its PyTorch definition
     unused: str = "(?!)"  # regular expression of names in its files that the network never uses
     # (a name found only in older files, [(pattern of an old name, the new name), …])
@@ -203,7 +204,8 @@ ARCHITECTURES = {
         dict(stem="patch_embed.proj"),
         "blocks.{index}",
         ("patch_embed.proj.weight", *_VIT_MARKS),
-        normalized={"imagenet": IMAGENET},
+        asks="in two ways, by ImageNet's --mean=0.485,0.456,0.406 --std=0.229,0.224,0.225 (DeiT) or by --mean=0.5 "
+        "--std=0.5 (timm's default for ViT)",
     ),
     "vit_convstem": Architecture(
         "vit",
