@@ -19,7 +19,7 @@ from ibjax.devices import cluster
 from ibjax.errors import CheckpointError, InputError
 from ibjax.evaluation import report
 from ibjax.evaluation.evaluate import evaluate
-from ibjax.models import cnn, preact_resnet, wide_resnet
+from ibjax.models import cnn, convnext, preact_resnet, resnet, vit, wide_resnet, xcit
 from ibjax.pytorch import architectures, exports, gate, imports, torch_file
 from ibjax.pytorch import twins as definitions
 from ibjax.runs import checkpoint as checkpoints
@@ -173,6 +173,20 @@ def test_model_info_has_robustbenchs_keys_and_the_records_accuracies(imported):
     file.unlink()
 
 
+def test_an_architecture_is_named_by_its_own_blocks_where_its_depth_does_not_say_them():
+    for model, said in (
+        (resnet.Model(10, 50, blocks=(3, 4, 23, 3)), "ResNet-101 (blocks 3, 4, 23, 3)"),
+        (resnet.Model(10, 50, inner_width=2), "WideResNet-50-2"),
+        (preact_resnet.Model(10, 18), "PreActResNet-18"),
+        (convnext.Model(10, 18, 96), "ConvNeXt-T"),
+        (convnext.Model(10, 18, 96, blocks=(3, 3, 27, 3)), "ConvNeXt-36-96 (blocks 3, 3, 27, 3)"),
+        (vit.Model(10, 12, 192), "ViT-192"),
+        (xcit.Model(10, 12, 192), "XCiT-192-12"),
+        (xcit.Model(10, 12, 384), "XCiT-S12"),
+    ):
+        assert exports._readable(model) == said
+
+
 # ---- what an import makes is a run -------------------------------------------------------------------------
 
 
@@ -219,6 +233,8 @@ def test_without_a_data_set_photographs_are_compared_and_the_run_can_teach(impor
     with pytest.raises(InputError, match="imported with photographs"):
         evaluate(tmp_path / "run")
     convert.to_torch(tmp_path / "run", tmp_path / "exported", n=16)
+    with pytest.raises(InputError, match="--photographs=0 is not allowed; give a side of 8 to"):
+        convert.from_torch(imported[0], "wide_resnet", tmp_path / "b", photographs=0)
     with pytest.raises(InputError, match="--clean_acc needs"):
         convert.from_torch(imported[0], "wide_resnet", tmp_path / "b", photographs=32, clean_acc=80.0)
 
@@ -431,6 +447,9 @@ def test_another_normalisation_is_refused(data, tmp_path):
         ("--torch=a.pt --arch=vgg --mean=a,b --std=1", "--mean=a,b are no numbers; give them as 0.4914,"),
         ("--torch=a.pt --arch=vgg --checkpoint=last", "--checkpoint with --to"),
         ("--torch=a.pt --arch=vgg --n=0", "--n=0 is not allowed"),
+        ("--to=x --photographs=0", "--photographs go with --torch"),
+        ("--to=card --n=9", "--n=9 images are compared with PyTorch; a card needs none, leave it out"),
+        ("--card=x --n=9", "--n=9 images are compared with PyTorch; a card needs none, leave it out"),
         ("--torch=a.pt --arch=vgg --nn=0", "'--nn' is no option"),
         ("--torch=a.pt --arch=vgg", "--torch=a.pt is no file"),
         ("--to=x", "absent holds no run"),

@@ -87,7 +87,7 @@ def from_torch(
     images = gate.images(network.settings, network.classes, network.shape[2], n, photographs)
     variables, logits, delta = _compared(network, images)
     imported = _imported(file, network, images, delta)
-    if not photographs:
+    if photographs is None:
         imported["clean_acc"] = _clean_accuracy(logits, images.split.labels, clean_acc)
     with folders.whole(workdir) as folder:
         arrays = jax.tree.map(jnp.asarray, variables)
@@ -274,7 +274,7 @@ def _padding(model):
 def _check_clean_acc(published, photographs):
     if published is None:
         return
-    if photographs:
+    if photographs is not None:
         raise InputError("--clean_acc needs the data set's test images; --photographs have no labels")
     errors.check_range("--clean_acc", published, 0, 100)
     if 0 < published <= 1:
