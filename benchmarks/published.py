@@ -3,8 +3,8 @@
     python benchmarks/published.py --folder=FOLDER --data=mnist.npz [--only=LPD_MLP_B_0.1,WK17a] [--n=1000]
         [--attacks=clean,pgd-40,autoattack] [--state=FOLDER] [--batch_size=1000] [--out=results/published-cpu.json]
 
-FOLDER contains, at any depth, one or more of these PyTorch files. They are not unpickled, and a file with another
-SHA-256 is refused. Images are MNIST's test set, divided by 255.
+FOLDER contains, at any depth, one or more of these PyTorch files. They are read with PyTorch's restricted unpickler
+(weights_only), and a file with another SHA-256 is refused. Images are MNIST's test set, divided by 255.
 
 | file                                  | network               | known                        | source |
 |---------------------------------------|-----------------------|------------------------------|--------|

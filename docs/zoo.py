@@ -20,9 +20,10 @@ run of it ([networks from PyTorch](teachers.md)), except of `kw` and `mlp_b`, wh
 networks have one name, write it in full, as `cifar10/linf/Engstrom2019Robustness`. This page is generated from
 `ibjax/pytorch/published.csv` by `python docs/zoo.py`; a test keeps it current.
 
-Accuracies in percent, on the whole test set, are published ones: those for CIFAR and ImageNet are RobustBench's (commit
-78fcc9e). Only what ibjax can import is listed; [RobustBench's leaderboards](robustbench.md) has the other networks too,
-and says why they cannot be. *Exact*: the robust accuracy that a verifier has proven.
+Accuracies in percent are published ones, for ImageNet on 5,000 images, else on the whole test set; those for CIFAR and
+ImageNet are RobustBench's (commit 78fcc9e). Only what ibjax can import is listed;
+[RobustBench's leaderboards](robustbench.md) has the other networks too, and says why they cannot be. *Exact*: the
+robust accuracy that a verifier has proven. *Corruptions*: the accuracy under common corruptions.
 
 ## By architecture
 
@@ -63,15 +64,20 @@ def _normalisation(row):
 
 
 def _section(data: str, norm: str, rows: list[Published]):
-    exact = any(row.exact for row in rows)
-    heads = ["name", "network", "eps", "clean", "AutoAttack", *(["PGD-40", "exact"] if exact else []), "file"]
+    columns, eps = {"clean": "clean", "autoattack": "AutoAttack"}, ["eps"]
+    if norm == "corruptions":
+        columns, eps = {"clean": "clean", "corruptions": "corruptions"}, []
+    elif any(row.exact for row in rows):
+        columns |= {"pgd": "PGD-40", "exact": "exact"}
+    heads = ["name", "network", *eps, *columns.values(), "file"]
     yield f"## {DATA[data]}, {NORMS[norm]}\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}\n"
     for row in rows:
         size = "-".join(str(part) for part in (row.depth, row.width) if part)
-        numbers = [row.clean, row.autoattack, *([row.pgd, row.exact] if exact else [])]
+        numbers = [getattr(row, column) for column in columns]
         shown = ["" if value is None else f"{value:.2f}" for value in numbers]
         digest = f", SHA-256 {row.sha256[:8]}…" if row.sha256 else ""
-        cells = [f"`{row.name}`", f"{row.arch} {size}".strip(), row.eps, *shown, f"[{row.file}]({row.url}){digest}"]
+        named = [f"`{row.name}`", f"{row.arch} {size}".strip(), *([row.eps] if eps else [])]
+        cells = [*named, *shown, f"[{row.file}]({row.url}){digest}"]
         yield f"| {' | '.join(cells)} |\n"
 
 

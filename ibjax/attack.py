@@ -68,6 +68,9 @@ def main() -> None:
             split = npz.images(given.file)
         seen = {given.file.name: trees.digest(split)} if cluster.several() else {}
         cluster.agree("images", seen, f"give all hosts the same {given.file.name}")
+        if given.n is not None:
+            check_count("--n", given.n)
+        split = sample(split, given.n, "--n", "there are")  # first: a PyTorch file's logits are compared on these
         trained = _network(given, split)
         if given.attacks is None:  # they come from the run's folder
             own_code.permit_attacks(trained.config.evaluate.attacks, trained.workdir / "config.json")
@@ -78,7 +81,6 @@ def main() -> None:
         if given.seed is not None:
             check_count("--seed", given.seed, 0, config.LARGEST_SEED)
             trained.config.seed = given.seed
-        split = sample(split, settings["n"], "--n", "there are")
         records, x_adv = attack_images(trained, split, given.file.stem, given.checkpoint or "best", settings)
         if jax.process_index() == 0:
             _write(out, records, x_adv, split)

@@ -17,9 +17,9 @@ photographs (--photographs=SIDE). The resulting run can be evaluated and can ser
 does not say how its network was trained, so the other sections of the configuration hold defaults that do not describe
 the training.
 
-Guarantees (tests of the same names): nothing in a file is ever unpickled; every tensor is used exactly once and every
-weight is filled; the gate, 1e-4 on the logits of real images, sees every single weight; import, export and import again
-end in the same bits; a folder that holds something is refused and one that is made is whole.
+Guarantees (tests of the same names): Nothing in a file can run code. Every weight is filled, and no weight of the file
+is left over. The gate (logits of real images agree to 1e-4) notices a change of any single weight. Import, export and
+import give the same bits. A folder that is not empty is refused; a new one is written whole or not at all.
 
 --robustbench, or --zoo, takes a name of RobustBench's leaderboards or of the other networks in docs/zoo.md. The name
 says architecture, size and normalisation; where the test set is there, the import checks the published clean accuracy.
@@ -48,6 +48,7 @@ from ibjax.runs import command_line
 __all__ = ["from_torch", "main", "to_torch"]
 
 _SAID = ("key", "mean", "std", "no_normalisation")  # what --zoo says, as it says --arch
+_N = 256  # images that are compared
 _OF_IMPORTS = ("zoo", *_SAID, "sha256", "clean_acc", "photographs")
 
 
@@ -68,15 +69,15 @@ def main() -> None:
             return
         if given.to is not None:
             to = given.out if given.to == "torch" else files.path(given.to)
-            delta = to_torch(given.workdir, to, given.checkpoint or "best", arch=given.arch, n=given.n)
+            delta = to_torch(given.workdir, to, given.checkpoint or "best", arch=given.arch, n=given.n or _N)
             print(f"{to}: max |Δlogit| {delta:.1e}; python {to / 'check.py'} checks it in PyTorch")
             return
         arch = arch_of(given, given.torch)
         said = said_of(given)._asdict() | dict(overrides=overrides)
         clean_acc = given.clean_acc
-        if given.zoo is not None and not given.photographs and clean_acc is None:
+        if given.zoo is not None and given.photographs is None and clean_acc is None:
             clean_acc = zoo.find(given.zoo).clean
-        options = dict(clean_acc=clean_acc, photographs=given.photographs, n=given.n)
+        options = dict(clean_acc=clean_acc, photographs=given.photographs, n=given.n or _N)
         found = from_torch(given.torch, arch, given.workdir, **said, **options)
         accuracy = f", clean accuracy {found['clean_acc']:.2f} %" if "clean_acc" in found else ""
         read = "; ".join(f"{what} {part['is']} ({part['from']})" for what, part in found["network"].items())
@@ -100,7 +101,7 @@ def parser() -> cli.Parser:
     add("--to", metavar="card|torch|FOLDER", help="export a model card or a PyTorch network; FOLDER: torch, to there")
     add("--out", type=files.path, metavar="FOLDER", help="the folder to export to; default for a card: DIR/card")
     add("--checkpoint", help="to export: best (the default), last or a step")
-    add("--n", type=int, default=256, help="images that are compared")
+    add("--n", type=int, help=f"images that are compared with PyTorch; default: {_N}")
     return parser
 
 
@@ -131,7 +132,9 @@ def said_of(given: argparse.Namespace) -> Said:
     """What the options of `add_import` but --arch state; raises InputError where --mean or --std are no numbers."""
     if given.zoo is not None:
         said = zoo.said(zoo.find(given.zoo))
-        return said._replace(sha256=given.sha256 or said.sha256)
+        if given.sha256 and said.sha256 and not said.sha256.startswith(given.sha256.lower()):
+            raise InputError(f"--sha256={given.sha256} is not that of --zoo={given.zoo}, {said.sha256}; leave it out")
+        return said._replace(sha256=said.sha256 or given.sha256)
     numbers = {option: _numbers(option, getattr(given, option)) for option in ("mean", "std")}
     return Said(given.key, **numbers, no_normalisation=given.no_normalisation, sha256=given.sha256)
 
@@ -160,13 +163,17 @@ def _check(given, overrides):
             "give --torch FILE --arch NAME (or --zoo NAME) or --card FOLDER for an import, or --to card or --to torch "
             "for an export"
         )
-    errors.check_range("--n", given.n, 1)
-    of_torch = any(getattr(given, option) not in (None, False) for option in _OF_IMPORTS)
+    if given.n is not None:
+        errors.check_range("--n", given.n, 1)
+    values = [getattr(given, option) for option in _OF_IMPORTS]
+    of_torch = any(value is not None and value is not False for value in values)
     if (of_torch and not given.torch) or (overrides and given.to) or (given.checkpoint is not None and not given.to):
         flags = ", ".join(f"--{option.replace('no_normalisation', 'no-normalisation')}" for option in _OF_IMPORTS)
         raise InputError(f"{flags} go with --torch, --config.KEY=VALUE with --torch or --card, --checkpoint with --to")
     if given.arch is not None and (given.card or given.to == "card"):
         raise InputError("--arch names a PyTorch network; a card needs none, leave it out")
+    if given.n is not None and (given.card or given.to == "card"):
+        raise InputError(f"--n={given.n} images are compared with PyTorch; a card needs none, leave it out")
     if (given.to == "torch") > (given.out is not None):
         raise InputError("--to torch needs --out FOLDER, the folder to export to")
     if given.out is not None and given.to not in ("card", "torch"):

@@ -154,11 +154,13 @@ def _driver():
 
 
 def _cache():
+    from ibjax.devices import compiled
+
     given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if given == "":
         yield Finding("cache", "of compiled programs: off, as JAX_COMPILATION_CACHE_DIR is empty")
         return
-    folder = files.path(given) if given else files.cache_folder()
+    folder = files.path(given) if given else compiled.folder()
     sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()] if folder.is_dir() else []
     text = f"of compiled programs: {folder}, {len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB"
     problem = _why_not_writable(folder)

@@ -114,7 +114,10 @@ def quarter(eps: str | float) -> str | float:
 
 
 def follow(config: ConfigDict) -> ConfigDict:
-    """Undoes `effective`: sets to None what equals `threat`, so that a change of `threat` changes the section too."""
+    """Undoes `effective`: a norm, eps or step size that equals what `threat` implies becomes None again.
+
+    So it follows later changes of `threat`.
+    """
     for path in ATTACKS:
         section = lookup(config, path)
         if section is None or not set(THREAT) <= set(section) or section.eps is None:

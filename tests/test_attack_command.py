@@ -88,7 +88,7 @@ def test_a_pytorch_file_is_attacked_as_the_run_that_is_made_of_it(command, digit
     pytest.importorskip("torch")
     from ibjax import convert
 
-    file, _ = images
+    file, split = images
     convert.to_torch(digits_run, tmp_path / "exported", n=16)
     network = next((tmp_path / "exported").glob("*.safetensors"))
     before = sorted(tmp_path.rglob("*"))
@@ -101,6 +101,12 @@ def test_a_pytorch_file_is_attacked_as_the_run_that_is_made_of_it(command, digit
     record = json.loads(str(found["records"][0]))
     assert np.array_equal(found["robust"][0], results.robust_flags(own)) and record["clean_acc"] == own["clean_acc"]
     assert record["train_threat"] == "unknown" and record["imported"]["max_delta_logit"] <= 1e-4
+    assert record["imported"]["images"] == f"{len(split.labels)} images of digits"
+    words = (f"--model={network}", "--arch=cnn", "--attacks=fgsm", "--n=5", f"--out={tmp_path / 'd.npz'}")
+    assert command(file, *words)[0] == 0  # no more images are compared than are attacked
+    assert (
+        json.loads(str(files.read_npz(tmp_path / "d.npz")["records"][0]))["imported"]["images"] == "5 images of digits"
+    )
     code, _, message = command(file, f"--model={network}", f"--out={tmp_path / 'c.npz'}")
     assert code == 2 and "--arch is missing" in message and "\n" not in message
 

@@ -19,8 +19,9 @@ from ibjax.devices import cluster
 from ibjax.errors import CheckpointError, InputError
 from ibjax.evaluation import report
 from ibjax.evaluation.evaluate import evaluate
-from ibjax.models import cnn, wide_resnet
-from ibjax.pytorch import architectures, exports, gate, torch_file
+from ibjax.models import cnn, convnext, preact_resnet, resnet, vit, wide_resnet, xcit
+from ibjax.pytorch import architectures, exports, gate, imports, torch_file
+from ibjax.pytorch import twins as definitions
 from ibjax.runs import checkpoint as checkpoints
 from ibjax.runs import run, rundir, trees
 from ibjax.step import TrainState
@@ -75,7 +76,7 @@ def imported(data, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_import_export_and_import_again_end_in_the_same_bits(name, data, tmp_path):
+def test_import_export_and_import_give_the_same_bits(name, data, tmp_path):
     arch, model = PAIRS[name]
     network = twin(name)
     flags = [*data, *FLAGS.get(name, ())]
@@ -92,6 +93,19 @@ def test_import_export_and_import_again_end_in_the_same_bits(name, data, tmp_pat
     first, second = (run.load(tmp_path / folder) for folder in "ab")
     assert trees.digest(first.variables) == trees.digest(second.variables)
     assert first.model == second.model == model
+
+
+def test_an_export_is_read_as_the_architecture_that_it_was_exported_as(tmp_path):
+    """Another one of equal shapes would be another network; a normalisation of any number of channels is kept."""
+    norm = dict(mean=(0.1, 0.2, 0.3, 0.4), std=(0.5, 0.6, 0.7, 0.8))
+    model = preact_resnet.Model(10, width=4, blocks=(1, 1), projection="raw", **norm)
+    weights = twins.state(twins.make("preact_resnet_raw", model, shape := (8, 8, 4)))
+    twin = definitions.make("preact_resnet_raw", model, shape, weights)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(exports._safetensors(file, twin, "preact_resnet_raw", model, shape))
+    with pytest.raises(InputError, match=r"was exported as --arch=preact_resnet_raw, not preact_resnet; give --arch="):
+        imports.read(file, "preact_resnet")
+    assert imports.read(file, "preact_resnet_raw").model == model
 
 
 @pytest.mark.slow
@@ -159,6 +173,20 @@ def test_model_info_has_robustbenchs_keys_and_the_records_accuracies(imported):
     file.unlink()
 
 
+def test_an_architecture_is_named_by_its_own_blocks_where_its_depth_does_not_say_them():
+    for model, said in (
+        (resnet.Model(10, 50, blocks=(3, 4, 23, 3)), "ResNet-101 (blocks 3, 4, 23, 3)"),
+        (resnet.Model(10, 50, inner_width=2), "WideResNet-50-2"),
+        (preact_resnet.Model(10, 18), "PreActResNet-18"),
+        (convnext.Model(10, 18, 96), "ConvNeXt-T"),
+        (convnext.Model(10, 18, 96, blocks=(3, 3, 27, 3)), "ConvNeXt-36-96 (blocks 3, 3, 27, 3)"),
+        (vit.Model(10, 12, 192), "ViT-192"),
+        (xcit.Model(10, 12, 192), "XCiT-192-12"),
+        (xcit.Model(10, 12, 384), "XCiT-S12"),
+    ):
+        assert exports._readable(model) == said
+
+
 # ---- what an import makes is a run -------------------------------------------------------------------------
 
 
@@ -205,11 +233,15 @@ def test_without_a_data_set_photographs_are_compared_and_the_run_can_teach(impor
     with pytest.raises(InputError, match="imported with photographs"):
         evaluate(tmp_path / "run")
     convert.to_torch(tmp_path / "run", tmp_path / "exported", n=16)
+    with pytest.raises(InputError, match="--photographs=0 is not allowed; give a side of 8 to"):
+        convert.from_torch(imported[0], "wide_resnet", tmp_path / "b", photographs=0)
     with pytest.raises(InputError, match="--clean_acc needs"):
         convert.from_torch(imported[0], "wide_resnet", tmp_path / "b", photographs=32, clean_acc=80.0)
 
 
-def test_a_folder_that_holds_something_is_refused_and_one_that_is_made_is_whole(imported, data, tmp_path, monkeypatch):
+def test_a_folder_that_is_not_empty_is_refused_and_a_new_one_is_written_whole_or_not_at_all(
+    imported, data, tmp_path, monkeypatch
+):
     file, workdir = imported
     with pytest.raises(InputError, match="not an empty folder"):
         convert.from_torch(file, "wide_resnet", workdir, overrides=data)
@@ -322,7 +354,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_nothing_in_a_file_is_ever_unpickled(legacy, tmp_path):
+def test_nothing_in_a_file_can_run_code(legacy, tmp_path):
     file, proof = tmp_path / "a.pt", tmp_path / "executed"
     content = {"state_dict": twin().state_dict(), "args": Bomb(proof)}
     torch.save(content, file, _use_new_zipfile_serialization=not legacy)
@@ -365,7 +397,7 @@ def test_another_architecture_is_refused_with_the_closest_and_the_first_differin
     refused(tmp_path, raw, r"closest: --arch=preact_resnet or preact_resnet_raw", arch="resnet")
 
 
-def test_every_tensor_is_used_exactly_once_and_every_weight_is_filled(tmp_path):
+def test_every_weight_is_filled_and_no_weight_of_the_file_is_left_over(tmp_path):
     state = twin().state_dict()
     missing = {key: value for key, value in state.items() if key != "block2.layer.0.bn2.running_var"}
     refused(tmp_path, missing, r"it lacks block2\.layer\.0\.bn2\.running_var; closest: --arch=wide_resnet \(9\d %")
@@ -415,6 +447,9 @@ def test_another_normalisation_is_refused(data, tmp_path):
         ("--torch=a.pt --arch=vgg --mean=a,b --std=1", "--mean=a,b are no numbers; give them as 0.4914,"),
         ("--torch=a.pt --arch=vgg --checkpoint=last", "--checkpoint with --to"),
         ("--torch=a.pt --arch=vgg --n=0", "--n=0 is not allowed"),
+        ("--to=x --photographs=0", "--photographs go with --torch"),
+        ("--to=card --n=9", "--n=9 images are compared with PyTorch; a card needs none, leave it out"),
+        ("--card=x --n=9", "--n=9 images are compared with PyTorch; a card needs none, leave it out"),
         ("--torch=a.pt --arch=vgg --nn=0", "'--nn' is no option"),
         ("--torch=a.pt --arch=vgg", "--torch=a.pt is no file"),
         ("--to=x", "absent holds no run"),
@@ -451,7 +486,7 @@ def test_another_number_of_classes_is_refused(data, tmp_path):
     refused(tmp_path, network.state_dict(), r"has 7 classes, crops has 10", photographs=None, overrides=data)
 
 
-def test_the_gate_sees_every_single_weight(images):
+def test_the_gate_notices_a_change_of_any_single_weight(images):
     """Any leaf, changed by a little, moves the logits beyond the tolerance."""
     x = images[:8].astype(np.float32) / 255
     for name in ("wrn_deepmind", "resnet_bottleneck"):

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from ibjax import doctor, places
+from ibjax.devices import compiled
 from ibjax.errors import InputError
 
 
@@ -35,8 +36,10 @@ def run(monkeypatch, capsys):
 
 
 def test_where_all_is_well_it_says_what_there_is_and_exits_with_0(home, monkeypatch, capsys):
-    (home / "cache/ibjax").mkdir(parents=True)
-    (home / "cache/ibjax/program").write_bytes(bytes(3 << 20))
+    compiled.folder().mkdir(parents=True)
+    (compiled.folder() / "program").write_bytes(bytes(3 << 20))
+    (home / "cache/ibjax/zoo").mkdir()
+    (home / "cache/ibjax/zoo/network.pt").write_bytes(bytes(5 << 20))  # no program
     (home / "data/cifar10/1.0.0").mkdir(parents=True)
     (home / "data/cifar10/1.0.0/dataset_info.json").touch()
     monkeypatch.setenv("TFDS_DATA_DIR", str(home / "data"))
@@ -45,7 +48,7 @@ def test_where_all_is_well_it_says_what_there_is_and_exits_with_0(home, monkeypa
     for said in (
         f"python               {sys.version.split()[0]}",
         f"ibjax                {places.version()}",
-        f"{home}/cache/ibjax, 1 files, 3.0 MiB",
+        f"of compiled programs: {compiled.folder()}, 1 files, 3.0 MiB",
         f"{home}/data (TFDS_DATA_DIR): cifar10",
         "× cpu",
         "GiB free",

@@ -211,7 +211,7 @@ def test_a_whole_command_writes_utf_8_and_prints_what_it_can(tmp_path, locale):
     [
         ("cuda", "ibjax.evaluate --workdir={0}"),
         ("cpuu", "ibjax.evaluate --workdir={0}"),
-        ("cuda", "ibjax.convert --torch={0}/a.pt --arch=resnet18 --photographs=32 --workdir={0}/run"),
+        ("cuda", "ibjax.convert --torch={0}/a.pt --arch=resnet --photographs=32 --workdir={0}/run"),
         ("cuda", "ibjax.analysis.complexity --config={1}/configs/digits.py"),
     ],
 )

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from ibjax.errors import InputError
+from ibjax.models import vit, xcit
 from ibjax.pytorch import architectures, gate, imports
+from ibjax.pytorch import twins as definitions
 from ibjax.pytorch.normalisation import Said
 
 torch = pytest.importorskip("torch", reason="conversion needs PyTorch (pip install 'ibjax[torch]')")
@@ -527,6 +529,34 @@ def test_a_file_imports_as_the_network_that_wrote_it_or_is_refused_with_what_to_
     expected = gate.of_torch(row.expect(net).eval(), images)
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(gate.of_ours(read.model, variables, images), expected, atol=1e-5, rtol=0)
+
+
+def test_what_a_file_does_not_determine_and_has_no_usual_value_is_refused(tmp_path):
+    """A ViT normalises as ImageNet or by 0.5; an XCiT of width 128 is timm's nano, which has another layer norm."""
+    for arch, model, said in (
+        (
+            "vit",
+            vit.Model(1000, depth=1, width=64),
+            r"--mean=0\.485,.* or by --mean=0\.5 --std=0\.5.*does not keep how",
+        ),
+        ("xcit", xcit.Model(1000, depth=1, width=128), r"width 128, as timm's xcit_nano"),
+    ):
+        net = network(lambda: definitions.make(arch, model, (32, 32, 3)))  # noqa: B023
+        torch.save(state(net), file := tmp_path / "a.pt")
+        with pytest.raises(InputError, match=said) as error:
+            imports.read(file, arch)
+        assert "\n" not in str(error.value)
+
+
+def test_the_border_of_a_network_is_there_whoever_says_mean_and_std(tmp_path):
+    """DeepMind's on MNIST: two zeros around the image, also where the file or the caller has mean and std."""
+    net = deepmind(mean=(0.5,), std=(0.5,), channels=1)
+    torch.save(state(net), file := tmp_path / "a.pt")
+    assert imports.read(file, "dm_wide_resnet").model.border == 2
+    none = Said(overrides=("--config.model.border=0",))
+    assert imports.read(file, "dm_wide_resnet", none).model.border == 0
+    torch.save({name: value for name, value in state(net).items() if name not in ("mean", "std")}, file)
+    assert imports.read(file, "dm_wide_resnet", Said(mean=(0.1,), std=(0.3,))).model.border == 2
 
 
 def test_the_page_has_every_row_and_its_outcome():

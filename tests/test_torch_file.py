@@ -156,6 +156,39 @@ def test_what_is_no_state_dict_of_plain_tensors_ends_in_one_line(content, said, 
     assert "\n" not in str(error.value)
 
 
+def test_a_version_of_torch_whose_loading_may_run_code_loads_nothing(network, tmp_path, monkeypatch):
+    pt(network, tmp_path / "a.pt")
+    safetensors(network, tmp_path / "a.safetensors")
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    with pytest.raises(InputError, match=r"torch 2\.9\.1\+cpu may run code .*; pip install 'torch>=2\.10', or give "):
+        torch_file.read(tmp_path / "a.pt")
+    assert torch_file.read(tmp_path / "a.safetensors").nodes  # torch.load has no part in it
+
+
+def test_dictionaries_within_themselves_are_read_once_and_too_deep_ones_refused(network, tmp_path, monkeypatch):
+    content = {"state_dict": network.state_dict()}
+    content["self"] = [("again", content)]
+    torch.save(content, tmp_path / "a.pt")
+    assert [node.key for node in torch_file.read(tmp_path / "a.pt").nodes] == ["state_dict"]
+    for _ in range(5000):
+        content = {"inner": content}
+    monkeypatch.setattr(torch_file, "_load", lambda *_: content)
+    with pytest.raises(CheckpointError, match=r"a\.pt nests its dictionaries too deep; save network\.state_dict\(\)"):
+        torch_file.read(tmp_path / "a.pt")
+
+
+def test_an_archive_that_was_compressed_again_is_refused_before_it_is_inflated(network, tmp_path):
+    pt(network, tmp_path / "a.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pt") as stored,
+        zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in stored.namelist():
+            packed.writestr(name, stored.read(name))
+    with pytest.raises(CheckpointError, match=r"b\.pt is compressed, as torch\.save writes none"):
+        torch_file.read(tmp_path / "b.pt")
+
+
 def test_a_folder_is_no_file(tmp_path):
     with pytest.raises(InputError, match=r"is a folder; give a \.pt"):
         torch_file.read(tmp_path)

@@ -262,6 +262,37 @@ def test_a_pytorch_module_is_copied_in_evaluation_mode():
     assert other.says["weights"] != network.says["weights"] and other.says["network"] == network.says["network"]
 
 
+def test_a_pytorch_module_that_writes_into_its_input_has_the_same_gradient():
+    torch = pytest.importorskip("torch")
+
+    class InPlace(torch.nn.Module):
+        def forward(self, x):
+            return x.mul_(2).mean((2, 3))
+
+    gradient = jax.grad(lambda x: wrap.pytorch(InPlace()).logits_fn(x).sum())(jnp.asarray(X))
+    np.testing.assert_allclose(gradient, np.full(X.shape, 2 / SIDE**2), rtol=1e-6)
+
+
+def test_a_tap_that_is_never_called_or_returns_no_tensor_is_named():
+    torch = pytest.importorskip("torch")
+
+    class Pair(torch.nn.Module):
+        def forward(self, x):
+            return x, x
+
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair, self.unused = Pair(), torch.nn.ReLU()
+
+        def forward(self, x):
+            return self.pair(x)[0].mean((2, 3))
+
+    for tap, words in (("unused", "never calls its submodule 'unused'"), ("pair", "'pair' returns a tuple; name a")):
+        with pytest.raises(InputError, match=words):
+            wrap.pytorch(Two(), taps=(tap,)).logits_fn(X)
+
+
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """The zoo: its table, the page that is made of it, and files that are, or are not, the named network."""
 
 import functools
+import hashlib
 import http.server
 import importlib.util
 import sys
@@ -54,6 +55,8 @@ def test_every_row_says_what_its_file_needs():
         if row.norm != "corruptions":
             assert 0 < geometry.fraction(row.eps) < 1 and (row.autoattack is None) == (row.exact is not None)
             assert row.data == "mnist" or row.depth, path
+        else:
+            assert row.autoattack is None, path  # that board has none
         if row.sha256:
             assert published.expected(row.file) == (row.sha256, "the published one") and len(row.sha256) == 64
     known = published.find("Gowal2020Uncovering_34_20")
@@ -73,6 +76,9 @@ def test_unknown_and_ambiguous_names_say_what_there_is():
     with pytest.raises(InputError, match="data='cifar' is unknown to the zoo; allowed: cifar10, cifar100"):
         zoo.names("cifar")
     assert zoo.find("Standard_R50").norm == "linf"  # one file on two leaderboards
+    assert zoo.find("Standard").data == "cifar10"
+    with pytest.raises(InputError, match=r"give cifar10/linf/Deb.* or cifar100/linf/Deb.* or imagenet/linf/Deb"):
+        zoo.find("Debenedetti2022Light_XCiT-S12")  # three files of one release
     assert zoo.names("mnist")[-1] == "mnist/linf/WK17a"
     with pytest.raises(InputError, match=r"x\.pt is no file; download that of cifar10/linf/Carmon2019Unlabeled.*http"):
         zoo.load("Carmon2019Unlabeled", "x.pt")
@@ -132,6 +138,20 @@ def test_another_network_than_that_of_the_name_is_refused(tiny, monkeypatch):
         assert "\n" not in str(caught.value)
 
 
+def test_a_network_of_other_blocks_than_those_of_the_published_depth_is_refused(tiny):
+    """As ResNet-101, which is our depth 50 with blocks (3, 4, 23, 3)."""
+    import torch
+    import torch_twins
+    from test_twins import PAIRS
+
+    file, _, row = tiny
+    arch, model = PAIRS["resnet_bottleneck"]
+    torch.save(torch_twins.make(arch, model).state_dict(), file)
+    row = row._replace(arch=arch, depth=50, width=None, mean=None, std=None)
+    with pytest.raises(CheckpointError, match=r"has depth \(1, 1\), cifar10/linf/Tiny has 50: it is another network"):
+        zoo.imports.read(file, arch, zoo.said(row))
+
+
 def test_a_url_is_downloaded_once(tiny, tmp_path, monkeypatch):
     file, _, row = tiny
     asked = []
@@ -154,7 +174,23 @@ def test_a_url_is_downloaded_once(tiny, tmp_path, monkeypatch):
     assert found[0].read_bytes() == file.read_bytes() and (tmp_path / "cache") in found[0].parents
 
 
-def test_convert_takes_architecture_and_normalisation_from_the_zoo(tiny, tmp_path, monkeypatch):
+def test_what_was_downloaded_and_is_not_the_network_is_not_kept(tiny, tmp_path, monkeypatch):
+    """Else it would be taken for the network whatever URL is given next."""
+    file, _, row = tiny
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    kept = tmp_path / "cache/ibjax/zoo" / row.path / row.file
+    kept.parent.mkdir(parents=True)
+    kept.write_text("<!DOCTYPE html><html>the file is too large to be scanned")
+    with pytest.raises(CheckpointError, match="a web page"):
+        zoo.load("Tiny", "http://localhost/Tiny.pt")
+    assert not kept.exists()
+    file.write_text(page := "<!DOCTYPE html>")
+    with pytest.raises(CheckpointError, match="a web page"):
+        zoo.load("Tiny", file)
+    assert file.read_text() == page  # the caller's own file
+
+
+def test_convert_takes_architecture_and_normalisation_from_the_zoo(tiny, tmp_path, monkeypatch, capsys):
     file, _, row = tiny
 
     def command(*words):
@@ -165,6 +201,10 @@ def test_convert_takes_architecture_and_normalisation_from_the_zoo(tiny, tmp_pat
 
     assert command("--zoo=Tiny", "--arch=wide_resnet") == 2
     assert command("--zoo=TRADES") == 2
+    monkeypatch.setitem(published.table(), row.path, row._replace(sha256="1" * 64))
+    assert command("--zoo=Tiny", f"--sha256={hashlib.sha256(file.read_bytes()).hexdigest()}") == 2
+    assert "is not that of --zoo=Tiny, 1111" in capsys.readouterr().err
+    monkeypatch.setitem(published.table(), row.path, row)
     assert not (tmp_path / "run").exists()
     assert command("--zoo=Tiny", "--photographs=32", "--n=4") == 0
     config = files.read_json(tmp_path / "run/config.json")

@@ -32,15 +32,19 @@ def keep() -> None:
             jax.config.update("jax_compilation_cache_dir", str(files.path(given)))
         return
     try:
-        root = files.cache_folder()
-        folder = root / hashlib.sha256(_instruction_set().encode()).hexdigest()[:16]
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        root.chmod(0o700)
+        kept = folder()
+        kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+        kept.parent.chmod(0o700)
     except (OSError, RuntimeError) as error:
         log.info("nothing compiled is kept: there is no folder for it (%s)", error)
         return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_dir", str(kept))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def folder() -> Path:
+    """Where this machine's programs are kept if JAX_COMPILATION_CACHE_DIR is not set; RuntimeError without a home."""
+    return files.cache_folder() / hashlib.sha256(_instruction_set().encode()).hexdigest()[:16]
 
 
 def _instruction_set():

@@ -34,6 +34,8 @@ Depth, width and classes follow from the shapes in a file (`ibjax.pytorch.sizes`
 | linear layer on a flattened map | inputs ordered (channel, row, column) | inputs ordered (row, column, channel)  |
 | batch-norm, layer norm          | weight                                | scale                                  |
 
+| Swin's table of relative biases | (positions, heads)                    | (heads, positions)                     |
+
 All other parameters, such as tokens, positions and layer scales, have equal shapes.
 """
 
@@ -72,12 +74,13 @@ class Architecture(NamedTuple):
     block: str = ""  # template for the name of a block; stages and blocks count from 0
     marks: tuple[str, ...] = ()  # what `anchors` returns, where it does not follow from names and block
     defaults: Mapping[str, Any] = _NONE  # our options unless file or caller say otherwise
-    # data set, or prefix of its name -> our options that normalise its images as the authors' files do. A network with
-    # any entry here normalises: on another data set the caller must say how. One without entries usually does not.
+    # By data set (or a prefix of its name): the mean, std and border that the authors use. An architecture with entries
+    # always normalises; on a data set not listed, the caller must say how. One without entries usually does not.
     normalized: Mapping[str, Mapping[str, Any]] = _NONE
+    asks: str = ""  # where its files normalise in several ways, these in words; the caller must say which
     twin: Mapping[str, Any] = _NONE  # further options of its PyTorch definition
     unused: str = "(?!)"  # regular expression of names in its files that the network never uses
-    # (a name that only older files have, (regular expression, new name) of each name that has changed since)
+    # (a name found only in older files, [(pattern of an old name, the new name), …])
     older: tuple[str, tuple[tuple[str, Callable[[re.Match], str] | str], ...]] = ("", ())
 
 
@@ -201,7 +204,8 @@ ARCHITECTURES = {
         dict(stem="patch_embed.proj"),
         "blocks.{index}",
         ("patch_embed.proj.weight", *_VIT_MARKS),
-        normalized={"imagenet": IMAGENET},
+        asks="in two ways, by ImageNet's --mean=0.485,0.456,0.406 --std=0.229,0.224,0.225 (DeiT) or by --mean=0.5 "
+        "--std=0.5 (timm's default for ViT)",
     ),
     "vit_convstem": Architecture(
         "vit",

@@ -85,8 +85,8 @@ def model_info(
 ) -> dict[str, Any]:
     """RobustBench's description of a network; a field that the run does not know is None.
 
-    The accuracies come from the run's records, but only from those of the whole test set, of ImageNet also of 5,000
-    images, of exactly these weights, and of one threat: `norm` and `eps`, by default those of the run's evaluation.
+    Accuracies come from records of exactly these weights on the whole test set (for ImageNet also on 5,000 images), for
+    one norm and eps: by default those of the run's evaluation.
     """
     own = config.effective(trained.config).evaluate
     norm, eps = norm or own.norm, eps or own.eps
@@ -130,19 +130,24 @@ _STAGED = {"convnext": ("ConvNeXt", 18, 36), "swin": ("Swin", 12, 24)}  # name, 
 
 
 def _readable(model):
-    """The architecture in RobustBench's notation, such as WideResNet-34-10 or PreActResNet-18."""
-    family = type(model).__module__.rpartition(".")[2]
+    """The architecture in RobustBench's notation, such as WideResNet-34-10; blocks that its depth does not say, too."""
+    family, blocks = type(model).__module__.rpartition(".")[2], getattr(model, "blocks", None)
     if family == "cnn":
         return f"CNN-{sum(map(len, model.widths))}"
+    depth, own = model.depth, f" (blocks {', '.join(map(str, blocks))})" if blocks else ""
     if family in _STAGED:
         written, shallow, deep = _STAGED[family]
         sizes = {(shallow, 96): "T", (deep, 96): "S", (deep, 128): "B", (deep, 192): "L"}
-        size = sizes.get((model.depth, model.width)) or f"{model.depth}-{model.width}"
-        return f"{written}-{size}" + _STEMS[getattr(model, "stem", "patch")]
+        size = f"{sum(blocks)}-{model.width}" if blocks else sizes.get((depth, model.width)) or f"{depth}-{model.width}"
+        return f"{written}-{size}{_STEMS[getattr(model, 'stem', 'patch')]}{own}"
     if family in ("vit", "xcit"):
-        size = {384: "S", 512: "M", 768: "B" if family == "vit" else "L"}.get(model.width, f"{model.width}-")
-        return f"ViT-{size}{_STEMS[model.stem]}" if family == "vit" else f"XCiT-{size}{model.depth}"
+        size = {384: "S", 512: "M", 768: "B" if family == "vit" else "L"}.get(model.width)
+        if family == "vit":
+            return f"ViT-{size or model.width}{_STEMS[model.stem]}"
+        return f"XCiT-{size or f'{model.width}-'}{depth}"
     written = {"wide_resnet": "WideResNet", "preact_resnet": "PreActResNet", "resnet": "ResNet", "vgg": "VGG"}[family]
+    if blocks:
+        depth = (3 if depth >= 50 else 2) * sum(blocks) + 2  # layers of a block, the first one and the last
     if getattr(model, "inner_width", 1) > 1:
-        return f"Wide{written}-{model.depth}-{model.inner_width}"
-    return f"{written}-{model.depth}" + (f"-{model.width}" if family == "wide_resnet" else "")
+        return f"Wide{written}-{depth}-{model.inner_width}{own}"
+    return f"{written}-{depth}" + (f"-{model.width}" if family == "wide_resnet" else "") + own

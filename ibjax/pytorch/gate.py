@@ -37,7 +37,7 @@ class Images(NamedTuple):
 
 def images(settings: ConfigDict, classes: int, channels: int, n: int, side: int | None) -> Images:
     """`n` test images of the configuration's data set, stratified by class; with `side`, crops of photographs."""
-    if side:
+    if side is not None:
         facts = {"label": "photographs", "input_shape": [side, side, channels], "num_classes": classes}
         words = f"{n} crops of scikit-learn's two photographs"
         return Images(

@@ -26,6 +26,7 @@ from ibjax.pytorch.normalisation import Said
 from ibjax.pytorch.published import Published
 from ibjax.runs import recipe_files, run, rundir
 
+_NANO = 128  # width of timm's xcit_nano, the only XCiT that this architecture cannot hold
 _CROPS = 16  # crops of photographs on which logits are compared where there are no other images
 
 
@@ -86,7 +87,7 @@ def from_torch(
     images = gate.images(network.settings, network.classes, network.shape[2], n, photographs)
     variables, logits, delta = _compared(network, images)
     imported = _imported(file, network, images, delta)
-    if not photographs:
+    if photographs is None:
         imported["clean_acc"] = _clean_accuracy(logits, images.split.labels, clean_acc)
     with folders.whole(workdir) as folder:
         arrays = jax.tree.map(jnp.asarray, variables)
@@ -148,10 +149,15 @@ def read(file: Path, arch: str, said: Said = Said()) -> Network:  # noqa: B008
     content = torch_file.read(file, said.sha256)
     if arch not in ARCHITECTURES:
         raise InputError(f"--arch={arch} is unknown; {nearest(arch, ARCHITECTURES)}; {hint(content)}")
+    exported = _exported(file, content, arch)
     known, found = ARCHITECTURES[arch], state_dicts.find(file, content, arch, said.key)
     state = architectures.of_today(arch, found.state)
     measured = sizes.sizes(arch, state)
-    exported = config.plain(content.metadata["model"]) if content.metadata.get("arch") == arch else {}
+    if known.model == "xcit" and measured["width"] == _NANO and not exported:
+        raise CheckpointError(
+            f"{file} is an XCiT of width {_NANO}, as timm's xcit_nano, whose last layer norm is of the class token "
+            f"alone (tokens_norm=False), not of all tokens as in --arch={arch}; give an XCiT of another width"
+        )
     classes = measured.pop("num_classes")
     section = {**known.defaults, **measured, **exported, "name": known.model, **known.fixed}
     channels = sizes.channels(arch, state)
@@ -171,10 +177,20 @@ def read(file: Path, arch: str, said: Said = Said()) -> Network:  # noqa: B008
     return network._replace(origins=_origins(network, content, measured, exported, source, said))
 
 
+def _exported(file, content, arch):
+    """The options of a network that ibjax exported, {} for any other file; InputError where it is no `arch`."""
+    if not content.metadata:
+        return {}
+    if (named := content.metadata.get("arch")) != arch:
+        raise InputError(f"{file} was exported as --arch={named}, not {arch}; give --arch={named}")
+    return config.plain(content.metadata["model"])
+
+
 def _check_published(file, row, model, classes):
     """Raises CheckpointError where a network has another size than the published one that its file should be."""
     width = getattr(model, "inner_width", getattr(model, "width", None))  # of a ResNet, that of its bottlenecks
-    found = {"depth": getattr(model, "depth", None), "width": width, "classes": classes}
+    depth = getattr(model, "blocks", None) or getattr(model, "depth", None)  # with blocks, depth says their kind alone
+    found = {"depth": depth, "width": width, "classes": classes}
     for what, wanted in {"depth": row.depth, "width": row.width, "classes": row.classes}.items():
         if wanted not in (None, found[what]):
             raise CheckpointError(f"{file} has {what} {found[what]}, {row.path} has {wanted}: it is another network")
@@ -258,7 +274,7 @@ def _padding(model):
 def _check_clean_acc(published, photographs):
     if published is None:
         return
-    if photographs:
+    if photographs is not None:
         raise InputError("--clean_acc needs the data set's test images; --photographs have no labels")
     errors.check_range("--clean_acc", published, 0, 100)
     if 0 < published <= 1:

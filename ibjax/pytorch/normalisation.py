@@ -53,6 +53,18 @@ def decide(
     Raises InputError or CheckpointError where two sources contradict each other, or where no source has mean and std
     of a network that is known to normalise.
     """
+    known = ARCHITECTURES[arch].normalized
+    usual = next((options for name, options in known.items() if str(dataset).startswith(name)), None)
+    if usual is not None and len(usual["mean"]) != channels:
+        usual = None
+    values, source = _mean_and_std(file, arch, channels, found, exported, said, dataset, usual)
+    if usual is not None and not exported:  # a border is there whoever says mean and std; an export says it itself
+        values = {**{option: value for option, value in usual.items() if option not in ("mean", "std")}, **values}
+    return {option: value for option, value in values.items() if f"model.{option}" not in said.paths()}, source
+
+
+def _mean_and_std(file, arch, channels, found, exported, said, dataset, usual):
+    """What `decide` returns, of mean and std alone; `usual`: the authors' on this data set, or None."""
     voices = {
         "--mean and --std": said.mean is not None or said.std is not None,
         "--no-normalisation": said.no_normalisation,
@@ -78,12 +90,11 @@ def decide(
         return dict(mean=None, std=None), "ibjax's export"
     if found.lost:
         raise CheckpointError(f"{file}: {found.lost}: its normalisation, most likely, which is not kept; {_HOW}")
-    known = ARCHITECTURES[arch].normalized
-    usual = next((options for name, options in known.items() if str(dataset).startswith(name)), None)
-    if usual is not None and len(usual["mean"]) == channels:
-        kept = {option: value for option, value in usual.items() if f"model.{option}" not in said.paths()}
-        return kept, f"usual of {arch} on {dataset}"
-    if known:
+    if usual is not None:
+        return dict(mean=usual["mean"], std=usual["std"]), f"usual of {arch} on {dataset}"
+    if asks := ARCHITECTURES[arch].asks:
+        raise InputError(f"networks of {arch} normalise {asks}, and {file} does not keep how; {_HOW}")
+    if known := ARCHITECTURES[arch].normalized:
         raise InputError(
             f"networks of {arch} normalise their pixels, and {file} does not keep how; {_HOW}, or if its data set is "
             f"one of {', '.join(known)}, name that with --config.data.dataset"

@@ -2,11 +2,11 @@
 
 One row is one entry of a leaderboard; the networks that cannot be imported say why in `uncovered`, the others are one
 file each. Architecture, normalisation, key and accuracies of the networks for CIFAR and ImageNet are those of
-RobustBench at commit 78fcc9e (`robustbench/model_zoo/`, `model_info/`). It publishes no digests;
-that of Carmon2019Unlabeled.pt is recorded independently in three public repositories. The networks for MNIST, their
-numbers and digests are those of vtjeng/MIPVerify_data 35578a1, Hadisalman/robust-verify-benchmark fce1c27 and
-yaodongyu/TRADES f94f414. Files of torch.hub, torchvision and timm have the first digits of their digest in their names,
-such as resnet18-f37072fd.pth.
+RobustBench at commit 78fcc9e (`robustbench/model_zoo/`, `model_info/`). It publishes no digests; those of
+Carmon2019Unlabeled.pt and of torchvision's resnet50-0676ba61.pth (Standard_R50) are recorded independently in three
+public repositories or more. The networks for MNIST, their numbers and digests are those of vtjeng/MIPVerify_data
+35578a1, Hadisalman/robust-verify-benchmark fce1c27 and yaodongyu/TRADES f94f414. Files of torch.hub, torchvision and
+timm have the first digits of their digest in their names, such as resnet18-f37072fd.pth.
 """
 
 import csv
@@ -22,7 +22,7 @@ Numbers = tuple[float, ...] | None
 
 
 class Published(NamedTuple):
-    """A published network; accuracies in percent on the whole test set."""
+    """A published network; accuracies in percent, of ImageNet on 5,000 images, else on the whole test set."""
 
     name: str  # as RobustBench's
     data: str  # cifar10, cifar100, imagenet or mnist
@@ -38,7 +38,7 @@ class Published(NamedTuple):
     autoattack: float | None
     external: float | None  # the lowest robust accuracy that is known, where that is below AutoAttack's
     corruptions: float | None  # accuracy under common corruptions
-    pgd: float | None  # 40 steps of 0.01 from x, where there is no start at random
+    pgd: float | None  # PGD with 40 steps of size 0.01; given only where it starts at x, not at a random point
     exact: float | None  # robust accuracy by mixed-integer programming
     file: str
     sha256: str | None
@@ -56,7 +56,9 @@ class Published(NamedTuple):
         origin, _, identity = self.source.partition(" ")
         if origin == "robustbench":
             return f"https://drive.google.com/file/d/{identity}"
-        return "https://download.pytorch.org/models" if origin == "torchvision" else f"https://github.com/{origin}"
+        if origin == "torchvision":
+            return f"https://download.pytorch.org/models/{self.file}"
+        return f"https://github.com/{origin}"
 
     @property
     def classes(self) -> int:
@@ -104,7 +106,7 @@ def find(name: str) -> Published:
     if name in rows:
         return rows[name]
     found = [path for path, row in rows.items() if row.name == name]
-    if len({rows[path].source for path in found}) > 1:
+    if len({(rows[path].source, rows[path].file) for path in found}) > 1:
         raise InputError(f"'{name}' is the name of several published networks; give {' or '.join(found)}")
     if not found and (uncovered := [row for path, row in entries().items() if name in (path, row.name)]):
         raise InputError(f"'{name}' cannot be imported: {uncovered[0].uncovered}")

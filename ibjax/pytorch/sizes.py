@@ -128,7 +128,7 @@ def _numbered(state):
 
 
 def input_shape(name: str, model: nn.Module, state: State) -> Shape:
-    """(height, width, channels) of a network's input images; a size that is large enough, if it takes any size.
+    """The (height, width, channels) that a network takes; for a network that takes any size, one that is large enough.
 
     A linear layer on a flattened map fixes the size of that map; the result is the smallest square image that yields
     it; the positions of a ViT fix the number of its patches. The windows of a Swin transformer are at most as large as

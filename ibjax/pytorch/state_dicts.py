@@ -47,6 +47,7 @@ class _Place(NamedTuple):
     names: Mapping[str, str]  # clean name -> name in the file, of the whole mapping
     stem: str  # common prefix of the clean names, ending with a dot, or ""
     prefix: str  # the same prefix as written in the file
+    ours: bool  # whether ibjax exported the file
 
     @property
     def path(self) -> str:
@@ -62,7 +63,7 @@ class _Place(NamedTuple):
         return {
             name: tensor
             for name, tensor in tensors.items()
-            if tensor.is_floating_point() and not _is_normalization(name, tensor)
+            if tensor.is_floating_point() and not _is_normalization(name, tensor, self.ours)
         }
 
 
@@ -87,7 +88,10 @@ def find(file: Path, content: torch_file.Content, arch: str, key: str | None = N
 
 
 def all_of(content: torch_file.Content) -> list[dict[str, Any]]:
-    """All possible networks in a file, of any architecture, as tensors by name, to find the closest architecture."""
+    """Every state in the file that could be a network of some architecture, as {name: tensor}.
+
+    It is used to name the closest one.
+    """
     places = [place for arch in ARCHITECTURES for place in _places(content, arch)]
     return [place.own() for place in [*{place.path: place for place in places}.values(), _largest(content)]]
 
@@ -101,7 +105,7 @@ def _places(content, arch):
         for clean in names:
             stem = clean.removesuffix(first)
             if clean.endswith(first) and stem[-1:] in ("", ".") and all(stem + other in names for other in others):
-                found.append(_Place(node, names, stem, _prefix(names[clean], first)))
+                found.append(_Place(node, names, stem, _prefix(names[clean], first), bool(content.metadata)))
     return sorted(found, key=lambda place: place.path.count("."))
 
 
@@ -166,13 +170,13 @@ def _named(file, content, places, key):
 def _largest(content):
     """The largest state dict, without the common prefix of its names, for use in error messages."""
     node = max(content.nodes, key=lambda node: len(node.tensors))
-    names = _clean(node)
-    shared = [name.split(".")[:-2] for name in names if not _is_normalization(name, node.tensors[names[name]])]
+    names, ours = _clean(node), bool(content.metadata)
+    shared = [name.split(".")[:-2] for name in names if not _is_normalization(name, node.tensors[names[name]], ours)]
     depth = 0
     while shared and all(len(parts) > depth and parts[depth] == shared[0][depth] for parts in shared):
         depth += 1
     stem = "".join(f"{part}." for part in shared[0][:depth]) if shared else ""
-    return _Place(node, names, stem, stem)
+    return _Place(node, names, stem, stem, ours)
 
 
 # ---- one network -------------------------------------------------------------------------------------------
@@ -186,11 +190,11 @@ def _take(file, place, chosen, copies):
         tensor = node.tensors[name]
         if not tensor.is_floating_point():
             continue
-        if _is_normalization(clean, tensor) and _stands_before(clean, place.stem):
+        if _is_normalization(clean, tensor, place.ours) and _stands_before(clean, place.stem):
             constants[name] = tuple(float(str(v)) for v in torch_file.array(file, name, tensor).reshape(-1))
         elif clean.startswith(place.stem):
             state[clean.removeprefix(place.stem)] = torch_file.array(file, name, tensor)
-        elif not _is_normalization(clean, tensor) and not any(clean.startswith(copy) for copy in copies):
+        elif not _is_normalization(clean, tensor, place.ours) and not any(clean.startswith(copy) for copy in copies):
             outside.append(name)
     if outside and chosen != "--key":
         raise CheckpointError(
@@ -203,7 +207,9 @@ def _take(file, place, chosen, copies):
     return Found(state, node.key, place.prefix, chosen, normalization, lost, left_out)
 
 
-def _is_normalization(name, tensor):
+def _is_normalization(name, tensor, ours):
+    if ours and name in ("mean", "std"):  # of any number of channels
+        return True
     return _last(name) in _MEANS | _STDS and tensor.numel() in (1, 3)
 
 

@@ -1,9 +1,10 @@
 """Reads the tensors of PyTorch files, by the mappings that hold them, and verifies the files' checksums.
 
-Nothing is ever unpickled: a file that holds more than tensors and plain containers is refused. torch.save writes a zip
-archive; every member is read completely and its CRC compared. Three kinds of file have no checksum and are verified by
-their SHA-256 alone: safetensors, the older format of torch.save, and archives written with CRCs switched off. Any
-exception that a damaged file causes in the readers becomes an error of one line.
+Files of torch.save are read with PyTorch's restricted unpickler (`weights_only=True`); no code of the file is run, and
+one that holds more than tensors and plain containers is refused. torch.save writes a zip archive; every member is read
+completely and its CRC compared. Three kinds of file have no checksum and are verified by their SHA-256 alone:
+safetensors, the older format of torch.save, and archives written with CRCs switched off. Any exception that a damaged
+file causes in the readers becomes an error of one line.
 """
 
 import hashlib
@@ -16,11 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from packaging.version import Version
 
 from ibjax.errors import CheckpointError, InputError
 from ibjax.pytorch import published
 
 METADATA = "ibjax"  # key in the metadata of safetensors under which our exports describe themselves
+SAFE = "2.10"  # the first version whose torch.load(weights_only=True) no file is known to make run code
 _AGAIN = "download it again"
 
 
@@ -72,7 +75,10 @@ def read(file: Path, sha256: str | None = None) -> Content:
         content, metadata = _load_safetensors(file)
     else:
         content, metadata = _load(torch, file), {}
-    nodes = [node for node in _nodes(torch, content) if any("." in name for name in node.tensors)]
+    try:
+        nodes = [node for node in _nodes(torch, content) if any("." in name for name in node.tensors)]
+    except RecursionError:
+        raise CheckpointError(f"{file} nests its dictionaries too deep; save network.state_dict() alone") from None
     if not nodes:
         there = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(
@@ -178,6 +184,11 @@ def _damaged(file, kind, reason):
 
 def _load(torch, file):
     """The content of a file of torch.save, loaded without running code: tensors and plain containers only."""
+    if Version(torch.__version__) < Version(SAFE):
+        raise InputError(
+            f"torch {torch.__version__} may run code of a file that it loads (CVE-2025-32434, CVE-2026-24747); "
+            f"pip install 'torch>={SAFE}', or give {file} as .safetensors"
+        )
     try:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
@@ -200,6 +211,8 @@ def _load(torch, file):
 def _check_members(file, archive):
     """Reads every member completely, which compares its CRC; torch.load does not compare them."""
     members, wrong = archive.infolist(), []
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):  # it could grow without bounds
+        raise CheckpointError(f"{file} is compressed, as torch.save writes none; load it, and save it with torch.save")
     if not any(member.CRC for member in members):  # saved after torch.serialization.set_crc32_options(False)
         return
     for member in members:
@@ -243,8 +256,14 @@ def digest_of(where: Path, tensors: Mapping[str, Any]) -> str:
     return total.hexdigest()
 
 
-def _nodes(torch, content: Any, key: str = "") -> Iterator[Node]:
-    """The mappings of a checkpoint that hold tensors, outer ones first; keys that are not strings are skipped."""
+def _nodes(torch, content: Any, key: str = "", above: tuple[int, ...] = ()) -> Iterator[Node]:
+    """The mappings of a checkpoint that hold tensors, outer ones first; keys that are not strings are skipped.
+
+    So is a container within itself; `above` identifies those around `content`.
+    """
+    if id(content) in above:
+        return
+    above = (*above, id(content))
     if isinstance(content, list) and all(
         isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) for p in content
     ):
@@ -256,7 +275,7 @@ def _nodes(torch, content: Any, key: str = "") -> Iterator[Node]:
     if tensors:
         yield Node(key, tensors)
     for name, value in named.items():
-        yield from _nodes(torch, value, f"{key}.{name}" if key else name)
+        yield from _nodes(torch, value, f"{key}.{name}" if key else name, above)
 
 
 def _reason(error):

@@ -10,8 +10,8 @@
 makes a run of it, which can be evaluated and can serve as a teacher. The zoo holds no weights. `published.csv` is its
 table, from which docs/zoo.md is made; `Published.url` says where a file is offered.
 
-Guarantees (tested): nothing in a file is ever unpickled; a file of another architecture, size, number of classes,
-normalisation or digest than that of the name is refused.
+Guarantees (tested): a file is read with PyTorch's restricted unpickler (weights_only), no code of it is run; a file of
+another architecture, size, number of classes, normalisation or digest than that of the name is refused.
 """
 
 import urllib.parse
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from ibjax import files, wrap
 from ibjax.data import archives
-from ibjax.errors import InputError
+from ibjax.errors import CheckpointError, InputError
 from ibjax.pytorch import imports, torch_file, verified
 from ibjax.pytorch.normalisation import Said
 from ibjax.pytorch.published import Published, find, table
@@ -45,13 +45,24 @@ def load(name: str, source: str | Path) -> Network:
 
     Args:
       name: as "Carmon2019Unlabeled", or where several share it "cifar10/linf/Engstrom2019Robustness".
-      source: the file, .pt, .pth or .safetensors, or its URL, from which it is downloaded into the cache folder.
+      source: the file, .pt, .pth or .safetensors, or its URL, from which it is downloaded into the cache folder. What
+        is not the network does not stay there.
 
     Raises InputError on an unknown name, and CheckpointError where the file is not that of the name. Its logits are
-    compared with those of PyTorch's network on crops of photographs.
+    compared with those of PyTorch's network on crops of photographs, except of `kw` and `mlp_b`, which have no
+    definition in PyTorch here.
     """
     row = find(name)
     file = _file(row, source)
+    try:
+        return _loaded(row, file)
+    except CheckpointError:
+        if _is_url(source):  # what was downloaded would be taken for the network again, whatever the URL
+            file.unlink(missing_ok=True)
+        raise
+
+
+def _loaded(row, file):
     if row.arch in verified.NETWORKS:
         return _verified(row, file)
     made = imports.load(file, row.arch, said=said(row))
@@ -77,10 +88,13 @@ def _verified(row, file):
     return of(verified.NETWORKS[row.arch], weights, says, sum(value.size for value in weights.values()))
 
 
+def _is_url(source):
+    return urllib.parse.urlsplit(str(source)).scheme in ("http", "https")
+
+
 def _file(row, source):
     """The file of a path, or of a URL, which is downloaded once."""
-    parts = urllib.parse.urlsplit(str(source))
-    if parts.scheme not in ("http", "https"):
+    if not _is_url(source):
         if (file := files.path(source)).is_file():
             return file
         raise InputError(f"{source} is no file; download that of {row.path}, {row.file}: {row.url}")

@@ -55,7 +55,10 @@ def pytorch(module: Any, *, taps: Sequence[str] = (), **call: Any) -> Network:
 
 
 class _Foreign:
-    """A module, called with NumPy arrays; every array may have further leading axes, as `jax.vmap` adds them."""
+    """Calls a module with NumPy arrays.
+
+    Under `jax.vmap`, an array has extra leading axes, of size 1 where it is not mapped.
+    """
 
     def __init__(self, module, taps, call):
         self.module, self.call, self.kept = module, call, {}
@@ -116,7 +119,7 @@ class _Foreign:
             for place in np.ndindex(*lead):
                 if asked is None or x.shape[:axes] != (1,) * axes:  # many cotangents at the same images: asked once
                     asked = self._tensor(_at(x, place)).requires_grad_()
-                    made = self._called(asked)
+                    made = self._called(asked.clone())  # not itself: the module may write into its input
                 weights = [torch.from_numpy(_at(each, place)).to(made[0].device) for each in cotangents]
                 parts = [torch.sum(value * weight) for value, weight in zip(made, weights, strict=True)]
                 total = torch.stack(parts).sum()
@@ -134,12 +137,21 @@ class _Foreign:
 
     def _called(self, x):
         """[logits, *taps], each (B, …) float32."""
+        self.kept.clear()
         logits = self.module(x, **self.call)
         if not hasattr(logits, "ndim") or logits.ndim != 2 or len(logits) != len(x):
             given = f"shape {tuple(logits.shape)}" if hasattr(logits, "shape") else f"a {type(logits).__name__}"
             raise InputError(f"the PyTorch module returns {given}; give logits ({len(x)}, classes)")
-        features = [self.kept.pop(name) for name in self.taps]
+        features = [self._feature(name) for name in self.taps]
         return [made.float().movedim(1, -1) if made.ndim == 4 else made.float() for made in (logits, *features)]
+
+    def _feature(self, name):
+        if name not in self.kept:
+            raise InputError(f"taps: the module never calls its submodule '{name}'; name one that it calls")
+        made = self.kept.pop(name)
+        if not hasattr(made, "ndim"):
+            raise InputError(f"taps: '{name}' returns a {type(made).__name__}; name a submodule that returns a tensor")
+        return made
 
 
 def _array(value, lead):

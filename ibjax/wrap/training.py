@@ -6,8 +6,8 @@ A configuration names the class itself (`ibjax.models.own`), or a factory where 
     def Model(num_classes: int, width: int = 8):
         return wrap.linen_from_equinox(Net, layout="HWC", num_classes=num_classes, width=width)
 
-The module has the collections `params` and `batch_stats`. The constructor runs whenever a program is traced, for the
-structure of the network; the weights then take the place of those that it makes.
+The module has the collections `params` and `batch_stats`. The constructor runs at every trace, but only for the
+structure: the weights that it draws are replaced by the stored ones.
 """
 
 import functools
