@@ -80,7 +80,7 @@ def rows(records: Iterable[Record]) -> list[Row]:
 
 def _one_spelling(records):
     """The records, with each eps written as the first of its value: 8/255 is one threat model, however it was given."""
-    spelled: dict[float, Any] = {}
+    spelled: dict[Any, Any] = {}
     return [{**record, "eps": spelled.setdefault(fraction(record["eps"]), record["eps"])} for record in records]
 
 
