@@ -32,6 +32,7 @@ PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "jax-cuda12-pjrt", "jax-cud
 LEAST = 1  # GiB of free disk space below which a run may not be able to save
 GPUS, TPUS = ("/dev/nvidia[0-9]*", "/dev/dxg"), ("/dev/accel[0-9]*",)  # device files; dxg is WSL's
 VFIO, VENDORS, GOOGLE = "/dev/vfio/[0-9]*", "/sys/bus/pci/devices/*/vendor", "0x1ae0"  # newer TPUs, and other devices
+NETWORK = "0x02"  # how the PCI class of a network card begins; Google's cloud has its own
 DRIVER = "/proc/driver/nvidia/version"
 CUDA13 = 580  # the first version of NVIDIA's driver that runs CUDA 13
 
@@ -128,7 +129,13 @@ def _devices():
 def _has_tpu():
     if any(map(glob.glob, TPUS)):
         return True
-    return bool(glob.glob(VFIO)) and any(Path(file).read_text().strip() == GOOGLE for file in glob.glob(VENDORS))
+    return bool(glob.glob(VFIO)) and any(map(_is_tpu, map(Path, glob.glob(VENDORS))))
+
+
+def _is_tpu(vendor):
+    kind = vendor.with_name("class")
+    network = kind.is_file() and kind.read_text().startswith(NETWORK)
+    return vendor.read_text().strip() == GOOGLE and not network
 
 
 def _mend_of_platform(wanted):

@@ -81,7 +81,7 @@ def cosine(*, lr: float, epochs: float, final: float = 0.0, warmup: float = 0.0)
 
 def exponential(*, lr: float, epochs: float, factor: float = 0.97, every: float = 2) -> Callable:
     """lr, multiplied by `factor` after each `every` epochs."""
-    return lambda epoch: lr * factor ** jnp.floor(epoch / every + 1e-4)  # a compiled division may fall short of it
+    return lambda epoch: lr * factor ** jnp.floor(epoch / every + 1e-5)  # a compiled division may fall short of it
 
 
 def one_cycle(*, lr: float, epochs: float, peak: float = 0.4, final: float = 0.0) -> Callable:

@@ -45,11 +45,13 @@ state() { # of the queued resource; "none" if there is none of that name, "unkno
 }
 
 obtain() { # returns when the slice is there
-  local now last=
+  local now last="" blind=0
   while :; do
     now=$(state)
     [[ $now == "$last" ]] || echo "tpu_vm.sh: state of the queued resource $TPU: $now" >&2
     last=$now
+    [[ $now == unknown ]] && blind=$((blind + 1)) || blind=0
+    if ((blind == 10)); then echo "tpu_vm.sh: gcloud cannot describe $TPU; see above" >&2 && exit 2; fi
     case $now in
     ACTIVE) return ;;
     none)

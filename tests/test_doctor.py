@@ -92,6 +92,8 @@ def test_a_tpu_is_told_from_other_devices(home, device, vendor, found):
     (home / device).touch()
     (home / "0.vendor").write_text(f"{vendor}\n")
     assert doctor._has_tpu() == found
+    (home / "class").write_text("0x020000\n")  # a network card, which Google's cloud has too
+    assert doctor._has_tpu() == (found and device == "accel0")
 
 
 def test_a_gpu_that_jax_does_not_use(home, monkeypatch):

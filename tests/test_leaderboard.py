@@ -102,8 +102,10 @@ def test_the_entry_is_written_and_the_command_says_what_it_needs(tmp_path, monke
 
     code, said = run("--checkpoint=last")
     assert code == 0 and called["attacks"] == ["autoattack"] and called["n"] is None
-    assert json.loads((tmp_path / "leaderboard" / "last.linf.json").read_text()) == info
-    assert "rank 10 of 100" in said and "last.linf.json: WideResNet-28-10, clean 92.44 %, AutoAttack 67.31 %" in said
+    assert json.loads((tmp_path / "leaderboard" / "last.linf.8_255.json").read_text()) == info
+    assert (
+        "rank 10 of 100" in said and "last.linf.8_255.json: WideResNet-28-10, clean 92.44 %, AutoAttack 67.31 %" in said
+    )
     for words, match in (
         ("--n=100", "takes all test images of cifar10, not 100; give --n=10000"),
         ("--attacks=pgd-20", "needs autoattack, without --surrogate and --samples"),

@@ -91,7 +91,8 @@ def conduct(
         if recipe is not None:
             given.settings = recipe()
         cluster.initialize()
-        rundir.check_writable(*workdirs, *([] if picture is None else [picture.parent]))
+        written = [given.out] if "out" in given else [workdir for workdir in workdirs if workdir.exists()]
+        rundir.check_writable(*written, *([] if picture is None else [picture.parent]))
         found = measure()
         if jax.process_index() == 0:
             print("\n".join(lines(found)))

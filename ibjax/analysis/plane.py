@@ -38,7 +38,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ibjax import config, files
-from ibjax.analysis import commands, embedding, output, pictures
+from ibjax.analysis import commands, embedding, pictures
 from ibjax.data import sample
 from ibjax.devices import cluster
 from ibjax.errors import DivergedError, InputError, PreemptedError, check_range, nearest
@@ -202,11 +202,10 @@ def _train(experiment, workdir, about, measure):
                     raise DivergedError(f"nHSIC became NaN or Inf by step {step}; lower optimizer.lr")
                 if len(steps) % _RECORDS == 0 or step == total:
                     found = _record(experiment, workdir, about, variables, steps, rows)
-                    if step == total:
-                        output.record(workdir, "plane", found)
-                        return found
                     if first:
                         files.write_json(workdir / "plane.json", found)
+                    if step == total:
+                        return found
                     if first and not visible:
                         left = (time.perf_counter() - began) / step * (total - step)
                         log.info("%s: step %d of %d, %.0f s left", _title(settings), step, total, left)

@@ -6,7 +6,8 @@ single process every function returns at once.
 Guarantees (tests of the same names): processes that see different things end, each naming the difference; a process
 that waits logs which one it waits for; what one process cannot read ends all with its one line; a process that dies, is
 stopped or ends with an error is named by the others, which end too. If a repetition would end in the same error, they
-take its exit code, so that a script that sees theirs first does not start the run again.
+take its exit code, so that a script that sees theirs first does not start the run again; while they still compare what
+they see, they end with 2 whatever it was.
 """
 
 import atexit
@@ -272,7 +273,8 @@ class _Watch:
             if self.done.is_set():
                 return
             self.done.set()
-            print(f"error: {text}; the same command continues from the last checkpoint", file=sys.stderr, flush=True)
+            goes_on = "" if code in errors.FINAL else "; the same command continues from the last checkpoint"
+            print(f"error: {text}{goes_on}", file=sys.stderr, flush=True)
             self.witness.dismiss()
             os._exit(code)
 

@@ -13,6 +13,7 @@ import jax
 
 from ibjax import files
 from ibjax.attacks import geometry
+from ibjax.attacks.names import in_file_name
 from ibjax.errors import InputError
 from ibjax.pytorch import exports
 from ibjax.pytorch.published import Published, entries
@@ -24,7 +25,7 @@ _CLOSE = 0.015  # relative: entries with 0.5 stand beside 128/255, those with 0.
 
 
 def write(workdir: Path, checkpoint: str, norm: str, eps: str) -> tuple[Path, dict[str, Any]]:
-    """Writes leaderboard/CHECKPOINT.NORM.json into a run's folder; returns the file and the entry. For all processes.
+    """Writes leaderboard/CHECKPOINT.NORM.EPS.json into a run's folder; returns it and the entry. For all processes.
 
     Raises InputError where the run has no AutoAttack record of the whole test set for this threat.
     """
@@ -35,7 +36,7 @@ def write(workdir: Path, checkpoint: str, norm: str, eps: str) -> tuple[Path, di
             f"{workdir} has no record of AutoAttack on the whole test set in {norm} at {eps} for checkpoint "
             f"{checkpoint}; evaluate it with --attacks=autoattack and all test images"
         )
-    file = workdir / "leaderboard" / f"{checkpoint}.{norm}.json"
+    file = workdir / "leaderboard" / f"{checkpoint}.{norm}.{in_file_name(eps)}.json"
     if jax.process_index() == 0:
         file.parent.mkdir(exist_ok=True)
         with files.replacing(file) as temporary:  # without a digest, which is no key of RobustBench's

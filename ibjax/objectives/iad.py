@@ -74,9 +74,8 @@ def iad(
     begin = defaults.begin if begin is None else begin
     if passes not in PASSES:
         raise InputError(f"objective.passes='{passes}' is unknown; {nearest(passes, PASSES)}")
-    always, later = PASSES[passes][
-        variant
-    ]  # `later`: before epoch `begin` this pass is made, and its statistics are discarded
+    # `later`: a pass that is always made; before epoch `begin` its statistics are discarded
+    always, later = PASSES[passes][variant]
     check_range("objective.beta", beta, 0)
     check_range("objective.alpha", alpha, 0, 1)
     check_range("objective.begin", begin, 0)

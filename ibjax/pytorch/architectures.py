@@ -33,7 +33,6 @@ Depth, width and classes follow from the shapes in a file (`ibjax.pytorch.sizes`
 | linear layer                    | weight (out, in)                      | kernel (in, out)                       |
 | linear layer on a flattened map | inputs ordered (channel, row, column) | inputs ordered (row, column, channel)  |
 | batch-norm, layer norm          | weight                                | scale                                  |
-
 | Swin's table of relative biases | (positions, heads)                    | (heads, positions)                     |
 
 All other parameters, such as tokens, positions and layer scales, have equal shapes.
