@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import change_config
+from conftest import change_config, in_programs
 from PIL import Image
 from test_ibd import attention_oracle
 
@@ -78,7 +78,7 @@ def test_the_record_is_the_formula_over_attacked_images(sees, changes, workdir, 
     seeds = jax.vmap(jax.random.fold_in, (None, 0))(
         jax.random.fold_in(jax.random.key(trained.config.seed), scoring._EVALUATION), jnp.arange(len(y))
     )
-    student, teacher = (linen_net(run.in_float32(part.model)).predict for part in (trained, taught))
+    student, teacher = (in_programs(linen_net(run.in_float32(part.model))).predict for part in (trained, taught))
     attack = pgd(eps=record["eps"], step_size=record["step_size"], steps=2)
     x_adv = jax.jit(lambda: attack(seeds, lambda x: student(trained.variables, x)[0], x, y))()
     assert record["teacher_sees"] == sees and np.abs(x_adv - x).max() > 0.01

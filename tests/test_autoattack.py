@@ -17,6 +17,7 @@ from jax.sharding import AxisType
 from ibjax.attacks import autoattack, geometry, progress
 from ibjax.attacks.apgd import iterative_apgd
 from ibjax.attacks.fab import iterative_fab
+from ibjax.attacks.iterative import UNTARGETED
 from ibjax.attacks.runner import Runner
 from ibjax.attacks.square import iterative_square
 from ibjax.devices import cluster
@@ -160,17 +161,17 @@ def test_interrupted_anywhere_and_run_again_it_ends_with_the_same_flags_and_imag
     def save_and_stop(self, at_once=True):
         save(self, at_once)
         times.append((len(self.after), self.position))
-        if len(times) % 3 == 0:
+        if len(times) % 6 == 0:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(progress.Progress, "save", save_and_stop)
-    for _ in range(30):
+    for interruptions in range(30):  # noqa: B007
         try:
             result = run(state=file)
             break
         except KeyboardInterrupt:
             continue
-    assert len(times) > 9 and len(set(times)) == len(times)  # no work was done twice
+    assert interruptions > 1 and len(times) > 9 and len(set(times)) == len(times)  # no work was done twice
     assert result.warnings == whole.warnings
     np.testing.assert_array_equal(result.x_adv, whole.x_adv)
     for name, flags in whole.robust_after.items():
@@ -323,7 +324,25 @@ def test_a_random_network_is_refused_unless_allowed():
 
 
 def test_rand_averages_gradients_over_samples():
-    """On a network with noise in its logits it finds about what it finds without the noise."""
+    """Of a slope w + 3ξv, v across w, it follows w, as a single sample does not; with noise it finds what it should."""
+    w = np.float32(WEIGHTS[:, 0])
+    v = np.float32(WEIGHTS[:, 1]) - (WEIGHTS[:, 1] @ w / (w @ w)).astype(np.float32) * w
+    v *= np.linalg.norm(w) / np.linalg.norm(v)
+
+    def wavering(x, keys):
+        slopes = w[None] + 3 * jax.vmap(jax.random.normal)(keys)[:, None] * v[None]
+        return jnp.sum((x.reshape(len(x), -1) - 0.5) * slopes, 1)[:, None] @ jnp.array([[0.0, 1.0]])
+
+    def agreement(attack):
+        """Mean cosine of w and each image's first gradient."""
+        x, y = jnp.full(X.shape, 0.5), jnp.zeros(N, jnp.int32)
+        state = attack.init(jax.random.split(KEY, N), 0, x, y)
+        state = jax.jit(lambda state: attack.step(0, wavering, x, y, jnp.full(N, UNTARGETED), state))(state)
+        found = np.asarray(state.gradient_best).reshape(N, -1)
+        return np.mean(found @ w / np.linalg.norm(found, axis=1) / np.linalg.norm(w))
+
+    plan, _ = autoattack.sub_attacks("rand", "l2", 1e-3, 2)
+    assert agreement(plan["apgd-ce"]) > 0.8 > 0.7 > agreement(iterative_apgd("ce", "l2", 1e-3, 1, eot=1))
 
     def noisy(x, keys):
         return curved(x) + 0.05 * jax.vmap(lambda key: jax.random.normal(key, (CLASSES,)))(keys)

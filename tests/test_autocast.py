@@ -203,16 +203,22 @@ def attack(network, **options):
     return autoattack(KEY, network, IMAGES, Y, "linf", EPS, **given)
 
 
-def test_what_bfloat16_alone_breaks_is_not_broken_and_does_not_end_a_search():
+@pytest.mark.parametrize("plan", [["apgd-ce"], [*PLAN]], ids=["apgd-ce", "all"])
+def test_what_bfloat16_alone_breaks_is_not_broken_and_does_not_end_a_search(plan):
     """Flags are those of the exact margin, although bfloat16 misclassifies clean images."""
     network = lying(-1)
     near = np.asarray(autocast.narrowed(network)(IMAGES).argmax(1))
     assert 5 < np.sum(near != Y) < N - 5
-    result = attack(network)
+    result = attack(network, attacks={name: PLAN[name] for name in plan})
     np.testing.assert_array_equal(result.clean, True)
     np.testing.assert_array_equal(np.asarray(network(result.x_adv)).argmax(1) == Y, result.robust)
     np.testing.assert_array_equal(result.robust_after["apgd-ce"], SCORE > REACH)
     assert 5 < result.robust.sum() < N - 5 and result.warnings == []
+
+
+@pytest.mark.slow
+def test_square_finds_in_bfloat16_about_what_it_finds_in_float32():
+    network = lying(-1)
     square = {dtype: attack(network, attacks=SQUARE, search_dtype=dtype).robust for dtype in autocast.DTYPES}
     assert abs(square["bfloat16"].sum() - square["float32"].sum()) <= 2
 

@@ -71,7 +71,7 @@ def test_no_flipped_byte_gives_a_wrong_weight(tmp_path):
     data = [f for item in checkpoint.ITEMS for f in (folder / "3" / item).rglob("*") if f.is_file() and "/d/" in str(f)]
     assert data
     found = 0
-    for trial in range(100):
+    for trial in range(40):
         file = data[trial % len(data)]
         work = tmp_path / f"trial{trial}"
         shutil.copytree(folder, work / "checkpoints")
@@ -85,7 +85,7 @@ def test_no_flipped_byte_gives_a_wrong_weight(tmp_path):
         if step == 2:
             found += 1
             assert (work / "damaged" / "3").is_dir() and not (work / "checkpoints" / "3").exists()
-    assert found >= 10
+    assert found >= 4
 
 
 def test_a_changed_value_is_refused_by_name(tmp_path, monkeypatch):

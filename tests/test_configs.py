@@ -122,21 +122,24 @@ def test_what_is_compared_with_itself_in_ib_rars_text_is_the_same_but_for_the_te
     assert smoke_config("ib_rar", "wrn-mart-paper").objective.robust_weight == 6.0
 
 
-def test_a_sweep_names_every_row_that_matches():
-    def sweep(*arguments):
+def test_a_sweep_names_every_row_that_matches(tmp_path):
+    def sweep(*arguments, python=Path(sys.executable).parent):
         command = ["bash", "launch/sweep.sh", "configs/ibd_ablations.py", "runs/x", *arguments]
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        path = f"{python}{os.pathsep}{os.environ['PATH']}"
         return subprocess.run(
             command, cwd=ROOT, env={**os.environ, "PATH": path, "DRY": "1"}, capture_output=True, text=True, check=False
         )
 
     rows = RECIPES["ibd_ablations"]
     assert [line.split("ibd_ablations.py:")[1].split()[0] for line in sweep().stdout.splitlines()] == list(rows)
-    chosen = sweep("alpha-*", "--config.seed=1").stdout.splitlines()
+    stub = tmp_path / "python"  # it says the same rows at once
+    stub.write_text("#!/bin/sh\nprintf '%s\\n' " + " ".join(f"'{row}'" for row in rows))
+    stub.chmod(0o755)
+    chosen = sweep("alpha-*", "--config.seed=1", python=tmp_path).stdout.splitlines()
     assert len(chosen) == sum(row.startswith("alpha-") for row in rows) > 1
     assert all(
         line.split()[-2:] == [f"--workdir=runs/x/{row}", "--config.seed=1"]
         for line, row in zip(chosen, [row for row in rows if row.startswith("alpha-")], strict=True)
     )
-    none = sweep("nothing")
+    none = sweep("nothing", python=tmp_path)
     assert none.returncode == 2 and "alpha-0.8" in none.stderr

@@ -486,19 +486,19 @@ def test_another_number_of_classes_is_refused(data, tmp_path):
     refused(tmp_path, network.state_dict(), r"has 7 classes, crops has 10", photographs=None, overrides=data)
 
 
-def test_the_gate_notices_a_change_of_any_single_weight(images):
+@pytest.mark.parametrize("name", ["wrn_deepmind", "resnet_bottleneck"])
+def test_the_gate_notices_a_change_of_any_single_weight(images, name):
     """Any leaf, changed by a little, moves the logits beyond the tolerance."""
     x = images[:8].astype(np.float32) / 255
-    for name in ("wrn_deepmind", "resnet_bottleneck"):
-        arch, model = PAIRS[name]
-        network = twin(name)
-        variables = architectures.to_ours(arch, model, twins.state(network))
-        leaves, structure = jax.tree.flatten(variables)
-        expected, apply = twins.logits(network, x), jax.jit(model.apply)
-        for i, leaf in enumerate(leaves):
-            changed = jax.tree.unflatten(structure, [*leaves[:i], jnp.asarray(leaf) * 1.2 + 0.1, *leaves[i + 1 :]])
-            with pytest.raises(CheckpointError, match="nothing is written"):
-                gate.compare(np.asarray(apply(changed, x)[0]), expected, "8 images", "")
+    arch, model = PAIRS[name]
+    network = twin(name)
+    variables = architectures.to_ours(arch, model, twins.state(network))
+    leaves, structure = jax.tree.flatten(variables)
+    expected, apply = twins.logits(network, x), jax.jit(model.apply)
+    for i, leaf in enumerate(leaves):
+        changed = jax.tree.unflatten(structure, [*leaves[:i], np.asarray(leaf) * 1.2 + 0.1, *leaves[i + 1 :]])
+        with pytest.raises(CheckpointError, match="nothing is written"):
+            gate.compare(np.asarray(apply(changed, x)[0]), expected, "8 images", "")
     with pytest.raises(CheckpointError, match="nothing is written"):
         gate.compare(np.full((1, 2), np.nan), np.zeros((1, 2)), "1 image", "")
 

@@ -1,5 +1,7 @@
 """What every public attack takes and refuses: one table of bad inputs, norms and keys in all their forms."""
 
+from inspect import signature
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,9 +52,9 @@ def stateful(**options):
     return run
 
 
-def randomised(**options):
+def randomised(samples=2, **options):
     """`eot` on a network that ignores its key."""
-    attack = eot(attack=pgd, samples=2, **options)
+    attack = eot(attack=pgd, samples=samples, **options)
     return lambda key, logits_fn, x, y: attack(key, lambda key, x: logits_fn(x), x, y)
 
 
@@ -287,12 +289,26 @@ def test_eps_may_be_a_text_a_number_or_a_0_d_array(name):
         call(name, eps=np.full(4, 0.1))
 
 
-@pytest.mark.parametrize("name", list(ATTACKS))
-def test_counts_are_whole_numbers(name):
-    for option in {"steps", "queries", "samples", "restarts", "targets"} & {*ATTACKS[name][2]}:
-        for value in (2.5, "3", None, True, 0 if option != "targets" else -1):
-            with pytest.raises(InputError, match=f"{option}={value!r} is not allowed; give a whole number"):
-                make(name, **{option: value})
+NUMBERS = ("steps", "queries", "samples", "restarts", "targets")
+COUNTS = [
+    (name, option)
+    for name, (factory, _, given) in ATTACKS.items()
+    for option in NUMBERS
+    if option in {*signature(factory).parameters, *given}
+]
+
+
+@pytest.mark.parametrize("name, option", COUNTS)
+def test_counts_are_whole_numbers(name, option):
+    """Where the attack is made; `eot` asks for its samples where it is called."""
+    for value in (2.5, "3", None, True, 0 if option != "targets" else -1):
+        with pytest.raises(InputError, match=f"{option}={value!r} is not allowed; give a whole number"):
+            call(name, **{option: value})
+
+
+def test_every_count_of_an_attack_is_among_those_that_are_tried():
+    assert {option for _, option in COUNTS} == {*NUMBERS}
+    assert {name for name, _ in COUNTS} == {*ATTACKS} - {"fgsm", "noise"}
 
 
 def test_what_rounding_left_outside_the_box_is_clipped():

@@ -12,8 +12,8 @@ import pytest
 from conftest import change_config, clean_recipe
 from jax.sharding import AxisType
 
-from ibjax import files, main
-from ibjax.attacks import autoattack, checks, geometry
+from ibjax import files, losses, main
+from ibjax.attacks import autoattack, checks
 from ibjax.attacks.pgd import pgd
 from ibjax.data import Split
 from ibjax.devices import cluster
@@ -51,23 +51,36 @@ def test_flags_are_those_of_a_loop_over_single_images():
     flags, x_adv = score(keep=N)
     key = jax.random.fold_in(jax.random.key(3), scoring._EVALUATION)
     attack = pgd(eps=EPS, step_size=STEP, steps=5, unroll=False)
+    logits_of = jax.jit(lambda x: predict(WEIGHTS, x)[0])
+    alone_of = jax.jit(lambda i, x, y: attack(jax.random.fold_in(key, i)[None], logits_of, x, y))
     for i in range(N):
-        x, y = jnp.float32(IMAGES[i : i + 1]) / 255, jnp.asarray(SPLIT.labels[i : i + 1])
-        alone = attack(jax.random.fold_in(key, i)[None], lambda x: predict(WEIGHTS, x)[0], x, y)
+        x, y = IMAGES[i : i + 1] / np.float32(255), np.asarray(SPLIT.labels[i : i + 1])
+        alone = alone_of(i, x, y)
         np.testing.assert_allclose(x_adv[i : i + 1], alone, atol=1e-6)
-        clean, robust = (int(np.argmax(predict(WEIGHTS, images)[0])) == LABELS[i] for images in (x, alone))
+        clean, robust = (int(np.argmax(logits_of(images))) == LABELS[i] for images in (x, alone))
         assert flags.clean[i] == clean and flags.robust[i] == (clean and robust)
-        assert abs(flags.distance[i] - float(geometry.distance(alone, x, "linf")[0])) < 1e-6
-        logits = np.asarray(predict(WEIGHTS, alone)[0], np.float64)[0]
+        assert abs(flags.distance[i] - np.abs(alone - x).max()) < 1e-6
+        logits = np.asarray(logits_of(alone), np.float64)[0]
         loss = np.log(np.exp(logits - logits.max()).sum()) - (logits[LABELS[i]] - logits.max())
         np.testing.assert_allclose(flags.loss[i], loss, rtol=1e-4, atol=1e-6)
     assert 0 < flags.robust.sum() < flags.clean.sum() < N  # the case has all kinds of images
 
 
 def test_an_image_that_is_wrong_as_it_is_never_counts_as_robust():
-    """Also where the attack pushes it over to its label."""
-    flags, x_adv = score(keep=N, eps=0.3)
+    """Also where the attack pushes it over to its label, as one that descends the loss does."""
+
+    def descent(eps, step_size):
+        def run(key, logits_fn, x, y):
+            slope = jax.grad(lambda x: jnp.sum(losses.cross_entropy(logits_fn(x), y)))(x)
+            return jnp.clip(x - eps * jnp.sign(slope), 0, 1)
+
+        return run
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    scorer = scoring.Scorer(predict, descent, mesh, 8, "linf")
+    flags, x_adv = scorer(WEIGHTS, SPLIT, 3, eps=0.3, step_size=STEP, keep=N)
     attacked = np.argmax(predict(WEIGHTS, jnp.asarray(x_adv))[0], 1) == LABELS
+    assert np.any(~flags.clean & attacked)
     assert not np.any(flags.robust & ~flags.clean)
     np.testing.assert_array_equal(flags.robust, flags.clean & attacked)
 

@@ -65,16 +65,17 @@ def test_the_prediction_is_the_mean_of_the_samples_softmaxes():
     """Against the integral over the Gaussian, of which one dimension matters to the two classes."""
     model, variables = gaussian(sigma_bias=4.0, num_classes=2)
     head = variables["params"]["head"]["dense"]
-    head["kernel"], head["bias"] = jnp.zeros((5, 2)).at[2, 0].set(0.4), jnp.zeros(2)
+    head["kernel"], head["bias"] = jnp.zeros((5, 2)).at[2, 0].set(0.4), jnp.array([2.0, 0.0])
     keys = jax.random.split(jax.random.key(1), N)
     log_p, _ = jax.jit(scoring.sampling(model, 4000))(variables, X, keys)
     np.testing.assert_allclose(np.exp(log_p).sum(1), 1, rtol=1e-5)
     features = model.apply(variables, X)[1]
     nodes, weights = np.polynomial.hermite_e.hermegauss(60)
     z = np.asarray(features["mu"])[:, 2, None] + np.asarray(features["sigma"])[:, 2, None] * nodes
-    expected = (weights / (1 + np.exp(-0.4 * z))).sum(1) / weights.sum()
-    assert np.ptp(expected) > 0.02
-    np.testing.assert_allclose(np.exp(log_p)[:, 0], expected, atol=0.03)  # 4 standard errors
+    expected = (weights / (1 + np.exp(-2 - 0.4 * z))).sum(1) / weights.sum()
+    of_mean_logits = 1 / (1 + np.exp(-2 - 0.4 * np.asarray(features["mu"])[:, 2]))
+    assert np.ptp(expected) > 0.005 and np.abs(of_mean_logits - expected).max() > 0.05
+    np.testing.assert_allclose(np.exp(log_p)[:, 0], expected, atol=0.02)  # more than 4 standard errors
     one = jax.jit(scoring.sampling(model, 1))(variables, X, keys)[0]
     assert np.abs(np.exp(one)[:, 0] - expected).max() > 0.1
 

@@ -286,12 +286,14 @@ def test_every_kind_has_entry_points(package):
     groups = (f"[ibjax.{kind}]\nmine = their_pkg.each:mine\n" for kind in calls._CONTRACTS)
     (package / "each-3.0.dist-info/entry_points.txt").write_text("".join(groups))
     extensions._points.cache_clear()
-    for kind in calls._CONTRACTS:
-        source = calls.own_source(kind, "mine")
-        assert (source.module, source.version) == ("their_pkg.each", "each 3.0"), kind
-        assert f"`ibjax.{kind}`" in PAGE.read_text(encoding="utf-8")
-    assert named("mine-7").settings["steps"] == 7
-    extensions._points.cache_clear()
+    try:
+        for kind in calls._CONTRACTS:
+            source = calls.own_source(kind, "mine")
+            assert (source.module, source.version) == ("their_pkg.each", "each 3.0"), kind
+            assert f"`ibjax.{kind}`" in PAGE.read_text(encoding="utf-8")
+        assert named("mine-7").settings["steps"] == 7
+    finally:
+        extensions._points.cache_clear()
 
 
 def test_a_record_names_the_version_and_every_source_file_that_is_imported(package):

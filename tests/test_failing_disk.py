@@ -78,7 +78,7 @@ def library(tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("times", [30, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [12, pytest.param(100, marks=pytest.mark.slow)])
 def test_after_failed_opens_and_reads_nothing_is_moved_and_nothing_restarted(tmp_path, library, times):
     workdir = tmp_path / "run"
     identity = rundir.write_config(workdir, config.base(), FACTS)

@@ -264,12 +264,12 @@ def test_bfloat16_features_are_treated_in_float32():
 
 def test_what_is_not_defined_is_refused():
     k = jnp.ones((1, 1))
-    for call in (
-        lambda: hsic.hsic(k, k),
-        lambda: hsic.knn_width(jnp.ones((1, 3))),
-        lambda: hsic.knn_width(jnp.ones((4, 3)), k=0),
-        lambda: hsic.gaussian_gram(jnp.ones((4, 3)), 0.0),
-        lambda: hsic.label_gram(jnp.zeros(4, jnp.int32), 10, "cubic"),
+    for call, words in (
+        (lambda: hsic.hsic(k, k), "HSIC of 1 sample is not defined"),
+        (lambda: hsic.knn_width(jnp.ones((1, 3))), "knn_width of 1 samples"),
+        (lambda: hsic.knn_width(jnp.ones((4, 3)), k=0), "with k=0"),
+        (lambda: hsic.gaussian_gram(jnp.ones((4, 3)), 0.0), r"sigma=0\.0 is not allowed"),
+        (lambda: hsic.label_gram(jnp.zeros(4, jnp.int32), 10, "cubic"), "label kernel 'cubic' is unknown"),
     ):
-        with pytest.raises(InputError):
+        with pytest.raises(InputError, match=words):
             call()

@@ -19,9 +19,13 @@ def taps(seed, sizes, channels=5, batch=4):
 STUDENT, TEACHER = taps(0, [8, 8, 4, 2]), taps(1, [8, 4, 8])
 
 
-def apply(head, student=STUDENT, teacher=TEACHER, train=False):
-    variables = head.init(jax.random.key(2), student, teacher, train=False)
-    return head.apply(variables, student, teacher, train=train, mutable=["batch_stats"])[0]
+def start(head, student=STUDENT, teacher=TEACHER):
+    return jax.jit(lambda *taps: head.init(jax.random.key(2), *taps, train=False))(student, teacher)
+
+
+def apply(head, student=STUDENT, teacher=TEACHER):
+    variables = start(head, student, teacher)
+    return jax.jit(lambda *given: head.apply(*given, train=False))(variables, student, teacher)
 
 
 def test_attention_rows_sum_to_one_over_students():
@@ -60,20 +64,20 @@ def test_equal_uniform_maps_give_zero_and_a_finite_gradient():
     assert float(apply(AttentionMatching(16), flat, flat)[0]) < 1e-12
     black = {name: jnp.zeros_like(z) for name, z in flat.items()}
     head = AttentionMatching(16)
-    variables = head.init(jax.random.key(0), black, TEACHER, train=False)
-    gradient = jax.grad(lambda s: head.apply(variables, s, TEACHER, train=False)[0])(black)
+    variables = start(head, black)
+    gradient = jax.jit(jax.grad(lambda s: head.apply(variables, s, TEACHER, train=False)[0]))(black)
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(gradient))
 
 
 def test_gradients_flow_through_values_keys_and_attention():
     """The attention is not detached: its own weights get a gradient, and from nothing else."""
     head = AttentionMatching(16)
-    variables = head.init(jax.random.key(2), STUDENT, TEACHER, train=False)
+    variables = start(head)
 
     def loss(params):
         return head.apply({**variables, "params": params}, STUDENT, TEACHER, train=False)[0]
 
-    gradient = jax.grad(loss)(variables["params"])
+    gradient = jax.jit(jax.grad(loss))(variables["params"])
     for name in ("query1", "key1", "bilinear"):
         assert float(jnp.abs(gradient[name]["dense"]["kernel"]).max()) > 0
     assert float(jnp.abs(gradient["position_t"]).max()) > 0
@@ -81,11 +85,11 @@ def test_gradients_flow_through_values_keys_and_attention():
 
 def test_options_change_what_they_name():
     default = AttentionMatching(16)
-    names = set(default.init(jax.random.key(2), STUDENT, TEACHER, train=False)["params"])
-    bare = AttentionMatching(16, positional=False).init(jax.random.key(2), STUDENT, TEACHER, train=False)["params"]
-    assert names - set(bare) == {"position_t", "position_s"}
+    names, bare = (set(start(head)["params"]) for head in (default, AttentionMatching(16, positional=False)))
+    assert names - bare == {"position_t", "position_s"}
+    loss = float(apply(default)[0])
     for option in (dict(query_relu=True), dict(energy="mean")):
-        assert abs(float(apply(AttentionMatching(16, **option))[0] - apply(default)[0])) > 1e-6
+        assert abs(float(apply(AttentionMatching(16, **option))[0]) - loss) > 1e-6
 
 
 @pytest.mark.parametrize("n, k", [(4, 8), (8, 4), (7, 3), (32, 16), (5, 5), (3, 7)])
@@ -163,10 +167,13 @@ MIXED["block2"], MIXED["block3"] = MIXED["block3"], MIXED["block2"]  # layers of
 @pytest.mark.parametrize("options", [dict(), dict(query_relu=True), dict(positional=False)])
 def test_the_attention_is_its_formula(options, train):
     head = AttentionMatching(16, **options)
-    variables = head.init(jax.random.key(2), STUDENT, MIXED, train=False)
-    keys = iter(jax.random.split(jax.random.key(3), 99))
-    variables = jax.tree.map(lambda w: w + 0.3 * jnp.abs(jax.random.normal(next(keys), w.shape)), variables)
-    (_, attention), updated = head.apply(variables, STUDENT, MIXED, train=train, mutable=["batch_stats"])
+    rng = np.random.default_rng(3)
+    variables = jax.tree.map(
+        lambda w: np.float32(w + 0.3 * np.abs(rng.normal(size=w.shape))), start(head, STUDENT, MIXED)
+    )
+    (_, attention), updated = jax.jit(lambda *given: head.apply(*given, train=train, mutable=["batch_stats"]))(
+        variables, STUDENT, MIXED
+    )
     expected = attention_oracle(head, variables, STUDENT, MIXED, train)
     assert expected.max() - expected.min() > 0.1
     np.testing.assert_allclose(attention, expected, rtol=2e-4, atol=1e-5)
@@ -183,18 +190,20 @@ def test_the_whole_loss_is_its_formula(teacher_features):
     objective = ibd(alpha=0.7, beta=30.0, teacher_features=teacher_features, qk_dim=16)
     x, key = BATCH["image"], jax.random.key(0)
     of_x, of_x_adv = NET.teacher(x), NET.teacher(X_ADV)
-    head = objective.head.init(key, of_x[1], of_x[1], train=False)
+    head = start(objective.head, of_x[1], of_x[1])
     variables = {**VARIABLES, "head": head}
     (clean, _), after = NET.forward(variables, x, key)
     (adv, features), after = NET.forward(after, X_ADV, key)
     taught = (of_x if teacher_features == "nat" else of_x_adv)[1]
-    (feature, _), moved = objective.head.apply(head, features, taught, train=True, mutable=["batch_stats"])
+    (feature, _), moved = jax.jit(lambda *given: objective.head.apply(*given, train=True, mutable=["batch_stats"]))(
+        head, features, taught
+    )
 
     def kl(logits):
         p, q = (np.asarray(jax.nn.softmax(z), np.float64) for z in (of_x[0], logits))
         return (p * np.log(p / q)).sum(-1).mean()
 
-    loss, (got, metrics) = objective.loss(NET, variables, BATCH, X_ADV, key)
+    loss, (got, metrics) = jax.jit(lambda variables: objective.loss(NET, variables, BATCH, X_ADV, key))(variables)
     assert float(feature) > 1e-4
     np.testing.assert_allclose(loss, 0.3 * kl(clean) + 0.7 * kl(adv) + 30 * float(feature), rtol=1e-5)
     np.testing.assert_allclose([metrics["natural"], metrics["robust"]], [kl(clean), kl(adv)], rtol=1e-4)

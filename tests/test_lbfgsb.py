@@ -1,5 +1,7 @@
 """L-BFGS-B against SciPy's, on problems whose minimum lies on the box's faces."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,16 +40,22 @@ PROBLEMS = {  # function, start, lower, upper
 
 def ours(problem, dtype, steps):
     fun, x, lower, upper = problem
-    x, lower, upper = (jnp.asarray(a, dtype) for a in (x, lower, upper))
-    return jax.jit(lambda x, steps: lbfgsb.minimize(fun, x, lower, upper, steps=steps))(x, steps)
+    return program(fun)(*(np.asarray(a, dtype) for a in (x, lower, upper)), steps)
+
+
+@functools.cache
+def program(fun):
+    return jax.jit(lambda x, lower, upper, steps: lbfgsb.minimize(fun, x, lower, upper, steps=steps))
+
+
+value_and_gradient = functools.cache(lambda fun: jax.jit(jax.value_and_grad(fun)))
 
 
 def scipys(problem, dtype, steps):
     fun, x, lower, upper = problem
-    value_and_gradient = jax.jit(jax.value_and_grad(fun))
 
     def both(x):
-        value, gradient = value_and_gradient(jnp.asarray(x, dtype))
+        value, gradient = value_and_gradient(fun)(np.asarray(x, dtype))
         return float(value), np.asarray(gradient, np.float64)
 
     options = dict(maxiter=steps, maxcor=10, ftol=0, gtol=0)

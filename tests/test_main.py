@@ -295,11 +295,12 @@ def test_a_typo_in_the_last_recipe_stops_before_the_first_is_trained(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_finished_command_does_nothing_again(digits_run):
+def test_a_finished_command_does_nothing_again(digits_run, tmp_path):
     """Checkpoints and records are reused: neither the teacher nor an attack runs twice."""
-    files = [*digits_run.rglob("checkpoints/*/*"), *digits_run.rglob("eval/best/*.json")]
+    workdir = Path(shutil.copytree(digits_run, tmp_path / "run", ignore=shutil.ignore_patterns(".lock")))
+    files = [*workdir.rglob("checkpoints/*/*"), *workdir.rglob("eval/best/*.json")]
     before = {file: file.stat().st_mtime_ns for file in files}
-    records = main.execute(smoke_config("digits"), digits_run, "train")
+    records = main.execute(smoke_config("digits"), workdir, "train")
     assert len(records) == 9
     assert before == {file: file.stat().st_mtime_ns for file in before}
 

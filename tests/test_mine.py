@@ -23,13 +23,16 @@ def pairs(key, rho, batch=B, dimension=K):
     return {"latent": z}, {"latent": rho * z + (1 - rho**2) ** 0.5 * noise}
 
 
+@partial(jax.jit, static_argnums=0, static_argnames="train")
 def apply(module, variables, features, other, key=0, train=True):
     """(estimate, the state after it)."""
-    rngs = {"permutation": jax.random.key(key) if isinstance(key, int) else key}
+    seed = not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key)
+    rngs = {"permutation": jax.random.key(key) if seed else key}
     value, updated = module.apply(variables, features, other, train=train, rngs=rngs, mutable=["batch_stats"])
     return value, {**variables, **updated}
 
 
+@partial(jax.jit, static_argnums=0)
 def start(module, features):
     return module.init(jax.random.key(1), features, None, train=False)
 

@@ -131,8 +131,7 @@ def test_parameter_counts_are_the_published_ones(model, shape, count):
     ],
 )
 def test_every_block_is_a_tap_of_the_right_size(model, blocks, sizes):
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros(CIFAR))
-    logits, features = jax.jit(model.apply)(variables, jnp.ones(CIFAR) / 3)
+    (logits, features), _ = jax.jit(model.init_with_output)(jax.random.key(0), jnp.ones(CIFAR) / 3)
     assert logits.shape == (2, 10) and logits.dtype == jnp.float32
     assert [features[f"block{i}"].shape[1] for i in range(1, blocks + 1)] == sizes
     assert {"stem", "stage1", "stage2", "stage3", "pre_logits"} <= set(features)
@@ -143,8 +142,8 @@ def test_every_block_is_a_tap_of_the_right_size(model, blocks, sizes):
 
 def test_pre_activation_taps_are_the_normalised_block_outputs():
     model = preact_resnet.Model(10, depth=10, width=4)
-    variables = jax.jit(model.init)(jax.random.key(1), jnp.zeros(CIFAR))
-    _, features = jax.jit(model.apply)(variables, jax.random.uniform(jax.random.key(2), CIFAR))
+    images = jax.random.uniform(jax.random.key(2), CIFAR)
+    (_, features), _ = jax.jit(model.init_with_output)(jax.random.key(1), images)
     expected = jax.nn.relu(features["block1"] / np.sqrt(1 + 1e-5))  # running statistics 0 and 1, scale 1
     np.testing.assert_allclose(features["block1_relu"], expected, rtol=1e-5)
 
@@ -258,10 +257,9 @@ def test_training_mode_moves_every_running_statistic_and_nothing_else(name, buil
     (logits, features), updated = train(jax.random.key(1))
     assert logits.shape == (2, 10) and jnp.isfinite(logits).all()
     assert set(features) == set(evaluated)
-    moved = jax.tree.map(
-        lambda a, b: bool((a != b).any()), updated.get("batch_stats", {}), variables.get("batch_stats", {})
-    )
-    assert all(jax.tree.leaves(moved))
+    assert set(updated) == {"batch_stats"} & set(variables)
+    before, after = (jax.tree.leaves(each.get("batch_stats", {})) for each in (variables, updated))
+    assert all((a != b).any() for a, b in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize("name", SMALL)

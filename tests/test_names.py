@@ -111,13 +111,27 @@ def test_wrong_options_are_refused_in_one_line(name, words):
 
 
 @pytest.mark.parametrize(
-    "name", ["pgd-3(loss=cee)", "pgd-3(init=unifrom)", "pgd-3(restarts=0)", "pgd-3(step_size=0)", "pgd-3(step_size=9)",
-             "cw-l2-3(c=-1)", "spsa-3(samples=0)", "square(queries=0)", "apgd-ce(restarts=0)",
-             "pgd-t-3(towards=given)", "pgd-t-3(towards=nearest)", "deepfool-3(overshoot=-1)",
-             "sparse-rs", "ib_rar-3(group=1)"]
-)  # fmt: skip
-def test_values_out_of_range_are_refused_before_anything_runs(name):
-    with pytest.raises(InputError):
+    "name, allowed, words",
+    [
+        ("pgd-3(loss=cee)", "pgd-3(loss=ce)", "loss 'cee' is unknown"),
+        ("pgd-3(init=unifrom)", "pgd-3(init=uniform)", "init 'unifrom' is unknown"),
+        ("pgd-3(restarts=0)", "pgd-3(restarts=1)", "restarts=0 is not allowed"),
+        ("pgd-3(step_size=0)", "pgd-3(step_size=1/255)", "step_size=0 is not allowed"),
+        ("pgd-3(step_size=9)", "pgd-3(step_size=0.9)", "step_size=9 is outside"),
+        ("cw-l2-3(c=-1)", "cw-l2-3(c=0)", "c=-1 is not allowed"),
+        ("spsa-3(samples=0)", "spsa-3(samples=1)", "samples=0 is not allowed"),
+        ("square(queries=0)", "square(queries=1)", "queries=0 is not allowed"),
+        ("apgd-ce(restarts=0)", "apgd-ce(restarts=1)", "restarts=0 is not allowed"),
+        ("pgd-t-3(towards=given)", "pgd-t-3(towards=3)", "towards=given is for calls in Python"),
+        ("pgd-t-3(towards=nearest)", "pgd-t-3(towards=next)", "towards='nearest' is unknown"),
+        ("deepfool-3(overshoot=-1)", "deepfool-3(overshoot=0)", "overshoot=-1 is not allowed"),
+        ("sparse-rs", "square", "norm 'linf' is unknown here; allowed: l0"),
+        ("ib_rar-3(group=1)", "ib_rar-3(group=2)", "group=1 is not allowed"),
+    ],
+)
+def test_values_out_of_range_are_refused_before_anything_runs(name, allowed, words):
+    check(allowed, "linf", "8/255", "2/255")
+    with pytest.raises(InputError, match=words):
         check(name, "linf", "8/255", "2/255")
 
 

@@ -125,7 +125,7 @@ def test_swin_has_timms_logits_also_of_files_with_older_names(tmp_path):
 def test_attacks_run_unchanged(model):
     x, y = jax.random.uniform(jax.random.key(0), (4, 8, 8, 3)), jnp.arange(4)
     variables = jax.jit(model.init)(jax.random.key(1), x)
-    attack = pgd.pgd(loss="ce", norm="linf", eps=8 / 255, step_size=2 / 255, steps=3)
+    attack = pgd.pgd(loss="ce", norm="linf", eps=8 / 255, step_size=2 / 255, steps=3, unroll=False)
     logits_fn = lambda x: model.apply(variables, x)[0]  # noqa: E731
     x_adv = jax.jit(lambda key: attack(key, logits_fn, x, y))(jax.random.key(2))
     assert jnp.abs(x_adv - x).max() <= 8 / 255 + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1

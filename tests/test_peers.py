@@ -44,7 +44,11 @@ def start(body, count=2):
 
 
 def finish(processes, timeout=90):
-    return [(process.communicate(timeout=timeout)[0], process.returncode) for process in processes]
+    try:
+        return [(process.communicate(timeout=timeout)[0], process.returncode) for process in processes]
+    finally:
+        for process in processes:  # one of them may hang
+            process.kill()
 
 
 def test_one_process_has_nobody_to_ask(monkeypatch):

@@ -30,9 +30,9 @@ masked = lambda x: linear(jnp.round(x * 64) / 64)  # noqa: E731
 Y = ((np.round(X * 64) / 64).reshape(N, -1) - 0.5).dot(WEIGHTS).argmax(1)
 
 
-def attack(network, **options):
+def attack(network, key=0, x=X, eps=EPS, **options):
     options = dict(attacks=FEW, batch_size=8) | options
-    return autoattack.autoattack(jax.random.key(0), network, X, Y, "linf", EPS, **options)
+    return autoattack.autoattack(jax.random.key(key), network, x, Y, "linf", eps, **options)
 
 
 def test_a_state_does_not_outlive_the_gradient(tmp_path):
@@ -56,6 +56,12 @@ def test_all_that_a_result_depends_on_is_compared(tmp_path, monkeypatch):
     file = tmp_path / "state.npz"
     attack(linear, state=file)
     attack(lambda x: linear(x) * np.float32(1 + 1e-5), state=file)  # to rounding the same network
+    with pytest.raises(InputError, match=r"its key differ\)"):
+        attack(linear, state=file, key=1)
+    with pytest.raises(InputError, match=r"its images differ\)"):  # by a grey level of one pixel
+        attack(linear, state=file, x=X + np.float32(1 / 255) * (np.arange(X.size).reshape(X.shape) == 7))
+    with pytest.raises(InputError, match=r"its attacks, eps differ\)"):
+        attack(linear, state=file, eps=0.06, attacks={"apgd-ce": iterative_apgd("ce", "linf", 0.06, 5)})
     with pytest.raises(InputError, match=r"its batch_size differ\)"):
         attack(linear, state=file, batch_size=16)
     with pytest.raises(InputError, match=r"its dtype differ\)"):

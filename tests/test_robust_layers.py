@@ -56,7 +56,7 @@ def test_a_mask_of_what_is_not_there_is_refused():
     section = dict(name="resnet", depth=10, width=4)
     for tap, channels, words in (("stage9", (1,), "'stage9' is no feature"), ("stage1", (4,), "has 4 channels")):
         with pytest.raises(InputError, match=words):
-            masked.Model(5, section, tap, channels).init(jax.random.key(0), X)
+            jax.eval_shape(masked.Model(5, section, tap, channels).init, jax.random.key(0), X)
 
 
 @pytest.fixture

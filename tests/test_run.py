@@ -62,9 +62,9 @@ FIRST = (
 )  # fmt: skip
 
 
-def test_a_run_of_an_earlier_version_continues_and_is_evaluated(trained):
+def test_a_run_of_an_earlier_version_continues_and_is_evaluated(trained, tmp_path):
     """Its config.json neither names classes nor has the options that came later, of whichever section."""
-    settings, workdir = trained
+    settings, workdir = trained[0], shutil.copytree(trained[1], tmp_path / "run")
     file = workdir / "config.json"
     content = json.loads(file.read_text())
     old = {name: value for name, value in content["data"].items() if name not in ("classes", "warnings")}

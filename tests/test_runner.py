@@ -30,13 +30,13 @@ def curved(x):
     return z + jnp.sin(3 * z[:, ::-1])
 
 
-def run(plan, todo=None, eps=EPS):
+def run(plan, todo=None, eps=EPS, others=OTHERS):
     """(runner, flags (N,) after each attack, images) of a plan {name: attack}."""
     made = Runner(KEY, curved, X, Y, norm="linf", eps=eps, batch_size=64)
     broken, x_adv, after = np.zeros(N, bool), X.copy(), {}
     for name, attack in plan.items():
         left = np.nonzero(~broken)[0] if todo is None else todo
-        for _ in made.run(name, attack, left, OTHERS, broken, x_adv):
+        for _ in made.run(name, attack, left, others, broken, x_adv):
             pass
         after[name] = ~broken
     return made, after, x_adv
@@ -137,9 +137,9 @@ def test_what_is_compiled_ahead_in_threads_has_the_same_flags_and_images(on_an_a
     for ahead in (False, True):
         on_an_accelerator(ahead=ahead, products="rounded")
         threads.clear()
-        found[ahead] = attack()
+        found[ahead] = attack(attacks={name: few()[name] for name in ("apgd-ce", "square")})
         assert all(name.startswith("compile") == ahead for name in threads)
-        assert len(threads) == 2 + 3 * 3 + 1  # clean and judged logits, three parts of three attacks, Square's `done`
+        assert len(threads) == 2 + 3 * 2 + 1  # clean and judged logits, three parts of two attacks, Square's `done`
     np.testing.assert_array_equal(found[False].x_adv, found[True].x_adv)
     for name, flags in found[False].robust_after.items():
         np.testing.assert_array_equal(found[True].robust_after[name], flags)
@@ -182,6 +182,17 @@ def test_an_interrupted_evaluation_does_not_wait_for_the_compiler(on_an_accelera
         assert not released.is_set()
     finally:
         released.set()
+
+
+def test_further_targets_change_no_image_that_the_first_one_breaks():
+    """APGD towards one class, and towards three in turn, the least likely first."""
+    (_, first, once), (_, broken, x_adv) = (
+        run({"apgd-t": iterative_apgd("dlr_targeted", "linf", EPS, 3, targets=targets)}, others=OTHERS[:, ::-1])
+        for targets in (1, 3)
+    )
+    first, broken = ~first["apgd-t"], ~broken["apgd-t"]
+    assert 0 < first.sum() < broken.sum() and np.all(broken[first])
+    np.testing.assert_allclose(x_adv[first], once[first], atol=1e-5)
 
 
 def test_a_name_draws_for_itself_although_it_shares_its_program():

@@ -1,10 +1,14 @@
 """Singular values of x in x': the swap against its definition, the record by hand, and the command."""
 
+import shutil
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from conftest import in_programs
 from PIL import Image
 
 from ibjax import files
@@ -94,15 +98,21 @@ def test_batches_change_nothing():
 
 
 @pytest.fixture
-def varied(digits_run, monkeypatch):
+def workdir(digits_run, tmp_path):
+    """A copy of it, which records are written into."""
+    return Path(shutil.copytree(digits_run, tmp_path / "run", ignore=shutil.ignore_patterns(".lock")))
+
+
+@pytest.fixture
+def varied(workdir, monkeypatch):
     """(run, split) of a network whose predictions differ; it is right on all images but two."""
-    trained, rng = run.load(digits_run), np.random.default_rng(0)
+    trained, rng = run.load(workdir), np.random.default_rng(0)
     params = jax.tree.map(
         lambda w: np.asarray(w) + rng.standard_normal(w.shape, np.float32), trained.variables["params"]
     )
     trained = trained._replace(variables={**trained.variables, "params": params})
     images = run.test_split(trained).images
-    predict = linen_net(run.in_float32(trained.model)).predict
+    predict = in_programs(linen_net(run.in_float32(trained.model))).predict
     labels = np.array(predict(trained.variables, to_float(jnp.asarray(images)))[0].argmax(1), np.int32)
     labels[:2] = (labels[:2] + 1) % 10
     split = Split(images, labels)
@@ -111,16 +121,16 @@ def varied(digits_run, monkeypatch):
     return trained, split
 
 
-def test_each_row_is_what_it_says(varied, digits_run, monkeypatch):
+def test_each_row_is_what_it_says(varied, workdir, monkeypatch):
     (trained, split), drawn = varied, {}
     monkeypatch.setattr(singular, "draw", lambda examples, *_: drawn.update(examples))
-    record = singular.evaluate(digits_run, attacks=("pgd-2",), picture=digits_run / "unused.png")
+    record = singular.evaluate(workdir, attacks=("pgd-2",), picture=workdir / "unused.png")
 
     x, y = to_float(jnp.asarray(split.images)), split.labels
     keys = jax.vmap(jax.random.fold_in, (None, 0))(
         jax.random.fold_in(jax.random.key(trained.config.seed), scoring._EVALUATION), jnp.arange(len(y))
     )
-    predict = linen_net(run.in_float32(trained.model)).predict
+    predict = in_programs(linen_net(run.in_float32(trained.model))).predict
     attack = pgd(eps=record["eps"], step_size=record["step_size"], steps=2)
     x_adv = np.asarray(jax.jit(lambda: attack(keys, lambda x: predict(trained.variables, x)[0], x, y))())
 
@@ -148,16 +158,16 @@ def test_each_row_is_what_it_says(varied, digits_run, monkeypatch):
     np.testing.assert_array_equal(example.predicted_swapped, taken_for(seen["swapped"])[errors])
 
 
-def test_it_is_run_from_the_command_line(digits_run, tmp_path, monkeypatch, capsys):
+def test_it_is_run_from_the_command_line(workdir, tmp_path, monkeypatch, capsys):
     picture = tmp_path / "new" / "figure.png"
-    argv = ["singular", f"--workdir={digits_run}", "--attacks=fgsm,pgd-2", "--n=11", f"--picture={picture}"]
+    argv = ["singular", f"--workdir={workdir}", "--attacks=fgsm,pgd-2", "--n=11", f"--picture={picture}"]
     monkeypatch.setattr("sys.argv", argv)
     monkeypatch.setattr(cluster, "initialize", lambda: None)  # it must come before all of JAX
     with pytest.raises(SystemExit, match="0"):
         singular.main()
-    record = files.read_json(digits_run / "singular" / "best.json")
+    record = files.read_json(workdir / "singular" / "best.json")
     assert record["n"] == 11 and list(record["acc"]) == ["image", *singular.SEEN]
-    for known in evaluate.evaluate(digits_run, attacks=("fgsm", "pgd-2"), n=11):
+    for known in evaluate.evaluate(workdir, attacks=("fgsm", "pgd-2"), n=11):
         if known["main"]:
             assert record["acc"]["image"][known["attack"]] == known["robust_acc"]
             assert record["acc"]["image"]["clean"] == known["clean_acc"]
@@ -189,8 +199,8 @@ def test_an_attack_that_changes_nothing_has_no_shares():
     "flag, words",
     [("--picture=figure.gif", "ends in .png, .pdf, .svg"), ("--attacks=pgd", "'pgd' is unknown"), ("--n=0", "n=0")],
 )
-def test_bad_input_is_one_line(flag, words, digits_run, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["singular", f"--workdir={digits_run}", flag])
+def test_bad_input_is_one_line(flag, words, workdir, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["singular", f"--workdir={workdir}", flag])
     monkeypatch.setattr(cluster, "initialize", lambda: None)
     with pytest.raises(SystemExit, match="2"):
         singular.main()

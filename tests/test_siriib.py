@@ -122,12 +122,17 @@ def test_without_a_gradient_to_the_clean_features_descent_enlarges_their_differe
 @pytest.mark.parametrize("base", ["pgd_at", "trades"])
 def test_the_loss_is_its_formula(base):
     original = {"pgd_at": pgd_at(), "trades": trades(beta=6.0)}[base]
-    plain, _ = loss_of(original, KEY_OF_BASE)
-    (_, adv), _ = NET.forward(initial(), X_ADV, KEY)
-    (_, clean), _ = NET.forward(initial(), IMAGES, KEY)
+    objective = method.siriib(base=base, lam=3.0, lam_tau=0.5)
+
+    @jax.jit
+    def found(variables):
+        (adv, clean), _ = zip(*(NET.forward(variables, x, KEY) for x in (X_ADV, IMAGES)), strict=True)
+        plain = original.loss(NET, variables, BATCH, X_ADV, KEY_OF_BASE)[0]
+        return plain, adv[1], clean[1], objective.loss(NET, variables, BATCH, X_ADV, KEY)
+
+    plain, adv, clean, (loss, (_, metrics)) = found(initial())
     svd = svd_oracle(adv["x_avg"], IMAGES, numpy_distance("mse"))
     info = sum(np.mean(np.square(np.asarray(adv[k], np.float64) - clean[k])) for k in ("info1", "info2"))
-    loss, (_, metrics) = loss_of(method.siriib(base=base, lam=3.0, lam_tau=0.5), KEY)
     np.testing.assert_allclose([metrics["svd"], metrics["info"]], [svd, info], rtol=1e-3)
     np.testing.assert_allclose(loss, plain + 3.0 * (svd + info) + 0.5 * adv["orthogonality"], rtol=1e-4)
 

@@ -44,7 +44,7 @@ def test_parameters_are_those_of_the_structure_that_the_printed_tables_settle(mo
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("backbone, most", [(RESNET, 5), (WRN, 4)])
 def test_each_connection_has_the_shape_of_the_feature_it_is_added_to(backbone, most, size):
-    for connections in range(most + 1):
+    for connections in (0, 1, most):
         _, shapes = sizes(siriib.Model(10, backbone, connections=connections), size)
         assert shapes["x_avg"] == (1, size, size, 3) and shapes["orthogonality"] == ()
         infos = [name for name in shapes if name.startswith("info")]
@@ -186,9 +186,14 @@ def test_the_sigmoid_comes_before_the_interpolation(tiny):
     maps, swapped = [], []
     for i, s in enumerate((16, 8), 1):
         inside = {kind: tree[f"sr{i}"] for kind, tree in parts.items()}
-        y, _ = module.apply(inside, layers.resize(X, (s, s)), train=False)
-        maps.append(layers.resize(jax.nn.sigmoid(y), (16, 16)))
-        swapped.append(jax.nn.sigmoid(layers.resize(y, (16, 16))))
+
+        @jax.jit
+        def both(inside, s=s):
+            y, _ = module.apply(inside, layers.resize(X, (s, s)), train=False)
+            return layers.resize(jax.nn.sigmoid(y), (16, 16)), jax.nn.sigmoid(layers.resize(y, (16, 16)))
+
+        for images, kept in zip(both(inside), (maps, swapped), strict=True):
+            kept.append(images)
     found = apply(variables, X)[1]["x_avg"]
     np.testing.assert_allclose(found, sum(maps) / 2, atol=1e-6)
     assert jnp.abs(found - sum(swapped) / 2).max() > 1e-5

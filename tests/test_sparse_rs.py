@@ -31,7 +31,7 @@ def stepped(eps, queries=40):
     """The states of a run, from the start on."""
     attack = iterative_sparse_rs("l0", eps, queries)
     step = jax.jit(lambda i, x, y, state: attack.step(i, linear, x, y, None, state))
-    states = [attack.init(KEYS, 0, X, Y)]
+    states = [jax.jit(lambda x, y: attack.init(KEYS, 0, x, y))(X, Y)]
     for i in range(queries):
         states.append(step(i, X, Y, states[-1]))
     return states

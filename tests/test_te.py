@@ -116,7 +116,15 @@ def test_what_is_remembered_is_of_the_unperturbed_weights():
         np.testing.assert_allclose(t, P(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [dict(base="mart"), dict(weight=-1.0), dict(momentum=1.0), dict(start=5, end=5)])
-def test_impossible_values_are_refused(options):
-    with pytest.raises(InputError):
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(base="mart"), "base='mart' is unknown"),
+        (dict(weight=-1.0), "weight=-1 is not allowed"),
+        (dict(momentum=1.0), "momentum=1 is not allowed"),
+        (dict(start=5, end=5), "end=5 is not allowed; give a number of at least 6"),
+    ],
+)
+def test_impossible_values_are_refused(options, words):
+    with pytest.raises(InputError, match=words):
         te(**options)

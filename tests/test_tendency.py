@@ -1,12 +1,15 @@
 """Which class an attack makes of each: the counts by hand, and the command."""
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import in_programs
 
 from ibjax.analysis import commands, tendency
 from ibjax.attacks.pgd import pgd
@@ -15,6 +18,12 @@ from ibjax.errors import InputError
 from ibjax.evaluation import evaluate, scoring
 from ibjax.net import linen_net, to_float
 from ibjax.runs import run
+
+
+@pytest.fixture
+def workdir(digits_run, tmp_path):
+    """A copy of it, which records are written into."""
+    return Path(shutil.copytree(digits_run, tmp_path / "run", ignore=shutil.ignore_patterns(".lock")))
 
 
 def test_counts_and_order():
@@ -26,22 +35,22 @@ def test_counts_and_order():
     assert tendency.ranked(np.ones((3, 3), int), 4) == [[1, 2], [0, 2], [0, 1]]
 
 
-def test_the_record_counts_the_attacked_images(digits_run, monkeypatch):
+def test_the_record_counts_the_attacked_images(workdir, monkeypatch):
     """Of a network whose predictions differ, and differ under attack; the attack by hand."""
-    trained, rng = run.load(digits_run), np.random.default_rng(0)
+    trained, rng = run.load(workdir), np.random.default_rng(0)
     params = jax.tree.map(
         lambda w: np.asarray(w) + rng.standard_normal(w.shape, np.float32), trained.variables["params"]
     )
     trained = trained._replace(variables={**trained.variables, "params": params})
     monkeypatch.setattr(run, "load", lambda *_: trained)
-    record = tendency.evaluate(digits_run, attack="pgd-2")
+    record = tendency.evaluate(workdir, attack="pgd-2")
 
     split = run.test_split(trained)
     x, y = to_float(jnp.asarray(split.images)), split.labels
     keys = jax.vmap(jax.random.fold_in, (None, 0))(
         jax.random.fold_in(jax.random.key(trained.config.seed), scoring._EVALUATION), jnp.arange(len(y))
     )
-    predict = linen_net(run.in_float32(trained.model)).predict
+    predict = in_programs(linen_net(run.in_float32(trained.model))).predict
     attack = pgd(eps=record["eps"], step_size=record["step_size"], steps=2)
     x_adv = jax.jit(lambda: attack(keys, lambda x: predict(trained.variables, x)[0], x, y))()
     before, after = (np.asarray(predict(trained.variables, seen)[0]).argmax(1) for seen in (x, x_adv))
@@ -49,20 +58,20 @@ def test_the_record_counts_the_attacked_images(digits_run, monkeypatch):
     np.testing.assert_array_equal(record["counts"], tendency.counts(y, after, 10))
 
 
-def test_it_is_run_from_the_command_line(digits_run, capsys, monkeypatch):
-    argv = ["tendency", f"--workdir={digits_run}", "--attack=pgd-2", "--names=a,b,c,d,e,f,g,h,i,j"]
+def test_it_is_run_from_the_command_line(workdir, capsys, monkeypatch):
+    argv = ["tendency", f"--workdir={workdir}", "--attack=pgd-2", "--names=a,b,c,d,e,f,g,h,i,j"]
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setattr(cluster, "initialize", lambda: None)  # it must come before all of JAX
     with pytest.raises(SystemExit, match="0"):
         tendency.main()
     printed = capsys.readouterr()
-    assert f"written: {digits_run / 'tendency/best.pgd-2.json'}" in printed.err
+    assert f"written: {workdir / 'tendency/best.pgd-2.json'}" in printed.err
     shown = printed.out.splitlines()
-    record = json.loads((digits_run / "tendency/best.pgd-2.json").read_text())
-    table, split = np.array(record["counts"]), run.test_split(run.load(digits_run))
+    record = json.loads((workdir / "tendency/best.pgd-2.json").read_text())
+    table, split = np.array(record["counts"]), run.test_split(run.load(workdir))
     np.testing.assert_array_equal(table.sum(1), np.bincount(split.labels, minlength=10))
-    right = np.asarray(run.load(digits_run).logits_fn(to_float(jnp.asarray(split.images)))).argmax(1) == split.labels
-    judged = evaluate.evaluate(digits_run, attacks=("pgd-2",))[0]["robust_acc"] * 0.16  # images
+    right = np.asarray(run.load(workdir).logits_fn(to_float(jnp.asarray(split.images)))).argmax(1) == split.labels
+    judged = evaluate.evaluate(workdir, attacks=("pgd-2",))[0]["robust_acc"] * 0.16  # images
     assert table.trace() >= judged - 0.01 >= table.trace() - (~right).sum() - 0.02
     row = next(line for line in shown if line.startswith("| a |"))
     first = tendency.ranked(table, 4)[0]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import once
+from conftest import in_programs, once
 from flax import linen, nnx
 
 from ibjax import losses, wrap
@@ -340,14 +340,14 @@ def trained(module):
     objective, optimizer = trades(beta=2.0), optax.sgd(0.05)
     attack = pgd(loss="kl", eps=0.1, step_size=0.05, steps=1, init="gaussian", unroll=False)
     net = linen_net(module)
-    state = init_state(jax.random.key(1), net, module, None, optimizer, jnp.asarray(X), ema=False)
+    state = jax.jit(lambda: init_state(jax.random.key(1), net, module, None, optimizer, jnp.asarray(X), ema=False))()
     step = jax.jit(make_train_step(Problem(lambda frozen: net, objective, attack), optimizer))
     batch = {"image": jnp.asarray(X), "label": jnp.asarray(Y()), "index": jnp.arange(N)}
     first = copy.copy(state)
     for _ in range(2):
         state, metrics = step(state, batch, jax.random.key(2))
     assert np.isfinite(float(metrics["loss"]))
-    return first, state, net
+    return first, state, in_programs(net)
 
 
 CONSTRUCTORS = {

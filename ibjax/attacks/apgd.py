@@ -28,7 +28,7 @@ This file follows the authors' code where it differs from the paper:
 - the attack returns the latest misclassified iterate, not the one of largest loss;
 - after a return to x_best the momentum term is x_best − x_{t−1}.
 
-Guarantees (tests of the same names): x_adv lies in the eps-ball and in [0, 1]; an image that is
+Guarantees (tested in `tests/test_apgd.py`): x_adv lies in the eps-ball and in [0, 1]; an image that is
 misclassified without attack, or that the attack does not break, is returned unchanged; each image's result is
 independent of the others in its batch.
 """

@@ -3,7 +3,7 @@
 All communication uses the key-value store of `jax.distributed`, which process 0 serves; no device is involved. With a
 single process every function returns at once.
 
-Guarantees (tests of the same names): processes that see different things end, each naming the difference; a process
+Guarantees (all tested): processes that see different things end, each naming the difference; a process
 that waits logs which one it waits for; what one process cannot read ends all with its one line; a process that dies, is
 stopped or ends with an error is named by the others, which end too. If a repetition would end in the same error, they
 take its exit code, so that a script that sees theirs first does not start the run again; while they still compare what

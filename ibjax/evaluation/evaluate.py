@@ -5,7 +5,7 @@ only, and continues where it was interrupted. A stochastic network is evaluated 
 `samples`, its prediction is the mean of that many sampled softmaxes, and every attack differentiates through this mean
 (`scoring.sampling`).
 
-Guarantee (test of the same name): a record that is there is not computed again.
+Guarantee (tested in `tests/test_evaluate.py`): a record that is there is not computed again.
 """
 
 import base64

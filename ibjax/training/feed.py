@@ -3,7 +3,7 @@
 Generated images (`ibjax.data.extra`) follow the original ones in the same array, or are read from their file while the
 original ones stay in device memory.
 
-Guarantees (tests of the same names): the data order is a function of (seed, epoch, step); nothing is transferred from
+Guarantees (all tested): the data order is a function of (seed, epoch, step); nothing is transferred from
 the host inside an epoch, where the data lie in device memory; the step compiles once.
 """
 

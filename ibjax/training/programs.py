@@ -3,7 +3,7 @@
 The check of a configuration traces them on shapes. The training finds them traced, since it calls the same functions
 with arrays of these shapes and shardings.
 
-Guarantee (test of the same name): what a check has traced is not traced again. It is used only for the configuration,
+Guarantee (tested): what a check has traced is not traced again. It is used only for the configuration,
 data and networks that it was traced for.
 """
 
