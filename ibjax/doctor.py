@@ -134,8 +134,8 @@ def _has_tpu():
 
 def _is_tpu(vendor):
     kind = vendor.with_name("class")
-    network = kind.is_file() and kind.read_text().startswith(NETWORK)
-    return vendor.read_text().strip() == GOOGLE and not network
+    network = kind.is_file() and kind.read_text(encoding="utf-8").startswith(NETWORK)
+    return vendor.read_text(encoding="utf-8").strip() == GOOGLE and not network
 
 
 def _mend_of_platform(wanted):

@@ -300,10 +300,10 @@ COUNTS = [
 
 @pytest.mark.parametrize("name, option", COUNTS)
 def test_counts_are_whole_numbers(name, option):
-    """Where the attack is made; `eot` asks for its samples where it is called."""
+    """Where the attack is made."""
     for value in (2.5, "3", None, True, 0 if option != "targets" else -1):
         with pytest.raises(InputError, match=f"{option}={value!r} is not allowed; give a whole number"):
-            call(name, **{option: value})
+            make(name, **{option: value})
 
 
 def test_every_count_of_an_attack_is_among_those_that_are_tried():

@@ -213,7 +213,7 @@ def test_the_teacher_of_a_recipe_is_trained_first(digits_run, tmp_path, monkeypa
     """In DIR/teacher, as `ibjax.main` would; and not before all else is known to be right."""
     trained = []
 
-    def copied(experiment, workdir):
+    def copied(experiment, workdir, checked):
         trained.append((experiment.config.title, workdir))
         shutil.copytree(digits_run / "teacher", workdir, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
 

@@ -197,6 +197,6 @@ def test_a_report_says_at_which_precision_its_numbers_were_made():
     earlier, later = {"precision": "None", "n": 10}, {"precision": "high", "judged_in": "highest", "n": 300}
     records = [earlier, {**later, "changed_by_judgement": 2}, {**later, "changed_by_judgement": 0}]
     assert provenance._precision(records) == (
-        "attacks at default, flags judged at default; attacks at high, flags judged at highest; 2 of 600 flags are "
-        "others than while attacking"
+        "attacks at default, flags judged at default; attacks at high, flags judged at highest; 2 of 600 flags were "
+        "changed by this judgement"
     )

@@ -43,6 +43,7 @@ def eot(
 
     Attacks without such a `loss` can be given `lambda x: sampled(key, stochastic, samples)(x)[0]`, the mean logits.
     """
+    check_count("samples", samples)
     one = loss_function(loss)
 
     def mean_loss(output, target):

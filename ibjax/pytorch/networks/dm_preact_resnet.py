@@ -8,6 +8,11 @@ DEPTHS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 ACTIVATIONS = {"relu": lambda x: F.relu(x), "silu": lambda x: F.silu(x)}
 
 
+def norm(channels):
+    """Batch-norm as in the training codes of these networks: a step changes the running statistics by a hundredth."""
+    return nn.BatchNorm2d(channels, momentum=0.01)
+
+
 class Block(nn.Module):
     """BN – activation – conv – BN – activation – conv, added to x or to a 3×3 projection of it."""
 
@@ -15,8 +20,8 @@ class Block(nn.Module):
         super().__init__()
         self.activation = activation
         self.padding = (1, 1, 1, 1) if stride == 1 else (0, 1, 0, 1)
-        self.batchnorm_0, self.conv_2d_1 = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c_out, 3, stride, bias=False)
-        self.batchnorm_1, self.conv_2d_2 = nn.BatchNorm2d(c_out), nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.batchnorm_0, self.conv_2d_1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, stride, bias=False)
+        self.batchnorm_1, self.conv_2d_2 = norm(c_out), nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
         self.shortcut = None
         if stride != 1 or c_in != c_out:
             self.shortcut = nn.Conv2d(c_in, c_out, 3, stride, bias=False)
@@ -55,7 +60,7 @@ class Model(nn.Module):
                 c_in = c
             self.stages.append(f"layer_{stage}")
             self.add_module(self.stages[-1], nn.Sequential(*group))
-        self.batchnorm = nn.BatchNorm2d(c_in)
+        self.batchnorm = norm(c_in)
         self.logits = nn.Linear(c_in, num_classes)
 
     def forward(self, x):

@@ -7,6 +7,11 @@ from torch import nn
 ACTIVATIONS = {"relu": lambda x: F.relu(x), "silu": lambda x: F.silu(x)}
 
 
+def norm(channels):
+    """Batch-norm as in the training codes of these networks: a step changes the running statistics by a hundredth."""
+    return nn.BatchNorm2d(channels, momentum=0.01)
+
+
 class Block(nn.Module):
     """BN – activation – conv – BN – activation – conv, added to x; a projection sees the activated x."""
 
@@ -14,8 +19,8 @@ class Block(nn.Module):
         super().__init__()
         self.activation = activation
         self.padding = (1, 1, 1, 1) if stride == 1 else (0, 1, 0, 1)
-        self.batchnorm_0, self.conv_0 = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c_out, 3, stride, bias=False)
-        self.batchnorm_1, self.conv_1 = nn.BatchNorm2d(c_out), nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.batchnorm_0, self.conv_0 = norm(c_in), nn.Conv2d(c_in, c_out, 3, stride, bias=False)
+        self.batchnorm_1, self.conv_1 = norm(c_out), nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
         self.shortcut = None if c_in == c_out else nn.Conv2d(c_in, c_out, 1, stride, bias=False)
 
     def forward(self, x):
@@ -53,7 +58,7 @@ class Model(nn.Module):
             Group(count, c, 2 * c, 2, self.activation),
             Group(count, 2 * c, 4 * c, 2, self.activation),
         )
-        self.batchnorm = nn.BatchNorm2d(4 * c)
+        self.batchnorm = norm(4 * c)
         self.logits = nn.Linear(4 * c, num_classes)
 
     def forward(self, x):
