@@ -1,6 +1,7 @@
 """Exceptions that a user can act on, and `exit_with`, which turns them into one line on stderr and an exit code."""
 
 import _thread
+import argparse
 import difflib
 import errno
 import inspect
@@ -16,10 +17,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, TypeGuard
 
 
-class InputError(ValueError):
+class InputError(ValueError, argparse.ArgumentTypeError):
     """Wrong configuration, data or checkpoint. Its text is one line: what was given, what is allowed, what to do.
 
-    Command lines print it without a traceback and exit with `EXIT_INPUT`.
+    Command lines print it without a traceback and exit with `EXIT_INPUT`. argparse shows the text where the type of an
+    argument raises it.
     """
 
 

@@ -4,7 +4,6 @@ Guarantees (tests of the same names): a file is there whole or not at all; a cha
 read that fails is tried again, and its failure is never taken for damage.
 """
 
-import argparse
 import contextlib
 import errno
 import hashlib
@@ -289,10 +288,6 @@ def _message(path, member, error):
 # ---- paths -------------------------------------------------------------------------------------------------
 
 
-class _PathError(InputError, argparse.ArgumentTypeError):
-    pass
-
-
 def path(text: str | os.PathLike) -> Path:
     """The path that a command line or a configuration names, with `~` and $VARIABLES expanded as a shell would.
 
@@ -302,9 +297,9 @@ def path(text: str | os.PathLike) -> Path:
     """
     given = os.fspath(text)
     if not given:
-        raise _PathError("a path is empty (a variable that is not set?); write . for the current folder")
+        raise InputError("a path is empty (a variable that is not set?); write . for the current folder")
     if given.startswith("~") and os.path.lexists("~"):
-        raise _PathError(
+        raise InputError(
             f"{given}: there is a folder called ~ in {os.getcwd()}, made by a command that did not expand it; move "
             f"what it holds with mv ./~ NAME (never rm -r ~), then run the same command"
         )
@@ -312,9 +307,9 @@ def path(text: str | os.PathLike) -> Path:
         return Path(given)
     expanded = os.path.expanduser(os.path.expandvars(given))
     if unknown := re.search(r"\$(\w+|\{[^}]*\})", expanded):
-        raise _PathError(f"{given}: the variable {unknown[0]} is not set; set it, or write the path without it")
+        raise InputError(f"{given}: the variable {unknown[0]} is not set; set it, or write the path without it")
     if expanded.startswith("~"):
-        raise _PathError(f"{given}: there is no such home folder (is HOME set?); write the path without ~")
+        raise InputError(f"{given}: there is no such home folder (is HOME set?); write the path without ~")
     return Path(expanded)
 
 

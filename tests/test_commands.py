@@ -12,6 +12,9 @@ from pathlib import Path
 import jax
 import pytest
 
+from ibjax import cli
+from ibjax.analysis import commands
+
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(
     str(file.relative_to(ROOT).with_suffix("")).replace("/", ".")
@@ -147,3 +150,13 @@ def test_git_ignores_what_the_documented_commands_write_and_nothing_that_is_trac
     written |= {"runs/digits/report.html", "attention.pdf", "scores.svg", "slurm-17.out", "state.npz"}
     assert written - set(git("check-ignore", "--no-index", *written)) == set()
     assert git("ls-files", "-ci", "--exclude-standard") == []
+
+
+def test_a_wrong_attack_is_refused_in_its_own_words(capsys):
+    """argparse would say "invalid canonical value"."""
+    parser = cli.parser("ibjax.analysis.tendency", "")
+    commands.add_attack(parser, "pgd-20")
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--attack=pgd-20(eps"])
+    assert ended.value.code == 2
+    assert "attack 'pgd-20(eps' cannot be read; write options as NAME(" in capsys.readouterr().err

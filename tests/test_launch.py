@@ -45,6 +45,21 @@ def cluster(tmp_path):
     return stub, run
 
 
+def with_uv(cluster, home, environment):
+    """The `run` of `cluster`, with stand-ins for curl, python and the uv that curl installs in `home`.
+
+    uv makes the environment of that path and prints its arguments.
+    """
+    stub, run = cluster
+    for name in ("curl", "python"):
+        stub(name, "")
+    uv = home / ".local/bin/uv"
+    uv.parent.mkdir(parents=True)
+    uv.write_text(f"#!/bin/sh\nmkdir -p {environment}/bin && touch {environment}/bin/activate\necho uv $*")
+    uv.chmod(0o755)
+    return run
+
+
 # ---- SLURM -------------------------------------------------------------------------------------------------
 
 
@@ -160,13 +175,7 @@ def test_a_slice_that_is_there_is_used_and_kept(cluster, tmp_path):
 def test_each_worker_runs_setup_and_installs_before_it_trains(cluster, tmp_path, setup, code):
     """The command as a worker's shell would run it, with stand-ins for what it calls."""
     _, calls, _ = tpu_vm(cluster, tmp_path, "none", "0", SETUP=setup)
-    stub, run = cluster
-    for name in ("curl", "python"):
-        stub(name, "")
-    uv = tmp_path / ".local/bin/uv"
-    uv.parent.mkdir(parents=True)
-    uv.write_text("#!/bin/sh\nmkdir -p .venv/bin && touch .venv/bin/activate\necho uv $*")
-    uv.chmod(0o755)
+    run = with_uv(cluster, tmp_path, ".venv")
     file = tmp_path / "command.sh"
     file.write_text(f"cd {shlex.quote(str(tmp_path))}\n" + calls[-1][-1].removeprefix("--command="))
     done, calls = run(file)
@@ -241,13 +250,7 @@ def test_a_sky_task_starts_the_command_on_every_node(cluster, tmp_path, nodes):
 @pytest.mark.parametrize("dataset", ["cifar10", ""])
 def test_a_sky_task_installs_and_prepares_its_data(cluster, tmp_path, dataset):
     task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
-    stub, run = cluster
-    for name in ("curl", "python"):
-        stub(name, "")
-    uv = tmp_path / ".local/bin/uv"
-    uv.parent.mkdir(parents=True)
-    uv.write_text("#!/bin/sh\nmkdir -p ~/ibjax/bin && touch ~/ibjax/bin/activate\necho uv $*")
-    uv.chmod(0o755)
+    run = with_uv(cluster, tmp_path, "~/ibjax")
     (tmp_path / "setup.sh").write_text(task["setup"])
     done, calls = run(tmp_path / "setup.sh", **{**task["envs"], "DATASET": dataset, "BUCKET": "b"})
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "uv pip install -q .[cuda13]", done.stderr

@@ -35,7 +35,7 @@ from ibjax import config
 from ibjax.analysis import attacked, commands, output, pictures
 from ibjax.devices import cluster, precision
 from ibjax.errors import InputError
-from ibjax.evaluation.results import attack_label
+from ibjax.evaluation.results import threat_label
 from ibjax.net import linen_net, to_float
 from ibjax.objectives.ibd_matching import layers_of
 from ibjax.runs import checkpoint as checkpoints
@@ -152,7 +152,7 @@ def evaluate(
 
 def about(record: dict[str, Any]) -> tuple[str, str]:
     """Describes what the matrix was computed on: (network and data, images)."""
-    images = f"n = {record['n']}, {attack_label(record['attack'])}, {record['norm']} eps {record['eps']}"
+    images = f"n = {record['n']}, {threat_label(record)}"
     return f"{record['title']} on {record['dataset']}", images
 
 

@@ -28,14 +28,7 @@ def add_n(
 
 def add_attack(parser: argparse.ArgumentParser, default: str, said: str = "") -> None:
     """Adds --attack, the name of one attack; `said` describes the default."""
-    parser.add_argument("--attack", type=_attack, default=default, help=f"a name, as of an evaluation{said}")
-
-
-def _attack(text):
-    try:
-        return canonical(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None  # argparse would replace the text of any other error
+    parser.add_argument("--attack", type=canonical, default=default, help=f"a name, as of an evaluation{said}")
 
 
 def add_class_names(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +84,7 @@ def conduct(
         if recipe is not None:
             given.settings = recipe()
         cluster.initialize()
-        written = [given.out] if "out" in given else [workdir for workdir in workdirs if workdir.exists()]
+        written = [given.out] if "out" in given else [folder for folder in workdirs if folder.exists()]
         rundir.check_writable(*written, *([] if picture is None else [picture.parent]))
         found = measure()
         if jax.process_index() == 0:

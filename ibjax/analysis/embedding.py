@@ -34,7 +34,7 @@ from ibjax import cli, files
 from ibjax.analysis import attacked, commands, output, pictures
 from ibjax.attacks.names import in_file_name
 from ibjax.errors import InputError, check_range, nearest
-from ibjax.evaluation.results import attack_label
+from ibjax.evaluation.results import threat_label
 from ibjax.evaluation.scoring import percent
 from ibjax.net import linen_net, to_float
 from ibjax.runs import command_line, run, rundir
@@ -169,9 +169,7 @@ def lines(results: Sequence[Embedding]) -> Iterable[str]:
 
 
 def _shown(record):
-    if record["attack"] == CLEAN:
-        return CLEAN
-    return f"{attack_label(record['attack'])}, {record['norm']} eps {record['eps']}"
+    return CLEAN if record["attack"] == CLEAN else threat_label(record)
 
 
 # ---- the picture ---------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from ibjax import config, errors
 from ibjax.analysis import commands, output
 from ibjax.analysis.attacked import attack
 from ibjax.errors import InputError
-from ibjax.evaluation.results import attack_label, is_pgd
+from ibjax.evaluation.results import is_pgd, threat_label
 from ibjax.evaluation.scoring import percent
 from ibjax.net import linen_net, taps
 from ibjax.objectives.ib_rar import layers_of
@@ -83,9 +83,8 @@ def choose(settings: ConfigDict, workdir: Path, gain: float = 1.0) -> dict[str, 
 def table(found: dict[str, Any]) -> str:
     """The result as a Markdown table, and the flag that makes a recipe use the robust layers."""
     images = {"val": "validation", "test": "test"}[found["selected_on"]]
-    attack = f"{attack_label(found['attack'])}, {found['norm']} eps {found['eps']}"
     lines = [f"percent of {found['n']} {images} images, last checkpoint", ""]
-    lines += [f"| terms of | clean | {attack} | gain | robust |", "|---|---|---|---|---|"]
+    lines += [f"| terms of | clean | {threat_label(found)} | gain | robust |", "|---|---|---|---|---|"]
     for name, row in found["accuracy"].items():
         mark = "yes" if name in found["layers"] else ""
         lines.append(f"| {name} | {row['clean']:.2f} | {row['robust']:.2f} | {row['gain']:+.2f} | {mark} |")

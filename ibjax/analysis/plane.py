@@ -44,7 +44,7 @@ from ibjax.devices import cluster
 from ibjax.errors import DivergedError, InputError, PreemptedError, check_range, nearest
 from ibjax.evaluation.evaluate import make_scorer
 from ibjax.evaluation.named import named
-from ibjax.evaluation.results import attack_label
+from ibjax.evaluation.results import threat_label
 from ibjax.evaluation.settings import check_network, check_settings
 from ibjax.information import hsic
 from ibjax.net import linen_net, to_float
@@ -263,9 +263,7 @@ def draw(found: dict[str, Any]) -> Any:
 
 def _images(found):
     """The images of a record in words: clean, or the attack with its norm and eps."""
-    return (
-        "clean" if found["attack"] is None else f"{attack_label(found['attack'])}, {found['norm']} eps {found['eps']}"
-    )
+    return "clean" if found["attack"] is None else threat_label(found)
 
 
 def lines(found: dict[str, Any]) -> Iterable[str]:

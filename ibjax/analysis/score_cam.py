@@ -38,7 +38,7 @@ from jax import Array
 from ibjax.analysis import attacked, commands, output, pictures
 from ibjax.data import stratified
 from ibjax.errors import InputError, nearest
-from ibjax.evaluation.results import attack_label
+from ibjax.evaluation.results import threat_label
 from ibjax.models import layers
 from ibjax.net import linen_net, to_float
 from ibjax.runs import command_line, run
@@ -143,8 +143,8 @@ def evaluate(
 
 def heading(record: dict[str, Any]) -> str:
     """One line that states what was measured, and on which data."""
-    about = f"{attack_label(record['attack'])}, {record['norm']} eps {record['eps']}"
-    return f"{record['title']} on {record['dataset']}, n = {record['n']}, {about}, Score-CAM of {record['tap']}"
+    seen = f"{record['title']} on {record['dataset']}, n = {record['n']}"
+    return f"{seen}, {threat_label(record)}, Score-CAM of {record['tap']}"
 
 
 def lines(record: dict[str, Any]) -> Iterable[str]:

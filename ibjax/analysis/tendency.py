@@ -21,7 +21,7 @@ import numpy as np
 from ibjax.analysis import attacked, commands, output
 from ibjax.attacks.names import in_file_name
 from ibjax.errors import InputError
-from ibjax.evaluation.results import attack_label
+from ibjax.evaluation.results import threat_label
 from ibjax.net import linen_net
 from ibjax.runs import command_line, run
 
@@ -70,8 +70,7 @@ def lines(record: dict[str, Any], top: int = 4, names: list[str] | None = None) 
     table = np.array(record["counts"])
     names = names or commands.class_names(None, {"num_classes": len(table)})
     order = ranked(table, top)
-    about = f"{attack_label(record['attack'])}, {record['norm']} eps {record['eps']}"
-    yield f"{record['title']} on {record['dataset']}, n = {record['n']}, {about}"
+    yield f"{record['title']} on {record['dataset']}, n = {record['n']}, {threat_label(record)}"
     yield f"| true class | kept | taken for |{' |' * (top - 1)}"
     yield "|---" * (top + 2) + "|"
     for true, others in enumerate(order):

@@ -122,6 +122,11 @@ def attack_label(name: str) -> str:
     return f"{label}, transfer from {source}" if source else label
 
 
+def threat_label(record: Record) -> str:
+    """The attack of a record with its threat model, as in "PGD-20, linf eps 8/255"."""
+    return f"{attack_label(record['attack'])}, {record['norm']} eps {record['eps']}"
+
+
 def departures(record: Record) -> list[str]:
     """Sentences that say where training, validation and evaluation of a network used different threat models.
 

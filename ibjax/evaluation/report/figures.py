@@ -383,7 +383,7 @@ def _strip(run, name):
         (f"difference × {factor}", list(0.5 + factor * delta), []),
     ]
     source = f"{attack_label(examples['attack'])}, checkpoint {examples['checkpoint']}"
-    source += "".join(f", {part}" for part in (examples["norm"], examples["eps"] and f"eps {examples['eps']}") if part)
+    source += f", {examples['norm']}, eps {examples['eps']}" if examples["norm"] else ""
     which = ", the first of each class" if len(set(label.tolist())) == len(label) else ""
     caption = (
         f"Test images{which}, under {source}. Below each, the predicted class; ✗ marks a wrong one. In the difference, "
