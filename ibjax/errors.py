@@ -166,6 +166,12 @@ def _tell(code, message, bug=None):
         tell(code, message, bug)
 
 
+def disk_full(error: BaseException) -> bool:
+    """Whether an error of any library says that a disk, or the user's quota of it, is full."""
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in numbers or any(os.strerror(number) in str(error) for number in numbers)
+
+
 def _ending(error):
     """(exit code, message) for an error that the user can fix; (1, "") for a bug."""
     if isinstance(error, InputError):
@@ -180,7 +186,7 @@ def _ending(error):
         error
     ):  # the training loop itself names the batch size
         return EXIT_DIVERGED, f"out of memory: lower the batch size ({' '.join(str(error).split())[:200]})"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and disk_full(error):
         return EXIT_INPUT, f"error: disk full ({error.filename}); free space, run the same command"
     if isinstance(error, OSError) and error.errno and error.filename:
         return EXIT_INPUT, f"error: {error.filename} cannot be used ({error.strerror}); then run the same command"

@@ -114,6 +114,8 @@ def replacing(file: Path) -> Iterator[Path]:
     try:
         with naming(file):
             yield temporary
+            with temporary.open("rb") as written:  # else the name may outlive a loss of power, and the content not
+                os.fsync(written.fileno())
             temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)

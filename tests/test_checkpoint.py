@@ -1,5 +1,6 @@
 """Checkpoints under injected damage."""
 
+import errno
 import gc
 import os
 import shutil
@@ -12,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ibjax import files
 from ibjax.errors import CheckpointError
-from ibjax.runs import checkpoint, trees
+from ibjax.runs import checkpoint, stored, trees
 from ibjax.step import TrainState
 
 
@@ -59,7 +60,7 @@ def test_evaluation_restores_the_averaged_parameters_alone(tmp_path):
     saved(tmp_path, steps=(1,), ema=True)
     like = {name: state(0).variables[name] for name in ("params", "batch_stats")}
     with checkpoint.manager(tmp_path, read_only=True) as orbax:
-        step, variables = checkpoint.restore_variables(orbax, "last", like)
+        step, variables, _ = checkpoint.restore_variables(orbax, "last", like)
     assert step == 1
     np.testing.assert_array_equal(variables["params"]["b"], state(1, ema=True).ema_params["b"])
 
@@ -86,6 +87,44 @@ def test_no_flipped_byte_gives_a_wrong_weight(tmp_path):
             found += 1
             assert (work / "damaged" / "3").is_dir() and not (work / "checkpoints" / "3").exists()
     assert found >= 4
+
+
+def test_a_damaged_step_that_is_not_the_newest_is_set_aside_too(tmp_path):
+    """It would be the best, and its evaluation would fail again and again."""
+    folder = saved(tmp_path, steps=(2, 3, 4))
+    for file in (folder / "2" / "variables" / "d").iterdir():
+        file.write_bytes(b"")
+    assert int(latest(tmp_path).step) == 4
+    assert (tmp_path / "damaged" / "2").is_dir()
+    with checkpoint.manager(tmp_path, read_only=True) as store:
+        assert checkpoint.best_step(store) == 4
+
+
+def test_a_section_that_the_run_did_not_have_makes_it_another(tmp_path):
+    without, other = {"perturb": None, "seed": 0}, {"perturb.name": "awp", "perturb.gamma": 0.005, "seed": 0}
+    with checkpoint.manager(tmp_path, run=without) as store:
+        checkpoint.save(store, state(1))
+    for now in (other, {**without, "data.extra.path": "1m.npz"}):  # earlier versions did not know data.extra
+        with (
+            checkpoint.manager(tmp_path, read_only=True, run=now) as store,
+            pytest.raises(CheckpointError, match=r"no (perturb|data\.extra), now (perturb|data\.extra)\."),
+        ):
+            checkpoint.metrics(store, 1)
+    with checkpoint.manager(tmp_path, read_only=True, run={**without, "mixed": 0}) as store:  # nor an option
+        assert checkpoint.metrics(store, 1) == {}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_or_quota_in_a_save_is_one_line(tmp_path, monkeypatch, number):
+    with checkpoint.manager(tmp_path) as store:
+        checkpoint.save(store, state(1))
+
+        def full(*_, **__):
+            raise ValueError(f"UNKNOWN: writing failed [OS error {number}: {os.strerror(number)}]")  # as tensorstore's
+
+        monkeypatch.setattr(store.orbax, "save", full)
+        with pytest.raises(CheckpointError, match=r"disk full while saving in .*the last good checkpoint is step 1"):
+            checkpoint.save(store, state(2))
 
 
 def test_a_changed_value_is_refused_by_name(tmp_path, monkeypatch):
@@ -196,8 +235,8 @@ def test_a_step_that_training_supersedes_while_it_is_read_gives_way_to_the_prese
     with checkpoint.manager(tmp_path / "newer") as store:
         checkpoint.save(store, state(5))
     module, called = {
-        "before the manifest": (checkpoint, "_manifest"),
-        "before the arrays": (checkpoint, "_read_item"),
+        "before the manifest": (stored, "manifest"),
+        "before the arrays": (stored, "_read_item"),
         "among the files": (files, "files_below"),
     }[when]
     real, pending = getattr(module, called), [None]
@@ -213,7 +252,7 @@ def test_a_step_that_training_supersedes_while_it_is_read_gives_way_to_the_prese
     monkeypatch.setattr(module, called, training_goes_on)
     like = {name: state(0).variables[name] for name in ("params", "batch_stats")}
     with checkpoint.manager(tmp_path, read_only=True) as store:
-        step, variables = checkpoint.restore_variables(store, "last", like)
+        step, variables, _ = checkpoint.restore_variables(store, "last", like)
         assert step == 5 and checkpoint.metrics(store, step) == {}
         np.testing.assert_array_equal(variables["params"]["b"], state(5).variables["params"]["b"])
         shutil.rmtree(folder / "5")

@@ -195,6 +195,15 @@ def test_every_recipe_is_listed_with_its_rows():
         list(recipe_files.listing("digits"))
 
 
+@pytest.mark.parametrize("code", ["raise RuntimeError('no')", "import sys; sys.exit(0)"])
+def test_a_recipe_that_fails_or_exits_is_named(tmp_path, code):
+    file = tmp_path / "broken.py"
+    file.write_text(code)
+    for use in (recipe_files.load, recipe_files.listing):
+        with pytest.raises(InputError, match=r"broken\.py fails with (RuntimeError|SystemExit)"):
+            list(use(str(file)))
+
+
 def test_listing_runs_nothing_of_a_run_s_folder(tmp_path):
     (tmp_path / "config.json").write_text("ROWS = ('a',)")
     with pytest.raises(InputError, match="has no rows"):

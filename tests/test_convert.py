@@ -229,6 +229,9 @@ def test_the_command_line_makes_a_run_that_is_evaluated_and_taught_from(imported
 def test_without_a_data_set_photographs_are_compared_and_the_run_can_teach(imported, tmp_path):
     convert.from_torch(imported[0], "wide_resnet", tmp_path / "run", photographs=32, n=16)
     loaded = run.load(tmp_path / "run")
+    with pytest.raises(InputError, match=r"holds a network with imported=.*which training cannot continue"):
+        rundir.write_config(tmp_path / "run", loaded.config, {k: v for k, v in loaded.facts.items() if k != "imported"})
+    loaded = run.load(tmp_path / "run")
     assert "scikit-learn" in loaded.facts["imported"]["images"] and loaded.facts["input_shape"] == [32, 32, 3]
     with pytest.raises(InputError, match="imported with photographs"):
         evaluate(tmp_path / "run")

@@ -78,6 +78,8 @@ def test_npz_accepts_column_labels_and_unit_floats(tmp_path):
         (dict(y_train=LABELS.astype(float)), "integer"),
         (dict(x_test=IMAGES[:8, :5]), "one size"),
         (dict(y_test=None), "lacks y_test"),
+        (dict(y_test=LABELS[:0]), "one integer for each of 8"),
+        (dict(y_test=np.int64(3)), "one integer for each of 8"),
     ],
 )
 def test_wrong_arrays_are_refused_in_one_line(tmp_path, changes, words):

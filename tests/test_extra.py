@@ -12,7 +12,7 @@ from ibjax.data import extra
 from ibjax.data.permutation import permuted
 from ibjax.devices import cluster
 from ibjax.errors import DataError, InputError, PreemptedError
-from ibjax.runs import checkpoint, run, rundir
+from ibjax.runs import checkpoint, run, rundir, stored
 from ibjax.training import feed, loop
 from ibjax.training.experiment import build, initial_state, run_key
 
@@ -213,7 +213,7 @@ def trained(made, workdir):
     """(digests of the last weights, the weights, what config.json says of the data)."""
     loop.train(build(made), workdir)
     with checkpoint.manager(workdir, read_only=True) as store:
-        digests = checkpoint._manifest(store, store.all_steps()[-1])["variables"]
+        digests = stored.manifest(store, store.all_steps()[-1])["variables"]
     return digests, run.load(workdir, "last").variables, rundir.read_config(workdir)[1]
 
 

@@ -169,6 +169,12 @@ def test_lost_checkpoints_are_told_and_only_restart_begins_at_step_0(tmp_path):
     rundir.write_config(tmp_path, config.base(), FACTS, restart=True)
     assert metrics.read(tmp_path / "restarted-1" / "metrics.jsonl") and not (tmp_path / "metrics.jsonl").exists()
     assert begin(tmp_path) == 0  # and it stays so, whatever ends the new run
+    log = metrics.MetricsLog(tmp_path, 9)  # validated later than it was saved
+    log.write("train", 9, steps=3, saved=6)
+    log.close()
+    with pytest.raises(InputError, match=r"metrics\.jsonl tells of step 6"):
+        rundir.write_config(tmp_path, config.base(), FACTS)
+    (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "damaged" / "3").mkdir(parents=True)
     with pytest.raises(InputError, match=r"damaged/ holds steps 3; .*--restart"):
         rundir.write_config(tmp_path, config.base(), FACTS)

@@ -13,7 +13,7 @@ from ibjax import config, errors, evaluate, main
 from ibjax.attacks.geometry import fraction
 from ibjax.errors import DivergedError, InputError, PreemptedError
 from ibjax.runs import recipe_files, run, rundir
-from ibjax.training import loop
+from ibjax.training import jobs, loop
 
 ROOT = Path(__file__).parent.parent
 DIGITS = f"--config={ROOT / 'configs/digits.py'}:smoke"
@@ -293,6 +293,15 @@ def test_a_typo_in_the_last_recipe_stops_before_the_first_is_trained(tmp_path):
     with pytest.raises(InputError, match=r"contrast\.undefended: model.name 'cnnn'.*did you mean 'cnn'"):
         main.execute(recipe, tmp_path / "x", "train")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", ["/somewhere/else", "in/it", "restarted-1", "eval"])
+def test_a_contrast_stays_in_its_folder(tmp_path, name):
+    recipe = smoke_config("digits")
+    with recipe.unlocked():
+        recipe.contrast[name] = recipe.contrast.undefended
+    with pytest.raises(InputError, match=rf"contrast\.{name}: .*folder"):
+        jobs.jobs(recipe, tmp_path / "x")
 
 
 def test_a_finished_command_does_nothing_again(digits_run, tmp_path):

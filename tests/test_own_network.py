@@ -15,6 +15,7 @@ from ibjax import calls, config, files, main
 from ibjax.errors import InputError
 from ibjax.evaluation import benchmark as module
 from ibjax.evaluation import evaluate, report, results
+from ibjax.runs import rundir
 
 PAGE = (Path(__file__).parent.parent / "docs" / "own_network.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
@@ -140,6 +141,13 @@ def test_a_second_call_computes_nothing_and_another_threat_model_stands_beside_t
     ]
     monkeypatch.setattr(evaluate, "_executor", None)  # nothing may be attacked
     assert ibjax.benchmark(**given(workdir=folder)) == json.loads(json.dumps(records))
+
+
+def test_no_training_takes_the_folder_of_a_benchmark(made):
+    before = (made[0] / "config.json").read_bytes()
+    with pytest.raises(InputError, match=r"holds the records of ibjax\.benchmark; give another --workdir"):
+        rundir.write_config(made[0], config.base(), {"input_shape": [8, 8, 1], "num_classes": 10})
+    assert (made[0] / "config.json").read_bytes() == before
 
 
 def test_a_run_has_the_same_flags_as_in_its_evaluation(digits_run):

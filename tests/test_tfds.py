@@ -286,6 +286,17 @@ def test_a_data_set_of_an_earlier_version_keeps_its_name(tmp_path):
         assert tfds.load(dataset="cifar10", data_dir=str(tmp_path / "stock")).label == "CIFAR-10"
 
 
+def test_a_description_imports_no_module(tmp_path):
+    make(tmp_path, n=20)
+    path = builders.folder("cifar10", tmp_path) / "features.json"
+    content = path.read_text()
+    assert '"tensorflow_datasets.' in content
+    path.write_text(content.replace('"tensorflow_datasets.', '"antigravity.'))
+    with pytest.raises(DataError, match=r"names code outside TensorFlow Datasets: antigravity\."):
+        tfds.load(dataset="cifar10", data_dir=str(tmp_path))
+    assert "antigravity" not in sys.modules
+
+
 def test_other_data_sets_are_refused(tmp_path):
     make_stock(tmp_path, "sizes", {"train": examples(10), "test": examples(10)}, shape=(None, None, 3))
     with pytest.raises(DataError, match=r"different sizes.*stream"):

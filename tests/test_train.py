@@ -14,10 +14,11 @@ import jax
 import numpy as np
 import pytest
 from conftest import clean_recipe, smoke_config
+from jax.experimental import multihost_utils
 
 from ibjax import config
 from ibjax.devices import cluster
-from ibjax.errors import DivergedError, InputError, PreemptedError
+from ibjax.errors import CodeError, DataError, DivergedError, InputError, PreemptedError
 from ibjax.evaluation.scoring import Flags
 from ibjax.runs import checkpoint, metrics, run, rundir, trees, writers
 from ibjax.training import experiment, feed, loop, programs
@@ -41,7 +42,7 @@ def trained(workdir, recipe):
     with checkpoint.manager(workdir) as orbax:
         state = checkpoint.restore_latest(orbax, initial_state(made))
     rows = [
-        {k: v for k, v in row.items() if k not in ("images_per_s", "compiles", "seconds_left")}
+        {k: v for k, v in row.items() if k not in ("images_per_s", "compiles", "seconds_left", "saved")}
         for row in metrics.read(workdir / "metrics.jsonl")
     ]
     return trees.digest(state), rows
@@ -90,6 +91,19 @@ def assert_no_gap_no_duplicate(rows, total):
     assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
     validated = [row["step"] for row in rows if row["kind"] == "val"]
     assert len(validated) == len(set(validated))
+
+
+def test_notices_are_counted_by_the_loop_alone(tmp_path, monkeypatch):
+    """XLA meets the count at which a notice takes effect only where nobody else, as Orbax in a save, sets it."""
+    counts = []
+
+    def sync_point(count):
+        counts.append(count)
+        return False
+
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", sync_point)
+    loop.train(build(settings(epochs=2)), tmp_path)
+    assert len(counts) >= 10 and counts == list(range(counts[0], counts[0] + len(counts)))
 
 
 @pytest.mark.parametrize("crash_at", [1, 8, 13])
@@ -435,6 +449,58 @@ def test_a_catastrophic_loss_of_robustness_raises_the_alarm_and_stops_where_aske
         _, rows = trained(tmp_path / "stops", recipe)
         assert rows[-1]["step"] == 10
     assert run.load(tmp_path / "stops", "best").step == 5
+
+
+def test_a_notice_in_the_step_of_catastrophic_overfitting_is_not_lost(tmp_path, monkeypatch):
+    scripted_validation(monkeypatch, [(80.0, 40.0), (85.0, 19.0)])
+    recipe = settings()
+    recipe.validate.stop_on_overfitting = True
+    stop_after(monkeypatch, 10, PreemptedError)
+    with pytest.raises(PreemptedError):
+        loop.train(build(recipe), tmp_path)
+
+
+@pytest.mark.parametrize("error", [DataError("shard 3 is damaged"), CodeError("my_attack leaves the ball")])
+def test_what_validation_cannot_read_or_run_is_no_divergence(tmp_path, monkeypatch, error):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(loop, "_validate", fails)
+    with pytest.raises(type(error), match=str(error)):
+        loop.train(build(settings()), tmp_path)
+    assert "diverged" not in {row["kind"] for row in metrics.read(tmp_path / "metrics.jsonl")}
+
+
+def test_a_dispatch_takes_some_seconds_at_most_unless_its_length_is_given():
+    pace = loop._Pace(settings(), 50)
+    pace.measure(batch_size=512, images_per_s=1024.0)  # half a second a step
+    assert pace.capacity == 10
+    pace.measure(batch_size=512, images_per_s=512.0)  # measured once: all processes wait for it
+    assert pace.capacity == 10
+    for slow, expected in ((0.0, 1), (1e9, 50)):
+        pace = loop._Pace(settings(), 50)
+        pace.measure(batch_size=512, images_per_s=slow)
+        assert pace.capacity == expected
+    pace = loop._Pace(settings(steps_per_dispatch=50), 50)
+    pace.measure(batch_size=512, images_per_s=1.0)
+    assert pace.capacity == 50
+
+
+def test_one_dispatch_at_most_is_computed_ahead():
+    waited = []
+
+    class Values:
+        def __init__(self, number):
+            self.number = number
+
+        def block_until_ready(self):
+            waited.append(self.number)
+            return self
+
+    pace = loop._Pace(settings(), 1)
+    for number in range(4):
+        pace.wait({"loss": Values(number)})
+        assert waited == list(range(number))
 
 
 def test_running_out_of_memory_names_the_batch_of_a_device(tmp_path, monkeypatch):

@@ -158,10 +158,11 @@ def test_a_writer_of_one_s_own_is_named_by_its_file(tmp_path):
             calls.factory("writers", f"{other}:make")(run=started(tmp_path))
     foreign = tmp_path / "elsewhere.py"
     foreign.write_text("raise AssertionError('it ran')")
-    content = {"config": {**config.plain(clean_recipe()), "writers": (f"{foreign}:W",)}, "data": {}}
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(CodeError, match=r"writers '.*elsewhere\.py:W'; read it, then give --trust=code"):
-        recipe_files.load(str(tmp_path / "config.json"))
+    for named, said in ((f"{foreign}:W", r".*elsewhere\.py:W"), ("tensorboard, os.system", r"os\.system")):
+        content = {"config": {**config.plain(clean_recipe()), "writers": (named,)}, "data": {}}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        with pytest.raises(CodeError, match=rf"writers '{said}'; read it, then give --trust=code"):
+            recipe_files.load(str(tmp_path / "config.json"))
 
 
 # ---- TensorBoard -------------------------------------------------------------------------------------------

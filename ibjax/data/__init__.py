@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ibjax import files, lazy
-from ibjax.errors import CodeError, DataError, InputError
+from ibjax.errors import CodeError, DataError, InputError, check_count
 
 if typing.TYPE_CHECKING:
     from ibjax.data import (
@@ -244,6 +244,7 @@ def sample(split: Split, n: int | None, option: str = "n", holds: str = "the tes
     """
     if n is None or n == len(split.labels):
         return split
+    check_count(option, n)
     if n > len(split.labels):
         raise InputError(f"{option}={n} is not allowed; {holds} {len(split.labels)} images")
     return subset(split, stratified(split.labels, n, seed=0))
@@ -279,7 +280,8 @@ def check(split: Split, name: str, num_classes: int) -> Split:
         images = _as_float_images(images, name)
     elif images.max() <= 1:
         raise DataError(f"{name} images are uint8 with maximum {images.max()}: nearly black; store 0 to 255")
-    labels = labels.reshape(len(labels), -1)
+    labels = np.atleast_1d(labels)
+    labels = labels.reshape(len(labels), -1) if labels.size else labels
     if labels.shape != (len(images), 1) or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(
             f"{name} labels have shape {split.labels.shape} and type {split.labels.dtype}; "

@@ -234,7 +234,13 @@ def _stored(file, member, digest, state):
     if member.offset >= 0:
         return Stored(file, member.offset, member.shape, state)
     size = math.prod(member.shape)
-    unpacked = files.cache_folder() / "extra" / f"{digest}.images"
+    try:
+        unpacked = files.cache_folder() / "extra" / f"{digest}.images"
+    except RuntimeError as error:  # no home folder
+        raise DataError(
+            f"{file} is compressed, and there is no cache folder to unpack it into ({error}); set XDG_CACHE_HOME, or "
+            f"store it with numpy.savez"
+        ) from None
     unpacked.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with filelock.FileLock(f"{unpacked}.lock"):  # the processes of a machine unpack it once
         if not (unpacked.is_file() and unpacked.stat().st_size == size):

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from ibjax import files
 from ibjax.data import Arrays, Split, check_labels, stamps, tfds
+from ibjax.data.folder import FORMATS
 from ibjax.errors import DataError, InputError, UnreadableError, check_range
 
 _WAITS = (0.1, 0.5, 2.0)  # seconds before a record is read again
@@ -118,7 +119,7 @@ class Pictures:
     def _image(self, row, rng):
         record = self._record(row)
         try:
-            with Image.open(io.BytesIO(record[self.stored.keys[0]])) as encoded:
+            with Image.open(io.BytesIO(record[self.stored.keys[0]]), formats=FORMATS) as encoded:
                 image = encoded.convert("RGB")
         except Exception as error:
             raise tfds.unread(self.stored, self.split, int(row), error) from None

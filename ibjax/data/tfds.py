@@ -12,6 +12,7 @@ or its images are intact; a description that declares more or fewer images than 
 """
 
 import concurrent.futures
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -116,6 +117,7 @@ def find(dataset: str, data_dir: str = "") -> Stored:
     import tensorflow_datasets as tfds
 
     try:
+        _refuse_code(folder / "features.json")
         builder = tfds.builder_from_directory(str(folder))
         features: Any = builder.info.features
         keys = tuple(builder.info.supervised_keys or ("image", "label"))[:2]
@@ -134,6 +136,18 @@ def find(dataset: str, data_dir: str = "") -> Stored:
     if kind != np.uint8 or len(whole) != 3:
         raise DataError(f"{folder} holds images of {kind} {whole}; expected uint8 of (height, width, channels)")
     return Stored(builder, folder, label, keys, None if None in whole else whole, classes, shards, remake)
+
+
+def _refuse_code(file):
+    """Raises ValueError where a description names features that TFDS would import from other packages."""
+
+    def look(section):
+        for name in (section.get("pythonClassName"), section.get("python_class_name"), section.get("type")):
+            if isinstance(name, str) and not name.startswith("tensorflow_datasets."):
+                raise ValueError(f"{file.name} names code outside TensorFlow Datasets: {name}")
+        return section
+
+    json.loads(file.read_text(encoding="utf-8"), object_hook=look)
 
 
 def _shards(split):

@@ -19,7 +19,6 @@ nothing is unpickled.
 """
 
 import contextlib
-import json
 import logging
 import shutil
 import time
@@ -30,18 +29,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-import tensorstore
 
-from ibjax import config, files
+from ibjax import errors, files
 from ibjax.devices import cluster
 from ibjax.errors import CheckpointError, UnreadableError
-from ibjax.runs import trees, writers
+from ibjax.runs import stored, trees, writers
+from ibjax.runs.stored import DamagedError, GoneError
 from ibjax.step import TrainState, evaluation_variables
 
 ITEMS = ("variables", "training")
-
-
-_DATABASE = "manifest.ocdbt"  # the root of an item's database
 
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not committed, or that is being deleted
@@ -51,6 +47,18 @@ KEEP_LATEST = 2  # so that training can fall back on the second where the newest
 
 
 log = logging.getLogger(__name__)
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, which leaves notices of preemption to the training loop.
+
+    XLA keeps one counter of them in a process. Orbax sets it to the number of the step whenever it saves; the loop,
+    which counts its dispatches, would then never meet the count at which a notice takes effect.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """Never: `ibjax.devices.cluster.preempted` asks."""
+        return False
 
 
 class Store:
@@ -112,7 +120,7 @@ def manager(
         enable_async_checkpointing=jax.default_backend() != "cpu" if asynchronous is None else asynchronous,
     )
     _sweep(folder)
-    orbax = files.patiently(lambda: ocp.CheckpointManager(folder, options=options), folder)
+    orbax = files.patiently(lambda: _Manager(folder, options=options), folder)
     store = Store(folder, run, orbax)
     if sorted(orbax.all_steps()) != store.all_steps():
         raise UnreadableError(f"{folder} cannot be listed twice with the same result; run the same command again")
@@ -168,7 +176,7 @@ def save(store: Store, state: TrainState, metrics: dict[str, Any] | None = None)
 
 def _disk_full(error, store):
     """The CheckpointError to raise where `error` says that the disk is full; None for any other."""
-    if isinstance(error, CheckpointError) or not ("No space left" in str(error) or getattr(error, "errno", 0) == 28):
+    if isinstance(error, CheckpointError) or not errors.disk_full(error):
         return None
     latest = latest_step(store)
     kept = "there is no earlier checkpoint" if latest is None else f"the last good checkpoint is step {latest}"
@@ -236,9 +244,9 @@ def restore_latest(store: Store, like: TrainState, *, restart: bool = False) -> 
             if found is None:
                 items = (_restore_item(store, step, item, tree) for item, tree in zip(ITEMS, split(like), strict=True))
                 found = join(*items)
-            else:
-                _manifest(store, step)  # must be sound, since it decides which step is the best
-        except _DamagedError as error:
+            else:  # it may be the best, which is evaluated in the end
+                stored.arrays(store, step, "variables")
+        except DamagedError as error:
             damaged[step] = str(error)
     cluster.agree(
         "checkpoints",
@@ -258,26 +266,42 @@ def restore_latest(store: Store, like: TrainState, *, restart: bool = False) -> 
         retire(store.directory.parent)
     if damaged:
         cluster.agree("damaged checkpoints set aside", {})  # all wait for process 0
+        for _ in range(100):  # until this host's view of a shared disk is the present one
+            if damaged.keys().isdisjoint(store.all_steps()):
+                break
+            time.sleep(0.1)
         assert store.orbax is not None, "opened for reading"
         store.orbax.reload()
     return found
 
 
-def restore_variables(store: Store, which: str | int, like: Any) -> tuple[int, Any]:
-    """(step, variables) of the checkpoint "best", "last" or a step, without the optimiser; placed as `like`."""
-    return restore_part(store, which, "variables", like)
+def restore_variables(store: Store, which: str | int, like: Any) -> tuple[int, Any, dict[str, Any]]:
+    """(step, variables, validation metrics) of the checkpoint "best", "last" or a step, without the optimiser.
+
+    The variables are placed as `like`.
+    """
+
+    def read(step):
+        return step, _restore_item(store, step, "variables", like), metrics(store, step)
+
+    return _read_kept(store, which, read)
 
 
 def restore_part(store: Store, which: str | int, item: str, like: Any) -> tuple[int, Any]:
     """(step, one of `ITEMS`) of the checkpoint "best", "last" or a step; placed as `like`, that item of `split`."""
-    for _ in range(10):  # a run that is still training may delete the step meanwhile
+    return _read_kept(store, which, lambda step: (step, _restore_item(store, step, item, like)))
+
+
+def _read_kept(store, which, read):
+    """`read(step)` of the checkpoint "best", "last" or a step; a run that is training may delete it meanwhile."""
+    for _ in range(10):
         step = find_step(store, which)
         try:
-            return step, _restore_item(store, step, item, like)
-        except _DamagedError as error:
+            return read(step)
+        except DamagedError as error:
             others = sorted(set(store.all_steps()) - {step})
             raise CheckpointError(f"{error}; other checkpoints: {others or 'none'}") from None
-        except _GoneError:
+        except GoneError:
             log.info("checkpoint %s was superseded while it was read; trying the present one", step)
     raise CheckpointError(f"checkpoint '{which}' in {store.directory} is superseded again and again; give a step")
 
@@ -307,10 +331,10 @@ def best_step(store: Store) -> int | None:
     scores = {}
     for step in store.all_steps():
         try:
-            scored = _manifest(store, step)["metrics"]
-        except _GoneError:
+            scored = stored.manifest(store, step)["metrics"]
+        except GoneError:
             continue
-        except _DamagedError as error:
+        except DamagedError as error:
             raise CheckpointError(
                 f"{error}, so that it cannot be told which checkpoint is the best; give --checkpoint=last or a step of "
                 f"{store.all_steps()}, or run the training command again, which sets it aside"
@@ -327,7 +351,12 @@ def latest_step(store: Store) -> int | None:
 
 def metrics(store: Store, step: int) -> dict[str, Any]:
     """The validation metrics saved with a step; empty where it was not validated."""
-    return _manifest(store, step)["metrics"]
+    return stored.manifest(store, step)["metrics"]
+
+
+def committed(store: Store, step: int) -> bool:
+    """Whether a step is on disk; False as well where the disk cannot tell at present."""
+    return (store.directory / str(step)).is_dir()
 
 
 def check_run(store: Store) -> None:
@@ -336,103 +365,18 @@ def check_run(store: Store) -> None:
     This identifies a run whose config.json is missing. Older versions saved no identity; their steps raise as well.
     """
     for step in store.all_steps():
-        with contextlib.suppress(_DamagedError, _GoneError):
-            if "run" not in _manifest(store, step):
+        with contextlib.suppress(DamagedError, GoneError):
+            if "run" not in stored.manifest(store, step):
                 raise CheckpointError(
                     f"{store.directory} has no config.json beside it, and step {step} does not say of which run it is; "
                     f"restore config.json from a copy, or give another --workdir"
                 )
 
 
-class _DamagedError(CheckpointError):
-    """What is on disk is not what was saved, by a digest or by its format."""
-
-
-class _GoneError(CheckpointError):
-    """The step was deleted while it was read."""
-
-
-def _manifest(store, step):
-    """The manifest of a step; CheckpointError where it is of another run than the store's."""
-    folder = store.directory / str(step)
-    try:
-        manifest = files.read_json(folder / "manifest" / "metadata", sealed=True)
-    except UnreadableError:
-        raise
-    except FileNotFoundError:
-        if not folder.is_dir():
-            raise _GoneError(f"checkpoint {step} is no longer in {store.directory}") from None
-        raise _DamagedError(f"checkpoint {step}: manifest is missing") from None
-    except (ValueError, IsADirectoryError) as error:
-        raise _DamagedError(f"checkpoint {step}: manifest is damaged ({_first_line(error)})") from None
-    if manifest["step"] != step:
-        raise CheckpointError(f"{folder} holds the checkpoint of step {manifest['step']}; give the folder that name")
-    _refuse_other_run(store, step, manifest.get("run"))
-    return manifest
-
-
-def _refuse_other_run(store, step, saved):
-    if store.run is None or saved is None:  # older versions did not save the identity
-        return
-    now = json.loads(json.dumps(dict(store.run)))
-    differing = [
-        f"{path}={value!r}, now {now.get(path)!r}"
-        for path, value in saved.items()
-        if not config.same(path, value, now.get(path))
-    ]
-    if differing:
-        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-        raise CheckpointError(
-            f"checkpoint {step} in {store.directory} is of a run with {'; '.join(differing[:3])}{more}; give another "
-            f"--workdir, or the configuration and the data that it was trained with"
-        )
-
-
 def _restore_item(store, step, item, like):
-    try:
-        return _restore_once(store, step, item, like)
-    except _DamagedError:  # read once more before it is called damaged: the wrong byte may come from the transfer
-        return _restore_once(store, step, item, like)
-
-
-def _restore_once(store, step, item, like):
-    saved = _manifest(store, step)[item]
     wanted = trees.flatten(like)
-    _refuse_other_network(step, saved, wanted)
-    arrays = files.patiently(lambda: _read_item(store.directory / str(step), item, saved), f"checkpoint {step}")
-    leaves = [_placed(arrays[path], leaf) for path, leaf in wanted.items()]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
-
-
-def _read_item(folder, item, saved):
-    """{path of a leaf: array} of an item of a step, as its manifest describes them."""
-    context = tensorstore.Context()
-    content = tensorstore.KvStore.open({"driver": "memory"}, context=context).result()
-    try:
-        names = files.files_below(folder / item)
-        for name in names:
-            content.write(name, files.read_bytes(folder / item / name)).result()
-    except FileNotFoundError:
-        if not folder.is_dir():
-            raise _GoneError(f"checkpoint {folder.name} is no longer in {folder.parent}") from None
-        raise _DamagedError(f"checkpoint {folder.name}: {item} is missing") from None
-    if _DATABASE not in names:
-        raise _DamagedError(f"checkpoint {folder.name}: {item}/{_DATABASE} is missing")
-    arrays = {}
-    for path, description in saved.items():
-        where = f"checkpoint {folder.name}: {item}/{path}"
-        base = {"driver": "ocdbt", "base": {"driver": "memory"}, "path": path.replace("/", ".") + "/"}
-        spec = {"driver": "zarr", "kvstore": base, "fill_missing_data_reads": False}
-        try:
-            array = tensorstore.open(spec, context=context, open=True, read=True).result().read().result()
-        except MemoryError:
-            raise
-        except Exception as error:  # only memory was read, so the content is damaged, not the disk
-            raise _DamagedError(f"{where} is damaged ({_first_line(error)})") from None
-        if trees.describe(array) != description:
-            raise _DamagedError(f"{where} is damaged (its digest differs from the saved one)")
-        arrays[path] = array
-    return arrays
+    arrays = stored.arrays(store, step, item, wanted)
+    return jax.tree.unflatten(jax.tree.structure(like), [_placed(arrays[path], leaf) for path, leaf in wanted.items()])
 
 
 def _placed(array, leaf):
@@ -440,19 +384,6 @@ def _placed(array, leaf):
     if sharding is None:
         return jnp.asarray(array)
     return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
-
-
-def _refuse_other_network(step, saved, wanted):
-    differing = [
-        f"{path}: saved {trees.kind(saved.get(path))}, wanted {trees.kind(trees.shape_and_type(wanted.get(path)))}"
-        for path in {**wanted, **saved}
-        if path not in saved
-        or path not in wanted
-        or trees.kind(saved[path]) != trees.kind(trees.shape_and_type(wanted[path]))
-    ]
-    if differing:
-        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-        raise CheckpointError(f"checkpoint {step} is of another network or optimiser: {'; '.join(differing[:3])}{more}")
 
 
 def _set_aside(store, step):
@@ -472,8 +403,3 @@ def retire(workdir: Path) -> Path:
         with contextlib.suppress(FileNotFoundError):
             shutil.move(workdir / name, target / name)
     return target
-
-
-def _first_line(error):
-    text = str(error).partition(" [tensorstore_spec")[0].strip()
-    return (text or type(error).__name__).splitlines()[0][:200]

@@ -4,7 +4,7 @@
 |-----------|--------------------------------------------------------------------------------------------------------|
 | train     | means over the `steps` steps that end at `step`; every step is in exactly one row. `compiles` counts   |
 |           | the programs compiled meanwhile, which should be 0 after the first rows; `seconds_left` is an estimate |
-|           | up to the last step, validation included                                                               |
+|           | up to the last step, validation included; `saved` is the newest checkpoint on disk                     |
 | val       | the validation accuracies that select a checkpoint                                                     |
 | diverged  | the reason why training stopped                                                                        |
 | preempted | `step` is the step that was saved                                                                      |
@@ -157,7 +157,9 @@ def saved_step(file: Path) -> int | None:
     """The last step at which a run saved a checkpoint, according to its rows; None where they tell of none.
 
     A row of a validation is written before its checkpoint and after the one before it, so the last one tells of none.
+    Rows of older versions do not say what was `saved`.
     """
     rows = read(file)
     validated, preempted = ([row["step"] for row in rows if row.get("kind") == kind] for kind in ("val", "preempted"))
-    return max([*sorted(set(validated))[:-1], *preempted], default=None)
+    said = [row["saved"] for row in rows if type(row.get("saved")) is int]
+    return max([*sorted(set(validated))[:-1], *preempted, *said], default=None)

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from ibjax import calls, extensions
 from ibjax.attacks import names
 from ibjax.errors import CodeError
+from ibjax.runs import writers
 
 _HELD = (*calls.TEACHERS, "contrast")  # what they name is that of other runs
 
@@ -48,8 +49,7 @@ def _rename(settings, change: Callable[[str, str], str]):
                 renamed = (names.relocated(name, lambda reference: change("", reference)) for name in attacks)
                 config.evaluate.attacks = type(attacks)(renamed)
             if config.writers is not None:
-                each = (",".join(change("", part) for part in name.split(",")) for name in config.writers)
-                config.writers = tuple(each)
+                config.writers = tuple(change("", name) for name in writers.each(config.writers))
     return settings
 
 
@@ -132,8 +132,8 @@ def _kind(path, entry):
 
 def permit_writers(saved: ConfigDict, file: Path) -> None:
     """Raises CodeError unless the writers that a run's configuration names may run."""
-    named = (name for config in _configurations(saved) for name in config.writers or ())
-    _refuse_forbidden([("writers", part) for name in named for part in name.split(",")], file)
+    given = (name for config in _configurations(saved) for name in writers.each(config.writers))
+    _refuse_forbidden([("writers", name) for name in given], file)
 
 
 def permit_attacks(attacks: Iterable[str], file: Path, trust: str | None = None) -> None:

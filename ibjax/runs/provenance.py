@@ -1,6 +1,7 @@
 """The provenance of a number: versions, commit and hardware, as records and env.json state them."""
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import platform
@@ -14,6 +15,7 @@ import jax
 from ibjax import places
 
 
+@functools.cache  # of the code that this process has imported, whatever is installed or committed while it runs
 def versions() -> dict[str, str]:
     """{name: version} of everything that can change a number."""
     found = {"python": platform.python_version(), "ibjax": places.version()}
@@ -42,6 +44,7 @@ def hardware() -> str:
     return text + (f" ({jax.process_count()} processes)" if jax.process_count() > 1 else "")
 
 
+@functools.cache
 def commit() -> str:
     """The commit of ibjax's own repository, with "+" where it has changes; else its version, as "version 0.1.0".
 

@@ -147,7 +147,17 @@ def _wrapped(text):
 
 
 def _rows(file):
-    return runpy.run_path(str(file)).get("ROWS", ())
+    return _definitions(file).get("ROWS", ())
+
+
+def _definitions(file):
+    """What the user's Python file defines; InputError where it fails."""
+    try:
+        return runpy.run_path(str(file))
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{file} fails with {type(error).__name__}: {last_line(error)}") from None
 
 
 def beside(recipe: str, name: str) -> SimpleNamespace:
@@ -178,23 +188,16 @@ def _instead(file):
 
 
 def _of_recipe(file, arg):
-    try:
-        make = runpy.run_path(str(file))["get_config"]
-    except KeyError as error:
-        if error.args != ("get_config",):
-            raise InputError(f"{file} fails with KeyError: {last_line(error)}") from None
-        raise InputError(f"{file} has no get_config(arg); define it, returning ibjax.config.base(), changed") from None
-    except InputError:
-        raise
-    except Exception as error:  # a configuration is the user's Python
-        raise InputError(f"{file} fails with {type(error).__name__}: {last_line(error)}") from None
+    make = _definitions(file).get("get_config")
+    if make is None:
+        raise InputError(f"{file} has no get_config(arg); define it, returning ibjax.config.base(), changed")
     if arg and not inspect.signature(make).parameters:
         raise InputError(f"{file} takes no argument, its get_config() has no parameter; leave ':{arg}' out")
     try:
         made = make(*([arg] if arg else []))
     except InputError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{file} fails with {type(error).__name__}: {last_line(error)}") from None
     if isinstance(made, FrozenConfigDict):
         made = made.as_configdict()

@@ -99,11 +99,10 @@ def load(workdir: str | os.PathLike, checkpoint: str | int = "best", *, trust: s
     mesh = cluster.mesh()
     abstract = abstract_variables(model, facts["input_shape"], mesh)
     with checkpoints.manager(workdir, read_only=True, run=rundir.identity(saved, facts)) as store:
-        step, variables = checkpoints.restore_variables(store, checkpoint, abstract)
-        validation = checkpoints.metrics(store, step)
+        step, variables, validation = checkpoints.restore_variables(store, checkpoint, abstract)
     seen = {"step": step, "weights": trees.digest(variables), "configuration": files.json_digest(facts)}
     cluster.agree(f"checkpoint '{checkpoint}' of {workdir.name}", seen, "give a --workdir that all processes share")
-    logits_fn = checked_logits(linen_net(model).predict, variables)
+    logits_fn = checked_logits(linen_net(in_float32(model)).predict, variables)  # as evaluation has it
     return Run(model, variables, logits_fn, saved, facts, step, workdir, validation)
 
 

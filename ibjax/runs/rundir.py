@@ -137,6 +137,7 @@ def write_config(workdir: Path, given: ConfigDict, facts: dict[str, Any], *, res
     if found:
         _refuse_other_run(workdir, given, facts, own)
     else:
+        _refuse_records(workdir)
         _refuse_lost_checkpoints(workdir, restart)
     code = own_code.record(given)
     cluster.agree("own modules", {path: entry["sha256"] for path, entry in code.items()}, advice)
@@ -226,10 +227,16 @@ def _refuse_other_run(workdir, given, facts, own):
         log.warning("%s; its checkpoints are of this configuration: it is written anew", error)
         return
     refuse_other_options(workdir, saved, given)
-    for name, value in config.plain({k: v for k, v in facts.items() if k not in DESCRIPTIONS}).items():
-        if config.plain(saved_facts).get(name) != value:
+    before, now = ({k: v for k, v in config.plain(f).items() if k not in DESCRIPTIONS} for f in (saved_facts, facts))
+    for name in {**now, **before}:
+        if name not in now:  # such as "imported": a network that was not trained here
             raise InputError(
-                f"{workdir} was trained with another {name} ({saved_facts.get(name)}, now {value}); "
+                f"{workdir} holds a network with {name}={before[name]}, which training cannot continue; "
+                f"give another --workdir"
+            )
+        if before.get(name) != now[name]:
+            raise InputError(
+                f"{workdir} was trained with another {name} ({before.get(name)}, now {now[name]}); "
                 f"give another --workdir, or what it was trained with"
             )
 
@@ -240,12 +247,25 @@ def refuse_other_options(
     """Raises InputError where two configurations differ in `sections`; None compares all that affects training."""
     old, new = _options(saved), _options(given)
     for path in {**new, **old}:
-        compared = not _is_free(path) if sections is None else path.split(".")[0] in sections
-        if compared and not config.same(path, old.get(path), new.get(path)):
+        section = path.split(".")[0]
+        compared = section not in _FREE_KEYS if sections is None else section in sections
+        if compared and path not in _FREE_PATHS and not config.same(path, old.get(path), new.get(path)):
             raise InputError(
                 f"{workdir} holds a run with {path}={old.get(path)!r}, now {new.get(path)!r} is asked for; "
                 f"give another --workdir, or the configuration that it was made with"
             )
+
+
+def _refuse_records(workdir):
+    """Refuses a folder in which `ibjax.benchmark` keeps its records."""
+    try:
+        found = benchmarked(files.read_json(workdir / "config.json")["data"])
+    except UnreadableError:
+        raise
+    except (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    if found:
+        raise InputError(f"{workdir} holds the records of ibjax.benchmark; give another --workdir")
 
 
 def _refuse_lost_checkpoints(workdir, restart):

@@ -66,7 +66,7 @@ class Writer(Protocol):
 
 def check(names: Iterable[str] | None) -> None:
     """Raises InputError unless all of these writers exist and their packages are installed; nothing is imported."""
-    for name in _each(names):
+    for name in each(names):
         calls.factory("writers", name)
         if (package := _PACKAGES.get(name)) and importlib.util.find_spec(package) is None:
             raise InputError(f"the writer '{name}' needs {package}: pip install 'ibjax[{name}]', or leave it out")
@@ -77,7 +77,7 @@ def start(names: Iterable[str] | None, run: Started) -> list["Background"]:
     if names is None:
         names = ("tensorboard",) if importlib.util.find_spec("tensorboardX") else ()
     made = []
-    for name in _each(names):
+    for name in each(names):
         try:
             made.append(Background(name, calls.factory("writers", name)(run=run)))
         except _ANY as error:
@@ -85,8 +85,8 @@ def start(names: Iterable[str] | None, run: Started) -> list["Background"]:
     return made
 
 
-def _each(names):
-    """The names, each once; --config.writers=wandb,mlflow gives both in one text."""
+def each(names: Iterable[str] | None) -> dict[str, None]:
+    """The names of writers, each once; --config.writers=wandb,mlflow gives both in one text."""
     return dict.fromkeys(part.strip() for name in names or () for part in name.split(","))
 
 

@@ -1,5 +1,6 @@
 """The training jobs of one configuration: its teachers, the runs that it is contrasted with, and itself."""
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,6 +8,8 @@ from ml_collections import ConfigDict
 
 from ibjax import config, files
 from ibjax.errors import InputError
+
+_OWN_FOLDERS = ("checkpoints", "eval", "damaged", "tensorboard", "wandb", "card", "leaderboard")
 
 
 class Job(NamedTuple):
@@ -30,7 +33,9 @@ def jobs(settings: ConfigDict, workdir: Path) -> list[Job]:
         if section.recipe is not None:
             made += jobs(section.recipe, teachers[role])
     for name, recipe in settings.contrast.items():
-        if name in (*config.TEACHERS, "checkpoints", "eval", "damaged", "tensorboard", "wandb"):
+        if name in (*config.TEACHERS, *_OWN_FOLDERS) or name.startswith("restarted-"):
             raise InputError(f"contrast.{name}: that name is a folder of the run itself; choose another")
+        if not re.fullmatch(r"[\w-]+", name):
+            raise InputError(f"contrast.{name}: it names a folder in workdir; give letters, digits, _ and -")
         made += jobs(recipe, workdir / name)
     return [*made, Job(settings, workdir, teachers)]

@@ -20,7 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ibjax import config, extensions
 from ibjax.devices import cluster
-from ibjax.errors import DivergedError, InputError, PreemptedError
+from ibjax.errors import CodeError, DataError, DivergedError, InputError, PreemptedError
 from ibjax.evaluation.scoring import nan_warnings
 from ibjax.runs import checkpoint as checkpoints
 from ibjax.runs import rundir, trees, writers
@@ -94,13 +94,15 @@ def _loop(made, orbax, state, step, total, write):
     experiment, validator = made.experiment, made.validator
     settings, per_epoch, mesh = experiment.config, experiment.steps_per_epoch, experiment.mesh
     capacity, dispatch, recompute = feed.feed(experiment, run_key(settings.seed, 1, mesh), step, made.step)
-    window, first, began = Window(step), step, time.perf_counter()
+    window, first, began, pace = Window(step), step, time.perf_counter(), _Pace(settings, capacity)
+    kept, saving = step or None, None  # the last step that is on disk, and the one that may not be yet
 
     with _progress(settings, total, step) as bar:
         while step < total:
-            stop = min(step + capacity, _next_multiple(step, settings.log_every), _next_multiple(step, per_epoch))
+            stop = min(step + pace.capacity, _next_multiple(step, settings.log_every), _next_multiple(step, per_epoch))
             with _naming_the_batch(settings, mesh):
                 state, metrics = dispatch(state, stop - step)
+                pace.wait(metrics)
             window.add(stop - step, metrics)
             bar.update(stop - step)
             step = stop
@@ -116,7 +118,11 @@ def _loop(made, orbax, state, step, total, write):
                 if reason:
                     write("diverged", step, reason=reason)
                     raise DivergedError(reason)
-                row = window.row(values, step, settings.batch_size)
+                if saving is not None and checkpoints.committed(orbax, saving):
+                    kept, saving = saving, None
+                row = window.row(values, step, settings.batch_size) | ({} if kept is None else {"saved": kept})
+                if window.first > first:  # not the first, which includes the compilation
+                    pace.measure(batch_size=settings.batch_size, images_per_s=row["images_per_s"])
                 left = (time.perf_counter() - began) / (step - first) * (total - step)
                 write("train", step, epoch=step / per_epoch, **row, seconds_left=round(left, 1))
                 bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['images_per_s']:.0f} images/s")
@@ -126,6 +132,8 @@ def _loop(made, orbax, state, step, total, write):
                     state = recompute(state) if saved else feed.with_raw_statistics(state)
                 try:
                     scores = _validate(experiment, validator, state) if validated else None
+                except (DataError, CodeError):  # an image that cannot be read, an attack of the user's own
+                    raise
                 except InputError as error:  # the weights are so large that the network cannot be judged
                     reason = _in_words("validation accuracy", step, values["grad_norm"], orbax, str(error))
                     write("diverged", step, reason=reason)
@@ -136,13 +144,39 @@ def _loop(made, orbax, state, step, total, write):
                     _tell(settings, epoch, scores, (time.perf_counter() - began) / (step - first) * (total - step))
                 overfitted = scores is not None and _overfitted(experiment, orbax, scores)
                 checkpoints.save(orbax, state, scores and {**scores, "select": experiment.select})
-                if overfitted and _alarm(settings, epoch):
+                saving = step
+                if overfitted and _alarm(settings, epoch) and not preempted:
                     return
                 window = Window(step)
             if preempted:
                 orbax.wait_until_finished()
                 write("preempted", step)
                 raise PreemptedError(f"saved step {step} of {total}")
+
+
+class _Pace:
+    """How many steps a dispatch takes. At most one dispatch is computed while the one before it is waited for.
+
+    A notice of preemption takes effect between two dispatches, and a machine may be gone 30 s after it. So dispatches
+    whose length the configuration leaves open take some seconds at most.
+    """
+
+    seconds = 5.0
+
+    def __init__(self, settings, capacity):
+        self.capacity, self.before = capacity, None
+        self.open = capacity > 1 and settings.steps_per_dispatch is None
+
+    def wait(self, metrics):
+        """Waits for the dispatch before the one that has these metrics."""
+        jax.block_until_ready(self.before)
+        self.before = metrics
+
+    def measure(self, batch_size, images_per_s):
+        """Sets the length once, as the first process has measured it."""
+        if self.open:
+            steps = int(np.clip(self.seconds * images_per_s / batch_size, 1, self.capacity))
+            self.capacity, self.open = int(cluster.word_of_first("steps of a dispatch", str(steps))), False
 
 
 @contextlib.contextmanager

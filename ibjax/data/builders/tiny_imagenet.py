@@ -50,7 +50,7 @@ def _images(path: Path, files: list[tuple[str, int]]) -> Iterator[tuple[np.ndarr
     with damage(path), zipfile.ZipFile(path) as archive:
         for name, label in files:
             try:
-                with Image.open(io.BytesIO(archive.read(name))) as image:
+                with Image.open(io.BytesIO(archive.read(name)), formats=("JPEG",)) as image:
                     yield np.asarray(image.convert("RGB")), label
             except Exception as error:  # zipfile and Pillow raise many types on damaged files
                 reason = " ".join(str(error).split())[:120]
