@@ -89,7 +89,8 @@ def table(content: dict[str, Any]) -> str:
             f"{'≥ ' * bool(found['other_loops'])}{found['flops'] / 1e12:.2f}",
         )
         lines.append((name, *size, *bounds, each, inside, *_expected(found)))
-    return measuring.markdown(heads, lines)
+    filled = [column for column in range(len(heads)) if any(line[column] != "" for line in lines)]
+    return measuring.markdown([heads[column] for column in filled], [[line[i] for i in filled] for line in lines])
 
 
 def _expected(found):
@@ -100,6 +101,18 @@ def _expected(found):
     times = (f"{expected[part]:.2f}" for part in ("attack_step_ms", "rest_ms", "step_ms"))
     share, rate = f"{100 * expected['share_of_peak']:.0f}", f"{expected['images_per_s']:,.0f}"
     return *times, share, rate, len(found["slow_kernels"])
+
+
+def caption(content: dict[str, Any]) -> str:
+    """What stands below the table."""
+    made = content["run"]
+    text = f"{made['topology']}, {made['date']}. Compiled, not run."
+    rows = [row for name, row in content.items() if name != "run" and not row["error"]]
+    if old := [row for row in rows if "estimated" not in row]:
+        which = "The rows" if len(old) == len(rows) else "Rows without an estimate"
+        text += f" {which} are of the code of 2026-11-22, before batch-norm read its input once: since then an IBD "
+        text += "step of that depth has 73 collectives in place of 135."
+    return text
 
 
 def main() -> None:
@@ -116,7 +129,7 @@ def main() -> None:
         chosen = {name: [*options, f"--config.batch_size={given.batch}"] for name, options in chosen.items()}
     if not chosen:
         parser.error(f"--rows={given.rows} matches none of {', '.join(rows())}")
-    page = lambda content: f"{table(content)}\n\n{given.topology}\n"  # noqa: E731
+    page = lambda content: f"{table(content)}\n\n{caption(content)}\n"  # noqa: E731
     compile_rows(
         parser, out, given.topology, chosen, lambda name: compile_row(name, chosen[name], given.topology), page
     )

@@ -152,7 +152,9 @@ def page(place: Slice, content: dict[str, Any]) -> str:
     text += (
         f"chip, at least {place.links} links of {place.link / 1e9:.0f} GB/s in each direction. Figures of a chip and "
     )
-    text += "step, from benchmarks/slices_scaling.py; nothing was measured.\n\n"
+    text += "step, from benchmarks/slices_scaling.py; nothing was measured, and nothing compiled for this slice. They "
+    text += "follow from [what the compiler counted for four v5e chips](slices-v5e-2x2.md) on 2026-11-22; those of "
+    text += "WRN-70-16 are scaled from TRADES on WRN-34-10.\n\n"
     text += f"![Strong and weak scaling]({FIGURE})"
     return f"{markdown(heads, rows)}\n\n{text}\n"
 

@@ -36,8 +36,9 @@ The rows of [configs/leaderboard.py](../configs/leaderboard.py). This page is ge
 teacher's passes are counted in units of the student's. *EFLOP*: steps · batch · passes · two FLOP for each multiply-add
 of the network, without validation and evaluation. *H100 hours*: these FLOP at {share:.1f} % of {peak:.0f} TFLOP/s, the
 share that PGD-10 training of WRN-28-10 reached ({rate:,} images/s; one H200, jax 0.11.2, commit 7d910cc, bfloat16,
-batch 256): an H100 has the H200's peak but less bandwidth. For ConvNeXt, ViT and Swin nothing has been measured: *≥*
-are the hours at the whole peak, a bound. –: the passes of this method are not tabulated.
+batch 256; [record](../results/train-step-h200-2026-11-26.md)): an H100 has the H200's peak but less bandwidth. For
+ConvNeXt, ViT and Swin nothing has been measured: *≥* are the hours at the whole peak, a bound. –: the passes of this
+method are not tabulated.
 
 | row | network | clean | AutoAttack | epochs | batch | passes | EFLOP | H100 hours |
 |---|---|---|---|---|---|---|---|---|

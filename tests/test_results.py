@@ -197,10 +197,10 @@ def test_differences_are_of_the_same_images_with_their_interval(tmp_path):
             put(given, CELLS[name], flags=values)
         if seed == 0:
             half = 196 * shift[0].std() / 2000**0.5
-            assert f"| IB-RAR | Standard | {100 * shift[0].mean():+.2f} ± {half:.2f} |" in page_of(given)
+            assert f"| IB-RAR | Standard (PGD-AT) | {100 * shift[0].mean():+.2f} ± {half:.2f} |" in page_of(given)
     means = [100 * each.mean() for each in shift.values()]
     half = stats.t.ppf(0.975, 1) * np.std(means, ddof=1) / 2**0.5
-    assert f"| IB-RAR | Standard | {np.mean(means):+.2f} ± {half:.2f} (2) |" in page_of(given)
+    assert f"| IB-RAR | Standard (PGD-AT) | {np.mean(means):+.2f} ± {half:.2f} (2) |" in page_of(given)
 
 
 def page_of(given):

@@ -6,6 +6,7 @@
 - The built pages may load nothing from elsewhere: `on_post_build`.
 """
 
+import itertools
 import posixpath
 import re
 from collections.abc import Callable
@@ -62,17 +63,18 @@ def section_part(argument: str) -> str:
 def rows_part(argument: str) -> str:
     """`results/effects-digits.md: IBD; PGD-AT`: those rows of the file's first table, and its bullets about them.
 
-    Columns that are empty in these rows are left out.
+    Columns that are empty in these rows are left out. Without names, as in `results/flips.md`: the whole first table.
     """
     name, _, wanted = argument.partition(": ")
-    names = [one.strip() for one in wanted.split(";")]
+    names = [one.strip() for one in wanted.split(";")] if wanted else []
     lines = _read(name).splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith("|"))
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:] if line.startswith("|")]
+    of_table = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in of_table]
     rows = {row[0]: row for row in table[2:]}
     if missing := [one for one in names if one not in rows]:
         raise Missing(f"{name} has no row {', '.join(missing)}")
-    shown = [rows[one] for one in names]
+    shown = [rows[one] for one in names] if wanted else table[2:]
     columns = [index for index in range(len(table[0])) if any(row[index] for row in shown)]
     made = ["| " + " | ".join(row[index] for index in columns) + " |" for row in (*table[:2], *shown)]
     bullets = [line for line in lines if any(line.startswith(f"- **{one}**") for one in names)]
