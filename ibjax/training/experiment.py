@@ -16,12 +16,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from ibjax import config, extensions, files, losses, optim
-from ibjax.calls import factory, signature
-from ibjax.data import Arrays, augment, extra, streamed
+from ibjax import config, files, losses, optim
+from ibjax.data import Arrays, augment, extra
 from ibjax.devices import cluster, placement
 from ibjax.errors import InputError
-from ibjax.net import Net, Variables, as_output, linen_net
+from ibjax.net import Net, Variables, linen_net
 from ibjax.runs import run, rundir, trees
 from ibjax.step import (
     Objective,
@@ -34,6 +33,7 @@ from ibjax.step import (
     trainable,
     with_trainable,
 )
+from ibjax.training import checks
 
 
 class Experiment(NamedTuple):
@@ -86,47 +86,20 @@ def build(
     mesh = cluster.mesh() if mesh is None else mesh
     cluster.check_divides(settings.batch_size, "batch_size", mesh.size, settings.microbatches)
     data = run.load_data(settings)
-    if settings.select_on == "val" and data.val is None:
-        raise InputError("data.val_size=0 leaves nothing to select on; hold some out, or set select_on='test'")
-    _check_padding(settings.augment.get("pad", 0), data.train.images.shape[1:3])
-    if streamed(data.train) and "name" not in settings.augment and (settings.augment.pad or settings.augment.flip):
-        raise InputError(
-            "streamed images are cropped and flipped as they are read; set augment.pad=0, augment.flip=False"
-        )
+    checks.data(settings, data)
     steps_per_epoch = len(data.train.labels) // settings.batch_size
-    if not steps_per_epoch:
-        raise InputError(f"batch_size={settings.batch_size} exceeds the {len(data.train.labels)} training images")
     mixture = None
     if data.extra is not None:
         mixture = extra.shares(data.extra, len(data.train.labels), settings.batch_size, settings.microbatches)
     model = run.build_model(settings.model, data.num_classes, "model")
-    _check_modulation(settings.model, data.train.images.shape[-1])
-    if config.own_source("models", settings.model.name) is not None:
-        _check_logits(model, data)
+    checks.model(settings, model, data)
     objective = config.build("objectives", settings.objective, "objective")
-    _check_attack(settings, objective)
-    if settings.head_optimizer.lr is not None and objective.head is None:
-        raise InputError(
-            f"objective '{settings.objective.name}' has no trained head here, and head_optimizer would be ignored; "
-            f"set head_optimizer.lr=None"
-        )
-    for role in config.TEACHERS:
-        if role not in objective.teachers and (settings[role].workdir or settings[role].recipe):
-            raise InputError(
-                f"objective '{settings.objective.name}' asks no {role} and would ignore it; set {role}.workdir='' and "
-                f"{role}.recipe=None"
-            )
+    checks.objective(settings, objective)
     taught = {
         role: _teacher(settings, role, data, (folders or {}).get(role), abstract, mesh) for role in objective.teachers
     }
     modules, frozen = ({role: parts[i] for role, parts in taught.items()} for i in (0, 1))
     optimizer, learning_rate = _optimizer(settings, steps_per_epoch)
-    if settings.validate.stop_on_overfitting and settings.attack is None and objective.attack is None:
-        raise InputError(
-            "validate.stop_on_overfitting looks at the robust accuracy that adversarial training loses; this run "
-            "trains on clean images, set it to False"
-        )
-
     attack, training_attack = _attacks(settings, objective)
     problem = Problem(
         bind_net=lambda frozen: linen_net(model, modules, frozen),
@@ -174,62 +147,6 @@ def _placed(step, mesh, fsdp):
     return placed
 
 
-def _check_modulation(model, channels):
-    """Raises InputError where SiRIIB's module would only scale the images."""
-    if model.name == "siriib" and model.get("fourier", "amplitude") == "amplitude" and channels == 1:
-        raise InputError(
-            "model.fourier='amplitude' mixes the moduli of colours, and images of one channel would only be scaled; "
-            "set model.fourier='amp_phase' or 'reim'"
-        )
-
-
-def _check_padding(pad, size):
-    """Raises InputError if a crop shifted by `pad` in both directions could miss its image altogether."""
-    if pad >= min(size):
-        raise InputError(
-            f"augment.pad={pad} is not allowed with images of {size[0]}×{size[1]} pixels: crops would miss the image; "
-            f"give less than {min(size)}, 4 is usual for 32×32"
-        )
-
-
-def _check_logits(model, data):
-    """Raises InputError where a network of the user's own does not return logits for the classes of the data."""
-    x = jax.ShapeDtypeStruct((1, *data.train.images.shape[1:]), np.float32)
-    try:
-        made = jax.eval_shape(lambda x: as_output(model.init_with_output(jax.random.key(0), x, train=False)[0]), x)
-    except InputError:
-        raise
-    except Exception as error:  # the user's code
-        raise InputError(f"the network cannot be traced: {extensions.failure(error)}") from error
-    if made[0].shape != (1, data.num_classes):
-        raise InputError(
-            f"the network returns logits of shape {made[0].shape}; the data has {data.num_classes} classes: give "
-            f"(1, {data.num_classes}) for images of shape {x.shape}"
-        )
-
-
-def _check_attack(settings, objective):
-    """Raises InputError where the objective ignores the attack, lacks one, or needs one with another loss."""
-    name, losses = settings.objective.name, objective.attack_losses
-    if settings.attack is None:
-        if losses:
-            raise InputError(f"objective '{name}' needs an attack; set attack=dict(name='pgd', loss='{losses[0]}', …)")
-        return
-    loss = settings.attack.get("loss", "ce")
-    if not losses:
-        why = "makes its own adversarial images" if objective.attack else "trains on clean images"
-        raise InputError(f"objective '{name}' {why} and would ignore the attack; set attack=None")
-    if loss not in losses:
-        raise InputError(f"attack.loss='{loss}' does not go with objective '{name}'; allowed: {', '.join(losses)}")
-    default = signature(factory("attacks", settings.attack.name))[0].get("init")
-    start = settings.attack.get("init", None if default is None else default.default)
-    if objective.flat_at_x and start == "none":
-        raise InputError(
-            f"attack.init='none' of '{settings.attack.name}' starts where the loss that objective '{name}' has the "
-            f"attack climb has no gradient; use 'gaussian'"
-        )
-
-
 def _teacher(settings, role, data, folder, abstract, mesh):
     """(model, variables, facts) of the teacher or the assistant."""
     section = settings[role]
@@ -242,28 +159,15 @@ def _teacher(settings, role, data, folder, abstract, mesh):
     folder = files.path(folder or section.workdir or role)
     if abstract and recipe is not None and not rundir.has_checkpoint(folder):
         taught = run.load_data(recipe)
-        _check_teacher(folder, run.facts(taught), data)
+        checks.teacher(folder, run.facts(taught), data)
         model = run.build_model(recipe.model, taught.num_classes, f"{role}.recipe.model")
         return model, run.abstract_variables(model, taught.train.images.shape[1:], mesh), {}
     if not rundir.has_checkpoint(folder):
         command = section.made_by or f"python -m ibjax.main --config=… --workdir={folder}"
         raise InputError(f"{role}.workdir={folder} holds no trained run; train the {role} first: {command}")
-    _check_teacher(folder, rundir.read_config(folder)[1], data)
+    checks.teacher(folder, rundir.read_config(folder)[1], data)
     taught = run.load(folder, section.checkpoint)
     return taught.model, taught.variables, {"step": taught.step, "weights": trees.digest(taught.variables)}
-
-
-def _check_teacher(folder, taught, data):
-    if taught["num_classes"] != data.num_classes:
-        raise InputError(
-            f"the teacher in {folder} has {taught['num_classes']} classes, the data has {data.num_classes}; "
-            f"give a teacher of this data set"
-        )
-    if tuple(taught["input_shape"]) != data.train.images.shape[1:]:
-        raise InputError(
-            f"the teacher in {folder} takes images of shape {tuple(taught['input_shape'])}, "
-            f"the data has {data.train.images.shape[1:]}"
-        )
 
 
 def _optimizer(settings, steps_per_epoch):
