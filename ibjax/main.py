@@ -140,7 +140,8 @@ def _execute(settings, workdir, mode, restart):
         if mode == "train":
             for job in todo:
                 experiment = build(job.settings, job.teachers)
-                loop.train(experiment, job.workdir, restart=restart, checked=checked.pop(0))
+                part = job is not todo[-1]
+                loop.train(experiment, job.workdir, restart=restart, checked=checked.pop(0), part=part)
         records = []
         for job in reversed(todo):  # the run itself first, then the runs for contrast
             records += evaluate(job.workdir, "best", settings=settings.evaluate)

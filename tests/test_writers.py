@@ -227,6 +227,12 @@ def test_weights_and_biases_continues_its_run(tmp_path, monkeypatch):
     checkpoint.retire(tmp_path)  # begins at step 0
     logged(tmp_path, ("wandb",))
     assert len({run.given["id"] for run in runs}) == 3
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")  # of a command that trains a teacher and its student
+    for folder, part in (("teacher", True), ("student", False)):
+        (tmp_path / folder).mkdir()
+        for writer in writers.start(("wandb",), started(tmp_path / folder)._replace(part=part)):
+            writer.close()
+    assert [run.given["id"] == "mine" for run in runs[-2:]] == [False, True]
 
 
 def test_the_real_weights_and_biases_works_without_a_network(tmp_path, monkeypatch):

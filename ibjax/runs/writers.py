@@ -50,6 +50,7 @@ class Started(NamedTuple):
     title: str
     config: dict[str, Any]  # the configuration, as plain data
     step: int  # that it continues from; rows after it are written again
+    part: bool = False  # whether it is a teacher of another run of this command, or trained for contrast with it
 
 
 class Writer(Protocol):
@@ -166,7 +167,8 @@ class WeightsAndBiases:
         import wandb  # pyright: ignore[reportMissingImports]
 
         saved = _remembered(run, "wandb")
-        name = saved.get("id") or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+        given = None if run.part else os.environ.get("WANDB_RUN_ID")  # it cannot be that of all runs of a command
+        name = saved.get("id") or given or secrets.token_hex(4)
         self.code = 0
         self.run: Any = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "ibjax"),

@@ -54,14 +54,19 @@ def check(settings: ConfigDict, folders: Mapping[str, Path] | None = None) -> pr
 
 
 def train(
-    experiment: Experiment, workdir: Path, *, restart: bool = False, checked: programs.Programs | None = None
+    experiment: Experiment,
+    workdir: Path,
+    *,
+    restart: bool = False,
+    checked: programs.Programs | None = None,
+    part: bool = False,
 ) -> None:
     """Trains to the last epoch, from the newest undamaged checkpoint if there is one.
 
     Where all checkpoints are lost or damaged, `restart` begins again at step 0; without it, InputError is raised for
     lost checkpoints and CheckpointError for damaged ones. `checked` is what `check` returned: nothing is traced again
-    that it has traced. Raises PreemptedError after it has saved because of a SIGTERM, and DivergedError where a metric
-    or the state is not finite.
+    that it has traced. `part`: see `writers.Started`. Raises PreemptedError after it has saved because of a SIGTERM,
+    and DivergedError where a metric or the state is not finite.
     """
     settings = experiment.config
     total = settings.epochs * experiment.steps_per_epoch
@@ -82,7 +87,7 @@ def train(
             log.info("%s: continuing from step %d of %d", workdir, step, total)
         if jax.process_index() == 0:
             title = settings.title or workdir.resolve().name
-            started = writers.Started(workdir, title, config.plain(settings), step)
+            started = writers.Started(workdir, title, config.plain(settings), step, part)
             told = writers.start(settings.writers, started)
             with contextlib.closing(MetricsLog(workdir, step, told)) as metrics_log:
                 _loop(made, orbax, state, step, total, metrics_log.write)
