@@ -41,7 +41,7 @@ if __name__ == "__main__":  # before JAX is imported
 
 import numpy as np
 from measuring import Page, markdown
-from parts import bare
+from parts import ROOT, bare
 from rehearsal import Job, difference, found_in, furthest, losses, train, until
 
 from ibjax import errors, files
@@ -49,7 +49,6 @@ from ibjax.devices import peers
 from ibjax.evaluation import results
 from ibjax.runs import provenance
 
-ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("ibd", "ib_rar", "shared_information")
 RECIPE = """
 import sys
@@ -349,10 +348,9 @@ class Records:
     KEYS = ("part", "method", "fault", "processes", "trial")
 
     def __init__(self, out: Path | None, minutes: float | None):
-        self.page, self.lock, self.left_out = Page("hosts", out, page), threading.Lock(), 0
+        self.page, self.lock, self.left_out = Page("hosts", out, page, adds=True), threading.Lock(), 0
         self.deadline = time.monotonic() + 60 * (1e9 if minutes is None else minutes)
-        if self.page.out.is_file():
-            self.page.records = [r for r in files.read_json(self.page.out)["records"] if "error" not in r]
+        self.page.records = [r for r in self.page.records if "error" not in r]
 
     def key(self, record: dict[str, Any]) -> tuple:
         """What a record is of."""
