@@ -44,6 +44,7 @@ from ml_collections import ConfigDict
 from parts import ROOT, bare
 
 from ibjax import config, errors, files
+from ibjax.attacks import names
 from ibjax.data import folder as class_folders
 from ibjax.devices import cluster
 from ibjax.errors import DivergedError, InputError
@@ -160,6 +161,18 @@ def terms(cell: Cell, folder: Path, n: int | None) -> dict[str, float]:
     """The terms of an objective's loss on test images, as benchmarks/effects.py measures them."""
     objective = config.build("objectives", dict(name=cell.terms), "objective")
     return effects.terms(run.load(folder, "last"), objective, tuple(effects.TERMS[cell.terms]), n)
+
+
+def forget(cell: Cell, given: argparse.Namespace) -> None:
+    """Deletes what a cell has left in the working folders, so that it runs from its beginning.
+
+    One that attacks another cell's network leaves the network, but neither its record there nor an attack's progress.
+    """
+    shutil.rmtree(given.work / cell.name, ignore_errors=True)
+    for attack in settings(cell, given).evaluate.attacks if cell.of else ():
+        name, folder = names.in_file_name(attack), given.work / cell.of / "eval" / "last"
+        for file in (*folder.glob(f"{name}.*"), *folder.glob(f".{name}[.-]*")):
+            file.unlink()
 
 
 def write(
@@ -377,6 +390,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="run finished cells once more, from the beginning")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and random images, to try the script")
     given = parser.parse_args(argv)
+    if given.again and given.budget is not None:
+        parser.error("--again and --budget exclude each other: a budget is for missing cells; give one of them")
     given.work = (given.work or files.cache_folder() / "results").resolve()
     given.work = given.work / "quick" if given.quick and given.work.name != "quick" else given.work
     given.cells = (given.cells or (given.work / "records" if given.quick else ROOT / "results" / "cells")).resolve()
@@ -419,7 +434,7 @@ def main() -> None:
         done = results_page.finished(given.cells)
         for cell in with_data(selected, given):
             if given.again:
-                shutil.rmtree(given.work / cell.name, ignore_errors=True)
+                forget(cell, given)
             if given.again or cell.name not in done:
                 execute(cell, given)
                 results_page.write(page, given.cells)

@@ -117,6 +117,26 @@ def test_a_name_of_no_cell_and_absent_data_are_refused(tmp_path):
     assert [results.span(text) for text in ("90s", "8m", "1.5h")] == [1.5, 8, 90]
 
 
+def test_a_cell_that_runs_again_begins_without_what_it_has_left(tmp_path, capsys):
+    """An attack on another cell's network leaves the network; it would find its record there and take no time."""
+    given, cell = parsed(tmp_path), CELLS["cifar10-ibd-20-epochs-0-autoattack"]
+    network, own = given.work / cell.of, given.work / cell.name
+    attacked = network / "eval" / "last"
+    stays = [network / "seconds.json", attacked / "pgd-20.n1000.json", attacked / "autoattack-plus.n1000.json"]
+    goes = [own / "seconds.json"]
+    goes += [attacked / f"{name}.n1000{end}" for name, end in (("autoattack", ".json"), (".autoattack", "-3fa1.npz"))]
+    for file in (*stays, *goes):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    results.forget(cell, given)
+    assert all(map(Path.exists, stays)) and not any(map(Path.exists, goes))
+    results.forget(CELLS[cell.of], given)
+    assert not network.exists()
+    with pytest.raises(SystemExit):
+        parsed(tmp_path, "--again", "--budget=8m")
+    assert "--again and --budget exclude each other" in capsys.readouterr().err
+
+
 # ---- what comes next -----------------------------------------------------------------------------------------
 
 
