@@ -28,10 +28,9 @@ from typing import Any
 
 import flips
 import numpy as np
-from parts import bare
+from parts import ROOT, bare, refuse_other
 
 from ibjax import errors, files
-from ibjax.runs import provenance
 
 ERRORS = {"EIO": 5, "ENOMEM": 12, "EACCES": 13, "EMFILE": 24, "ESTALE": 116}
 OUTCOMES = ("the right numbers", "refused", "traceback", "wrong", "changed")
@@ -110,28 +109,33 @@ def inject(root: Path, trials: int, seed: int) -> dict[str, Any]:
     return {"rows": {name: dict(row) for name, row in sorted(rows.items())}, "bad": bad}
 
 
+def page(content: dict[str, Any]) -> str:
+    """The table, and what made it, as Markdown."""
+    return f"{flips.table(('failure', 'injected'), content['rows'], OUTCOMES)}\n\n{flips.origin_line(content['run'])}\n"
+
+
 def command_line() -> None:
     """The command line of this script."""
     parser = bare(__file__, __doc__)
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=files.path, default=flips.ROOT / "results" / "failures.json")
+    parser.add_argument("--out", type=files.path, default=ROOT / "results" / "failures.json")
     given = parser.parse_args()
+    refuse_other(given.out)
     with tempfile.TemporaryDirectory() as folder:
         if "FAIL_PATH" not in os.environ:  # once more, with the library preloaded
             library = Path(folder) / "failing_disk.so"
-            source = flips.ROOT / "tests" / "failing_disk.c"
+            source = ROOT / "tests" / "failing_disk.c"
             subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
             variables = {**os.environ, "LD_PRELOAD": str(library), "FAIL_PATH": "nothing yet"}
             sys.exit(subprocess.run([sys.executable, *sys.argv], env=variables).returncode)
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         files._WAITS = (0.001, 0.001, 0.001)
         found = inject(Path(folder) / "root", given.trials, given.seed)
-    about = {**provenance.environment(), "compression": flips.compression()}
-    table = flips.page(("failure", "injected"), found["rows"], OUTCOMES)
-    files.write_json(given.out, {**found, "run": about})
-    given.out.with_suffix(".md").write_text(f"{table}\n\n{flips.provenance_line(about)}\n", encoding="utf-8")
-    print(table)
+    content = {**found, "run": flips.origin()}
+    files.write_json(given.out, content)
+    given.out.with_suffix(".md").write_text(page(content), encoding="utf-8")
+    print(page(content))
     for line in found["bad"]:
         print(line)
     sys.exit(1 if found["bad"] else 0)

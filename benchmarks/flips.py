@@ -42,7 +42,7 @@ import jax
 import jax.numpy as jnp
 import measuring
 import numpy as np
-from parts import bare
+from parts import ROOT, bare
 
 from ibjax import errors, files, main
 from ibjax.attacks.pgd import pgd
@@ -51,10 +51,9 @@ from ibjax.devices import compiled
 from ibjax.evaluation import evaluate
 from ibjax.evaluation.report import runs
 from ibjax.net import linen_net, to_float
-from ibjax.runs import checkpoint, metrics, provenance, run, rundir, trees
+from ibjax.runs import checkpoint, metrics, run, rundir, trees
 from ibjax.training import experiment, jobs
 
-ROOT = Path(__file__).resolve().parent.parent
 OUTCOMES = ("nothing", "computed again", "refused", "traceback", "wrong")
 
 
@@ -353,14 +352,14 @@ def kind(root: Path, file: Path) -> str:
     return file.name
 
 
-def page(first: tuple[str, str], rows: dict[str, dict[str, int]], outcomes: tuple[str, ...]) -> str:
+def table(first: tuple[str, str], rows: dict[str, dict[str, int]], outcomes: tuple[str, ...]) -> str:
     """The Markdown table of {what: {outcome: how often}}, with its two first heads."""
     total = sum(map(Counter, rows.values()), Counter())
-    grid = [[*first, *outcomes]]
-    for name, row in {**rows, "**all**": total}.items():
-        grid.append([name, sum(row.values()), *(row.get(outcome, 0) for outcome in outcomes)])
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in grid]
-    return "\n".join([lines[0], "|---" * len(grid[0]) + "|", *lines[1:]])
+    grid = [
+        (name, sum(row.values()), *(row.get(outcome, 0) for outcome in outcomes))
+        for name, row in {**rows, "**all**": total}.items()
+    ]
+    return measuring.markdown((*first, *outcomes), grid)
 
 
 def compression() -> str:
@@ -371,10 +370,36 @@ def compression() -> str:
     return "zstd" if with_zstd else "zlib"
 
 
-def provenance_line(about: dict[str, Any]) -> str:
-    """Where the numbers were made, in a line."""
-    used = ", ".join(f"{name} {about['versions'][name]}" for name in ("python", "jax", "orbax-checkpoint"))
-    return f"{about['hardware']}, {used}, commit {about['commit']}; compiled programs under {about['compression']}."
+def origin() -> dict[str, Any]:
+    """Where and with what trials are made."""
+    return {**measuring.environment(), "compression": compression()}
+
+
+def origin_line(about: dict[str, Any]) -> str:
+    """The same in a line."""
+    return f"{measuring.provenance_line(about)}; compiled programs under {about['compression']}."
+
+
+def page(content: dict[str, Any]) -> str:
+    """The table, and what made it, as Markdown."""
+    seeds = f"One wrong bit each; seeds {', '.join(map(str, content['seeds']))}. The last call: "
+    return f"{table(('file', 'flips'), content['kinds'], OUTCOMES)}\n\n{seeds}{origin_line(content['run'])}\n"
+
+
+_SAME = ("commit", "versions", "hardware", "compression")
+
+
+def continued(out: Path, about: dict[str, Any], seed: int) -> dict[str, Any]:
+    """What `out` holds, to be added to; raises InputError where another code has made it, or where it has the seed."""
+    before = files.read_json(out) if out.is_file() else {"kinds": {}, "bad": [], "seeds": []}
+    if "kinds" not in before:
+        raise errors.InputError(f"--out={out} holds no flips; give another --out")
+    if changed := [key for key in _SAME if "run" in before and before["run"].get(key) != about[key]]:
+        raise errors.InputError(f"--out={out} has flips of other {', '.join(changed)}; give another --out")
+    if seed in before["seeds"]:
+        known = ", ".join(map(str, before["seeds"]))
+        raise errors.InputError(f"--out={out} has the flips of --seed={seed} already; give one that is not in {known}")
+    return before
 
 
 def command_line() -> None:
@@ -386,19 +411,20 @@ def command_line() -> None:
     parser.add_argument("--out", type=files.path, help="default: results/flips-DATE.json; what it holds is added to")
     given = parser.parse_args()
     out = given.out or ROOT / "results" / f"flips-{datetime.date.today()}.json"
+    about = origin()
+    before = continued(out, about, given.seed)
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
         found = flip(Path(folder) / "root", given.trials, given.processes, given.seed)
-    before = files.read_json(out) if out.is_file() else {"kinds": {}, "bad": [], "seeds": []}
     kinds = {
         name: dict(Counter(before["kinds"].get(name, {})) + Counter(found["kinds"].get(name, {})))
         for name in sorted({**before["kinds"], **found["kinds"]})
     }
-    about, table = {**provenance.environment(), "compression": compression()}, page(("file", "flips"), kinds, OUTCOMES)
     both = {"bad": before["bad"] + found["bad"], "seeds": [*before["seeds"], given.seed]}
-    files.write_json(out, {"kinds": kinds, **both, "run": about})
-    out.with_suffix(".md").write_text(f"{table}\n\nOne wrong bit each. {provenance_line(about)}\n", encoding="utf-8")
-    print(table)
+    content = {"kinds": kinds, **both, "run": about}
+    files.write_json(out, content)
+    out.with_suffix(".md").write_text(page(content), encoding="utf-8")
+    print(page(content))
     for line in found["bad"]:
         print(line)
     sys.exit(1 if found["bad"] else 0)
