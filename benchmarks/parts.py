@@ -48,9 +48,9 @@ def as_typed(command: str | Sequence[str]) -> list[str]:
 
 
 def in_line(command: str | Sequence[str], xla_flags: str = "") -> str:
-    """A recorded command as a page shows it; of absolute paths, which are of one machine, it has the names."""
+    """A recorded command as a page shows it; of paths outside the repository, which are of one machine, the names."""
     script, *words = as_typed(command)
-    named = (re.sub(r"(^|[=:])/(?:[^/\s]+/)+", r"\1", word) for word in words)
+    named = (re.sub(r"(^|[=:])/(?:[^/\s]+/)+", r"\1", word.replace(f"{ROOT}/", "")) for word in words)
     flags = f"XLA_FLAGS={shlex.quote(xla_flags)} " if xla_flags else ""
     return f"`{flags}{shlex.join(['python', f'benchmarks/{script}', *named])}`"
 

@@ -65,6 +65,8 @@ def test_a_command_is_the_same_wherever_it_writes(command):
 def test_a_command_is_shown_without_folders_of_the_machine():
     line = parts.in_line(["a.py", "--data=mnist:/home/me/mnist.npz", "--workdir", "/tmp/x/runs", "--eps=4/255", "a b"])
     assert line == "`python benchmarks/a.py --data=mnist:mnist.npz --workdir runs --eps=4/255 'a b'`"
+    line = parts.in_line(["a.py", f"--config={ROOT}/configs/digits.py:smoke"])
+    assert line == "`python benchmarks/a.py --config=configs/digits.py:smoke`"
     found = {**ABOUT, "command": ["a.py"], "xla_flags": "--xla_a=1 --xla_b"}
     line = "`XLA_FLAGS='--xla_a=1 --xla_b' python benchmarks/a.py`, commit abc; h; jax 1; 2026-01-02"
     assert measuring.provenance_line(found) == line
