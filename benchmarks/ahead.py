@@ -33,7 +33,7 @@ from typing import Any
 import jax
 import measuring
 from jax.sharding import Mesh, NamedSharding
-from parts import ROOT, bare, compile_rows, from_child, made_by
+from parts import ROOT, bare, compile_rows, from_child
 
 from ibjax import errors, files
 from ibjax.devices import cluster, cores
@@ -125,6 +125,12 @@ def table(content: dict[str, Any]) -> str:
     return measuring.markdown(heads, lines)
 
 
+def page(content: dict[str, Any]) -> str:
+    """The table, and what made its rows, as Markdown."""
+    ordered = {each: content[each] for each in ("run", *table_of_programs()) if each in content}
+    return f"{table(ordered)}\n\n{measuring.compiled_line('ahead.py', content)}\n"
+
+
 def main() -> None:
     """The command line."""
     parser = bare(__file__, __doc__)
@@ -156,12 +162,6 @@ def parent(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     if not chosen:
         parser.error(f"--programs={given.programs} matches none of {', '.join(known)}")
     out = given.out or ROOT / "results" / f"ahead-{given.topology.replace(':', '-')}.json"
-    versions = measuring.in_words(made_by()["versions"])
-
-    def page(content):
-        ordered = {each: content[each] for each in ("run", *known) if each in content}
-        return f"{table(ordered)}\n\n{given.topology}; {versions}; {content['run']['date']}\n"
-
     compile_one = lambda name: in_new_process(name, given.topology, given.hlo)  # noqa: E731
     compile_rows(parser, out, given.topology, chosen, compile_one, page, given.keep)
 

@@ -35,7 +35,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from parts import ROOT, bare, started, update
+from parts import ROOT, bare, in_line, started, update
 
 from ibjax import errors, files
 from ibjax.errors import InputError
@@ -126,7 +126,10 @@ def run_part(name: str, given: argparse.Namespace, backend: str) -> str:
 
 def page(content: dict) -> str:
     """The results in Markdown: where they come from, a section for each part, and what is not there."""
-    lines = [f"# Benchmarks, {content['run']['backend']}, {content['run']['date'][:10]}", ""]
+    run = content["run"]
+    lines = [f"# Benchmarks, {run['backend']}, {run['date'][:10]}", ""]
+    if commands := [in_line(call) for call in run.get("commands", ())]:
+        lines += [f"{'; '.join(commands)}; commit {run.get('commit', 'unknown')}", ""]
     absent = []
     for name, part in content.items():
         if name == "run":
@@ -179,7 +182,9 @@ def main() -> None:
     if known and known["run"].get("commit", commit) != commit:
         parser.error(f"--out={given.out} holds a run of {known['run']['commit']}, this is {commit}; give another")
     run = {"date": date, "backend": backend, "quick": given.quick, "commit": commit}
-    update(given.out, "run", **(run if not known else {}))
+    calls = known.get("run", {}).get("commands", [])
+    calls = calls if sys.argv in calls else [*calls, sys.argv]
+    update(given.out, "run", **(run if not known else {}), commands=calls)
 
     failed = False
     for name in given.parts:

@@ -10,26 +10,45 @@ sides use the same number of steps, samples or queries. These numbers are small 
 steps, and eps leaves a part of the images robust. Random attacks run several times on both sides.
 
 The reference implementations are fra31/auto-attack, torchattacks and scipy's L-BFGS-B. Where none of them has the
-attack in a norm, its formula is written below as a loop in PyTorch or NumPy. Randomised networks are evaluated at their
+attack in a norm, its formula is a loop in PyTorch or NumPy in `oracles.py`. Randomised networks are evaluated at their
 mean weights, transfer attacks on the network that was not attacked. C&W's images count only within eps.
 
 `tests/test_attacks_by_norm.py` runs our side of each row again; the result may differ by at most 2 points from the
-reference's mean in the file that this script writes.
+reference's mean in the file that this script writes. Each row of that file says which call has made it.
 """
 
+import contextlib
+import importlib.metadata
 import json
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import measuring
 import numpy as np
-from parts import bare
+from oracles import (
+    GUIDES,
+    SIGMA,
+    SURROGATE,
+    N,
+    X,
+    Y,
+    ara_scipy,
+    auto_attack,
+    climb,
+    deepfool_linf,
+    draws,
+    hidden,
+    logits_fn,
+    random_pixels,
+    randomised,
+    randomised_each,
+    spsa_l2,
+    torchattacks_,
+)
+from parts import ROOT, added_to, bare
 from scipy import special
 
 from ibjax import files
@@ -44,59 +63,14 @@ from ibjax.attacks.mim import mim
 from ibjax.attacks.nifgsm import nifgsm
 from ibjax.attacks.noise import noise
 from ibjax.attacks.pgd import pgd
-from ibjax.attacks.representation import ara, guides
-from ibjax.attacks.sparse_rs import exchanges, sparse_rs
+from ibjax.attacks.representation import ara
+from ibjax.attacks.sparse_rs import sparse_rs
 from ibjax.attacks.spsa import spsa
 from ibjax.attacks.square import square
 from ibjax.attacks.targeted import targeted
 from ibjax.attacks.transfer import transfer
 
-RESULTS = Path(__file__).parent.parent / "results" / "attacks-by-norm.json"
-N, SHAPE, HIDDEN, CLASSES, SIGMA = 512, (16, 16, 3), 64, 10, 0.3
-_RNG = np.random.default_rng(0)
-X = _RNG.uniform(size=(N, *SHAPE)).astype(np.float32)
-_D = X[0].size
-
-
-class Weights(NamedTuple):
-    """tanh(x W + b) V; NumPy, JAX and PyTorch compute it alike."""
-
-    w: np.ndarray  # (D, hidden); hidden units have mean 0 and deviation 1.5 before the tanh
-    b: np.ndarray
-    v: np.ndarray  # (hidden, classes)
-
-
-def _weights():
-    w = _RNG.normal(size=(_D, HIDDEN)) * 1.5 * np.sqrt(12 / _D)
-    return Weights(*(a.astype(np.float32) for a in (w, -w.sum(0) / 2, _RNG.normal(size=(HIDDEN, CLASSES)))))
-
-
-VICTIM = _weights()
-SURROGATE = Weights(*(a + 0.3 * b for a, b in zip(VICTIM, _weights(), strict=True)))
-
-
-def logits_fn(x: Any, net: Weights = VICTIM) -> Any:
-    """(B, classes) of NumPy's or JAX's images."""
-    return _hidden(x, net) @ net.v
-
-
-def _hidden(x, net=VICTIM):
-    array = np if isinstance(x, np.ndarray) else jnp
-    return array.tanh(x.reshape(len(x), -1) @ net.w + net.b[None])
-
-
-def randomised(key: jax.Array, x: jax.Array) -> jax.Array:
-    """The network with noise on its last weights, drawn from one key."""
-    return _hidden(x) @ (VICTIM.v + SIGMA * jax.random.normal(key, VICTIM.v.shape))
-
-
-def randomised_each(x: jax.Array, keys: jax.Array) -> jax.Array:
-    """The same, with a draw for each image."""
-    return jax.vmap(lambda key, x: randomised(key, x[None])[0])(keys, x)
-
-
-Y = logits_fn(X).argmax(1).astype(np.int32)
-GUIDES = X[guides(Y)]
+RESULTS = ROOT / "results" / "attacks-by-norm.json"
 
 
 class Row(NamedTuple):
@@ -130,404 +104,176 @@ def run_ours(row: Row) -> list[float]:
     return [robust_accuracy(attack(jax.random.key(seed), x, y), row) for seed in range(row.runs)]
 
 
-# ---- the oracles ---------------------------------------------------------------------------------------------
-
-
-def _network(net=VICTIM, sigma=0.0):
-    """The network as PyTorch's, for images (B, C, H, W)."""
-    import torch
-
-    w = torch.from_numpy(net.w.reshape(*SHAPE, -1).transpose(2, 0, 1, 3).reshape(_D, -1).copy())  # rows by channel
-    b, v = (torch.from_numpy(a) for a in (net.b, net.v))
-
-    class Network(torch.nn.Module):
-        def forward(self, x):
-            noise = sigma * torch.randn(v.shape) if sigma else 0.0
-            return torch.tanh(x.flatten(1) @ w + b) @ (v + noise)
-
-    return Network().eval()
-
-
-def _in_torch(attack, seed, x, y):
-    """NumPy's images through an attack of PyTorch's, (x, y) -> x_adv, and back."""
-    import torch
-
-    torch.manual_seed(seed)
-    x_adv = attack(torch.from_numpy(np.moveaxis(x, -1, 1).copy()), torch.from_numpy(y.astype(np.int64)))
-    return np.moveaxis(x_adv.detach().numpy(), 1, -1)
-
-
-def torchattacks_(
-    name: str, net: Weights = VICTIM, sigma: float = 0.0, mode: str | None = None, **options: Any
-) -> Callable:
-    """An attack of torchattacks by its class's name; `mode` is one of its targeted ones, as "least_likely"."""
-
-    def run(seed, x, y):
-        import torchattacks
-
-        attack = getattr(torchattacks, name)(_network(net, sigma), **options)
-        attack.set_device("cpu")
-        if mode:
-            getattr(attack, f"set_mode_targeted_{mode}")(quiet=True)
-        return _in_torch(attack, seed, x, y)
-
-    return run
-
-
-def auto_attack(kind: str, norm: str, eps: float, sigma: float = 0.0, **options: Any) -> Callable:
-    """A part of fra31/auto-attack: "apgd", "apgd-t", "fab", "square"; or "standard", all of them.
-
-    On a random network its APGD counts pixels as moved in l1 only where they moved by more than rounding (`_l0`).
-    """
-
-    def run(seed, x, y):
-        here = Path(__file__).parent
-        sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != here]  # its autoattack.py is another
-        from autoattack import AutoAttack, autopgd_base
-        from autoattack.autopgd_base import APGDAttack, APGDAttack_targeted
-        from autoattack.fab_pt import FABAttack_PT
-        from autoattack.square import SquareAttack
-
-        settings = dict(norm=norm.capitalize(), eps=eps, seed=seed, device="cpu", verbose=False, **options)
-        network = _network(sigma=sigma)
-        if kind == "standard":
-            whole = AutoAttack(network, version="standard", **settings)
-            return _in_torch(whole.run_standard_evaluation, seed, x, y)
-        parts = {"apgd": APGDAttack, "apgd-t": APGDAttack_targeted, "fab": FABAttack_PT, "square": SquareAttack}
-        with mock.patch.object(autopgd_base, "L0_norm", _l0 if sigma else autopgd_base.L0_norm):
-            x_adv = _in_torch(parts[kind](network, **settings).perturb, seed, x, y)
-        return _confirmed(x_adv, network, x, y) if sigma else x_adv
-
-    return run
-
-
-def _l0(delta):
-    """How many pixels moved, by more than rounding.
-
-    Its own count takes what x + t + δ leaves of pixels that the projection puts back, 320 of 768 at the start where 8
-    moved. A step moves a share of that count. On a fixed network the first steps end it, since their point has a larger
-    loss; noise makes the first point the best one for long, and robust accuracy in l1 is 87 instead of 71.
-    """
-    return (delta.abs() > 1e-6).flatten(1).sum(1).float()
-
-
-def _confirmed(x_adv, network, x, y):
-    """As AutoAttack keeps its books: what a random network answers rightly when it is asked once more is not broken."""
-    import torch
-
-    found = network(torch.from_numpy(np.moveaxis(x_adv, -1, 1).copy())).argmax(1).numpy() != y
-    return np.where(found[:, None, None, None], x_adv, x)
-
-
-def climb(
-    norm: str,
-    eps: float,
-    step_size: float,
-    steps: int,
-    *,
-    loss: str = "ce",
-    momentum: float | None = None,
-    start: bool = False,
-    sigma: float = 0.0,
-    samples: int = 1,
-    net: Weights = VICTIM,
-) -> Callable:
-    """Projected ascent as its papers write it, a loop in PyTorch: PGD, or with `momentum` MIM; of `samples` draws."""
-
-    def run(seed, x, y):
-        import torch
-
-        network = _network(net, sigma)
-
-        def length(a):
-            return a.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
-
-        def value(z, y):
-            if loss == "ce":
-                return torch.nn.functional.cross_entropy(z, y, reduction="sum")
-            true = torch.nn.functional.one_hot(y, CLASSES).bool()
-            return (z.masked_fill(true, -torch.inf).amax(1) - z[true]).sum()
-
-        def attack(x, y):
-            delta, g = torch.zeros_like(x), torch.zeros_like(x)
-            if start and norm == "linf":
-                delta = eps * (2 * torch.rand_like(x) - 1)
-            elif start:
-                direction = torch.randn_like(x)
-                delta = eps * torch.rand(len(x), 1, 1, 1) * direction / length(direction)
-            for _ in range(steps):
-                x_adv = (x + delta).clamp(0, 1).requires_grad_()
-                total = sum(value(network(x_adv), y) for _ in range(samples))
-                slope = torch.autograd.grad(total, x_adv)[0]
-                g = slope if momentum is None else momentum * g + slope / slope.abs().mean((1, 2, 3), keepdim=True)
-                x_adv = x_adv.detach() + step_size * (g.sign() if norm == "linf" else g / length(g))
-                delta = x_adv - x
-                delta = delta.clamp(-eps, eps) if norm == "linf" else delta * (eps / length(delta)).clamp(max=1)
-                delta = (x + delta).clamp(0, 1) - x
-            return x + delta
-
-        return _in_torch(attack, seed, x, y)
-
-    return run
-
-
-def spsa_l2(eps: float, delta: float, samples: int, lr: float, steps: int) -> Callable:
-    """SPSA of Uesato et al. with the projection of l2, a loop in NumPy; Adam as Kingma & Ba write it."""
-
-    def run(seed, x, y):
-        rng = np.random.default_rng(seed)
-        x_adv, m, v = x.astype(np.float64), 0.0, 0.0
-
-        def loss(x):
-            z, rows = logits_fn(x.astype(np.float32)).astype(np.float64), np.arange(len(x))
-            true = z[rows, y]
-            z[rows, y] = -np.inf
-            return z.max(1) - true
-
-        for t in range(1, steps + 1):
-            g = np.zeros_like(x_adv)
-            for _ in range(samples):
-                signs = rng.choice([-1.0, 1.0], size=x.shape)
-                difference = loss(x_adv + delta * signs) - loss(x_adv - delta * signs)
-                g += difference[:, None, None, None] * signs / (2 * delta * samples)
-            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
-            x_adv = x_adv + lr * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
-            moved = x_adv - x
-            length = np.sqrt(np.sum(moved**2, axis=(1, 2, 3), keepdims=True))
-            x_adv = np.clip(x + moved * np.minimum(1, eps / np.maximum(length, 1e-12)), 0, 1)
-        return x_adv.astype(np.float32)
-
-    return run
-
-
-def deepfool_linf(steps: int, overshoot: float = 0.02) -> Callable:
-    """DeepFool in l_inf by the paper's algorithm for many classes and any p, with clipping; NumPy, image by image."""
-
-    def run(seed, x, y):
-        w, b, v = (a.astype(np.float64) for a in VICTIM)
-        found = []
-        for image, label in zip(x.reshape(N, -1).astype(np.float64), y, strict=True):
-            moved, total = image, np.zeros(_D)
-            for _ in range(steps):
-                h = np.tanh(moved @ w + b)
-                z = h @ v
-                if z.argmax() != label:
-                    break
-                jacobian = (w * (1 - h**2)) @ v  # (D, classes)
-                f, slopes = z - z[label], jacobian - jacobian[:, [label]]
-                reach = [np.inf if k == label else abs(f[k]) / np.abs(slopes[:, k]).sum() for k in range(CLASSES)]
-                nearest = int(np.argmin(reach))
-                total += reach[nearest] * np.sign(slopes[:, nearest])
-                moved = np.clip(image + (1 + overshoot) * total, 0, 1)
-            found.append(moved)
-        return np.array(found, np.float32).reshape(x.shape)
-
-    return run
-
-
-def random_pixels(k: int, queries: int) -> Callable:
-    """Sparse-RS in l0 by the paper's algorithm, with sets of pixels; NumPy, image by image."""
-
-    def run(seed, x, y):
-        rng, height, width = np.random.default_rng(seed), *SHAPE[:2]
-        found = []
-
-        def margin(image, label):
-            z = logits_fn(image[None])[0]
-            return z[label] - np.delete(z, label).max()
-
-        def colours(count):
-            return rng.integers(0, 2, (count, SHAPE[2])).astype(np.float32)
-
-        for image, label in zip(x.reshape(N, height * width, SHAPE[2]), y, strict=True):
-            inside, outside = np.split(rng.permutation(height * width), [k])
-            best = image.copy()
-            best[inside] = colours(k)
-            smallest = margin(best, label)
-            for count in exchanges(k, queries)[1:]:
-                if smallest <= 0:
-                    break
-                back, new = rng.permutation(k)[:count], rng.permutation(len(outside))[:count]
-                proposal = best.copy()
-                proposal[inside[back]], proposal[outside[new]] = image[inside[back]], colours(count)
-                if (value := margin(proposal, label)) < smallest:
-                    best, smallest = proposal, value
-                    inside[back], outside[new] = outside[new], inside[back]
-            found.append(best)
-        return np.array(found).reshape(x.shape)
-
-    return run
-
-
-def draws(kind: str, norm: str, eps: float) -> Callable:
-    """Noise, drawn by NumPy."""
-
-    def run(seed, x, y):
-        rng = np.random.default_rng(seed)
-        if kind == "sign":
-            v = rng.choice([-1.0, 1.0], size=x.shape)
-            delta = eps * v if norm == "linf" else eps * v / np.sqrt(_D)
-        elif norm == "linf":
-            delta = rng.uniform(-eps, eps, x.shape)
-        else:
-            v = rng.normal(size=x.shape)
-            v /= np.sqrt(np.sum(v**2, axis=(1, 2, 3), keepdims=True))
-            delta = eps * rng.uniform(size=(len(x), 1, 1, 1)) * v
-        return np.clip(x + delta, 0, 1).astype(np.float32)
-
-    return run
-
-
-def ara_scipy(eps: float, steps: int) -> Callable:
-    """Scipy's L-BFGS-B towards the guide's hidden layer, image by image."""
-
-    def run(seed, x, y):
-        from scipy.optimize import Bounds, minimize
-
-        w, b = VICTIM.w.astype(np.float64), VICTIM.b.astype(np.float64)
-        wanted, found = np.tanh(GUIDES.reshape(N, -1) @ w + b), []
-        for flat, goal in zip(x.reshape(N, -1).astype(np.float64), wanted, strict=True):
-
-            def distance(u, goal=goal):
-                h = np.tanh(u @ w + b)
-                return np.sum((h - goal) ** 2), w @ (2 * (h - goal) * (1 - h**2))
-
-            bounds = Bounds(np.maximum(flat - eps, 0), np.minimum(flat + eps, 1))
-            result = minimize(distance, flat, jac=True, method="L-BFGS-B", bounds=bounds, options=dict(maxiter=steps))
-            found.append(result.x)
-        return np.array(found, np.float32).reshape(x.shape)
-
-    return run
-
-
 # ---- the rows ------------------------------------------------------------------------------------------------
 
 AUTO, TORCH, LOOP = "auto-attack", "torchattacks", "PyTorch loop"
 ROLLED = dict(unroll=False)
+ONCE = dict(runs=1)
 LINF, L2, L1 = 0.007, 0.16, 1.5  # radii that leave part of the images robust
+# of each norm: the ball and step of our attacks, and the same as torchattacks calls them
+BALLS = {norm: dict(norm=norm, eps=eps, step_size=eps / 4) for norm, eps in (("linf", LINF), ("l2", L2))}
+THEIR_BALLS = {norm: dict(eps=ball["eps"], alpha=ball["step_size"]) for norm, ball in BALLS.items()}
 
 
-def on_network(attack: Callable, network: Callable = logits_fn) -> Callable:
+def attacking(attack: Callable, network: Callable = logits_fn) -> Callable:
     """An attack as a row has it."""
     return lambda key, x, y: attack(key, network, x, y)
 
 
 def rows() -> list[Row]:
     """The whole table."""
-    table: list[Row] = []
+    return [*fgsm_rows(), *climbing_rows("linf"), *climbing_rows("l2"), *target_rows(), *other_rows(), *auto_rows()]
 
-    def add(attack, norm, eps, settings, ours, oracle, theirs, **options):
-        table.append(Row(attack, norm, eps, settings, on_network(ours), oracle, theirs, **options))
 
-    fixed, ta = dict(runs=1), torchattacks_
-    linf, l2 = dict(norm="linf", eps=LINF, step_size=LINF / 4), dict(norm="l2", eps=L2, step_size=L2 / 4)
-    their_linf, their_l2 = dict(eps=LINF, alpha=LINF / 4), dict(eps=L2, alpha=L2 / 4)
+def fgsm_rows() -> Iterator[Row]:
+    """One step."""
+    theirs = torchattacks_("PGDL2", eps=L2, alpha=L2, steps=1, random_start=False)
+    yield Row("fgsm", "linf", LINF, "", attacking(fgsm(eps=LINF)), TORCH, torchattacks_("FGSM", eps=LINF), **ONCE)
+    yield Row("fgsm", "l2", L2, "", attacking(fgsm(norm="l2", eps=L2)), TORCH, theirs, **ONCE)
 
-    add("fgsm", "linf", LINF, "", fgsm(eps=LINF), TORCH, ta("FGSM", eps=LINF), **fixed)
-    one_step = ta("PGDL2", eps=L2, alpha=L2, steps=1, random_start=False)
-    add("fgsm", "l2", L2, "", fgsm(norm="l2", eps=L2), TORCH, one_step, **fixed)
-    for norm, ball, theirs in (
-        ("linf", linf, ta("PGD", steps=5, **their_linf)),
-        ("l2", l2, ta("PGDL2", steps=5, **their_l2)),
-    ):
-        eps, step = ball["eps"], ball["step_size"]
-        add("pgd", norm, eps, "5 steps", pgd(steps=5, **ball, **ROLLED), TORCH, theirs)
-        margin = pgd(loss="margin", steps=5, **ball, **ROLLED)
-        add("pgd", norm, eps, "margin, 5 steps", margin, LOOP, climb(norm, eps, step, 5, loss="margin", start=True))
-        bim = ta("BIM", steps=5, **their_linf) if norm == "linf" else climb(norm, eps, step, 5)
-        oracle = TORCH if norm == "linf" else LOOP
-        add("bim", norm, eps, "5 steps", pgd(init="none", steps=5, **ball, **ROLLED), oracle, bim, **fixed)
-        momentum = ta("MIFGSM", steps=5, **their_linf) if norm == "linf" else climb(norm, eps, step, 5, momentum=1.0)
-        add("mim", norm, eps, "5 steps", mim(steps=5, **ball, **ROLLED), oracle, momentum, **fixed)
-        noisy = eot(attack=pgd, samples=4, steps=5, **ball, **ROLLED)
-        eot_pgd = ta("EOTPGD", sigma=SIGMA, steps=5, eot_iter=4, **their_linf)
-        if norm == "l2":
-            eot_pgd = climb(norm, eps, step, 5, start=True, sigma=SIGMA, samples=4)
-        ours = on_network(noisy, randomised)
-        table.append(Row("eot(pgd)", norm, eps, "5 steps, 4 samples", ours, oracle, eot_pgd))
-        noisy = eot(attack=mim, samples=4, steps=5, **ball, **ROLLED)
-        ours, theirs = on_network(noisy, randomised), climb(norm, eps, step, 5, momentum=1.0, sigma=SIGMA, samples=4)
-        table.append(Row("eot(mim)", norm, eps, "5 steps, 4 samples", ours, LOOP, theirs))
-        surrogate = partial(logits_fn, net=SURROGATE)
-        moved = transfer(attack=pgd(steps=5, **ball, **ROLLED), surrogate=surrogate)
-        other = (
-            ta("PGD", SURROGATE, steps=5, **their_linf)
-            if norm == "linf"
-            else ta("PGDL2", SURROGATE, steps=5, **their_l2)
-        )
-        add("transfer(pgd)", norm, eps, "5 steps", moved, TORCH, other)
-        for kind in ("uniform", "sign"):
-            far = 12 * eps
-            add(
-                "noise", norm, far, kind, noise(kind=kind, norm=norm, eps=far), "NumPy", draws(kind, norm, far), runs=20
-            )
 
+def climbing_rows(norm: str) -> Iterator[Row]:
+    """Projected ascent in l_inf or l2, from the image or beside it, of one network or of draws; and noise."""
+    ball, theirs, in_linf, text = BALLS[norm], THEIR_BALLS[norm], norm == "linf", "5 steps"
+    eps, steps = ball["eps"], dict(steps=5, **ball, **ROLLED)
+    oracle, loop = TORCH if in_linf else LOOP, partial(climb, norm, eps, ball["step_size"], 5)
+    their_pgd = partial(torchattacks_, "PGD" if in_linf else "PGDL2", steps=5, **theirs)
+
+    yield Row("pgd", norm, eps, text, attacking(pgd(**steps)), TORCH, their_pgd())
+    margin = attacking(pgd(loss="margin", **steps))
+    yield Row("pgd", norm, eps, f"margin, {text}", margin, LOOP, loop(loss="margin", start=True))
+    same = torchattacks_("BIM", steps=5, **theirs) if in_linf else loop()
+    yield Row("bim", norm, eps, text, attacking(pgd(init="none", **steps)), oracle, same, **ONCE)
+    same = torchattacks_("MIFGSM", steps=5, **theirs) if in_linf else loop(momentum=1.0)
+    yield Row("mim", norm, eps, text, attacking(mim(**steps)), oracle, same, **ONCE)
+
+    drawn, draw = f"{text}, 4 samples", dict(sigma=SIGMA, samples=4)
+    same = torchattacks_("EOTPGD", sigma=SIGMA, steps=5, eot_iter=4, **theirs) if in_linf else loop(start=True, **draw)
+    ours = attacking(eot(attack=pgd, samples=4, **steps), randomised)
+    yield Row("eot(pgd)", norm, eps, drawn, ours, oracle, same)
+    ours = attacking(eot(attack=mim, samples=4, **steps), randomised)
+    yield Row("eot(mim)", norm, eps, drawn, ours, LOOP, loop(momentum=1.0, **draw))
+
+    moved = transfer(attack=pgd(**steps), surrogate=partial(logits_fn, net=SURROGATE))
+    yield Row("transfer(pgd)", norm, eps, text, attacking(moved), TORCH, their_pgd(SURROGATE))
+    far = 12 * eps
+    for kind in ("uniform", "sign"):
+        ours = attacking(noise(kind=kind, norm=norm, eps=far))
+        yield Row("noise", norm, far, kind, ours, "NumPy", draws(kind, norm, far), runs=20)
+
+
+def target_rows() -> Iterator[Row]:
+    """Ascent on other losses than that of the label, and Nesterov's."""
     target = special.softmax(logits_fn(X), axis=1)
-    trades = pgd(loss="kl", init="gaussian", steps=10, **linf, **ROLLED)
-    table.append(Row("pgd", "linf", LINF, "KL, 10 steps", lambda key, x, y: trades(key, logits_fn, x, target), TORCH,
-                     ta("TPGD", steps=10, **their_linf)))  # fmt: skip
-    for norm, ball, theirs in (
-        ("linf", linf, ta("PGD", steps=5, mode="least_likely", **their_linf)),
-        ("l2", l2, ta("PGDL2", steps=5, mode="least_likely", **their_l2)),
-    ):
-        add("targeted", norm, ball["eps"], "least likely, 5 steps", targeted(steps=5, **ball, **ROLLED), TORCH, theirs)
-    lookahead = nifgsm(steps=5, **linf, **ROLLED)
-    add("nifgsm", "linf", LINF, "5 steps", lookahead, TORCH, ta("NIFGSM", steps=5, **their_linf), **fixed)
+    trades = pgd(loss="kl", init="gaussian", steps=10, **BALLS["linf"], **ROLLED)
+    theirs = torchattacks_("TPGD", steps=10, **THEIR_BALLS["linf"])
+    yield Row("pgd", "linf", LINF, "KL, 10 steps", lambda key, x, y: trades(key, logits_fn, x, target), TORCH, theirs)
+    for norm, name in (("linf", "PGD"), ("l2", "PGDL2")):
+        ours = attacking(targeted(steps=5, **BALLS[norm], **ROLLED))
+        theirs = torchattacks_(name, steps=5, mode="least_likely", **THEIR_BALLS[norm])
+        yield Row("targeted", norm, BALLS[norm]["eps"], "least likely, 5 steps", ours, TORCH, theirs)
+    ours = attacking(nifgsm(steps=5, **BALLS["linf"], **ROLLED))
+    theirs = torchattacks_("NIFGSM", steps=5, **THEIR_BALLS["linf"])
+    yield Row("nifgsm", "linf", LINF, "5 steps", ours, TORCH, theirs, **ONCE)
 
-    adam = dict(delta=0.01, lr=0.01)
-    add("spsa", "linf", LINF, "4 steps, 32 samples", spsa(eps=LINF, steps=4, samples=32, **adam), TORCH,
-        ta("SPSA", eps=LINF, nb_iter=4, nb_sample=32, **adam))  # fmt: skip
-    add("spsa", "l2", L2, "4 steps, 32 samples", spsa(norm="l2", eps=L2, steps=4, samples=32, **adam), "NumPy loop",
-        spsa_l2(L2, steps=4, samples=32, **adam))  # fmt: skip
+
+def other_rows() -> Iterator[Row]:
+    """Without gradients, for the least length, of few pixels, and towards another image's representation."""
+    text, adam = "4 steps, 32 samples", dict(delta=0.01, lr=0.01)
+    ours = attacking(spsa(eps=LINF, steps=4, samples=32, **adam))
+    theirs = torchattacks_("SPSA", eps=LINF, nb_iter=4, nb_sample=32, **adam)
+    yield Row("spsa", "linf", LINF, text, ours, TORCH, theirs)
+    ours = attacking(spsa(norm="l2", eps=L2, steps=4, samples=32, **adam))
+    yield Row("spsa", "l2", L2, text, ours, "NumPy loop", spsa_l2(L2, steps=4, samples=32, **adam))
+
     c_and_w = dict(c=1.0, steps=30, lr=0.01)
-    for compat in (False, True):
-        ours, text = cw(torchattacks_compat=compat, **c_and_w), "compat, 30 steps" if compat else "30 steps"
-        add("cw", "l2", L2, text, ours, TORCH, ta("CW", **c_and_w), **fixed)
-    for norm, eps, oracle, theirs in (
-        ("linf", LINF, "NumPy loop", deepfool_linf(3)),
-        ("l2", L2, TORCH, ta("DeepFool", steps=3)),
-    ):
-        add("deepfool", norm, eps, "3 steps", deepfool(norm=norm, eps=eps, steps=3), oracle, theirs, **fixed)
-    add("sparse_rs", "l0", 2, "150 queries", sparse_rs(eps=2, queries=150), "NumPy loop", random_pixels(2, 150))
-    climb_to_guide = ara(eps=4 * LINF, steps=6)
-    ours = lambda key, x, y: climb_to_guide(key, _hidden, x, jnp.asarray(GUIDES))  # noqa: E731
-    table.append(Row("ara", "linf", 4 * LINF, "6 iterations", ours, "scipy", ara_scipy(4 * LINF, 6), runs=1))
+    for compat, text in ((False, "30 steps"), (True, "compat, 30 steps")):
+        ours = attacking(cw(torchattacks_compat=compat, **c_and_w))
+        yield Row("cw", "l2", L2, text, ours, TORCH, torchattacks_("CW", **c_and_w), **ONCE)
+    ours = attacking(deepfool(norm="linf", eps=LINF, steps=3))
+    yield Row("deepfool", "linf", LINF, "3 steps", ours, "NumPy loop", deepfool_linf(3), **ONCE)
+    ours = attacking(deepfool(norm="l2", eps=L2, steps=3))
+    yield Row("deepfool", "l2", L2, "3 steps", ours, TORCH, torchattacks_("DeepFool", steps=3), **ONCE)
 
+    ours = attacking(sparse_rs(eps=2, queries=150))
+    yield Row("sparse_rs", "l0", 2, "150 queries", ours, "NumPy loop", random_pixels(2, 150))
+    eps, towards = 4 * LINF, ara(eps=4 * LINF, steps=6)
+    ours = lambda key, x, y: towards(key, hidden, x, jnp.asarray(GUIDES))  # noqa: E731
+    yield Row("ara", "linf", eps, "6 iterations", ours, "scipy", ara_scipy(eps, 6), **ONCE)
+
+
+def auto_rows() -> Iterator[Row]:
+    """The parts of AutoAttack."""
     for norm, eps in (("linf", LINF), ("l2", L2), ("l1", L1)):
         ball, same = dict(norm=norm, eps=eps), partial(auto_attack, norm=norm, eps=eps)
+
+        def row(attack, text, ours, theirs, norm=norm, eps=eps, **options):
+            return Row(attack, norm, eps, text, ours, AUTO, theirs, **options)
+
         for loss in ("ce", "dlr"):
-            add("apgd", norm, eps, f"{loss}, 10 steps", apgd(loss=loss, steps=10, **ball), AUTO,
-                same("apgd", loss=loss, n_iter=10))  # fmt: skip
-        add("apgd-t", norm, eps, "10 steps, 3 targets", apgd(loss="dlr_targeted", steps=10, targets=3, **ball), AUTO,
-            same("apgd-t", n_iter=10, n_target_classes=3))  # fmt: skip
-        noisy = on_network(apgd(steps=10, eot=4, **ball), randomised_each)
-        table.append(Row("apgd", norm, eps, "ce, 10 steps, 4 samples", noisy, AUTO,
-                         same("apgd", sigma=SIGMA, loss="ce", n_iter=10, eot_iter=4), runs=20))  # fmt: skip
-        add("fab", norm, eps, "5 steps", fab(steps=5, **ball), AUTO, same("fab", n_iter=5), **fixed)
-        add("fab-t", norm, eps, "5 steps, 3 targets", fab(steps=5, targets=3, **ball), AUTO,
-            same("fab", n_iter=5, targeted=True, n_target_classes=3), **fixed)  # fmt: skip
-        add("fab", norm, eps, "5 steps, 2 restarts", fab(steps=5, restarts=2, **ball), AUTO,
-            same("fab", n_iter=5, n_restarts=2))  # fmt: skip
-    add("apgd", "l1", L1, "ce, 20 steps, from 3 eps", apgd(norm="l1", eps=L1, steps=20, larger_eps=True), AUTO,
-        auto_attack("apgd", "l1", L1, loss="ce", n_iter=20, use_largereps=True))  # fmt: skip
+            ours = attacking(apgd(loss=loss, steps=10, **ball))
+            yield row("apgd", f"{loss}, 10 steps", ours, same("apgd", loss=loss, n_iter=10))
+        ours = attacking(apgd(loss="dlr_targeted", steps=10, targets=3, **ball))
+        yield row("apgd-t", "10 steps, 3 targets", ours, same("apgd-t", n_iter=10, n_target_classes=3))
+        ours = attacking(apgd(steps=10, eot=4, **ball), randomised_each)
+        theirs = same("apgd", sigma=SIGMA, loss="ce", n_iter=10, eot_iter=4)
+        yield row("apgd", "ce, 10 steps, 4 samples", ours, theirs, runs=20)
+        yield row("fab", "5 steps", attacking(fab(steps=5, **ball)), same("fab", n_iter=5), **ONCE)
+        theirs = same("fab", n_iter=5, targeted=True, n_target_classes=3)
+        yield row("fab-t", "5 steps, 3 targets", attacking(fab(steps=5, targets=3, **ball)), theirs, **ONCE)
+        ours = attacking(fab(steps=5, restarts=2, **ball))
+        yield row("fab", "5 steps, 2 restarts", ours, same("fab", n_iter=5, n_restarts=2))
+    ours = attacking(apgd(norm="l1", eps=L1, steps=20, larger_eps=True))
+    theirs = auto_attack("apgd", "l1", L1, loss="ce", n_iter=20, use_largereps=True)
+    yield Row("apgd", "l1", L1, "ce, 20 steps, from 3 eps", ours, AUTO, theirs)
     for norm, eps in (("linf", 1.5 * LINF), ("l2", 3 * L2), ("l1", 2 * L1)):
         for rescale in (False, True):
-            text = f"150 queries{', rescaled' * rescale}"
-            ours = square(norm=norm, eps=eps, queries=150, rescale=rescale)
+            ours = attacking(square(norm=norm, eps=eps, queries=150, rescale=rescale))
             theirs = auto_attack("square", norm, eps, n_queries=150, resc_schedule=rescale)
-            add("square", norm, eps, text, ours, AUTO, theirs)
-    return table
+            yield Row("square", norm, eps, f"150 queries{', rescaled' * rescale}", ours, AUTO, theirs)
 
 
-def table(records: list[dict]) -> str:
-    """The records as Markdown."""
-    heads = ("attack", "norm", "eps", "settings", "oracle", "theirs", "ours", "difference")
+# ---- the page ------------------------------------------------------------------------------------------------
+
+
+def table(records: list[dict], runs: bool = False) -> str:
+    """The records as Markdown, with `runs` also how often each side ran."""
+    heads = ("attack", "norm", "eps", "settings", "oracle", "theirs", "ours", "difference", *["runs"] * runs)
     lines = []
     for record in records:
         theirs, ours = (np.mean(record[side]) for side in ("theirs", "ours"))
         cells = [record[key] for key in ("attack", "norm", "eps", "settings", "oracle")]
-        lines.append((*cells, f"{theirs:.1f}", f"{ours:.1f}", f"{ours - theirs:+.1f}"))
+        often = [len(record["theirs"])] * runs
+        lines.append((*cells, f"{theirs:.1f}", f"{ours:.1f}", f"{ours - theirs:+.1f}", *often))
     return measuring.markdown(heads, lines)
+
+
+def page(content: dict[str, Any]) -> str:
+    """The table, and which call has made which rows, as Markdown."""
+    made: dict[str, list[str]] = {}
+    for record in content["records"]:
+        made.setdefault(origin(record.get("about", {})), []).append(record["name"])
+    calls = "\n".join(f"- {call}: {'; '.join(names)}" for call, names in made.items())
+    note = f"{content['n']} images; robust accuracy in percent, the mean of the runs of each side"
+    return f"{table(content['records'], runs=True)}\n\n{note}\n\n{calls}\n"
+
+
+def origin(about: dict[str, Any]) -> str:
+    """What made a row, in a line; of some rows of before only the commit is known that has put them here."""
+    if "command" in about:
+        return measuring.provenance_line(about)
+    return f"a call that was not kept, in this file since commit {about.get('kept_since', 'unknown')}"
+
+
+def environment() -> dict[str, Any]:
+    """Ours, with the versions of the reference implementations that are here; auto-attack's is its commit."""
+    found = measuring.environment()
+    for name in ("torchattacks", "autoattack", "scipy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            package = importlib.metadata.distribution(name)
+            source = json.loads(package.read_text("direct_url.json") or "{}").get("vcs_info", {})
+            found["versions"] = {**found["versions"], name: source.get("commit_id", package.version)}
+    return found
 
 
 def main() -> None:
@@ -536,19 +282,20 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows whose names begin so; the file keeps its others")
     parser.add_argument("--out", type=files.path, default=RESULTS)
     given = parser.parse_args()
-    before = json.loads(given.out.read_text(encoding="utf-8"))["records"] if given.out.is_file() else []
-    records, found = {record["name"]: record for record in before}, measuring.environment()
-    for row in rows():
-        if not row.name.startswith(given.only):
-            continue
+    chosen = [row for row in rows() if row.name.startswith(given.only)]
+    if not chosen:
+        parser.error(f"--only={given.only} begins no row's name; allowed: {', '.join(row.name for row in rows())}")
+    before = added_to(given.out, "attacks_by_norm").get("records", [])
+    records, found = {record["name"]: record for record in before}, environment()
+    for row in chosen:
         theirs = [robust_accuracy(row.theirs(seed, X, Y), row) for seed in range(row.runs)]
         about = {key: getattr(row, key) for key in ("name", "attack", "norm", "eps", "settings", "oracle")}
-        records[row.name] = {**about, "theirs": theirs, "ours": run_ours(row)}
+        records[row.name] = {**about, "theirs": theirs, "ours": run_ours(row), "about": found}
         print(table([records[row.name]]).splitlines()[-1], flush=True)
         ordered = [records[other.name] for other in rows() if other.name in records]
-        files.write_json(given.out, {"benchmark": "attacks_by_norm", "n": N, **found, "records": ordered})
-        note = f"{N} images; robust accuracy in percent, the mean of the runs\n{measuring.provenance_line(found)}"
-        given.out.with_suffix(".md").write_text(f"{table(ordered)}\n\n{note}\n", encoding="utf-8")
+        content = {"benchmark": "attacks_by_norm", "n": N, "records": ordered}
+        files.write_json(given.out, content)
+        given.out.with_suffix(".md").write_text(page(content), encoding="utf-8")
 
 
 if __name__ == "__main__":

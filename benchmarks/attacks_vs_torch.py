@@ -15,7 +15,6 @@ Writes a JSON file, and the table beside it as Markdown.
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 import torchattacks
 import twin
-from parts import bare
+from parts import bare, refuse_other
 from torch import nn
 
 import ibjax
@@ -110,7 +109,7 @@ def compare(row: Row, logits_fn: Callable, network: nn.Module, x: np.ndarray, y:
 def table(records: list[dict]) -> str:
     """The records as Markdown."""
     heads = ("attack", "runs", "ibjax", "torchattacks", "difference", "flags", "distance", "s + compile", "torch s")
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines = []
     for record in records:
         ours, theirs = record["ours_robust_acc"], record.get("theirs_robust_acc")
         sizes = [record.get(f"{side}_distance") for side in ("ours", "theirs")]
@@ -125,16 +124,16 @@ def table(records: list[dict]) -> str:
             f"{record['ours_s']:.2f} + {record['compile_s']:.1f}",
             f"{record['theirs_s']:.2f}" if theirs else "",
         ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return measuring.markdown(heads, lines)
 
 
-def page(found: dict, records: list[dict]) -> str:
+def page(found: dict) -> str:
     """The table with its settings, hardware and versions, as Markdown."""
     return (
         f"{found['data']}, {found['n']} test images, eps {found['eps']} (l2: 0.5), step {found['step_size']} (l2: 0.1)"
         f", {found['network']}; clean {found['clean_acc']:.2f} %; logits differ by {found['logits_apart']:.1e}\n\n"
-        f"{table(records)}\n\n"
+        f"{table(found['records'])}\n\n"
         f"Robust accuracy in percent; distance: mean of the broken images, ibjax / torchattacks; seconds per run.\n"
         f"{measuring.provenance_line(found)}\n"
     )
@@ -152,6 +151,12 @@ def main() -> None:
     parser.add_argument("--out", type=files.path, help="default: results/attacks-BACKEND-DATE.json")
     given = parser.parse_args()
     eps, step_size = (geometry.fraction(value) for value in (given.eps, given.step_size))
+    chosen = [row for row in rows(eps, step_size) if row.name.startswith(given.only or "")]
+    if not chosen:
+        known = ", ".join(row.name for row in rows(eps, step_size))
+        parser.error(f"--only={given.only} begins no attack's name; allowed: {known}")
+    out = given.out or measuring.default_out("attacks")
+    refuse_other(out)
     trained = ibjax.load(given.workdir)
     split = run.test_split(trained, given.n)
     x, y = np.float32(split.images / 255), split.labels
@@ -162,18 +167,16 @@ def main() -> None:
 
     found = measuring.environment()
     found["versions"] = {**found["versions"], "torchattacks": torchattacks.__version__}
-    out = given.out or Path("results") / f"attacks-{jax.default_backend()}-{found['date'][:10]}.json"
     settings = dict(data=trained.facts["label"], n=len(y), eps=given.eps, step_size=given.step_size, clean_acc=clean)
     settings |= dict(network=trained.config.title, logits_apart=apart)
     records = []
-    for row in rows(eps, step_size):
-        if row.name.startswith(given.only or ""):
-            records.append(compare(row, logits_fn, network, x, y, given.repeats))
-            print(table(records[-1:]).splitlines()[-1], flush=True)
-            files.write_json(out, {"benchmark": "attacks_vs_torch", **found, **settings, "records": records})
-    text = page(found | settings, records)
-    out.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    for row in chosen:
+        records.append(compare(row, logits_fn, network, x, y, given.repeats))
+        print(table(records[-1:]).splitlines()[-1], flush=True)
+        content = {"benchmark": "attacks_vs_torch", **found, **settings, "records": records}
+        files.write_json(out, content)
+        out.with_suffix(".md").write_text(page(content), encoding="utf-8")
+    print(out.with_suffix(".md"))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torchattacks
 import twin
-from parts import bare
+from parts import bare, refuse_other
 
 import ibjax
 from ibjax import files
@@ -127,8 +127,8 @@ def timed(call: Callable) -> tuple[Any, float, float]:
 
 def table(found: Mapping[str, Any]) -> str:
     """The comparison as Markdown: accuracies of the first round, seconds of those after it, or of the only one."""
-    head = ("attack", "ibjax", "torchattacks", "flags", "ibjax, s", "torchattacks, s", "speed")
-    lines, survive = [head, ("---",) * len(head)], []
+    heads = ("attack", "ibjax", "torchattacks", "flags", "ibjax, s", "torchattacks, s", "speed")
+    lines, survive = [], []
     for name, rounds in found["parts"].items():
         if any(side not in each for each in rounds for side in SIDES):
             continue
@@ -144,7 +144,17 @@ def table(found: Mapping[str, Any]) -> str:
     lines.append(
         ("worst case", *(f"{100 * flags.mean():.2f}" for flags in worst), int(np.sum(worst[0] != worst[1])), "", "", "")
     )
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return measuring.markdown(heads, lines)
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """The table with its settings, hardware and versions, as Markdown."""
+    rounds = max(map(len, found["parts"].values()), default=0)
+    return (
+        f"{table(found)}\n\nrobust accuracy in percent of {found['n']} images, l_inf, eps {found['eps']}, clean "
+        f"{found['clean'][0]:.2f}; {found['steps']} steps, {found['queries']} queries; {rounds} round(s), ibjax's "
+        f"search in {found.get('search_dtype', DTYPES[0])}; {measuring.provenance_line(found)}\n"
+    )
 
 
 def main() -> None:
@@ -159,10 +169,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--out", type=files.path, help="default: results/autoattack-BACKEND-DATE.json")
     given = parser.parse_args()
+    out = given.out or measuring.default_out("autoattack")
+    refuse_other(out)
     about = measuring.environment()
-    about["versions"]["torchattacks"] = "3.5.1"
-    out = given.out or Path("results") / f"autoattack-{jax.default_backend()}-{about['date'][:10]}.json"
-
+    about["versions"] = {**about["versions"], "torchattacks": torchattacks.__version__}
     asked = {
         "workdir": given.workdir.name,
         "n": given.n,
@@ -171,20 +181,13 @@ def main() -> None:
         "queries": given.queries,
         "search_dtype": given.search_dtype,
     }
-    found = measuring.kept(out, about)
-    if any(found.get(name) != value for name, value in asked.items()):
-        found = {"benchmark": "autoattack", **about, **asked, "parts": {}}
+    found = measuring.kept(out, about) or {"benchmark": "autoattack", **about, **asked, "parts": {}}
     cluster.keep_memory()  # as `python -m ibjax.evaluate` does; PyTorch profits too
     with tempfile.TemporaryDirectory() as folder:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         compare(given.workdir, found, given.rounds, lambda: files.write_json(out, found))
-    text = (
-        f"{table(found)}\n\nrobust accuracy in percent of {given.n} images, l_inf, eps {given.eps}, clean "
-        f"{found['clean'][0]:.2f}; {given.steps} steps, {given.queries} queries; {given.rounds} round(s), ibjax's "
-        f"search in {given.search_dtype}; "
-        f"{measuring.provenance_line(about)}\n"
-    )
+    text = page(found)
     out.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
 

@@ -2,11 +2,12 @@
 
     python benchmarks/comparison.py --workdir=runs/comparison [--out=PATH] [--epochs=20] [--seeds=3]
 
-Trains the convolutional network of configs/digits.py with each objective (`--only=mart,te` selects some), attacks the
-checkpoint that is best on validation with PGD-20, margin PGD-20 and AutoAttack, and writes OUT.json and OUT.md after
-every run. At the end it times the steps of all objectives in turn; the machine should be idle then. The same command
-continues where it was stopped. An objective that rejects these settings, or diverges, is listed on the page with the
-reason and does not stop the others.
+Trains the convolutional network of configs/digits.py with each objective (`--only=mart,te --out=PATH` selects some),
+attacks the checkpoint that is best on validation with PGD-20, margin PGD-20 and AutoAttack, and writes PATH.json and
+PATH.md after every run; files of another command are refused. At the end it times the steps of all objectives in turn;
+the machine should be idle then. The same command continues where it was stopped, and says which networks older code has
+trained. An objective that rejects these settings, or diverges, is listed on the page with the reason and does not stop
+the others.
 
 Every method has the defaults of its paper, except options that depend on the length of training, the learning rate or
 eps (OPTIONS). The teachers of distillation methods are a TRADES network and an undefended one of the same architecture,
@@ -18,9 +19,7 @@ import importlib
 import inspect
 import logging
 import pkgutil
-import shlex
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,16 @@ import jax
 import measuring
 import numpy as np
 from ml_collections import ConfigDict
-from parts import bare
+from parts import ROOT, bare, refuse_other
 
 from ibjax import config, errors, files, main, objectives
 from ibjax.errors import DivergedError, InputError
 from ibjax.evaluation.results import attack_label
-from ibjax.runs import provenance, recipe_files, run
-from ibjax.training import feed
+from ibjax.runs import checkpoint, recipe_files, run
+from ibjax.training import feed, jobs
 from ibjax.training.experiment import build, initial_state
 
 log = logging.getLogger(__name__)
-ROOT = Path(__file__).resolve().parent.parent
 Results = dict[str, Any]
 
 # objective -> epochs -> options that its paper ties to its number of epochs, its learning rate, or eps 8/255
@@ -118,6 +116,9 @@ def recipe(name: str, epochs: int, options: dict[str, Any], network: str = "") -
 
 def measure(made: ConfigDict, folder: Path) -> Results:
     """Trains, or continues, and attacks one network; accuracies in percent."""
+    folders = [job.workdir for job in jobs.jobs(config.complete(made), folder)]
+    for each in folders:
+        trained_by(each)
     records = [record for record in main.execute(made, folder) if record["title"] == made.title]
     weights = jax.tree.leaves(run.load(folder).variables["params"])
     return {
@@ -126,7 +127,22 @@ def measure(made: ConfigDict, folder: Path) -> Results:
         "parameters": int(sum(np.size(leaf) for leaf in weights)),
         "n": records[0]["n"],
         "warnings": records[0]["warnings"],
+        "commits": list(dict.fromkeys(commit for each in folders for commit in trained_by(each))),
     }
+
+
+def trained_by(workdir: Path) -> list[str]:
+    """The commits of the code that has trained a network, in order; to be asked before and after each training.
+
+    env.json is of the last start, which may have found a finished network: its commit counts if checkpoints are new.
+    """
+    file, steps = workdir / "trained_by.json", checkpoint.steps_in(workdir / "checkpoints")
+    known = files.read_json(file) if file.is_file() else {"commits": [], "steps": []}
+    if steps != known["steps"]:
+        commits = [*known["commits"], files.read_json(workdir / "env.json")["commit"]]
+        known = {"commits": list(dict.fromkeys(commits)), "steps": steps}
+        files.write_json(file, known)
+    return known["commits"]
 
 
 def step_times(recipes: dict[str, ConfigDict], repeats: int = 5, n: int = 19) -> dict[str, list[float]]:
@@ -159,36 +175,35 @@ def page(results: Results) -> str:
     columns = ["clean", *results["attacks"]]
     methods = {name: list(runs.values()) for name, runs in results["methods"].items() if runs}
     ranked = sorted(methods, key=lambda name: -min(mean(methods[name], attack) for attack in results["attacks"]))
-    head = ["objective", "seeds", *map(attack_label, columns), "ms per step", "parameters"]
-    lines = [head, ["---"] * len(head)]
+    heads = ("objective", "seeds", *map(attack_label, columns), "ms per step", "parameters")
+    lines = []
     for name in ranked:
         runs = methods[name]
         cells = [cell(runs, column) for column in columns]
         times = results["seconds_per_step"].get(name)
         step = f"{1000 * statistics.median(times):.1f}" if times else "not yet"
         lines.append([name, str(len(runs)), *cells, step, f"{runs[0]['parameters']:,}"])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = measuring.markdown(heads, lines)
     failed = "".join(f"- {name}: {reason}\n" for name, reason in sorted(results["failed"].items()))
     what = "Every objective" if set(results["methods"]) >= set(names()) else "Some objectives"
-    return f"# {what} on the digits\n\n{origin_line(results)}\n\n{table}\n\n{_reading(results, methods)}\n" + (
+    made = f"{measuring.provenance_line(results)}{older(results['commit'], results['methods'])}"
+    return f"# {what} on the digits\n\n{made}\n\n{table}\n\n{_reading(results, methods)}\n" + (
         f"\nNot on the page:\n\n{failed}" if failed else ""
     )
 
 
-def origin(script: str) -> Results:
-    """What every page says of where its numbers come from."""
-    return {
-        "command": shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
-        "hardware": provenance.hardware(),
-        "versions": provenance.versions(),
-        "commit": provenance.commit(),
-    }
+def older(commit: str, runs: dict[str, dict[str, Results]]) -> str:
+    """The networks, teachers among them, that code of other commits than the page's has trained; "" if there are none.
 
-
-def origin_line(results: Results) -> str:
-    """`origin` for the page."""
-    versions = measuring.in_words(results["versions"])
-    return f"`{results['command']}`, commit {results['commit']}; {results['hardware']}; {versions}"
+    Of records of before, which do not know, nothing is said.
+    """
+    others: dict[str, list[str]] = {}
+    for name, seeds in runs.items():
+        for seed, found in seeds.items():
+            if (commits := found.get("commits", [commit])) != [commit]:
+                others.setdefault(", ".join(commits), []).append(f"{name} (seed {seed})")
+    listed = (f"by commit {commits}: {', '.join(whose)}" for commits, whose in others.items())
+    return f"\n\nTrained {'; '.join(listed)}." if others else ""
 
 
 def mean(runs: list[Results], column: str) -> float:
@@ -231,8 +246,9 @@ def compare(given: argparse.Namespace) -> None:
     chosen = given.only.split(",") if given.only else names()
     if unknown := set(chosen) - set(names()):
         raise InputError(f"--only={','.join(sorted(unknown))} is unknown; {errors.nearest('', names())}")
+    refuse_other(given.out.with_suffix(".json"))
     results = {
-        **origin("comparison.py"),
+        **measuring.environment(),
         "epochs": given.epochs,
         "eps": recipe("pgd_at", given.epochs, {}).threat.eps,
         "attacks": list(ATTACKS),

@@ -112,7 +112,8 @@ def main() -> None:
         return
     names = methods.chosen(parser, given.objective)
     network, attack_steps = (methods.TINY, 1) if given.quick else (methods.RESNET18, 10)
-    page = measuring.Page(given.what, given.out, {"flops": flops_table, "memory": memory_table}[given.what])
+    table = {"flops": flops_table, "memory": memory_table}[given.what]
+    page = measuring.Page(given.what, given.out, table, quick=given.quick)
     if given.what == "flops":
         for name in names:
             teachers = [network] + ([methods.WRN34] if name == "ibd" and not given.quick else [])

@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64, help="of the ResNet-18's first stage")
     given = measuring.parse(parser)
     network, attack_steps = (methods.TINY, 1) if given.quick else ({**methods.RESNET18, "width": given.width}, 10)
-    page = measuring.Page("cost", given.out, table, f"{given.repeats} rounds")
+    page = measuring.Page("cost", given.out, table, f"{given.repeats} rounds", quick=given.quick)
     for batch_size in given.batch:
         timing = (given.dtype, given.repeats, given.steps, given.quiet)
         about = dict(batch=batch_size, dtype=given.dtype)

@@ -1,7 +1,7 @@
 """A complete check on an accelerator: one command, under ten minutes, one JSON file.
 
     python benchmarks/device.py --out=results/device.json [--data=FOLDER|FILE.npz] [--minutes=2.5] [--total-minutes=9.5]
-    python benchmarks/device.py --parts=methods --total-minutes=15      every method once
+    python benchmarks/device.py --out=results/methods.json --parts=methods --total-minutes=15      every method once
     python benchmarks/device.py --quick            the same in a few minutes on a CPU, at tiny sizes
 
 | part       | what                                                                                                  |
@@ -14,7 +14,8 @@
 | tests      | the quick tests with JAX on the accelerator                                                           |
 
 Every part runs in its own process with a share of the time. Results are written as soon as they are available. A part
-that fails or runs out of time is recorded with its last lines and does not stop the others.
+that fails or runs out of time is recorded with its last lines and does not stop the others. The same command writes its
+file anew; that of another command is refused.
 """
 
 import argparse
@@ -30,7 +31,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from parts import ROOT, bare, started, update
+from parts import ROOT, bare, refuse_other, started, update
 
 from ibjax import errors, files
 from ibjax.runs import recipe_files
@@ -320,8 +321,7 @@ def run_all(given: argparse.Namespace) -> None:
 def main() -> None:
     """The command line."""
     parser = bare(__file__, __doc__)
-    default = Path("results") / f"device-{datetime.date.today()}.json"
-    parser.add_argument("--out", type=files.path, default=default, help="the JSON file, written anew")
+    parser.add_argument("--out", type=files.path, help="default: results/device-DATE.json, or device-quick-DATE.json")
     parser.add_argument("--data", type=files.path, help="to train on: class folders, or an .npz in Keras's layout")
     parser.add_argument("--minutes", type=float, help="for training, its compilation and evaluation; default 2.5")
     parser.add_argument("--total-minutes", type=float, default=9.5, help="for everything")
@@ -337,9 +337,11 @@ def main() -> None:
         given.minutes = 1.0 if given.quick else 2.5 if given.data else 0.0
     if given.quick:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads wait for each other on a busy machine
-    given.out = given.out.resolve()
+    default = ROOT / "results" / f"device-{'quick-' * given.quick}{datetime.date.today()}.json"
+    given.out = (given.out or default).resolve()
     given.data = given.data.resolve() if given.data else None
     if not given.part:
+        refuse_other(given.out)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a `finally` stops the part that runs
         run_all(given)
         return

@@ -1,9 +1,9 @@
 """Does each term do what its paper claims? Compares every method with its base at equal epochs, seeds and networks.
 
     python benchmarks/effects.py --workdir=runs/effects-digits [--data=digits] [--epochs=20] [--seeds=3] [--out=PATH]
-    python benchmarks/effects.py --workdir=runs/effects-mnist --data=mnist:FILE.npz --fraction=0.1 --n=1000
-    python benchmarks/effects.py --workdir=runs/effects-long --epochs=60 --runs='PGD-AT;IBD;IBD, stronger teacher'
-    python benchmarks/effects.py --workdir=runs/ingredients --runs=ingredients --data=mnist:FILE.npz --fraction=0.1
+    python benchmarks/effects.py --workdir=runs/mnist --out=PATH --data=mnist:FILE.npz --fraction=0.1 --n=1000
+    python benchmarks/effects.py --workdir=runs/long --out=PATH --epochs=60 --runs='PGD-AT;IBD;IBD, stronger teacher'
+    python benchmarks/effects.py --workdir=runs/added --out=PATH --runs=ingredients --data=mnist:FILE.npz --fraction=0.1
 
 | method             | base                            | claim, on test images                                  |
 |--------------------|---------------------------------|--------------------------------------------------------|
@@ -27,7 +27,9 @@ with warm-up), CutMix, smoothed labels (0.1), and 70 % generated images, for whi
 
 Runs of one seed share their initial weights and the order of their images, so differences are taken seed by seed. A
 claim "appears" if the mean difference over seeds has the claimed sign and is significant in a one-sided t-test at
-5 %. OUT.json and OUT.md are written after every run; the same command continues where it was stopped.
+5 %. PATH.json and PATH.md are written after every run; files of another command are refused. The same command
+continues where it was stopped; where code has changed since, networks are measured again, and the page says which ones
+older code has trained.
 """
 
 import argparse
@@ -43,9 +45,9 @@ import jax
 import jax.numpy as jnp
 import measuring
 import numpy as np
-from comparison import ROOT, Results, cell
+from comparison import Results, cell
 from ml_collections import ConfigDict
-from parts import bare
+from parts import ROOT, bare, refuse_other
 from scipy import stats
 
 from ibjax import config, files
@@ -264,17 +266,18 @@ def page(results: Results) -> str:
     """The table, then one sentence for each claim."""
     columns = ["clean", *LABELS]
     runs = {name: list(seeds.values()) for name, seeds in results["runs"].items() if seeds}
-    head = ["run", "seeds", *(LABELS.get(column, attack_label(column)) for column in columns)]
-    lines = [head, ["---"] * len(head)]
+    heads = ("run", "seeds", *(LABELS.get(column, attack_label(column)) for column in columns))
+    lines = []
     for name, seeds in runs.items():
         measured = [cell(seeds, column, DECIMALS.get(column, 1)) if column in seeds[0] else "" for column in columns]
         lines.append([name, str(len(seeds)), *measured])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = measuring.markdown(heads, lines)
     asked = [effect for effect in EFFECTS if {effect.method, effect.base} <= results["runs"].keys()]
     sentences = "".join(f"- {sentence(effect, results['runs'])}\n" for effect in asked)
     failed = "".join(f"- {name}: {reason}\n" for name, reason in results["failed"].items())
+    made = f"{measuring.provenance_line(results)}{comparison.older(results['commit'], results['runs'])}"
     return (
-        f"# What the terms do, on {results['data']}\n\n{comparison.origin_line(results)}\n\n{table}\n\n"
+        f"# What the terms do, on {results['data']}\n\n{made}\n\n{table}\n\n"
         f"Mean ± standard deviation over seeds after {results['epochs']} epochs; eps {results['eps']}; accuracies in "
         f"percent of {results['n']} test images. Differences are of runs of the same seed.\n\n{sentences}"
         + (f"\nNot in the table:\n\n{failed}" if failed else "")
@@ -314,9 +317,11 @@ def study(given: argparse.Namespace) -> None:
         raise InputError(f"--data={given.data} is not allowed; give digits, mnist:FILE.npz or cifar10:FOLDER")
     if unknown := [name for name in given.runs if name not in RUNS]:
         raise InputError(f"--runs: {'; '.join(unknown)} is unknown; allowed: {'; '.join(RUNS)}")
+    out = given.out or ROOT / "results" / f"effects-{kind}"
+    refuse_other(out.with_suffix(".json"))
     first = settings(given.runs[0], 0, given)
     results: dict[str, Any] = {
-        **comparison.origin("effects.py"),
+        **measuring.environment(),
         "data": first.data.get("label", kind),
         "fraction": given.fraction,
         "epochs": given.epochs,
@@ -325,7 +330,6 @@ def study(given: argparse.Namespace) -> None:
         "runs": {name: {} for name in given.runs},
         "failed": {},
     }
-    out = given.out or ROOT / "results" / f"effects-{kind}"
     for seed in range(given.seeds):
         for name in given.runs:
             try:

@@ -2,9 +2,9 @@
 
     python benchmarks/failures.py [--trials=100] [--seed=0] [--out=results/failures.json]
 
-The run, its data, its caches and the operations that read them are those of `flips.py`. Each trial draws an operation,
-one of its calls of `open` (or `opendir`) or `read`, one of five errors, and whether only this call fails or all calls
-from it on. A trial counts if a call has failed. Its outcome is one of
+The run, its data, its caches and the operations that read them are those of `readers.py`. Each trial draws an
+operation, one of its calls of `open` (or `opendir`) or `read`, one of five errors, and whether only this call fails or
+all calls from it on. A trial counts if a call has failed. Its outcome is one of
 
     the right numbers   the call was repeated, or a line said that the result was computed again
     refused             one line named what could not be read, and no number was shown
@@ -26,12 +26,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flips
 import numpy as np
-from parts import bare
+import readers
+from parts import ROOT, bare, refuse_other
 
 from ibjax import errors, files
-from ibjax.runs import provenance
 
 ERRORS = {"EIO": 5, "ENOMEM": 12, "EACCES": 13, "EMFILE": 24, "ESTALE": 116}
 OUTCOMES = ("the right numbers", "refused", "traceback", "wrong", "changed")
@@ -76,25 +75,25 @@ def restore(contents: dict[Path, bytes]) -> None:
 
 def inject(root: Path, trials: int, seed: int) -> dict[str, Any]:
     """{"rows": {"open, EIO, once": {outcome: how often}}, "bad": lines}."""
-    reader, failing = flips.prepare(root), Failing(root)
+    reader, failing = readers.prepare(root), Failing(root)
     workdirs = list(reader.jobs)
     uses = [use for workdir in workdirs for use in reader.of_run(workdir)] + [reader.trained_on, reader.streamed]
     environments = {file: file.read_bytes() for file in root.rglob("env.json")}
     right, calls = {}, {}
     for use in uses:
-        right[flips.key(use)] = flips.plain(use())
+        right[readers.key(use)] = readers.plain(use())
         restore(environments)
     for use in uses:
         for call in ("open", "read"):
-            _, calls[flips.key(use), call], _ = failing.during(call, 0, _ALL, 0, use)
+            _, calls[readers.key(use), call], _ = failing.during(call, 0, _ALL, 0, use)
             restore(environments)
     before, rng, rows, bad = content(root), np.random.default_rng(seed), {}, []
     while sum(map(Counter.total, rows.values())) < trials:
         use, call = uses[rng.integers(len(uses))], ("open", "read")[rng.integers(2)]
         error, count = list(ERRORS)[rng.integers(len(ERRORS))], (1, _ALL)[rng.integers(2)]
-        first = int(rng.integers(max(calls[flips.key(use), call], 1)))
+        first = int(rng.integers(max(calls[readers.key(use), call], 1)))
         (ended, text), _, hits = failing.during(
-            call, ERRORS[error], first, count, lambda use=use: flips.outcome(use, right[flips.key(use)])
+            call, ERRORS[error], first, count, lambda use=use: readers.outcome(use, right[readers.key(use)])
         )
         restore(environments)
         if not hits:
@@ -106,8 +105,14 @@ def inject(root: Path, trials: int, seed: int) -> dict[str, Any]:
         row = f"{call}, {error}, {'once' if count == 1 else 'for good'}"
         rows.setdefault(row, Counter())[ended] += 1
         if ended not in OUTCOMES[:2]:
-            bad.append(f"{ended}: {row} at call {first} of {flips.key(use)}: {text[:600]}")
+            bad.append(f"{ended}: {row} at call {first} of {readers.key(use)}: {text[:600]}")
     return {"rows": {name: dict(row) for name, row in sorted(rows.items())}, "bad": bad}
+
+
+def page(content: dict[str, Any]) -> str:
+    """The table, and what made it, as Markdown."""
+    table = readers.table(("failure", "injected"), content["rows"], OUTCOMES)
+    return f"{table}\n\n{readers.origin_line(content['run'])}\n"
 
 
 def command_line() -> None:
@@ -115,23 +120,23 @@ def command_line() -> None:
     parser = bare(__file__, __doc__)
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=files.path, default=flips.ROOT / "results" / "failures.json")
+    parser.add_argument("--out", type=files.path, default=ROOT / "results" / "failures.json")
     given = parser.parse_args()
+    refuse_other(given.out)
     with tempfile.TemporaryDirectory() as folder:
         if "FAIL_PATH" not in os.environ:  # once more, with the library preloaded
             library = Path(folder) / "failing_disk.so"
-            source = flips.ROOT / "tests" / "failing_disk.c"
+            source = ROOT / "tests" / "failing_disk.c"
             subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
             variables = {**os.environ, "LD_PRELOAD": str(library), "FAIL_PATH": "nothing yet"}
             sys.exit(subprocess.run([sys.executable, *sys.argv], env=variables).returncode)
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         files._WAITS = (0.001, 0.001, 0.001)
         found = inject(Path(folder) / "root", given.trials, given.seed)
-    about = {**provenance.environment(), "compression": flips.compression()}
-    table = flips.page(("failure", "injected"), found["rows"], OUTCOMES)
-    files.write_json(given.out, {**found, "run": about})
-    given.out.with_suffix(".md").write_text(f"{table}\n\n{flips.provenance_line(about)}\n", encoding="utf-8")
-    print(table)
+    content = {**found, "run": readers.origin()}
+    files.write_json(given.out, content)
+    given.out.with_suffix(".md").write_text(page(content), encoding="utf-8")
+    print(page(content))
     for line in found["bad"]:
         print(line)
     sys.exit(1 if found["bad"] else 0)

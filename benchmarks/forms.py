@@ -13,7 +13,6 @@ before there was a table of forms. Each program has its own process. The same co
 """
 
 import argparse
-import datetime
 import fnmatch
 import json
 import os
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 import measuring
 import methods
 from jax.sharding import Mesh, NamedSharding
-from parts import ROOT, bare, compile_rows, from_child, made_by
+from parts import ROOT, bare, compile_rows, from_child
 
 from ibjax import errors, files
 from ibjax.attacks.pgd import pgd
@@ -143,6 +142,14 @@ def table(content: dict[str, Any], gpu: bool) -> str:
     return measuring.markdown(heads, lines)
 
 
+def page(content: dict[str, Any]) -> str:
+    """The table, and what made its rows, as Markdown."""
+    topology = content["run"]["topology"]
+    gpu = topology in ahead.GPUS
+    ordered = {row: content[row] for row in ROWS["cuda" if gpu else "tpu"] if row in content}
+    return f"{table(ordered, gpu)}\n\n{measuring.compiled_line('forms.py', content)}\n"
+
+
 def main() -> None:
     """The command line."""
     parser = bare(__file__, __doc__)
@@ -158,18 +165,11 @@ def main() -> None:
         print(json.dumps(compiled(given.child, given.topology, given.forms == "before")))
         return
     ahead.slice_mesh(given.topology)  # says at once where there is no compiler
-    gpu = given.topology in ahead.GPUS
-    rows = ROWS["cuda" if gpu else "tpu"]
+    rows = ROWS["cuda" if given.topology in ahead.GPUS else "tpu"]
     chosen = fnmatch.filter(rows, given.rows)
     if not chosen:
         parser.error(f"--rows={given.rows} matches none of {', '.join(rows)}")
     out = given.out or ROOT / "results" / f"forms-{given.topology.replace(':', '-')}.json"
-    versions = measuring.in_words(made_by()["versions"])
-
-    def page(content):
-        ordered = {row: content[row] for row in rows if row in content}
-        return f"{table(ordered, gpu)}\n\n{given.topology}; {versions}; {datetime.date.today()}\n"
-
     compile_rows(parser, out, given.topology, chosen, lambda row: in_new_process(row, given.topology), page)
 
 

@@ -199,7 +199,7 @@ def main() -> None:
     if given.quick:
         given.images, given.resident = 3000, 2000
     assert given.resident * int(np.prod(SHAPE)) < RESIDENT
-    page = measuring.Page("generated", given.out, table, f"{given.repeats} rounds")
+    page = measuring.Page("generated", given.out, table, f"{given.repeats} rounds", quick=given.quick)
     for batch_size in given.batch:
         given.batch_size = batch_size
         with tempfile.TemporaryDirectory() as folder:

@@ -1,20 +1,20 @@
 """Measures how soon the package answers: seconds of `import ibjax`, of `ibjax --help` and of what loads JAX.
 
-    python benchmarks/imports.py [--rounds 5]
+    python benchmarks/imports.py [--rounds 5] [--out=PATH.json]
 
 Every time is that of a fresh Python process, of which the first per row is not counted, as it may read files from disk
-and compile them. Prints the median and the range.
+and compile them. Prints the table; with --out writes it, and a JSON file with every single time beside it.
 """
 
-import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
-from parts import bare
+import measuring
+from parts import bare, refuse_other
 
-from ibjax import errors
-from ibjax.runs import provenance
+from ibjax import errors, files
 
 ROWS = {
     "python alone": ["-c", "pass"],
@@ -35,19 +35,28 @@ def seconds(words: list[str]) -> float:
     return time.perf_counter() - began
 
 
+def table(records: list[dict[str, Any]]) -> str:
+    """The records as Markdown."""
+    rows = ((record["process"], measuring.spread(record["seconds"], ".2f")) for record in records)
+    return measuring.markdown(("process", "s, median (min – max)"), rows)
+
+
 def main() -> None:
     """The command line."""
     parser = bare(__file__, __doc__)
     parser.add_argument("--rounds", type=int, default=5, help="processes of each row; default: %(default)s")
+    parser.add_argument("--out", type=files.path, help="a JSON file, with the table beside it; default: print only")
     given = parser.parse_args()
 
     def command():
         errors.check_count("--rounds", given.rounds)
-        print(f"{provenance.versions()}, {provenance.hardware()}")
+        if given.out:
+            refuse_other(given.out)
+        records = []
         for name, words in ROWS.items():
             seconds(words)
-            times = [seconds(words) for _ in range(given.rounds)]
-            print(f"{name:24} {statistics.median(times):.2f} s ({min(times):.2f} – {max(times):.2f})")
+            records.append({"process": name, "seconds": [seconds(words) for _ in range(given.rounds)]})
+        measuring.report("imports", given.out, table, records)
 
     errors.exit_with(command)
 

@@ -10,7 +10,6 @@ Taps are those of a network with random weights; the images of the SVD are noise
 time, and the table beside it as Markdown.
 """
 
-import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -101,18 +100,17 @@ def table(records: list[dict]) -> str:
         if "error" in record:
             rows.append((*about, record["error"], "", ""))
             continue
-        base = statistics.median(record["seconds"][BASE])
         for name, times in record["seconds"].items():
-            share = f"{100 * statistics.median(times) / base:.1f} %"
+            share = measuring.ratio_of_medians(times, record["seconds"][BASE], ".1%").replace("%", " %")
             rows.append((*about, name, measuring.spread(times, ",.1f", 1e3), share))
-    return measuring.markdown(("batch", "dtype", "", "ms, median (min – max)", "of the step"), rows)
+    return measuring.markdown(("batch", "dtype", "", "ms, median (min – max)", "median, of the step's"), rows)
 
 
 def main() -> None:
     """The command line."""
     given = measuring.parse(measuring.command_line(__doc__, batches=((128,), (128,))))
     size = dict(network=methods.TINY if given.quick else methods.RESNET18, attack_steps=1 if given.quick else 10)
-    page = measuring.Page("information", given.out, table, f"{given.repeats} rounds")
+    page = measuring.Page("information", given.out, table, f"{given.repeats} rounds", quick=given.quick)
     for batch_size in given.batch:
         timing = (batch_size, given.dtype, given.repeats, given.quiet)
         page.attempt(dict(batch=batch_size, dtype=given.dtype), partial(measure, *timing, **size))

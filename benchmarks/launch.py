@@ -1,11 +1,12 @@
 """Measures what a run does before its first step is done: seconds by part, and how often it traces and compiles.
 
-    python benchmarks/launch.py --config=FILE.py[:arg] [--config.KEY=VALUE …]
+    python benchmarks/launch.py --config=FILE.py[:arg] [--config.KEY=VALUE …] [--out=PATH.json]
 
 The command `ibjax train` runs twice, in a fresh process each, with private folders for the run and for what is cached:
 compiled programs and decoded images. They are empty at first, and filled by the first run for the second. Each process
 ends after the first step of the configuration, which has no teacher to train first. Every part is given as seconds of
-the clock, and as seconds of all processors, which other processes disturb less; the check reads the data.
+the clock, and as seconds of all processors, which other processes disturb less; the check reads the data. Prints the
+table; with --out writes it, and a JSON file beside it.
 """
 
 import collections
@@ -17,10 +18,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from parts import bare, from_child
+from parts import bare, from_child, refuse_other
 
-from ibjax import errors
-from ibjax.runs import command_line, provenance
+from ibjax import errors, files
+from ibjax.runs import command_line
 
 PARTS = ("import", "data", "check", "first state", "first step", "all")
 EVENTS = {"jaxpr_trace": "traced", "jaxpr_to_mlir_module": "lowered", "backend_compile": "compiled or loaded"}
@@ -86,21 +87,27 @@ def measure(words: list[str], launched: float) -> dict[str, Any]:
     return {"spent": spent, **events}
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
+def table(records: list[dict[str, Any]]) -> str:
     """The parts of both runs as Markdown."""
     from measuring import markdown  # here, since a process that is measured imports what a run imports
 
-    rows = []
-    for name, record in found.items():
+    heads, rows = ("cache", *PARTS, *EVENTS.values()), []
+    for record in records:
+        if "error" in record:
+            rows.append((record["cache"], record["error"], *[""] * (len(heads) - 2)))
+            continue
         spent = ["{:.1f} ({:.1f})".format(*record["spent"][part]) for part in PARTS]
-        rows.append((name, *spent, *(sum(record[title].values()) for title in EVENTS.values())))
-    return markdown(("cache", *PARTS, *EVENTS.values()), rows)
+        rows.append((record["cache"], *spent, *(sum(record[title].values()) for title in EVENTS.values())))
+    return markdown(heads, rows)
 
 
 def main() -> None:
     """The command line."""
     parser = bare(__file__, __doc__)
-    parser.add_argument("--config", help="a recipe, as that of ibjax train; --config.KEY=VALUE changes it")
+    parser.add_argument(
+        "--config", required=True, help="a recipe, as that of ibjax train; --config.KEY=VALUE changes it"
+    )
+    parser.add_argument("--out", type=files.path, help="a JSON file, with the table beside it; default: print only")
     parser.add_argument("--child", help="the time of the launch; measures in this process")
     words, overrides = command_line.apart(sys.argv[1:])
     given = parser.parse_args(words)
@@ -113,12 +120,15 @@ def main() -> None:
                 return
             cache = {"XDG_CACHE_HOME": str(Path(folder, "cache"))}
             os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
-            print(f"{provenance.versions()}, {provenance.hardware()}")
-            found = {}
+            if given.out:
+                refuse_other(given.out)
+            records = []
             for name in ("empty", "filled"):
-                found[name] = from_child(__file__, *settings, f"--child={time.time()}", environment=cache)
-                print(name, json.dumps(found[name]))
-            print(table(found))
+                found = from_child(__file__, *settings, f"--child={time.time()}", environment=cache)
+                records.append({"cache": name, **found})
+        from measuring import report  # after the runs, whose device it may take
+
+        report("launch", given.out, table, records)
 
     errors.exit_with(command)
 

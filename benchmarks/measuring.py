@@ -20,7 +20,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs
 
 import jax
 import numpy as np
-from parts import bare, from_child
+from parts import ROOT, added_to, bare, from_child, in_line, refuse_other
 
 from ibjax import errors, files
 from ibjax.devices import cluster
@@ -143,6 +143,9 @@ def in_new_process(script: str, work: dict[str, Any], environment: dict[str, str
 # ---- files ---------------------------------------------------------------------------------------------------
 
 
+DEFAULT_OUT = "default: results/SCRIPT-BACKEND-DATE.json, with --quick SCRIPT-quick-BACKEND-DATE.json"
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs a script that computes in its own process; what its user can mend ends in one line, as a missing device."""
 
@@ -166,7 +169,7 @@ def command_line(
         parser.add_argument("--repeats", type=int, default=5, help="rounds; every contestant runs once in each")
         parser.add_argument("--steps", type=int, default=1 if cpu else 10, help="steps per contestant and round")
         parser.add_argument("--quiet", action="store_true", help="wait for other processes to rest, repeat such rounds")
-    parser.add_argument("--out", type=files.path, help="default: results/SCRIPT-BACKEND-DATE.json")
+    parser.add_argument("--out", type=files.path, help=DEFAULT_OUT)
     parser.add_argument("--quick", action="store_true", help="tiny sizes and one round, to try the script")
     return parser
 
@@ -181,24 +184,35 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 class Page:
-    """A JSON file of records with the Markdown table beside it, both whole at any time."""
+    """A JSON file of records with the Markdown table beside it, both whole at any time.
 
-    def __init__(self, benchmark: str, out: Path | None, table: Callable[[list[dict]], str], note: str = ""):
-        self.found, self.records, self.table, self.note = environment(), [], table, note
-        self.benchmark = benchmark
-        name = f"{benchmark}-{jax.default_backend()}-{self.found['date'][:10]}.json"
-        self.out = Path("results") / name if out is None else out
-        if self.out.suffix != ".json":
-            raise errors.InputError(f"--out={self.out} is no JSON file; give a path that ends in .json")
+    A file that another command has made is refused, unless the page `adds` to what several calls have found.
+    """
+
+    def __init__(
+        self,
+        benchmark: str,
+        out: Path | None,
+        table: Callable[[list[dict]], str],
+        note: str = "",
+        *,
+        quick: bool = False,
+        adds: bool = False,
+    ):
+        self.found, self.records, self.table, self.adds = environment(), [], table, adds
+        self.about = {"benchmark": benchmark, **({"note": note} if note else {}), **self.found}
+        self.out = default_out(benchmark, quick) if out is None else out
+        if adds:
+            self.records = added_to(self.out, benchmark).get("records", [])
+        else:
+            refuse_other(self.out)
 
     def add(self, record: dict[str, Any]) -> None:
         """Writes one more record, and its table to the terminal."""
         self.records.append(record)
-        warnings = dict.fromkeys(warning for found in self.records for warning in found.get("warnings", ()))
-        about = "; ".join(part for part in (self.note, provenance_line(self.found)) if part)
-        text = f"{self.table(self.records)}\n\n{about}\n" + "".join(f"\n- {warning}" for warning in warnings) + "\n"
-        files.write_json(self.out, {"benchmark": self.benchmark, **self.found, "records": self.records})
-        self.out.with_suffix(".md").write_text(text, encoding="utf-8")
+        content = {**self.about, "records": self.records}
+        files.write_json(self.out, content)
+        self.out.with_suffix(".md").write_text(page(content, self.table, self.adds), encoding="utf-8")
         print(*self.table([record]).splitlines()[2:], sep="\n", flush=True)
 
     def attempt(self, about: dict[str, Any], call: Callable[[], dict[str, Any]]) -> None:
@@ -216,6 +230,35 @@ class Page:
             sys.exit(1)
 
 
+def default_out(benchmark: str, quick: bool = False) -> Path:
+    """The JSON file of a benchmark for which none is given: never the same for a trial at tiny sizes."""
+    date = datetime.datetime.now(datetime.UTC).date()
+    return ROOT / "results" / f"{benchmark}{'-quick' * quick}-{jax.default_backend()}-{date}.json"
+
+
+def page(content: dict[str, Any], table: Callable[[list[dict]], str], adds: bool = False) -> str:
+    """The table of a JSON file's records with its note, what made it and its warnings; of the last call where it
+    `adds`."""
+    records = content["records"]
+    warnings = dict.fromkeys(warning for record in records for warning in record.get("warnings", ()))
+    made = f"{'last call: ' * adds}{provenance_line(content)}"
+    about = "; ".join(part for part in (content.get("note"), made) if part)
+    return f"{table(records)}\n\n{about}\n" + "".join(f"\n- {warning}" for warning in warnings) + "\n"
+
+
+def report(benchmark: str, out: Path | None, table: Callable[[list[dict]], str], records: list[dict[str, Any]]) -> None:
+    """Prints the page of records that were made before JAX was used here, or writes it; ends with 1 after an error."""
+    if out is not None:
+        made = Page(benchmark, out, table)
+        for record in records:
+            made.add(record)
+        made.finish()
+        return
+    print(page({**environment(), "records": records}, table))
+    if any("error" in record for record in records):
+        sys.exit(1)
+
+
 def environment() -> dict[str, Any]:
     """Date, hardware and versions, PyTorch's among them."""
     found = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **provenance.environment()}
@@ -231,7 +274,8 @@ def environment() -> dict[str, Any]:
     return found
 
 
-_MADE_BY = ("commit", "versions", "hardware", "jax_settings")
+# what numbers depend on; the last two are there only where they are not the defaults
+_MADE_BY = ("commit", "versions", "hardware", "jax_settings", "xla_flags")
 
 
 def kept(out: Path, found: dict[str, Any]) -> dict[str, Any]:
@@ -252,9 +296,24 @@ def in_words(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def provenance_line(found: dict[str, Any]) -> str:
-    """Hardware, versions and date on one line."""
-    return f"{found['hardware']}; {in_words(found['versions'])}; {found['date'][:10]}"
+def provenance_line(found: Mapping[str, Any]) -> str:
+    """The command, commit, hardware, versions and date of an `environment()` on one line."""
+    command = f"{in_line(found['command'], found.get('xla_flags', ''))}, commit {found['commit']}"
+    parts = (command, found["hardware"], in_words(found["versions"]), found.get("date", "")[:10])
+    return "; ".join(part for part in parts if part)
+
+
+def compiled_line(script: str, content: Mapping[str, Any]) -> str:
+    """What made the rows of a file of compiled programs, which several calls may have filled."""
+    commits: dict[str, set[str]] = {}  # of each set of versions
+    for name, row in content.items():
+        if name != "run":
+            versions = in_words(row.get("versions") or content["run"].get("versions", {}))
+            commits.setdefault(versions, set()).add(row.get("commit", "unknown"))
+    run = content["run"]
+    command = f"`python benchmarks/{script} --topology={run['topology']}`"
+    made = (f"commits: {', '.join(sorted(of))}{'; ' * bool(versions)}{versions}" for versions, of in commits.items())
+    return "; ".join((command, *made, f"last compiled: {run.get('date', 'unknown')}"))
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -272,6 +331,11 @@ def spread(times: Sequence[float], digits: str = ".4g", unit: float = 1.0) -> st
 def ratio(times: Sequence[float], base: Sequence[float]) -> str:
     """The quotients of the same rounds as "min – median – max"."""
     return "{min:.2f} – {median:.2f} – {max:.2f}".format(**quotients(times, base))
+
+
+def ratio_of_medians(times: Sequence[float], base: Sequence[float], digits: str = ".2f") -> str:
+    """The quotient of medians, for what was timed one after the other and not in the same rounds."""
+    return format(statistics.median(times) / statistics.median(base), digits)
 
 
 def quotients(times: Sequence[float], base: Sequence[float]) -> dict[str, float]:

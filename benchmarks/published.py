@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import measuring
 import numpy as np
 from jax import Array, lax
-from parts import bare
+from parts import added_to, bare
 
 from ibjax import files, losses
 from ibjax.attacks.autoattack import autoattack
@@ -203,18 +203,31 @@ def table(records: list[dict]) -> str:
     return measuring.markdown((*heads, "contradictions"), rows)
 
 
-def kept(out: Path) -> dict[str, dict]:
-    """The records of a file that is there, by network."""
-    return {record["network"]: record for record in files.read_json(out)["records"]} if out.is_file() else {}
+def kept(out: Path, only: list[str], attacks: list[str], n: int) -> dict[str, dict]:
+    """The records of a file that is there, by network.
+
+    Raises InputError where one that is measured again has other images, or an attack that the new one would lack.
+    """
+    known = {record["network"]: record for record in added_to(out, "published").get("records", [])}
+    for name in set(known) & set(only):
+        if known[name]["n"] != n or known[name]["ours"].keys() - set(attacks):
+            has = f"{', '.join(known[name]['ours'])} of {name} on {known[name]['n']:,} images"
+            raise InputError(f"--out={out} holds {has}, which would be lost; give another --out")
+    return known
+
+
+def page(records: list[dict]) -> str:
+    """The table, where each record was made, and the warnings, as Markdown."""
+    made = "\n".join(dict.fromkeys(f"- {measuring.provenance_line(record['about'])}" for record in records))
+    warnings = "\n".join(f"- {text}" for record in records for text in record.get("warnings", ()))
+    text = f"{table(records)}\n\nAccuracies in percent, l_inf, one key.\n\n{made}\n\n{warnings}".rstrip()
+    return f"{text}\n"
 
 
 def save(out: Path, records: list[dict]) -> None:
     """Writes the JSON file and the table beside it, with where each record was made."""
-    made = "\n".join(dict.fromkeys(f"- {measuring.provenance_line(record['about'])}" for record in records))
-    warnings = "\n".join(f"- {text}" for record in records for text in record.get("warnings", ()))
     files.write_json(out, {"benchmark": "published", "records": records})
-    text = f"{table(records)}\n\nAccuracies in percent, l_inf, one key.\n\n{made}\n\n{warnings}".rstrip()
-    out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    out.with_suffix(".md").write_text(page(records), encoding="utf-8")
 
 
 def main() -> None:
@@ -243,7 +256,7 @@ def main() -> None:
         cluster.keep_compiled()
         cluster.keep_memory()
         x, y = images(given.data, given.n)
-        records = {} if given.out is None else kept(given.out)
+        records = {} if given.out is None else kept(given.out, given.only, given.attacks, len(x))
         for name in given.only:
             records[name] = measure(name, given.attacks, given.folder, x, y, given.state, given.batch_size)
             print(table([records[name]]), flush=True)

@@ -10,11 +10,12 @@
 | devices | a PGD-10 step of the same batch on 1, 2, 4 and 8 devices, in separate processes; on a CPU the devices    |
 |         | are virtual and share its cores, which shows the overhead of sharding but not its gain                   |
 
-The points of an axis alternate in one run, except those of `devices`. Writes a JSON file with every single time, and
-the table beside it as Markdown.
+The points of an axis alternate in one run, so that quotients are of the same rounds; those of `devices` do not, and
+have quotients of medians. Writes a JSON file with every single time, and the table beside it as Markdown.
 """
 
 import json
+import statistics
 from functools import partial
 from typing import Any
 
@@ -99,9 +100,10 @@ def table(records: list[dict]) -> str:
         seconds = record["seconds_per_step"]
         base = next(iter(seconds.values()))
         for at, times in seconds.items():
-            ratio = measuring.ratio(times, base)
+            together = record["axis"] != "devices"  # its points are processes of their own, which share no round
+            ratio = measuring.ratio(times, base) if together else measuring.ratio_of_medians(times, base)
             images = record["batch"][at]
-            per_image = f"{1e3 * sorted(times)[len(times) // 2] / images:.3g}"
+            per_image = f"{1e3 * statistics.median(times) / images:.3g}"
             rows.append((record["axis"], at, images, measuring.spread(times), per_image, ratio))
     return measuring.markdown(heads, rows)
 
@@ -119,7 +121,7 @@ def main() -> None:
         parser.error(f"--axes: {', '.join(sorted(unknown))} is unknown; allowed: {', '.join(AXES)}")
     network, attack_steps = (methods.TINY, 1) if given.quick else (methods.RESNET18, 10)
     size = dict(network=network, attack_steps=attack_steps, dtype=given.dtype)
-    page = measuring.Page("scaling", given.out, table, f"{given.repeats} rounds")
+    page = measuring.Page("scaling", given.out, table, f"{given.repeats} rounds", quick=given.quick)
     for axis, batch_size in ((a, b) for a in given.axes for b in given.batch):
         timing = (given.repeats, given.steps, given.quiet, given.quick)
         page.attempt(dict(axis=axis), partial(measure, axis, batch_size, *timing, **size))

@@ -30,7 +30,7 @@ import measuring
 import numpy as np
 import optax
 import published
-from parts import bare
+from parts import ROOT, added_to, bare
 
 from ibjax import files, losses
 from ibjax.attacks.autoattack import autoattack
@@ -104,6 +104,28 @@ def table(networks: Mapping[str, Any]) -> str:
     return measuring.markdown((*heads, "robust in bfloat16 only", "float32, s", "bfloat16, s"), rows)
 
 
+def page(found: Mapping[str, Any]) -> str:
+    """The table, and what made it, as Markdown."""
+    return (
+        f"{table(found['networks'])}\n\nAutoAttack standard, l_inf, one key, accuracies in percent; seconds with "
+        f"compiling; {measuring.provenance_line(found)}\n"
+    )
+
+
+def continued(out: Path, about: dict[str, Any], given: Any) -> dict[str, Any]:
+    """The content of `out` to which this call adds; raises InputError where it would lose a network or its images."""
+    before = added_to(out, "search_dtype").get("networks", {})
+    found = measuring.kept(out, about)
+    lost = [
+        f"{name} on {of['n']} images"
+        for name, of in before.items()
+        if (of["n"] != given.n if name in given.only else not found)
+    ]
+    if lost:
+        raise InputError(f"--out={out} holds {', '.join(lost)}, which would be lost; give another --out")
+    return found or {"benchmark": "search_dtype", **about, "networks": {}}
+
+
 def main() -> None:
     """The command line."""
     parser = bare(__file__, __doc__)
@@ -117,14 +139,13 @@ def main() -> None:
     if unknown := [name for name in given.only if name not in NAMES]:
         parser.error(f"--only: {', '.join(unknown)} is unknown; allowed: {', '.join(NAMES)}")
     about = measuring.environment()
-    out = given.out or Path("results") / f"search-dtype-{jax.default_backend()}.json"
-    found = measuring.kept(out, about) or {"benchmark": "search_dtype", **about, "networks": {}}
+    out = given.out or ROOT / "results" / f"search-dtype-{jax.default_backend()}.json"
+    found = continued(out, about, given)
     cluster.keep_memory()
     for name in given.only:
         network, x, y, eps = chosen(name, given)
         kept = found["networks"].setdefault(name, {})
-        if kept.get("n") != len(x):
-            kept.clear()
+        if not kept:
             kept.update(eps=eps, n=len(x), clean=100 * float(np.mean(np.argmax(network(x), 1) == y)))
         for dtype in DTYPES:
             if dtype in kept:
@@ -140,10 +161,7 @@ def main() -> None:
                 robust=flags, robust_after=after, seconds=sum(result.seconds.values()), warnings=result.warnings
             )
             files.write_json(out, found)
-        text = (
-            f"{table(found['networks'])}\n\nAutoAttack standard, l_inf, one key, accuracies in percent; seconds with "
-            f"compiling; {measuring.provenance_line(found)}\n"
-        )
+        text = page(found)
         out.with_suffix(".md").write_text(text, encoding="utf-8")
         print(text, flush=True)
 

@@ -14,6 +14,7 @@ has its own process; the same command continues, with exit code 75 after --minut
 results/sharding-TOPOLOGY.json, and the table beside it.
 """
 
+import datetime
 import json
 import sys
 import time
@@ -21,8 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from measuring import in_words, markdown
-from parts import ROOT, bare, done, from_child, made_by, update
+from measuring import compiled_line, markdown
+from parts import ROOT, bare, compiled_before, done, from_child, made_by, update
 
 from ibjax import errors, files
 from ibjax.training.ahead import CHIPS, GIB
@@ -90,8 +91,7 @@ def compile_all(
 ) -> tuple[dict[str, Any], int]:
     """Compiles what `out` does not hold yet, (network, way, blocks) of each; (content, how many are left)."""
     deadline, source, left = time.monotonic() + 60 * minutes, made_by(), 0
-    known = files.read_json(out) if out.is_file() else {}
-    update(out, "run", versions=in_words(source["versions"]))
+    known = files.read_json(out)
     for network, way, blocks in wanted:
         name = f"{network} {way} {blocks}"
         row = known.get(name, {})
@@ -101,6 +101,7 @@ def compile_all(
             left += 1
             continue
         update(out, name, **{"error": "", **in_new_process(network, way, blocks, topology), **source})
+        update(out, "run", date=datetime.date.today().isoformat())
         row = files.read_json(out)[name]
         print(name, row["error"] or f"{row['compile_seconds']:.0f} s, {row['memory'] / GIB:.2f} GiB", flush=True)
     return files.read_json(out), left
@@ -160,6 +161,12 @@ def table(content: dict[str, Any]) -> str:
     return markdown(heads, rows)
 
 
+def page(content: dict[str, Any]) -> str:
+    """The table, and what made its rows, as Markdown."""
+    text = f"Batch {BATCH:,} on {content['run']['topology']}, bfloat16, compiled and not run; "
+    return f"{table(content)}\n\n{text}{compiled_line('sharding.py', content)}\n"
+
+
 def main() -> None:
     """The command line."""
     parser = bare(__file__, __doc__)
@@ -180,10 +187,10 @@ def main() -> None:
         for n in (*NETWORKS[name].blocks, *((NETWORKS[name].whole,) if given.whole else ()))
         for way in WAYS
     ]
+    compiled_before(parser, out, given.topology)
+    update(out, "run", topology=given.topology)
     content, left = compile_all(out, wanted, given.topology, given.minutes)
-    text = f"Batch {BATCH:,} on {given.topology}, bfloat16, compiled and not run; "
-    text += content["run"]["versions"]
-    out.with_suffix(".md").write_text(f"{table(content)}\n\n{text}\n", encoding="utf-8")
+    out.with_suffix(".md").write_text(page(content), encoding="utf-8")
     print(out.with_suffix(".md"))
     if left:
         print(f"{left} programs are left; the same command goes on")

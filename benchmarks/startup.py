@@ -75,7 +75,7 @@ def main() -> None:
     sizes = dict(network=methods.RESNET18, teacher=methods.WRN34, attack_steps=10)
     if given.quick:
         sizes = dict(network=methods.TINY, teacher=methods.TINY, attack_steps=1)
-    page = measuring.Page("startup", given.out, table)
+    page = measuring.Page("startup", given.out, table, quick=given.quick)
     for name, batch_size in ((n, b) for n in ("pgd_at", "ibd") for b in given.batch):
         with tempfile.TemporaryDirectory() as folder:
             cache = dict(JAX_COMPILATION_CACHE_DIR=folder, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")

@@ -185,7 +185,7 @@ def main() -> None:
     size = dict(network=methods.TINY, attack_steps=1) if given.quick else {}
     unroll = {"auto": None, "true": True, "false": False}[given.unroll]
     size |= dict(unroll=unroll, peak=given.peak_tflops, devices=given.devices)
-    page = measuring.Page("train_step", given.out, table, f"{given.repeats} rounds")
+    page = measuring.Page("train_step", given.out, table, f"{given.repeats} rounds", quick=given.quick)
     for name in methods.chosen(parser, given.objective):
         for batch_size in given.batch:
             about = dict(objective=name, batch=batch_size, dtype=given.dtype)

@@ -114,6 +114,35 @@ def perturbation(network: nn.Module, gamma: float) -> list[Tensor]:
         ]
 
 
+def networks(student, teacher, head, memory, bfloat16, compile) -> Nets:
+    """What a step evaluates, of `make_step`'s networks."""
+    kind = next(student.parameters()).device.type
+
+    def cast(function):
+        function = torch.compile(function) if compile else function
+
+        def call(x):
+            with torch.autocast(kind, torch.bfloat16, enabled=bfloat16):
+                output = function(x)
+            return (output[0].float(), output[1]) if isinstance(output, tuple) else output.float()
+
+        return call
+
+    taught = None if teacher is None else torch.no_grad()(cast(teacher.eval().outputs))
+    return Nets(student, cast(student), cast(student.outputs), taught, head, memory)
+
+
+def attacked(twin: Twin, nets: Nets, batch: Batch, first: Callable | None, ball: tuple) -> tuple[Any, Batch]:
+    """(x_adv, the batch with the attack's target); `ball` is (eps, step size, steps)."""
+    if twin.attack is not None:
+        return twin.attack(nets, batch, first), batch
+    if twin.start is None:
+        return None, batch
+    with torch.no_grad():
+        batch = batch._replace(target=twin.target(nets, batch))
+    return ascend(nets, batch.x, batch.target, twin.climb, first(batch.x, ball[0]), *ball), batch
+
+
 def make_step(
     twin: Twin,
     student: nn.Module,
@@ -143,39 +172,16 @@ def make_step(
       bfloat16: autocast, with float32 weights and loss.
       compile: `torch.compile` the networks.
     """
-    device = next(student.parameters()).device
-
-    def cast(function):
-        function = torch.compile(function) if compile else function
-
-        def call(x):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                output = function(x)
-            return (output[0].float(), output[1]) if isinstance(output, tuple) else output.float()
-
-        return call
-
-    taught = None if teacher is None else torch.no_grad()(cast(teacher.eval().outputs))
-    nets = Nets(student, cast(student), cast(student.outputs), taught, head, memory)
-    first = start or STARTS.get(twin.start)
-
-    def attack(batch):
-        """(x_adv, the batch with the attack's target)."""
-        if twin.attack is not None:
-            return twin.attack(nets, batch, first), batch
-        if twin.start is None:
-            return None, batch
-        with torch.no_grad():
-            batch = batch._replace(target=twin.target(nets, batch))
-        return ascend(nets, batch.x, batch.target, twin.climb, first(batch.x, eps), eps, step_size, steps), batch
+    nets = networks(student, teacher, head, memory, bfloat16, compile)
+    first, ball = start or STARTS.get(twin.start), (eps, step_size, steps)
 
     def step(x, y):
-        batch = Batch(x, y, torch.arange(len(x), device=device), epoch)
+        batch = Batch(x, y, torch.arange(len(x), device=x.device), epoch)
         student.eval().requires_grad_(False)  # no weight gradients are computed in the attack
         if twin.remember is not None:
             with torch.no_grad():
                 twin.remember(nets, batch)
-        x_adv, batch = attack(batch)
+        x_adv, batch = attacked(twin, nets, batch, first, ball)
         student.train().requires_grad_(True)
         optimizer.zero_grad(set_to_none=True)
         offset = None

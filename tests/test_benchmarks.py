@@ -185,6 +185,7 @@ def test_a_part_that_fails_is_named_and_stops_no_other_and_what_is_done_stays(th
     assert found["good"]["status"] == "done" and found["good"]["records"] == [1]
     assert found["absent"]["status"] == "left out: needs no_such_module, which is not installed"
     page = three_parts.with_suffix(".md").read_text()
+    assert f"benchmarks/all.py --parts=bad,good,absent`; commit {provenance.commit()}\n" in page
     assert "| table |" in page and "- bad: failed" in page and "- absent: left out" in page
 
     run_all(monkeypatch, three_parts)
@@ -261,9 +262,8 @@ def test_info_stop_goes_on_with_what_the_same_code_versions_and_settings_have_ma
     again()
     again()
     assert trained == [(0, False), (0, True)]
-    for number, (name, value) in enumerate(
-        {"commit": "another", "versions": {}, "hardware": "faster", "jax_settings": {"jax_settings": {}}}.items(), 2
-    ):
+    others = {"commit": "another", "versions": {}, "hardware": "faster", "jax_settings": {"jax_settings": {}}}
+    for number, (name, value) in enumerate({**others, "xla_flags": {"xla_flags": "--another"}}.items(), 2):
         capsys.readouterr()
         with monkeypatch.context() as other:
             other.setattr(provenance, name, lambda value=value: value)

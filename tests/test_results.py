@@ -16,6 +16,7 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import cells
+import one_cell
 import results_page
 
 import results
@@ -38,7 +39,7 @@ def put(given, cell, accuracy=50.0, flags=None, **more):
     records = [dict(attack="pgd-20", robust_acc=accuracy, clean_acc=90.0, n=2000, main=True, images="digest")]
     if flags is not None:
         records[0]["robust_flags"] = base64.b64encode(np.packbits(flags).tobytes()).decode()
-    files.write_json(folder / "config.json", config.plain(results.settings(cell, given)))
+    files.write_json(folder / "config.json", config.plain(one_cell.settings(cell, given)))
     files.write_json(folder / "records.json", dict(records=[] if more.get("failed") else records))
     environment = dict(hardware="1 × cpu, 2 cores", commit="abc")
     about = dict(cell=cell.name, seconds=dict(train=60.0), terms={}, failed="", environment=environment)
@@ -54,7 +55,7 @@ def test_every_cell_has_a_valid_configuration(tmp_path):
         kind = (cell.recipe, *sorted(cell.changes), str(cell.changes.get("objective", {})), bool(cell.of))
         if kind not in seen:
             seen.add(kind)
-            made = results.settings(cell, given)
+            made = one_cell.settings(cell, given)
             config.check(made)
             assert (made.seed, made.evaluate.n, made.validate.every) == (cell.seed, cell.n, made.epochs)
     assert len(seen) > 30
@@ -72,7 +73,7 @@ def test_what_a_cell_needs_is_a_cell_before_it():
 def test_a_teacher_is_larger_by_what_its_row_says(tmp_path):
     given, sizes = parsed(tmp_path), {}
     for size in cells.CHANNELS:
-        made = results.settings(CELLS[f"digits-teacher-{size}-x-as-large-5-x-as-long-0"], given)
+        made = one_cell.settings(CELLS[f"digits-teacher-{size}-x-as-large-5-x-as-long-0"], given)
         widths = [1, *(width for stage in made.model.widths for width in stage)]
         sizes[size] = sum(9 * a * b for a, b in itertools.pairwise(widths))
         assert made.epochs == 5 * 20
@@ -95,13 +96,13 @@ def test_class_folders_are_packed_once_with_the_same_images(tmp_path):
             for i in range(count):
                 pixels = np.full((32, 32, 3), 100 * label + 10 * i + 7, np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "images" / split / f"class{label}" / f"{i}.png")
-    made = results.settings(cell, given).data
+    made = one_cell.settings(cell, given).data
     assert (made.name, made.label) == ("npz", "CIFAR-10 (JPEG)")
     packed = npz.load(path=made.path)
     assert packed.train.images[:, 0, 0, 0].tolist() == [7, 17, 27, 107, 117, 127]
     assert packed.test.labels.tolist() == [0, 0, 1, 1]
     (tmp_path / "images" / "train" / "class0" / "0.png").unlink()
-    assert results.settings(cell, given).data.path == made.path and len(npz.load(path=made.path).train.labels) == 6
+    assert one_cell.settings(cell, given).data.path == made.path and len(npz.load(path=made.path).train.labels) == 6
 
 
 def test_a_name_of_no_cell_and_absent_data_are_refused(tmp_path):
@@ -117,6 +118,26 @@ def test_a_name_of_no_cell_and_absent_data_are_refused(tmp_path):
     assert [results.span(text) for text in ("90s", "8m", "1.5h")] == [1.5, 8, 90]
 
 
+def test_a_cell_that_runs_again_begins_without_what_it_has_left(tmp_path, capsys):
+    """An attack on another cell's network leaves the network; it would find its record there and take no time."""
+    given, cell = parsed(tmp_path), CELLS["cifar10-ibd-20-epochs-0-autoattack"]
+    network, own = given.work / cell.of, given.work / cell.name
+    attacked = network / "eval" / "last"
+    stays = [network / "seconds.json", attacked / "pgd-20.n1000.json", attacked / "autoattack-plus.n1000.json"]
+    goes = [own / "seconds.json"]
+    goes += [attacked / f"{name}.n1000{end}" for name, end in (("autoattack", ".json"), (".autoattack", "-3fa1.npz"))]
+    for file in (*stays, *goes):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    one_cell.forget(cell, given)
+    assert all(map(Path.exists, stays)) and not any(map(Path.exists, goes))
+    one_cell.forget(CELLS[cell.of], given)
+    assert not network.exists()
+    with pytest.raises(SystemExit):
+        parsed(tmp_path, "--again", "--budget=8m")
+    assert "--again and --budget exclude each other" in capsys.readouterr().err
+
+
 # ---- what comes next -----------------------------------------------------------------------------------------
 
 
@@ -128,7 +149,7 @@ def test_what_fits_comes_first_then_on_a_cpu_what_can_be_continued(tmp_path):
     assert results.choose([long, short], 5, cpu, given) == short
     assert results.choose([long, short], 0.1, cpu, given) == long
     assert results.choose([long, short], 0.1, card, given) is None
-    with results.clocked(given.work / long.name, "train"):
+    with one_cell.clocked(given.work / long.name, "train"):
         pass
     assert results.choose([short, long], 5, cpu, given) == long  # what was begun goes on
     assert results.choose([short, long], 5, card, given) == short
@@ -149,12 +170,12 @@ def test_the_cost_of_a_cell_has_that_of_what_it_needs(tmp_path):
 
 def test_seconds_of_several_calls_add_up(tmp_path, monkeypatch):
     clock = iter([0.0, 7.0, 100.0, 103.5])
-    monkeypatch.setattr(results.time, "monotonic", lambda: next(clock))
-    with pytest.raises(KeyboardInterrupt), results.clocked(tmp_path, "train"):
+    monkeypatch.setattr(one_cell.time, "monotonic", lambda: next(clock))
+    with pytest.raises(KeyboardInterrupt), one_cell.clocked(tmp_path, "train"):
         raise KeyboardInterrupt
-    with results.clocked(tmp_path, "train"):
+    with one_cell.clocked(tmp_path, "train"):
         pass
-    assert results.seconds(tmp_path) == {"train": 10.5}
+    assert one_cell.seconds(tmp_path) == {"train": 10.5}
 
 
 # ---- the page ------------------------------------------------------------------------------------------------
@@ -209,8 +230,8 @@ def page_of(given):
 
 def test_a_record_has_no_path_of_the_machine():
     content = dict(robust_acc=1.0, config=dict(a=1), data=dict(path="/home/me/mnist.npz"), teacher=dict(workdir="/a/b"))
-    assert results.portable(content) == dict(robust_acc=1.0, data=dict(path="mnist.npz"), teacher=dict(workdir="b"))
-    assert results.portable(dict(config=dict(workdir=""))) == dict(config=dict(workdir=""))
+    assert one_cell.portable(content) == dict(robust_acc=1.0, data=dict(path="mnist.npz"), teacher=dict(workdir="b"))
+    assert one_cell.portable(dict(config=dict(workdir=""))) == dict(config=dict(workdir=""))
     for file in (ROOT / "results" / "cells").rglob("*.json*"):
         assert file.stat().st_size < 200_000
         assert "/work/" not in (text := file.read_text(encoding="utf-8")) and "/home/" not in text, file

@@ -35,6 +35,12 @@ def jax_settings() -> dict[str, Any]:
     return {"jax_settings": changed} if changed else {}
 
 
+def xla_flags() -> dict[str, str]:
+    """{"xla_flags": XLA_FLAGS, which can change a number}; {} where it is not set."""
+    flags = " ".join(os.environ.get("XLA_FLAGS", "").split())
+    return {"xla_flags": flags} if flags else {}
+
+
 def hardware() -> str:
     """The devices in words, such as "8 × NVIDIA H100 (2 processes)" or "1 × cpu, 2 cores"."""
     device = jax.devices()[0]
@@ -66,5 +72,5 @@ def _git(*arguments):
 
 def environment() -> dict[str, Any]:
     """The content of env.json."""
-    where = {"hardware": hardware(), "platform": platform.platform(), **jax_settings()}
+    where = {"hardware": hardware(), "platform": platform.platform(), **jax_settings(), **xla_flags()}
     return {"command": sys.argv, "versions": versions(), "commit": commit(), **where}
