@@ -14,7 +14,7 @@ from conftest import change_config, clean_recipe
 from jax.sharding import AxisType
 
 from ibjax import files, losses, main
-from ibjax.attacks import autoattack, checks
+from ibjax.attacks import autoattack, checks, geometry
 from ibjax.attacks.pgd import pgd
 from ibjax.data import Split
 from ibjax.devices import cluster
@@ -129,6 +129,24 @@ def test_every_x_adv_lies_in_the_ball_and_the_box_or_nothing_is_reported():
     for attack, split in ((cheat(3e-6), dark), (cheat(0.0), Split(np.full_like(IMAGES, 255), SPLIT.labels))):
         with pytest.raises(RuntimeError, match="outside"):
             scoring.Scorer(predict, attack, mesh, 8, "linf")(WEIGHTS, split, 0, eps=0.1, step_size=0.1)
+
+
+def test_rounding_grows_with_the_radius_and_the_number_of_pixels():
+    """At 3 a millionth is four of the last bits of float32. On a CPU, noise of random signs on an image of ImageNet's
+    size ends up to 5e-6 outside of 1: all terms of its sum are equal."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    black = Split(np.zeros((8, 4, 4, 1), np.float32), np.zeros(8, np.int32))
+    mean = lambda variables, x, keys: (x[:, 0, 0] * jnp.ones((1, 2)), {})  # noqa: E731
+
+    def scored(length):
+        attack = lambda eps, step_size: lambda keys, logits_fn, x, y: x + np.float32(length / 4)  # noqa: E731
+        return scoring.Scorer(mean, attack, mesh, 8, "l2")(None, black, 0, eps=3.0, step_size=1.0)[0]
+
+    assert scored(3 + 1.5e-6).distance.min() > 3 + 1e-6
+    with pytest.raises(RuntimeError, match="outside"):
+        scored(3 + 3e-5)
+    assert geometry.tolerance(0.5, (32, 32, 3)) == geometry.tolerance(8 / 255, (224, 224, 3)) == 1e-6
+    assert 5e-6 < geometry.tolerance(1.0, (224, 224, 3)) < 2e-5
 
 
 def test_a_gradient_that_is_no_number_stops_the_evaluation():

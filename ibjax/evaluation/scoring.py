@@ -5,8 +5,8 @@ papers count, only the prediction under attack matters. A network is called as `
 random key per image; deterministic networks ignore the keys. An attack may see rounded products; what it finds, and the
 clean image, are judged at "highest" (`ibjax.devices.precision`).
 
-Guarantees (tests of the same names): batch size and number of devices change no flag; every x_adv lies in the eps-ball
-and in [0, 1] to 1e-6, checked per example in float32.
+Guarantees (tests of the same names): batch size and number of devices change no flag; every x_adv lies in [0, 1] and,
+to rounding (`geometry.tolerance`: 1e-6 for small images and radii), in the eps-ball, checked per example in float32.
 """
 
 import functools
@@ -31,7 +31,6 @@ from ibjax.devices import cluster, cores, precision
 from ibjax.errors import CodeError, InputError, PreemptedError
 from ibjax.net import Variables, as_output, to_float
 
-TOLERANCE = 1e-6  # of the eps-ball and of [0, 1], in float32
 _EVALUATION = 0x65766C  # folded into the seed, so that evaluation uses other keys than training
 # folded into an image's key. A random network must draw independently of the attack, and not the same when it is scored
 # as when it is attacked: an attack that keeps its best image would otherwise profit from lucky draws
@@ -188,7 +187,8 @@ class Scorer:
                 f"the network's gradient is NaN or infinite on {unusable} images, so that this attack cannot judge it"
             )
         worst = float(flags.distance.max())
-        if not worst <= (float(eps) + TOLERANCE if self.bounded else sys.float_info.max):
+        farthest = float(eps) + geometry.tolerance(float(eps), split.images.shape[1:])
+        if not worst <= (farthest if self.bounded else sys.float_info.max):
             if self.own:
                 raise CodeError(
                     f"attack '{self.own}' leaves the eps-ball or [0, 1]: an image is {worst:.8g} away or outside, eps "
