@@ -189,7 +189,7 @@ def attack_images(
 
     Args:
       trained: of `ibjax.load`, or `ibjax.pytorch.imports.load`.
-      split: (N, H, W, C) uint8 or float32 in [0, 1], and labels (N,).
+      split: (N, H, W, C), or (N, H, W) of grey images, uint8 or float32 in [0, 1], and labels (N,).
       label: name of the images, in place of that of the network's data set.
       checkpoint: as `trained` was loaded with, for the records.
       settings: a checked `evaluate` section (`settings.replaced`); None: the network's own. `n` and `ladder` are not
@@ -199,10 +199,10 @@ def attack_images(
     Returns:
       Records as of `evaluate`, and x_adv (attacks, N, H, W, C) float32.
     """
+    split = check(split, f"{label}:", trained.facts["num_classes"])
     shape = tuple(trained.facts["input_shape"])
     if split.images.shape[1:] != shape:
         raise InputError(f"the images of {label} have shape {split.images.shape[1:]}, the network takes {shape}")
-    split = check(split, f"{label}:", trained.facts["num_classes"])
     if settings is None:
         own_code.permit_attacks(trained.config.evaluate.attacks, trained.workdir / "config.json", trust)
         settings = replaced(trained.config.evaluate)
