@@ -3,10 +3,10 @@
     python -m ibjax.attack FILE.npz --model=RUN [--checkpoint=best|last|STEP] [--attacks=autoattack,pgd-20] [--eps=…]
     python -m ibjax.attack FILE.npz --model=NETWORK.pt --arch=resnet [--attacks=…]        also .pth .t7 .safetensors
 
-FILE.npz holds the images `x` (N, H, W, C), uint8 or float in [0, 1], and their labels `y` (N,), or `x_test` and
-`y_test` of Keras's layout. RUN is the folder of a trained run. A PyTorch file is read as by ibjax.convert; its logits
-are compared on the given images. Unless they are given, attacks, norm and eps are those of the run; for a PyTorch file
-they are FGSM, PGD-20 and margin PGD-20 in linf at 8/255.
+FILE.npz holds the images `x` (N, H, W, C), or (N, H, W) if they are grey, uint8 or float in [0, 1], and their labels
+`y`, (N,) or (N, 1); or `x_test` and `y_test` of Keras's layout. RUN is the folder of a trained run. A PyTorch file is
+read as by ibjax.convert; its logits are compared on the given images. Unless they are given, attacks, norm and eps are
+those of the run; for a PyTorch file they are FGSM, PGD-20 and margin PGD-20 in linf at 8/255.
 
 The table of accuracies is printed, and a file written (--out):
 

@@ -2,6 +2,8 @@
 
 import _thread
 import argparse
+import atexit
+import contextlib
 import difflib
 import errno
 import inspect
@@ -97,6 +99,11 @@ at_failure: list[Callable[[int, str, Exception | None], None]] = []
 explanations: list[Callable[[Exception], InputError | None]] = []
 
 
+# Each says whether something still runs in a thread that nothing depends on any more, such as a compiler. Python's own
+# exit waits for such threads, or, if they are daemons, may abort the process while one of them is in C++.
+unawaited: list[Callable[[], bool]] = []
+
+
 def prepare_streams() -> None:
     """Makes stdout and stderr replace characters that their encoding cannot represent, instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
@@ -132,7 +139,18 @@ def exit_with(command: Callable[[], None]) -> NoReturn:
         print(message, file=sys.stderr)
     if code not in (0, EXIT_PREEMPTED):  # all processes already know of a preemption
         _tell(code, message)
+    if any(runs() for runs in unawaited):
+        _leave(code)
     sys.exit(code)
+
+
+def _leave(code) -> NoReturn:
+    """Exits without a wait for threads; all else is done that Python does, such as to take leave of other processes."""
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def _set_hooks():

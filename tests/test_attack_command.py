@@ -12,7 +12,7 @@ import ibjax
 from ibjax import attack, files
 from ibjax.data import npz
 from ibjax.devices import cluster
-from ibjax.errors import DataError
+from ibjax.errors import DataError, InputError
 from ibjax.evaluation import results
 from ibjax.net import to_float
 from ibjax.pytorch.architectures import ARCHITECTURES
@@ -122,6 +122,7 @@ WRONG = {
     "a label that is no class": (["labels"], "labels: labels lie in [1, 10]; with 10 classes"),
     "another shape": (["shape"], "have shape (4, 4, 1), the network takes (8, 8, 1)"),
     "grey levels": (["grey"], "divide by 255"),
+    "labels in a column, images without channel": (["keras", "--n=8", "--attacks=pdg-20"], "did you mean 'pgd-20'"),
     "a norm without eps": (["images", "--norm=l2"], "norm=l2 needs its own eps"),
     "a negative seed": (["images", "--seed=-1"], "--seed=-1 is not allowed"),
 }
@@ -133,6 +134,7 @@ def test_wrong_input_is_one_line_and_writes_nothing(case, command, images, digit
     file, split = images
     x, y = split.images, split.labels
     made = {"labels": (x, np.where(y == y[0], 10, y)), "shape": (x[:, :4, :4], y), "grey": (x.astype(np.float32), y)}
+    made["keras"] = x[..., 0], y[:, None]
     for name, (x, y) in made.items():
         np.savez(tmp_path / f"{name}.npz", x=x, y=y)
     there = {name: tmp_path / f"{name}.npz" for name in made} | {"images": file}
@@ -145,10 +147,23 @@ def test_wrong_input_is_one_line_and_writes_nothing(case, command, images, digit
     assert not (tmp_path / "out.npz").exists() and file.read_bytes() == before
 
 
+def test_images_without_a_channel_are_compared_with_one(images, digits_run):
+    split = images[1]._replace(images=images[1].images[:, :4, :4, 0])
+    with pytest.raises(InputError, match=r"images of mine have shape \(4, 4, 1\), the network takes \(8, 8, 1\)"):
+        attack.attack_images(ibjax.load(digits_run), split, "mine")
+
+
 def test_a_file_of_keras_s_layout_is_read_and_what_is_missing_is_named(tmp_path):
     x, y = np.zeros((2, 4, 4, 1), np.uint8), np.arange(2)
     np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y[::-1])
     assert np.array_equal(npz.images(tmp_path / "a.npz").labels, [1, 0])
+    np.savez(tmp_path / "a.npz", x_test=x[..., 0], y_test=y[::-1, None])  # MNIST's images, CIFAR's labels
+    found = npz.images(tmp_path / "a.npz")
+    assert found.images.shape == (2, 4, 4, 1) and np.array_equal(found.labels, [1, 0])
+    for labels in (np.eye(2, dtype=int), y[:1]):
+        np.savez(tmp_path / "a.npz", x=x, y=labels)
+        with pytest.raises(DataError, match=r"a\.npz: y has shape \(.*\), x \(2, 4, 4, 1\); give one integer for each"):
+            npz.images(tmp_path / "a.npz")
     np.savez(tmp_path / "b.npz", x=x, labels=y)
     with pytest.raises(DataError, match=r"b\.npz lacks x and y \(or x_test and y_test\); it holds x, labels"):
         npz.images(tmp_path / "b.npz")

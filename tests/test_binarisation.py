@@ -73,6 +73,16 @@ def test_the_boundary_point_is_adversarial_for_its_own_readout():
         assert not any(found.broken[name].any() for name in ("x", "outside", "nan"))
 
 
+def test_an_image_counts_within_the_radius_up_to_rounding():
+    """Which grows with the radius: at 3 a millionth is four of the last bits of float32."""
+    x = np.zeros((4, 4, 4, 1), np.float32)
+    longer = np.array([0.8, 1 - 1e-6, 1 + 5e-7, 1 + 1e-5])[:, None, None, None]
+    x_adv = jnp.asarray(np.float32(0.75 * longer) + x)  # 16 pixels: 3 away
+    shown = partial(analysis._broken, lambda *_: x_adv, lambda _, x: x, "l2", 3.0)
+    flat, keys = x.reshape(4, 16), jax.random.split(jax.random.key(0), 4)
+    assert jax.jit(shown)(None, flat + 1, flat, keys, x).tolist() == [True, True, True, False]
+
+
 def test_batch_size_changes_no_flag():
     """Nor do the other images."""
     attacks = ["pgd-2", "noise-sign"]

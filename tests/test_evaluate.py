@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+import types
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ from conftest import change_config, clean_recipe
 from jax.sharding import AxisType
 
 from ibjax import files, losses, main
-from ibjax.attacks import autoattack, checks
+from ibjax.attacks import autoattack, checks, geometry
 from ibjax.attacks.pgd import pgd
 from ibjax.data import Split
 from ibjax.devices import cluster
@@ -23,6 +24,7 @@ from ibjax.evaluation.named import named
 from ibjax.evaluation.report import tables
 from ibjax.evaluation.settings import scaled_step
 from ibjax.models import resnet, stochastic
+from ibjax.net import to_float
 from ibjax.runs import run
 
 RNG = np.random.default_rng(0)
@@ -129,6 +131,24 @@ def test_every_x_adv_lies_in_the_ball_and_the_box_or_nothing_is_reported():
             scoring.Scorer(predict, attack, mesh, 8, "linf")(WEIGHTS, split, 0, eps=0.1, step_size=0.1)
 
 
+def test_rounding_grows_with_the_radius_and_the_number_of_pixels():
+    """At 3 a millionth is four of the last bits of float32. On a CPU, noise of random signs on an image of ImageNet's
+    size ends up to 5e-6 outside of 1: all terms of its sum are equal."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    black = Split(np.zeros((8, 4, 4, 1), np.float32), np.zeros(8, np.int32))
+    mean = lambda variables, x, keys: (x[:, 0, 0] * jnp.ones((1, 2)), {})  # noqa: E731
+
+    def scored(length):
+        attack = lambda eps, step_size: lambda keys, logits_fn, x, y: x + np.float32(length / 4)  # noqa: E731
+        return scoring.Scorer(mean, attack, mesh, 8, "l2")(None, black, 0, eps=3.0, step_size=1.0)[0]
+
+    assert scored(3 + 1.5e-6).distance.min() > 3 + 1e-6
+    with pytest.raises(RuntimeError, match="outside"):
+        scored(3 + 3e-5)
+    assert geometry.tolerance(0.5, (32, 32, 3)) == geometry.tolerance(8 / 255, (224, 224, 3)) == 1e-6
+    assert 5e-6 < geometry.tolerance(1.0, (224, 224, 3)) < 2e-5
+
+
 def test_a_gradient_that_is_no_number_stops_the_evaluation():
     """Instead of counting the images on which the attack fails as broken, or as robust."""
 
@@ -162,6 +182,59 @@ def test_the_ladder_scales_its_steps_unless_they_are_fixed():
     assert scaled_step(settings, "16/255") == "4/255"
     np.testing.assert_allclose(scaled_step({**settings, "step_size": "1/255"}, "16/255"), 2 / 255)
     assert scaled_step({**settings, "fixed_step": True}, "16/255") == "2/255"
+
+
+# ---- programs ----------------------------------------------------------------------------------------------
+
+WIDE = np.float32(RNG.normal(size=(75, 512)))  # 150 kB
+
+
+def wide(variables, x, keys=None):
+    return (x.reshape(x.shape[0], -1) @ variables)[:, :CLASSES], {}
+
+
+def judged_by_auto_attack(monkeypatch, folder):
+    x, right = np.float32(IMAGES / 255), np.ones(N, bool)
+    found = autoattack.Result(x, right, right, {}, {}, [], ~right)
+    monkeypatch.setattr(autoattack, "autoattack", lambda *arguments, **options: found)
+    weights, options = jnp.asarray(WIDE), dict(version="standard")
+    network = lambda x, keys: wide(weights, x)[0]  # noqa: E731
+    scoring.auto_attack(network, SPLIT, 0, options, norm="linf", eps=EPS, batch_size=8)  # 19 images: 8, 8 and 3
+
+
+def saved_examples(monkeypatch, folder):
+    examined = types.SimpleNamespace(predict=wide, trained=types.SimpleNamespace(variables=jnp.asarray(WIDE)))
+    evaluate._save_examples(folder / "a.npz", SPLIT, np.float32(IMAGES / 255), examined)
+
+
+def fingerprint_of_a_surrogate(monkeypatch, folder):
+    evaluate.Surrogate(wide, jnp.asarray(WIDE), {}).fingerprint(np.float32(IMAGES / 255))
+
+
+@pytest.mark.parametrize("compute", [judged_by_auto_attack, saved_examples, fingerprint_of_a_surrogate])
+def test_weights_are_no_constants_of_a_program(compute, monkeypatch, tmp_path):
+    """As constants they are twice in memory, at 2 GB they are too many, and other weights need another program."""
+    jax.config.update("jax_dump_ir_to", str(tmp_path / "programs"))
+    try:
+        compute(monkeypatch, tmp_path)
+    finally:
+        jax.config.update("jax_dump_ir_to", "")
+    programs = {file.name: file.stat().st_size for file in (tmp_path / "programs").iterdir()}
+    assert programs and max(programs.values()) < WIDE.nbytes
+    if compute is judged_by_auto_attack:
+        assert sum("jit_call_" in name for name in programs) == 1
+
+
+def test_a_whole_split_becomes_floats_on_the_host_with_the_bits_of_a_device():
+    """50,000 images of ImageNet are 30 GB; NumPy rounds half of the quotients otherwise."""
+    levels = np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1)
+    wanted = to_float(jnp.asarray(levels))
+    np.testing.assert_array_equal(scoring.on_host(levels), wanted)
+    floats = np.asarray(wanted)
+    with jax.transfer_guard_host_to_device("disallow_explicit"):
+        assert scoring.on_host(floats) is floats and scoring.on_host(levels).shape == levels.shape
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed"):
+            jnp.asarray(levels)
 
 
 # ---- the gate ----------------------------------------------------------------------------------------------

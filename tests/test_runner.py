@@ -1,12 +1,16 @@
 """The runner: which programs a plan compiles, and that how it runs them changes no image."""
 
 import itertools
+import subprocess
+import sys
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_faults import environment
 
 from ibjax.attacks import progress, runner
 from ibjax.attacks.apgd import iterative_apgd
@@ -182,6 +186,31 @@ def test_an_interrupted_evaluation_does_not_wait_for_the_compiler(on_an_accelera
         assert not released.is_set()
     finally:
         released.set()
+
+
+ENDING = """
+import time, types
+from ibjax import errors
+from ibjax.attacks.programs import Compiler
+from ibjax.devices import forms
+
+def command():
+    forms.TABLE["cpu"] = forms.TABLE["cpu"]._replace(ahead=True)
+    compiler = Compiler()
+    compiler.compile(types.SimpleNamespace(compile=lambda: time.sleep(60)))
+    compiler.close()
+    print(time.time(), flush=True)
+    raise errors.PreemptedError("the state is saved")
+
+errors.exit_with(command)
+"""
+
+
+def test_a_command_that_is_preempted_ends_with_its_exit_code_while_a_program_is_compiled():
+    """A machine that is taken away is switched off after half a minute; large programs take longer."""
+    done = subprocess.run([sys.executable, "-c", ENDING], env=environment(), capture_output=True, text=True, timeout=50)
+    assert done.returncode == 75 and "preempted: the state is saved" in done.stderr, done.stderr
+    assert time.time() - float(done.stdout) < 20
 
 
 def test_further_targets_change_no_image_that_the_first_one_breaks():

@@ -57,7 +57,7 @@ from ibjax.attacks.iterative import as_attack
 from ibjax.devices import cluster
 from ibjax.errors import InputError, PreemptedError
 from ibjax.evaluation.named import named
-from ibjax.evaluation.scoring import TOLERANCE, percent
+from ibjax.evaluation.scoring import percent
 from ibjax.net import linen_net, taps, to_float
 from ibjax.runs import command_line, run
 
@@ -173,7 +173,7 @@ def _broken(attack, features, norm, radius, variables, w, anchor, keys, x):
     shown, label = partial(_logits, features, variables, w, anchor), jnp.zeros(len(x), jnp.int32)
     x_adv = attack(geometry.fold(keys, _ATTACK), shown, x, label)
     in_box = jnp.all((x_adv >= 0) & (x_adv <= 1), axis=(1, 2, 3))  # NaN fails
-    within = geometry.distance(x_adv, x, norm) <= radius + TOLERANCE
+    within = geometry.distance(x_adv, x, norm) <= radius + geometry.tolerance(radius, x.shape[1:])
     return in_box & within & ~losses.correct(shown(x_adv), label)
 
 

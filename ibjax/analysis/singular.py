@@ -39,8 +39,9 @@ import numpy as np
 
 from ibjax.analysis import commands, output, pictures
 from ibjax.analysis.attacked import attack, check_counts, load, predictions
+from ibjax.attacks.geometry import TOLERANCE
 from ibjax.evaluation.results import attack_label
-from ibjax.evaluation.scoring import TOLERANCE, percent
+from ibjax.evaluation.scoring import percent
 from ibjax.net import linen_net, to_float
 from ibjax.runs import command_line, run
 

@@ -40,7 +40,8 @@ correctly least often. This does not change the flags.
 
 Guarantees (tests of the same names): on a linear network robust means that the margin exceeds eps, in every norm;
 neither batch size nor number of devices changes a flag; an evaluation that was killed and run again on the same devices
-ends with the same flags and images; every x_adv lies in the eps-ball and in [0, 1] to 1e-6.
+ends with the same flags and images; every x_adv lies in [0, 1] and, to rounding (`geometry.tolerance`), in the
+eps-ball.
 """
 
 import functools

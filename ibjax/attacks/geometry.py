@@ -3,6 +3,7 @@
 Images are (B, H, W, C) float32 in [0, 1]; eps is a radius in the same units, one number or one per image (B,).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ NORMS = ("linf", "l2", "l1")
 ALL_NORMS = (*NORMS, "l0")  # l0 counts the pixels that differ in any channel; only attacks made for it take it
 # Every published eps for [0, 1] images lies below these bounds; an eps in 0..255 units does not.
 _LARGEST_EPS = {"linf": 1.0, "l2": 8.0, "l1": 256.0, "l0": np.inf}
+TOLERANCE = 1e-6  # how far rounding may move a pixel in float32; see `tolerance` for distances
 
 
 def check_norm(norm: Any, allowed: Sequence[str] = NORMS) -> str:
@@ -126,6 +128,17 @@ def distance(x_adv: Array, x: Array, norm: str) -> Array:
     """The size of the perturbation of each image in `norm`, shape (B,)."""
     delta = x_adv - x
     return size(delta, norm).reshape(-1)
+
+
+def tolerance(eps: float, shape: Sequence[int]) -> float:
+    """How far float32 rounding may leave an image (H, W, C) of a correct attack outside of the ball of radius `eps`.
+
+    1e-6, above a radius of 1 in radii. Norms are sums over all pixels, whose rounding grows with their number n: if it
+    is random, to ½·√n·2^−24 of the norm. Where all terms are equal it is not, and noise of random signs at ε = 1 in l2
+    lies 5e-6 outside for 224×224×3 pixels, where ½·√n·2^−24 is 1.2e-5 (CPU). Up to 32×32×3 pixels and ε = 0.5 that is
+    less than 1e-6.
+    """
+    return max(TOLERANCE * max(1.0, eps), eps * math.sqrt(math.prod(shape)) * 2**-25)
 
 
 def project(x_adv: Array, x: Array, norm: str, eps: "float | Array") -> Array:

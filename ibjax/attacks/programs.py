@@ -8,6 +8,7 @@ be compiled in the same order, since processes that share the work of tuning the
 """
 
 import contextvars
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -15,10 +16,12 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
+from ibjax import errors
 from ibjax.attacks.hoist import hoisted
 from ibjax.devices import cluster, cores
 
 _THREADS = 4  # programs that are compiled at once: the parts of an attack are that many
+_NAME = "compile"  # of the threads, with a number
 
 
 class Compiler:
@@ -45,14 +48,17 @@ class Compiler:
     def compile(self, lowered: Any) -> Future:
         """The compiled program to be, of a lowered one."""
         if cores.form().ahead:
-            self.threads = self.threads or ThreadPoolExecutor(_THREADS, "compile")
+            self.threads = self.threads or ThreadPoolExecutor(_THREADS, _NAME)
             return self.threads.submit(contextvars.copy_context().run, lowered.compile)
         done = Future()
         done.set_result(lowered.compile())
         return done
 
     def close(self) -> None:
-        """Compiles nothing more; a program that is being compiled is finished, and nobody waits for it."""
+        """Compiles nothing more. A program that is being compiled is finished, but nobody waits for it.
+
+        Nor does a command that ends: a notice of preemption leaves less time than a large program takes.
+        """
         if self.threads is not None:
             self.threads.shutdown(wait=False, cancel_futures=True)
 
@@ -105,3 +111,11 @@ class Program:
     def __call__(self, *arguments: Any) -> Any:
         tree = jax.tree.structure(self.lower(*arguments))
         return jax.tree.unflatten(tree, self.compiled.result()(self.constants, *jax.tree.leaves(arguments)))
+
+
+def _compiling() -> bool:
+    """Whether a program is being compiled ahead, or soon would be."""
+    return any(thread.name.startswith(_NAME) for thread in threading.enumerate())
+
+
+errors.unawaited.append(_compiling)

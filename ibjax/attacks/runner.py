@@ -27,7 +27,6 @@ from ibjax.attacks.iterative import UNTARGETED, Iterative
 from ibjax.attacks.programs import Compiler, Program
 from ibjax.devices import cluster, cores, precision
 
-TOLERANCE = 1e-6  # how far x_adv may lie outside the ball by float32 rounding; above a radius of 1, in radii
 _LOOKED_AFTER = 50  # queries after which a program looks whether all of its images are done
 
 
@@ -230,7 +229,7 @@ class Runner:
     def _harvest(self, finished, rows, result):
         """Writes the results of a batch so far into `result`, at the rows that the batch holds."""
         x_adv, broken, flat, distance = map(np.asarray, finished)
-        if not float(distance.max()) <= self.eps + TOLERANCE * max(1.0, self.eps):
+        if not float(distance.max()) <= self.eps + geometry.tolerance(self.eps, self.x.shape[1:]):
             raise RuntimeError(
                 f"an adversarial image is {distance.max():.8g} away or outside [0, 1]; eps is {self.eps:g}"
             )

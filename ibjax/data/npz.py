@@ -34,9 +34,10 @@ def load(*, path: str, label: str = "", num_classes: int | None = None) -> Array
 
 
 def images(path: str | os.PathLike) -> Split:
-    """The images and labels of a file with `x` and `y`, or else `x_test` and `y_test`; neither is checked.
+    """Images (N, H, W, C) and labels (N,) of a file with `x` and `y`, or else `x_test` and `y_test`.
 
-    Raises DataError if the file is absent or damaged, or lacks them.
+    Grey images may lack the channel, (N, H, W), and labels may be a column, (N, 1), as Keras stores CIFAR's. Their
+    values are not checked. Raises DataError if the file is absent or damaged, or lacks them, or a label for each image.
     """
     file = files.path(path)
     if not file.is_file():
@@ -44,7 +45,12 @@ def images(path: str | os.PathLike) -> Split:
     archive = _archive(file)
     for x, y in (("x", "y"), KEYS[2:]):
         if x in archive and y in archive:
-            return Split(archive[x], archive[y])
+            pixels, labels = archive[x], archive[y]
+            if labels.shape not in (pixels.shape[:1], (*pixels.shape[:1], 1)):
+                raise DataError(
+                    f"{file}: {y} has shape {labels.shape}, {x} {pixels.shape}; give one integer for each image"
+                )
+            return Split(pixels[..., None] if pixels.ndim == 3 else pixels, labels.reshape(-1))
     raise DataError(f"{file} lacks x and y (or x_test and y_test); it holds {', '.join(archive) or 'nothing'}")
 
 

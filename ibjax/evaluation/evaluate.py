@@ -31,7 +31,7 @@ from ibjax.devices import cluster, precision
 from ibjax.errors import InputError, UnreadableError
 from ibjax.evaluation import results
 from ibjax.evaluation.named import Named, named
-from ibjax.evaluation.scoring import Scorer, auto_attack, draw_keys, nan_warnings, percent, sampling
+from ibjax.evaluation.scoring import Scorer, auto_attack, draw_keys, nan_warnings, on_host, percent, sampling
 from ibjax.evaluation.settings import check_network, replaced, scaled_step
 from ibjax.net import linen_net, to_float
 from ibjax.runs import own_code, run, rundir, trees
@@ -106,6 +106,11 @@ class Surrogate(NamedTuple):
         """(B, H, W, C) in [0, 1] -> (B, classes)."""
         return self.predict(self.variables, x)[0]
 
+    def fingerprint(self, x: Any) -> np.ndarray:
+        """`checks.fingerprint` on these images; the weights are arguments of its programs, not constants in them."""
+        predict = jax.jit(self.predict)
+        return checks.fingerprint(lambda x: predict(self.variables, x)[0], x)
+
 
 class Examined(NamedTuple):
     """A network that has been checked on the images on which it will be attacked."""
@@ -129,7 +134,7 @@ def examine(
     with precision.at(settings["precision"]):
         x, asked = _asked(trained, victim, split)
         if source is not None:
-            of_surrogate["surrogate_fingerprint"] = checks.fingerprint(jax.jit(source.logits), x).tolist()
+            of_surrogate["surrogate_fingerprint"] = source.fingerprint(x).tolist()
     common = _common(trained, checkpoint, settings, split, asked) | of_surrogate
     return Examined(trained, split, settings, source, victim, common)
 
@@ -184,7 +189,7 @@ def attack_images(
 
     Args:
       trained: of `ibjax.load`, or `ibjax.pytorch.imports.load`.
-      split: (N, H, W, C) uint8 or float32 in [0, 1], and labels (N,).
+      split: (N, H, W, C), or (N, H, W) of grey images, uint8 or float32 in [0, 1], and labels (N,).
       label: name of the images, in place of that of the network's data set.
       checkpoint: as `trained` was loaded with, for the records.
       settings: a checked `evaluate` section (`settings.replaced`); None: the network's own. `n` and `ladder` are not
@@ -194,10 +199,10 @@ def attack_images(
     Returns:
       Records as of `evaluate`, and x_adv (attacks, N, H, W, C) float32.
     """
+    split = check(split, f"{label}:", trained.facts["num_classes"])
     shape = tuple(trained.facts["input_shape"])
     if split.images.shape[1:] != shape:
         raise InputError(f"the images of {label} have shape {split.images.shape[1:]}, the network takes {shape}")
-    split = check(split, f"{label}:", trained.facts["num_classes"])
     if settings is None:
         own_code.permit_attacks(trained.config.evaluate.attacks, trained.workdir / "config.json", trust)
         settings = replaced(trained.config.evaluate)
@@ -449,10 +454,9 @@ def _record(identity, more, flags):
 
 def _save_examples(file, split, x_adv, examined):
     """Clean and adversarial images with their predictions, for the report's picture."""
-    x = np.asarray(to_float(jnp.asarray(split.images[:])))
+    x, answer = on_host(split.images[:]), jax.jit(lambda variables, x: examined.predict(variables, x, None)[0])
     with precision.at(precision.JUDGEMENT):
-        answer = jax.jit(lambda x: examined.predict(examined.trained.variables, x, None)[0])
-        logits = [np.asarray(answer(jnp.asarray(images))) for images in (x, x_adv)]
+        logits = [np.asarray(answer(examined.trained.variables, images)) for images in (x, x_adv)]
     predicted, predicted_adv = (each.argmax(1) for each in logits)
     if jax.process_index() == 0:  # the other processes only take part in the computation
         file.parent.mkdir(parents=True, exist_ok=True)

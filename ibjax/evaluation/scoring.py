@@ -5,10 +5,11 @@ papers count, only the prediction under attack matters. A network is called as `
 random key per image; deterministic networks ignore the keys. An attack may see rounded products; what it finds, and the
 clean image, are judged at "highest" (`ibjax.devices.precision`).
 
-Guarantees (tests of the same names): batch size and number of devices change no flag; every x_adv lies in the eps-ball
-and in [0, 1] to 1e-6, checked per example in float32.
+Guarantees (tests of the same names): batch size and number of devices change no flag; every x_adv lies in [0, 1] and,
+to rounding (`geometry.tolerance`: 1e-6 for small images and radii), in the eps-ball, checked per example in float32.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,13 +24,13 @@ from tqdm import tqdm
 
 from ibjax import losses
 from ibjax.attacks import Attack, autoattack, eot, geometry
+from ibjax.attacks.programs import Compiler
 from ibjax.attacks.representation import guides
 from ibjax.data import Split
 from ibjax.devices import cluster, cores, precision
 from ibjax.errors import CodeError, InputError, PreemptedError
 from ibjax.net import Variables, as_output, to_float
 
-TOLERANCE = 1e-6  # of the eps-ball and of [0, 1], in float32
 _EVALUATION = 0x65766C  # folded into the seed, so that evaluation uses other keys than training
 # folded into an image's key. A random network must draw independently of the attack, and not the same when it is scored
 # as when it is attacked: an attack that keeps its best image would otherwise profit from lucky draws
@@ -186,7 +187,8 @@ class Scorer:
                 f"the network's gradient is NaN or infinite on {unusable} images, so that this attack cannot judge it"
             )
         worst = float(flags.distance.max())
-        if not worst <= (float(eps) + TOLERANCE if self.bounded else sys.float_info.max):
+        farthest = float(eps) + geometry.tolerance(float(eps), split.images.shape[1:])
+        if not worst <= (farthest if self.bounded else sys.float_info.max):
             if self.own:
                 raise CodeError(
                     f"attack '{self.own}' leaves the eps-ball or [0, 1]: an image is {worst:.8g} away or outside, eps "
@@ -227,27 +229,15 @@ def auto_attack(
     With version "rand" the record's accuracies are means over fresh draws, the flags are those of the first draw, and
     `reference` holds the accuracies as the authors' code counts them: see autoattack.py.
     """
-    climbed = attacked or network
-    x = np.asarray(to_float(jnp.asarray(split.images[:])))
+    climbed, x = attacked or network, on_host(split.images[:])
     key = jax.random.fold_in(jax.random.key(seed), _EVALUATION)
-    keys = draw_keys(seed, len(x))
     logits_fn = climbed if options["version"] == "rand" else lambda x: climbed(x, None)
     result = autoattack.autoattack(
         key, logits_fn, x, split.labels, norm, eps, batch_size=batch_size, state=state, progress=title,
         precision=attacked_in, **options,
     )  # fmt: skip
 
-    @jax.jit
-    def score(x_adv, keys, x, y):
-        logits = network(x_adv, keys)
-        return losses.correct(logits, y), losses.cross_entropy(logits, y), geometry.distance(x_adv, x, norm)
-
-    def judge(shown, name=precision.JUDGEMENT):
-        parts = [slice(first, first + batch_size) for first in range(0, len(x), batch_size)]
-        with precision.at(name):
-            values = [score(shown[part], keys[part], x[part], split.labels[part]) for part in parts]
-        return [np.concatenate(column) for column in zip(*values, strict=True)]
-
+    judge = _judge(network, seed, x, split.labels, norm, batch_size)
     withstood, loss, distance = judge(result.x_adv)
     if attacked is None:  # keep AutoAttack's own judgement: in another batch, rounding may change a flag
         flags = Flags(result.clean, result.robust, loss, distance, result.changed)
@@ -274,6 +264,37 @@ def auto_attack(
     return flags, result.x_adv[:keep] if isinstance(keep, int) else result.x_adv[keep], more
 
 
+def _judge(network, seed, x, labels, norm, batch_size):
+    """`judge(images (N, H, W, C), precision)` -> (correct, loss, distance from x) of each image.
+
+    network: as of `auto_attack`. Its weights are arguments of the program, which they would double as constants, and
+    which no other weights could use again; the last batch is padded, so that there is one program for each precision.
+    """
+    compiler = Compiler()
+    size = cluster.rounded_up(min(batch_size, len(x)), compiler.mesh.size)
+    rows, place = cluster.parts_of_batch(compiler.mesh, size)
+
+    def score(seed, index, images, x, y):
+        logits = network(images, geometry.fold(_image_keys(seed, index), _JUDGED))
+        return losses.correct(logits, y), losses.cross_entropy(logits, y), geometry.distance(images, x, norm)
+
+    @functools.cache
+    def program(name):
+        return compiler.program(score, "cssss", gathered=True)
+
+    def judge(images, name=precision.JUDGEMENT):
+        parts = []
+        for first in range(0, len(x), size):
+            index = np.minimum(first + rows, len(x) - 1).astype(np.int32)
+            arrays = (place(array) for array in (index, images[index], x[index], labels[index]))
+            with precision.at(name):
+                found = program(name)(np.uint32(seed), *arrays)
+            parts.append([np.asarray(values)[: len(x) - first] for values in found])
+        return [np.concatenate(column) for column in zip(*parts, strict=True)]
+
+    return judge
+
+
 def _changed(before, judged):
     """Where the flags of an attack, (clean, robust, …), are not those that are judged."""
     return (before[0] != judged[0]) | (before[1] != judged[1])
@@ -291,6 +312,19 @@ def drawn_record(result: autoattack.Result) -> dict[str, Any]:
         "robust_acc_of_draws": [percent(flags) for flags in drawn.robust],
         "reference": {"clean_acc": percent(result.clean), "robust_acc": percent(result.robust)},
     }
+
+
+def on_host(images: np.ndarray) -> np.ndarray:
+    """`to_float` of a whole split (N, H, W, C), which a device may have no room for, on the host.
+
+    The values are those of the devices: XLA multiplies by 1/255, and half of NumPy's quotients differ in the last bit.
+    """
+    return _grey_levels()[images] if images.dtype == np.uint8 else images
+
+
+@functools.cache
+def _grey_levels():
+    return np.asarray(to_float(jnp.arange(256, dtype=jnp.uint8)))
 
 
 # ---- predictions that are drawn ------------------------------------------------------------------------------
