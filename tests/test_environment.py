@@ -338,20 +338,21 @@ def test_the_commit_is_that_of_ibjax_never_of_a_repository_around_it(tmp_path, m
     (own / "pyproject.toml").write_text('[project]\nname = "ibjax"\nversion = "9.8.7"\n', encoding="utf-8")
     (own / "ibjax" / "a.py").touch()
     monkeypatch.setattr(places, "SOURCE", own.resolve())
+    commit_now = provenance.commit.__wrapped__  # a process asks once
     git(tmp_path, "init", "project")
     git(tmp_path / "project", "add", ".")
     git(tmp_path / "project", "commit", "-m", "the user's own")
-    assert provenance.commit() == "version 9.8.7" and provenance.versions()["ibjax"] == "9.8.7"
+    assert commit_now() == "version 9.8.7" and provenance.versions()["ibjax"] == "9.8.7"
     git(own, "init", ".")
-    assert provenance.commit() == "version 9.8.7"  # a repository without a commit
+    assert commit_now() == "version 9.8.7"  # a repository without a commit
     git(own, "add", ".")
     git(own, "commit", "-m", "ibjax's")
-    commit = provenance.commit()
+    commit = commit_now()
     assert len(commit) >= 7 and not commit.endswith("+")
     (own / "ibjax" / "a.py").write_text("changed", encoding="utf-8")
-    assert provenance.commit() == f"{commit}+"
+    assert commit_now() == f"{commit}+"
     monkeypatch.setenv("PATH", "")
-    assert provenance.commit() == "version 9.8.7"  # git is not installed
+    assert commit_now() == "version 9.8.7"  # git is not installed
 
 
 def test_ctrl_c_while_a_command_imports_is_one_line():

@@ -15,10 +15,14 @@ import jax
 from ibjax import places
 
 
-@functools.cache  # of the code that this process has imported, whatever is installed or committed while it runs
 def versions() -> dict[str, str]:
     """{name: version} of everything that can change a number."""
-    found = {"python": platform.python_version(), "ibjax": places.version()}
+    return {"python": platform.python_version(), "ibjax": places.version(), **_installed()}
+
+
+@functools.cache  # what this process has imported, whatever is installed or committed while it runs
+def _installed():
+    found = {}
     for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
         try:
             found[name] = importlib.metadata.version(name)
@@ -50,7 +54,7 @@ def hardware() -> str:
     return text + (f" ({jax.process_count()} processes)" if jax.process_count() > 1 else "")
 
 
-@functools.cache
+@functools.cache  # as _installed
 def commit() -> str:
     """The commit of ibjax's own repository, with "+" where it has changes; else its version, as "version 0.1.0".
 
