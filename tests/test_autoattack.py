@@ -181,13 +181,16 @@ def test_interrupted_anywhere_and_run_again_it_ends_with_the_same_flags_and_imag
     assert len(times) == len(set(times))
 
 
-def test_a_preemption_notice_saves_and_stops(monkeypatch, tmp_path):
-    notices = iter([False, True])
-    monkeypatch.setattr(cluster, "preempted", lambda: next(notices, True))
-    with pytest.raises(PreemptedError):
-        attack(batch_size=8, state=tmp_path / "state.npz", progress="AutoAttack")
-    with np.load(tmp_path / "state.npz") as stored:
-        assert stored["position"] > 0
+def test_a_preemption_notice_saves_and_stops_within_a_batch_too(monkeypatch, tmp_path):
+    """The first look is between two steps of the first batch, whose work is lost, the second behind it."""
+    few = {"apgd-ce": iterative_apgd("ce", "linf", 0.02, 1)}
+    for looks, position in ((1, 0), (2, 8)):
+        notices = iter([False, True][-looks:])
+        monkeypatch.setattr(cluster, "preempted", lambda notices=notices: next(notices))
+        with pytest.raises(PreemptedError):
+            attack(attacks=few, batch_size=8, state=tmp_path / "state.npz", progress="AutoAttack")
+        with np.load(tmp_path / "state.npz") as stored:
+            assert stored["position"] == position and next(notices, None) is None
 
 
 def test_a_state_of_another_evaluation_is_refused(monkeypatch, tmp_path):

@@ -19,6 +19,7 @@ from ibjax.attacks.fab import iterative_fab
 from ibjax.attacks.runner import Runner
 from ibjax.attacks.square import iterative_square
 from ibjax.devices import forms
+from ibjax.errors import PreemptedError
 
 RNG = np.random.default_rng(0)
 N, CLASSES, EPS = 64, 5, 0.02
@@ -122,6 +123,27 @@ def test_a_program_ends_where_all_of_its_images_are_done():
     np.testing.assert_array_equal(count(950, 1001, jnp.array([0, 0])), [51, 51])
 
 
+def test_a_batch_that_is_given_up_between_its_programs_is_as_if_it_had_not_begun():
+    """What it has found so far is not kept, so that whoever goes on ends with the same bits."""
+    attack = few(queries=120)["square"]
+    made, _, wanted = run({"square": attack})
+    looks, given_up, position = [False, True, True, *[False] * 9], 0, 0
+
+    def heed():
+        if looks.pop(0):
+            raise PreemptedError
+
+    made.heed, broken, x_adv = heed, np.zeros(N, bool), X.copy()
+    while position < N:
+        try:
+            position = next(made.run("square", attack, np.arange(N), OTHERS, broken, x_adv, position))
+        except PreemptedError:
+            given_up += 1
+            assert not broken.any() and np.array_equal(x_adv, X)
+    assert given_up == 2 and broken.any()
+    np.testing.assert_array_equal(x_adv, wanted)
+
+
 # ---- compiled ahead ------------------------------------------------------------------------------------------
 
 
@@ -193,6 +215,7 @@ import time, types
 from ibjax import errors
 from ibjax.attacks.programs import Compiler
 from ibjax.devices import forms
+from ibjax.errors import PreemptedError
 
 def command():
     forms.TABLE["cpu"] = forms.TABLE["cpu"]._replace(ahead=True)

@@ -228,7 +228,8 @@ def autoattack(
       search_dtype: "float32", or "bfloat16": gradients and the search use the network with its products in bfloat16
         (`ibjax.attacks.autocast`), for speed; no other than the network itself judges an image. The result is not
         the standard one.
-      progress: name of a progress bar; with it, a preemption notice stops the attack with PreemptedError.
+      progress: name of a progress bar; with it, a preemption notice stops the attack with PreemptedError, between two
+        steps on a CPU, and two programs of Square's queries on an accelerator.
 
     Raises:
       InputError: images outside [0, 1], wrong labels, an invalid eps, an output that is not logits, a random network, a
@@ -389,6 +390,17 @@ def _check_plan(plan, norm, eps, random):
 def _run(runner, plan, logits, state, bar_name):
     """Runs all attacks that are not finished yet."""
     others = np.asarray(other_classes(jnp.asarray(logits)))
+
+    def heed():
+        """Ends with PreemptedError after a notice. The state is that before a batch that is not finished.
+
+        All processes pass through the same programs in the same batches, and so ask equally often.
+        """
+        if cluster.preempted():
+            state.save()
+            raise PreemptedError(f"stopped during {bar_name}")
+
+    runner.heed = heed if bar_name else None
     for number, (name, attack) in enumerate(plan.items()):
         if number < len(state.after):
             continue
@@ -408,9 +420,8 @@ def _run(runner, plan, logits, state, bar_name):
                 bar.set_postfix_str(f"robust {100 * np.mean(state.robust & ~broken):.2f} %")
                 state.position, state.flat[-1] = position, runner.flat
                 state.save(at_once=False)
-                if bar_name and cluster.preempted():
-                    state.save()
-                    raise PreemptedError(f"stopped during {bar_name}")
+                if runner.heed is not None:
+                    runner.heed()
         right = None if state.right is None else runner.draws("chosen", images, todo, state.settings["draws"]).sum(0)
         state.finish_attack(todo, right)
         if bar_name:

@@ -92,6 +92,7 @@ class Runner:
         self.programs: dict[tuple, Programs] = {}  # (functions of the attack, size) -> its programs
         self.answers: dict[tuple[str, str], Program] = {}  # ("logits" or "draws", precision) -> their program
         self.meanwhile: list[Callable[[], None]] = []  # what to do as soon as the devices are at work
+        self.heed: Callable[[], None] | None = None  # called between the programs of a batch; may raise, to end it
         self.flat = 0  # number of items so far whose gradient was zero or not finite at the start
 
     def logits(self, *seen: np.ndarray) -> list[np.ndarray]:
@@ -205,9 +206,10 @@ class Runner:
         for stop in stops(attack):
             state = programs.steps(np.int32(i), np.int32(stop), x, fixed, state)
             i = stop
+            if i < attack.steps:
+                self._pause(state)
             if programs.done is None or i == attack.steps:
                 continue
-            self._do_meanwhile()
             going = np.nonzero(~np.asarray(programs.done(state)))[0]
             going = going[going < len(np.unique(rows))]  # the rest is padding
             if not len(going):
@@ -221,6 +223,13 @@ class Runner:
         self._do_meanwhile()
         self._harvest(finished, rows, result)
         return result
+
+    def _pause(self, state):
+        """Between two programs of a batch, whose result the devices may still be computing."""
+        self._do_meanwhile()
+        if self.heed is not None:
+            jax.block_until_ready(state)  # else the host would have been through all steps before the devices
+            self.heed()
 
     def _do_meanwhile(self):
         while self.meanwhile:
