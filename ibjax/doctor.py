@@ -167,6 +167,9 @@ def _cache():
     if given == "":
         yield Finding("cache", "of compiled programs: off, as JAX_COMPILATION_CACHE_DIR is empty")
         return
+    if given and files.in_store(given):
+        yield Finding("cache", f"of compiled programs: {given}")
+        return
     folder = files.path(given) if given else compiled.folder()
     sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()] if folder.is_dir() else []
     text = f"of compiled programs: {folder}, {len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB"

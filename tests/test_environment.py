@@ -17,7 +17,7 @@ import pytest
 from test_faults import environment
 
 import ibjax
-from ibjax import config, convert, errors, files, main, places
+from ibjax import config, convert, doctor, errors, files, main, places
 from ibjax.attacks import autoattack
 from ibjax.data import folder, npz, tfds
 from ibjax.devices import cluster, compiled
@@ -61,6 +61,17 @@ def test_a_folder_called_tilde_is_refused_before_anyone_removes_it(tmp_path, mon
     with pytest.raises(InputError, match=r"a folder called ~ in .*mv \./~ NAME \(never rm -r ~\)"):
         files.path("~/x")
     assert files.path("x") == Path("x")
+
+
+@pytest.mark.parametrize("given", ["gs://bucket/run", "s3://bucket/run", Path("gs://bucket/run")])
+def test_the_address_of_a_store_is_refused_where_it_would_become_a_local_folder(tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"^(gs|s3):/.*/run is no path on this machine; give .*gcsfuse"):
+            files.path(given)
+        Path(given).mkdir(parents=True, exist_ok=True)  # made before it was refused
+    for path in ("C:/runs", "./gs:/bucket", "runs/a:/b"):
+        assert files.path(path) == Path(path)
 
 
 def test_every_path_of_a_command_is_expanded(tmp_path, monkeypatch, capsys):
@@ -136,11 +147,17 @@ def test_paths_in_python_are_expanded_as_on_a_command_line(tmp_path, monkeypatch
     assert not (tmp_path / "~").exists()
 
 
-def test_the_environments_cache_of_compiled_programs_is_expanded(tmp_path, monkeypatch):
+def test_the_environments_cache_of_compiled_programs_is_expanded_and_a_store_is_left_to_jax(tmp_path, monkeypatch):
     before = jax.config.jax_compilation_cache_dir
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "~/kept")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/kept")
     try:
+        compiled.keep()  # JAX has read the variable itself
+        assert jax.config.jax_compilation_cache_dir == before and not list(tmp_path.iterdir())
+        (found,) = doctor._cache()
+        assert found.text == "of compiled programs: gs://bucket/kept" and not found.mend
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "~/kept")
         compiled.keep()
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "kept")
     finally:

@@ -23,12 +23,12 @@ log = logging.getLogger(__name__)
 def keep() -> None:
     """Enables the compilation cache in `files.cache_folder`, which only its user can read.
 
-    JAX_COMPILATION_CACHE_DIR in the environment names another folder; if it is empty, there is no cache. Each CPU
-    instruction set has a subfolder, since machines of several kinds may share a home folder.
+    JAX_COMPILATION_CACHE_DIR in the environment names another folder, or a store as gs://bucket/folder; if it is empty,
+    there is no cache. Each CPU instruction set has a subfolder, since machines of several kinds may share a home.
     """
     verify()
     if (given := os.environ.get("JAX_COMPILATION_CACHE_DIR")) is not None:
-        if given and str(files.path(given)) != given:  # for ~/x, JAX would create a folder called ~
+        if given and not files.in_store(given) and str(files.path(given)) != given:  # of ~/x, JAX makes a folder ~
             jax.config.update("jax_compilation_cache_dir", str(files.path(given)))
         return
     try:
