@@ -104,16 +104,25 @@ def _checked(interface):
             return None
 
         def put(self, key, value):
-            self._remove(key)  # JAX never overwrites an entry
-            self._cache.put(key, value)
+            if self.get(key) is not None:  # another process was faster
+                return
+            # the digest comes first and the entry at once, as whoever reads one without the other removes it
             with files.replacing(self._digest(key)) as temporary:
                 temporary.write_text(files.digest(value), encoding="utf-8")
+            if getattr(self._cache, "eviction_enabled", True):  # it has a lock, and may remove older entries
+                self._cache.put(key, value)
+            else:
+                with files.replacing(self._entry(key)) as temporary:
+                    temporary.write_bytes(value)
+
+        def _entry(self, key):
+            return self._path / f"{key}-cache"
 
         def _digest(self, key):
             return self._path / f"{key}-digest"
 
         def _remove(self, key):
-            for name in (f"{key}-cache", f"{key}-digest"):
-                (self._path / name).unlink(missing_ok=True)
+            for file in (self._entry(key), self._digest(key)):
+                file.unlink(missing_ok=True)
 
     return Checked
