@@ -1,10 +1,12 @@
 """Data and evaluations on several hosts: each reads its part, and all end where one of them sees something else."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import threading
+import time
 
 import jax
 import numpy as np
@@ -13,10 +15,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from test_data import write_npz
 from test_faults import environment, finish, start
 
-from ibjax import files
+from ibjax import errors, files
 from ibjax.config import base
 from ibjax.devices import cluster, peers
-from ibjax.errors import DataError, InputError
+from ibjax.errors import DataError, InputError, PeerError
 from ibjax.runs import metrics, run, rundir
 
 
@@ -110,6 +112,50 @@ def test_a_process_that_ends_without_coming_is_named(processes):
     assert found[1] is None
     assert str(found[0]) == "process 1 (host1) has ended and never came to 'numbers'"
     assert isinstance(found[2], InputError)
+
+
+def test_a_process_that_is_late_cannot_be_reached_or_was_interrupted_is_no_wrong_input(processes, monkeypatch):
+    """Scripts repeat what ends with 69, and nothing that ends with 2."""
+    monkeypatch.setattr(peers, "PATIENCE", 0.1)
+
+    def late(me):
+        time.sleep(0.5 * (me == 1))
+        peers.agree("numbers", {"a": 1})
+
+    found = processes(late, 2)
+    assert isinstance(found[0], PeerError)
+    assert str(found[0]) == "process 1 (host1) has not come to 'numbers' within 0.1 s"
+
+    def ended(code, error):
+        def body(me):
+            if me:
+                peers._client().key_value_set("ibjax/ended/1", json.dumps([code, "process 1 has ended: its trouble"]))
+            else:
+                peers.agree("numbers", {"a": 1})
+
+        assert type(processes(body, 2)[0]) is error
+
+    ended(errors.EXIT_INTERRUPTED, PeerError)
+    ended(errors.EXIT_PEER_LOST, PeerError)
+    ended(errors.EXIT_DIVERGED, InputError)
+
+    def unreachable(*_):
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE: failed to connect")
+
+    monkeypatch.setattr(Store, "blocking_key_value_get", unreachable)
+    assert all(isinstance(error, PeerError) for error in processes(lambda me: peers.agree("numbers", {"a": 1}), 2))
+
+
+def test_devices_of_others_that_are_not_told_in_time_are_no_wrong_input(monkeypatch):
+    def late():
+        raise RuntimeError("Unable to initialize backend 'cuda': DEADLINE_EXCEEDED: Getting topologies timed out")
+
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(jax, "default_backend", late)
+    for several, error in ((True, PeerError), (False, InputError)):
+        monkeypatch.setattr(cluster, "several", lambda several=several: several)
+        with pytest.raises(error, match="Getting topologies timed out"):
+            cluster.backend()
 
 
 @pytest.mark.parametrize("own", [range(8), (1, 6, 3)])

@@ -349,6 +349,7 @@ def test_load_returns_a_working_network(digits_run):
         (InputError("x"), errors.EXIT_INPUT),
         (PreemptedError("x"), errors.EXIT_PREEMPTED),
         (DivergedError("x"), errors.EXIT_DIVERGED),
+        (errors.PeerError("x"), errors.EXIT_PEER_LOST),
         (KeyboardInterrupt(), errors.EXIT_INTERRUPTED),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating"), errors.EXIT_DIVERGED),
     ],

@@ -25,7 +25,7 @@ from ibjax import errors
 from ibjax.devices import peers
 from ibjax.devices.compiled import keep as keep_compiled
 from ibjax.devices.peers import agree, several, together, word_of_first
-from ibjax.errors import InputError
+from ibjax.errors import InputError, PeerError
 
 __all__ = ["agree", "keep_compiled", "several", "together", "word_of_first"]  # re-exported
 
@@ -72,11 +72,16 @@ def initialize() -> None:
 
 
 def backend() -> str:
-    """JAX's platform, as "cpu"; raises InputError if JAX_PLATFORMS names one that is not available."""
+    """JAX's platform, as "cpu"; raises InputError if JAX_PLATFORMS names one that is not available.
+
+    Raises PeerError if the other processes do not say in time which devices they have.
+    """
     try:
         return jax.default_backend()
     except (RuntimeError, AssertionError, ValueError) as error:
         wanted, reason = os.environ.get("JAX_PLATFORMS", ""), (str(error).strip() or "no such device").splitlines()[0]
+        if several() and "DEADLINE_EXCEEDED" in str(error):
+            raise PeerError(f"another process does not say which devices it has ({reason[:200]})") from None
     if not wanted:
         raise InputError(f"JAX finds no device it can use ({reason})")
     jax.config.update("jax_platforms", "")
