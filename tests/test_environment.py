@@ -20,7 +20,7 @@ import ibjax
 from ibjax import config, convert, doctor, errors, files, main, places
 from ibjax.attacks import autoattack
 from ibjax.data import folder, npz, tfds
-from ibjax.devices import cluster, compiled
+from ibjax.devices import cluster, compiled, machine
 from ibjax.errors import InputError
 from ibjax.evaluation import evaluate
 from ibjax.evaluation.report import runs
@@ -250,16 +250,49 @@ def test_a_bug_is_no_platform_that_is_not_there(monkeypatch):
         assert errors._ending(bug) == (1, "")
 
 
-def test_settings_of_jax_that_no_command_can_keep_are_switched_off_and_told_of():
-    """Networks compute in float32; attacks compare with infinity, over which JAX_DEBUG_INFS would end them."""
+def test_settings_of_jax_that_no_command_can_keep_are_set_back_and_told_of():
+    """Networks compute in float32; attacks compare with infinity; under rbg, images of a batch share their draws."""
     code = (
         "import jax, logging; logging.basicConfig(level=20)\nfrom ibjax.devices import cluster; cluster.initialize()\n"
-        "assert not jax.config.jax_enable_x64 and not jax.config.jax_debug_infs; print(1 / jax.numpy.zeros(()))"
+        "print(1 / jax.numpy.zeros(()), jax.random.uniform(jax.random.key(1)).item())"
     )
-    variables = environment(JAX_ENABLE_X64=1, JAX_DEBUG_INFS=1, http_proxy="http://10.255.255.1:1")
+    given = dict(JAX_ENABLE_X64="True", JAX_DEBUG_INFS="True")
+    given |= dict(JAX_DEFAULT_PRNG_IMPL="unsafe_rbg", JAX_THREEFRY_PARTITIONABLE="False")
+    variables = environment(**given, http_proxy="http://10.255.255.1:1")
     done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, "inf\n"), done.stderr
-    assert all(f"{name} is switched off" in done.stderr for name in ("JAX_ENABLE_X64", "JAX_DEBUG_INFS"))
+    with jax.default_prng_impl("threefry2x32"), jax.threefry_partitionable(True):
+        draw = jax.random.uniform(jax.random.key(1)).item()
+    assert (done.returncode, done.stdout) == (0, f"inf {draw}\n"), done.stderr
+    assert all(f"{name}={value} is set to " in done.stderr for name, value in given.items())
+    assert "computing on 1 × cpu" in done.stderr
+
+
+def test_an_accelerator_that_jax_leaves_out_is_told_of_unless_the_user_chose_the_platform(
+    tmp_path, monkeypatch, caplog
+):
+    """JAX's own warning that it falls back on the CPU is among those that commands silence."""
+    before = jax.config.jax_platforms
+    monkeypatch.setattr(machine, "GPUS", (str(tmp_path / "nvidia[0-9]"),))
+    monkeypatch.setattr(machine, "_has_tpu", lambda: False)
+    try:
+        for chosen, there, told in (("", True, True), ("", False, False), ("cpu", True, False)):
+            caplog.clear()
+            jax.config.update("jax_platforms", chosen)
+            (tmp_path / "nvidia0").touch() if there else (tmp_path / "nvidia0").unlink()
+            cluster._tell_devices()
+            assert ("a GPU of NVIDIA is here, but JAX computes on the CPU" in caplog.text) == told
+    finally:
+        jax.config.update("jax_platforms", before)
+
+
+def test_a_process_that_has_used_jax_begins_no_command(started, monkeypatch):
+    def used(*_, **__):
+        raise RuntimeError("jax.distributed.initialize() must be called before any JAX calls that might …")
+
+    monkeypatch.setattr(cluster, "keep_compiled", lambda: None)
+    monkeypatch.setattr(jax.distributed, "initialize", used)
+    with pytest.raises(InputError, match="used JAX before its command began"):
+        cluster.initialize()
 
 
 def test_settings_that_change_a_number_are_in_the_record(monkeypatch):

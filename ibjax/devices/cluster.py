@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ibjax import errors
-from ibjax.devices import peers
+from ibjax.devices import machine, peers
 from ibjax.devices.compiled import keep as keep_compiled
 from ibjax.devices.peers import agree, several, together, word_of_first
 from ibjax.errors import InputError, PeerError
@@ -35,40 +35,65 @@ REPLICATED = PartitionSpec()
 # its death; `ibjax.devices.peers` reports it earlier, after 30 to 34 s.
 _HEARTBEAT_SECONDS = 100
 _START_SECONDS = 300  # how long a process waits for the others of its run to start
+_FIXED = {  # settings of JAX that a command keeps whatever the environment says: (value, reason)
+    "jax_enable_x64": (False, "networks and attacks compute in float32"),
+    "jax_debug_infs": (False, "attacks compare with infinity on purpose"),
+    # with others, as rbg, all images of a batch draw from the key of its first one
+    "jax_default_prng_impl": ("threefry2x32", "what an image draws must not depend on its batch"),
+    "jax_threefry_partitionable": (True, "one seed must draw the same everywhere"),
+}
 
 _notices = itertools.count()
 log = logging.getLogger(__name__)
 
 
 def initialize() -> None:
-    """Prepares a process: enables the compilation cache, keeps freed memory on CPUs, and starts `jax.distributed`.
+    """Prepares a process, before any other use of JAX, and logs on which devices it computes.
 
-    `jax.distributed` is started for a single process too: SIGTERM then is a preemption notice and does not end the
-    process. The other processes are found in this order:
+    Sets JAX up as `_FIXED` says, enables the compilation cache, keeps freed memory on CPUs, and starts
+    `jax.distributed`, for a single process too: SIGTERM then is a preemption notice and does not end the process. The
+    other processes are found in this order:
 
     1. JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment (launch/local.sh sets them)
     2. the step of a SLURM job that srun has started
     3. another cluster that JAX detects (TPU, Kubernetes, Open MPI)
     4. none: a single process
 
-    Raises InputError if the environment contradicts itself, or names a platform that is not available.
+    Raises InputError if the environment contradicts itself, or names a platform that is not available, if the processes
+    have different platforms, or if this process has used JAX before.
     """
     if jax.distributed.is_initialized():
         return
-    if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
-        log.warning("JAX_ENABLE_X64 is switched off for this command: networks and attacks compute in float32")
-        jax.config.update("jax_enable_x64", False)
-    if jax.config.jax_debug_infs:  # pyright: ignore[reportAttributeAccessIssue]
-        log.warning("JAX_DEBUG_INFS is switched off for this command: attacks compare with infinity on purpose")
-        jax.config.update("jax_debug_infs", False)
+    for name, (value, reason) in _FIXED.items():
+        if (given := getattr(jax.config, name, value)) != value:
+            log.warning("%s=%s is set to %s for this command: %s", name.upper(), given, value, reason)
+            jax.config.update(name, value)
     keep_compiled()
-    with _without_proxies():
-        _start_distributed()
+    try:
+        with _without_proxies():
+            _start_distributed()
+    except RuntimeError as error:
+        if "must be called before" in str(error):
+            raise InputError("this process used JAX before its command began; give that one of its own") from None
+        raise
+    found = backend()  # `several` asks for the devices too, with errors of other types
     peers.watch()
-    if backend() == "cpu":
+    _tell_devices()
+    agree("devices", {"platform": found}, "see why JAX does not find them: ibjax doctor")
+    if found == "cpu":
         keep_memory()
         if several():
             _connect()
+
+
+def _tell_devices():
+    """Logs the devices, and a warning where an accelerator is left out: JAX's own are as silent as its other ones."""
+    if jax.process_index() == 0:
+        log.info("computing on %s", machine.hardware())
+    if not jax.config.jax_platforms:  # pyright: ignore[reportAttributeAccessIssue]
+        with contextlib.suppress(OSError):
+            for kind, _ in machine.unused():
+                log.warning("a %s is here, but JAX computes on the CPU; ibjax doctor says how to mend it", kind)
 
 
 def backend() -> str:
@@ -80,7 +105,7 @@ def backend() -> str:
         return jax.default_backend()
     except (RuntimeError, AssertionError, ValueError) as error:
         wanted, reason = os.environ.get("JAX_PLATFORMS", ""), (str(error).strip() or "no such device").splitlines()[0]
-        if several() and "DEADLINE_EXCEEDED" in str(error):
+        if jax.distributed.is_initialized() and "DEADLINE_EXCEEDED" in str(error):
             raise PeerError(f"another process does not say which devices it has ({reason[:200]})") from None
     if not wanted:
         raise InputError(f"JAX finds no device it can use ({reason})")

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import os
 import platform
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 import jax
 
 from ibjax import places
+from ibjax.devices.machine import hardware
 
 
 def versions() -> dict[str, str]:
@@ -31,15 +31,6 @@ def jax_settings() -> dict[str, Any]:
     found = {name: getattr(jax.config, f"jax_{name}") for name in (*usual, "enable_x64", "disable_jit")}
     changed = {name: value for name, value in found.items() if value != usual.get(name, False)}
     return {"jax_settings": changed} if changed else {}
-
-
-def hardware() -> str:
-    """The devices in words, such as "8 × NVIDIA H100 (2 processes)" or "1 × cpu, 2 cores"."""
-    device = jax.devices()[0]
-    text = f"{jax.device_count()} × {device.device_kind}"
-    if device.platform == "cpu":
-        text += f", {os.cpu_count()} cores"
-    return text + (f" ({jax.process_count()} processes)" if jax.process_count() > 1 else "")
 
 
 def commit() -> str:
