@@ -1,12 +1,14 @@
 """Data and evaluations on several hosts: each reads its part, and all end where one of them sees something else."""
 
 import json
+import logging
 import os
 import socket
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,7 +19,7 @@ from test_faults import environment, finish, start
 
 from ibjax import errors, files
 from ibjax.config import base
-from ibjax.devices import cluster, peers
+from ibjax.devices import cluster, compiled, peers
 from ibjax.errors import DataError, InputError, PeerError
 from ibjax.runs import metrics, run, rundir
 
@@ -153,9 +155,65 @@ def test_devices_of_others_that_are_not_told_in_time_are_no_wrong_input(monkeypa
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setattr(jax, "default_backend", late)
     for several, error in ((True, PeerError), (False, InputError)):
-        monkeypatch.setattr(cluster, "several", lambda several=several: several)
+        monkeypatch.setattr(jax.distributed, "is_initialized", lambda several=several: several)
         with pytest.raises(error, match="Getting topologies timed out"):
             cluster.backend()
+
+
+@pytest.mark.parametrize(
+    ("homes", "variable", "kept", "said"),
+    [
+        (["home"] * 3, None, "home/gpu", ""),
+        (["home", "home", "other"], None, None, "what process 0 wrote there: True in process 0, False in process 2"),
+        (["home", None, "home"], None, None, "the folder: '{0}/home/gpu' in process 0, '' in process 1"),
+        ([None, "home", "home"], None, None, ""),
+        (["home"] * 3, "{0}/named", "named", ""),
+        (["home"] * 3, "/proc/none", None, "process 0 cannot write into /proc/none"),
+        (["home"] * 3, "gs://bucket/kept", "gs://bucket/kept", ""),
+        (["home"] * 3, "", None, ""),
+    ],
+)
+def test_gpus_of_several_hosts_keep_compiled_programs_only_where_all_see_them(
+    processes, tmp_path, monkeypatch, caplog, homes, variable, kept, said
+):
+    """Else those that find none wait for kernels which process 0, that finds its own, does not measure.
+
+    "other" is a folder with the same path on another disk, None a host without a home folder.
+    """
+    caplog.set_level(logging.INFO, "ibjax")
+    variable = variable and variable.format(tmp_path)
+
+    class Config(threading.local):
+        """Each process has its own; JAX reads the variable when it is imported."""
+
+        jax_enable_compilation_cache = True
+        jax_compilation_cache_dir = variable
+
+        def update(self, name, value):
+            setattr(self, name, value)
+
+    def cache_folder():
+        if homes[jax.process_index()] is None:
+            raise RuntimeError("there is no home folder")
+        return tmp_path / "home"
+
+    monkeypatch.setattr(files, "cache_folder", cache_folder)
+    monkeypatch.setattr(peers, "sees", lambda file, _: file.is_file() and homes[jax.process_index()] != "other")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", variable)
+    own = Config()
+    monkeypatch.setattr(compiled, "jax", SimpleNamespace(config=own, process_index=lambda: jax.process_index()))
+
+    def body(me):
+        compiled.share()
+        return own.jax_compilation_cache_dir if own.jax_enable_compilation_cache else None
+
+    expected = kept and (kept if files.in_store(kept) else str(tmp_path / kept))
+    assert processes(body) == [expected] * 3
+    assert not list(tmp_path.glob("**/.seen-*"))
+    lines = [record.getMessage() for record in caplog.records if "nothing compiled is kept" in record.getMessage()]
+    assert said.format(tmp_path) in "".join(lines) and ("all share" in "".join(lines)) == bool(said)
 
 
 @pytest.mark.parametrize("own", [range(8), (1, 6, 3)])

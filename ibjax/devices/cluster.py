@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ibjax import errors
-from ibjax.devices import machine, peers
+from ibjax.devices import compiled, machine, peers
 from ibjax.devices.compiled import keep as keep_compiled
 from ibjax.devices.peers import agree, several, together, word_of_first
 from ibjax.errors import InputError, PeerError
@@ -84,6 +84,8 @@ def initialize() -> None:
         keep_memory()
         if several():
             _connect()
+    elif found == "gpu" and several():
+        compiled.share()
 
 
 def _tell_devices():

@@ -25,6 +25,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -123,6 +124,16 @@ def word_of_first(topic: str, word: str = "") -> str:
         client.key_value_set(key, word)
         return word
     return _wait(client, key, 0, topic, PATIENCE)
+
+
+def sees(file: Path, token: str) -> bool:
+    """Whether this process can read the token that process 0 has written; network folders may need a few seconds."""
+    for wait in (0.0, 0.5, 1.0, 2.0, 4.0, 8.0):
+        time.sleep(wait)
+        with contextlib.suppress(OSError):
+            if file.read_text(encoding="utf-8", errors="replace") == token:
+                return True
+    return False
 
 
 def _between(client, own, index, other):
