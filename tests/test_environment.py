@@ -10,10 +10,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from jax._src import clusters
+from jax._src.clusters import k8s_cluster
 from test_faults import environment
 
 import ibjax
@@ -354,6 +357,88 @@ def test_two_steps_of_one_slurm_job_meet_at_two_ports(started):
         ports.append(int(seen["JAX_COORDINATOR_PORT"]))
     os.environ.pop("JAX_COORDINATOR_PORT")
     assert ports[0] != ports[1] and all(61440 <= port < 65536 for port in ports)
+
+
+def test_a_port_that_is_none_is_one_line(started):
+    step = dict(SLURM_NTASKS="2", SLURM_STEP_NUM_TASKS="2", SLURM_STEP_ID="0")
+    for port in ("abc", "-1", "0", "65536"):
+        with pytest.raises(InputError, match=f"JAX_COORDINATOR_PORT={port} is no port; give a number up to 65535"):
+            started(**{**SLURM, **step, "JAX_COORDINATOR_PORT": port})
+    address = dict(JAX_COORDINATOR_ADDRESS="localhost:99999", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="0")
+    with pytest.raises(InputError, match="localhost:99999 has no port"):
+        started(**address)
+
+
+class Refused(Exception):
+    """An answer of Kubernetes's server, as its client raises it."""
+
+    status, reason = 403, "Forbidden"
+
+
+def pod(labels, *owners):
+    """What Kubernetes says of a pod; `owners` are (kind, whether it is the controller)."""
+    references = [SimpleNamespace(kind=kind, controller=controller) for kind, controller in owners] or None
+    return SimpleNamespace(metadata=SimpleNamespace(name="pod", labels=labels, owner_references=references))
+
+
+@pytest.fixture
+def in_a_pod(started, monkeypatch):
+    """(pod, variables) -> (number of processes, own) that JAX's detection leads to; Kubernetes is a stand-in."""
+    found, made = k8s_cluster.K8sCluster, []
+
+    def refuse(*_, **__):
+        raise Refused("403")
+
+    def initialize(*arguments, **_):
+        if not arguments:
+            clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, 1)
+        made.append(arguments)
+
+    api = SimpleNamespace(read_namespaced_job=refuse)
+    client = SimpleNamespace(CoreV1Api=lambda: api, BatchV1Api=lambda: api)
+    client.exceptions = SimpleNamespace(ApiException=Refused)
+
+    def start(which, **variables):
+        config = SimpleNamespace(load_incluster_config=refuse if which is None else lambda: None)
+        monkeypatch.setitem(sys.modules, "kubernetes", SimpleNamespace(config=config, client=client))
+        monkeypatch.setattr(found, "_pod", lambda: which)
+        for name in ("_controller", "_job"):
+            getattr(found, name).__func__.cache_clear()
+        for name, value in {"KUBERNETES_SERVICE_HOST": "10.0.0.1", **variables}.items():
+            monkeypatch.setenv(name, value)
+        cluster._start_distributed()
+        return made[-1][1:]
+
+    monkeypatch.setattr(found, "_namespace", lambda: "default")
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    return start
+
+
+@pytest.mark.parametrize(
+    "which",
+    [
+        pod({"app": "notebook"}, ("StatefulSet", True)),
+        pod(None, ("ReplicaSet", True)),
+        pod(None),
+        pod({"app": "notebook"}, ("Node", False)),
+    ],
+)
+def test_a_pod_of_kubernetes_that_belongs_to_no_job_runs_alone(in_a_pod, caplog, which):
+    caplog.set_level(logging.INFO, "ibjax")
+    assert in_a_pod(which) == (1, 0) and "belongs to no Job" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("which", "variables", "reason"),
+    [
+        (pod({"job-name": "x"}, ("Job", True)), {}, "Kubernetes API Error: 403 - Forbidden"),
+        (None, {}, "403"),  # the pod has no token for the server
+        (pod({}, ("ReplicaSet", True)), {"JOB_COMPLETION_INDEX": "1"}, "job-name"),
+    ],
+)
+def test_a_pod_whose_peers_kubernetes_does_not_tell_is_one_line(in_a_pod, which, variables, reason):
+    with pytest.raises(InputError, match=rf"\(.*{reason}.*\); set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PR"):
+        in_a_pod(which, **variables)
 
 
 def test_no_proxy_is_asked_where_processes_meet(started, monkeypatch):

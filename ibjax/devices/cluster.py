@@ -56,7 +56,7 @@ def initialize() -> None:
 
     1. JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment (launch/local.sh sets them)
     2. the step of a SLURM job that srun has started
-    3. another cluster that JAX detects (TPU, Kubernetes, Open MPI)
+    3. another cluster that JAX detects (TPU, a Job of Kubernetes, Open MPI)
     4. none: a single process
 
     Raises InputError if the environment contradicts itself, or names a platform that is not available, if the processes
@@ -152,29 +152,74 @@ def _without_proxies():
         os.environ.update(taken)
 
 
+_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
 def _start_distributed():
-    variables = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    given = [name for name in variables if os.environ.get(name)]
-    if len(given) == len(variables):
-        address, count, index = (os.environ[name] for name in variables)
+    given = [name for name in _VARIABLES if os.environ.get(name)]
+    if len(given) == len(_VARIABLES):
+        address, count, index = (os.environ[name] for name in _VARIABLES)
         if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
             raise InputError(f"JAX_NUM_PROCESSES={count}, JAX_PROCESS_ID={index}: need 0 <= id < number of processes")
-        port = address.rpartition(":")[2]
-        if not port.isdigit():
-            raise InputError(f"JAX_COORDINATOR_ADDRESS={address} has no port; give HOST:PORT")
-        _join(int(port), int(count), int(index), "JAX_COORDINATOR_ADDRESS", address, int(count), int(index))
+        port = _port(address.rpartition(":")[2], f"JAX_COORDINATOR_ADDRESS={address} has no port; give HOST:PORT")
+        _join(port, int(count), int(index), "JAX_COORDINATOR_ADDRESS", address, int(count), int(index))
     elif given:
-        raise InputError(f"{', '.join(given)} set without {', '.join(v for v in variables if v not in given)}")
+        raise InputError(f"{', '.join(given)} set without {', '.join(v for v in _VARIABLES if v not in given)}")
     elif "SLURM_JOB_ID" in os.environ and "SLURM_PROCID" in os.environ:
         _join_slurm_step()
     else:
-        try:  # JAX detects the cluster and its processes
-            with _speaking("this process", "the others that its cluster tells of", "start all processes"):
-                jax.distributed.initialize(**_common())
-        except (ValueError, RuntimeError) as error:
-            if "should be defined" not in str(error) and "must be defined" not in str(error):
-                raise
+        _join_detected()
+
+
+def _port(text, otherwise):
+    """The number of a port; raises InputError with the text `otherwise` where it is none."""
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 2**16):
+        raise InputError(otherwise)
+    return int(text)
+
+
+def _coordinator_port():
+    """The port that JAX_COORDINATOR_PORT names; None where it is not set."""
+    given = os.environ.get("JAX_COORDINATOR_PORT")
+    return _port(given, f"JAX_COORDINATOR_PORT={given} is no port; give a number up to 65535") if given else None
+
+
+def _join_detected():
+    """Joins the processes of a cluster that JAX detects; without one, starts a single process."""
+    _coordinator_port()
+    try:
+        with _speaking("this process", "the others that its cluster tells of", "start all processes"):
+            jax.distributed.initialize(**_common())
+    except jax.errors.JaxRuntimeError:  # of connecting, not of detecting
+        raise
+    except Exception as error:  # Kubernetes's client has errors of its own
+        if "should be defined" in str(error) or "must be defined" in str(error):
             _start_alone()
+        elif "KUBERNETES_SERVICE_HOST" not in os.environ or "must be called before" in str(error):
+            raise
+        elif _belongs_to_no_job(error):
+            log.info("this pod belongs to no Job of Kubernetes: the process runs alone")
+            _start_alone()
+        else:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise InputError(
+                f"JAX cannot find out with which other pods of Kubernetes this one runs ({reason}); set "
+                f"{', '.join(_VARIABLES)}, to localhost:8476, 1 and 0 for a process that runs alone"
+            ) from None
+
+
+def _belongs_to_no_job(error):
+    """Whether JAX's detection failed because Kubernetes knows this pod, and no Job has made it.
+
+    It may be one of a Deployment, of a notebook server, or one that was started by itself. JAX reads the pod's label
+    `job-name` and its controllers without looking whether there are any.
+    """
+    if "JOB_COMPLETION_INDEX" in os.environ:
+        return False
+    if isinstance(error, KeyError):
+        return error.args == ("job-name",)
+    none = "'NoneType' object is not" if isinstance(error, TypeError) else "does not have a controller"
+    return none in str(error) or "only supports Job/JobSet" in str(error)
 
 
 def _common():
@@ -208,10 +253,10 @@ def _join_slurm_step():
             )
         _start_alone()
         return
-    if not os.environ.get("JAX_COORDINATOR_PORT"):  # JAX would choose the same port for all steps of a job
+    if not (port := _coordinator_port()):  # JAX would choose the same port for all steps of a job
         number = 31 * int(os.environ["SLURM_JOB_ID"]) + (int(step) if step.isdigit() else 0)
-        os.environ["JAX_COORDINATOR_PORT"] = str(61440 + number % 4096)
-    port = int(os.environ["JAX_COORDINATOR_PORT"])
+        port = 61440 + number % 4096
+        os.environ["JAX_COORDINATOR_PORT"] = str(port)
     _join(port, int(tasks), int(os.environ["SLURM_PROCID"]), "JAX_COORDINATOR_PORT")
 
 
