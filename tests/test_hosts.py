@@ -356,6 +356,16 @@ def test_two_hosts_train_attack_and_analyse_as_one_does_and_each_reads_its_files
 
 
 @pytest.mark.slow
+def test_a_mistyped_option_ends_two_hosts_whose_recipe_uses_jax_with_one_line(recipe, tmp_path):
+    recipe.write_text(f"import jax.numpy as jnp\nMEAN = jnp.ones(3)\n{recipe.read_text()}")
+    words = (f"--config={recipe}", "--config.epocs=3")
+    for code, output in map(finish, on_two_hosts(recipe, tmp_path / "two", "ibjax.main", *words)):
+        assert code == 2 and "Traceback" not in output, output
+        assert [line for line in output.splitlines() if "'epocs'" in line] == [output.splitlines()[-1]]
+    assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.slow
 def test_a_file_that_one_real_host_lacks_ends_both_with_one_line(recipe, tmp_path):
     (tmp_path / "host1" / "images.npz").unlink()
     (code0, other), (code1, own) = map(finish, on_two_hosts(recipe, tmp_path / "two"))
