@@ -6,7 +6,6 @@ Exit code 0 when all is well, 1 when something needs mending: each problem is on
 Nothing is changed and nothing is trained. What cannot be found out is a problem too, never a traceback.
 """
 
-import glob
 import importlib.metadata
 import os
 import platform
@@ -30,9 +29,6 @@ EXTRAS = {  # package -> what it brings, and the extra that installs it
 }
 PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "jax-cuda12-pjrt", "jax-cuda13-pjrt")
 LEAST = 1  # GiB of free disk space below which a run may not be able to save
-GPUS, TPUS = ("/dev/nvidia[0-9]*", "/dev/dxg"), ("/dev/accel[0-9]*",)  # device files; dxg is WSL's
-VFIO, VENDORS, GOOGLE = "/dev/vfio/[0-9]*", "/sys/bus/pci/devices/*/vendor", "0x1ae0"  # newer TPUs, and other devices
-NETWORK = "0x02"  # how the PCI class of a network card begins; Google's cloud has its own
 DRIVER = "/proc/driver/nvidia/version"
 CUDA13 = 580  # the first version of NVIDIA's driver that runs CUDA 13
 
@@ -108,13 +104,11 @@ def _devices():
     import jax
     import numpy as np
 
-    from ibjax.devices import precision
-    from ibjax.runs import provenance
+    from ibjax.devices import machine, precision
 
-    yield Finding("devices", f"{provenance.hardware()}, platform {backend}")
-    for kind, here, wanted in (("GPU of NVIDIA", any(map(glob.glob, GPUS)), "cuda"), ("TPU", _has_tpu(), "tpu")):
-        if backend == "cpu" and here:
-            yield Finding("devices", f"a {kind} is here, but JAX computes on the CPU", _mend_of_platform(wanted))
+    yield Finding("devices", f"{machine.hardware()}, platform {backend}")
+    for kind, wanted in machine.unused():
+        yield Finding("devices", f"a {kind} is here, but JAX computes on the CPU", _mend_of_platform(wanted))
     rounded = {"gpu": "as TensorFloat-32", "tpu": "to bfloat16 in one pass and in three"}.get(backend)
     meaning = f"'default' and 'high' round operands {rounded}, 'highest' does not" if rounded else "all names are exact"
     given = precision.asked()
@@ -124,18 +118,6 @@ def _devices():
     found = np.asarray(jax.jit(lambda x: jax.numpy.matmul(x, x, precision="highest"))(square))
     if not np.allclose(found, square @ square):
         yield Finding("devices", f"a product of matrices on {backend} is wrong", "set JAX_PLATFORMS=cpu, or mend it")
-
-
-def _has_tpu():
-    if any(map(glob.glob, TPUS)):
-        return True
-    return bool(glob.glob(VFIO)) and any(map(_is_tpu, map(Path, glob.glob(VENDORS))))
-
-
-def _is_tpu(vendor):
-    kind = vendor.with_name("class")
-    network = kind.is_file() and kind.read_text(encoding="utf-8").startswith(NETWORK)
-    return vendor.read_text(encoding="utf-8").strip() == GOOGLE and not network
 
 
 def _mend_of_platform(wanted):
@@ -166,6 +148,9 @@ def _cache():
     given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if given == "":
         yield Finding("cache", "of compiled programs: off, as JAX_COMPILATION_CACHE_DIR is empty")
+        return
+    if given and files.in_store(given):
+        yield Finding("cache", f"of compiled programs: {given}")
         return
     folder = files.path(given) if given else compiled.folder()
     sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()] if folder.is_dir() else []

@@ -71,6 +71,10 @@ class DivergedError(Exception):
     """The loss or the state became NaN or Inf."""
 
 
+class PeerError(Exception):
+    """Another process of the run is lost, or does not come in time; a repetition may succeed."""
+
+
 # exit codes; 1 is Python's own and stands for a bug
 EXIT_INPUT = 2  # bad input: nothing was changed
 EXIT_DIVERGED = 3  # or out of memory; the last good checkpoint is kept
@@ -198,6 +202,8 @@ def _ending(error):
         return EXIT_DIVERGED, f"diverged: {error}"
     if isinstance(error, PreemptedError):
         return EXIT_PREEMPTED, f"preempted: {error}; the same command continues"
+    if isinstance(error, PeerError):
+        return EXIT_PEER_LOST, f"error: {error}; the same command continues from the last checkpoint"
     if isinstance(error, MemoryError):
         return EXIT_DIVERGED, f"out of memory: {error}"
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(

@@ -30,6 +30,7 @@ _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # the file
 _SEAL = "digest"
 _CHUNK = 1 << 22  # bytes of an archive member that are read at a time
 _MAGIC = 6 + 2  # bytes of a .npy file before the length of its header: "\x93NUMPY" and the format's version
+_STORE = re.compile(r"[A-Za-z][\w+.-]+:/")  # two letters at least: C:/ is a drive; pathlib turns gs:// into gs:/
 _T = TypeVar("_T")
 log = logging.getLogger(__name__)
 
@@ -294,12 +295,18 @@ def path(text: str | os.PathLike) -> Path:
     """The path that a command line or a configuration names, with `~` and $VARIABLES expanded as a shell would.
 
     Shells do not expand `--option=~/x`, and a folder called `~` invites `rm -r ~`. Raises InputError if a variable is
-    not set, if there is no such home folder, or if the current folder already contains a folder `~`. argparse shows the
-    message if this function is the type of an argument.
+    not set, if there is no such home folder, if the current folder already contains a folder `~`, or if the text is no
+    path but the address of a store, as gs://bucket/run. argparse shows the message if this function is the type of an
+    argument.
     """
     given = os.fspath(text)
     if not given:
         raise InputError("a path is empty (a variable that is not set?); write . for the current folder")
+    if in_store(given):
+        raise InputError(
+            f"{given} is no path on this machine; give one, as that of a downloaded file, or of a folder that gcsfuse "
+            f"or NFS mounts (docs/pods.md)"
+        )
     if given.startswith("~") and os.path.lexists("~"):
         raise InputError(
             f"{given}: there is a folder called ~ in {os.getcwd()}, made by a command that did not expand it; move "
@@ -313,6 +320,11 @@ def path(text: str | os.PathLike) -> Path:
     if expanded.startswith("~"):
         raise InputError(f"{given}: there is no such home folder (is HOME set?); write the path without ~")
     return Path(expanded)
+
+
+def in_store(text: str) -> bool:
+    """Whether a text is the address of a store, as gs://bucket/folder, and no path of the file system."""
+    return _STORE.match(text) is not None
 
 
 def cache_folder() -> Path:

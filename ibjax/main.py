@@ -85,14 +85,19 @@ def parser() -> cli.Parser:
 def parse(argv: list[str]) -> Command:
     """Parses a command line; raises InputError on a bad configuration, and ends the process on an unknown option."""
     words, overrides = command_line.apart(argv[1:])
-    return _command(parser().parse_args(words), overrides)
+    given = parser().parse_args(words)
+    _check_given(given)
+    return _command(given, overrides)
 
 
-def _command(given, overrides):
+def _check_given(given):
     for name in ("config", "workdir"):
         if not getattr(given, name):
             example = f"{cli.name_of('ibjax.main')} --config=digits --workdir=runs/digits"
             raise InputError(f"--{name} is missing; for example: {example}")
+
+
+def _command(given, overrides):
     with extensions.trusting(given.trust):
         settings = recipe_files.override(recipe_files.load(given.config), overrides)
     return Command(settings, given.workdir, given.mode, given.restart, given.trust)
@@ -174,8 +179,9 @@ def main() -> None:
         if given.list:
             print("\n".join(recipe_files.listing(given.config)))
             return
+        _check_given(given)
+        cluster.initialize()  # before the user's own code, which may use JAX as soon as it is imported
         command = _command(given, overrides)
-        cluster.initialize()
         records = execute(*command)
         if jax.process_index() == 0:
             print(report.table(records))

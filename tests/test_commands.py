@@ -1,19 +1,23 @@
 """Every command line says what it takes, and git does not ask about what it writes."""
 
+import argparse
 import importlib
 import io
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import pytest
+from test_faults import environment
 
 from ibjax import cli
 from ibjax.analysis import commands
+from ibjax.devices import cluster
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(
@@ -75,6 +79,33 @@ def test_an_analysis_runs_by_its_name_and_an_unknown_name_is_refused(monkeypatch
     assert "--share" in capsys.readouterr().out
     assert analysis(monkeypatch, "tendancy") == 2
     assert "did you mean 'tendency'?" in capsys.readouterr().err
+
+
+def test_an_analysis_that_keeps_nothing_leaves_sigterm_to_the_system(monkeypatch):
+    """Others get a notice of preemption, which they look for while they train."""
+    before, notice, seen = signal.getsignal(signal.SIGTERM), lambda *_: None, []
+    look = lambda: seen.append(signal.getsignal(signal.SIGTERM))  # noqa: E731
+    monkeypatch.setattr(cluster, "initialize", lambda: signal.signal(signal.SIGTERM, notice))
+    try:
+        for recipe in (None, lambda: None):
+            with pytest.raises(SystemExit):
+                commands.conduct(argparse.Namespace(), look, lambda _: (), recipe=recipe)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIG_DFL, notice]
+
+
+@pytest.mark.slow
+def test_an_analysis_that_keeps_nothing_ends_at_once_at_sigterm():
+    code = (
+        "import argparse, time; from ibjax.analysis import commands\n"
+        "commands.conduct(argparse.Namespace(), lambda: print('begun', flush=True) or time.sleep(30), print)"
+    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    with subprocess.Popen([sys.executable, "-c", code], env=environment(), **pipes) as process:
+        assert process.stdout.readline() == "begun\n"
+        process.terminate()
+        assert process.wait(timeout=10) == -signal.SIGTERM
 
 
 def ascii_terminal(monkeypatch):

@@ -1,11 +1,14 @@
 """The cache of compiled programs: a digest per entry, compared before it is used."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src import compilation_cache
 
+from ibjax import files
 from ibjax.devices import compiled
 
 
@@ -71,6 +74,54 @@ def test_an_entry_without_its_digest_is_not_used(folder, damage):
     assert all(len(content) > 7 for name, content in entries(folder).items() if name.endswith("-digest"))
     names = {name.rpartition("-")[0] for name in entries(folder)}
     assert all((folder / f"{name}-cache").exists() and (folder / f"{name}-digest").exists() for name in names)
+
+
+def caches(folder, count=2):
+    """The cache of each of several processes."""
+    return [compilation_cache.get_file_cache(str(folder))[0] for _ in range(count)]
+
+
+def test_who_reads_while_an_entry_is_written_does_not_remove_it(folder, caplog, monkeypatch):
+    """Another process reads before and after each file is written, and while it is incomplete."""
+    (writer, reader), replacing, seen = caches(folder), files.replacing, []
+
+    def read():
+        seen.append(reader.get("program"))
+
+    @contextlib.contextmanager
+    def watched(file):
+        read()
+        with replacing(file) as temporary:
+            temporary.write_bytes(b"half")
+            read()
+            yield temporary
+            read()
+        read()
+
+    monkeypatch.setattr(files, "replacing", watched)
+    writer.put("program", b"compiled")
+    assert seen[-1] == b"compiled" and set(seen) == {None, b"compiled"}
+    assert reader.get("program") == b"compiled" and not caplog.text
+
+
+def test_a_cache_whose_size_is_limited_removes_the_oldest_entries(folder):
+    before = jax.config.jax_compilation_cache_max_size
+    jax.config.update("jax_compilation_cache_max_size", 10)
+    try:
+        writer, reader = caches(folder)
+    finally:
+        jax.config.update("jax_compilation_cache_max_size", before)
+    for name in ("first", "second"):
+        writer.put(name, b"compiled")
+        assert reader.get(name) == b"compiled"
+    assert reader.get("first") is None
+
+
+def test_an_entry_that_another_process_has_written_meanwhile_stays(folder):
+    first, second = caches(folder)
+    first.put("program", b"compiled")
+    second.put("program", b"compiled elsewhere, in other bytes")
+    assert first.get("program") == second.get("program") == b"compiled"
 
 
 def test_another_version_of_jax_keeps_nothing_that_cannot_be_verified(monkeypatch):

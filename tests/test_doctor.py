@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from ibjax import doctor, places
-from ibjax.devices import compiled
+from ibjax.devices import compiled, machine
 from ibjax.errors import InputError
 
 
@@ -15,10 +15,10 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
-    monkeypatch.setattr(doctor, "GPUS", (str(tmp_path / "nvidia[0-9]"),))
-    monkeypatch.setattr(doctor, "TPUS", (str(tmp_path / "accel[0-9]"),))
-    monkeypatch.setattr(doctor, "VFIO", str(tmp_path / "vfio[0-9]"))
-    monkeypatch.setattr(doctor, "VENDORS", str(tmp_path / "*.vendor"))
+    monkeypatch.setattr(machine, "GPUS", (str(tmp_path / "nvidia[0-9]"),))
+    monkeypatch.setattr(machine, "TPUS", (str(tmp_path / "accel[0-9]"),))
+    monkeypatch.setattr(machine, "VFIO", str(tmp_path / "vfio[0-9]"))
+    monkeypatch.setattr(machine, "VENDORS", str(tmp_path / "*.vendor"))
     monkeypatch.setattr(doctor, "DRIVER", str(tmp_path / "driver"))
     monkeypatch.setattr(doctor, "LEAST", 0)
     monkeypatch.setattr(places, "requirements", lambda: ["jax>=0.7"])
@@ -91,9 +91,9 @@ def test_each_problem_comes_with_the_line_that_mends_it(home, monkeypatch, capsy
 def test_a_tpu_is_told_from_other_devices(home, device, vendor, found):
     (home / device).touch()
     (home / "0.vendor").write_text(f"{vendor}\n")
-    assert doctor._has_tpu() == found
+    assert machine._has_tpu() == found
     (home / "class").write_text("0x020000\n")  # a network card, which Google's cloud has too
-    assert doctor._has_tpu() == (found and device == "accel0")
+    assert machine._has_tpu() == (found and device == "accel0")
 
 
 def test_a_gpu_that_jax_does_not_use(home, monkeypatch):

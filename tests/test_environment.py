@@ -10,17 +10,20 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from jax._src import clusters
+from jax._src.clusters import k8s_cluster
 from test_faults import environment
 
 import ibjax
-from ibjax import config, convert, errors, files, main, places
+from ibjax import config, convert, doctor, errors, files, main, places
 from ibjax.attacks import autoattack
 from ibjax.data import folder, npz, tfds
-from ibjax.devices import cluster, compiled
+from ibjax.devices import cluster, compiled, machine
 from ibjax.errors import InputError
 from ibjax.evaluation import evaluate
 from ibjax.evaluation.report import runs
@@ -61,6 +64,17 @@ def test_a_folder_called_tilde_is_refused_before_anyone_removes_it(tmp_path, mon
     with pytest.raises(InputError, match=r"a folder called ~ in .*mv \./~ NAME \(never rm -r ~\)"):
         files.path("~/x")
     assert files.path("x") == Path("x")
+
+
+@pytest.mark.parametrize("given", ["gs://bucket/run", "s3://bucket/run", Path("gs://bucket/run")])
+def test_the_address_of_a_store_is_refused_where_it_would_become_a_local_folder(tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"^(gs|s3):/.*/run is no path on this machine; give .*gcsfuse"):
+            files.path(given)
+        Path(given).mkdir(parents=True, exist_ok=True)  # made before it was refused
+    for path in ("C:/runs", "./gs:/bucket", "runs/a:/b"):
+        assert files.path(path) == Path(path)
 
 
 def test_every_path_of_a_command_is_expanded(tmp_path, monkeypatch, capsys):
@@ -136,11 +150,17 @@ def test_paths_in_python_are_expanded_as_on_a_command_line(tmp_path, monkeypatch
     assert not (tmp_path / "~").exists()
 
 
-def test_the_environments_cache_of_compiled_programs_is_expanded(tmp_path, monkeypatch):
+def test_the_environments_cache_of_compiled_programs_is_expanded_and_a_store_is_left_to_jax(tmp_path, monkeypatch):
     before = jax.config.jax_compilation_cache_dir
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "~/kept")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/kept")
     try:
+        compiled.keep()  # JAX has read the variable itself
+        assert jax.config.jax_compilation_cache_dir == before and not list(tmp_path.iterdir())
+        (found,) = doctor._cache()
+        assert found.text == "of compiled programs: gs://bucket/kept" and not found.mend
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "~/kept")
         compiled.keep()
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "kept")
     finally:
@@ -233,16 +253,49 @@ def test_a_bug_is_no_platform_that_is_not_there(monkeypatch):
         assert errors._ending(bug) == (1, "")
 
 
-def test_settings_of_jax_that_no_command_can_keep_are_switched_off_and_told_of():
-    """Networks compute in float32; attacks compare with infinity, over which JAX_DEBUG_INFS would end them."""
+def test_settings_of_jax_that_no_command_can_keep_are_set_back_and_told_of():
+    """Networks compute in float32; attacks compare with infinity; under rbg, images of a batch share their draws."""
     code = (
         "import jax, logging; logging.basicConfig(level=20)\nfrom ibjax.devices import cluster; cluster.initialize()\n"
-        "assert not jax.config.jax_enable_x64 and not jax.config.jax_debug_infs; print(1 / jax.numpy.zeros(()))"
+        "print(1 / jax.numpy.zeros(()), jax.random.uniform(jax.random.key(1)).item())"
     )
-    variables = environment(JAX_ENABLE_X64=1, JAX_DEBUG_INFS=1, http_proxy="http://10.255.255.1:1")
+    given = dict(JAX_ENABLE_X64="True", JAX_DEBUG_INFS="True")
+    given |= dict(JAX_DEFAULT_PRNG_IMPL="unsafe_rbg", JAX_THREEFRY_PARTITIONABLE="False")
+    variables = environment(**given, http_proxy="http://10.255.255.1:1")
     done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, "inf\n"), done.stderr
-    assert all(f"{name} is switched off" in done.stderr for name in ("JAX_ENABLE_X64", "JAX_DEBUG_INFS"))
+    with jax.default_prng_impl("threefry2x32"), jax.threefry_partitionable(True):
+        draw = jax.random.uniform(jax.random.key(1)).item()
+    assert (done.returncode, done.stdout) == (0, f"inf {draw}\n"), done.stderr
+    assert all(f"{name}={value} is set to " in done.stderr for name, value in given.items())
+    assert "computing on 1 × cpu" in done.stderr
+
+
+def test_an_accelerator_that_jax_leaves_out_is_told_of_unless_the_user_chose_the_platform(
+    tmp_path, monkeypatch, caplog
+):
+    """JAX's own warning that it falls back on the CPU is among those that commands silence."""
+    before = jax.config.jax_platforms
+    monkeypatch.setattr(machine, "GPUS", (str(tmp_path / "nvidia[0-9]"),))
+    monkeypatch.setattr(machine, "_has_tpu", lambda: False)
+    try:
+        for chosen, there, told in (("", True, True), ("", False, False), ("cpu", True, False)):
+            caplog.clear()
+            jax.config.update("jax_platforms", chosen)
+            (tmp_path / "nvidia0").touch() if there else (tmp_path / "nvidia0").unlink()
+            cluster._tell_devices()
+            assert ("a GPU of NVIDIA is here, but JAX computes on the CPU" in caplog.text) == told
+    finally:
+        jax.config.update("jax_platforms", before)
+
+
+def test_a_process_that_has_used_jax_begins_no_command(started, monkeypatch):
+    def used(*_, **__):
+        raise RuntimeError("jax.distributed.initialize() must be called before any JAX calls that might …")
+
+    monkeypatch.setattr(cluster, "keep_compiled", lambda: None)
+    monkeypatch.setattr(jax.distributed, "initialize", used)
+    with pytest.raises(InputError, match="used JAX before its command began"):
+        cluster.initialize()
 
 
 def test_settings_that_change_a_number_are_in_the_record(monkeypatch):
@@ -304,6 +357,88 @@ def test_two_steps_of_one_slurm_job_meet_at_two_ports(started):
         ports.append(int(seen["JAX_COORDINATOR_PORT"]))
     os.environ.pop("JAX_COORDINATOR_PORT")
     assert ports[0] != ports[1] and all(61440 <= port < 65536 for port in ports)
+
+
+def test_a_port_that_is_none_is_one_line(started):
+    step = dict(SLURM_NTASKS="2", SLURM_STEP_NUM_TASKS="2", SLURM_STEP_ID="0")
+    for port in ("abc", "-1", "0", "65536"):
+        with pytest.raises(InputError, match=f"JAX_COORDINATOR_PORT={port} is no port; give a number up to 65535"):
+            started(**{**SLURM, **step, "JAX_COORDINATOR_PORT": port})
+    address = dict(JAX_COORDINATOR_ADDRESS="localhost:99999", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="0")
+    with pytest.raises(InputError, match="localhost:99999 has no port"):
+        started(**address)
+
+
+class Refused(Exception):
+    """An answer of Kubernetes's server, as its client raises it."""
+
+    status, reason = 403, "Forbidden"
+
+
+def pod(labels, *owners):
+    """What Kubernetes says of a pod; `owners` are (kind, whether it is the controller)."""
+    references = [SimpleNamespace(kind=kind, controller=controller) for kind, controller in owners] or None
+    return SimpleNamespace(metadata=SimpleNamespace(name="pod", labels=labels, owner_references=references))
+
+
+@pytest.fixture
+def in_a_pod(started, monkeypatch):
+    """(pod, variables) -> (number of processes, own) that JAX's detection leads to; Kubernetes is a stand-in."""
+    found, made = k8s_cluster.K8sCluster, []
+
+    def refuse(*_, **__):
+        raise Refused("403")
+
+    def initialize(*arguments, **_):
+        if not arguments:
+            clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, 1)
+        made.append(arguments)
+
+    api = SimpleNamespace(read_namespaced_job=refuse)
+    client = SimpleNamespace(CoreV1Api=lambda: api, BatchV1Api=lambda: api)
+    client.exceptions = SimpleNamespace(ApiException=Refused)
+
+    def start(which, **variables):
+        config = SimpleNamespace(load_incluster_config=refuse if which is None else lambda: None)
+        monkeypatch.setitem(sys.modules, "kubernetes", SimpleNamespace(config=config, client=client))
+        monkeypatch.setattr(found, "_pod", lambda: which)
+        for name in ("_controller", "_job"):
+            getattr(found, name).__func__.cache_clear()
+        for name, value in {"KUBERNETES_SERVICE_HOST": "10.0.0.1", **variables}.items():
+            monkeypatch.setenv(name, value)
+        cluster._start_distributed()
+        return made[-1][1:]
+
+    monkeypatch.setattr(found, "_namespace", lambda: "default")
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    return start
+
+
+@pytest.mark.parametrize(
+    "which",
+    [
+        pod({"app": "notebook"}, ("StatefulSet", True)),
+        pod(None, ("ReplicaSet", True)),
+        pod(None),
+        pod({"app": "notebook"}, ("Node", False)),
+    ],
+)
+def test_a_pod_of_kubernetes_that_belongs_to_no_job_runs_alone(in_a_pod, caplog, which):
+    caplog.set_level(logging.INFO, "ibjax")
+    assert in_a_pod(which) == (1, 0) and "belongs to no Job" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("which", "variables", "reason"),
+    [
+        (pod({"job-name": "x"}, ("Job", True)), {}, "Kubernetes API Error: 403 - Forbidden"),
+        (None, {}, "403"),  # the pod has no token for the server
+        (pod({}, ("ReplicaSet", True)), {"JOB_COMPLETION_INDEX": "1"}, "job-name"),
+    ],
+)
+def test_a_pod_whose_peers_kubernetes_does_not_tell_is_one_line(in_a_pod, which, variables, reason):
+    with pytest.raises(InputError, match=rf"\(.*{reason}.*\); set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PR"):
+        in_a_pod(which, **variables)
 
 
 def test_no_proxy_is_asked_where_processes_meet(started, monkeypatch):

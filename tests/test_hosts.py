@@ -1,10 +1,14 @@
 """Data and evaluations on several hosts: each reads its part, and all end where one of them sees something else."""
 
+import json
+import logging
 import os
 import socket
 import subprocess
 import sys
 import threading
+import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,10 +17,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from test_data import write_npz
 from test_faults import environment, finish, start
 
-from ibjax import files
+from ibjax import errors, files
 from ibjax.config import base
-from ibjax.devices import cluster, peers
-from ibjax.errors import DataError, InputError
+from ibjax.devices import cluster, compiled, peers
+from ibjax.errors import DataError, InputError, PeerError
 from ibjax.runs import metrics, run, rundir
 
 
@@ -110,6 +114,106 @@ def test_a_process_that_ends_without_coming_is_named(processes):
     assert found[1] is None
     assert str(found[0]) == "process 1 (host1) has ended and never came to 'numbers'"
     assert isinstance(found[2], InputError)
+
+
+def test_a_process_that_is_late_cannot_be_reached_or_was_interrupted_is_no_wrong_input(processes, monkeypatch):
+    """Scripts repeat what ends with 69, and nothing that ends with 2."""
+    monkeypatch.setattr(peers, "PATIENCE", 0.1)
+
+    def late(me):
+        time.sleep(0.5 * (me == 1))
+        peers.agree("numbers", {"a": 1})
+
+    found = processes(late, 2)
+    assert isinstance(found[0], PeerError)
+    assert str(found[0]) == "process 1 (host1) has not come to 'numbers' within 0.1 s"
+
+    def ended(code, error):
+        def body(me):
+            if me:
+                peers._client().key_value_set("ibjax/ended/1", json.dumps([code, "process 1 has ended: its trouble"]))
+            else:
+                peers.agree("numbers", {"a": 1})
+
+        assert type(processes(body, 2)[0]) is error
+
+    ended(errors.EXIT_INTERRUPTED, PeerError)
+    ended(errors.EXIT_PEER_LOST, PeerError)
+    ended(errors.EXIT_DIVERGED, InputError)
+
+    def unreachable(*_):
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE: failed to connect")
+
+    monkeypatch.setattr(Store, "blocking_key_value_get", unreachable)
+    assert all(isinstance(error, PeerError) for error in processes(lambda me: peers.agree("numbers", {"a": 1}), 2))
+
+
+def test_devices_of_others_that_are_not_told_in_time_are_no_wrong_input(monkeypatch):
+    def late():
+        raise RuntimeError("Unable to initialize backend 'cuda': DEADLINE_EXCEEDED: Getting topologies timed out")
+
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(jax, "default_backend", late)
+    for several, error in ((True, PeerError), (False, InputError)):
+        monkeypatch.setattr(jax.distributed, "is_initialized", lambda several=several: several)
+        with pytest.raises(error, match="Getting topologies timed out"):
+            cluster.backend()
+
+
+@pytest.mark.parametrize(
+    ("homes", "variable", "kept", "said"),
+    [
+        (["home"] * 3, None, "home/gpu", ""),
+        (["home", "home", "other"], None, None, "what process 0 wrote there: True in process 0, False in process 2"),
+        (["home", None, "home"], None, None, "the folder: '{0}/home/gpu' in process 0, '' in process 1"),
+        ([None, "home", "home"], None, None, ""),
+        (["home"] * 3, "{0}/named", "named", ""),
+        (["home"] * 3, "/proc/none", None, "process 0 cannot write into /proc/none"),
+        (["home"] * 3, "gs://bucket/kept", "gs://bucket/kept", ""),
+        (["home"] * 3, "", None, ""),
+    ],
+)
+def test_gpus_of_several_hosts_keep_compiled_programs_only_where_all_see_them(
+    processes, tmp_path, monkeypatch, caplog, homes, variable, kept, said
+):
+    """Else those that find none wait for kernels which process 0, that finds its own, does not measure.
+
+    "other" is a folder with the same path on another disk, None a host without a home folder.
+    """
+    caplog.set_level(logging.INFO, "ibjax")
+    variable = variable and variable.format(tmp_path)
+
+    class Config(threading.local):
+        """Each process has its own; JAX reads the variable when it is imported."""
+
+        jax_enable_compilation_cache = True
+        jax_compilation_cache_dir = variable
+
+        def update(self, name, value):
+            setattr(self, name, value)
+
+    def cache_folder():
+        if homes[jax.process_index()] is None:
+            raise RuntimeError("there is no home folder")
+        return tmp_path / "home"
+
+    monkeypatch.setattr(files, "cache_folder", cache_folder)
+    monkeypatch.setattr(peers, "sees", lambda file, _: file.is_file() and homes[jax.process_index()] != "other")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", variable)
+    own = Config()
+    monkeypatch.setattr(compiled, "jax", SimpleNamespace(config=own, process_index=lambda: jax.process_index()))
+
+    def body(me):
+        compiled.share()
+        return own.jax_compilation_cache_dir if own.jax_enable_compilation_cache else None
+
+    expected = kept and (kept if files.in_store(kept) else str(tmp_path / kept))
+    assert processes(body) == [expected] * 3
+    assert not list(tmp_path.glob("**/.seen-*"))
+    lines = [record.getMessage() for record in caplog.records if "nothing compiled is kept" in record.getMessage()]
+    assert said.format(tmp_path) in "".join(lines) and ("all share" in "".join(lines)) == bool(said)
 
 
 @pytest.mark.parametrize("own", [range(8), (1, 6, 3)])
@@ -249,6 +353,16 @@ def test_two_hosts_train_attack_and_analyse_as_one_does_and_each_reads_its_files
     assert [code for code, _ in both] == [0, 0], both
     assert ["are zero" in output for _, output in both] == [True, False]
     assert rundir.has_checkpoint(tmp_path / "masked")
+
+
+@pytest.mark.slow
+def test_a_mistyped_option_ends_two_hosts_whose_recipe_uses_jax_with_one_line(recipe, tmp_path):
+    recipe.write_text(f"import jax.numpy as jnp\nMEAN = jnp.ones(3)\n{recipe.read_text()}")
+    words = (f"--config={recipe}", "--config.epocs=3")
+    for code, output in map(finish, on_two_hosts(recipe, tmp_path / "two", "ibjax.main", *words)):
+        assert code == 2 and "Traceback" not in output, output
+        assert [line for line in output.splitlines() if "'epocs'" in line] == [output.splitlines()[-1]]
+    assert not (tmp_path / "two").exists()
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The command line: wrong input ends in exit code 2 and one line, before anything is written."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 from conftest import clean_recipe, smoke_config
 
 from ibjax import config, errors, evaluate, main
+from ibjax.analysis import layers
 from ibjax.attacks.geometry import fraction
+from ibjax.devices import cluster
 from ibjax.errors import DivergedError, InputError, PreemptedError
 from ibjax.runs import recipe_files, run, rundir
 from ibjax.training import jobs, loop
@@ -22,7 +25,7 @@ DIGITS = f"--config={ROOT / 'configs/digits.py'}:smoke"
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
     """(arguments) -> (exit code, stderr) of `python -m ibjax.main`, in this process."""
-    monkeypatch.setattr(main.cluster, "initialize", lambda: None)
+    monkeypatch.setattr(cluster, "initialize", lambda: None)
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["main", *arguments])
@@ -31,6 +34,18 @@ def command(tmp_path, monkeypatch, capsys):
         return caught.value.code, capsys.readouterr().err.strip()
 
     return call
+
+
+@pytest.mark.parametrize("module", [main, layers])
+def test_jax_is_set_up_before_code_of_the_users_own_runs(module, tmp_path, monkeypatch, capsys):
+    """It may use JAX as soon as it is imported, as with MEAN = jnp.array(…), after which no process can be joined."""
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text("import os\nassert 'BEGUN' in os.environ\ndef get_config(): raise ValueError('its own error')")
+    monkeypatch.setattr(cluster, "initialize", lambda: os.environ.update(BEGUN="1"))
+    monkeypatch.setattr(sys, "argv", ["main", f"--config={recipe}", f"--workdir={tmp_path / 'run'}"])
+    with pytest.raises(SystemExit) as caught:
+        module.main()
+    assert caught.value.code == 2 and "its own error" in capsys.readouterr().err
 
 
 def float_images(path):
@@ -358,6 +373,7 @@ def test_load_returns_a_working_network(digits_run):
         (InputError("x"), errors.EXIT_INPUT),
         (PreemptedError("x"), errors.EXIT_PREEMPTED),
         (DivergedError("x"), errors.EXIT_DIVERGED),
+        (errors.PeerError("x"), errors.EXIT_PEER_LOST),
         (KeyboardInterrupt(), errors.EXIT_INTERRUPTED),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating"), errors.EXIT_DIVERGED),
     ],

@@ -1,6 +1,7 @@
 """Shared by the command lines of the analyses: their arguments, and how a command runs its analysis."""
 
 import argparse
+import signal
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,9 +63,11 @@ def conduct(
 ) -> None:
     """Runs an analysis and ends the process, as described in `errors.exit_with`.
 
-    Invalid arguments are reported before the processes of a run connect: `given.picture` is checked, `given.names`
-    becomes the list of class names, and `given.settings` the configuration that `recipe` reads. A folder that cannot be
-    written is reported before anything is computed.
+    Invalid arguments and a folder that cannot be written are reported before anything is computed: `given.picture` is
+    checked, `given.names` becomes the list of class names, and `given.settings` the configuration that `recipe` reads.
+
+    An analysis without a recipe keeps nothing before it has finished. SIGTERM therefore ends it at once, while one that
+    trains gets a notice of preemption.
 
     Args:
       given: the parsed command line.
@@ -77,13 +80,15 @@ def conduct(
     def command():
         picture = getattr(given, "picture", None)
         pictures.check(picture)
+        cluster.initialize()  # before the user's own code, which may use JAX as soon as it is imported
+        if recipe is None:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         workdir = getattr(given, "workdir", [])
         workdirs = workdir if isinstance(workdir, list) else [workdir]
         if "names" in given:
             given.names = class_names(given.names, rundir.read_config(workdirs[0])[1])
         if recipe is not None:
             given.settings = recipe()
-        cluster.initialize()
         written = [given.out] if "out" in given else [folder for folder in workdirs if folder.exists()]
         rundir.check_writable(*written, *([] if picture is None else [picture.parent]))
         found = measure()

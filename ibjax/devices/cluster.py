@@ -22,10 +22,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ibjax import errors
-from ibjax.devices import peers
+from ibjax.devices import compiled, machine, peers
 from ibjax.devices.compiled import keep as keep_compiled
 from ibjax.devices.peers import agree, several, together, word_of_first
-from ibjax.errors import InputError
+from ibjax.errors import InputError, PeerError
 
 __all__ = ["agree", "keep_compiled", "several", "together", "word_of_first"]  # re-exported
 
@@ -35,48 +35,80 @@ REPLICATED = PartitionSpec()
 # its death; `ibjax.devices.peers` reports it earlier, after 30 to 34 s.
 _HEARTBEAT_SECONDS = 100
 _START_SECONDS = 300  # how long a process waits for the others of its run to start
+_FIXED = {  # settings of JAX that a command keeps whatever the environment says: (value, reason)
+    "jax_enable_x64": (False, "networks and attacks compute in float32"),
+    "jax_debug_infs": (False, "attacks compare with infinity on purpose"),
+    # with others, as rbg, all images of a batch draw from the key of its first one
+    "jax_default_prng_impl": ("threefry2x32", "what an image draws must not depend on its batch"),
+    "jax_threefry_partitionable": (True, "one seed must draw the same everywhere"),
+}
 
 _notices = itertools.count()
 log = logging.getLogger(__name__)
 
 
 def initialize() -> None:
-    """Prepares a process: enables the compilation cache, keeps freed memory on CPUs, and starts `jax.distributed`.
+    """Prepares a process, before any other use of JAX, and logs on which devices it computes.
 
-    `jax.distributed` is started for a single process too: SIGTERM then is a preemption notice and does not end the
-    process. The other processes are found in this order:
+    Sets JAX up as `_FIXED` says, enables the compilation cache, keeps freed memory on CPUs, and starts
+    `jax.distributed`, for a single process too: SIGTERM then is a preemption notice and does not end the process. The
+    other processes are found in this order:
 
     1. JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment (launch/local.sh sets them)
     2. the step of a SLURM job that srun has started
-    3. another cluster that JAX detects (TPU, Kubernetes, Open MPI)
+    3. another cluster that JAX detects (TPU, a Job of Kubernetes, Open MPI)
     4. none: a single process
 
-    Raises InputError if the environment contradicts itself, or names a platform that is not available.
+    Raises InputError if the environment contradicts itself, or names a platform that is not available, if the processes
+    have different platforms, or if this process has used JAX before.
     """
     if jax.distributed.is_initialized():
         return
-    if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
-        log.warning("JAX_ENABLE_X64 is switched off for this command: networks and attacks compute in float32")
-        jax.config.update("jax_enable_x64", False)
-    if jax.config.jax_debug_infs:  # pyright: ignore[reportAttributeAccessIssue]
-        log.warning("JAX_DEBUG_INFS is switched off for this command: attacks compare with infinity on purpose")
-        jax.config.update("jax_debug_infs", False)
+    for name, (value, reason) in _FIXED.items():
+        if (given := getattr(jax.config, name, value)) != value:
+            log.warning("%s=%s is set to %s for this command: %s", name.upper(), given, value, reason)
+            jax.config.update(name, value)
     keep_compiled()
-    with _without_proxies():
-        _start_distributed()
+    try:
+        with _without_proxies():
+            _start_distributed()
+    except RuntimeError as error:
+        if "must be called before" in str(error):
+            raise InputError("this process used JAX before its command began; give that one of its own") from None
+        raise
+    found = backend()  # `several` asks for the devices too, with errors of other types
     peers.watch()
-    if backend() == "cpu":
+    _tell_devices()
+    agree("devices", {"platform": found}, "see why JAX does not find them: ibjax doctor")
+    if found == "cpu":
         keep_memory()
         if several():
             _connect()
+    elif found == "gpu" and several():
+        compiled.share()
+
+
+def _tell_devices():
+    """Logs the devices, and a warning where an accelerator is left out: JAX's own are as silent as its other ones."""
+    if jax.process_index() == 0:
+        log.info("computing on %s", machine.hardware())
+    if not jax.config.jax_platforms:  # pyright: ignore[reportAttributeAccessIssue]
+        with contextlib.suppress(OSError):
+            for kind, _ in machine.unused():
+                log.warning("a %s is here, but JAX computes on the CPU; ibjax doctor says how to mend it", kind)
 
 
 def backend() -> str:
-    """JAX's platform, as "cpu"; raises InputError if JAX_PLATFORMS names one that is not available."""
+    """JAX's platform, as "cpu"; raises InputError if JAX_PLATFORMS names one that is not available.
+
+    Raises PeerError if the other processes do not say in time which devices they have.
+    """
     try:
         return jax.default_backend()
     except (RuntimeError, AssertionError, ValueError) as error:
         wanted, reason = os.environ.get("JAX_PLATFORMS", ""), (str(error).strip() or "no such device").splitlines()[0]
+        if jax.distributed.is_initialized() and "DEADLINE_EXCEEDED" in str(error):
+            raise PeerError(f"another process does not say which devices it has ({reason[:200]})") from None
     if not wanted:
         raise InputError(f"JAX finds no device it can use ({reason})")
     jax.config.update("jax_platforms", "")
@@ -120,29 +152,74 @@ def _without_proxies():
         os.environ.update(taken)
 
 
+_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
 def _start_distributed():
-    variables = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    given = [name for name in variables if os.environ.get(name)]
-    if len(given) == len(variables):
-        address, count, index = (os.environ[name] for name in variables)
+    given = [name for name in _VARIABLES if os.environ.get(name)]
+    if len(given) == len(_VARIABLES):
+        address, count, index = (os.environ[name] for name in _VARIABLES)
         if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
             raise InputError(f"JAX_NUM_PROCESSES={count}, JAX_PROCESS_ID={index}: need 0 <= id < number of processes")
-        port = address.rpartition(":")[2]
-        if not port.isdigit():
-            raise InputError(f"JAX_COORDINATOR_ADDRESS={address} has no port; give HOST:PORT")
-        _join(int(port), int(count), int(index), "JAX_COORDINATOR_ADDRESS", address, int(count), int(index))
+        port = _port(address.rpartition(":")[2], f"JAX_COORDINATOR_ADDRESS={address} has no port; give HOST:PORT")
+        _join(port, int(count), int(index), "JAX_COORDINATOR_ADDRESS", address, int(count), int(index))
     elif given:
-        raise InputError(f"{', '.join(given)} set without {', '.join(v for v in variables if v not in given)}")
+        raise InputError(f"{', '.join(given)} set without {', '.join(v for v in _VARIABLES if v not in given)}")
     elif "SLURM_JOB_ID" in os.environ and "SLURM_PROCID" in os.environ:
         _join_slurm_step()
     else:
-        try:  # JAX detects the cluster and its processes
-            with _speaking("this process", "the others that its cluster tells of", "start all processes"):
-                jax.distributed.initialize(**_common())
-        except (ValueError, RuntimeError) as error:
-            if "should be defined" not in str(error) and "must be defined" not in str(error):
-                raise
+        _join_detected()
+
+
+def _port(text, otherwise):
+    """The number of a port; raises InputError with the text `otherwise` where it is none."""
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 2**16):
+        raise InputError(otherwise)
+    return int(text)
+
+
+def _coordinator_port():
+    """The port that JAX_COORDINATOR_PORT names; None where it is not set."""
+    given = os.environ.get("JAX_COORDINATOR_PORT")
+    return _port(given, f"JAX_COORDINATOR_PORT={given} is no port; give a number up to 65535") if given else None
+
+
+def _join_detected():
+    """Joins the processes of a cluster that JAX detects; without one, starts a single process."""
+    _coordinator_port()
+    try:
+        with _speaking("this process", "the others that its cluster tells of", "start all processes"):
+            jax.distributed.initialize(**_common())
+    except jax.errors.JaxRuntimeError:  # of connecting, not of detecting
+        raise
+    except Exception as error:  # Kubernetes's client has errors of its own
+        if "should be defined" in str(error) or "must be defined" in str(error):
             _start_alone()
+        elif "KUBERNETES_SERVICE_HOST" not in os.environ or "must be called before" in str(error):
+            raise
+        elif _belongs_to_no_job(error):
+            log.info("this pod belongs to no Job of Kubernetes: the process runs alone")
+            _start_alone()
+        else:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise InputError(
+                f"JAX cannot find out with which other pods of Kubernetes this one runs ({reason}); set "
+                f"{', '.join(_VARIABLES)}, to localhost:8476, 1 and 0 for a process that runs alone"
+            ) from None
+
+
+def _belongs_to_no_job(error):
+    """Whether JAX's detection failed because Kubernetes knows this pod, and no Job has made it.
+
+    It may be one of a Deployment, of a notebook server, or one that was started by itself. JAX reads the pod's label
+    `job-name` and its controllers without looking whether there are any.
+    """
+    if "JOB_COMPLETION_INDEX" in os.environ:
+        return False
+    if isinstance(error, KeyError):
+        return error.args == ("job-name",)
+    none = "'NoneType' object is not" if isinstance(error, TypeError) else "does not have a controller"
+    return none in str(error) or "only supports Job/JobSet" in str(error)
 
 
 def _common():
@@ -176,10 +253,10 @@ def _join_slurm_step():
             )
         _start_alone()
         return
-    if not os.environ.get("JAX_COORDINATOR_PORT"):  # JAX would choose the same port for all steps of a job
+    if not (port := _coordinator_port()):  # JAX would choose the same port for all steps of a job
         number = 31 * int(os.environ["SLURM_JOB_ID"]) + (int(step) if step.isdigit() else 0)
-        os.environ["JAX_COORDINATOR_PORT"] = str(61440 + number % 4096)
-    port = int(os.environ["JAX_COORDINATOR_PORT"])
+        port = 61440 + number % 4096
+        os.environ["JAX_COORDINATOR_PORT"] = str(port)
     _join(port, int(tasks), int(os.environ["SLURM_PROCID"]), "JAX_COORDINATOR_PORT")
 
 

@@ -6,8 +6,8 @@ single process every function returns at once.
 Guarantees (all tested): processes that see different things end, each naming the difference; a process
 that waits logs which one it waits for; what one process cannot read ends all with its one line; a process that dies, is
 stopped or ends with an error is named by the others, which end too. If a repetition would end in the same error, they
-take its exit code, so that a script that sees theirs first does not start the run again; while they still compare what
-they see, they end with 2 whatever it was.
+take its exit code, so that a script that sees theirs first does not start the run again (2 in place of it while they
+still compare what they see); else they end with 69.
 """
 
 import atexit
@@ -25,12 +25,13 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from ibjax import errors
-from ibjax.errors import InputError
+from ibjax.errors import InputError, PeerError
 
 PATIENCE = 300  # seconds that a process waits for the others to reach the same point
 SILENCE = 30  # seconds without a sign of life after which a process counts as lost
@@ -49,15 +50,20 @@ def agree(topic: str, values: Mapping[str, Any], advice: str = "start all proces
 
     The message states the first value that differs, in which processes, and ends with `advice`.
     """
+    if problem := difference(topic, values):
+        raise InputError(f"{problem}; {advice}")
+
+
+def difference(topic: str, values: Mapping[str, Any]) -> str:
+    """The first value that differs between the processes, in words; "" where all call this with equal values."""
     client = _client()
     if client is None:
-        return
+        return ""
 
-    def difference(said):
-        return next(filter(None, (_difference(client, said[0], index, other) for index, other in said.items())), "")
+    def first(said):
+        return next(filter(None, (_between(client, said[0], index, other) for index, other in said.items())), "")
 
-    if problem := _verdict(client, topic, dict(values), difference, PATIENCE):
-        raise InputError(f"{problem}; {advice}")
+    return _verdict(client, topic, dict(values), first, PATIENCE)
 
 
 @contextlib.contextmanager
@@ -120,7 +126,17 @@ def word_of_first(topic: str, word: str = "") -> str:
     return _wait(client, key, 0, topic, PATIENCE)
 
 
-def _difference(client, own, index, other):
+def sees(file: Path, token: str) -> bool:
+    """Whether this process can read the token that process 0 has written; network folders may need a few seconds."""
+    for wait in (0.0, 0.5, 1.0, 2.0, 4.0, 8.0):
+        time.sleep(wait)
+        with contextlib.suppress(OSError):
+            if file.read_text(encoding="utf-8", errors="replace") == token:
+                return True
+    return False
+
+
+def _between(client, own, index, other):
     for name in {**own["values"], **other["values"]}:
         here, there = own["values"].get(name), other["values"].get(name)
         if here != there:
@@ -130,18 +146,21 @@ def _difference(client, own, index, other):
 
 
 def _wait(client, key, index, topic, patience):
-    """The value of a key that process `index` sets; logs which process it waits for."""
+    """The value of a key that process `index` sets; logs which process it waits for.
+
+    PeerError where a repetition may succeed: the other is slow, cannot be reached, or was interrupted.
+    """
     started = told = time.monotonic()
     gone = False
     while True:
         with _only_timeouts(index):
             return client.blocking_key_value_get(key, int(1000 * _INTERVAL))
         if ended := _ended(client):
-            _, message = next(iter(ended.values()))
-            raise InputError(message)
+            code, message = next(iter(ended.values()))
+            raise InputError(message) if code in errors.FINAL else PeerError(message)
         now = time.monotonic()
         if now - started > patience:
-            raise InputError(f"{_name(client, index)} has not come to '{topic}' within {patience} s")
+            raise PeerError(f"{_name(client, index)} has not come to '{topic}' within {patience} s")
         if gone:
             raise InputError(f"{_name(client, index)} has ended and never came to '{topic}'")
         gone = _has_left(client, index)  # if so, the value is looked for once more
@@ -156,7 +175,7 @@ def _only_timeouts(index):
         yield
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
-            raise InputError(f"process {index} cannot be reached ({str(error).splitlines()[0][:120]})") from None
+            raise PeerError(f"process {index} cannot be reached ({str(error).splitlines()[0][:120]})") from None
 
 
 def several() -> bool:

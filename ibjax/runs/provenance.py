@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from ibjax import places
+from ibjax.devices.machine import hardware
 
 
 def versions() -> dict[str, str]:
@@ -43,15 +44,6 @@ def xla_flags() -> dict[str, str]:
     """{"xla_flags": XLA_FLAGS, which can change a number}; {} where it is not set."""
     flags = " ".join(os.environ.get("XLA_FLAGS", "").split())
     return {"xla_flags": flags} if flags else {}
-
-
-def hardware() -> str:
-    """The devices in words, such as "8 × NVIDIA H100 (2 processes)" or "1 × cpu, 2 cores"."""
-    device = jax.devices()[0]
-    text = f"{jax.device_count()} × {device.device_kind}"
-    if device.platform == "cpu":
-        text += f", {os.cpu_count()} cores"
-    return text + (f" ({jax.process_count()} processes)" if jax.process_count() > 1 else "")
 
 
 @functools.cache  # as _installed

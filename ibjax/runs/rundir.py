@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import secrets
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ibjax import config, extensions, files
-from ibjax.devices import cluster
+from ibjax.devices import cluster, peers
 from ibjax.errors import CheckpointError, CodeError, InputError, UnreadableError
 from ibjax.files import write_json
 from ibjax.net import Variables
@@ -66,21 +65,11 @@ def lock(workdir: Path) -> Iterator[None]:
         if problem := cluster.word_of_first("the lock of the workdir", problem):
             raise InputError(problem)
         token = cluster.word_of_first("the mark in the workdir", token)
-        there = {"what process 0 has written is there": _sees(mark, token)}
+        there = {"what process 0 has written is there": peers.sees(mark, token)}
         cluster.agree("workdirs", there, f"give a --workdir that all processes share, not {workdir}")
         yield
     finally:
         held.release()
-
-
-def _sees(file, token):
-    """Whether this process can read the token in the file; network folders may need a few seconds."""
-    for wait in (0.0, 0.5, 1.0, 2.0, 4.0, 8.0):
-        time.sleep(wait)
-        with contextlib.suppress(OSError):
-            if file.read_text(encoding="utf-8", errors="replace") == token:
-                return True
-    return False
 
 
 def check_writable(*folders: Path) -> None:
