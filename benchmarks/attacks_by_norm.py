@@ -19,9 +19,9 @@ reference's mean in the file that this script writes. Each row of that file says
 
 import contextlib
 import importlib.metadata
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -271,8 +271,9 @@ def environment() -> dict[str, Any]:
     for name in ("torchattacks", "autoattack", "scipy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             package = importlib.metadata.distribution(name)
-            source = json.loads(package.read_text("direct_url.json") or "{}").get("vcs_info", {})
-            found["versions"] = {**found["versions"], name: source.get("commit_id", package.version)}
+            sources = [Path(file.locate()) for file in package.files or () if file.name == "direct_url.json"]
+            commits = [files.read_json(source).get("vcs_info", {}).get("commit_id") for source in sources]
+            found["versions"] = {**found["versions"], name: next(filter(None, commits), package.version)}
     return found
 
 
