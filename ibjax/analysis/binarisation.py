@@ -55,7 +55,7 @@ from ibjax.analysis import attacked, commands, output
 from ibjax.attacks import Attack, geometry
 from ibjax.attacks.iterative import as_attack
 from ibjax.devices import cluster
-from ibjax.errors import InputError, PreemptedError
+from ibjax.errors import InputError, PreemptedError, check_count
 from ibjax.evaluation.named import named
 from ibjax.evaluation.scoring import percent
 from ibjax.net import linen_net, taps, to_float
@@ -108,26 +108,18 @@ def binarisation(
     norm, radius = geometry.check_norm(norm), geometry.one_radius(eps, norm)
     if not radius > 0:
         raise InputError(f"eps={eps} is not allowed; give a radius above 0, as '8/255'")
-    for name, value in dict(inner=inner, batch_size=batch_size).items():
-        if type(value) is not int or value < 1:
-            raise InputError(f"{name}={value!r} is not allowed; give a whole number of at least 1")
+    check_count("inner", inner)
+    check_count("batch_size", batch_size)
     mesh, total = cluster.mesh(), len(images)
     size = cluster.rounded_up(min(batch_size, total), mesh.size)
-    sharded, replicated = (NamedSharding(mesh, spec) for spec in (cluster.BATCH, cluster.REPLICATED))
-    gathered = jax.jit(lambda value: value, out_shardings=replicated)
-    phi = jax.jit(partial(_flat, features), out_shardings=replicated)
-    score = jax.jit(lambda *at: _logits(features, *at)[:, 1], out_shardings=replicated)
-    attacked = {
-        name: jax.jit(partial(_broken, attack, features, norm, radius), out_shardings=replicated)
-        for name, attack in attacks.items()
-    }
-
-    def place(array):
-        return jax.make_array_from_callback(array.shape, sharded, array.__getitem__)
+    rows, place = cluster.parts_of_batch(mesh, size)
+    program = partial(jax.jit, out_shardings=NamedSharding(mesh, cluster.REPLICATED))
+    gathered, phi = program(lambda value: value), program(partial(_flat, features))
+    score = program(lambda *at: _logits(features, *at)[:, 1])
+    attacked = {name: program(partial(_broken, attack, features, norm, radius)) for name, attack in attacks.items()}
 
     def batch(first):
-        index = np.arange(first, first + size, dtype=np.int32)
-        count = min(size, total - first)
+        index, count = (first + rows).astype(np.int32), min(size, total - first)
         x = place(np.asarray(to_float(images[np.minimum(index, total - 1)])))  # the padding repeats the last image
         keys = _keys(np.uint32(seed), place(index))
         inside = partial(_draw, in_ball, norm, keys, x, ETA * radius, _INNER)
@@ -138,16 +130,16 @@ def binarisation(
         # one at a time: on CPUs, several running programs with all-gathers would wait for each other
         around = [np.asarray(phi(variables, inside(number))) for number in range(inner)]
         w, separated = _readouts(anchor, np.stack([np.asarray(phi(variables, x)), *around], 1), count)
-        at = partial(score, variables, *map(place, (w, anchor)))
-        used = separated & (np.asarray(at(x)) < 0) & (np.asarray(at(x_b)) > 0)
+        behind = (variables, place(w[rows]), place(anchor[rows]))  # the network and each image's readout
+        used = separated & (np.asarray(score(*behind, x)) < 0) & (np.asarray(score(*behind, x_b)) > 0)
         random = np.zeros(size, bool)
         for number in range(inner):
-            random |= np.asarray(at(sphere(_RANDOM, number))) > 0
+            random |= np.asarray(score(*behind, sphere(_RANDOM, number))) > 0
         broken = {}
-        for name, program in attacked.items():
+        for name, attack in attacked.items():
             if progress and cluster.preempted():
                 raise PreemptedError(f"stopped during {progress}")
-            broken[name] = used & np.asarray(program(variables, *map(place, (w, anchor)), keys, x))
+            broken[name] = used & np.asarray(attack(*behind, keys, x))
         found = Found(used, broken, used & random, np.asarray(gathered(x_b)))
         return jax.tree.map(lambda value: value[:count], found)
 

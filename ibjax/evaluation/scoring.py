@@ -182,20 +182,24 @@ class Scorer:
                 bar.update(count)
                 bar.set_postfix_str(f"robust {100 * np.mean(np.concatenate([p.robust for p in parts])):.1f} %")
         flags = Flags(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+        self._refuse_wrong(flags, float(eps), split.images.shape[1:])
+        return flags, np.concatenate(kept)
+
+    def _refuse_wrong(self, flags, eps, shape):
+        """Raises what `__call__` says where adversarial images of this shape lie outside, or are no numbers."""
         if unusable := int(np.isnan(flags.distance).sum()):
             raise InputError(
                 f"the network's gradient is NaN or infinite on {unusable} images, so that this attack cannot judge it"
             )
         worst = float(flags.distance.max())
-        farthest = float(eps) + geometry.tolerance(float(eps), split.images.shape[1:])
-        if not worst <= (farthest if self.bounded else sys.float_info.max):
+        farthest = eps + geometry.tolerance(eps, shape) if self.bounded else sys.float_info.max
+        if not worst <= farthest:
             if self.own:
                 raise CodeError(
                     f"attack '{self.own}' leaves the eps-ball or [0, 1]: an image is {worst:.8g} away or outside, eps "
-                    f"is {float(eps):.8g}; end it with ibjax.attacks.geometry.project(x_adv, x, norm, eps)"
+                    f"is {eps:.8g}; end it with ibjax.attacks.geometry.project(x_adv, x, norm, eps)"
                 )
-            raise RuntimeError(f"an adversarial image is {worst:.8g} away or outside [0, 1]; eps is {float(eps):.8g}")
-        return flags, np.concatenate(kept)
+            raise RuntimeError(f"an adversarial image is {worst:.8g} away or outside [0, 1]; eps is {eps:.8g}")
 
 
 # ---- AutoAttack ------------------------------------------------------------------------------------------
@@ -238,24 +242,15 @@ def auto_attack(
     )  # fmt: skip
 
     judge = _judge(network, seed, x, split.labels, norm, batch_size)
-    withstood, loss, distance = judge(result.x_adv)
     if attacked is None:  # keep AutoAttack's own judgement: in another batch, rounding may change a flag
+        _, loss, distance = judge(result.x_adv)
         flags = Flags(result.clean, result.robust, loss, distance, result.changed)
-        after = {name: percent(kept) for name, kept in result.robust_after.items()}
-        more = {"robust_after": after}
+        more: dict[str, Any] = {"robust_after": {name: percent(kept) for name, kept in result.robust_after.items()}}
         if result.drawn is not None:
             flags = flags._replace(clean=result.drawn.clean[0], robust=result.drawn.robust[0])
             more |= drawn_record(result)
     else:
-
-        def outcome(name, withstood):
-            clean = judge(x, name)[0]
-            return clean, clean & withstood if count == "both" else withstood
-
-        judged, changed = outcome(precision.JUDGEMENT, withstood), np.zeros(len(x), bool)
-        if cores.differ(attacked_in, precision.JUDGEMENT):
-            changed = _changed(outcome(attacked_in, judge(result.x_adv, attacked_in)[0]), judged)
-        flags, more = Flags(*judged, loss, distance, changed), {}
+        flags, more = _of_transfer(judge, x, result.x_adv, count, attacked_in), {}
     more |= {
         "seconds_of": result.seconds,
         "seconds": round(sum(result.seconds.values()), 2),
@@ -293,6 +288,20 @@ def _judge(network, seed, x, labels, norm, batch_size):
         return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
     return judge
+
+
+def _of_transfer(judge, x, x_adv, count, attacked_in):
+    """The flags of a network that plays no part in what was made of its images."""
+
+    def outcome(name):
+        (clean, *_), (withstood, loss, distance) = (judge(images, name) for images in (x, x_adv))
+        robust = clean & withstood if count == "both" else withstood
+        return Flags(clean, robust, loss, distance, np.zeros(len(x), bool))
+
+    flags = outcome(precision.JUDGEMENT)
+    if not cores.differ(attacked_in, precision.JUDGEMENT):
+        return flags
+    return flags._replace(changed=_changed(outcome(attacked_in), flags))
 
 
 def _changed(before, judged):
