@@ -10,20 +10,15 @@ extra [tpu], or for a GPU [cuda13]; their compilers need neither chip nor driver
 matters. Generated images (`data.extra`) count with their number: in the memory of every chip, or as what is read in
 each step.
 
-    FLOPs = m · ( FLOPs(dispatch) + (k − 1) · FLOPs(attack step) )          for m microbatches; the same for bytes
-
-The compiler counts the body of a rolled loop once, however long the loop is, hence the correction for the k steps of
-the attack. The bodies of other loops, such as MMA's bisection, are counted once too; the number of such loops is
-printed. FLOPs and bytes are the compiler's figures for the optimised program of one chip. The bounds assume the chip's
-peak in bfloat16 and its full bandwidth, so no run reaches them.
+`ibjax.training.ahead` says how FLOPs and bytes are counted, and what the bounds assume.
 
 A TPU's compiler also says how many cycles it expects of each kernel. From these follow the estimated milliseconds of a
 step of the attack's loop and of the rest, the share of the peak and the images/s of the slice, without communication.
 They are no measurement. Printed with them are the ten slowest kernels, by the operation that they come from, and every
 kernel of at least 20 µs that takes more than three times its own bound (products over peak, bytes over bandwidth).
 
-For a GPU the compiler reports neither figure. Printed instead are the number of kernels inside and outside of loops,
-the bytes that they read and write, and the bound that the card's bandwidth sets.
+For a GPU, in place of these, the number of kernels inside and outside of loops, their bytes, and the bound that the
+card's bandwidth sets are printed.
 """
 
 import os
@@ -32,13 +27,11 @@ import jax
 
 from ibjax import cli, errors, files
 from ibjax.devices import cluster
-from ibjax.runs import (
-    command_line,
-    provenance,
-)
-from ibjax.training import (
-    ahead,
-)
+from ibjax.errors import InputError
+from ibjax.runs import command_line, provenance
+from ibjax.training import ahead
+
+IMAGES = 50_000  # training images on every chip: those of CIFAR
 
 
 def parser() -> cli.Parser:
@@ -50,7 +43,7 @@ def parser() -> cli.Parser:
     parser.add_argument("--teacher", help="recipe of the teacher, where the configuration names none")
     ahead.add_images(parser)
     parser.add_argument(
-        "--images", type=int, default=50_000, help="of training, on every chip; streamed ones lie elsewhere"
+        "--images", type=int, metavar="N", help=f"of training, on every chip unless streamed; default: {IMAGES:,}"
     )
     parser.add_argument(
         "--generated", type=int, metavar="N", help="generated images of data.extra; default: those of its file, or 1 M"
@@ -67,13 +60,11 @@ def main() -> None:
         os.environ.update(ahead.WITHOUT_CHIPS)
         jax.config.update("jax_platforms", "cpu")
         settings = recipe()
+        images = _images(given, settings.data)
         shape, classes = ahead.images_of(settings.data, given.shape, given.classes)
         teachers = ahead.teachers_of(settings, given.teacher)
         mesh = ahead.slice_mesh(given.topology)
         cluster.check_divides(settings.batch_size, "batch_size", mesh.size, settings.microbatches)
-        images = None if settings.data.name == "stream" else given.images
-        if given.generated is not None:
-            errors.check_range("--generated", given.generated, 1)
         made = ahead.generated(settings.data, shape, given.generated)
         settings = ahead.prepare(settings, shape, classes, teachers)
         found = ahead.compile_step(settings, mesh, images, made)
@@ -86,6 +77,19 @@ def main() -> None:
             print(f"numbers: {given.json}")
 
     errors.exit_with(command)
+
+
+def _images(given, data):
+    """The number of training images on every chip; None where they are streamed."""
+    streamed = data.name == "stream"
+    for name in ("images", "generated"):
+        if getattr(given, name) is not None:
+            errors.check_count(f"--{name}", getattr(given, name))
+    if given.images is not None and streamed:
+        raise InputError(f"--images={given.images}: no image of data.name='stream' is kept on a chip; leave it out")
+    if given.generated is not None and data.get("extra") is None:
+        raise InputError(f"--generated={given.generated}: the recipe has no generated images, data.extra; leave it out")
+    return None if streamed else given.images or IMAGES
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def parser() -> cli.Parser:
     parser.add_argument(
         "--leaderboard", action="store_true", help="AutoAttack on all test images; write the entry for RobustBench"
     )
-    parser.add_argument("--surrogate_checkpoint", default="best", help="of that run: best, last or a step")
+    parser.add_argument("--surrogate_checkpoint", help="of that run: best (default), last or a step")
     return parser
 
 
@@ -51,6 +51,11 @@ def main() -> None:
     given = parser().parse_args()
 
     def command():
+        if given.surrogate_checkpoint is not None and given.surrogate is None:
+            raise InputError(
+                f"--surrogate_checkpoint={given.surrogate_checkpoint} goes with --surrogate; give that too"
+            )
+        given.surrogate_checkpoint = given.surrogate_checkpoint or "best"
         cluster.initialize()
         names.tell_of_old(given.attacks or ())
         if given.leaderboard:

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from ibjax import config
+from ibjax import aot, config
 from ibjax.attacks import pgd
 from ibjax.data import extra
 from ibjax.devices import cluster, cores
@@ -145,6 +145,22 @@ def test_flops_count_every_step_of_the_attack():
         flops.append(ahead.compile_step(ahead.prepare(settings, (8, 8, 3), 4, {}), cluster.mesh(), 64)["flops"])
     assert flops[2] - flops[1] == pytest.approx(flops[1] - flops[0], rel=0.01) and flops[0] > 0
     assert (flops[1] - flops[0]) / 3 == pytest.approx(flops[0] * 2 / 5, rel=0.15)  # 2 of the 2 + 3 forward passes
+
+
+@pytest.mark.parametrize(
+    ("recipe", "option", "words"),
+    [
+        ("digits", "--images=0", "--images=0 is not allowed"),
+        ("digits", "--images=-5", "--images=-5 is not allowed"),
+        ("digits", "--generated=8", "no generated images, data.extra; leave it out"),
+        ("ibd_imagenet", "--images=8", "no image of data.name='stream' is kept on a chip; leave it out"),
+    ],
+)
+def test_counts_of_images_that_the_step_would_not_have_are_refused(recipe, option, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["aot", f"--config={recipe}", option])
+    with pytest.raises(SystemExit) as caught:
+        aot.main()
+    assert caught.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_a_batch_that_does_not_divide_among_the_chips_is_refused():

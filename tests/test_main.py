@@ -418,6 +418,7 @@ def test_evaluate_command_refuses_unknown_attacks_and_checkpoints(digits_run, mo
         (["--attacks=autoatack"], "autoatack"),
         (["--checkpoint=bst"], "best, last"),
         (["--n=99"], "n=99"),
+        (["--surrogate_checkpoint=last"], "--surrogate_checkpoint=last goes with --surrogate"),
     ):
         monkeypatch.setattr(sys, "argv", ["evaluate", f"--workdir={digits_run}", *arguments])
         with pytest.raises(SystemExit) as caught:
