@@ -7,6 +7,7 @@
 (`ibjax.step`). The features of a network are its *taps*: the outputs of its layers, by name.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -149,3 +150,16 @@ def of_network(variables: Variables) -> Variables:
 def to_float(images: Array) -> Array:
     """uint8 images become float32 in [0, 1]; float images pass unchanged."""
     return images.astype(jnp.float32) / 255.0 if images.dtype == jnp.uint8 else images
+
+
+def float_on_host(images: np.ndarray) -> np.ndarray:
+    """`to_float` of a whole split (N, H, W, C), which a device may have no room for, on the host.
+
+    The values are those of the devices: XLA multiplies by 1/255, and half of NumPy's quotients differ in the last bit.
+    """
+    return _grey_levels()[images] if images.dtype == np.uint8 else np.asarray(images)
+
+
+@functools.cache
+def _grey_levels():
+    return np.asarray(to_float(jnp.arange(256, dtype=jnp.uint8)))

@@ -13,7 +13,7 @@ import pytest
 from conftest import change_config, clean_recipe
 from jax.sharding import AxisType
 
-from ibjax import files, losses, main
+from ibjax import files, losses, main, net
 from ibjax.attacks import autoattack, checks, geometry
 from ibjax.attacks.pgd import pgd
 from ibjax.data import Split
@@ -157,7 +157,7 @@ def test_a_gradient_that_is_no_number_stops_the_evaluation():
 
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     scorer = scoring.Scorer(zero_by_infinity, lambda eps, step_size: pgd(eps=eps, step_size=step_size), mesh, 8, "linf")
-    with pytest.raises(InputError, match=f"gradient is NaN or infinite on {len(SPLIT.labels)} images"):
+    with pytest.raises(scoring.GradientError, match=f"gradient is NaN or infinite on {len(SPLIT.labels)} images"):
         scorer(WEIGHTS, SPLIT, 0, eps=0.1, step_size=0.1)
 
 
@@ -229,10 +229,10 @@ def test_a_whole_split_becomes_floats_on_the_host_with_the_bits_of_a_device():
     """50,000 images of ImageNet are 30 GB; NumPy rounds half of the quotients otherwise."""
     levels = np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1)
     wanted = to_float(jnp.asarray(levels))
-    np.testing.assert_array_equal(scoring.on_host(levels), wanted)
+    np.testing.assert_array_equal(net.float_on_host(levels), wanted)
     floats = np.asarray(wanted)
     with jax.transfer_guard_host_to_device("disallow_explicit"):
-        assert scoring.on_host(floats) is floats and scoring.on_host(levels).shape == levels.shape
+        assert net.float_on_host(floats) is floats and net.float_on_host(levels).shape == levels.shape
         with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed"):
             jnp.asarray(levels)
 

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from ibjax import config
 from ibjax.devices import cluster
 from ibjax.errors import CodeError, DataError, DivergedError, InputError, PreemptedError
-from ibjax.evaluation.scoring import Flags
+from ibjax.evaluation.scoring import Flags, GradientError
 from ibjax.runs import checkpoint, metrics, run, rundir, trees, writers
 from ibjax.training import experiment, feed, loop, programs
 from ibjax.training.experiment import build, initial_state
@@ -91,6 +91,13 @@ def assert_no_gap_no_duplicate(rows, total):
     assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
     validated = [row["step"] for row in rows if row["kind"] == "val"]
     assert len(validated) == len(set(validated))
+
+
+def test_rows_say_which_checkpoint_is_on_disk(uninterrupted):
+    """Of five steps an epoch, each saved: the one before a row, never the one that is saved after it."""
+    rows = [row for row in metrics.read(uninterrupted[0] / "metrics.jsonl") if row["kind"] == "train"]
+    assert [row["step"] for row in rows][-1] == 15
+    assert all(row.get("saved", 0) == (row["step"] - 1) // 5 * 5 for row in rows)
 
 
 def test_notices_are_counted_by_the_loop_alone(tmp_path, monkeypatch):
@@ -236,7 +243,7 @@ def test_weights_that_break_after_the_last_loss_are_told_as_a_loss_that_does(tmp
     assert "last good checkpoint is step 5; lower optimizer.lr" in reason
 
     def validate(experiment, validator, state):
-        raise InputError("the network's gradient is NaN or infinite on 8 images")
+        raise GradientError("the network's gradient is NaN or infinite on 8 images")
 
     monkeypatch.setattr(loop, "_validate", validate)  # weights that are finite, and too large for their products
     with pytest.raises(DivergedError, match=r"validation accuracy .* batch of step 5 \(.*gradient is NaN"):

@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ibjax.analysis import commands, output, pictures
@@ -42,7 +41,7 @@ from ibjax.analysis.attacked import attack, check_counts, load, predictions
 from ibjax.attacks.geometry import TOLERANCE
 from ibjax.evaluation.results import attack_label
 from ibjax.evaluation.scoring import percent
-from ibjax.net import linen_net, to_float
+from ibjax.net import float_on_host, linen_net
 from ibjax.runs import command_line, run
 
 SEEN = ("swapped", "unclipped", "converse", "noise")
@@ -123,7 +122,7 @@ def evaluate(
     def classes(images):
         return predictions(predict, trained.variables, images, size)
 
-    x, y = np.asarray(to_float(jnp.asarray(split.images[:]))), split.labels
+    x, y = float_on_host(split.images[:]), split.labels
     accuracy: dict[str, dict[str, float]] = {row: {} for row in ("image", *SEEN)}
     perturbation: dict[str, dict[str, float | None]] = {row: {} for row in MEASURES}
     examples: dict[str, Example] = {}

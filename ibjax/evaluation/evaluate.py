@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ibjax import config, files, threat
@@ -31,9 +30,9 @@ from ibjax.devices import cluster, precision
 from ibjax.errors import InputError, UnreadableError
 from ibjax.evaluation import results
 from ibjax.evaluation.named import Named, named
-from ibjax.evaluation.scoring import Scorer, auto_attack, draw_keys, nan_warnings, on_host, percent, sampling
+from ibjax.evaluation.scoring import Scorer, auto_attack, draw_keys, nan_warnings, percent, sampling
 from ibjax.evaluation.settings import check_network, replaced, scaled_step
-from ibjax.net import linen_net, to_float
+from ibjax.net import float_on_host, linen_net
 from ibjax.runs import own_code, run, rundir, trees
 
 # the fields that must agree for a record to be reused
@@ -246,7 +245,7 @@ def _asked(trained, victim, split):
     """(the first images of a split as floats, what `checks.network` finds on them)."""
     logits = jax.jit(victim)
     keys = draw_keys(trained.config.seed, len(split.labels))
-    x = np.asarray(to_float(jnp.asarray(split.images[:256])))
+    x = float_on_host(split.images[:256])
     shown = lambda x, keys: logits(trained.variables, x, keys)[0]  # noqa: E731
     return x, checks.network(shown, x, split.labels, keys[: len(x)])
 
@@ -454,7 +453,7 @@ def _record(identity, more, flags):
 
 def _save_examples(file, split, x_adv, examined):
     """Clean and adversarial images with their predictions, for the report's picture."""
-    x, answer = on_host(split.images[:]), jax.jit(lambda variables, x: examined.predict(variables, x, None)[0])
+    x, answer = float_on_host(split.images[:]), jax.jit(lambda variables, x: examined.predict(variables, x, None)[0])
     with precision.at(precision.JUDGEMENT):
         logits = [np.asarray(answer(examined.trained.variables, images)) for images in (x, x_adv)]
     predicted, predicted_adv = (each.argmax(1) for each in logits)

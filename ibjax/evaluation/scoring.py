@@ -29,12 +29,16 @@ from ibjax.attacks.representation import guides
 from ibjax.data import Split
 from ibjax.devices import cluster, cores, precision
 from ibjax.errors import CodeError, InputError, PreemptedError
-from ibjax.net import Variables, as_output, to_float
+from ibjax.net import Variables, as_output, float_on_host, to_float
 
 _EVALUATION = 0x65766C  # folded into the seed, so that evaluation uses other keys than training
 # folded into an image's key. A random network must draw independently of the attack, and not the same when it is scored
 # as when it is attacked: an attack that keeps its best image would otherwise profit from lucky draws
 _ATTACKED, _JUDGED = 0x617474, 0x6A7564
+
+
+class GradientError(InputError):
+    """The gradient of a network is no number, so that an attack cannot judge it."""
 
 
 class Flags(NamedTuple):
@@ -153,8 +157,8 @@ class Scorer:
 
         keep: ascending indices, or the number of images to keep from the start. progress: a name, with which a progress
         bar is shown and a preemption notice ends the evaluation with PreemptedError. Raises RuntimeError where an
-        adversarial image leaves the eps-ball or [0, 1] (CodeError for an attack of the user's own), and InputError
-        where the network's gradient is not finite.
+        adversarial image leaves the eps-ball or [0, 1] (CodeError for an attack of the user's own), and
+        GradientError where the network's gradient is not finite.
         """
         eps, step_size = (np.float32(geometry.fraction(value)) for value in (eps, step_size))
         total, size = len(split.labels), self.batch_size
@@ -188,7 +192,7 @@ class Scorer:
     def _refuse_wrong(self, flags, eps, shape):
         """Raises what `__call__` says where adversarial images of this shape lie outside, or are no numbers."""
         if unusable := int(np.isnan(flags.distance).sum()):
-            raise InputError(
+            raise GradientError(
                 f"the network's gradient is NaN or infinite on {unusable} images, so that this attack cannot judge it"
             )
         worst = float(flags.distance.max())
@@ -233,7 +237,7 @@ def auto_attack(
     With version "rand" the record's accuracies are means over fresh draws, the flags are those of the first draw, and
     `reference` holds the accuracies as the authors' code counts them: see autoattack.py.
     """
-    climbed, x = attacked or network, on_host(split.images[:])
+    climbed, x = attacked or network, float_on_host(split.images[:])
     key = jax.random.fold_in(jax.random.key(seed), _EVALUATION)
     logits_fn = climbed if options["version"] == "rand" else lambda x: climbed(x, None)
     result = autoattack.autoattack(
@@ -321,19 +325,6 @@ def drawn_record(result: autoattack.Result) -> dict[str, Any]:
         "robust_acc_of_draws": [percent(flags) for flags in drawn.robust],
         "reference": {"clean_acc": percent(result.clean), "robust_acc": percent(result.robust)},
     }
-
-
-def on_host(images: np.ndarray) -> np.ndarray:
-    """`to_float` of a whole split (N, H, W, C), which a device may have no room for, on the host.
-
-    The values are those of the devices: XLA multiplies by 1/255, and half of NumPy's quotients differ in the last bit.
-    """
-    return _grey_levels()[images] if images.dtype == np.uint8 else images
-
-
-@functools.cache
-def _grey_levels():
-    return np.asarray(to_float(jnp.arange(256, dtype=jnp.uint8)))
 
 
 # ---- predictions that are drawn ------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from ibjax.data import Split, stratified
 from ibjax.devices import precision
 from ibjax.errors import CheckpointError, InputError
-from ibjax.net import linen_net, to_float
+from ibjax.net import float_on_host, linen_net, to_float
 from ibjax.pytorch import torch_file
 from ibjax.pytorch.architectures import Shape
 from ibjax.runs import run
@@ -91,7 +91,7 @@ def of_torch(twin: Any, images: np.ndarray) -> np.ndarray:
 def of_ours(model: nn.Module, variables: Any, images: np.ndarray) -> np.ndarray:
     """The same of ours, in float32 throughout, whatever the network was trained in."""
     predict = _predict(model.clone(dtype="float32"))
-    x = np.asarray(to_float(jnp.asarray(images)))
+    x = float_on_host(images)
     with precision.at(precision.JUDGEMENT):  # accelerators round inputs of convolutions otherwise
         return np.concatenate([predict(variables, x[i : i + _BATCH])[0] for i in range(0, len(x), _BATCH)])
 

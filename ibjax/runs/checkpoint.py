@@ -1,4 +1,4 @@
-"""Checkpoints: the only file that uses Orbax and knows its format on disk.
+"""Checkpoints: the only file that uses Orbax.
 
 `checkpoints/<step>/` holds three items:
 
@@ -6,10 +6,8 @@
     training    the rest of the train state
     manifest    shape, type and digest of every leaf of both, the validation metrics of that step, the run's identity
 
-Orbax writes a step and commits it by renaming its folder, so a step is there whole or not at all. This module reads it
-without Orbax, in three stages. First it reads the bytes of every file, which tells a failing disk from damaged
-content. Then it opens, in memory, the OCDBT database that these bytes form; its own checksums detect changed bits.
-Finally it compares the digest of each leaf.
+Orbax writes a step and commits it by renaming its folder, so a step is there whole or not at all. It is read without
+Orbax, by `ibjax.runs.stored`.
 
 Guarantees (tests of the same names): a save that is killed leaves the previous step restorable; a flipped byte is
 found and its leaf named; damaged steps are set aside and the newest good one is used, but a step that temporarily
@@ -72,6 +70,8 @@ class Store:
 
     def __init__(self, directory: Path, run: Mapping[str, Any] | None, orbax: ocp.CheckpointManager | None):
         self.directory, self.run, self.orbax = directory, run, orbax
+        self.kept: int | None = None  # the newest step that this process knows to be on disk
+        self.saving: int | None = None  # a newer one that may not be there yet
 
     def all_steps(self) -> list[int]:
         """The committed steps, in ascending order."""
@@ -169,6 +169,7 @@ def save(store: Store, state: TrainState, metrics: dict[str, Any] | None = None)
             raise CheckpointError(
                 f"step {step} was not saved in {store.directory}: it holds later ones, {_text(store)}"
             )
+        store.saving = step
         _delete_superseded(store)
     except Exception as error:
         raise _disk_full(error, store) or error from None
@@ -272,6 +273,7 @@ def restore_latest(store: Store, like: TrainState, *, restart: bool = False) -> 
             time.sleep(0.1)
         assert store.orbax is not None, "opened for reading"
         store.orbax.reload()
+    store.kept = None if found is None else int(found.step)
     return found
 
 
@@ -354,9 +356,14 @@ def metrics(store: Store, step: int) -> dict[str, Any]:
     return stored.manifest(store, step)["metrics"]
 
 
-def committed(store: Store, step: int) -> bool:
-    """Whether a step is on disk; False as well where the disk cannot tell at present."""
-    return (store.directory / str(step)).is_dir()
+def saved(store: Store) -> dict[str, int]:
+    """{"saved": the newest step that is on disk}, as far as this process has restored or saved one; else {}.
+
+    At most one folder is looked for: this is asked for in every row of the metrics.
+    """
+    if store.saving is not None and (store.directory / str(store.saving)).is_dir():
+        store.kept, store.saving = store.saving, None
+    return {} if store.kept is None else {"saved": store.kept}
 
 
 def check_run(store: Store) -> None:

@@ -236,9 +236,8 @@ def refuse_other_options(
     """Raises InputError where two configurations differ in `sections`; None compares all that affects training."""
     old, new = _options(saved), _options(given)
     for path in {**new, **old}:
-        section = path.split(".")[0]
-        compared = section not in _FREE_KEYS if sections is None else section in sections
-        if compared and path not in _FREE_PATHS and not config.same(path, old.get(path), new.get(path)):
+        asked = sections is None or path.split(".")[0] in sections
+        if asked and not _is_free(path) and not config.same(path, old.get(path), new.get(path)):
             raise InputError(
                 f"{workdir} holds a run with {path}={old.get(path)!r}, now {new.get(path)!r} is asked for; "
                 f"give another --workdir, or the configuration that it was made with"

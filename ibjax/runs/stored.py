@@ -62,11 +62,12 @@ def _refuse_other_run(store, step, saved):
         for path, value in saved.items()
         if not config.same(path, value, now.get(path))
     ]
-    known = (*saved, *(path for path, _ in config.leaves(config.plain(config.base()))))
-    for path in now.keys() - saved.keys():  # of a section that the run did not have, such as perturb
-        section = path.rpartition(".")[0]
-        if section and not any(other.startswith(f"{section}.") for other in known):
-            differing.append(f"no {section}, now {path}={now[path]!r}")
+    if added := [path for path in now if path not in saved]:
+        known = (*saved, *(path for path, _ in config.leaves(config.plain(config.base()))))
+        for path in added:  # of a section that the run did not have, such as perturb; no option of a later version
+            section = path.rpartition(".")[0]
+            if section and not any(other.startswith(f"{section}.") for other in known):
+                differing.append(f"no {section}, now {path}={now[path]!r}")
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise CheckpointError(

@@ -87,11 +87,16 @@ def objective(settings: ConfigDict, made: Objective) -> None:
                 f"objective '{settings.objective.name}' asks no {role} and would ignore it; set {role}.workdir='' and "
                 f"{role}.recipe=None"
             )
-    if settings.validate.stop_on_overfitting and settings.attack is None and made.attack is None:
+    attacked = settings.attack is not None or made.attack is not None
+    if settings.validate.stop_on_overfitting and not attacked:
         raise InputError(
             "validate.stop_on_overfitting looks at the robust accuracy that adversarial training loses; this run "
             "trains on clean images, set it to False"
         )
+    if settings.bn_statistics == "adv" and not attacked:
+        raise InputError("bn_statistics='adv' needs adversarial images; this run trains on clean ones, set 'all'")
+    if settings.attack_bn != "eval" and settings.attack is None:
+        raise InputError(f"attack_bn='{settings.attack_bn}' needs an attack; set it to 'eval'")
 
 
 def _attack(settings, made):

@@ -111,7 +111,7 @@ def build(
         smooth=_smooth(settings, objective, data),
         steps_per_epoch=steps_per_epoch,
         microbatches=settings.microbatches,
-        passes=_passes(settings, objective),
+        passes=Passes("batch" if settings.attack_bn == "batch" else "eval", settings.bn_statistics),
         products=settings.precision,
     )
     placed = functools.partial(_placed, mesh=mesh, fsdp=settings.sharding == "fsdp")
@@ -203,16 +203,6 @@ def _attacks(settings, objective):
     if options.pop("restarts", 1) != 1:
         raise InputError("attack_bn='train' goes with attack.restarts=1 only")
     return None, stateful_pgd(**options)
-
-
-def _passes(settings, objective):
-    """How batch-norm is seen; InputError on what would be ignored."""
-    attacked = settings.attack is not None or objective.attack is not None
-    if settings.bn_statistics == "adv" and not attacked:
-        raise InputError("bn_statistics='adv' needs adversarial images; this run trains on clean ones, set 'all'")
-    if settings.attack_bn != "eval" and settings.attack is None:
-        raise InputError(f"attack_bn='{settings.attack_bn}' needs an attack; set it to 'eval'")
-    return Passes("batch" if settings.attack_bn == "batch" else "eval", settings.bn_statistics)
 
 
 def _averaging(settings, steps_per_epoch):

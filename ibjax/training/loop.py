@@ -20,8 +20,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ibjax import config, extensions
 from ibjax.devices import cluster
-from ibjax.errors import CodeError, DataError, DivergedError, InputError, PreemptedError
-from ibjax.evaluation.scoring import nan_warnings
+from ibjax.errors import DivergedError, InputError, PreemptedError
+from ibjax.evaluation.scoring import GradientError, nan_warnings
 from ibjax.runs import checkpoint as checkpoints
 from ibjax.runs import rundir, trees, writers
 from ibjax.runs.metrics import MetricsLog, Window
@@ -100,7 +100,6 @@ def _loop(made, orbax, state, step, total, write):
     settings, per_epoch, mesh = experiment.config, experiment.steps_per_epoch, experiment.mesh
     capacity, dispatch, recompute = feed.feed(experiment, run_key(settings.seed, 1, mesh), step, made.step)
     window, first, began, pace = Window(step), step, time.perf_counter(), _Pace(settings, capacity)
-    kept, saving = step or None, None  # the last step that is on disk, and the one that may not be yet
 
     with _progress(settings, total, step) as bar:
         while step < total:
@@ -123,9 +122,7 @@ def _loop(made, orbax, state, step, total, write):
                 if reason:
                     write("diverged", step, reason=reason)
                     raise DivergedError(reason)
-                if saving is not None and checkpoints.committed(orbax, saving):
-                    kept, saving = saving, None
-                row = window.row(values, step, settings.batch_size) | ({} if kept is None else {"saved": kept})
+                row = window.row(values, step, settings.batch_size) | checkpoints.saved(orbax)
                 if window.first > first:  # not the first, which includes the compilation
                     pace.measure(batch_size=settings.batch_size, images_per_s=row["images_per_s"])
                 left = (time.perf_counter() - began) / (step - first) * (total - step)
@@ -137,9 +134,7 @@ def _loop(made, orbax, state, step, total, write):
                     state = recompute(state) if saved else feed.with_raw_statistics(state)
                 try:
                     scores = _validate(experiment, validator, state) if validated else None
-                except (DataError, CodeError):  # an image that cannot be read, an attack of the user's own
-                    raise
-                except InputError as error:  # the weights are so large that the network cannot be judged
+                except GradientError as error:  # the weights are so large that the network cannot be judged
                     reason = _in_words("validation accuracy", step, values["grad_norm"], orbax, str(error))
                     write("diverged", step, reason=reason)
                     raise DivergedError(reason) from None
@@ -149,7 +144,6 @@ def _loop(made, orbax, state, step, total, write):
                     _tell(settings, epoch, scores, (time.perf_counter() - began) / (step - first) * (total - step))
                 overfitted = scores is not None and _overfitted(experiment, orbax, scores)
                 checkpoints.save(orbax, state, scores and {**scores, "select": experiment.select})
-                saving = step
                 if overfitted and _alarm(settings, epoch) and not preempted:
                     return
                 window = Window(step)
