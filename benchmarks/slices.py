@@ -121,9 +121,10 @@ def main() -> None:
     parser.add_argument("--topology", default="v5e:2x2", help="KIND:SHAPE; every batch must divide among its chips")
     parser.add_argument("--rows", default="*", help="a pattern of FILE:ROW")
     parser.add_argument("--batch", type=int, help="in place of the rows' own")
-    parser.add_argument("--out", type=files.path, help="default: results/slices-TOPOLOGY.json")
+    parser.add_argument("--out", type=files.path, help="default: results/slices-TOPOLOGY[-batch-N].json")
     given = parser.parse_args()
-    out = given.out or ROOT / "results" / f"slices-{given.topology.replace(':', '-')}.json"
+    batch = "" if given.batch is None else f"-batch-{given.batch}"
+    out = given.out or ROOT / "results" / f"slices-{given.topology.replace(':', '-')}{batch}.json"
     chosen = {name: options for name, options in rows().items() if fnmatch.fnmatch(name, given.rows)}
     if given.batch is not None:
         chosen = {name: [*options, f"--config.batch_size={given.batch}"] for name, options in chosen.items()}

@@ -86,6 +86,11 @@ def _share(text):
     return part, parts
 
 
+def _together(item):
+    """Equal for tests that belong in one share: those of one case of a file, as an objective, share its programs."""
+    return f"{item.path.stem}[{item.callspec.id}]" if hasattr(item, "callspec") else item.nodeid
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by marks
 def pytest_collection_modifyitems(config, items):
     """Marks as slow what slow.toml does not name among the quick cases; leaves out all but one part with --share.
@@ -100,7 +105,7 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.slow)
     if share := config.getoption("--share"):
         part, parts = share
-        items[:] = [item for item in items if zlib.crc32(item.nodeid.encode()) % parts == part]
+        items[:] = [item for item in items if zlib.crc32(_together(item).encode()) % parts == part]
     rank = {name: number for number, name in enumerate(HEAVY)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
