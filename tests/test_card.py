@@ -58,7 +58,7 @@ def test_a_network_that_comes_back_from_its_card_has_the_same_bits(made, tmp_pat
     np.testing.assert_array_equal(before.logits_fn(x), after.logits_fn(x))
     assert after.validation["robust_acc"] == before.validation["robust_acc"]
     # it is evaluated as before, and says of itself what the run said
-    old, new = (evaluate(folder)[0] for folder in (workdir, tmp_path / "back"))
+    old, (new,) = files.read_json(workdir / "eval/best/fgsm.json"), evaluate(tmp_path / "back")
     same = ("robust_flags", "clean_acc", "weights", "images", "step", "selected_on", "title")
     assert {key: old[key] for key in same} == {key: new[key] for key in same}
     # and it teaches

@@ -98,7 +98,8 @@ def test_options_change_what_they_name():
     variables, bare = (start(head) for head in (default, AttentionMatching(16, positional=False)))
     assert set(variables["params"]) - set(bare["params"]) == {"position_t", "position_s"}
     heads = (default, AttentionMatching(16, query_relu=True), AttentionMatching(16, energy="mean"))
-    given = (variables, STUDENT, TEACHER)
+    student, teacher = taps(0, [8, 4]), taps(1, [8])
+    given = (start(default, student, teacher), student, teacher)
     loss, *others = jax.jit(lambda *given: [head.apply(*given, train=False)[0] for head in heads])(*given)
     assert all(abs(other - loss) > 1e-6 for other in others)
 

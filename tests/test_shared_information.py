@@ -18,7 +18,7 @@ from ibjax.optim import sgd
 from ibjax.step import Problem, init_state, make_train_step, trainable
 from ibjax.training.experiment import _optimizer
 
-CNN = dict(name="cnn", widths=((6,), (6,)), hidden=(), padding=1, batch_norm=True, pool="average")
+CNN = dict(name="cnn", widths=((6,),), hidden=(), padding=1, batch_norm=True, pool="average")
 MODEL = stochastic.Model(4, backbone=CNN, latent=5)
 RNG = np.random.default_rng(0)
 BATCH = {

@@ -20,8 +20,9 @@ X = np.random.default_rng(0).random((3, 8, 8, 3), np.float32)
 def made(**options):
     """(model, its variables, (variables, rngs) -> what it returns in evaluation)"""
     model = stochastic.Model(5, BACKBONE, **{"latent": 6, **options})
-    evaluate = jax.jit(lambda variables, rngs=None: model.apply(variables, X, rngs=rngs))
-    return model, jax.jit(model.init)(jax.random.key(1), X), evaluate
+    rng, shapes = np.random.default_rng(1), jax.eval_shape(model.init, jax.random.key(1), X)
+    variables = jax.tree.map(lambda leaf: np.float32(rng.normal(size=leaf.shape) / 4), shapes)
+    return model, variables, jax.jit(lambda variables, rngs=None: model.apply(variables, X, rngs=rngs))
 
 
 def in_training(model, variables, key):
