@@ -138,7 +138,7 @@ def test_runs_are_drawn_beside_each_other_from_the_command_line(workdirs, tmp_pa
         assert record["n"] == 35 and record["tsne_seed"] == 33 and "scikit-learn" in record["versions"]
         assert arrays["coordinates"].shape == (35, 2) and arrays["labels"].shape == arrays["predictions"].shape == (35,)
         assert record["acc"] == scoring.percent(arrays["labels"] == arrays["predictions"])
-        assert f"| seed {seed} | PGD-2, linf eps 2/16 | 0 | {record['acc']:.2f} | {record['silhouette']:.3f} |" in shown
+        assert f"| seed {seed} | PGD-2, linf eps 2/16 | 4 | {record['acc']:.2f} | {record['silhouette']:.3f} |" in shown
     data = picture.read_bytes()
     assert data.startswith(b"\x89PNG") and len(data) < 600_000
 
