@@ -199,10 +199,11 @@ def small_recipe(shape=(8, 8, 1), attacks=("pgd-2",), epochs=1, **sections):
     return settings
 
 
-def untrained_run(folder, settings):
+def untrained_run(folder, settings, validation=None):
     """`folder`, now the workdir of a run that has taken no step: for what needs a network rather than its training.
 
-    No train step and no evaluation are compiled for it. Weights are the initial ones, none of them zero.
+    No train step and no evaluation are compiled for it. Weights are the initial ones, none of them zero; `validation`
+    are the metrics of its checkpoint.
     """
     import jax
     import numpy as np
@@ -213,7 +214,7 @@ def untrained_run(folder, settings):
     model = run.build_model(settings.model, data.num_classes, "model")
     variables = {"batch_stats": {}, **jax.jit(model.init)(jax.random.key(0), data.test.images[:1] / np.float32(255))}
     params = jax.tree.map(lambda w: w + 0.1 * rng.normal(size=w.shape).astype(w.dtype), variables["params"])
-    rundir.write_network(folder, settings, run.facts(data), {**variables, "params": params})
+    rundir.write_network(folder, settings, run.facts(data), {**variables, "params": params}, validation=validation)
     return folder
 
 

@@ -14,9 +14,10 @@ from ibjax.attacks.pgd import pgd, stateful_pgd
 from ibjax.errors import InputError
 
 RNG = np.random.default_rng(0)
-X = jnp.float32(RNG.uniform(size=(6, 5, 4, 3)))
-Y = jnp.int32(RNG.integers(0, 4, 6))
-WEIGHTS = jnp.float32(RNG.normal(size=(60, 4)) / 4)
+X = np.float32(RNG.uniform(size=(6, 5, 4, 3)))
+Y = np.int32(RNG.integers(0, 4, 6))
+WEIGHTS = np.float32(RNG.normal(size=(60, 4)) / 4)
+KEY = jax.random.key(0)
 
 
 def linear(x):
@@ -54,38 +55,51 @@ def name(request):
 
 
 @functools.cache
-def program(attack, logits_fn):
-    return jax.jit(lambda key, x, y: attack(key, logits_fn, x, y))
-
-
-def run(attack, x=X, y=Y, key=None, logits_fn=curved):
-    return program(attack, logits_fn)(jax.random.key(0) if key is None else key, x, y)
+def program(name):
+    """(key, eps, x, y) -> x_adv, compiled once for every eps."""
+    return jax.jit(lambda key, eps, x, y: ATTACKS[name](eps)(key, curved, x, y))
 
 
 @functools.cache
 def attacked(name):
     """The images that an attack makes of X, for several properties."""
-    return run(ATTACKS[name]())
+    return np.asarray(program(name)(KEY, EPS[NORM[name]], X, Y))
+
+
+def run(attack, x=X, y=Y, logits_fn=curved):
+    return np.asarray(jax.jit(lambda key, x, y: attack(key, logits_fn, x, y))(KEY, x, y))
+
+
+def distance(x_adv, x, norm):
+    """The length of each image's perturbation, in float64."""
+    delta = np.float64(x_adv).reshape(len(x), -1) - np.float64(x).reshape(len(x), -1)
+    return np.linalg.norm(delta, {"linf": np.inf, "l2": 2}[norm], axis=1)
+
+
+@jax.jit
+def loss(x):
+    return losses.cross_entropy(curved(x), Y)
 
 
 def test_x_adv_lies_in_the_eps_ball_and_in_the_box(name):
     x_adv = attacked(name)
     assert x_adv.dtype == X.dtype and x_adv.shape == X.shape
-    assert float(geometry.distance(x_adv, X, NORM[name]).max()) <= EPS[NORM[name]] + 1e-6
-    assert float(x_adv.min()) >= 0 and float(x_adv.max()) <= 1
+    assert distance(x_adv, X, NORM[name]).max() <= EPS[NORM[name]] + 1e-6
+    assert x_adv.min() >= 0 and x_adv.max() <= 1
 
 
 def test_eps_zero_returns_x(name):
-    np.testing.assert_array_equal(run(ATTACKS[name](eps=0.0)), X)
+    ATTACKS[name](eps=0.0)  # and no step to take
+    np.testing.assert_array_equal(program(name)(KEY, 0.0, X, Y), X)
 
 
 def test_the_same_key_gives_the_same_result(name):
-    np.testing.assert_array_equal(run(ATTACKS[name]()), attacked(name))
+    """Traced and compiled once more: nothing is drawn but from the key."""
+    np.testing.assert_array_equal(program.__wrapped__(name)(KEY, EPS[NORM[name]], X, Y), attacked(name))
 
 
 def test_the_loss_rises(name):
-    x_adv = attacked(name)
-    assert losses.cross_entropy(curved(x_adv), Y).mean() > losses.cross_entropy(curved(X), Y).mean()
+    assert loss(attacked(name)).mean() > loss(X).mean()
 
 
 def test_each_image_is_attacked_by_itself(name):
@@ -94,12 +108,11 @@ def test_each_image_is_attacked_by_itself(name):
     In float64: the last bits of float32, which do depend on it, now and then turn a sign.
     """
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        x, attack = jnp.asarray(X, jnp.float64), ATTACKS[name]()
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(3), jnp.arange(6))
-        together = run(attack, x, key=keys)
-        alone = jnp.concatenate([run(attack, x[i : i + 1], Y[i : i + 1], keys[i : i + 1]) for i in (0, 5)])
+        x, eps, keys = np.float64(X), EPS[NORM[name]], jax.random.split(jax.random.key(3), 6)
+        together = program(name)(keys, eps, x, Y)
+        alone = [program(name)(keys[i : i + 1], eps, x[i : i + 1], Y[i : i + 1])[0] for i in (0, 5)]
     assert together.dtype == x.dtype
-    np.testing.assert_allclose(together[np.array([0, 5])], alone, atol=1e-12)
+    np.testing.assert_allclose(np.asarray(together)[[0, 5]], alone, atol=1e-12)
 
 
 def test_rolled_and_unrolled_agree_and_trace_the_network_once():
@@ -109,45 +122,44 @@ def test_rolled_and_unrolled_agree_and_trace_the_network_once():
         calls.append(x.shape)
         return curved(x)
 
-    rolled, unrolled = (run(make_pgd("linf")(unroll=unroll), logits_fn=counted) for unroll in (False, True))
+    attacks = (pgd(eps=0.1, step_size=0.03, steps=3, unroll=unroll) for unroll in (False, True))
+    rolled, unrolled = (run(attack, logits_fn=counted) for attack in attacks)
     assert len(calls) == 2
     np.testing.assert_allclose(rolled, unrolled, atol=1e-6)
 
 
 def test_pgd_on_a_linear_model_hits_the_corner_and_the_sphere():
     """For a margin between two classes the optimum is x + eps·sign(w), or x + eps·w/|w| where the box allows."""
-    x = jnp.full((1, 5, 4, 3), 0.5)
-    rolled = dict(unroll=False)
-    y, other = jnp.array([0]), 1
+    x, y, other = np.full((1, 5, 4, 3), 0.5, np.float32), np.array([0]), 1
     w = (WEIGHTS[:, other] - WEIGHTS[:, 0]).reshape(1, 5, 4, 3)
 
     def two_classes(x):
         return linear(x)[:, :2]
 
-    corner = pgd(loss="margin", eps=0.1, step_size=0.05, steps=10, **rolled)(jax.random.key(0), two_classes, x, y)
-    np.testing.assert_allclose(corner, x + 0.1 * jnp.sign(w), atol=1e-6)
-    sphere = pgd(loss="margin", norm="l2", eps=0.3, step_size=0.3, steps=40, **rolled)(
-        jax.random.key(0), two_classes, x, y
-    )
-    np.testing.assert_allclose(sphere, x + 0.3 * w / jnp.linalg.norm(w.ravel()), atol=1e-4)
+    rolled = dict(loss="margin", unroll=False)
+    corner = run(pgd(eps=0.1, step_size=0.05, steps=10, **rolled), x, y, two_classes)
+    np.testing.assert_allclose(corner, x + 0.1 * np.sign(w), atol=1e-6)
+    sphere = run(pgd(norm="l2", eps=0.3, step_size=0.3, steps=40, **rolled), x, y, two_classes)
+    np.testing.assert_allclose(sphere, x + 0.3 * w / np.linalg.norm(w), atol=1e-4)
 
 
 def test_fgsm_is_one_signed_step():
-    gradient = jax.grad(lambda x: jnp.sum(losses.cross_entropy(curved(x), Y)))(X)
-    np.testing.assert_allclose(run(fgsm(eps="8/255")), jnp.clip(X + 8 / 255 * jnp.sign(gradient), 0, 1), atol=1e-7)
+    gradient = jax.jit(jax.grad(lambda x: loss(x).sum()))(X)
+    np.testing.assert_allclose(run(fgsm(eps="8/255")), np.clip(X + 8 / 255 * np.sign(gradient), 0, 1), atol=1e-7)
 
 
 def test_more_steps_and_restarts_do_not_weaken_the_attack():
-    def loss(**options):
-        return losses.cross_entropy(curved(run(pgd(eps=0.1, step_size=0.02, unroll=False, **options))), Y)
+    def loss_after(steps):
+        return loss(run(pgd(eps=0.1, step_size=0.02, steps=steps, unroll=False)))
 
-    assert loss(steps=20).mean() >= loss(steps=1).mean()
+    assert loss_after(20).mean() >= loss_after(1).mean()
 
-    right = jnp.argmax(curved(X), 1).astype(jnp.int32)
+    logits = jax.jit(curved)
+    right = np.argmax(logits(X), 1).astype(np.int32)
 
     def broken(restarts):  # the starts decide: the step is short
         attack = pgd(eps=0.2, step_size=0.01, steps=1, restarts=restarts, unroll=False)
-        return int((~losses.correct(curved(run(attack, y=right)), right)).sum())
+        return np.sum(np.argmax(logits(run(attack, y=right)), 1) != right)
 
     assert broken(8) > broken(1)
 
@@ -161,29 +173,33 @@ def test_restarts_prefer_misclassification_over_loss():
         return jnp.where(v > 0.5, jnp.array([[0.0, 0.1, 0.0]]), jnp.array([[0.02, 0.01, 0.0]])) + 0.0 * v
 
     attack = pgd(eps=0.4, step_size=1e-6, steps=1, restarts=16, unroll=False)
-    x_adv = run(attack, jnp.full((1, 1, 1, 1), 0.5), jnp.array([0]), logits_fn=logits_fn)
-    assert float(x_adv.squeeze()) > 0.5
+    assert run(attack, np.full((1, 1, 1, 1), 0.5, np.float32), np.array([0]), logits_fn).item() > 0.5
 
 
 def test_kl_to_ones_own_prediction_has_no_gradient_without_a_random_start():
     """Hence TRADES's Gaussian start: at x itself only rounding points anywhere."""
-    target = jax.nn.softmax(curved(X))
-    slope = jax.grad(lambda x: jnp.sum(losses.kl(curved(x), target)))
-    moved = geometry.start(jax.random.key(0), X, "linf", 0.1, "gaussian")
-    assert jnp.abs(slope(X)).max() < 1e-5 < 1e-4 < jnp.abs(slope(moved)).max()
+
+    @jax.jit
+    def slopes(x):
+        target = jax.nn.softmax(curved(x))
+        slope = jax.grad(lambda x: jnp.sum(losses.kl(curved(x), target)))
+        moved = geometry.start(KEY, x, "linf", 0.1, "gaussian")
+        return jnp.abs(slope(x)).max(), jnp.abs(slope(moved)).max()
+
+    at_x, beside_it = slopes(X)
+    assert at_x < 1e-5 < 1e-4 < beside_it
 
 
 def test_eps_and_step_may_be_arrays_one_per_image():
-    eps = jnp.linspace(0.0, 0.1, 6)
-    x_adv = run(pgd(eps=eps, step_size=eps / 4, unroll=False))
-    size = geometry.distance(x_adv, X, "linf")
+    eps = np.linspace(0.0, 0.1, 6, dtype=np.float32)
+    size = distance(run(pgd(eps=eps, step_size=eps / 4, unroll=False)), X, "linf")
     assert np.all(size <= eps + 1e-6) and size[0] == 0 and size[5] > 0.09
 
 
 def test_a_stateful_network_moves_once_per_step():
     options = dict(eps=0.1, step_size=0.05, steps=7, unroll=False)
-    attack = jax.jit(lambda n: stateful_pgd(**options)(jax.random.key(0), lambda x, n: (curved(x), n + 1), X, Y, n))
-    x_adv, count = attack(jnp.zeros((), jnp.int32))
+    attack = jax.jit(lambda n: stateful_pgd(**options)(KEY, lambda x, n: (curved(x), n + 1), X, Y, n))
+    x_adv, count = attack(np.int32(0))
     assert int(count) == 7
     same = run(pgd(**options))
     np.testing.assert_allclose(x_adv, same, atol=1e-7)
@@ -212,10 +228,15 @@ def test_nonsense_is_refused_in_one_line(options, words):
 
 def test_start_distributions():
     """uniform fills the cube, the l2 start fills radii up to eps, gaussian has deviation 0.001."""
-    x = jnp.full((400, 8, 8, 3), 0.5)
-    delta = np.asarray(geometry.start(jax.random.key(0), x, "linf", 0.2, "uniform") - x)
-    assert abs(delta.mean()) < 2e-3 and abs(delta.std() - 0.2 / np.sqrt(3)) < 2e-3
-    lengths = np.asarray(geometry.distance(geometry.start(jax.random.key(0), x, "l2", 0.5, "uniform"), x, "l2"))
+    x = np.full((400, 8, 8, 3), 0.5, np.float32)
+
+    @jax.jit
+    def starts(x):
+        kinds = (("linf", 0.2, "uniform"), ("l2", 0.5, "uniform"), ("linf", 0.2, "gaussian"))
+        return [geometry.start(KEY, x, *kind) for kind in kinds]
+
+    cube, ball, near = map(np.asarray, starts(x))
+    assert abs((cube - x).mean()) < 2e-3 and abs((cube - x).std() - 0.2 / np.sqrt(3)) < 2e-3
+    lengths = distance(ball, x, "l2")
     assert lengths.max() <= 0.5 and abs(lengths.mean() - 0.25) < 0.03
-    delta = np.asarray(geometry.start(jax.random.key(0), x, "linf", 0.2, "gaussian") - x)
-    assert abs(delta.std() - 1e-3) < 1e-5
+    assert abs((near - x).std() - 1e-3) < 1e-5

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import change_config, in_programs
+from conftest import change_config
 from PIL import Image
 from test_ibd import attention_oracle
 
@@ -59,14 +59,11 @@ def test_the_matching_is_that_of_the_checkpoint(digits_run):
 def test_the_record_is_the_formula_over_attacked_images(sees, changes, workdir, monkeypatch):
     """Of a matching that prefers some layers, and not the same for all images."""
     edit(workdir, **changes)
-    restore, keys = attention.restore_head, iter(jax.random.split(jax.random.key(3), 99))
-    heads = []
-
-    def changed(w):
-        return w + 0.1 * jnp.abs(jax.random.normal(next(keys), w.shape))
+    restore, rng, heads = attention.restore_head, np.random.default_rng(3), []
 
     def perturbed(*arguments):
-        heads.append(jax.tree.map(changed, restore(*arguments)))
+        head = restore(*arguments)
+        heads.append(jax.tree.map(lambda w: np.float32(w + 0.1 * np.abs(rng.normal(size=w.shape))), head))
         return heads[0]
 
     monkeypatch.setattr(attention, "restore_head", perturbed)
@@ -74,16 +71,20 @@ def test_the_record_is_the_formula_over_attacked_images(sees, changes, workdir, 
 
     trained, taught = run.load(workdir), run.load(workdir / "teacher")
     split = run.test_split(trained)
-    x, y = to_float(jnp.asarray(split.images)), split.labels
-    seeds = jax.vmap(jax.random.fold_in, (None, 0))(
-        jax.random.fold_in(jax.random.key(trained.config.seed), scoring._EVALUATION), jnp.arange(len(y))
-    )
-    student, teacher = (in_programs(linen_net(run.in_float32(part.model))).predict for part in (trained, taught))
+    student, teacher = (linen_net(run.in_float32(part.model)).predict for part in (trained, taught))
     attack = pgd(eps=record["eps"], step_size=record["step_size"], steps=2)
-    x_adv = jax.jit(lambda: attack(seeds, lambda x: student(trained.variables, x)[0], x, y))()
-    assert record["teacher_sees"] == sees and np.abs(x_adv - x).max() > 0.01
-    taps_s = student(trained.variables, x_adv)[1]
-    taps_t = teacher(taught.variables, x_adv if sees == "x_adv" else x)[1]
+
+    @jax.jit
+    def by_hand(x):
+        """(x, x_adv, the student's taps at x_adv, the teacher's)"""
+        x, seed = to_float(x), jax.random.fold_in(jax.random.key(trained.config.seed), scoring._EVALUATION)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(seed, jnp.arange(len(x)))
+        x_adv = attack(keys, lambda x: student(trained.variables, x)[0], x, jnp.asarray(split.labels))
+        shown = x_adv if sees == "x_adv" else x
+        return x, x_adv, student(trained.variables, x_adv)[1], teacher(taught.variables, shown)[1]
+
+    x, x_adv, taps_s, taps_t = by_hand(split.images)
+    assert record["teacher_sees"] == sees and np.abs(np.subtract(x_adv, x)).max() > 0.01
     names = record["teacher_layers"]
     assert names == record["student_layers"] == ["conv1", "conv2"]
     head = attention.experiment_of(workdir).objective.head
@@ -100,7 +101,7 @@ def test_what_the_teacher_sees_and_the_size_of_batches(digits_run):
     """The teacher's images change the attention, the size of the batches does not."""
     experiment, trained = attention.experiment_of(digits_run), run.load(digits_run)
     head = attention.restore_head(experiment, digits_run, trained.step)
-    images = run.test_split(trained).images
+    images = run.test_split(trained).images[:9]
     whole, *names = attention.attention(trained, experiment, head, images, images, 16)
     parts = attention.attention(trained, experiment, head, images, images, 5)
     np.testing.assert_allclose(parts[0], whole, atol=1e-6)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import threadpoolctl
-from conftest import clean_recipe
+from conftest import clean_recipe, untrained_run
 
 from ibjax import files
 from ibjax.analysis import embedding
@@ -19,8 +19,6 @@ from ibjax.errors import InputError
 from ibjax.evaluation import scoring
 from ibjax.net import linen_net, to_float
 from ibjax.runs import run
-from ibjax.training import loop
-from ibjax.training.experiment import build
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,14 +32,13 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def workdirs(tmp_path_factory):
-    """Two undefended runs, of other seeds."""
+    """Two runs of one architecture, of other seeds."""
     folders = []
     for seed in (0, 1):
         settings = clean_recipe()
         settings.update(title=f"seed {seed}", seed=seed, epochs=1)
         settings.data.n_test = 40
-        folders.append(tmp_path_factory.mktemp("runs") / "run")
-        loop.train(build(settings), folders[-1])
+        folders.append(untrained_run(tmp_path_factory.mktemp("runs") / "run", settings))
     return folders
 
 
@@ -94,7 +91,7 @@ def test_taps_are_those_of_images():
     """Not the class means of CEB, which are as many as there are classes."""
     backbone = dict(name="cnn", widths=((4,),), hidden=(), padding=1, pool="average")
     model = run.build_model(dict(name="stochastic", backbone=backbone, class_means=True, latent=3), 10, "model")
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    variables = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))
     found = embedding.taps(linen_net(model).predict, variables, (8, 8, 1))
     assert {"mu", "z", "stage1"} < set(found) and "class_means" not in found
 

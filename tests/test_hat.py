@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import scipy.special
 from test_objectives import BATCH, NET, VARIABLES, X_ADV, loss_and_gradient
 
 from ibjax.errors import InputError
@@ -16,11 +17,12 @@ KEY = jax.random.key(0)
 def test_it_is_its_formula(base):
     """The helper goes h times as far as x', with the class that the teacher sees in x'."""
     variables, p = VARIABLES, []
-    for x in (BATCH["image"], X_ADV, BATCH["image"] + 3.0 * (X_ADV - BATCH["image"])):
-        (logits, _), variables = NET.forward(variables, x, KEY)
-        p.append(np.asarray(jax.nn.softmax(logits), np.float64))
+    x, x_adv = np.asarray(BATCH["image"]), np.asarray(X_ADV)
+    for seen in (x, x_adv, x + np.float32(3) * (x_adv - x)):
+        (logits, _), variables = NET.forward(variables, seen, KEY)
+        p.append(scipy.special.softmax(np.float64(logits), axis=-1))
     rows, y = np.arange(12), np.asarray(BATCH["label"])
-    helper = np.argmax(NET.teacher(X_ADV)[0], axis=1)
+    helper = np.asarray(NET.teacher(X_ADV)[0]).argmax(1)
     robust = (p[0] * np.log(p[0] / p[1])).sum(1) if base == "trades" else -np.log(p[1][rows, y])
     expected = -np.log(p[0][rows, y]) + 2 * robust - 0.7 * np.log(p[2][rows, helper])
     value, _, after, _ = loss_and_gradient(hat(base=base, beta=2.0, gamma=0.7, h=3.0))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from test_objectives import BATCH, NET, VARIABLES, X_ADV
 
 from ibjax.errors import InputError
@@ -20,7 +21,16 @@ STUDENT, TEACHER = taps(0, [8, 8, 4, 2]), taps(1, [8, 4, 8])
 
 
 def start(head, student=STUDENT, teacher=TEACHER):
-    return jax.jit(lambda *taps: head.init(jax.random.key(2), *taps, train=False))(student, teacher)
+    """Variables among which none is 0 or 1; made in NumPy, since JAX would compile a program for every shape."""
+    shapes = jax.eval_shape(lambda *taps: head.init(jax.random.key(2), *taps, train=False), student, teacher)
+    rng = np.random.default_rng(2)
+
+    def fill(path, leaf):
+        kernel, near_one = path[-1].key == "kernel", path[-1].key in ("scale", "var")
+        start = rng.normal(size=leaf.shape) / np.sqrt(leaf.shape[0]) if kernel else float(near_one)
+        return np.float32(start + 0.3 * np.abs(rng.normal(size=leaf.shape)))
+
+    return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 def apply(head, student=STUDENT, teacher=TEACHER):
@@ -85,11 +95,13 @@ def test_gradients_flow_through_values_keys_and_attention():
 
 def test_options_change_what_they_name():
     default = AttentionMatching(16)
-    names, bare = (set(start(head)["params"]) for head in (default, AttentionMatching(16, positional=False)))
-    assert names - bare == {"position_t", "position_s"}
-    loss = float(apply(default)[0])
-    for option in (dict(query_relu=True), dict(energy="mean")):
-        assert abs(float(apply(AttentionMatching(16, **option))[0]) - loss) > 1e-6
+    variables, bare = (start(head) for head in (default, AttentionMatching(16, positional=False)))
+    assert set(variables["params"]) - set(bare["params"]) == {"position_t", "position_s"}
+    heads = (default, AttentionMatching(16, query_relu=True), AttentionMatching(16, energy="mean"))
+    student, teacher = taps(0, [8, 4]), taps(1, [8])
+    given = (start(default, student, teacher), student, teacher)
+    loss, *others = jax.jit(lambda *given: [head.apply(*given, train=False)[0] for head in heads])(*given)
+    assert all(abs(other - loss) > 1e-6 for other in others)
 
 
 @pytest.mark.parametrize("n, k", [(4, 8), (8, 4), (7, 3), (32, 16), (5, 5), (3, 7)])
@@ -97,24 +109,26 @@ def test_adaptive_pooling_is_pytorchs(n, k):
     torch = pytest.importorskip("torch", reason="the oracle is PyTorch")
     e = np.random.default_rng(0).normal(size=(2, n, n)).astype(np.float32)
     expected = torch.nn.functional.adaptive_avg_pool2d(torch.tensor(e), (k, k)).numpy()
-    np.testing.assert_allclose(adaptive_average(jnp.asarray(e), (k, k)), expected, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(lambda e: adaptive_average(e, (k, k)))(e), expected, atol=1e-6)
 
 
 def test_layers_come_in_numerical_order_after_their_activation_without_the_stem():
-    features = {f"block{i}": jnp.full((1, 1, 1, 1), float(i)) for i in (10, 2, 1)}
+    features = {f"block{i}": np.full((1, 1, 1, 1), float(i)) for i in (10, 2, 1)}
     features |= {
-        "stem": jnp.zeros((1, 1, 1, 1)),
-        "block2_relu": jnp.full((1, 1, 1, 1), 20.0),
-        "pre_logits": jnp.zeros((1, 1)),
+        "stem": np.zeros((1, 1, 1, 1)),
+        "block2_relu": np.full((1, 1, 1, 1), 20.0),
+        "pre_logits": np.zeros((1, 1)),
     }
-    assert [float(z.squeeze()) for z in layers_of(features, "block")] == [1.0, 20.0, 10.0]
+    assert [z.item() for z in layers_of(features, "block")] == [1.0, 20.0, 10.0]
 
 
 def test_differences_keep_the_order_of_layers_across_sizes():
-    z_t = list(taps(1, [4, 8, 4, 8]).values())
-    both = energy_differences(list(STUDENT.values()), z_t, "square")
-    alone = [energy_differences(list(STUDENT.values()), [z], "square") for z in z_t]
-    np.testing.assert_allclose(both, jnp.concatenate(alone, 1), rtol=1e-5)
+    @jax.jit
+    def differences(z_s, z_t):
+        return energy_differences(z_s, z_t, "square"), [energy_differences(z_s, [z], "square") for z in z_t]
+
+    both, alone = differences(list(STUDENT.values()), list(taps(1, [4, 8, 4, 8]).values()))
+    np.testing.assert_allclose(both, np.concatenate(alone, 1), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -167,10 +181,7 @@ MIXED["block2"], MIXED["block3"] = MIXED["block3"], MIXED["block2"]  # layers of
 @pytest.mark.parametrize("options", [dict(), dict(query_relu=True), dict(positional=False)])
 def test_the_attention_is_its_formula(options, train):
     head = AttentionMatching(16, **options)
-    rng = np.random.default_rng(3)
-    variables = jax.tree.map(
-        lambda w: np.float32(w + 0.3 * np.abs(rng.normal(size=w.shape))), start(head, STUDENT, MIXED)
-    )
+    variables = start(head, STUDENT, MIXED)
     (_, attention), updated = jax.jit(lambda *given: head.apply(*given, train=train, mutable=["batch_stats"]))(
         variables, STUDENT, MIXED
     )
@@ -200,7 +211,7 @@ def test_the_whole_loss_is_its_formula(teacher_features):
     )
 
     def kl(logits):
-        p, q = (np.asarray(jax.nn.softmax(z), np.float64) for z in (of_x[0], logits))
+        p, q = (scipy.special.softmax(np.float64(z), axis=-1) for z in (of_x[0], logits))
         return (p * np.log(p / q)).sum(-1).mean()
 
     loss, (got, metrics) = jax.jit(lambda variables: objective.loss(NET, variables, BATCH, X_ADV, key))(variables)
@@ -215,9 +226,13 @@ def test_the_whole_loss_is_its_formula(teacher_features):
 
 def test_the_teacher_sees_noise_of_the_size_asked_for():
     """Its logits move, by more where the noise is larger, and not at all without."""
-    exact = jax.nn.softmax(NET.teacher(BATCH["image"])[0])
-    distance = [
-        float(jnp.abs(ibd(teacher_noise=noise).target(NET, VARIABLES, BATCH, jax.random.key(0)) - exact).max())
-        for noise in (0.0, 0.001, 0.1)
-    ]
+
+    @jax.jit
+    def distances(batch):
+        exact = jax.nn.softmax(NET.teacher(batch["image"])[0])
+        objectives = [ibd(teacher_noise=noise) for noise in (0.0, 0.001, 0.1)]
+        targets = [objective.target(NET, VARIABLES, batch, jax.random.key(0)) for objective in objectives]
+        return [jnp.abs(target - exact).max() for target in targets]
+
+    distance = distances(BATCH)
     assert distance[0] == 0 and 0 < distance[1] < distance[2] / 10

@@ -149,8 +149,8 @@ def test_the_picture_states_the_scale_of_its_differences(channels, monkeypatch, 
     figure.savefig(tmp_path / "a.png")
 
 
-def test_a_picture_of_an_unknown_kind_is_refused(workdir, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["modulation", f"--workdir={workdir}", "--picture=a.gif"])
+def test_a_picture_of_an_unknown_kind_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["modulation", f"--workdir={tmp_path}", "--picture=a.gif"])
     with pytest.raises(SystemExit) as caught:
         modulation.main()
     assert caught.value.code == 2 and "give a name that ends in .png, .pdf, .svg" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 
 from ibjax import config, files, main
 from ibjax import report as report_command
@@ -21,6 +22,21 @@ from ibjax.errors import InputError
 from ibjax.evaluation import report, results
 from ibjax.evaluation.report import commands, figures, page, runs, self_checks, tables
 from ibjax.runs import recipe_files
+
+SVG = figures.Plot.svg
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """Plots of pages stay empty: drawing them takes nine tenths of a page's time."""
+    monkeypatch.setattr(figures.Plot, "svg", Markup("<svg></svg>"))
+
+
+@pytest.fixture
+def drawn(undrawn, monkeypatch):
+    """They do not: for tests of what is in them."""
+    monkeypatch.setattr(figures.Plot, "svg", SVG)
+
 
 N = 8
 FLAGS = {  # the images that are robust at the main eps; images 2 and 3 withstand all three attacks
@@ -483,6 +499,7 @@ def test_damage_anywhere_in_the_images_is_named(tmp_path):
     assert named > 40
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_value_of_another_type_stops_no_page(tmp_path):
     """Whatever stands where a record or a configuration has something else: it is named, or shown as it is."""
     record_values = dict(weights=[1], select={"a": 1}, count=[1], samples={"a": 1}, seed=[1], step=[1], images={"a": 1})
@@ -504,6 +521,7 @@ def test_an_unfinished_run_says_so(tmp_path):
     assert "it has no results yet" in text
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_diverged_run_says_so(tmp_path):
     rows = [{"kind": "train", "step": s, "epoch": s / 2, "loss": float("nan")} for s in (2, 4)]
     assert "it diverged" in page_of(write_run(tmp_path / "run", healthy(), rows=rows))
@@ -553,6 +571,7 @@ class Page(html.parser.HTMLParser):
             self.text += data
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_page_refers_to_nothing_outside_itself(tmp_path):
     folder = write_run(tmp_path / "run", healthy())
     write_examples(folder)
@@ -566,6 +585,7 @@ def test_the_page_refers_to_nothing_outside_itself(tmp_path):
     assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_whatever_stands_in_a_file_is_escaped(tmp_path):
     evil = '</title><script>alert("x")</script><img src=//evil onerror=x>$\\frac{$'
     changes = dict(title=evil, dataset=evil, commit=evil, hardware=evil, warnings=[evil], versions={evil: evil})
@@ -581,6 +601,7 @@ def test_whatever_stands_in_a_file_is_escaped(tmp_path):
     assert evil in page.text
 
 
+@pytest.mark.usefixtures("drawn")
 def test_every_name_from_a_file_is_text_in_tables_legends_examples_and_commands(tmp_path):
     """Titles of seeds, classes, attacks, surrogates: none of them is a tag, and the page asks no other address."""
     evil = "<img src=//evil.example/x onerror=alert(1)>&lt;b&gt;\"'"
@@ -624,6 +645,7 @@ def strokes(picture):
     return len(re.findall(r'<path d="[^"]*"[^>]*style="[^"]*fill: none;[^"]*stroke: var\(--s\d\)', picture))
 
 
+@pytest.mark.usefixtures("drawn")
 def test_two_points_are_marks_and_three_are_a_line():
     two = [record(attack) for attack in FLAGS]
     picture = page.figure(figures.curves(tables.families(two)))
@@ -643,12 +665,14 @@ def test_curves_in_two_norms_or_on_two_data_sets_are_in_panels_of_their_own():
     assert "linf" not in figures.curves(tables.families(healthy())).description
 
 
+@pytest.mark.usefixtures("drawn")
 def test_seeds_have_bars():
     spread = page.figure(figures.curves(tables.families(seeds(3))))
     assert "Bars: standard deviation over training seeds" in spread and "student, 3 seeds" in spread
     assert "Bars" not in figures.curves(tables.families(seeds(3), each=True)).caption
 
 
+@pytest.mark.usefixtures("drawn")
 def test_one_epoch_is_a_mark_in_a_panel_and_a_panel_without_numbers_is_not_drawn(tmp_path):
     train = {"kind": "train", "step": 4, "epoch": 1.0, "loss": 2.0, "clean_acc": 50.0}
     many = [{**train, "step": s, "epoch": s / 2, "loss": float(s)} for s in (1, 2, 3, 4)]
@@ -745,6 +769,7 @@ def test_a_page_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     assert (folder / "report.html").read_text() == before
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_same_results_give_the_same_page(tmp_path):
     folder = write_run(tmp_path / "run", healthy())
     assert page_of(folder) == page_of(folder)

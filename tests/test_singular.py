@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
-from conftest import in_programs
 from PIL import Image
 
 from ibjax import files
@@ -112,8 +111,9 @@ def varied(workdir, monkeypatch):
     )
     trained = trained._replace(variables={**trained.variables, "params": params})
     images = run.test_split(trained).images
-    predict = in_programs(linen_net(run.in_float32(trained.model))).predict
-    labels = np.array(predict(trained.variables, to_float(jnp.asarray(images)))[0].argmax(1), np.int32)
+    predict = linen_net(run.in_float32(trained.model)).predict
+    classes = jax.jit(lambda x: predict(trained.variables, to_float(x))[0].argmax(1))
+    labels = np.array(classes(images), np.int32)
     labels[:2] = (labels[:2] + 1) % 10
     split = Split(images, labels)
     monkeypatch.setattr(run, "load", lambda *_: trained)
@@ -126,18 +126,22 @@ def test_each_row_is_what_it_says(varied, workdir, monkeypatch):
     monkeypatch.setattr(singular, "draw", lambda examples, *_: drawn.update(examples))
     record = singular.evaluate(workdir, attacks=("pgd-2",), picture=workdir / "unused.png")
 
-    x, y = to_float(jnp.asarray(split.images)), split.labels
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(
-        jax.random.fold_in(jax.random.key(trained.config.seed), scoring._EVALUATION), jnp.arange(len(y))
-    )
-    predict = in_programs(linen_net(run.in_float32(trained.model))).predict
+    predict = linen_net(run.in_float32(trained.model)).predict
     attack = pgd(eps=record["eps"], step_size=record["step_size"], steps=2)
-    x_adv = np.asarray(jax.jit(lambda: attack(keys, lambda x: predict(trained.variables, x)[0], x, y))())
+    classes, y = jax.jit(lambda x: predict(trained.variables, x)[0].argmax(1)), split.labels
+
+    @jax.jit
+    def by_hand(x):
+        x, seed = to_float(x), jax.random.fold_in(jax.random.key(trained.config.seed), scoring._EVALUATION)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(seed, jnp.arange(len(x)))
+        return x, attack(keys, lambda x: predict(trained.variables, x)[0], x, jnp.asarray(y))
+
+    x, x_adv = map(np.asarray, by_hand(split.images))
 
     def taken_for(images):
-        return np.asarray(predict(trained.variables, jnp.asarray(images, jnp.float32))[0]).argmax(1)
+        return np.asarray(classes(np.float32(images)))
 
-    clean, x = taken_for(x) == y, np.asarray(x)
+    clean = taken_for(x) == y
     swapped = combined(x_adv, x)
     seen = dict(image=x_adv, swapped=swapped.clip(0, 1), unclipped=swapped, converse=combined(x, x_adv).clip(0, 1))
     for row, images in seen.items():

@@ -1,5 +1,7 @@
 """The Gaussian bottleneck: what is drawn when, and how a configuration names its backbone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,38 +13,45 @@ from ibjax.errors import InputError
 from ibjax.models import stochastic
 
 BACKBONE = dict(name="cnn", widths=((4,),), hidden=(8,), dropout=0.0)
-X = jnp.asarray(np.random.default_rng(0).random((3, 8, 8, 3)), jnp.float32)
+X = np.random.default_rng(0).random((3, 8, 8, 3), np.float32)
 
 
+@functools.cache
 def made(**options):
+    """(model, its variables, (variables, rngs) -> what it returns in evaluation)"""
     model = stochastic.Model(5, BACKBONE, **{"latent": 6, **options})
-    return model, jax.jit(model.init)(jax.random.key(1), X)
+    rng, shapes = np.random.default_rng(1), jax.eval_shape(model.init, jax.random.key(1), X)
+    variables = jax.tree.map(lambda leaf: np.float32(rng.normal(size=leaf.shape) / 4), shapes)
+    return model, variables, jax.jit(lambda variables, rngs=None: model.apply(variables, X, rngs=rngs))
 
 
-def drawn(model, variables, seed):
-    rngs = {"sample": jax.random.key(seed), "dropout": jax.random.key(0)}
+def in_training(model, variables, key):
+    """(logits, features)"""
+    rngs = {"sample": key, "dropout": key}
     return model.apply(variables, X, train=True, mutable=["batch_stats"], rngs=rngs)[0]
 
 
 def test_attacks_and_tests_see_the_mean_and_training_a_sample():
-    model, variables = made()
-    logits, features = model.apply(variables, X)
+    model, variables, evaluate = made()
+
+    @jax.jit
+    def seen(variables, keys):
+        (logits, features), head = evaluate(variables), variables["params"]["head"]["dense"]
+        expected = features["mu"] @ head["kernel"] + head["bias"][None]
+        return logits, expected, features, [in_training(model, variables, key)[1] for key in keys]
+
+    logits, expected, features, (one, two) = seen(variables, jax.random.split(jax.random.key(0)))
     np.testing.assert_array_equal(features["z"], features["mu"])
-    head = variables["params"]["head"]["dense"]
-    np.testing.assert_allclose(logits, features["mu"] @ head["kernel"] + head["bias"][None], rtol=1e-5, atol=1e-6)
-    one, two = drawn(model, variables, 1)[1], drawn(model, variables, 2)[1]
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(one["mu"], features["mu"])
-    assert (one["z"] != two["z"]).all()
+    assert np.all(np.not_equal(one["z"], two["z"]))
 
 
 def test_samples_have_the_mean_and_the_width_that_are_stated():
-    model, variables = made()
-
-    def sample(key):
-        return model.apply(variables, X, train=True, mutable=["batch_stats"], rngs={"sample": key, "dropout": key})
-
-    z = np.asarray(jax.vmap(lambda key: sample(key)[0][1]["z"])(jax.random.split(jax.random.key(5), 4000)))
-    features = model.apply(variables, X)[1]
+    model, variables, evaluate = made()
+    keys = jax.random.split(jax.random.key(5), 4000)
+    z = np.asarray(jax.jit(jax.vmap(lambda key: in_training(model, variables, key)[1]["z"]))(keys))
+    features = jax.tree.map(np.asarray, evaluate(variables)[1])
     error = np.abs(z.mean(0) - features["mu"]) / (features["sigma"] / 4000**0.5)
     assert error.max() < 4.5
     np.testing.assert_allclose(z.std(0), features["sigma"], rtol=0.06)
@@ -50,38 +59,39 @@ def test_samples_have_the_mean_and_the_width_that_are_stated():
 
 @pytest.mark.parametrize("sigma", ["softplus", "shifted", "unit"])
 def test_sigma_is_what_its_name_says_and_stays_in_bounds(sigma):
-    model, variables = made(sigma=sigma)
+    _, variables, evaluate = made(sigma=sigma)
     if sigma == "unit":
         assert variables["params"]["gaussian"]["dense"]["kernel"].shape == (8, 6)
-        assert (model.apply(variables, X)[1]["sigma"] == 1).all()
+        assert np.all(np.equal(evaluate(variables)[1]["sigma"], 1))
         return
     for bias, expected in [(0.3, np.log1p(np.exp(0.3 - 5 * (sigma == "shifted")))), (-50.0, 1e-4), (500.0, 100.0)]:
-        layer = {"kernel": jnp.zeros((8, 12)), "bias": jnp.full(12, bias)}
+        layer = {"kernel": np.zeros((8, 12), np.float32), "bias": np.full(12, bias, np.float32)}
         changed = {**variables["params"], "gaussian": {"dense": layer}}
-        found = model.apply({**variables, "params": changed}, X)[1]["sigma"]
+        found = evaluate({**variables, "params": changed})[1]["sigma"]
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_sampling_at_test_needs_a_key_and_says_so():
-    model, variables = made(sample_at_test=True)
+    _, variables, evaluate = made(sample_at_test=True)
     with pytest.raises(InputError, match="rngs="):
-        model.apply(variables, X)
-    one, two = (model.apply(variables, X, rngs={"sample": jax.random.key(i)})[0] for i in (1, 2))
-    assert (one != two).any()
+        evaluate(variables)
+    one, two = (evaluate(variables, {"sample": jax.random.key(seed)})[0] for seed in (1, 2))
+    assert np.any(np.not_equal(one, two))
 
 
 def test_class_means_are_trainable_parameters_that_an_objective_can_reach():
     """CEB's ½‖μ − m_y‖² has a gradient in the table, through the features alone."""
-    model, variables = made(sigma="unit", latent=None, class_means=True)
-    y = jnp.array([0, 4, 4])
+    model, variables, _ = made(sigma="unit", latent=None, class_means=True)
+    y = np.array([0, 4, 4])
 
-    def rate(params):
-        features = model.apply({**variables, "params": params}, X)[1]
+    @jax.grad
+    def slope_of_rate(params):
+        features = in_training(model, {**variables, "params": params}, jax.random.key(0))[1]
         return 0.5 * jnp.sum(jnp.square(features["mu"] - features["class_means"][y]))
 
-    slope = jax.grad(rate)(variables["params"])
+    slope = jax.jit(slope_of_rate)(variables["params"])
     assert slope["class_means"].shape == (5, 8)
-    assert [bool((row != 0).any()) for row in slope["class_means"]] == [True, False, False, False, True]
+    assert np.any(slope["class_means"], axis=1).tolist() == [True, False, False, False, True]
     assert "gaussian" not in slope  # μ is the backbone's own output
 
 
@@ -96,7 +106,8 @@ def test_class_means_are_trainable_parameters_that_an_objective_can_reach():
 )
 def test_impossible_options_are_refused(changed, message):
     with pytest.raises(InputError, match=message):
-        stochastic.Model(5, **{"backbone": BACKBONE, **changed}).init(jax.random.key(0), X)
+        model = stochastic.Model(5, **{"backbone": BACKBONE, **changed})
+        jax.eval_shape(model.init, jax.random.key(0), X)
 
 
 def section(**backbone):

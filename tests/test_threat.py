@@ -113,6 +113,14 @@ def digits(digits_run, tmp_path):
     return shutil.copytree(digits_run, tmp_path / "digits", ignore=shutil.ignore_patterns(".lock"))
 
 
+@pytest.fixture(scope="module")
+def records(digits_run, tmp_path_factory):
+    """The records of a student, and of an undefended network."""
+    ignored = shutil.ignore_patterns(".lock")
+    digits = shutil.copytree(digits_run, tmp_path_factory.mktemp("evaluated") / "digits", ignore=ignored)
+    return [evaluate.evaluate(folder) for folder in (digits, digits / "undefended")]
+
+
 def test_training_in_another_norm_than_the_evaluation_is_said_before_and_after(tmp_path, caplog):
     recipe = clean_recipe()
     recipe.update(objective=dict(name="pgd_at"), epochs=1)
@@ -129,10 +137,9 @@ def test_training_in_another_norm_than_the_evaluation_is_said_before_and_after(t
     assert text in (tmp_path / "run/report.html").read_text()
 
 
-def test_one_threat_model_is_no_difference_and_neither_is_training_on_clean_images(digits):
-    records = [evaluate.evaluate(folder)[1] for folder in (digits, digits / "undefended")]
-    assert [record["train_threat"] for record in records] == [{"norm": "linf", "eps": "2/16"}, None]
-    assert all(results.departures(record) == [] for record in records)
+def test_one_threat_model_is_no_difference_and_neither_is_training_on_clean_images(records):
+    assert [found[1]["train_threat"] for found in records] == [{"norm": "linf", "eps": "2/16"}, None]
+    assert all(results.departures(found[1]) == [] for found in records)
     assert results.departures({"norm": "linf", "eps": "0.5/4", "train_threat": {"norm": "linf", "eps": "1/8"}}) == []
 
 
@@ -144,10 +151,9 @@ def test_an_objective_that_makes_its_own_images_says_their_radius():
     assert threat.trained(recipe) == {"norm": "linf", "eps": "0.3"}
 
 
-def test_a_record_says_by_which_accuracy_its_checkpoint_was_selected(digits):
+def test_a_record_says_by_which_accuracy_its_checkpoint_was_selected(digits, records):
     """Checkpoints from before there was a choice were selected by robust accuracy."""
-    found = [evaluate.evaluate(folder)[0]["select"] for folder in (digits, digits / "undefended")]
-    assert found == ["robust", "clean"]
+    assert [found[0]["select"] for found in records] == ["robust", "clean"]
     assert evaluate.evaluate(digits, "last", attacks=("fgsm",))[0]["select"] is None
 
 

@@ -35,12 +35,28 @@ def settings(**changes):
     return recipe
 
 
-def trained(workdir, recipe):
+PROGRAMS = {}
+
+
+def programs_of(experiment):
+    """The programs of an experiment, compiled once for all that differ in nothing that is compiled."""
+    compiled = config.plain(experiment.config)
+    compiled["writers"] = compiled["validate"]["select"] = compiled["validate"]["stop_on_overfitting"] = None
+    return PROGRAMS.setdefault(json.dumps(compiled), programs.make(experiment))._replace(experiment=experiment)
+
+
+def train(workdir, recipe=None, **functions):
+    """Trains by a recipe, or by `settings()`; returns its programs, some of which `functions` replace."""
+    made = programs_of(build(settings() if recipe is None else recipe))._replace(**functions)
+    loop.train(made.experiment, workdir, checked=made)
+    return made
+
+
+def trained(workdir, recipe=None):
     """(digest of all state, metrics without timings) after training."""
-    loop.train(build(recipe), workdir)
-    made = build(recipe)
+    made = train(workdir, recipe)
     with checkpoint.manager(workdir) as orbax:
-        state = checkpoint.restore_latest(orbax, initial_state(made))
+        state = checkpoint.restore_latest(orbax, initial_state(made.experiment, made.initial))
     rows = [
         {k: v for k, v in row.items() if k not in ("images_per_s", "compiles", "seconds_left", "saved")}
         for row in metrics.read(workdir / "metrics.jsonl")
@@ -52,7 +68,7 @@ def trained(workdir, recipe):
 def uninterrupted(tmp_path_factory):
     """(workdir, digest of all state, metrics without timings) of an uninterrupted run of `settings()`."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    return workdir, *trained(workdir, settings())
+    return workdir, *trained(workdir)
 
 
 @pytest.fixture(scope="module")
@@ -109,18 +125,18 @@ def test_notices_are_counted_by_the_loop_alone(tmp_path, monkeypatch):
         return False
 
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", sync_point)
-    loop.train(build(settings(epochs=2)), tmp_path)
+    train(tmp_path)
     assert len(counts) >= 10 and counts == list(range(counts[0], counts[0] + len(counts)))
 
 
 @pytest.mark.parametrize("crash_at", [1, 8, 13])
 def test_a_crash_anywhere_and_the_same_command_give_the_same_bits(tmp_path, monkeypatch, crash_at, whole):
-    recipe, (expected, expected_rows) = settings(), whole
+    expected, expected_rows = whole
     with monkeypatch.context() as patch:
         stop_after(patch, crash_at)
         with pytest.raises(Stop):
-            loop.train(build(recipe), tmp_path / "broken")
-    got, rows = trained(tmp_path / "broken", recipe)
+            train(tmp_path / "broken")
+    got, rows = trained(tmp_path / "broken")
     assert got == expected and rows == expected_rows
     assert_no_gap_no_duplicate(rows, 15)
 
@@ -146,7 +162,7 @@ def test_a_notice_saves_the_very_step_and_continuing_gives_the_same_bits(tmp_pat
     with monkeypatch.context() as patch:
         stop_after(patch, 7, PreemptedError)
         with pytest.raises(PreemptedError, match="saved step 7 of 15"):
-            loop.train(build(recipe), tmp_path / "broken")
+            train(tmp_path / "broken", recipe)
     assert seen == [("started", 0), ("train", 3), ("train", 5), ("val", 5), ("closed",)]  # it failed, the run did not
     del seen[:]
     got, rows = trained(tmp_path / "broken", recipe)
@@ -200,29 +216,28 @@ def test_the_order_is_a_permutation_of_each_epoch_and_a_function_of_seed_and_epo
     assert not np.array_equal(first[0], orders(1)[0])
 
 
-def test_nothing_is_transferred_from_the_host_inside_an_epoch(tmp_path, monkeypatch):
+def test_nothing_is_transferred_from_the_host_inside_an_epoch(tmp_path):
     """The guard is on around every dispatch: an implicit transfer there raises."""
-    made = build(settings())
-    levels = []
+    step, levels = programs_of(build(settings())).step, []
 
-    def spy(state, batch, key, teacher):
+    def spy(*arguments):
         levels.append(jax.config.jax_transfer_guard_host_to_device or jax.config.jax_transfer_guard)
-        return made.train_step(state, batch, key, teacher)
+        return step(*arguments)
 
-    loop.train(made._replace(train_step=spy), tmp_path)
-    assert levels and set(levels) == {"disallow"}
+    train(tmp_path, step=spy)
+    assert len(levels) > 1 and set(levels) == {"disallow"}
 
 
 def test_a_nan_stops_the_run_and_the_last_good_checkpoint_stays(tmp_path):
-    made = build(settings())
+    made = programs_of(build(settings()))
+    numbers, nan = itertools.count(1), cluster.replicate(np.full(1, np.nan, np.float32), made.experiment.mesh)
 
-    def poisoned(state, batch, key, teacher):
-        state, values = made.train_step(state, batch, key, teacher)
-        bad = state.step == 8
-        return state, {**values, "loss": jax.numpy.where(bad, jax.numpy.nan, values["loss"])}
+    def poisoned(*arguments):
+        state, values = made.step(*arguments)
+        return state, values | {"loss": nan} if next(numbers) == 8 else values
 
     with pytest.raises(DivergedError) as caught:
-        loop.train(made._replace(train_step=poisoned), tmp_path)
+        train(tmp_path, step=poisoned)
     assert "step 8" in str(caught.value) and "last good checkpoint is step 5" in str(caught.value)
     with checkpoint.manager(tmp_path, read_only=True) as orbax:
         assert list(orbax.all_steps()) == [5]
@@ -271,21 +286,21 @@ def test_a_high_learning_rate_diverges_with_one_line(tmp_path):
     recipe.optimizer.lr = 999.0
     recipe.optimizer.weight_decay = 10.0
     with pytest.raises(DivergedError, match=r"lower optimizer\.lr|not saved") as caught:
-        loop.train(build(recipe), tmp_path)
+        train(tmp_path, recipe)
     assert "\n" not in str(caught.value)
 
 
 def test_a_finished_run_is_left_alone(finished, whole):
     before = {f: f.stat().st_mtime_ns for f in (finished / "checkpoints").rglob("*") if f.is_file()}
     assert before
-    assert trained(finished, settings()) == whole
+    assert trained(finished) == whole
     assert before == {f: f.stat().st_mtime_ns for f in (finished / "checkpoints").rglob("*") if f.is_file()}
 
 
 def test_another_configuration_in_the_same_workdir_is_refused(finished):
     with pytest.raises(InputError, match=r"epochs=3, now 4"):
         loop.train(build(settings(epochs=4)), finished)
-    loop.train(build(settings(log_every=1)), finished)  # what does not change the result may change
+    train(finished, settings(log_every=1))  # what does not change the result may change
 
 
 def test_two_runs_in_one_workdir_the_second_is_refused(tmp_path):
@@ -336,7 +351,7 @@ def scripted_validation(monkeypatch, scores):
 
 def test_best_is_chosen_by_robust_not_by_clean_accuracy(tmp_path, monkeypatch):
     scripted_validation(monkeypatch, [(90.0, 10.0), (50.0, 40.0), (99.0, 35.0)])
-    trained(tmp_path, settings())
+    train(tmp_path)
     with checkpoint.manager(tmp_path, read_only=True) as orbax:
         assert checkpoint.best_step(orbax) == 10
     assert run.load(tmp_path, "best").step == 10 and run.load(tmp_path, "last").step == 15
@@ -370,7 +385,7 @@ def test_best_is_chosen_by_robust_accuracy_where_it_is_trained_for_and_else_by_c
     recipe = settings(**{key: value for key, value in changes.items() if key != "select"})
     recipe.validate.select = changes.get("select")
     scripted_flags(monkeypatch, [(60, 40), (61, 45), (75, 30)])
-    trained(tmp_path, recipe)
+    train(tmp_path, recipe)
     with checkpoint.manager(tmp_path, read_only=True) as orbax:
         assert checkpoint.best_step(orbax) == best
         assert checkpoint.metrics(orbax, best)["select"] == select
@@ -379,7 +394,7 @@ def test_best_is_chosen_by_robust_accuracy_where_it_is_trained_for_and_else_by_c
 def test_a_network_that_withstands_nothing_is_its_best_and_not_its_first(tmp_path, monkeypatch, caplog):
     """What clean training loses in robust accuracy is no catastrophe, and no alarm."""
     scripted_flags(monkeypatch, [(43, 30), (95, 0), (95, 0)])
-    trained(tmp_path, settings(objective=dict(name="standard"), attack=None))
+    train(tmp_path, settings(objective=dict(name="standard"), attack=None))
     assert run.load(tmp_path, "best").step == 15
     assert "catastrophic" not in caplog.text
 
@@ -412,9 +427,9 @@ def test_selection_looks_at_the_validation_split_or_where_asked_at_the_test_set(
 
 
 def test_the_teacher_is_its_best_checkpoint_unless_another_is_asked_for(tmp_path, monkeypatch):
-    scripted_validation(monkeypatch, [(90.0, 30.0), (50.0, 10.0)])
-    trained(tmp_path / "teacher", settings(epochs=2))
-    for which, step in (("best", 5), ("last", 10)):
+    scripted_validation(monkeypatch, [(90.0, 30.0), (50.0, 10.0), (50.0, 10.0)])
+    train(tmp_path / "teacher")
+    for which, step in (("best", 5), ("last", 15)):
         recipe = settings(objective=dict(name="ibd", beta=0.0))
         recipe.attack = dict(name="pgd", loss="kl", init="gaussian", eps="0.1", step_size="0.05", steps=1)
         recipe.teacher.update(workdir=str(tmp_path / "teacher"), checkpoint=which)
@@ -424,12 +439,11 @@ def test_the_teacher_is_its_best_checkpoint_unless_another_is_asked_for(tmp_path
         assert trees.digest(made.frozen["teacher"]) == made.facts["teacher"]["weights"]
 
 
-def test_other_data_or_another_teacher_cannot_continue_a_run(tmp_path, monkeypatch):
-    made = build(settings(epochs=1))
-    loop.train(made, tmp_path)
+def test_other_data_or_another_teacher_cannot_continue_a_run(finished):
+    made = build(settings())
     for name, other in (("digests", {"train": "0"}), ("teacher", {"step": 3, "weights": "0"})):
         with pytest.raises(InputError, match=f"trained with another {name}"):
-            loop.train(made._replace(facts={**made.facts, name: other}), tmp_path)
+            loop.train(made._replace(facts={**made.facts, name: other}), finished)
 
 
 def test_a_first_attempt_that_fails_does_not_bind_the_workdir(tmp_path):
@@ -447,7 +461,7 @@ def test_a_first_attempt_that_fails_does_not_bind_the_workdir(tmp_path):
 def test_a_catastrophic_loss_of_robustness_raises_the_alarm_and_stops_where_asked(tmp_path, monkeypatch, caplog):
     fall = [(80.0, 40.0), (85.0, 19.0), (90.0, 45.0)]
     scripted_validation(monkeypatch, fall)
-    _, rows = trained(tmp_path / "goes on", settings())
+    _, rows = trained(tmp_path / "goes on")
     assert "catastrophic overfitting" in caplog.text and rows[-1]["step"] == 15
     scripted_validation(monkeypatch, fall)
     recipe = settings()
@@ -464,7 +478,7 @@ def test_a_notice_in_the_step_of_catastrophic_overfitting_is_not_lost(tmp_path, 
     recipe.validate.stop_on_overfitting = True
     stop_after(monkeypatch, 10, PreemptedError)
     with pytest.raises(PreemptedError):
-        loop.train(build(recipe), tmp_path)
+        train(tmp_path, recipe)
 
 
 @pytest.mark.parametrize("error", [DataError("shard 3 is damaged"), CodeError("my_attack leaves the ball")])
@@ -474,7 +488,7 @@ def test_what_validation_cannot_read_or_run_is_no_divergence(tmp_path, monkeypat
 
     monkeypatch.setattr(loop, "_validate", fails)
     with pytest.raises(type(error), match=str(error)):
-        loop.train(build(settings()), tmp_path)
+        train(tmp_path)
     assert "diverged" not in {row["kind"] for row in metrics.read(tmp_path / "metrics.jsonl")}
 
 
@@ -510,13 +524,12 @@ def test_one_dispatch_at_most_is_computed_ahead():
         assert waited == list(range(number))
 
 
-def test_running_out_of_memory_names_the_batch_of_a_device(tmp_path, monkeypatch):
+def test_running_out_of_memory_names_the_batch_of_a_device(tmp_path):
     def dispatch(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
 
-    monkeypatch.setattr(feed, "make_dispatch", lambda *_: dispatch)
     with pytest.raises(MemoryError, match="batch_size=8 is 1 images on each of 8 devices"):
-        loop.train(build(settings()), tmp_path)
+        train(tmp_path, step=dispatch)
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ def ours(name, twin):
     arch, model = PAIRS[name]
     fit.check(Path("the twin"), arch, model, twins.state(twin), (32, 32, 3))  # nothing missing, nothing left over
     variables = architectures.to_ours(arch, model, twins.state(twin))
-    return jax.tree.map(jax.numpy.asarray, variables)
+    return jax.tree.map(np.asarray, variables)
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -121,7 +121,8 @@ def test_same_weights_give_the_same_logits_features_and_running_statistics(name)
 def test_batch_norm_groups_are_the_replicas_of_unsynchronised_training(name):
     """Each half of the batch by itself, as on two devices; the running statistics take the average of the two."""
     _, model, variables, images = pair(name, groups=2)
-    (logits, _), updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    apply = jax.jit(lambda variables, x: model.apply(variables, x, train=True, mutable=["batch_stats"]))
+    (logits, _), updated = apply(variables, images)
     halves, statistics = [], []
     for half in (images[:2], images[2:]):
         replica, *_ = pair(name)
