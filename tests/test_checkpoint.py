@@ -4,6 +4,7 @@ import errno
 import gc
 import os
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,12 @@ from ibjax import files
 from ibjax.errors import CheckpointError
 from ibjax.runs import checkpoint, stored, trees
 from ibjax.step import TrainState
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    """After an error a store watches for a second what a save in the background may still write; here none does."""
+    monkeypatch.setattr(checkpoint, "time", types.SimpleNamespace(sleep=lambda seconds: None))
 
 
 def state(step, width=6, dtype=jnp.float32, ema=False):

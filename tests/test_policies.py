@@ -65,14 +65,14 @@ def test_an_operation_is_pillows_to_one_grey_level(name):
 
 @pytest.mark.parametrize("make", [
     lambda: policies.random_erasing(erase=1.0, pad=2),
-    lambda: policies.randaugment(operations=2, magnitude=14),
+    lambda: policies.randaugment(operations=1, magnitude=14),
     lambda: policies.autoaugment(erase=0.5),
     lambda: policies.idbh(),
     lambda: policies.idbh(variant="svhn"),
 ], ids=["random_erasing", "randaugment", "autoaugment", "idbh", "idbh-svhn"])  # fmt: skip
 def test_a_policy_changes_an_image_by_its_index_alone(make):
     """In [0, 1], the same for the same (key, index) whatever stands beside it, another for another index or key."""
-    images = np.float32(RNG.uniform(0.1, 1.0, (6, 12, 10, 3)))
+    images = np.float32(RNG.uniform(0.1, 1.0, (6, 12, 11, 3)))
     change = jax.jit(lambda key, x, index: _augmented(make(), key, x, index))
     key, index = jax.random.key(3), np.arange(6, dtype=np.int32) + 40
     first = np.asarray(change(key, images, index))

@@ -120,7 +120,7 @@ def minimised():
 
 
 def mutual_information():
-    module, features = mine.Mine("z", (16, 16), projection=6), {"z": normal(N, 4)}
+    module, features = mine.Mine("z", (16, 16), projection=6), {"z": jnp.asarray(normal(N, 4))}
     variables = shaken(jax.jit(lambda: module.init(KEY, features, None, train=False))())
     return with_gradient(lambda z: module.apply(variables, {"z": z}, features, train=False), normal(N, 4))
 
