@@ -107,9 +107,15 @@ def test_attacked_images_are_made_against_the_network_as_it_is(made, tmp_path):
     assert abs(found["nhsic"]["pre_logits"]["x"][-1] - clean["nhsic"]["pre_logits"]["x"][-1]) > 1e-3
 
 
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Without the check of a configuration that traces its whole training, step and validation."""
+    monkeypatch.setattr(loop, "check", lambda *_: None)
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_a_finished_one_is_read_and_never_replaced(made, caplog, monkeypatch):
     found, folder = made
-    monkeypatch.setattr(loop, "check", lambda *_: None)  # it traces the whole training, which none of this needs
     file = folder / "plane.json"
     before = file.stat().st_mtime_ns
     assert plane.record(recipe(), folder, **OPTIONS) == found == files.read_json(file)
@@ -132,6 +138,7 @@ def test_a_finished_one_is_read_and_never_replaced(made, caplog, monkeypatch):
     assert file.stat().st_mtime_ns == before
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_one_that_was_stopped_starts_again(made, tmp_path, monkeypatch):
     found, _ = made
     monkeypatch.setattr(plane, "_RECORDS", 2)
