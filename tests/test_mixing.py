@@ -96,8 +96,15 @@ def by_inverse(key, a, b):
 
 def test_boxes_have_the_areas_of_beta(monkeypatch):
     """The mean share is the expectation over λ ~ Beta(α, α) and every centre, summed up in NumPy; so is its spread."""
-    monkeypatch.setattr(jax.random, "beta", by_inverse)
+    asked = set()
+
+    def beta(key, a, b):
+        asked.add((a, b))
+        return by_inverse(key, a, b)
+
+    monkeypatch.setattr(jax.random, "beta", beta)
     found = shares(mixing.cutmix(alpha=0.7, per_image=True), 120)
+    assert asked == {(0.7, 0.7)}
     rng, (height, width) = np.random.default_rng(0), (8, 6)
     lam, expected = rng.beta(0.7, 0.7, 4000), []
     centres = [(i, j) for i in range(height) for j in range(width)]
