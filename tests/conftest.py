@@ -147,6 +147,15 @@ def digits_run(tmp_path_factory):
     return made if made.parent == own else Path(shutil.copytree(made, own / "digits"))
 
 
+@pytest.fixture
+def rolled(monkeypatch):
+    """Attacks as loops, as on an accelerator: for a CPU they are unrolled, and a program of ten steps is ten times as
+    long to compile."""
+    from ibjax.devices import forms
+
+    monkeypatch.setitem(forms.TABLE, "cpu", forms.TABLE["cpu"]._replace(unroll=False))
+
+
 def once(make):
     """`make()` at the first call, its result at every other: for arrays that collecting the tests should not build.
 
@@ -235,6 +244,7 @@ def config_rows(name):
     return getattr(_recipe(name), "ROWS", ("",))
 
 
+@functools.cache
 def _recipe(name):
     import importlib.util
 

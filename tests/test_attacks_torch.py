@@ -22,7 +22,7 @@ from ibjax.attacks.pgd import pgd  # noqa: E402
 from ibjax.models import cnn  # noqa: E402
 
 torch.set_num_threads(1)  # of tiny convolutions; busy neighbours would make more of them slower
-WIDTHS = ((4,), (6, 6))
+WIDTHS = ((4,), (6,))
 EPS, STEP = 0.1, 0.03
 RNG = np.random.default_rng(0)
 X = RNG.random((8, 12, 10, 3)).astype(np.float32)

@@ -4,6 +4,7 @@ import errno
 import gc
 import os
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,20 @@ from ibjax.runs import checkpoint, stored, trees
 from ibjax.step import TrainState
 
 
-def state(step, seed=0, width=6, dtype=jnp.float32, ema=False):
-    keys = jax.random.split(jax.random.key(seed + step), 4)
-    params = {"a": {"kernel": jax.random.normal(keys[0], (width, 5), dtype)}, "b": jax.random.normal(keys[1], (3,))}
-    variables = {"params": params, "batch_stats": {"mean": jax.random.normal(keys[2], (4,))}}
-    variables["head"] = {"params": {"w": jax.random.normal(keys[3], (2,))}, "batch_stats": {}}
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    """After an error a store watches for a second what a save in the background may still write; here none does."""
+    monkeypatch.setattr(checkpoint, "time", types.SimpleNamespace(sleep=lambda seconds: None))
+
+
+def state(step, width=6, dtype=jnp.float32, ema=False):
+    """Made in NumPy and put on a device: no program is compiled for it."""
+    rng = np.random.default_rng(step)
+    kernel, b, mean, w = (np.float32(rng.normal(size=shape)) for shape in ((width, 5), (3,), (4,), (2,)))
+    params = {"a": {"kernel": kernel.astype(dtype)}, "b": b}
+    variables = {"params": params, "batch_stats": {"mean": mean}, "head": {"params": {"w": w}, "batch_stats": {}}}
     average = jax.tree.map(lambda leaf: leaf + 1, params) if ema else None
-    return TrainState(jnp.int32(step), variables, (jax.tree.map(jnp.zeros_like, params), ()), average)
+    return jax.device_put(TrainState(np.int32(step), variables, (jax.tree.map(np.zeros_like, params), ()), average))
 
 
 def saved(folder, steps=(1, 2, 3), **options):
@@ -221,7 +229,7 @@ def test_restoring_places_the_state_on_any_number_of_devices(tmp_path):
 
 def test_a_state_with_nan_is_never_saved(tmp_path):
     bad = state(3)
-    bad.variables["params"]["b"] = jnp.array([1.0, jnp.nan, 2.0])
+    bad.variables["params"]["b"] = jax.device_put(np.float32([1, np.nan, 2]))
     with checkpoint.manager(tmp_path) as orbax:
         with pytest.raises(CheckpointError, match="variables/params/b"):
             checkpoint.save(orbax, bad)

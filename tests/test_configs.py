@@ -1,5 +1,6 @@
 """Every row of every recipe of `configs/`: it runs in its short form, and means what its page says in its long one."""
 
+import functools
 import os
 import re
 import subprocess
@@ -21,12 +22,13 @@ RECIPES = {file.stem: config_rows(file.stem) for file in sorted((ROOT / "configs
 ALL = [(name, row) for name, rows in RECIPES.items() for row in rows]
 # networks of their own; the digits are the `digits_run`, and `.ci/run` runs ibd_resnet18
 RUN = [("siriib", "pgd_at"), ("shared_information", "resnet18")]
+load = functools.cache(smoke_config)  # for tests that change nothing of it
 OTHER = [(name, row) for name, row in ALL if (name, row) not in RUN and name != "digits"]
 
 
 def kind_of(name, row):
     """What a row trains, on what network."""
-    settings = smoke_config(name, f"{row},smoke")
+    settings = load(name, f"{row},smoke")
     parts = [settings[section] and settings[section].name for section in ("objective", "model", "attack", "perturb")]
     return (*parts, str(settings.objective.get("base")))
 
@@ -74,15 +76,14 @@ def test_every_row_can_be_traced(name, key):
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_row_is_complete_and_every_option_is_known(name):
     for row in RECIPES[name]:
-        settings = smoke_config(name, row)
-        config.check(settings)
-        config.check(config.complete(settings))
+        config.check(load(name, row))
+        config.check(config.complete(smoke_config(name, row)))
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_short_form_keeps_the_method(name):
     for row in RECIPES[name]:
-        long, short = smoke_config(name, row), smoke_config(name, f"{row},smoke")
+        long, short = load(name, row), load(name, f"{row},smoke")
         assert long.objective == short.objective and long.attack_bn == short.attack_bn, row
         assert long.perturb == short.perturb, row
         assert long.optimizer == short.optimizer and long.schedule == short.schedule, row
@@ -93,7 +94,7 @@ def test_the_short_form_keeps_the_method(name):
 
 @pytest.mark.parametrize("name", [name for name, rows in RECIPES.items() if len(rows) > 1])
 def test_no_two_rows_of_a_recipe_are_the_same(name):
-    texts = [repr({**config.plain(smoke_config(name, row)), "title": ""}) for row in RECIPES[name]]
+    texts = [repr({**config.plain(load(name, row)), "title": ""}) for row in RECIPES[name]]
     assert len(set(texts)) == len(texts)
 
 

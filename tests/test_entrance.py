@@ -108,9 +108,9 @@ def call(name, key=KEY, logits_fn=linear, x=X, y=Y, **options):
 
 def program(name, key=KEY, **options):
     """What is compiled, as text."""
-    target = jnp.asarray(X) if name == "ara" else jnp.asarray(Y)
+    target = X if name == "ara" else np.int32(Y)
     with jax.numpy_dtype_promotion("standard"):
-        return str(jax.make_jaxpr(lambda x, y: make(name, **options)(key, linear, x, y))(jnp.asarray(X), target))
+        return str(jax.make_jaxpr(lambda x, y: make(name, **options)(key, linear, x, y))(X, target))
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------
@@ -212,7 +212,8 @@ def test_a_step_of_zero_is_refused_unless_eps_is_zero(name):
     for zero in (0, 0.0, "0/255", np.zeros(())):
         with pytest.raises(InputError, match=r"step_size=.* is not allowed; give a length above 0, as '2/255'"):
             call(name, step_size=zero)
-    np.testing.assert_array_equal(call(name, step_size=0, eps=0), X)
+    unmoved = jax.jit(lambda x: call(name, x=x, step_size=0, eps=0))
+    np.testing.assert_array_equal(unmoved(X), X)
 
 
 # ---- what is taken -------------------------------------------------------------------------------------------
@@ -238,15 +239,17 @@ def test_every_norm_is_taken_in_all_its_spellings(name):
 
 
 def test_geometry_takes_every_spelling():
-    moved = np.clip(X + 0.3 * RNG.normal(size=X.shape), 0, 1).astype(np.float32)
+    """The compiled programs are the same."""
+
+    def programs(norm):
+        functions = (lambda x: geometry.project(x, X, norm, EPS["linf"]), lambda x: geometry.distance(x, X, norm))
+        return [str(jax.make_jaxpr(function)(X)) for function in functions]
+
     for norm, spellings in SPELLINGS.items():
-        for other in spellings:
-            for function in (
-                lambda norm: geometry.project(moved, X, norm, EPS["linf"]),
-                lambda norm: geometry.distance(moved, X, norm),
-                lambda norm: geometry.radius("1/10", norm),
-            ):
-                np.testing.assert_array_equal(function(other), function(norm))
+        wanted = programs(norm)
+        assert all(programs(other) == wanted for other in spellings)
+        assert {geometry.radius("1/10", other) for other in spellings} == {0.1}
+    assert len({tuple(programs(norm)) for norm in SPELLINGS}) == len(SPELLINGS)
     for bad in ("l3", 0, None, "l", "linf2", [2]):
         with pytest.raises(InputError, match="allowed: l1, l2, linf"):
             geometry.check_norm(bad)
@@ -315,8 +318,9 @@ def test_what_rounding_left_outside_the_box_is_clipped():
     x = X.copy()
     x[0, 0, 0], x[1, 1, 1] = 1 + 9e-7, -9e-7
     assert x.max() > 1 and x.min() < 0
-    for name in ("pgd", "square", "noise"):
-        np.testing.assert_array_equal(call(name, x=x), call(name, x=np.clip(x, 0, 1)))
+    unmoved = entrance.checked(lambda key, logits_fn, x, y: x)
+    np.testing.assert_array_equal(unmoved(KEY, linear, x, Y), np.clip(x, 0, 1))
+    np.testing.assert_array_equal(call("noise", x=x), call("noise", x=np.clip(x, 0, 1)))
     with pytest.raises(InputError, match=r"reach from -9e-07 to 1\.000002;"):
         call("pgd", x=np.where(x > 1, np.float32(1.000002), x))
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import change_config, clean_recipe
+from conftest import change_config, clean_recipe, untrained_run
 from jax.sharding import AxisType
 
 from ibjax import files, losses, main, net
@@ -29,7 +29,7 @@ from ibjax.runs import run
 
 RNG = np.random.default_rng(0)
 N, CLASSES = 19, 4  # no multiple of any batch
-WEIGHTS = jnp.float32(RNG.normal(size=(75, CLASSES)))
+WEIGHTS = np.float32(RNG.normal(size=(75, CLASSES)))
 IMAGES = RNG.integers(0, 256, (N, 5, 5, 3), dtype=np.uint8)
 # labels that the linear network gets right for about two images of three, some of them by a hair
 LABELS = np.where(RNG.uniform(size=N) < 0.7, np.argmax(IMAGES.reshape(N, -1) / 255 @ WEIGHTS, 1), RNG.integers(0, 4, N))
@@ -41,11 +41,18 @@ def predict(variables, x, keys=None):
     return x.reshape(x.shape[0], -1) @ variables, {}
 
 
-def score(batch_size=8, devices=8, name="pgd-5", split=SPLIT, eps=EPS, seed=3, **options):
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
-    attack = functools.partial(named(name).make, norm="linf", unroll=False)
-    scorer = scoring.Scorer(predict, attack, mesh, batch_size, "linf")
-    return scorer(WEIGHTS, split, seed, eps=eps, step_size=STEP, **options)
+def mesh(devices=8):
+    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+
+
+@functools.cache
+def scorer(batch_size, devices):
+    attack = functools.partial(named("pgd-5").make, norm="linf", unroll=False)
+    return scoring.Scorer(predict, attack, mesh(devices), batch_size, "linf")
+
+
+def score(batch_size=8, devices=8, eps=EPS, seed=3, **options):
+    return scorer(batch_size, devices)(WEIGHTS, SPLIT, seed, eps=eps, step_size=STEP, **options)
 
 
 def test_flags_are_those_of_a_loop_over_single_images():
@@ -57,7 +64,7 @@ def test_flags_are_those_of_a_loop_over_single_images():
     alone_of = jax.jit(lambda i, x, y: attack(jax.random.fold_in(key, i)[None], logits_of, x, y))
     for i in range(N):
         x, y = IMAGES[i : i + 1] / np.float32(255), np.asarray(SPLIT.labels[i : i + 1])
-        alone = alone_of(i, x, y)
+        alone = np.asarray(alone_of(i, x, y))
         np.testing.assert_allclose(x_adv[i : i + 1], alone, atol=1e-6)
         clean, robust = (int(np.argmax(logits_of(images))) == LABELS[i] for images in (x, alone))
         assert flags.clean[i] == clean and flags.robust[i] == (clean and robust)
@@ -78,10 +85,9 @@ def test_an_image_that_is_wrong_as_it_is_never_counts_as_robust():
 
         return run
 
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    scorer = scoring.Scorer(predict, descent, mesh, 8, "linf")
+    scorer = scoring.Scorer(predict, descent, mesh(), 8, "linf")
     flags, x_adv = scorer(WEIGHTS, SPLIT, 3, eps=0.3, step_size=STEP, keep=N)
-    attacked = np.argmax(predict(WEIGHTS, jnp.asarray(x_adv))[0], 1) == LABELS
+    attacked = np.argmax(predict(WEIGHTS, x_adv)[0], 1) == LABELS
     assert np.any(~flags.clean & attacked)
     assert not np.any(flags.robust & ~flags.clean)
     np.testing.assert_array_equal(flags.robust, flags.clean & attacked)
@@ -122,25 +128,24 @@ def test_every_x_adv_lies_in_the_ball_and_the_box_or_nothing_is_reported():
 
         return make
 
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    dark = Split(np.full_like(IMAGES, 2), SPLIT.labels)
-    honest = scoring.Scorer(predict, cheat(0.0), mesh, 8, "linf")
+    dark, bright = (Split(np.full_like(IMAGES, level), SPLIT.labels) for level in (2, 255))
+    honest, cheating = (scoring.Scorer(predict, cheat(by), mesh(), 8, "linf") for by in (0.0, 3e-6))
     honest(WEIGHTS, dark, 0, eps=0.1, step_size=0.1)
-    for attack, split in ((cheat(3e-6), dark), (cheat(0.0), Split(np.full_like(IMAGES, 255), SPLIT.labels))):
+    for scorer, split in ((cheating, dark), (honest, bright)):
         with pytest.raises(RuntimeError, match="outside"):
-            scoring.Scorer(predict, attack, mesh, 8, "linf")(WEIGHTS, split, 0, eps=0.1, step_size=0.1)
+            scorer(WEIGHTS, split, 0, eps=0.1, step_size=0.1)
 
 
 def test_rounding_grows_with_the_radius_and_the_number_of_pixels():
     """At 3 a millionth is four of the last bits of float32. On a CPU, noise of random signs on an image of ImageNet's
     size ends up to 5e-6 outside of 1: all terms of its sum are equal."""
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     black = Split(np.zeros((8, 4, 4, 1), np.float32), np.zeros(8, np.int32))
     mean = lambda variables, x, keys: (x[:, 0, 0] * jnp.ones((1, 2)), {})  # noqa: E731
+    moved = lambda eps, step_size: lambda keys, logits_fn, x, y: x + step_size  # noqa: E731
+    scorer = scoring.Scorer(mean, moved, mesh(), 8, "l2")
 
     def scored(length):
-        attack = lambda eps, step_size: lambda keys, logits_fn, x, y: x + np.float32(length / 4)  # noqa: E731
-        return scoring.Scorer(mean, attack, mesh, 8, "l2")(None, black, 0, eps=3.0, step_size=1.0)[0]
+        return scorer(None, black, 0, eps=3.0, step_size=length / 4)[0]
 
     assert scored(3 + 1.5e-6).distance.min() > 3 + 1e-6
     with pytest.raises(RuntimeError, match="outside"):
@@ -155,8 +160,8 @@ def test_a_gradient_that_is_no_number_stops_the_evaluation():
     def zero_by_infinity(variables, x, keys):
         return predict(variables, x, keys)[0] + 0 * jnp.sqrt(jnp.sum(jnp.maximum(x - 2, 0))), {}
 
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    scorer = scoring.Scorer(zero_by_infinity, lambda eps, step_size: pgd(eps=eps, step_size=step_size), mesh, 8, "linf")
+    attack = functools.partial(pgd, steps=2, unroll=False)
+    scorer = scoring.Scorer(zero_by_infinity, attack, mesh(), 8, "linf")
     with pytest.raises(scoring.GradientError, match=f"gradient is NaN or infinite on {len(SPLIT.labels)} images"):
         scorer(WEIGHTS, SPLIT, 0, eps=0.1, step_size=0.1)
 
@@ -243,6 +248,7 @@ def test_a_whole_split_becomes_floats_on_the_host_with_the_bits_of_a_device():
 FLOATS = np.float32(IMAGES / 255)
 
 
+@jax.jit
 def linear(x):
     return predict(WEIGHTS, x)[0]
 
@@ -254,8 +260,8 @@ def test_an_honest_network_passes_the_gate():
 @pytest.mark.parametrize(
     "network, words",
     [
-        (lambda x: jax.nn.softmax(linear(x)), "probabilities"),
-        (lambda x: jnp.ones((len(x), CLASSES)), "same logits for every image"),
+        (jax.jit(lambda x: jax.nn.softmax(linear(x))), "probabilities"),
+        (jax.jit(lambda x: jnp.ones((len(x), CLASSES))), "same logits for every image"),
     ],
 )
 def test_broken_networks_get_a_warning(network, words):
@@ -263,15 +269,16 @@ def test_broken_networks_get_a_warning(network, words):
 
 
 def test_a_randomised_network_gets_a_warning():
-    keys = iter(jax.random.split(jax.random.key(0), 9))
-    noisy = lambda x: linear(x) + jax.random.normal(next(keys), (len(x), CLASSES))  # noqa: E731
-    assert any("randomised" in warning for warning in checks.network(noisy, FLOATS, SPLIT.labels).warnings)
+    drawn = jax.jit(lambda x, seed: linear(x) + jax.random.normal(jax.random.key(seed), (len(x), CLASSES)))
+    seeds = iter(range(9))
+    asked = checks.network(lambda x: drawn(x, next(seeds)), FLOATS, SPLIT.labels)
+    assert any("randomised" in warning for warning in asked.warnings)
 
 
 @pytest.mark.parametrize(
     "network, labels, words",
     [
-        (lambda x: linear(x) - linear(x).mean(0, keepdims=True), SPLIT.labels, "other images of its batch"),
+        (jax.jit(lambda x: linear(x) - linear(x).mean(0, keepdims=True)), SPLIT.labels, "other images of its batch"),
         (lambda x: linear(x) * jnp.nan, SPLIT.labels, "NaN"),
         (lambda x: linear(x)[:, 0], SPLIT.labels, "shape"),
         (linear, np.append(SPLIT.labels[:-1], 4), "4 classes"),
@@ -285,16 +292,23 @@ def test_what_makes_every_number_wrong_is_refused(network, labels, words):
 # ---- records -----------------------------------------------------------------------------------------------
 
 
+def recipe(folder):
+    """Of a small network on images of three classes, whose file is written into the folder."""
+    settings, rng = clean_recipe(), np.random.default_rng(0)
+    np.savez(folder / "a.npz", x_train=rng.integers(0, 256, (48, 8, 8, 1), dtype=np.uint8), y_train=np.arange(48) % 3,
+             x_test=rng.integers(0, 256, (18, 8, 8, 1), dtype=np.uint8), y_test=np.arange(18) // 6)  # fmt: skip
+    settings.data = dict(name="npz", path=str(folder / "a.npz"), val_size=8, split_seed=0)
+    settings.model = dict(name="cnn", widths=((4,),), hidden=())
+    settings.evaluate.attacks = ("fgsm",)
+    return settings
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A small trained run."""
-    tmp_path, recipe = tmp_path_factory.mktemp("made"), clean_recipe()
-    np.savez(tmp_path / "a.npz", x_train=RNG.integers(0, 256, (48, 8, 8, 1), dtype=np.uint8), y_train=np.arange(48) % 3,
-             x_test=RNG.integers(0, 256, (21, 8, 8, 1), dtype=np.uint8), y_test=np.arange(21) // 7)  # fmt: skip
-    recipe.data = dict(name="npz", path=str(tmp_path / "a.npz"), val_size=8, split_seed=0)
-    recipe.evaluate.attacks = ("fgsm",)
-    main.execute(recipe, tmp_path / "run")
-    return tmp_path / "run"
+    """A run that has taken no step, with a record of its evaluation."""
+    folder = tmp_path_factory.mktemp("made")
+    evaluate.evaluate(untrained_run(folder / "run", recipe(folder)))
+    return folder / "run"
 
 
 @pytest.fixture
@@ -384,10 +398,11 @@ def test_other_test_images_than_the_run_was_made_with_are_refused(trained, made)
         evaluate.evaluate(trained)
 
 
-def test_what_a_checkpoint_was_selected_on_is_recorded(trained):
-    steps = {which: evaluate.evaluate(trained, which)[0] for which in ("best", "last", "10", "010")}
+def test_what_a_checkpoint_was_selected_on_is_recorded(tmp_path):
+    main.execute(recipe(tmp_path), tmp_path / "run", "train")
+    steps = {which: evaluate.evaluate(tmp_path / "run", which)[0] for which in ("best", "last", "10", "010")}
     assert steps["best"]["selected_on"] == "val" and steps["last"]["selected_on"] == "last"
-    assert steps["10"]["selected_on"] == "step" and not (trained / "eval/010").exists()
+    assert steps["10"]["selected_on"] == "step" and not (tmp_path / "run/eval/010").exists()
 
 
 def test_a_bar_names_the_run_the_attack_and_how_many_there_are(trained, monkeypatch):

@@ -224,10 +224,10 @@ def test_read_and_kept_images_make_the_same_batches(tmp_path):
     def spy(state, batch, key, frozen):
         return state._replace(step=state.step + 1), batch
 
-    seen = []
+    seen, start = [], jax.device_get(initial_state(build(settings(path))))._replace(step=np.int32(5))
     for resident in (True, False):
         made = build(settings(path, resident=resident))
-        state = initial_state(made)._replace(step=cluster.replicate(np.int32(5), made.mesh))
+        state = jax.tree.map(lambda leaf, mesh=made.mesh: cluster.replicate(leaf, mesh), start)
         feeding = feed.feed(made._replace(train_step=spy, statistics_step=None), run_key(0, 1, made.mesh), 5)
         for _ in range(4):
             state, batch = feeding.dispatch(state, 1)

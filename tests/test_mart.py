@@ -1,5 +1,7 @@
 """MART against PyTorch in float64, and its closed forms."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,15 +23,18 @@ def memo_net():
     return Net(predict, lambda variables, x, key, edits=None: (predict(variables, x), variables))
 
 
+def value_of(objective, clean, adv):
+    batch = {"image": np.ones((6, 2, 2, 1), np.float32), "label": np.int32(LABELS)}
+    variables = {"params": {"clean": clean, "adv": adv}}
+    return objective.loss(memo_net(), variables, batch, 0 * batch["image"], jax.random.key(0))[0]
+
+
 def loss_of(objective):
-    """(clean logits, adversarial logits) -> loss."""
-    batch = {"image": jnp.ones((6, 2, 2, 1)), "label": jnp.asarray(LABELS)}
+    """(clean logits, adversarial logits) -> loss, gradients."""
+    return jax.jit(jax.value_and_grad(functools.partial(value_of, objective), (0, 1)))
 
-    def loss(clean, adv):
-        variables = {"params": {"clean": clean, "adv": adv}}
-        return objective.loss(memo_net(), variables, batch, jnp.zeros((6, 2, 2, 1)), jax.random.key(0))[0]
 
-    return loss
+DEFAULT, UNWEIGHTED = loss_of(mart()), loss_of(mart(beta=0.0))
 
 
 def logits(seed, scale=3.0):
@@ -49,9 +54,7 @@ def test_value_and_gradients_are_pytorchs_in_float64(beta):
     expected = boosted + beta * (divergence * weight).sum() / 6
     expected.backward()
 
-    value, gradients = jax.value_and_grad(loss_of(mart(beta=beta)), (0, 1))(
-        jnp.float32(logits(0)), jnp.float32(logits(1))
-    )
+    value, gradients = loss_of(mart(beta=beta))(np.float32(logits(0)), np.float32(logits(1)))
     np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
     for got, reference in zip(gradients, (clean.grad, adv.grad), strict=True):
         reference = np.zeros((6, 4)) if reference is None else reference.numpy()
@@ -64,36 +67,34 @@ def test_without_the_robust_term_it_is_boosted_cross_entropy():
     others = q.copy()
     others[rows, LABELS] = 0
     expected = np.mean(-np.log(q[rows, LABELS]) - np.log(1.0001 - others.max(1)))
-    np.testing.assert_allclose(
-        loss_of(mart(beta=0.0))(jnp.float32(logits(0)), jnp.float32(logits(1))), expected, rtol=1e-5
-    )
+    found, _ = UNWEIGHTED(np.float32(logits(0)), np.float32(logits(1)))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_a_certain_and_right_clean_prediction_weighs_1e_minus_7():
-    sure = 200.0 * np.eye(4)[LABELS]
-    flat = jnp.zeros((6, 4))
-    with_it, without = (loss_of(mart(beta=beta))(jnp.float32(sure), flat) for beta in (1e7, 0.0))
+    """Operation by operation: a compiler rounds 1 + 1e-7 first, to 1 + 1.2e-7, as the authors' 1.0000001 is rounded."""
+    sure, flat = jax.device_put((np.float32(200 * np.eye(4)[LABELS]), np.zeros((6, 4), np.float32)))
+    with_it, without = (value_of(mart(beta=beta), sure, flat) for beta in (1e7, 0.0))
     np.testing.assert_allclose(with_it - without, np.log(4), rtol=1e-4)  # 1e7·1e-7·KL(one-hot || uniform)
 
 
 @pytest.mark.parametrize("right", [True, False])
 def test_a_one_hot_adversarial_prediction_has_finite_loss_and_gradient(right):
-    one_hot = jnp.float32(300.0 * np.eye(4)[LABELS if right else (LABELS + 1) % 4])
-    per_example = boosted_cross_entropy(one_hot, jnp.asarray(LABELS))
+    one_hot = np.float32(300.0 * np.eye(4)[LABELS if right else (LABELS + 1) % 4])
+    per_example = jax.jit(boosted_cross_entropy)(one_hot, np.int32(LABELS))
     # right: −log 1 − log 1.0001; wrong: 300 − log 1e-4
     np.testing.assert_allclose(per_example, -np.log(1.0001) if right else 300 - np.log(1e-4), rtol=2e-3, atol=1e-6)
-    value, gradients = jax.value_and_grad(loss_of(mart()), (0, 1))(jnp.float32(logits(0)), one_hot)
+    value, gradients = DEFAULT(np.float32(logits(0)), one_hot)
     assert np.isfinite(value) and all(np.isfinite(gradient).all() for gradient in gradients)
 
 
 def test_the_kl_has_its_floor():
     """At q = one-hot the divergence is −H(p) − Σ_{c≠y} p_c log 1e-12, not infinite."""
     p = np.float64([0.5, 0.25, 0.125, 0.125])
-    found = floored_kl(jnp.log(jnp.float32(p))[None], jnp.float32([[300.0, 0, 0, 0]]))[0]
+    found = jax.jit(floored_kl)(np.float32(np.log(p))[None], np.float32([[300, 0, 0, 0]]))[0]
     np.testing.assert_allclose(found, (p * np.log(p)).sum() - 0.5 * np.log(1e-12), rtol=1e-5)
 
 
 def test_gradients_flow_through_the_clean_prediction():
-    clean, adv = jnp.float32(logits(0)), jnp.float32(logits(1))
-    assert float(jnp.abs(jax.grad(loss_of(mart()))(clean, adv)).max()) > 1e-3
-    assert float(jnp.abs(jax.grad(loss_of(mart(beta=0.0)))(clean, adv)).max()) == 0
+    weighted, unweighted = (loss(np.float32(logits(0)), np.float32(logits(1)))[1][0] for loss in (DEFAULT, UNWEIGHTED))
+    assert np.abs(weighted).max() > 1e-3 and np.abs(unweighted).max() == 0

@@ -60,11 +60,9 @@ def test_coordinates_are_traces_of_gaussian_operators():
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(plane, its folder, the run that `ibjax.training.loop` makes from the same configuration)."""
-    folder, trained = tmp_path_factory.mktemp("plane"), tmp_path_factory.mktemp("run")
-    found = plane.record(recipe(), folder, **OPTIONS)
-    loop.train(build(recipe()), trained)
-    return found, folder, trained
+    """(plane, its folder)."""
+    folder = tmp_path_factory.mktemp("plane")
+    return plane.record(recipe(), folder, **OPTIONS), folder
 
 
 def measured(model, variables, x, labels, taps):
@@ -78,10 +76,11 @@ def columns(found, i):
     return [[values[axis][i] for values in found["nhsic"].values()] for axis in "xy"]
 
 
-def test_its_ends_are_the_untrained_and_the_trained_network(made):
+def test_its_ends_are_the_untrained_and_the_trained_network(made, tmp_path):
     """That of `ibjax.training.loop`, to the bit; every third step between, over the end of an epoch."""
-    found, _, workdir = made
-    trained = run.load(workdir, "last")
+    found, _ = made
+    loop.train(build(recipe()), tmp_path)
+    trained = run.load(tmp_path, "last")
     assert found["step"] == [0, 3, 6, 9, 12, 14] and found["finished"]
     assert found["weights"] == run.origin(trained, "last")["weights"]
     split = run.test_split(trained, 12)
@@ -97,9 +96,10 @@ def test_its_ends_are_the_untrained_and_the_trained_network(made):
 
 def test_attacked_images_are_made_against_the_network_as_it_is(made, tmp_path):
     """The last record, from the images that the trained network is evaluated on; X is attacked too."""
-    clean, _, workdir = made
-    found = plane.record(recipe(), tmp_path, every=14, n=12, attack="fgsm", taps=["pre_logits"])
-    trained, settings, split = attacked.load(workdir, "last", attacks=("fgsm",), n=12)
+    clean, _ = made
+    found = plane.record(recipe(), tmp_path / "plane", every=14, n=12, attack="fgsm", taps=["pre_logits"])
+    loop.train(build(recipe()), tmp_path / "run")
+    trained, settings, split = attacked.load(tmp_path / "run", "last", attacks=("fgsm",), n=12)
     _, x_adv = attacked.attack("fgsm", linen_net(trained.model).predict, trained, split, settings)
     expected = measured(trained.model, trained.variables, jnp.asarray(x_adv), split.labels, ["pre_logits"])
     np.testing.assert_allclose(columns(found, -1), expected, rtol=5e-3, atol=2e-3)
@@ -107,8 +107,15 @@ def test_attacked_images_are_made_against_the_network_as_it_is(made, tmp_path):
     assert abs(found["nhsic"]["pre_logits"]["x"][-1] - clean["nhsic"]["pre_logits"]["x"][-1]) > 1e-3
 
 
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Without the check of a configuration that traces its whole training, step and validation."""
+    monkeypatch.setattr(loop, "check", lambda *_: None)
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_a_finished_one_is_read_and_never_replaced(made, caplog, monkeypatch):
-    found, folder, _ = made
+    found, folder = made
     file = folder / "plane.json"
     before = file.stat().st_mtime_ns
     assert plane.record(recipe(), folder, **OPTIONS) == found == files.read_json(file)
@@ -131,8 +138,9 @@ def test_a_finished_one_is_read_and_never_replaced(made, caplog, monkeypatch):
     assert file.stat().st_mtime_ns == before
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_one_that_was_stopped_starts_again(made, tmp_path, monkeypatch):
-    found, _, _ = made
+    found, _ = made
     monkeypatch.setattr(plane, "_RECORDS", 2)
     notices = iter([False, True])
     monkeypatch.setattr(cluster, "preempted", lambda: next(notices, False))
@@ -155,7 +163,7 @@ def test_a_value_that_is_not_finite_ends_it(tmp_path, monkeypatch):
 
 
 def test_a_panel_shows_each_layer(made):
-    found, _, _ = made
+    found, _ = made
     drawn = plane.draw({**found, "title": "a $title"})
     *panels, bar = drawn.axes
     assert [panel.get_title() for panel in panels] == found["taps"] and bar.get_ylabel() == "epoch"

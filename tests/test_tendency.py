@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import in_programs
 
 from ibjax.analysis import commands, tendency
 from ibjax.attacks.pgd import pgd
@@ -35,6 +34,7 @@ def test_counts_and_order():
     assert tendency.ranked(np.ones((3, 3), int), 4) == [[1, 2], [0, 2], [0, 1]]
 
 
+@pytest.mark.usefixtures("rolled")
 def test_the_record_counts_the_attacked_images(workdir, monkeypatch):
     """Of a network whose predictions differ, and differ under attack; the attack by hand."""
     trained, rng = run.load(workdir), np.random.default_rng(0)
@@ -46,14 +46,17 @@ def test_the_record_counts_the_attacked_images(workdir, monkeypatch):
     record = tendency.evaluate(workdir, attack="pgd-2")
 
     split = run.test_split(trained)
-    x, y = to_float(jnp.asarray(split.images)), split.labels
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(
-        jax.random.fold_in(jax.random.key(trained.config.seed), scoring._EVALUATION), jnp.arange(len(y))
-    )
-    predict = in_programs(linen_net(run.in_float32(trained.model))).predict
+    y, predict = split.labels, linen_net(run.in_float32(trained.model)).predict
     attack = pgd(eps=record["eps"], step_size=record["step_size"], steps=2)
-    x_adv = jax.jit(lambda: attack(keys, lambda x: predict(trained.variables, x)[0], x, y))()
-    before, after = (np.asarray(predict(trained.variables, seen)[0]).argmax(1) for seen in (x, x_adv))
+
+    @jax.jit
+    def predictions(images):
+        x, network = to_float(images), lambda x: predict(trained.variables, x)[0]
+        key = jax.random.fold_in(jax.random.key(trained.config.seed), scoring._EVALUATION)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(y)))
+        return [network(seen).argmax(1) for seen in (x, attack(keys, network, x, y))]
+
+    before, after = map(np.asarray, predictions(split.images))
     assert len(set(after)) > 1 and np.any(before != after)
     np.testing.assert_array_equal(record["counts"], tendency.counts(y, after, 10))
 
