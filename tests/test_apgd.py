@@ -291,7 +291,7 @@ def test_with_and_without_a_target_class_an_image_climbs_its_own_loss():
 @pytest.mark.parametrize("loss, classes", [("dlr", 2), ("dlr_targeted", 3)])
 def test_too_few_classes_are_named_with_what_to_do(loss, classes):
     with pytest.raises(InputError, match=f"there are {classes}; give loss='{loss.replace('dlr', 'margin')}'"):
-        apgd(loss=loss)(jax.random.key(0), lambda x: curved(x)[:, :classes], X, 0 * Y)
+        jax.eval_shape(lambda x: apgd(loss=loss)(jax.random.key(0), lambda x: curved(x)[:, :classes], x, 0 * Y_), X)
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,9 @@ FACTS = {"num_classes": 4, "input_shape": [8, 8, 1], "digests": {"train": "ab", 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The workdir of a run of two checkpoints with one record."""
-    model = dict(name="cnn", widths=((4,),), hidden=(), padding=1, pool="average")
+    clean = dict(objective=dict(name="standard"), attack=None)
     workdir = tmp_path_factory.mktemp("trained") / "run"
-    main.execute(small_recipe(model=model, epochs=2), workdir)
+    main.execute(small_recipe(model=dict(name="cnn", widths=(), hidden=()), epochs=2, **clean), workdir)
     return workdir
 
 
