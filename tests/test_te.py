@@ -119,7 +119,7 @@ def test_what_is_remembered_is_of_the_unperturbed_weights():
 
     def memory(perturb):
         optimizer = sgd(lr=lambda step: 0.1)
-        state = first_state(optimizer, {**VARIABLES, "memory": np.zeros((20, 4), np.float32)})
+        state = first_state(optimizer, {**VARIABLES, "memory": jnp.asarray(np.zeros_like(E))})
         step = make_train_step(Problem(lambda _: NET, objective, spy), optimizer, perturb=perturb)
         return step(state, BATCH, KEY)[0].variables["memory"]
 
