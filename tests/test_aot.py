@@ -124,7 +124,7 @@ ENTRY %main (x: f32[4,8]) -> f32[4,8] {
 def test_the_attack_of_a_train_step_communicates_nothing(name):
     """On eight devices, loops rolled: batch statistics and gradients are summed once a step, and that is all."""
     settings = config.base()
-    settings.model = dict(name="resnet", blocks=(1,), width=4)
+    settings.model = dict(name="cnn", widths=((4,),), hidden=(), padding=1, batch_norm=True, pool="average")
     settings.objective = dict(name=name)
     settings.attack.update(loss="kl" if name == "trades" else "ce", init="gaussian", steps=3)
     settings.update(batch_size=16, log_every=2)

@@ -25,8 +25,9 @@ def curved(x):
     return hidden[:, ::-1] ** 2 * 2 + hidden + BIAS
 
 
-Y = jnp.asarray(curved(IMAGES).argmax(1).astype(np.int32))
-NONE = jnp.full(len(IMAGES), UNTARGETED)  # as target class of an attack without one
+Y_ = curved(IMAGES).argmax(1).astype(np.int32)
+Y = jnp.asarray(Y_)
+NONE = np.full(len(IMAGES), UNTARGETED, np.int32)  # as target class of an attack without one
 
 
 def test_checkpoints_are_where_the_paper_has_them():
@@ -43,13 +44,14 @@ def test_larger_eps_uses_all_steps():
 
 def test_dlr_equals_its_formula_and_ignores_shift_and_scale():
     logits = np.float32([[3.0, 1.0, 0.5, -2.0, 2.5], [3.0, 1.0, 0.5, -2.0, 2.5]])
-    y, other = jnp.array([0, 3]), jnp.array([4, 1])
-    np.testing.assert_allclose(losses.dlr(logits, y), [-(3 - 2.5) / (3 - 1), -(-2 - 3) / (3 - 1)], rtol=1e-6)
+    y, other = np.int32([0, 3]), np.int32([4, 1])
+    dlr, dlr_targeted = jax.jit(losses.dlr), jax.jit(losses.dlr_targeted)
+    np.testing.assert_allclose(dlr(logits, y), [-(3 - 2.5) / (3 - 1), -(-2 - 3) / (3 - 1)], rtol=1e-6)
     denominator = 3 - (1 + 0.5) / 2
     targeted = [-(3 - 2.5) / denominator, -(-2 - 1) / denominator]
-    np.testing.assert_allclose(losses.dlr_targeted(logits, y, other), targeted, rtol=1e-6)
-    np.testing.assert_allclose(losses.dlr(7 * logits - 4, y), losses.dlr(logits, y), rtol=1e-5)
-    np.testing.assert_allclose(losses.dlr_targeted(7 * logits - 4, y, other), targeted, rtol=1e-5)
+    np.testing.assert_allclose(dlr_targeted(logits, y, other), targeted, rtol=1e-6)
+    np.testing.assert_allclose(dlr(7 * logits - 4, y), dlr(logits, y), rtol=1e-5)
+    np.testing.assert_allclose(dlr_targeted(7 * logits - 4, y, other), targeted, rtol=1e-5)
 
 
 def by_the_book(x, y, x_start, loss, eps, norm, steps, until):
@@ -96,9 +98,9 @@ def test_it_is_the_algorithm_by_the_book(norm, loss):
     """Step size, largest loss and misclassified image after checkpoints; at convergence rounding decides."""
     steps, until, eps = 100, 60 if norm == "linf" else 25, EPS[norm]
     attack = iterative_apgd(loss, norm, eps, steps)
-    first = attack.init(jax.random.split(jax.random.key(3), len(X)), 0, X, Y)
-    state = run_all(attack, first, until + 1)
-    result = np.asarray(attack.x_adv(X, state))
+    first = begun(attack, 3)
+    state, result = run_all(attack, first, until + 1)
+    start = np.asarray(first.x)
     per_example = {"ce": losses.cross_entropy, "dlr": losses.dlr}[loss]
 
     @jax.jit
@@ -112,13 +114,13 @@ def test_it_is_the_algorithm_by_the_book(norm, loss):
     for n in range(len(X)):
 
         def function(x, y, n=n):  # the other images stand by, so that both round alike
-            values, gradients, logits = all_losses(X.at[n].set(x[0]))
+            images = IMAGES.copy()
+            images[n] = x[0]
+            values, gradients, logits = map(np.asarray, all_losses(images))
             return values[n], gradients[n][None], logits[n]
 
         at = slice(n, n + 1)
-        image, eta, best = by_the_book(
-            np.asarray(X[at]), Y[at], np.asarray(first.x[at]), function, eps, norm, steps, until
-        )
+        image, eta, best = by_the_book(IMAGES[at], Y_[at], start[at], function, eps, norm, steps, until)
         same.append(
             float(state.step_size[n]) == pytest.approx(eta)
             and float(state.loss_best[n]) == pytest.approx(best, rel=1e-4, abs=1e-5)
@@ -128,9 +130,21 @@ def test_it_is_the_algorithm_by_the_book(norm, loss):
     assert 0 < np.sum(state.found) < len(X)
 
 
+def begun(attack, seed=0):
+    """The state of an attack on all images before its first step."""
+    return jax.jit(lambda: attack.init(jax.random.split(jax.random.key(seed), len(X)), 0, X, Y))()
+
+
 def run_all(attack, state, steps):
+    """(state after so many steps, the images then)."""
     step = lambda i, state: attack.step(i, curved, X, Y, NONE, state)  # noqa: E731
-    return jax.jit(lambda state: jax.lax.fori_loop(0, steps, step, state))(state)
+
+    @jax.jit
+    def run(state):
+        state = jax.lax.fori_loop(0, steps, step, state)
+        return state, attack.x_adv(X, state)
+
+    return jax.device_get(run(state))
 
 
 def test_the_loss_before_the_first_step_does_not_count_at_the_first_checkpoint():
@@ -138,7 +152,7 @@ def test_the_loss_before_the_first_step_does_not_count_at_the_first_checkpoint()
     rises = {}
     for loss in ("ce", "dlr"):
         attack = iterative_apgd(loss, "linf", 1e-6, 100)
-        state = attack.init(jax.random.split(jax.random.key(0), len(X)), 0, X, Y)
+        state = begun(attack)
         for i in range(2):  # the start, and the first step
             state = attack.step(i, curved, X, Y, NONE, state)
         rises[loss] = state.rises
@@ -150,24 +164,34 @@ def test_the_loss_before_the_first_step_does_not_count_at_the_first_checkpoint()
 @pytest.mark.parametrize("options", [dict(loss="dlr"), dict(loss="dlr_targeted", targets=2, restarts=2)])
 def test_guarantees(norm, options):
     """x_adv lies in ball and box; wrong and unbroken images come back unchanged; no image sees another."""
-    y = jnp.where(jnp.arange(len(X)) < 3, (Y + 1) % 5, Y)
-    attack = jax.jit(apgd(norm=norm, eps=EPS[norm], steps=12, **options), static_argnums=1)
-    keys = jax.random.split(jax.random.key(1), len(X))
-    x_adv = attack(keys, curved, X, y)
-    assert float(geometry.distance(x_adv, X, norm).max()) <= EPS[norm] + 1e-6
-    assert float(x_adv.min()) >= 0 and float(x_adv.max()) <= 1
-    np.testing.assert_array_equal(x_adv[:3], X[:3])
-    broken = np.argmax(curved(x_adv), 1) != np.asarray(y)
-    np.testing.assert_array_equal(np.any(x_adv != X, axis=(1, 2, 3)), broken & (np.arange(len(X)) >= 3))
+    y = np.where(np.arange(len(X)) < 3, (Y_ + 1) % 5, Y_)
+    made = apgd(norm=norm, eps=EPS[norm], steps=12, **options)
+
+    @jax.jit
+    def attacked(numbers, x, y):
+        x_adv = made(jax.random.split(jax.random.key(1), len(X))[numbers], curved, x, y)
+        return x_adv, geometry.distance(x_adv, x, norm)
+
+    numbers = np.arange(len(X))
+    x_adv, distances = map(np.asarray, attacked(numbers, IMAGES, y))
+    assert distances.max() <= EPS[norm] + 1e-6
+    assert x_adv.min() >= 0 and x_adv.max() <= 1
+    np.testing.assert_array_equal(x_adv[:3], IMAGES[:3])
+    broken = np.argmax(curved(x_adv), 1) != y
+    np.testing.assert_array_equal(np.any(x_adv != IMAGES, axis=(1, 2, 3)), broken & (numbers >= 3))
     assert broken[3:].sum() > 0
-    turned = attack(keys[::-1], curved, X[::-1], y[::-1])[::-1]
-    np.testing.assert_allclose(turned, x_adv, atol=1e-5)
+    turned, _ = attacked(numbers[::-1], IMAGES[::-1], y[::-1])
+    np.testing.assert_allclose(turned[::-1], x_adv, atol=1e-5)
 
 
 def test_targets_beyond_the_classes_are_left_out():
-    few, all_of_them = (apgd(loss="dlr_targeted", eps=0.08, steps=5, targets=n) for n in (4, 9))
     key = jax.random.key(0)
-    np.testing.assert_array_equal(few(key, curved, X, Y), all_of_them(key, curved, X, Y))
+    few, all_of_them = (
+        jax.jit(lambda n=n: apgd(loss="dlr_targeted", eps=0.08, steps=3, targets=n)(key, curved, X, Y))()
+        for n in (4, 9)
+    )
+    np.testing.assert_array_equal(few, all_of_them)
+    assert np.any(few != X)
 
 
 def test_a_gradient_is_the_mean_over_samples_of_a_random_network():
@@ -195,13 +219,12 @@ def test_a_gradient_is_the_mean_over_samples_of_a_random_network():
 
 def test_the_l1_projection_is_the_nearest_point_of_ball_and_box():
     """Against a quadratic programme's solver, on six pixels."""
+    project = jax.jit(lambda z, x, eps: geometry.project(z, x, "l1", eps))
     for trial in range(12):
         rng = np.random.default_rng(trial)
         x, z = rng.uniform(size=6), rng.normal(size=6) * 2
         eps = rng.uniform(0.1, 3)
-        found = np.asarray(
-            geometry.project(jnp.float32(z).reshape(1, 1, 6, 1), jnp.float32(x).reshape(1, 1, 6, 1), "l1", eps)
-        )
+        found = np.asarray(project(np.float32(z).reshape(1, 1, 6, 1), np.float32(x).reshape(1, 1, 6, 1), eps))
         # u = x + p − q with p, q ≥ 0 and Σ(p + q) ≤ ε
         objective = lambda pq, x=x, z=z: np.sum((x + pq[:6] - pq[6:] - z) ** 2)  # noqa: E731
         box = [(0, max(1 - value, 0)) for value in x] + [(0, value) for value in x]
@@ -215,7 +238,7 @@ def test_l1_adapts_sparsity_and_step_as_the_paper_says():
     """The share of pixels is that of the best point over 1.5, and a step that does not get sparser shrinks by 1.5."""
     eps, steps = EPS["l1"], 100
     attack = iterative_apgd("ce", "l1", eps, steps)
-    state = attack.init(jax.random.split(jax.random.key(0), len(X)), 0, X, Y)
+    state = begun(attack)
     step = jax.jit(lambda i, state: attack.step(i, curved, X, Y, NONE, state))
     for i in range(5):
         before, state = state, step(i, state)
@@ -224,7 +247,7 @@ def test_l1_adapts_sparsity_and_step_as_the_paper_says():
             np.testing.assert_allclose(state.step_size, eps)
         if 0 < i < 4:
             np.testing.assert_array_equal(state.top, before.top)
-    nonzero = np.sum(np.asarray(state.x_best != X).reshape(len(X), -1), 1)
+    nonzero = np.sum((np.asarray(state.x_best) != IMAGES).reshape(len(X), -1), 1)
     np.testing.assert_allclose(state.top, nonzero / 48 / 1.5, rtol=1e-6)
     sparser = nonzero < 0.95 * 48
     np.testing.assert_allclose(state.step_size, np.where(sparser, eps, eps / 1.5), rtol=1e-6)
@@ -235,13 +258,14 @@ def test_l1_adapts_sparsity_and_step_as_the_paper_says():
 def _one_sign(state):
     from ibjax.attacks.apgd import _sparse_sign
 
-    return _sparse_sign(jnp.float32(RNG.normal(size=X.shape)), state.top)
+    return jax.jit(_sparse_sign)(np.float32(RNG.normal(size=X.shape)), state.top)
 
 
 def test_larger_eps_ends_in_the_ball_asked_for():
-    x_adv = apgd(norm="l1", eps=2.0, steps=30, larger_eps=True)(jax.random.key(0), curved, X, Y)
-    assert float(geometry.distance(x_adv, X, "l1").max()) <= 2 + 1e-6
-    assert np.any(x_adv != X)
+    attack = apgd(norm="l1", eps=2.0, steps=30, larger_eps=True)
+    x_adv = np.asarray(jax.jit(lambda: attack(jax.random.key(0), curved, X, Y))())
+    assert np.abs(x_adv - IMAGES).sum((1, 2, 3), dtype=np.float64).max() <= 2 + 1e-6
+    assert np.any(x_adv != IMAGES)
 
 
 def test_with_and_without_a_target_class_an_image_climbs_its_own_loss():
@@ -249,24 +273,25 @@ def test_with_and_without_a_target_class_an_image_climbs_its_own_loss():
     both = iterative_apgd("dlr_targeted", "linf", 0.1, 2)
     assert both.functions() == iterative_apgd("ce", "linf", 0.1, 2).functions()
     assert both.functions() != iterative_apgd("ce", "linf", 0.2, 2).functions()
-    target, odd = (Y + 1) % 5, np.arange(len(X)) % 2 == 1
-    state = both.init(jax.random.split(jax.random.key(0), len(X)), 0, X, Y)
+    target, odd = (Y_ + 1) % 5, np.arange(len(X)) % 2 == 1
+    state = begun(both)
     step = jax.jit(lambda other: both.step(0, curved, X, Y, other, state))
-    mixed, plain, towards = (step(other) for other in (jnp.where(odd, target, NONE), NONE, target))
+    mixed, plain, towards = (step(other) for other in (np.where(odd, target, NONE), NONE, target))
     for name in ("loss_best", "gradient_best", "x"):
         mixed_, plain_, towards_ = (np.asarray(getattr(each, name)) for each in (mixed, plain, towards))
         np.testing.assert_array_equal(mixed_[~odd], plain_[~odd])
         np.testing.assert_array_equal(mixed_[odd], towards_[odd])
         assert np.any(plain_ != towards_)
-    logits = curved(state.x)
-    np.testing.assert_allclose(plain.loss_best, losses.cross_entropy(logits, Y), rtol=1e-5)
-    np.testing.assert_allclose(towards.loss_best, losses.dlr_targeted(logits, Y, target), rtol=1e-4)
+    logits = curved(np.asarray(state.x))
+    expected = jax.jit(lambda z: (losses.cross_entropy(z, Y), losses.dlr_targeted(z, Y, target)))(logits)
+    np.testing.assert_allclose(plain.loss_best, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(towards.loss_best, expected[1], rtol=1e-4)
 
 
 @pytest.mark.parametrize("loss, classes", [("dlr", 2), ("dlr_targeted", 3)])
 def test_too_few_classes_are_named_with_what_to_do(loss, classes):
     with pytest.raises(InputError, match=f"there are {classes}; give loss='{loss.replace('dlr', 'margin')}'"):
-        apgd(loss=loss)(jax.random.key(0), lambda x: curved(x)[:, :classes], X, 0 * Y)
+        jax.eval_shape(lambda x: apgd(loss=loss)(jax.random.key(0), lambda x: curved(x)[:, :classes], x, 0 * Y_), X)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import shutil
 
 import jax.numpy as jnp
 import pytest
-from conftest import small_recipe
+from conftest import small_recipe, untrained_run
 from test_checkpoint import state
 
 import ibjax
@@ -20,12 +20,14 @@ from ibjax.runs import checkpoint, metrics, rundir
 FACTS = {"num_classes": 4, "input_shape": [8, 8, 1], "digests": {"train": "ab", "test": "cd"}}
 
 
+MODEL = dict(name="cnn", widths=(), hidden=())
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The workdir of a run of two checkpoints with one record."""
-    model = dict(name="cnn", widths=((4,),), hidden=(), padding=1, pool="average")
-    workdir = tmp_path_factory.mktemp("trained") / "run"
-    main.execute(small_recipe(model=model, epochs=2), workdir)
+def evaluated(tmp_path_factory):
+    """The workdir of a run that has taken no step, with one record."""
+    workdir = untrained_run(tmp_path_factory.mktemp("evaluated") / "run", small_recipe(model=MODEL))
+    evaluate.evaluate(workdir)
     return workdir
 
 
@@ -161,8 +163,8 @@ def test_without_config_json_another_configuration_is_refused_and_the_same_one_r
     assert file.read_bytes() == whole and "written anew" in caplog.text
 
 
-def test_a_changed_config_json_is_found_before_a_number_depends_on_it(trained, tmp_path):
-    workdir = shutil.copytree(trained, tmp_path / "run")
+def test_a_changed_config_json_is_found_before_a_number_depends_on_it(evaluated, tmp_path):
+    workdir = shutil.copytree(evaluated, tmp_path / "run")
     change(workdir / "config.json", '"momentum": 0.9', '"momentum": 0.8')
     for call in (ibjax.load, evaluate.evaluate):
         with pytest.raises(CheckpointError, match=r"config.json is damaged .*the digest differs"):
@@ -187,8 +189,8 @@ def test_data_may_move_but_not_change(tmp_path):
 
 
 @pytest.mark.parametrize("key, value", [("clean_acc", 99.0), ("robust_acc", 0.0), ("selected_on", "test")])
-def test_a_changed_record_is_named_and_computed_again(trained, tmp_path, caplog, key, value):
-    workdir = shutil.copytree(trained, tmp_path / "run")
+def test_a_changed_record_is_named_and_computed_again(evaluated, tmp_path, caplog, key, value):
+    workdir = shutil.copytree(evaluated, tmp_path / "run")
     file = workdir / "eval/best/pgd-2.json"
     record = json.loads(file.read_text())
     whole = {name: value for name, value in record.items() if name not in ("digest", "date", "seconds")}
@@ -203,15 +205,15 @@ def test_a_changed_record_is_named_and_computed_again(trained, tmp_path, caplog,
     assert files.read_json(file, sealed=True)["robust_acc"] == again["robust_acc"]
 
 
-def test_a_run_below_the_home_folder_is_found_with_its_records(trained, tmp_path, monkeypatch):
+def test_a_run_below_the_home_folder_is_found_with_its_records(evaluated, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(trained.parent))
+    monkeypatch.setenv("HOME", str(evaluated.parent))
     monkeypatch.setattr(evaluate.Scorer, "__call__", lambda *arguments, **options: pytest.fail("it was attacked"))
     assert evaluate.evaluate("~/run")[0]["attack"] == "pgd-2" and not (tmp_path / "~").exists()
 
 
-def test_a_record_without_a_digest_is_read(trained, tmp_path):
-    workdir = shutil.copytree(trained, tmp_path / "run")
+def test_a_record_without_a_digest_is_read(evaluated, tmp_path):
+    workdir = shutil.copytree(evaluated, tmp_path / "run")
     file = workdir / "eval/best/pgd-2.json"
     record = json.loads(file.read_text())
     del record["digest"]
@@ -222,10 +224,10 @@ def test_a_record_without_a_digest_is_read(trained, tmp_path):
 
 
 def test_results_that_cannot_be_listed_or_read_are_told_never_left_out_in_silence(
-    trained, tmp_path, monkeypatch, caplog
+    evaluated, tmp_path, monkeypatch, caplog
 ):
     """`glob` and `os.walk` take a folder that cannot be listed for an empty one."""
-    workdir, real = shutil.copytree(trained, tmp_path / "run"), os.scandir
+    workdir, real = shutil.copytree(evaluated, tmp_path / "run"), os.scandir
     monkeypatch.setattr(files, "_WAITS", (0.0,))
     network = ibjax.load(workdir)
 
@@ -253,8 +255,8 @@ def test_results_that_cannot_be_listed_or_read_are_told_never_left_out_in_silenc
     assert "pgd-2.json is damaged" in caplog.text
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_the_attack_not_after_it(trained, tmp_path, monkeypatch):
-    workdir = shutil.copytree(trained, tmp_path / "run")
+def test_a_folder_that_cannot_be_written_is_told_before_the_attack_not_after_it(evaluated, tmp_path, monkeypatch):
+    workdir = shutil.copytree(evaluated, tmp_path / "run")
     known = evaluate.evaluate(workdir)
     (workdir / "eval/best").rename(tmp_path / "kept")
     shutil.rmtree(workdir / "eval")
@@ -309,8 +311,16 @@ def test_a_line_that_a_crash_has_cut_and_rows_without_a_checksum_are_as_before(t
 # ---- a whole command ---------------------------------------------------------------------------------------
 
 
-def test_a_run_whose_best_step_was_damaged_says_so_in_its_records(trained, tmp_path):
-    workdir = shutil.copytree(trained, tmp_path / "run")
+def test_a_record_of_a_run_whose_steps_were_damaged_says_so(evaluated, tmp_path):
+    workdir = shutil.copytree(evaluated, tmp_path / "run")
+    shutil.rmtree(workdir / "eval")
+    (workdir / "damaged/7").mkdir(parents=True)
+    assert "steps 7 were damaged" in evaluate.evaluate(workdir)[0]["warnings"][-1]
+
+
+def test_a_run_whose_best_step_was_damaged_says_so_in_its_records(tmp_path):
+    workdir = tmp_path / "run"
+    main.execute(small_recipe(model=MODEL, epochs=2, objective=dict(name="standard"), attack=None), workdir)
     with checkpoint.manager(workdir, read_only=True) as store:
         best = checkpoint.best_step(store)
         (other,) = set(store.all_steps()) - {best}

@@ -1,6 +1,7 @@
 """What surrounds a command: paths, encodings, platforms, clusters, other people's repositories."""
 
 import ast
+import functools
 import importlib.util
 import io
 import logging
@@ -167,12 +168,18 @@ def test_the_environments_cache_of_compiled_programs_is_expanded_and_a_store_is_
         jax.config.update("jax_compilation_cache_dir", before)
 
 
+@functools.cache
+def method_calls():
+    """(file, call of a method) for all of them in the code."""
+    files = [
+        file for part in ("ibjax", "benchmarks", "configs", "docs") for file in sorted((ROOT / part).rglob("*.py"))
+    ]
+    nodes = ((file, node) for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    return [(file, node) for file, node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+
+
 def calls(*names):
-    for part in ("ibjax", "benchmarks", "configs", "docs"):
-        for file in sorted((ROOT / part).rglob("*.py")):
-            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in names:
-                    yield file, node
+    return [(file, node) for file, node in method_calls() if node.func.attr in names]
 
 
 # ---- encodings ---------------------------------------------------------------------------------------------

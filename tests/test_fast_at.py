@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import smoke_config
-from test_objectives import BATCH, MODEL, NET, VARIABLES
+from test_objectives import BATCH, NET, VARIABLES, first_state
 
 from ibjax import config, optim
 from ibjax.attacks import geometry
@@ -13,14 +13,12 @@ from ibjax.attacks.pgd import pgd, stateful_pgd
 from ibjax.errors import InputError
 from ibjax.objectives.pgd_at import pgd_at
 from ibjax.optim import sgd
-from ibjax.step import Problem, init_state, make_train_step
+from ibjax.step import Problem, make_train_step
 from ibjax.training.experiment import build
 
 KEY = jax.random.key(3)
 EPS = 0.1
-X = jnp.asarray(
-    np.concatenate([np.asarray(BATCH["image"])[:6], np.zeros((6, 8, 8, 1), np.float32)])
-)  # half of them at the border
+X = np.concatenate([np.asarray(BATCH["image"])[:6], np.zeros((6, 8, 8, 1), np.float32)])  # half of them at the border
 
 
 def forward(x):
@@ -40,6 +38,10 @@ def attacked(x, **options):
     return jax.jit(lambda x: pgd(**options)(KEY, forward, x, BATCH["label"]))(x)
 
 
+def start(init):
+    return np.asarray(jax.jit(lambda x: geometry.start(KEY, x, "linf", EPS, init))(X))
+
+
 def clip(x):
     return jnp.clip(x, 0.0, 1.0)
 
@@ -48,10 +50,10 @@ def test_on_cifar_the_start_is_clipped_and_every_pixel_moves():
     """x' = Π(x + δ + 1.25·ε·sign g), δ clipped to the box before the gradient g is taken."""
     options = dict(eps=EPS, step_size=1.25 * EPS, steps=1)
     x_adv = attacked(X, **options)
-    first = geometry.start(KEY, X, "linf", EPS, "uniform")
-    assert float(first.min()) >= 0
-    step = np.asarray(first) + 1.25 * EPS * np.sign(gradient(first))
-    expected = np.clip(np.clip(step, np.asarray(X) - EPS, np.asarray(X) + EPS), 0, 1)
+    first = start("uniform")
+    assert first.min() >= 0
+    step = first + 1.25 * EPS * np.sign(gradient(first))
+    expected = np.clip(np.clip(step, X - EPS, X + EPS), 0, 1)
     np.testing.assert_allclose(x_adv, expected, atol=1e-6)
 
 
@@ -59,12 +61,12 @@ def test_on_imagenet_pixels_outside_the_box_have_no_gradient():
     """δ <- clip(δ + 1.25·ε·sign ∇L(clip(x + δ)), ±ε), and the images are clip(x + δ)."""
     options = dict(eps=EPS, step_size=1.25 * EPS, steps=1, init="uniform_unclipped", clip_input=True)
     x_adv = attacked(X, **options)
-    first = geometry.start(KEY, X, "linf", EPS, "uniform_unclipped")
+    first = start("uniform_unclipped")
     direction = np.sign(gradient(first, clip))
-    outside = np.asarray((first < 0) | (first > 1))
+    outside = (first < 0) | (first > 1)
     assert outside.any() and (direction[outside] == 0).all() and (direction[~outside] != 0).any()
-    delta = np.clip(np.asarray(first - X) + 1.25 * EPS * direction, -EPS, EPS)
-    np.testing.assert_allclose(x_adv, np.clip(np.asarray(X) + delta, 0, 1), atol=1e-6)
+    delta = np.clip(first - X + 1.25 * EPS * direction, -EPS, EPS)
+    np.testing.assert_allclose(x_adv, np.clip(X + delta, 0, 1), atol=1e-6)
     assert np.abs(x_adv - attacked(X, **{**options, "clip_input": False})).max() > 0.01
 
 
@@ -73,9 +75,7 @@ def test_a_step_has_two_passes_in_training_mode():
     options = dict(eps=EPS, step_size=1.25 * EPS, steps=1)
     optimizer = sgd(lr=lambda step: 0.0)
     step = make_train_step(Problem(lambda _: NET, pgd_at(), training_attack=stateful_pgd(**options)), optimizer)
-    state = jax.jit(lambda: init_state(KEY, NET, MODEL, None, optimizer, BATCH["image"], False))()
-    state = state._replace(variables=VARIABLES)
-    found = jax.jit(step)(state, BATCH, KEY)[0].variables["batch_stats"]
+    found = jax.jit(step)(first_state(optimizer), BATCH, KEY)[0].variables["batch_stats"]
 
     key = jax.random.fold_in(KEY, 0)
     attack_key, loss_key = jax.random.split(key, 3)[1:]
@@ -89,7 +89,7 @@ def test_a_step_has_two_passes_in_training_mode():
     direction, once = jax.grad(loss, has_aux=True)(first)
     moved = np.asarray(first) + 1.25 * EPS * np.sign(direction)
     second = np.clip(np.clip(moved, BATCH["image"] - EPS, BATCH["image"] + EPS), 0, 1)
-    _, twice = jax.jit(NET.forward)(once, second, loss_key)
+    _, twice = NET.forward(once, second, loss_key)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), found, twice["batch_stats"])
 
 

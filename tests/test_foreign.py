@@ -20,6 +20,7 @@ from ibjax import config, files, main
 from ibjax.devices import cluster
 from ibjax.errors import CheckpointError, CodeError, InputError
 from ibjax.evaluation import evaluate, report
+from ibjax.evaluation.named import named
 from ibjax.models import cnn
 from ibjax.runs import recipe_files, run
 
@@ -38,6 +39,7 @@ def made(tmp_path_factory):
              x_test=RNG.integers(0, 256, (21, 8, 8, 1), dtype=np.uint8), y_test=np.arange(21) // 7)  # fmt: skip
     recipe = clean_recipe()
     recipe.data = dict(name="npz", path=str(here / "a.npz"), val_size=8, split_seed=0)
+    recipe.model.update(widths=(), hidden=())
     recipe.evaluate.attacks = ("fgsm",)
     return untrained_run(here / "run", recipe)
 
@@ -147,7 +149,7 @@ def test_an_installed_package_takes_no_name_of_ours(foreign, tmp_path, monkeypat
     monkeypatch.syspath_prepend(str(about.parent))
     assert len([point for point in importlib.metadata.entry_points(name="cnn") if point.value == "evil:Model"]) == 5
     assert type(ibjax.load(foreign).model) is cnn.Model
-    assert evaluate.evaluate(foreign, attacks=("fgsm", "pgd-1"))
+    assert evaluate.evaluate(foreign, attacks=("fgsm",)) and named("pgd-1").settings["steps"] == 1
 
 
 _opened: list[str] | None = None  # while it is watched

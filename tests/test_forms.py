@@ -45,16 +45,22 @@ NETWORKS = {
     "swin": dict(name="swin", blocks=(2, 1), width=16, heads=2, window=4),
     "masked": dict(name="masked", backbone=RESNET, tap="stage2", channels=(1, 3)),
 }
-X = jax.random.uniform(jax.random.key(0), (4, 32, 32, 3))
-Y = jnp.arange(4)
+X = np.random.default_rng(0).random((4, 32, 32, 3), np.float32)
+Y = np.arange(4, dtype=np.int32)
+
+
+def normal(seed, *shape):
+    """Normally distributed float32 numbers."""
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def shaken(variables):
     """Weights and statistics as of a trained network: none is zero, variances are positive."""
-    key = jax.random.key(3)
+    rng = np.random.default_rng(3)
     parts = variables["params"], variables.get("batch_stats", {})
-    params = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(key, a.shape), parts[0])
-    return {"params": params, "batch_stats": jax.tree.map(lambda a: a + jax.random.uniform(key, a.shape), parts[1])}
+    params = jax.tree.map(lambda a: a + np.float32(0.1 * rng.normal(size=a.shape)), jax.device_get(parts[0]))
+    statistics = jax.tree.map(lambda a: a + rng.random(a.shape, np.float32), jax.device_get(parts[1]))
+    return {"params": params, "batch_stats": statistics}
 
 
 def everything(model, variables, x):
@@ -84,7 +90,7 @@ def test_a_network_is_the_same_on_every_platform(name):
     for platform in ("cuda", "tpu"):
         pairs = zip(*map(jax.tree.leaves, (found[platform], found["cpu"])), strict=True)
         for a, b in pairs:
-            np.testing.assert_allclose(a, b, atol=5e-5 * float(jnp.abs(b).max()) + 3e-6, err_msg=platform)
+            np.testing.assert_allclose(a, b, atol=5e-5 * np.abs(b).max() + 3e-6, err_msg=platform)
 
 
 def test_the_platform_is_that_of_the_program():
@@ -137,19 +143,24 @@ def test_nothing_that_depends_on_weights_alone_is_in_the_loop_of_an_attack(dtype
 
 def test_a_prepared_function_is_the_function():
     """Values, gradients and the tree of results; through a jitted function, and with arrays of another shape."""
-    weights = jnp.arange(6.0).reshape(2, 3) + 1
+    weights = np.arange(6, dtype=np.float32).reshape(2, 3) + 1
 
     def f(x):
         hidden = jax.jit(lambda x: gradients.relu_by_output(x @ jnp.square(weights) - 20))(x)
         return {"hidden": hidden, "sum": jnp.where(x > 1, x, 0).sum(), "weights": weights.sum(), "x": x}
 
-    x = jnp.arange(8.0).reshape(4, 2)
-    prepared = hoist.prepared(f, x)
-    for given in (x, x[:3]):
-        jax.tree.map(np.testing.assert_array_equal, prepared(given), f(given))
+    x = np.arange(8, dtype=np.float32).reshape(4, 2)
     total = lambda f: lambda x: f(x)["hidden"].sum() * f(x)["weights"] + f(x)["sum"]  # noqa: E731
-    np.testing.assert_array_equal(jax.grad(total(prepared))(x), jax.grad(total(f))(x))
-    np.testing.assert_array_equal(jax.vmap(lambda x: hoist.prepared(f, x)(x)["hidden"])(x[None])[0], f(x)["hidden"])
+
+    @jax.jit
+    def both(x):
+        prepared = hoist.prepared(f, x)
+        found = {"whole": prepared(x), "part": prepared(x[:3]), "gradient": jax.grad(total(prepared))(x)}
+        expected = {"whole": f(x), "part": f(x[:3]), "gradient": jax.grad(total(f))(x)}
+        found["mapped"] = jax.vmap(lambda x: hoist.prepared(f, x)(x)["hidden"])(x[None])[0]
+        return found, expected | {"mapped": f(x)["hidden"]}
+
+    jax.tree.map(np.testing.assert_array_equal, *both(x))
 
 
 # ---- two rows side by side ---------------------------------------------------------------------------------------
@@ -157,7 +168,6 @@ def test_a_prepared_function_is_the_function():
 
 def test_convolutions_of_packed_maps_are_convolutions():
     """All forms, values and both gradients: what packs, what stays packed, what reads packed maps, and the others."""
-    keys = jax.random.split(jax.random.key(0), 2)
     cases = [  # kernel, stride, padding, channels in and out, whether x is packed, whether the result is
         (3, 1, (1, 1), 3, 64, False, True),
         (3, 1, (1, 1), 64, 64, True, True),
@@ -167,8 +177,7 @@ def test_convolutions_of_packed_maps_are_convolutions():
         (3, 1, (1, 1), 3, 32, False, False),
     ]
     for size, stride, pads, inside, out, was, becomes in cases:
-        x = jax.random.normal(keys[0], (2, 8, 6, inside))
-        kernel = jax.random.normal(keys[1], (size, size, inside, out))
+        x, kernel = normal(0, 2, 8, 6, inside), normal(1, size, size, inside, out)
 
         def pack(x):
             b, h, w, c = x.shape
@@ -199,7 +208,8 @@ def test_edits_and_taps_of_packed_maps_are_those_of_maps():
     model = config.build("models", ConfigDict(dict(name="resnet", blocks=(1,), width=64)), "model", num_classes=5)
     x = X[:2, :8, :8]
     variables = shaken(jax.jit(model.init)(jax.random.key(1), x))
-    edits = {"stem": lambda z: jnp.where(jnp.arange(64)[None, None, None] % 3 == 0, z, 0)}
+    kept = np.arange(64)[None, None, None] % 3 == 0
+    edits = {"stem": lambda z: jnp.where(kept, z, 0)}
     found = []
     for platform in ("cuda", "tpu"):
         with cores.elsewhere(platform):
@@ -219,27 +229,31 @@ def test_edits_and_taps_of_packed_maps_are_those_of_maps():
 )
 def test_the_convolution_of_pixels_is_a_convolution(size, stride, pad, channels, by_product):
     """In float32, where the second part of the pixels is 0: values, and both gradients."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    x, kernel = jax.random.normal(keys[0], (2, 9, 8, channels)), jax.random.normal(keys[1], (size, size, channels, 4))
+    x, kernel = normal(0, 2, 9, 8, channels), normal(1, size, size, channels, 4)
     where = [stride] * 2, [(pad, pad)] * 2
 
-    def both(convolve):
-        y, back = jax.vjp(convolve, x, kernel)
-        return y, *back(jax.random.normal(keys[2], y.shape))
+    ours = lambda x, kernel: gradients.convolve_pixels(x, kernel, *where, jnp.float32, by_product)  # noqa: E731
+    usual = lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, *where, dimension_numbers=gradients.NHWC)  # noqa: E731
+    weight = normal(2, *jax.eval_shape(usual, x, kernel).shape)
 
-    ours = both(lambda x, kernel: gradients.convolve_pixels(x, kernel, *where, jnp.float32, by_product))
-    usual = both(lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, *where, dimension_numbers=gradients.NHWC))
-    for a, b in zip(ours, usual, strict=True):
+    @jax.jit
+    def both(x, kernel):
+        made = [jax.vjp(convolve, x, kernel) for convolve in (ours, usual)]
+        return [(y, *back(weight)) for y, back in made]
+
+    for a, b in zip(*both(x, kernel), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("platform", forms.TABLE)
 def test_a_small_step_of_the_pixels_reaches_a_bfloat16_network(platform):
     """The difference of neighbouring pixels, 0.001 beside 0.5: bfloat16 pixels would be equal."""
-    x = 0.5 + 0.001 * jax.random.normal(jax.random.key(0), (1, 4, 6, 1))
+    x = np.float32(0.5) + np.float32(0.001) * normal(0, 1, 4, 6, 1)
     conv = layers.Conv(1, padding=0, dtype=jnp.bfloat16, pixels=True)
-    kernel = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1).at[1, 2].set(-1)
+    kernel = np.zeros((3, 3, 1, 1), np.float32)
+    kernel[1, 1], kernel[1, 2] = 1, -1
 
+    @jax.jit
     def apply(x):
         return conv.apply({"params": {"conv": {"kernel": kernel}}}, x)
 
@@ -249,7 +263,7 @@ def test_a_small_step_of_the_pixels_reaches_a_bfloat16_network(platform):
     assert ("reduce_precision" in program) == (platform != "cpu")
     expected = (x[:, :, :-1] - x[:, :, 1:])[:, 1:-1, 1:]
     assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=2e-5)
+    np.testing.assert_allclose(np.asarray(y, np.float32), expected, atol=2e-5)
 
 
 def plain_norm(x, scale, bias, skip, relu):
@@ -265,13 +279,17 @@ def test_batch_norm_in_one_pass_is_batch_norm(relu, has_skip):
     """In float64 to 1e-12: values, moments and all gradients."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
-        x, skip, weight = (jnp.asarray(rng.normal(3, 2, (4, 6, 6, 8))) for _ in range(3))
-        scale, bias, shift = (jnp.asarray(rng.normal(1, 0.3, 8)) for _ in range(3))
+        x, skip, weight = (rng.normal(3, 2, (4, 6, 6, 8)) for _ in range(3))
+        scale, bias, shift = (rng.normal(1, 0.3, 8) for _ in range(3))
         given = (x, scale, bias, skip) if has_skip else (x, scale, bias)
 
         def both(f):
-            y, back, moments = jax.vjp(lambda *a: (lambda y, *m: (y, m))(*f(*a)), *given, has_aux=True)
-            return y, moments, back(weight)
+            @jax.jit
+            def found(*given):
+                y, back, moments = jax.vjp(lambda *a: (lambda y, *m: (y, m))(*f(*a)), *given, has_aux=True)
+                return y, moments, back(weight)
+
+            return found(*given)
 
         part = lambda rest: rest[0] if rest else None  # noqa: E731
         ours = both(lambda x, s, b, *rest: gradients.norm_add_relu(x, s, b, shift, part(rest), 1e-5, relu))
@@ -283,9 +301,9 @@ def test_batch_norm_in_one_pass_is_batch_norm(relu, has_skip):
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs several devices")
 def test_statistics_in_one_pass_are_those_of_the_whole_batch_on_several_devices():
     norm, size = layers.BatchNorm(), 2 * jax.device_count()
-    x = jax.random.normal(jax.random.key(0), (size, 3, 3, 4)) * jnp.arange(1.0, size + 1)[:, None, None, None]
-    variables = {"params": {"scale": jnp.ones(4), "bias": jnp.zeros(4)}}
-    variables["batch_stats"] = {"mean": jnp.ones(4), "var": jnp.ones(4)}
+    x = normal(0, size, 3, 3, 4) * np.arange(1, size + 1, dtype=np.float32)[:, None, None, None]
+    zeros, ones = np.zeros(4, np.float32), np.ones(4, np.float32)
+    variables = {"params": {"scale": ones, "bias": zeros}, "batch_stats": {"mean": ones, "var": ones}}
     with cores.elsewhere("tpu"):
 
         def moments(x):
@@ -293,27 +311,33 @@ def test_statistics_in_one_pass_are_those_of_the_whole_batch_on_several_devices(
             return norm.apply(variables, x, mutable=["batch_stats"], method=make)
 
         sharded = jax.device_put(x, jax.sharding.NamedSharding(cluster.mesh(), cluster.BATCH))
-        y, updated = jax.jit(moments)(sharded)
-        program = jax.jit(lambda x: moments(x)).lower(sharded).compile().as_text()
-    expected, after = norm.apply(variables, x, True, mutable=["batch_stats"])
-    np.testing.assert_allclose(y, jnp.maximum(expected, 0), atol=1e-5)
+        compiled = jax.jit(moments).lower(sharded).compile()
+        (y, updated), program = compiled(sharded), compiled.as_text()
+    expected, after = jax.jit(lambda x: norm.apply(variables, x, True, mutable=["batch_stats"]))(x)
+    np.testing.assert_allclose(y, np.maximum(expected, 0), atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), updated, after)
     assert "all-reduce" in program and "all-gather" not in program
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_scale_and_shift_have_the_usual_gradients(dtype):
-    x = jax.random.normal(jax.random.key(0), (3, 4, 4, 8)).astype(dtype)
-    mul, add = jax.random.normal(jax.random.key(1), (2, 8))
-    usual = lambda x, mul, add: (x.astype(jnp.float32) * mul[None, None, None] + add[None, None, None]).astype(dtype)  # noqa: E731
-    (y, back), (z, expected) = (
-        jax.vjp(f, x, mul, add) for f in (lambda *a: gradients.scale_shift(*a, jnp.dtype(dtype)), usual)
-    )
+    x, mul, add = normal(0, 3, 4, 4, 8).astype(dtype), normal(1, 8), normal(2, 8)
+
+    def usual(x, mul, add):
+        return (x.astype(jnp.float32) * mul[None, None, None] + add[None, None, None]).astype(dtype)
+
+    @jax.jit
+    def gradients_of(x, mul, add):
+        ours = lambda *a: gradients.scale_shift(*a, jnp.dtype(dtype))  # noqa: E731
+        (y, back), (z, expected) = (jax.vjp(f, x, mul, add) for f in (ours, usual))
+        return (y, z), back(y), expected(y)
+
+    (y, z), found, expected = gradients_of(x, mul, add)
     np.testing.assert_array_equal(y, z)
-    for a, b in zip(back(y), expected(y), strict=True):
+    for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_allclose(
-            a.astype(jnp.float32), b.astype(jnp.float32), rtol=1e-5 if dtype == "float32" else 1e-2
+            np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-5 if dtype == "float32" else 1e-2
         )
 
 

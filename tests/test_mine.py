@@ -1,5 +1,6 @@
 """MINE on Gaussians, whose mutual information is known, and its gradient and state against their definitions."""
 
+import functools
 from functools import partial
 
 import jax
@@ -15,6 +16,12 @@ from ibjax.models.layers import Dense
 Mine = partial(mine.Mine, layer=Dense)
 
 B, K = 64, 2
+
+
+@functools.cache
+def given():
+    """Such pairs with ρ = 0.8, as arrays."""
+    return jax.device_get(jax.jit(pairs)(jax.random.key(0), 0.8))
 
 
 def pairs(key, rho, batch=B, dimension=K):
@@ -50,7 +57,7 @@ def statistics(variables, z, z_other):
 def test_the_estimate_is_donsker_varadhans_bound():
     """Evaluation mode pairs each row with the next."""
     module = Mine("latent", (16, 16))
-    features, other = pairs(jax.random.key(0), 0.8)
+    features, other = given()
     variables = start(module, features)
     z, z_other = np.asarray(features["latent"]), np.asarray(other["latent"])
     marginal = statistics(variables, z, np.roll(z_other, -1, 0))
@@ -62,9 +69,9 @@ def test_the_estimate_is_donsker_varadhans_bound():
 
 def test_a_projection_comes_before_the_layers():
     """A linear map of the pair: the same estimate as with its product in the first layer."""
-    module, features = Mine("latent", (16, 16), projection=3), pairs(jax.random.key(0), 0.8)[0]
+    module, features = Mine("latent", (16, 16), projection=3), given()[0]
     variables = start(module, features)
-    params = variables["params"]
+    params = jax.device_get(variables["params"])
     assert params["projection"]["dense"]["kernel"].shape == (2 * K, 3)
     assert params["dense1"]["dense"]["kernel"].shape == (3, 16)
     first, second = (params[name]["dense"] for name in ("projection", "dense1"))
@@ -77,12 +84,12 @@ def test_a_projection_comes_before_the_layers():
 def test_marginal_pairs_are_one_cycle_and_follow_the_key():
     """No sample is paired with itself, and every sample is a partner once."""
     for n in (1, 2, 7):
-        cycle, i, seen = np.asarray(random_cycle(jax.random.key(n), n)), 0, []
+        cycle, i, seen = np.asarray(jax.jit(random_cycle, static_argnums=1)(jax.random.key(n), n)), 0, []
         for _ in range(n):
             seen, i = [*seen, i], cycle[i]
         assert sorted(seen) == list(range(n)) and i == 0
     module = Mine("latent", (16,))
-    features, other = pairs(jax.random.key(0), 0.8)
+    features, other = given()
     variables = start(module, features)
     values = [float(apply(module, variables, features, other, key)[0]) for key in (0, 0, 1)]
     assert values[0] == values[1] != values[2]
@@ -91,7 +98,7 @@ def test_marginal_pairs_are_one_cycle_and_follow_the_key():
 def test_the_gradient_divides_by_the_moving_average():
     """The bias of the last layer moves T alike everywhere: its gradient is 1 − E[e^T]/M, 0 without the correction."""
     module = Mine("latent", (16,))
-    features, other = pairs(jax.random.key(0), 0.8)
+    features, other = given()
     variables = start(module, features)
     variables["batch_stats"] = {"log_average": jnp.float32(0.7), "count": jnp.float32(1000)}
 
@@ -112,7 +119,7 @@ def test_the_gradient_divides_by_the_moving_average():
 def test_the_average_starts_as_the_plain_mean_of_the_batches():
     """And initialising a state counts no batch."""
     module = Mine("latent", (16,))
-    features, other = pairs(jax.random.key(0), 0.8)
+    features, other = given()
     variables = start(module, features)
     assert variables["batch_stats"] == {"log_average": 0.0, "count": 0.0}
     batches = [apply(module, variables, features, other, key)[1]["batch_stats"] for key in range(3)]
@@ -154,7 +161,7 @@ def test_the_estimate_approaches_the_information_of_gaussians():
 def test_large_statistics_stay_finite():
     """e^T would overflow; its logarithm does not."""
     module = Mine("latent", (16,))
-    features, other = ({"latent": 1e4 * taps["latent"]} for taps in pairs(jax.random.key(0), 0.8))
+    features, other = ({"latent": np.float32(1e4) * taps["latent"]} for taps in given())
     variables = start(module, features)
 
     def value(params):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import small_recipe, untrained_run
 from jax.sharding import AxisType
 
 from ibjax import evaluate as evaluate_command
@@ -32,6 +33,7 @@ from ibjax.runs import command_line, run
 RNG = np.random.default_rng(7)
 X = RNG.random((6, 4, 4, 1), dtype=np.float32)
 WEIGHTS = jnp.asarray(RNG.normal(size=(16, 3)), jnp.float32)
+Y = np.int32(np.sin(3 * (X.reshape(6, 16) @ np.asarray(WEIGHTS))).argmax(1))  # as the network has it
 KEY = jax.random.key(0)
 # another value of each option than its default
 OTHER = dict(
@@ -154,13 +156,13 @@ def test_values_out_of_range_are_refused_before_anything_runs(name, allowed, wor
 )  # fmt: skip
 @jax.numpy_dtype_promotion("standard")  # optax's Adam raises its rates to a whole number
 def test_options_reach_the_attack(name, direct):
-    attack = named(name)
-    made = attack.make(norm="linf", eps=0.1, step_size=attack.step_size(0.1, 0.03))
-    y = network(X).argmax(1)
-    x_adv = made(KEY, network, X, y)
-    np.testing.assert_array_equal(x_adv, direct()(KEY, network, X, y))
-    plain = named(names.parse(name)[0])
-    usual = plain.make(norm="linf", eps=0.1, step_size=plain.step_size(0.1, 0.03))(KEY, network, X, y)
+    def of(name):
+        attack = named(name)
+        return attack.make(norm="linf", eps=0.1, step_size=attack.step_size(0.1, 0.03))
+
+    attacks = of(name), direct(), of(names.parse(name)[0])
+    x_adv, same, usual = jax.jit(lambda x, y: [attack(KEY, network, x, y) for attack in attacks])(X, Y)
+    np.testing.assert_array_equal(x_adv, same)
     assert np.abs(x_adv - usual).max() > 1e-4
 
 
@@ -271,24 +273,39 @@ def test_options_are_in_records_files_and_tables(digits):
     assert {"pgd-2(step_size=1/255)", "fgsm(count=attacked)"} <= {record["attack"] for record in found.records}
 
 
-def test_a_step_size_of_one_evaluation_is_an_option_of_its_attacks(digits):
-    own = (digits / "eval/best/pgd-2.json").read_bytes()
-    records = evaluate.evaluate(digits, attacks=("fgsm", "pgd-2"), step_size="1/64")
+@pytest.fixture(scope="module")
+def once_evaluated(tmp_path_factory):
+    """A run that has taken no step, with the records of two attacks."""
+    model = dict(name="cnn", widths=(), hidden=())
+    settings = small_recipe(model=model, attacks=("pgd-2", "margin-2"))
+    workdir = untrained_run(tmp_path_factory.mktemp("once") / "run", settings)
+    evaluate.evaluate(workdir)
+    return workdir
+
+
+@pytest.fixture
+def evaluated(once_evaluated, tmp_path):
+    return shutil.copytree(once_evaluated, tmp_path / "run", ignore=shutil.ignore_patterns(".lock"))
+
+
+def test_a_step_size_of_one_evaluation_is_an_option_of_its_attacks(evaluated):
+    own = (evaluated / "eval/best/pgd-2.json").read_bytes()
+    records = evaluate.evaluate(evaluated, attacks=("fgsm", "pgd-2"), step_size="1/64")
     mains = {record["attack"]: record["step_size"] for record in records if record["main"]}
-    assert mains == {"fgsm": "2/16", "pgd-2(step_size=1/64)": "1/64"}
-    assert (digits / "eval/best/pgd-2.json").read_bytes() == own
+    assert mains == {"fgsm": "8/255", "pgd-2(step_size=1/64)": "1/64"}
+    assert (evaluated / "eval/best/pgd-2.json").read_bytes() == own
 
 
-def test_what_was_called_cw_is_read_reused_and_called_margin(digits, caplog):
-    folder = digits / "eval/best"
+def test_what_was_called_cw_is_read_reused_and_called_margin(evaluated, caplog):
+    folder = evaluated / "eval/best"
     for file in folder.glob("margin-2*"):  # as a run from before has it
         if file.suffix == ".json":
             file.write_text(json.dumps({**files.read_json(file), "attack": "cw-2"}))
         file.rename(file.with_name(file.name.replace("margin", "cw")))
     before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
-    assert [record["attack"] for record in evaluate.evaluate(digits, attacks=("cw-2",))] == ["margin-2"]
+    assert [record["attack"] for record in evaluate.evaluate(evaluated, attacks=("cw-2",))] == ["margin-2"]
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
-    (found,) = (part for part in runs.read([digits]) if part.folder == digits)
+    (found,) = runs.read([evaluated])
     assert "margin-2" in {record["attack"] for record in found.records}
     assert "margin PGD-2" in report.table(found.records)
     names.tell_of_old(["cw-2", "cw-l2-2", "margin-2", " pgd-2"])

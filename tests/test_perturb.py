@@ -1,19 +1,22 @@
 """Adversarial weight perturbation: size, direction, what it leaves alone, and the order of a step."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from test_objectives import BATCH, MODEL, NET, VARIABLES, X_ADV
+from test_objectives import BATCH, NET, VARIABLES, X_ADV, first_state
 
 from ibjax.errors import InputError
 from ibjax.objectives.pgd_at import pgd_at
-from ibjax.objectives.trades import trades
 from ibjax.optim import sgd
 from ibjax.perturb import awp
-from ibjax.step import Problem, init_state, make_train_step, with_trainable
+from ibjax.step import Problem, make_train_step, with_trainable
 
+# its loss is one program, the same in all steps: two of them can have equal bits
+PGD_AT = pgd_at()
+PGD_AT = PGD_AT._replace(loss=jax.jit(PGD_AT.loss, static_argnums=0))
 PARAMS = VARIABLES["params"]
 GRADIENT = jax.tree.map(lambda w: jnp.asarray(np.cos(17 * np.asarray(w))), PARAMS)
 
@@ -22,39 +25,47 @@ def stored_attack(key, logits_fn, x, target):
     return X_ADV
 
 
+def program(**options):
+    """A weight perturbation, compiled."""
+    return jax.jit(awp(**options))
+
+
 def take_step(objective, perturb, optimizer=None, epoch=0, variables=VARIABLES):
     optimizer = optimizer or sgd(lr=lambda step: 0.1, weight_decay=5e-4)
-    state = jax.jit(lambda: init_state(jax.random.key(0), NET, MODEL, None, optimizer, BATCH["image"], False))()
-    state = state._replace(variables=variables, step=jnp.int32(epoch))
+    optimizer = optimizer._replace(update=jax.jit(optimizer.update))
     step = make_train_step(Problem(lambda _: NET, objective, stored_attack), optimizer, perturb=perturb)
-    return step(state, BATCH, jax.random.key(0))[0].variables
+    return step(first_state(optimizer, variables, epoch), BATCH, jax.random.key(0))[0].variables
+
+
+@functools.cache
+def plain_step():
+    return take_step(PGD_AT, None)
 
 
 def test_the_offset_is_gamma_times_the_weights_norm_along_the_gradient():
-    offset = awp(gamma=0.02)(PARAMS, GRADIENT, jnp.float32(0))
+    offset = program(gamma=0.02)(PARAMS, GRADIENT, jnp.float32(0))
     for v, w, g in zip(*map(jax.tree.leaves, (offset, PARAMS, GRADIENT)), strict=True):
         if w.ndim > 1:
             np.testing.assert_allclose(np.linalg.norm(v), 0.02 * np.linalg.norm(w), rtol=1e-5)
             np.testing.assert_allclose(v / np.linalg.norm(v), g / np.linalg.norm(g), atol=1e-6)
         else:
-            assert not v.any()
+            assert not np.any(v)
 
 
 def test_there_is_no_offset_before_the_end_of_the_warm_up():
-    perturb = awp(gamma=0.02, warmup=10)
+    perturb = program(gamma=0.02, warmup=10)
     for epoch, expected in ((9.99, False), (10.0, True)):
         offset = perturb(PARAMS, GRADIENT, jnp.float32(epoch))
-        assert any(bool(jnp.any(v)) for v in jax.tree.leaves(offset)) == expected
+        assert any(np.any(v) for v in jax.tree.leaves(offset)) == expected
 
 
 def test_a_perturbation_of_size_zero_changes_no_bit():
-    without = take_step(trades(), None)
-    for perturb in (awp(gamma=0.0), awp(gamma=0.01, warmup=1)):
-        jax.tree.map(np.testing.assert_array_equal, take_step(trades(), perturb), without)
+    for perturb in (program(gamma=0.0), program(gamma=0.01, warmup=1)):
+        jax.tree.map(np.testing.assert_array_equal, take_step(PGD_AT, perturb), plain_step())
 
 
 def test_a_learning_rate_of_zero_restores_the_weights():
-    still = take_step(trades(), awp(gamma=0.01), sgd(lr=lambda step: 0.0, weight_decay=5e-4))
+    still = take_step(PGD_AT, program(gamma=0.01), sgd(lr=lambda step: 0.0, weight_decay=5e-4))
     jax.tree.map(np.testing.assert_array_equal, still["params"], PARAMS)
 
 
@@ -62,40 +73,40 @@ def test_the_step_is_taken_at_the_perturbed_weights_decay_included():
     """In plain NumPy words: w − lr·(∇L(w + v) + wd·(w + v)), with v along the gradient of the proxy."""
 
     def loss(params):
-        return pgd_at().loss(NET, with_trainable(VARIABLES, {"params": params}), BATCH, X_ADV, jax.random.key(0))[0]
+        return PGD_AT.loss(NET, with_trainable(VARIABLES, {"params": params}), BATCH, X_ADV, jax.random.key(0))[0]
 
-    offset = awp(gamma=0.01)(PARAMS, jax.grad(loss)(PARAMS), jnp.float32(0))
-    moved = optax.apply_updates(PARAMS, offset)
-    expected = jax.tree.map(lambda w, p, g: w - 0.1 * (g + 5e-4 * p), PARAMS, moved, jax.grad(loss)(moved))
-    got = take_step(pgd_at(), awp(gamma=0.01))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got["params"], expected)
-    plain = take_step(pgd_at(), None)["params"]
-    differences = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), got["params"], plain)
+    weights = jax.device_get(PARAMS)
+    offset = jax.device_get(program(gamma=0.01)(PARAMS, jax.grad(loss)(PARAMS), jnp.float32(0)))
+    moved = jax.tree.map(np.add, weights, offset)
+    gradient = jax.device_get(jax.grad(loss)(moved))
+    expected = jax.tree.map(lambda w, p, g: w - 0.1 * (g + 5e-4 * p), weights, moved, gradient)
+    got = jax.device_get(take_step(PGD_AT, program(gamma=0.01))["params"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
+    differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), got, jax.device_get(plain_step()["params"]))
     assert max(jax.tree.leaves(differences)) > 1e-3
 
 
 def test_the_proxys_batch_statistics_are_discarded():
     """One training-mode pass over x_adv moves the running means, at weights that shift only the activations."""
-    statistics = take_step(pgd_at(), awp(gamma=0.0))["batch_stats"]
+    statistics = take_step(PGD_AT, program(gamma=0.0))["batch_stats"]
     _, once = NET.forward(VARIABLES, X_ADV, jax.random.key(0))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), statistics, once["batch_stats"])
 
 
 def test_an_objectives_own_proxy_is_what_is_climbed():
     """A proxy with the opposite gradient moves the weights the other way."""
-    loss = pgd_at()
 
     def negative(net, variables, batch, x_adv, key):
-        return -loss.loss(net, variables, batch, x_adv, key)[0]
+        return -PGD_AT.loss(net, variables, batch, x_adv, key)[0]
 
     seen = []
 
     def spy(params, gradients, epoch):
         seen.append(gradients)
-        return jax.tree.map(jnp.zeros_like, params)
+        return jax.tree.map(np.zeros_like, params)
 
-    take_step(loss, spy)
-    take_step(loss._replace(proxy=negative), spy)
+    take_step(PGD_AT, spy)
+    take_step(PGD_AT._replace(proxy=negative), spy)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, -b, rtol=1e-4, atol=1e-6), *seen)
 
 

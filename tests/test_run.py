@@ -31,7 +31,7 @@ def trained(tmp_path_factory):
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{i}.png")
     settings = config.base()
     data = dict(name="folder", path=str(folder), grey=True, size=8, val_size=6, split_seed=0)
-    model = dict(name="cnn", widths=((4,),), hidden=(), padding=1, batch_norm=True, pool="average")
+    model = dict(name="cnn", widths=(), hidden=())
     settings.attack = None
     settings.update(epochs=1, batch_size=8)
     settings.data, settings.model, settings.objective = data, model, dict(name="standard")
