@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ibjax.attacks import geometry
 from ibjax.attacks.square import bump, halvings, iterative_square, side_lengths, square
 from ibjax.errors import InputError
 
@@ -22,10 +23,7 @@ def linear(x):
 Y = linear(X).argmax(1).astype(np.int32)
 
 
-def distance(a, b, norm):
-    """Of each pair of images, (N,)."""
-    difference = np.abs(np.float64(a) - b).reshape(len(a), -1)
-    return np.linalg.norm(difference, {"linf": np.inf, "l2": 2, "l1": 1}[norm], axis=1)
+distance = jax.jit(geometry.distance, static_argnums=2)
 
 
 def schedule(queries=5000, norm="linf", rescale=False, image=(32, 32)):
