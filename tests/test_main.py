@@ -320,14 +320,15 @@ def test_a_contrast_stays_in_its_folder(tmp_path, name):
         jobs.jobs(recipe, tmp_path / "x")
 
 
-def test_a_finished_command_does_nothing_again(digits_run, tmp_path):
-    """Checkpoints and records are reused: neither the teacher nor an attack runs twice."""
-    workdir = Path(shutil.copytree(digits_run, tmp_path / "run", ignore=shutil.ignore_patterns(".lock")))
+@pytest.mark.parametrize("part", ["undefended", "."])
+def test_a_finished_command_does_nothing_again(digits_run, tmp_path, part):
+    """Checkpoints and records are reused: no training, the teacher's included, and no attack runs twice."""
+    workdir = Path(shutil.copytree(digits_run / part, tmp_path / "run", ignore=shutil.ignore_patterns(".lock")))
     files = [*workdir.rglob("checkpoints/*/*"), *workdir.rglob("eval/best/*.json")]
     before = {file: file.stat().st_mtime_ns for file in files}
-    records = main.execute(smoke_config("digits"), workdir, "train")
-    assert len(records) == 9
-    assert before == {file: file.stat().st_mtime_ns for file in before}
+    recipe, count = (smoke_config("digits"), 9) if part == "." else (clean_recipe(), 3)
+    assert len(main.execute(recipe, workdir, "train")) == count
+    assert files and before == {file: file.stat().st_mtime_ns for file in before}
 
 
 def test_evaluation_alone_needs_a_trained_run(tmp_path, digits_run):
