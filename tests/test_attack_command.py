@@ -102,7 +102,7 @@ def test_a_pytorch_file_is_attacked_as_the_run_that_is_made_of_it(command, digit
     assert np.array_equal(found["robust"][0], results.robust_flags(own)) and record["clean_acc"] == own["clean_acc"]
     assert record["train_threat"] == "unknown" and record["imported"]["max_delta_logit"] <= 1e-4
     assert record["imported"]["images"] == f"{len(split.labels)} images of digits"
-    words = (f"--model={network}", "--arch=cnn", "--attacks=fgsm", "--n=5", f"--out={tmp_path / 'd.npz'}")
+    words = (f"--model={network}", "--arch=cnn", "--attacks=noise", "--n=5", f"--out={tmp_path / 'd.npz'}")
     assert command(file, *words)[0] == 0  # no more images are compared than are attacked
     assert (
         json.loads(str(files.read_npz(tmp_path / "d.npz")["records"][0]))["imported"]["images"] == "5 images of digits"

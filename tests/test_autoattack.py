@@ -1,6 +1,7 @@
 """AutoAttack: closed-form margins, invariance to batches, devices and interruption, warnings, and what it refuses."""
 
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def test_on_a_linear_network_robust_means_that_the_margin_exceeds_eps(norm):
     margin = margins(norm)
     eps = float(np.median(margin[3:]))
     near = np.abs(margin / eps - 1) < (0.03 if norm == "l1" else 1e-3)
-    result = attack(linear, norm=norm, eps=eps, attacks=["apgd-ce", "fab-t"], batch_size=64)
+    result = attack(linear, norm=norm, eps=eps, attacks=["apgd-t"], batch_size=64)
     np.testing.assert_array_equal(result.robust[~near], (margin > eps)[~near])
     assert 10 < result.robust.sum() < 31 and near.sum() <= 3
     np.testing.assert_array_equal(result.clean, margin > 0)
@@ -122,15 +123,17 @@ def test_robust_accuracy_only_falls_and_bookkeeping_is_consistent(whole):
     assert result.x_adv.min() >= 0 and result.x_adv.max() <= 1
 
 
-@pytest.mark.parametrize("devices, batch_size", [(8, 8), (1, 1), (1, 256)])
-def test_neither_batch_size_nor_number_of_devices_changes_a_flag(monkeypatch, whole, devices, batch_size):
-    reference = whole
+@pytest.mark.parametrize("devices, batch_size, count", [(8, 8, 2), (8, 8, 4), (1, 1, 4), (1, 256, 4)])
+def test_neither_batch_size_nor_number_of_devices_changes_a_flag(monkeypatch, whole, devices, batch_size, count):
+    """Nor an image that the first `count` attacks find."""
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
     monkeypatch.setattr(cluster, "mesh", lambda: mesh)
-    result = attack(batch_size=batch_size)
-    for name, flags in reference.robust_after.items():
-        assert np.sum(flags != result.robust_after[name]) == 0, name
-    np.testing.assert_allclose(result.x_adv, reference.x_adv, atol=1e-4)
+    result = attack(batch_size=batch_size, attacks=dict(itertools.islice(short().items(), count)))
+    for name, flags in result.robust_after.items():
+        assert np.sum(flags != whole.robust_after[name]) == 0, name
+    found = ~flags
+    assert found.sum() > 5
+    np.testing.assert_allclose(result.x_adv[found], whole.x_adv[found], atol=1e-4)
 
 
 def test_numbers_of_numpy_are_saved_and_found_again(tmp_path):
@@ -140,10 +143,10 @@ def test_numbers_of_numpy_are_saved_and_found_again(tmp_path):
     np.testing.assert_array_equal(first.x_adv, again.x_adv)
 
 
-def test_another_key_draws_otherwise():
-    few = {"apgd-ce": iterative_apgd("ce", "linf", 0.02, 1)}
-    first, second = (attack(key=jax.random.key(seed), attacks=few).x_adv for seed in (0, 1))
-    assert np.any(first != second)
+def test_another_key_draws_otherwise(whole):
+    other = attack(key=jax.random.key(1), attacks={"apgd-ce": short()["apgd-ce"]})
+    found = ~other.robust & ~whole.robust_after["apgd-ce"] & whole.clean  # by both, in the first attack
+    assert np.any(other.x_adv[found] != whole.x_adv[found])
 
 
 # ---- interruption --------------------------------------------------------------------------------------------
@@ -152,7 +155,7 @@ def test_another_key_draws_otherwise():
 def test_interrupted_anywhere_and_run_again_it_ends_with_the_same_flags_and_images(monkeypatch, tmp_path):
     monkeypatch.setattr(progress, "SAVE_SECONDS", 0.0)
     attacks = {name: short()[name] for name in ("apgd-t", "square")}
-    partly = lambda x: jnp.where(x[:, 0, 0, :1] > 0.5, curved(x), curved(jnp.round(x * 64) / 64))  # noqa: E731
+    partly = lambda x: curved(jnp.where(x[:, :1, :1, :1] > 0.5, x, jnp.round(x * 64) / 64))  # noqa: E731
     run = functools.partial(attack, partly, batch_size=8, attacks=attacks)
     whole, file = run(), tmp_path / "state.npz"
     assert any("gradient is zero" in text for text in whole.warnings)
@@ -161,7 +164,7 @@ def test_interrupted_anywhere_and_run_again_it_ends_with_the_same_flags_and_imag
     def save_and_stop(self, at_once=True):
         save(self, at_once)
         times.append((len(self.after), self.position))
-        if len(times) % 6 == 0:
+        if len(times) % 10 == 0:  # once within each attack
             raise KeyboardInterrupt
 
     monkeypatch.setattr(progress.Progress, "save", save_and_stop)
@@ -366,7 +369,8 @@ def test_dlr_gives_way_to_the_margin_where_classes_are_too_few():
         reasons = [text for text in warnings if "classes" in text]
         assert len(reasons) == {2: 2, 3: 1, 4: 0}[classes], warnings
     two = lambda x: linear(x - 0.5)[:, :2]  # noqa: E731
-    result = attack(two, y=np.asarray(jnp.argmax(two(jnp.asarray(X)), 1)), eps=0.01, attacks=["apgd-t"])
+    y = ((X.reshape(N, -1) - 0.5) @ WEIGHTS[:, :2]).argmax(1)
+    result = attack(two, y=y, eps=0.01, attacks=["apgd-t"])
     assert 0 < result.robust.sum() < N and "there are 2" in result.warnings[0]
 
 

@@ -1,5 +1,7 @@
 """What a network is asked before an attack: is an image's answer its own, and is the network still the same one."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,15 @@ def network(x):
 
 
 Y = (np.maximum((X.reshape(N, -1) - 0.5) @ HIDDEN, 0) @ OUT).argmax(1)
+
+
+def in_one_program(network):
+    """A function, not compiled itself, that runs one program where the network would run one for each operation."""
+    compiled = jax.jit(network)
+    return lambda x: compiled(x)
+
+
+one_program = in_one_program(network)
 
 
 def noise(key, x):
@@ -61,9 +72,11 @@ DEPENDENT = {
     "gradients by place": (with_gradient(lambda g: g.at[1:].multiply(-1)), f"gradients {PLACE}"),
     "gradients of the batch": (with_gradient(lambda g: g + 2 * g.mean(0, keepdims=True)), f"gradients {OTHERS}"),
 }
+DEPENDENT = {case: (in_one_program(dependent), words) for case, (dependent, words) in DEPENDENT.items()}
 
 
 PGD = pgd(eps=0.1, step_size=0.05, steps=2)
+ENTERED = entrance.checked(lambda key, logits_fn, x, y: x)  # what every attack does before its first step
 
 
 @pytest.mark.parametrize("case", list(DEPENDENT))
@@ -83,9 +96,9 @@ def test_a_network_whose_answer_to_an_image_depends_on_its_batch_is_refused(case
 def test_noise_by_position_is_told_to_become_noise_by_image():
     with pytest.raises(InputError, match=r"a key per image, and attack with autoattack\(version='rand'\)"):
         checks.independent(DEPENDENT["noise of one key on the images"][0], X)
-    by_image = lambda x, keys: network(x + 0.1 * jax.vmap(noise)(keys, x))  # noqa: E731
+    by_image = jax.jit(lambda x, keys: network(x + 0.1 * jax.vmap(noise)(keys, x)))
     assert checks.independent(by_image, X, KEYS) == []
-    by_place = lambda x, keys: network(x + 0.1 * noise(keys[0], x))  # noqa: E731
+    by_place = jax.jit(lambda x, keys: network(x + 0.1 * noise(keys[0], x)))
     with pytest.raises(InputError, match=PLACE):
         checks.independent(by_place, X, KEYS)
 
@@ -103,6 +116,9 @@ INDEPENDENT = {
         lambda x: np.asarray(network(jnp.asarray(x))), jax.ShapeDtypeStruct((len(x), CLASSES), jnp.float32), x
     ),
 }  # fmt: skip
+INDEPENDENT |= {
+    case: in_one_program(network) for case, network in INDEPENDENT.items() if case not in ("as it is", "compiled")
+}
 
 
 @pytest.mark.parametrize("case", list(INDEPENDENT))
@@ -115,12 +131,12 @@ def test_a_network_that_sees_each_image_by_itself_passes(case, count):
 def test_an_attack_by_itself_asks_each_network_once_and_none_inside_a_trace(monkeypatch):
     asked, ask = [], checks.independent
     monkeypatch.setattr(checks, "independent", lambda *arguments: asked.append(1) or ask(*arguments))
-    key, own = jax.random.key(0), lambda x: network(x)
+    key, own = jax.random.key(0), lambda x: one_program(x)
     for _ in range(2):
-        PGD(key, own, X, Y)
+        ENTERED(key, own, X, Y)
     assert len(asked) == 1
-    PGD(key, lambda x: network(x), X[:1], Y[:1])  # nothing to compare with
-    jax.jit(lambda x: PGD(key, DEPENDENT["batch statistics"][0], x, Y))(X)
+    ENTERED(key, lambda x: one_program(x), X[:1], Y[:1])  # nothing to compare with
+    jax.jit(lambda x: ENTERED(key, DEPENDENT["batch statistics"][0], x, Y))(X)
     assert len(asked) == 1
 
 
@@ -149,7 +165,7 @@ def test_a_network_that_takes_one_number_of_images_and_sees_each_by_itself_passe
 
 def test_a_network_of_more_images_than_are_asked_about_is_asked_about_all_that_it_takes():
     many = np.float32(np.random.default_rng(4).uniform(size=(300, *X.shape[1:])))
-    assert checks.independent(of_one_size(network, 300), many) == []
+    assert checks.independent(of_one_size(one_program, 300), many) == []
     for case in ("the last is turned", "batch statistics", "gradients by place", "gradients of the batch"):
         dependent, words = DEPENDENT[case]
         with pytest.raises(InputError, match=words):
@@ -159,16 +175,16 @@ def test_a_network_of_more_images_than_are_asked_about_is_asked_about_all_that_i
 def test_what_an_attack_by_itself_cannot_find_out_is_said_once(caplog):
     entrance._say_once.cache_clear()
     drawn = np.random.default_rng(0)
-    host = lambda x: network(x) + drawn.normal(size=(len(x), CLASSES)).astype(np.float32)  # noqa: E731
+    host = lambda x: one_program(x) + drawn.normal(size=(len(x), CLASSES)).astype(np.float32)  # noqa: E731
     for networks, images, words in (
         ([host], X, "the network is randomised, use EOT attacks, as apgd(eot=20)"),
-        ([lambda x: network(x), lambda x: 2 * network(x)], X[:1], checks.ONE_IMAGE),
+        ([lambda x: one_program(x), lambda x: 2 * one_program(x)], X[:1], checks.ONE_IMAGE),
     ):
         for each in (*networks, *networks):
-            PGD(jax.random.key(0), each, images, Y[: len(images)])
+            ENTERED(jax.random.key(0), each, images, Y[: len(images)])
         assert [words in text for text in caplog.messages] == [True]
         caplog.clear()
-    PGD(jax.random.key(0), lambda x: network(x), X, Y)
+    ENTERED(jax.random.key(0), lambda x: one_program(x), X, Y)
     assert not caplog.messages
 
 
@@ -184,15 +200,15 @@ def test_a_random_network_attacked_by_itself_is_asked_with_a_key_for_each_image(
 
 
 def test_of_one_image_it_is_said_that_nothing_could_be_checked():
-    warnings = checks.independent(network, X[:1])
+    warnings = checks.independent(one_program, X[:1])
     assert warnings == [checks.ONE_IMAGE]
     few = {"apgd-ce": iterative_apgd("ce", "linf", 0.1, 2)}
-    assert warnings[0] in autoattack(jax.random.key(0), network, X[:1], Y[:1], "linf", 0.1, attacks=few).warnings
+    assert warnings[0] in autoattack(jax.random.key(0), one_program, X[:1], Y[:1], "linf", 0.1, attacks=few).warnings
 
 
 def test_of_a_network_that_draws_anew_in_each_call_it_is_said():
-    keys = iter(jax.random.split(jax.random.key(0), 99))
-    drawing = lambda x: network(x) + noise(next(keys), network(x))  # noqa: E731
+    drawn = np.random.default_rng(0)
+    drawing = lambda x: one_program(x) + drawn.normal(size=(len(x), CLASSES)).astype(np.float32)  # noqa: E731
     assert ["randomised" in text for text in checks.independent(drawing, X)] == [True]
 
 
@@ -225,17 +241,23 @@ OTHER = {
 }
 
 
+@functools.cache
+def known():
+    """The fingerprint of the network."""
+    return checks.fingerprint(one_program, X)
+
+
 @pytest.mark.parametrize("case", list(OTHER))
 def test_a_fingerprint_tells_networks_apart_by_logits_and_gradients(case):
     other, changed = OTHER[case]
-    found = checks.fingerprint(other, X)
-    assert checks.differences(found, checks.fingerprint(network, X)) == changed
+    found = checks.fingerprint(in_one_program(other), X)
+    assert checks.differences(found, known()) == changed
     assert checks.differences(found.tolist(), found) == []  # as a JSON file has it
     assert found.shape == (8, 2, 5) and np.isfinite(found).all()
 
 
 def test_what_is_no_fingerprint_differs_in_all():
-    wanted = checks.fingerprint(network, X)
+    wanted = known()
     for other in (None, "words", [[1.0]], wanted[:3], np.full_like(wanted, np.nan)):
         assert checks.differences(other, wanted) == ["logits", "gradients"]
 
@@ -246,7 +268,7 @@ def test_what_is_no_fingerprint_differs_in_all():
 def test_inside_a_trace_autoattack_says_where_it_can_be_called():
     def attack(x=X, scale=1.0):
         few = {"apgd-ce": iterative_apgd("ce", "linf", 0.1, 2)}
-        return autoattack(jax.random.key(0), lambda x: scale * network(x), x, Y, "linf", 0.1, attacks=few).x_adv
+        return autoattack(jax.random.key(0), lambda x: scale * one_program(x), x, Y, "linf", 0.1, attacks=few).x_adv
 
     for call in (
         lambda: jax.jit(attack)(X),

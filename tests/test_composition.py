@@ -66,9 +66,9 @@ def test_an_objective_knows_whether_its_attack_starts_without_a_gradient(name, d
     variables["params"] = jax.tree.map(
         lambda w: w + np.float32(0.1) * rng.standard_normal(w.shape, np.float32), variables["params"]
     )
-    x = jnp.asarray(made.data.train.images[:16] / np.float32(255))
-    batch = {"image": x, "label": jnp.asarray(made.data.train.labels[:16]), "index": jnp.arange(16)}
-    batch |= {"step": jnp.int32(0), "epoch": jnp.float32(0)}
+    x = made.data.train.images[:16] / np.float32(255)
+    batch = {"image": x, "label": made.data.train.labels[:16], "index": np.arange(16, dtype=np.int32)}
+    batch |= {"step": np.int32(0), "epoch": np.float32(0)}
     kind = made.config.attack.loss
     loss = loss_function(objective.attack_loss if kind == "objective" else kind)
 
@@ -82,7 +82,7 @@ def test_an_objective_knows_whether_its_attack_starts_without_a_gradient(name, d
 
         return jnp.linalg.norm(jax.grad(climbed)(u).ravel())
 
-    at, beside = steepness(x), steepness(jnp.where(x < 0.5, x + 0.1, x - 0.1))
+    at, beside = steepness(x), steepness(np.where(x < 0.5, x + np.float32(0.1), x - np.float32(0.1)))
     assert beside > 0 and (at < 1e-3 * beside) == objective.flat_at_x
 
 

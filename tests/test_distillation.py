@@ -1,15 +1,17 @@
 """ARD, IAD, RSLAD, and the ablations of IBD: closed forms, and what they reduce to."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from conftest import in_programs
-from test_objectives import BATCH, MODEL, NET, TEACHER, VARIABLES, X_ADV, random_variables
+from test_models import random_variables
 
 from ibjax import losses
 from ibjax.errors import InputError
+from ibjax.models import cnn
 from ibjax.net import linen_net
 from ibjax.objectives import ibd_matching
 from ibjax.objectives.ard import ard
@@ -20,31 +22,34 @@ from ibjax.objectives.rslad import rslad
 from ibjax.perturb import awp
 from ibjax.step import trainable, with_trainable
 
-ASSISTANT = random_variables(9)
+RNG = np.random.default_rng(0)
+BATCH = {
+    "image": RNG.random((12, 6, 6, 1), np.float32),
+    "label": np.arange(12, dtype=np.int32) % 4,
+    "index": np.arange(12, dtype=np.int32),
+}
+X_ADV = np.float32(np.clip(BATCH["image"] + 0.1 * RNG.normal(size=BATCH["image"].shape), 0, 1))
+MODEL = cnn.Model(4, widths=((3,),), hidden=(), padding=1, batch_norm=True, pool="average")
+VARIABLES, TEACHER, ASSISTANT = (random_variables(MODEL, BATCH["image"].shape, seed) for seed in range(3))
+NET = in_programs(linen_net(MODEL, {"teacher": MODEL}, {"teacher": TEACHER}))
 BOTH = in_programs(
     linen_net(MODEL, {"teacher": MODEL, "assistant": MODEL}, {"teacher": TEACHER, "assistant": ASSISTANT})
 )
-LATE = {**BATCH, "epoch": jnp.float32(100)}
+LATE = {**BATCH, "epoch": np.float32(100)}
 KEY = jax.random.key(2)
 C = 4
 
 
-def run(objective, batch=LATE, x_adv=X_ADV, net=BOTH):
-    """(loss, gradient) of the network's parameters."""
+def loss_of(objective, batch=LATE, net=BOTH):
+    """The loss as a function of what is trained; no objective here has a head."""
+    assert objective.head is None
+    return lambda trained: objective.loss(net, with_trainable(VARIABLES, trained), batch, X_ADV, KEY)[0]
 
-    @jax.jit
-    def found(variables):
-        if objective.head is not None:
-            features = net.predict(variables, batch["image"])[1]
-            variables = {**variables, "head": objective.head.init(jax.random.key(5), features, features, train=False)}
 
-        def value(params):
-            return objective.loss(net, with_trainable(variables, params), batch, x_adv, KEY)[0]
-
-        return jax.value_and_grad(value)(trainable(variables))
-
-    loss, gradient = found(VARIABLES)
-    return loss, gradient["params"]
+def with_gradients(*losses):
+    """(loss, gradient) of each function of the network's parameters, all as one program."""
+    found = jax.jit(lambda trained: [jax.value_and_grad(loss)(trained) for loss in losses])(trainable(VARIABLES))
+    return [(loss, gradient["params"]) for loss, gradient in found]
 
 
 def assert_close(a, b, **tolerance):
@@ -59,34 +64,55 @@ def kl(p, q):
     return (p * np.log(p / q)).sum(-1)
 
 
+@functools.cache
 def passes():
     """Logits of the student on x' and then x, as the files of ARD, IAD and RSLAD have it."""
-    (adv, _), after = BOTH.forward(VARIABLES, X_ADV, KEY)
-    (clean, _), after = BOTH.forward(after, BATCH["image"], KEY)
-    return clean, adv, after
+
+    @jax.jit
+    def found(variables):
+        (adv, _), after = BOTH.forward(variables, X_ADV, KEY)
+        (clean, _), after = BOTH.forward(after, BATCH["image"], KEY)
+        return clean, adv, after
+
+    return found(VARIABLES)
+
+
+ARDS = [("mean", 30.0, 1.0), ("mean", 5.0, 0.6), ("sum", 1.0, 0.9)]  # reduction, T, α
+BEGINNING = {"after": LATE, "before": {**BATCH, "epoch": np.float32(39)}}  # of IAD-II, in epoch 40
+
+
+@functools.cache
+def losses_with_formulas():
+    """{objective: loss} of all that are compared with their formula here, as one program."""
+    chosen = {("ard", *ours): ard(alpha=ours[2], temperature=ours[1], reduction=ours[0]) for ours in ARDS}
+    chosen |= {"rslad": rslad(), "scaled rslad": rslad(scale=10.0)}
+    chosen |= {("iad-1", weighted): iad(weight_teacher_term=weighted) for weighted in (True, False)}
+    of_trained = {name: loss_of(objective) for name, objective in chosen.items()}
+    of_trained |= {("iad-2", when): loss_of(iad(variant="II"), batch) for when, batch in BEGINNING.items()}
+    found = jax.jit(lambda trained: [loss(trained) for loss in of_trained.values()])(trainable(VARIABLES))
+    return dict(zip(of_trained, found, strict=True))
 
 
 # ---- ARD ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reduction, T, alpha", [("mean", 30.0, 1.0), ("mean", 5.0, 0.6), ("sum", 1.0, 0.9)])
+@pytest.mark.parametrize("reduction, T, alpha", ARDS)
 def test_ard_is_its_formula(reduction, T, alpha):
     clean, adv, _ = passes()
     teacher, y = BOTH.teacher(BATCH["image"])[0], np.asarray(BATCH["label"])
     robust = kl(probabilities(teacher, T), probabilities(adv, T)).mean() / (C if reduction == "mean" else 1)
     natural = -np.log(probabilities(clean)[np.arange(12), y]).mean()
-    loss, _ = run(ard(alpha=alpha, temperature=T, reduction=reduction))
+    loss = losses_with_formulas()["ard", reduction, T, alpha]
     np.testing.assert_allclose(loss, alpha * T**2 * robust + (1 - alpha) * natural, rtol=1e-3)
 
 
 def test_ard_with_alpha_zero_is_cross_entropy_on_clean_images():
-    def cross_entropy(params):
-        _, variables = BOTH.forward(with_trainable(VARIABLES, params), X_ADV, KEY)
+    def cross_entropy(trained):
+        _, variables = BOTH.forward(with_trainable(VARIABLES, trained), X_ADV, KEY)
         (clean, _), _ = BOTH.forward(variables, BATCH["image"], KEY)
         return jnp.mean(losses.cross_entropy(clean, BATCH["label"]))
 
-    value, gradient = jax.jit(jax.value_and_grad(cross_entropy))(trainable(VARIABLES))
-    assert_close(run(ard(alpha=0.0)), (value, gradient["params"]))
+    assert_close(*with_gradients(loss_of(ard(alpha=0.0)), cross_entropy))
 
 
 @pytest.mark.parametrize("objective", [ard(), iad(), iad(variant="II"), rslad()], ids=["ard", "iad", "iad-2", "rslad"])
@@ -98,7 +124,7 @@ def test_the_statistics_see_x_adv_first_and_then_x(objective):
 
 @pytest.mark.parametrize("method", [ard, rslad])
 def test_the_two_reductions_differ_by_the_number_of_classes(method):
-    of_mean, of_sum = run(method(reduction="mean")), run(method(reduction="sum"))
+    of_mean, of_sum = with_gradients(*(loss_of(method(reduction=each)) for each in ("mean", "sum")))
     assert_close(jax.tree.map(lambda leaf: C * leaf, of_mean), of_sum, rtol=1e-4, atol=1e-4)
 
 
@@ -111,8 +137,8 @@ def test_rslad_is_ibd_without_features():
     In evaluation mode, so that the order of the two passes does not matter.
     """
     frozen = BOTH._replace(forward=lambda variables, x, key: (BOTH.predict(variables, x), variables))
-    ours, gradient = run(rslad(alpha=0.7, reduction="sum"), net=frozen)
-    theirs, expected = run(ibd(alpha=0.7, beta=0.0), net=frozen)
+    objectives = rslad(alpha=0.7, reduction="sum"), ibd(alpha=0.7, beta=0.0)
+    (ours, gradient), (theirs, expected) = with_gradients(*(loss_of(each, net=frozen) for each in objectives))
     p_t = probabilities(BOTH.teacher(BATCH["image"])[0])
     np.testing.assert_allclose(ours - theirs, (p_t * np.log((p_t + 1e-5) / p_t)).sum(-1).mean(), atol=1e-5)
     assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
@@ -121,27 +147,30 @@ def test_rslad_is_ibd_without_features():
 def test_rslads_weights_are_five_and_one_sixth():
     clean, adv, _ = passes()
     p_t = probabilities(BOTH.teacher(BATCH["image"])[0])
-    expected = (5 * kl(p_t, probabilities(adv)).mean() + kl(p_t, probabilities(clean)).mean()) / 6 / C
-    np.testing.assert_allclose(run(rslad())[0], expected, atol=1e-5)
-    np.testing.assert_allclose(run(rslad(scale=10.0))[0], 10 * expected, atol=1e-4)
+    of_adv, of_clean = ((p_t * np.log((p_t + 1e-5) / probabilities(z))).sum(-1).mean() for z in (adv, clean))
+    expected = (5 * of_adv + of_clean) / 6 / C
+    np.testing.assert_allclose(losses_with_formulas()["rslad"], expected, atol=1e-5)
+    np.testing.assert_allclose(losses_with_formulas()["scaled rslad"], 10 * expected, atol=1e-4)
 
 
 def test_rslad_attacks_the_teachers_prediction():
-    got = rslad().target(BOTH, VARIABLES, BATCH, KEY)
+    got = jax.jit(lambda variables: rslad().target(BOTH, variables, BATCH, KEY))(VARIABLES)
     np.testing.assert_allclose(got, probabilities(BOTH.teacher(BATCH["image"])[0]), rtol=1e-5)
 
 
 # ---- IAD ---------------------------------------------------------------------------------------------------
 
-EARLY = {**BATCH, "epoch": jnp.float32(59.9)}
+EARLY = {**BATCH, "epoch": np.float32(59.9)}
 
 
 def test_iad_is_ard_before_it_begins():
     """A = 1: the whole trust is the teacher's."""
-    early, as_ard = run(iad(), EARLY), run(ard(temperature=1.0, reduction="sum"))
+    as_ard, early, without_beta = with_gradients(
+        loss_of(ard(temperature=1.0, reduction="sum")), loss_of(iad(), EARLY), loss_of(iad(beta=0.0))
+    )
     assert_close(early, as_ard, rtol=1e-4, atol=1e-5)
-    assert_close(run(iad(beta=0.0)), as_ard, rtol=1e-4, atol=1e-5)
-    assert abs(float(run(iad())[0] - early[0])) > 1e-3
+    assert_close(without_beta, as_ard, rtol=1e-4, atol=1e-5)
+    assert abs(float(losses_with_formulas()["iad-1", True]) - float(early[0])) > 1e-3
 
 
 @pytest.mark.parametrize("weighted", [True, False])
@@ -151,33 +180,33 @@ def test_iad_1_is_its_formula(weighted):
     A = of_x_adv[np.arange(12), np.asarray(BATCH["label"])] ** 0.1
     itself = (1 - A) * kl(probabilities(clean), probabilities(adv))
     expected = (A if weighted else 1) * kl(of_x, probabilities(adv)) + itself
-    np.testing.assert_allclose(run(iad(weight_teacher_term=weighted))[0], expected.mean(), rtol=1e-4)
+    np.testing.assert_allclose(losses_with_formulas()["iad-1", weighted], expected.mean(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("batch", [LATE, {**BATCH, "epoch": jnp.float32(39)}], ids=["after", "before"])
-def test_iad_2_is_its_formula(batch):
+@pytest.mark.parametrize("when", BEGINNING)
+def test_iad_2_is_its_formula(when):
     """With A from epoch 40 on; before it is AKD²: teacher, second teacher and labels on x'."""
     clean, adv, _ = passes()
     p_t, p_2 = probabilities(BOTH.teacher(X_ADV)[0]), probabilities(BOTH.assistant(X_ADV)[0])
     p_s, y = probabilities(adv), np.asarray(BATCH["label"])
-    A = p_t[np.arange(12), y] ** 0.1 if float(batch["epoch"]) >= 40 else 1.0
+    A = p_t[np.arange(12), y] ** 0.1 if when == "after" else 1.0
     expected = 0.5 * (A * kl(p_t, p_s) + (1 - A) * kl(probabilities(clean), p_s)) + 0.25 * kl(p_2, p_s)
     expected = expected - 0.25 * np.log(p_s[np.arange(12), y])
-    np.testing.assert_allclose(run(iad(variant="II"), batch)[0], expected.mean(), rtol=1e-4)
+    np.testing.assert_allclose(losses_with_formulas()["iad-2", when], expected.mean(), rtol=1e-4)
 
 
 def test_iads_own_prediction_is_not_detached():
     """The gradient through p_s(x) is there: with A = 0 in the limit it is TRADES's term."""
-    certain = BOTH._replace(teacher=lambda x: (jnp.tile(jnp.float32([[-40, -40, -40, 40]]), (12, 1)), {}))
-    batch = {**LATE, "label": jnp.zeros(12, jnp.int32)}  # the teacher gives the label e^{-80}
-    _, gradient = run(iad(beta=1.0), batch, net=certain)
+    certain = BOTH._replace(teacher=lambda x: (jnp.tile(np.float32([[-40, -40, -40, 40]]), (12, 1)), {}))
+    batch = {**LATE, "label": np.zeros(12, np.int32)}  # the teacher gives the label e^{-80}
 
-    def own(params):
-        (adv, _), after = BOTH.forward(with_trainable(VARIABLES, params), X_ADV, KEY)
+    def own(trained):
+        (adv, _), after = BOTH.forward(with_trainable(VARIABLES, trained), X_ADV, KEY)
         (clean, _), _ = BOTH.forward(after, BATCH["image"], KEY)
         return jnp.mean(losses.kl_logits(clean, adv))
 
-    assert_close(gradient, jax.jit(jax.grad(own))(trainable(VARIABLES))["params"], rtol=1e-3, atol=1e-6)
+    (_, gradient), (_, expected) = with_gradients(loss_of(iad(beta=1.0), batch, certain), own)
+    assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -201,39 +230,41 @@ def test_settings_that_contradict_are_refused(make):
 
 
 def test_the_four_kinds_of_labels():
-    def target(**options):
-        return np.asarray(ibd(**options).target(BOTH, VARIABLES, BATCH, KEY))
+    kinds = "onehot", "smooth", "natural", "robust"
 
+    @jax.jit
+    def targets(variables):
+        return [ibd(labels=labels, smoothing=0.3).target(BOTH, variables, BATCH, KEY) for labels in kinds]
+
+    target = dict(zip(kinds, targets(VARIABLES), strict=True))
     onehot = np.eye(C)[np.asarray(BATCH["label"])]
-    np.testing.assert_array_equal(target(labels="onehot"), onehot)
-    smooth = target(labels="smooth", smoothing=0.3)
+    np.testing.assert_array_equal(target["onehot"], onehot)
+    smooth = np.asarray(target["smooth"])
     np.testing.assert_allclose(smooth, np.where(onehot == 1, 0.7, 0.1), rtol=1e-6)  # 1 − δ and δ/(C − 1)
     np.testing.assert_allclose(smooth.sum(-1), 1, rtol=1e-6)
     x = BATCH["image"]
-    np.testing.assert_allclose(target(labels="natural"), probabilities(BOTH.assistant(x)[0]), rtol=1e-5)
-    np.testing.assert_allclose(target(labels="robust"), probabilities(BOTH.teacher(x)[0]), rtol=1e-5)
+    np.testing.assert_allclose(target["natural"], probabilities(BOTH.assistant(x)[0]), rtol=1e-5)
+    np.testing.assert_allclose(target["robust"], probabilities(BOTH.teacher(x)[0]), rtol=1e-5)
 
 
 def test_labels_change_the_soft_label_terms_and_not_the_features():
-    metrics = [
-        ibd(labels=labels, matching="hand").loss(BOTH, VARIABLES, LATE, X_ADV, KEY)[1][1]
-        for labels in ("robust", "natural", "smooth", "onehot")
-    ]
+    objectives = [ibd(labels=labels, matching="hand") for labels in ("robust", "natural", "smooth", "onehot")]
+    given = LATE, X_ADV, KEY
+    metrics = jax.jit(lambda variables: [each.loss(BOTH, variables, *given)[1][1] for each in objectives])(VARIABLES)
     assert len({float(m["feature"]) for m in metrics}) == 1
     assert len({float(m["robust"]) for m in metrics}) == 4
 
 
 def test_onehot_labels_without_features_are_adversarial_training_with_two_terms():
-    def expected(params):
-        (clean, _), after = NET.forward(with_trainable(VARIABLES, params), BATCH["image"], KEY)
+    def expected(trained):
+        (clean, _), after = NET.forward(with_trainable(VARIABLES, trained), BATCH["image"], KEY)
         (adv, _), _ = NET.forward(after, X_ADV, KEY)
         ce = (losses.cross_entropy(z, BATCH["label"]) for z in (clean, adv))
         return sum(w * jnp.mean(value) for w, value in zip((0.1, 0.9), ce, strict=True))
 
-    value, gradient = jax.value_and_grad(expected)(trainable(VARIABLES))
     objective = ibd(labels="onehot", beta=0.0)
     assert objective.teachers == ()
-    assert_close(run(objective, net=linen_net(MODEL)), (value, gradient["params"]))
+    assert_close(*with_gradients(loss_of(objective, net=linen_net(MODEL)), expected))
 
 
 @pytest.mark.parametrize(
@@ -272,27 +303,41 @@ RESNET = taps(0, (8, 4, 2, 1), (1, 2, 3, 4))  # four stages of one block
 WIDE = taps(1, (8, 8, 4, 4, 2, 2), (2, 4, 6), pre_activation=True)  # three stages of two
 
 
+def matched(student, teacher, pairs, granularity="block", stem=False):
+    """The loss of hand-made pairs, and the same of these pairs of layers: the sum of their mean differences."""
+
+    @jax.jit
+    def found(student, teacher, pairs):
+        differences = (energy_differences([s], [t], "square").mean() for s, t in pairs)
+        return hand_matching(student, teacher, granularity, "square", stem), sum(differences)
+
+    return found(student, teacher, pairs)
+
+
 def test_hand_matching_pairs_equal_networks_block_by_block():
     other = taps(2, (8, 4, 2, 1), (1, 2, 3, 4))
-    z_s, z_t = layers_of(other, "block"), layers_of(RESNET, "block")
-    expected = sum(energy_differences([s], [t], "square").mean() for s, t in zip(z_s, z_t, strict=True))
-    np.testing.assert_allclose(hand_matching(other, RESNET, "block", "square"), expected, rtol=1e-5)
+    pairs = list(zip(layers_of(other, "block"), layers_of(RESNET, "block"), strict=True))
+    found, expected = matched(other, RESNET, pairs)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_hand_matching_pairs_the_ends_of_stages_of_different_networks():
     """Stages 1 to 3; the teacher's are seen after their activation, the student's fourth has no partner."""
     ends = [(RESNET[f"stage{i}"], WIDE[f"stage{i}_relu"]) for i in (1, 2, 3)]
-    expected = 6 / 3 * sum(energy_differences([s], [t], "square").mean() for s, t in ends)
-    np.testing.assert_allclose(hand_matching(RESNET, WIDE, "block", "square"), expected, rtol=1e-5)
+    found, expected = matched(RESNET, WIDE, ends)
+    np.testing.assert_allclose(found, 6 / 3 * expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("student", [RESNET, WIDE], ids=["different", "equal"])
 def test_the_weights_of_both_matchings_sum_to_the_number_of_teacher_layers(student, monkeypatch):
     """With differences of one everywhere L_feat is that number: β means the same."""
     monkeypatch.setattr(ibd_matching, "energy_differences", lambda s, t, _: jnp.ones((12, len(t), len(s))))
-    assert float(hand_matching(student, WIDE, "block", "square")) == 6
+    by_hand = jax.jit(lambda student: hand_matching(student, WIDE, "block", "square"))
+    assert float(by_hand(student)) == 6
     head = AttentionMatching(8)
-    loss, _ = head.apply(head.init(KEY, student, WIDE, train=False), student, WIDE, train=False)
+    shapes = jax.eval_shape(functools.partial(head.init, train=False), KEY, student, WIDE)
+    variables = jax.tree.map(lambda leaf: RNG.random(leaf.shape, leaf.dtype), shapes)
+    loss, _ = jax.jit(functools.partial(head.apply, train=False))(variables, student, WIDE)
     np.testing.assert_allclose(loss, 6, rtol=1e-5)
 
 
@@ -305,10 +350,10 @@ def test_the_stem_is_a_layer_before_the_blocks_or_stages():
     jax.tree.map(np.testing.assert_array_equal, found[:2], expected)
     jax.tree.map(np.testing.assert_array_equal, found[1:], layers_of(teacher, "stage"))
     ends = [(student[s], teacher[f"{s}_relu"]) for s in ("stem", "stage1", "stage2", "stage3")]
-    by_hand = 4 / 4 * sum(energy_differences([s], [t], "square").mean() for s, t in ends)
-    np.testing.assert_allclose(hand_matching(student, teacher, "stage", "square", True), by_hand, rtol=1e-5)
-    head = AttentionMatching(8, "stage", stem=True)
-    _, attention = head.apply(head.init(KEY, student, teacher, train=False), student, teacher, train=False)
+    by_hand, expected = matched(student, teacher, ends, "stage", stem=True)
+    np.testing.assert_allclose(by_hand, 4 / 4 * expected, rtol=1e-5)
+    attend = functools.partial(AttentionMatching(8, "stage", stem=True).init_with_output, train=False)
+    (_, attention), _ = jax.eval_shape(attend, KEY, student, teacher)
     assert attention.shape == (12, 4, 5)
     with pytest.raises(InputError, match="need a 'stem'"):
         layers_of(RESNET, "stage", stem=True)
@@ -318,7 +363,7 @@ def test_the_stem_is_a_layer_before_the_blocks_or_stages():
 def test_hand_matching_has_no_weights_of_its_own():
     objective = ibd(matching="hand")
     assert objective.head is None
-    loss, (_, metrics) = objective.loss(NET, VARIABLES, LATE, X_ADV, KEY)
+    loss, (_, metrics) = jax.jit(lambda variables: objective.loss(NET, variables, LATE, X_ADV, KEY))(VARIABLES)
     np.testing.assert_allclose(
         loss, 0.1 * metrics["natural"] + 0.9 * metrics["robust"] + 0.8 * metrics["feature"], rtol=1e-5
     )
@@ -332,11 +377,16 @@ def test_natural_ibd_sees_no_attack():
     """L = D(x, y_t) + β·L_feat(x); the attack section must be None."""
     objective = ibd(adversarial=False, matching="hand", beta=0.5)
     assert objective.attack_losses == ()
-    (clean, features), after = BOTH.forward(VARIABLES, BATCH["image"], KEY)
-    teacher, features_t = BOTH.teacher(BATCH["image"])
-    feature = hand_matching(features, features_t, "block", "square")
-    expected = kl(probabilities(teacher), probabilities(clean)).mean() + 0.5 * feature
-    loss, (got, metrics) = objective.loss(BOTH, VARIABLES, LATE, None, KEY)
+
+    @jax.jit
+    def found(variables):
+        (clean, features), after = BOTH.forward(variables, BATCH["image"], KEY)
+        teacher, features_t = BOTH.teacher(BATCH["image"])
+        feature = hand_matching(features, features_t, "block", "square")
+        return clean, teacher, feature, after, objective.loss(BOTH, variables, LATE, None, KEY)
+
+    clean, teacher, feature, after, (loss, (got, metrics)) = found(VARIABLES)
+    expected = kl(probabilities(teacher), probabilities(clean)).mean() + 0.5 * float(feature)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     assert "robust" not in metrics and "adv_acc" not in metrics
     assert_close(got["batch_stats"], after["batch_stats"])
@@ -345,13 +395,17 @@ def test_natural_ibd_sees_no_attack():
 def test_the_perturbation_climbs_the_loss_without_features():
     """IBD's proxy is its loss with β = 0, and so is the direction of AWP's step."""
     with_features, without = ibd(beta=30.0, matching="hand"), ibd(beta=0.0)
-    proxy = with_features.proxy(BOTH, VARIABLES, LATE, X_ADV, KEY)
-    np.testing.assert_allclose(proxy, without.loss(BOTH, VARIABLES, LATE, X_ADV, KEY)[0], rtol=1e-6)
-    offsets = []
-    for objective in (with_features, without):
-        gradient = jax.grad(lambda w, o=objective: o.proxy(BOTH, {**VARIABLES, "params": w}, LATE, X_ADV, KEY))(
-            VARIABLES["params"]
-        )
-        offsets.append(awp(gamma=0.005, warmup=10)(VARIABLES["params"], gradient, jnp.float32(10)))
+
+    @jax.jit
+    def found(params):
+        climbed = [
+            lambda w, o=o: o.proxy(BOTH, {**VARIABLES, "params": w}, LATE, X_ADV, KEY) for o in (with_features, without)
+        ]
+        gradients = [jax.grad(each)(params) for each in climbed]
+        offsets = [awp(gamma=0.005, warmup=10)(params, gradient, jnp.float32(10)) for gradient in gradients]
+        return climbed[0](params), loss_of(without)({"params": params}), offsets
+
+    proxy, loss, offsets = found(VARIABLES["params"])
+    np.testing.assert_allclose(proxy, loss, rtol=1e-6)
     assert_close(*offsets)
-    assert float(optax.tree.norm(offsets[0])) > 0
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(offsets[0])) > 0

@@ -57,7 +57,7 @@ def made(tmp_path_factory):
     for name, source in examples().items():
         (folder / name).write_text(source)
     patch = pytest.MonkeyPatch()
-    with another_process():
+    with another_process(), cluster.on_one_device():
         command = main.parse(["main", f"--config={folder / 'my_recipe.py'}", f"--workdir={folder / 'run'}"])
         with patch.context() as stopping:
             stopping.setattr(cluster, "preempted", lambda: True)

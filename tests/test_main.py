@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from conftest import clean_recipe, smoke_config
@@ -319,20 +320,21 @@ def test_a_contrast_stays_in_its_folder(tmp_path, name):
         jobs.jobs(recipe, tmp_path / "x")
 
 
-def test_a_finished_command_does_nothing_again(digits_run, tmp_path):
-    """Checkpoints and records are reused: neither the teacher nor an attack runs twice."""
-    workdir = Path(shutil.copytree(digits_run, tmp_path / "run", ignore=shutil.ignore_patterns(".lock")))
+@pytest.mark.parametrize("part", ["undefended", "."])
+def test_a_finished_command_does_nothing_again(digits_run, tmp_path, part):
+    """Checkpoints and records are reused: no training, the teacher's included, and no attack runs twice."""
+    workdir = Path(shutil.copytree(digits_run / part, tmp_path / "run", ignore=shutil.ignore_patterns(".lock")))
     files = [*workdir.rglob("checkpoints/*/*"), *workdir.rglob("eval/best/*.json")]
     before = {file: file.stat().st_mtime_ns for file in files}
-    records = main.execute(smoke_config("digits"), workdir, "train")
-    assert len(records) == 9
-    assert before == {file: file.stat().st_mtime_ns for file in before}
+    recipe, count = (smoke_config("digits"), 9) if part == "." else (clean_recipe(), 3)
+    assert len(main.execute(recipe, workdir, "train")) == count
+    assert files and before == {file: file.stat().st_mtime_ns for file in before}
 
 
 def test_evaluation_alone_needs_a_trained_run(tmp_path, digits_run):
     with pytest.raises(InputError, match="holds no trained run"):
         main.execute(smoke_config("digits"), tmp_path / "x", "eval")
-    assert len(main.execute(smoke_config("digits"), digits_run, "eval")) == 9
+    assert len(main.execute(clean_recipe(), digits_run / "undefended", "eval")) == 3
 
 
 def test_a_record_says_where_its_numbers_come_from(digits_run):
@@ -363,7 +365,7 @@ def test_load_returns_a_working_network(digits_run):
     test = run.load_data(loaded.config).test
     logits = loaded.logits_fn(test.images[:5].astype(np.float32) / 255)
     assert logits.shape == (5, 10) and np.isfinite(logits).all()
-    direct, _ = loaded.model.apply(loaded.variables, test.images[:5].astype(np.float32) / 255, train=False)
+    direct, _ = jax.jit(loaded.model.apply)(loaded.variables, test.images[:5].astype(np.float32) / 255)
     np.testing.assert_allclose(logits, direct, atol=1e-5)
 
 

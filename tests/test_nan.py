@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from test_checks import in_one_program
 
 from ibjax import losses
 from ibjax.analysis import attacked
@@ -48,6 +49,7 @@ NETWORKS = {
     "root": lambda x: certain(x) + 0 * jnp.sqrt(-moved(x)),  # with one that is NaN
     "overflow": lambda x: certain(x) + jnp.where(moved(x) > 0, jnp.inf, 0.0),
 }
+NETWORKS = {name: in_one_program(network) for name, network in NETWORKS.items()}
 PLANS = {
     "apgd-ce": iterative_apgd("ce", "linf", EPS, 5),
     "apgd-t": iterative_apgd("margin_targeted", "linf", EPS, 5),
@@ -68,10 +70,15 @@ ATTACKS = {
 def test_a_row_of_nan_or_of_infinite_logits_has_no_class():
     nan, inf = np.nan, np.inf
     logits = np.float32([[2, 1, 0], [nan, nan, nan], [5, nan, 0], [inf, 0, 0], [-inf, -inf, -inf], [1, -inf, 0]])
-    np.testing.assert_array_equal(losses.predicted(jnp.asarray(logits)), [0, -1, -1, -1, -1, 0])
-    np.testing.assert_array_equal(losses.correct(logits, np.zeros(6, int)), [1, 0, 0, 0, 0, 1])
-    loss = losses.cross_entropy(jnp.asarray(logits), jnp.zeros(6, jnp.int32))
-    np.testing.assert_array_equal(np.isnan(loss), losses.predicted(jnp.asarray(logits)) < 0)
+
+    @jax.jit
+    def found(logits, y):
+        return losses.predicted(logits), losses.correct(logits, y), losses.cross_entropy(logits, y)
+
+    predicted, correct, loss = found(logits, np.zeros(6, np.int32))
+    np.testing.assert_array_equal(predicted, [0, -1, -1, -1, -1, 0])
+    np.testing.assert_array_equal(correct, [1, 0, 0, 0, 0, 1])
+    np.testing.assert_array_equal(np.isnan(loss), np.asarray(predicted) < 0)
 
 
 @pytest.mark.parametrize("network", list(NETWORKS))

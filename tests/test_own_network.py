@@ -112,7 +112,7 @@ def robust():
 
 def given(**options):
     """Arguments of a benchmark of the linear network."""
-    return dict(network=linear, data=(X, Y), threat=THREAT, attacks=("pgd-3",), title="Linear") | options
+    return dict(network=linear, data=(X, Y), threat=THREAT, attacks=("pgd-1",), title="Linear") | options
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +136,8 @@ def test_a_second_call_computes_nothing_and_another_threat_model_stands_beside_t
     folder, records = made
     ibjax.benchmark(**given(threat=("l2", 0.1), workdir=folder))
     assert sorted(file.name for file in (folder / "eval/given").glob("*.json")) == [
-        "pgd-3.json",
-        "pgd-3.l2.eps0.1.json",
+        "pgd-1.json",
+        "pgd-1.l2.eps0.1.json",
     ]
     monkeypatch.setattr(evaluate, "_executor", None)  # nothing may be attacked
     assert ibjax.benchmark(**given(workdir=folder)) == json.loads(json.dumps(records))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_checks import in_one_program
 
 from ibjax.attacks import autoattack, progress
 from ibjax.attacks.apgd import iterative_apgd
@@ -16,6 +17,7 @@ WEIGHTS = np.float32(RNG.normal(size=(16, CLASSES)))
 FEW = {"apgd-ce": iterative_apgd("ce", "linf", EPS, 5), "apgd-t": iterative_apgd("dlr_targeted", "linf", EPS, 5)}
 
 
+@in_one_program
 def linear(x):
     return (x.reshape(len(x), -1) - 0.5) @ jnp.asarray(WEIGHTS)
 
@@ -26,7 +28,7 @@ def rounded(x):
 
 
 rounded.defvjp(lambda x: (rounded(x), None), lambda _, g: (g,))
-masked = lambda x: linear(jnp.round(x * 64) / 64)  # noqa: E731
+masked = in_one_program(lambda x: linear(jnp.round(x * 64) / 64))
 Y = ((np.round(X * 64) / 64).reshape(N, -1) - 0.5).dot(WEIGHTS).argmax(1)
 
 
@@ -40,7 +42,7 @@ def test_a_state_does_not_outlive_the_gradient(tmp_path):
     file = tmp_path / "state.npz"
     before = attack(masked, state=file)
     assert any("gradient is zero" in text for text in before.warnings)
-    repaired = lambda x: linear(rounded(x))  # noqa: E731  the same logits, with a straight-through gradient
+    repaired = in_one_program(lambda x: linear(rounded(x)))  # the same logits, with a straight-through gradient
     np.testing.assert_array_equal(repaired(jnp.asarray(X)), masked(jnp.asarray(X)))
     with pytest.raises(InputError, match=r"another evaluation \(its gradients differ\); give restart=True"):
         attack(repaired, state=file)
@@ -55,7 +57,7 @@ def test_a_state_does_not_outlive_the_gradient(tmp_path):
 def test_all_that_a_result_depends_on_is_compared(tmp_path, monkeypatch):
     file = tmp_path / "state.npz"
     attack(linear, state=file)
-    attack(lambda x: linear(x) * np.float32(1 + 1e-5), state=file)  # to rounding the same network
+    attack(in_one_program(lambda x: linear(x) * np.float32(1 + 1e-5)), state=file)  # to rounding the same network
     with pytest.raises(InputError, match=r"its key differ\)"):
         attack(linear, state=file, key=1)
     with pytest.raises(InputError, match=r"its images differ\)"):  # by a grey level of one pixel
@@ -65,7 +67,7 @@ def test_all_that_a_result_depends_on_is_compared(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"its batch_size differ\)"):
         attack(linear, state=file, batch_size=16)
     with pytest.raises(InputError, match=r"its dtype differ\)"):
-        attack(lambda x: linear(x).astype(jnp.bfloat16), state=file)
+        attack(in_one_program(lambda x: linear(x).astype(jnp.bfloat16)), state=file)
     with jax.default_matmul_precision("float32"), pytest.raises(InputError, match=r"its precision differ\)"):
         attack(linear, state=file)
     with pytest.raises(InputError, match=r"its precision differ\)"):

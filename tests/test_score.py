@@ -1,56 +1,81 @@
 """SCORE against its formula in float64, and its two published forms."""
 
+import functools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_objectives import BATCH, NET, VARIABLES, X_ADV, loss_and_gradient
+from test_distillation import BATCH, NET, VARIABLES, X_ADV, assert_close, loss_of, with_gradients
 
 from ibjax import losses
 from ibjax.errors import InputError
 from ibjax.objectives.pgd_at import pgd_at
 from ibjax.objectives.score import score
 from ibjax.objectives.trades import trades
+from ibjax.step import trainable
 
+KEY = jax.random.key(0)
 Y = np.eye(4)[np.asarray(BATCH["label"])]
 
 
+def softmax(z):
+    e = np.exp(np.float64(z))
+    return e / e.sum(1, keepdims=True)
+
+
+@functools.cache
 def predictions():
-    """(p, p') of the training-mode passes over x, then x', in float64."""
-    (clean, _), after = NET.forward(VARIABLES, BATCH["image"], jax.random.key(0))
-    (adv, _), _ = NET.forward(after, X_ADV, jax.random.key(0))
-    return (np.asarray(jax.nn.softmax(z), np.float64) for z in (clean, adv))
+    """(p, p') of the training-mode passes over x, then x', and (p') of a pass over x' alone, in float64."""
+
+    @jax.jit
+    def passes(variables):
+        (clean, _), after = NET.forward(variables, BATCH["image"], KEY)
+        return clean, NET.forward(after, X_ADV, KEY)[0][0], NET.forward(variables, X_ADV, KEY)[0][0]
+
+    return tuple(map(softmax, passes(VARIABLES)))
 
 
 def square(q, p):
     return ((q - p) ** 2).sum(1)
 
 
-@pytest.mark.parametrize(("options", "expected"), [
+FORMULAS = [
     (dict(beta=4.0), lambda p, q: square(p, Y) + 4 * square(q, p)),
     (dict(beta=4.0, clip=0.5), lambda p, q: np.maximum(square(p, Y) + 4 * square(q, p) - 0.5**2 * (1 + 1 / 3), 0)),
     (dict(clip=0.1, clipped="robust"), lambda p, q: square(p, Y) + np.maximum(4 * square(q, p) - 0.16 / 3, 0)),
     (dict(base="pgd_at"), lambda p, q: square(q, Y)),
     (dict(base="pgd_at", clip=0.4), lambda p, q: np.maximum(square(q, Y) - 0.4**2 * (1 + 1 / 3), 0)),
     (dict(base="pgd_at", divergence="kl", clip=0.4), lambda p, q: np.maximum(-np.log((Y * q).sum(1)) + np.log(0.6), 0)),
-], ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "")  # fmt: skip
+]  # fmt: skip
+
+
+def named(options):
+    return "-".join(map(str, options.values()))
+
+
+@functools.cache
+def losses_with_formulas():
+    """{name: loss}, as one program."""
+    found = jax.jit(lambda trained: [loss_of(score(**options))(trained) for options, _ in FORMULAS])
+    return dict(zip((named(options) for options, _ in FORMULAS), found(trainable(VARIABLES)), strict=True))
+
+
+@pytest.mark.parametrize("options, expected", FORMULAS, ids=lambda value: named(value) if type(value) is dict else "")
 def test_it_is_its_formula(options, expected):
-    p, q = predictions()
+    p, q, alone = predictions()
     if options.get("base") == "pgd_at":  # the pass over x' comes first and alone, and in training mode it is the same
-        q = np.asarray(jax.nn.softmax(NET.forward(VARIABLES, X_ADV, jax.random.key(0))[0][0]), np.float64)
+        q = alone
     value = expected(p, q)
     assert value.mean() > 0
-    np.testing.assert_allclose(loss_and_gradient(score(**options))[0], value.mean(), rtol=2e-5)
+    np.testing.assert_allclose(losses_with_formulas()[named(options)], value.mean(), rtol=2e-5)
 
 
 def test_with_kl_it_is_trades_and_pgd_at():
-    for ours, theirs in (
-        (score(divergence="kl", beta=6.0), trades()),
-        (score(base="pgd_at", divergence="kl"), pgd_at()),
-    ):
-        (value, gradient, *_), (other, expected, *_) = loss_and_gradient(ours), loss_and_gradient(theirs)
+    as_trades, as_pgd_at = score(divergence="kl", beta=6.0), score(base="pgd_at", divergence="kl")
+    found = with_gradients(*map(loss_of, (as_trades, trades(), as_pgd_at, pgd_at())))
+    for (value, gradient), (other, expected) in (found[:2], found[2:]):
         np.testing.assert_allclose(value, other, rtol=1e-5)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient, expected)
+        assert_close(gradient, expected, atol=1e-5)
 
 
 def test_the_gradient_is_that_of_finite_differences():
@@ -62,13 +87,13 @@ def test_the_gradient_is_that_of_finite_differences():
         def forward(variables, x, key, edits=None):
             return (clean if x is BATCH["image"] else adv, {}), variables
 
-        return score().loss(NET._replace(forward=forward), {}, BATCH, X_ADV, jax.random.key(0))[0]
+        return score().loss(NET._replace(forward=forward), {}, BATCH, X_ADV, KEY)[0]
 
     def expected(clean, adv):
-        p, q = (np.exp(u) / np.exp(u).sum(1, keepdims=True) for u in (clean, adv))
+        p, q = softmax(clean), softmax(adv)
         return (square(p, Y) + 4 * square(q, p)).mean()
 
-    for argument, gradient in enumerate(jax.grad(on_logits, (0, 1))(jnp.float32(z), jnp.float32(z_adv))):
+    for argument, gradient in enumerate(jax.jit(jax.grad(on_logits, (0, 1)))(np.float32(z), np.float32(z_adv))):
         way, h = rng.normal(size=(12, 4)), 1e-5
         ends = [[z, z_adv], [z, z_adv]]
         for end, sign in zip(ends, (1, -1), strict=True):
@@ -78,15 +103,20 @@ def test_the_gradient_is_that_of_finite_differences():
 
 
 def test_its_attack_climbs_the_squared_error():
-    objective = score()
-    target = objective.target(NET, VARIABLES, BATCH, jax.random.key(0))
-    output = NET.predict(VARIABLES, X_ADV)
-    p, q = (np.asarray(jax.nn.softmax(NET.predict(VARIABLES, x)[0]), np.float64) for x in (BATCH["image"], X_ADV))
+    objective, labels = score(), score(base="pgd_at")
+
+    @jax.jit
+    def found(variables):
+        target, output = objective.target(NET, variables, BATCH, KEY), NET.predict(variables, X_ADV)
+        climbed = objective.attack_loss(output, target), labels.attack_loss(output, BATCH["label"])
+        return NET.predict(variables, BATCH["image"])[0], output[0], target, *climbed
+
+    clean, adv, target, from_target, from_labels = found(VARIABLES)
+    p, q = softmax(clean), softmax(adv)
     np.testing.assert_allclose(target, p, rtol=1e-5)
-    np.testing.assert_allclose(objective.attack_loss(output, target), square(q, p), rtol=1e-3, atol=1e-7)
-    labels = score(base="pgd_at")
-    assert losses.is_labels(labels.target(NET, VARIABLES, BATCH, jax.random.key(0)))
-    np.testing.assert_allclose(labels.attack_loss(output, BATCH["label"]), square(q, Y), rtol=1e-4)
+    np.testing.assert_allclose(from_target, square(q, p), rtol=1e-3, atol=1e-7)
+    assert losses.is_labels(labels.target(NET, VARIABLES, BATCH, KEY))
+    np.testing.assert_allclose(from_labels, square(q, Y), rtol=1e-4)
     assert objective.flat_at_x and not labels.flat_at_x
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from test_models import random_variables
 
 from ibjax.devices import cores
 from ibjax.errors import InputError
@@ -12,14 +13,13 @@ from ibjax.models import layers, resnet, siriib
 
 RESNET, WRN = dict(name="resnet", depth=18), dict(name="wide_resnet", depth=28, width=10)
 TINY = dict(name="resnet", blocks=(1, 1), width=4)
-X = jnp.asarray(np.random.default_rng(0).random((2, 16, 16, 3)), jnp.float32)
+X = np.random.default_rng(0).random((2, 16, 16, 3), np.float32)
 
 
 def sizes(model, size=32):
     """{part: parameters}, {feature: shape}; nothing is computed."""
-    x = jnp.zeros((1, size, size, 3))
-    variables = jax.eval_shape(model.init, jax.random.key(0), x)
-    _, features = jax.eval_shape(model.apply, variables, x)
+    x = np.zeros((1, size, size, 3), np.float32)
+    (_, features), variables = jax.eval_shape(model.init_with_output, jax.random.key(0), x)
     count = {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in variables["params"].items()}
     return count, {name: value.shape for name, value in features.items()}
 
@@ -68,13 +68,18 @@ def test_more_connections_than_the_backbone_has_features_are_refused():
 
 def test_without_connections_the_classifier_sees_the_image_or_the_calibrated_image():
     model = siriib.Model(10, dict(name="resnet", blocks=(1,), width=2), connections=0, scales=(8,))
-    variables = jax.jit(model.init)(jax.random.key(1), X)
-    inside = {kind: tree["backbone"] for kind, tree in variables.items()}
-    classifier = jax.jit(resnet.Model(10, blocks=(1,), width=2).apply)
-    plain, features = jax.jit(model.apply)(variables, X)
-    calibrated, _ = jax.jit(model.clone(classify="calibrated").apply)(variables, X)
-    np.testing.assert_allclose(plain, classifier(inside, X)[0], rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(calibrated, classifier(inside, features["x_avg"])[0], rtol=1e-4, atol=1e-6)
+    classifier = resnet.Model(10, blocks=(1,), width=2)
+
+    @jax.jit
+    def logits(variables):
+        inside = {kind: tree["backbone"] for kind, tree in variables.items()}
+        plain, features = model.apply(variables, X)
+        calibrated, _ = model.clone(classify="calibrated").apply(variables, X)
+        return plain, calibrated, *(classifier.apply(inside, x)[0] for x in (X, features["x_avg"]))
+
+    plain, calibrated, of_images, of_calibrated_images = logits(random_variables(model, X.shape))
+    np.testing.assert_allclose(plain, of_images, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(calibrated, of_calibrated_images, rtol=1e-4, atol=1e-6)
     with pytest.raises(InputError, match="did you mean 'calibrated'"):
         jax.eval_shape(model.clone(classify="calibrate").init, jax.random.key(1), X)
 
@@ -83,7 +88,7 @@ def test_without_connections_the_classifier_sees_the_image_or_the_calibrated_ima
 def tiny():
     """(model, variables, apply) with two scales and two connections."""
     model = siriib.Model(10, TINY, connections=2, scales=(16, 8), widths=(4, 6))
-    return model, jax.jit(model.init)(jax.random.key(1), X), jax.jit(model.apply)
+    return model, random_variables(model, X.shape), jax.jit(model.apply)
 
 
 def test_the_network_is_the_backbone_with_the_connections_added(tiny):
@@ -95,11 +100,12 @@ def test_the_network_is_the_backbone_with_the_connections_added(tiny):
     add = {"stem": lambda f: f + features["info1"], "stage1": lambda f: f + features["info2"]}
     expected, _ = jax.jit(lambda v, x: alone.apply(v, x, edits=add))(inside, X)
     np.testing.assert_allclose(logits, expected, atol=1e-5)
-    assert jnp.abs(features["info1"]).max() > 1e-3 and jnp.abs(features["info2"]).max() > 1e-3
+    assert all(np.abs(features[name]).max() > 1e-3 for name in ("info1", "info2"))
 
 
 def test_the_calibration_works_alone(tiny):
-    _, variables, apply = tiny
+    model, _, apply = tiny
+    variables = jax.jit(model.init)(jax.random.key(1), X)
     inside = {kind: tree["calibration"] for kind, tree in variables.items()}
     x_avg, penalty = jax.jit(siriib.Calibration(scales=(16, 8)).apply)(inside, X)
     features = apply(variables, X)[1]
@@ -110,42 +116,39 @@ def test_the_calibration_works_alone(tiny):
 
 def test_the_orthogonal_layer_keeps_the_norm_of_an_image_and_not_the_image():
     """W_o acts on windows: with anything else in its place, singular values would change too."""
-    w = nn_orthogonal(12)
-    y = layers.pixel_shuffle(jnp.matmul(layers.pixel_unshuffle(X), w, precision="highest"))
-    np.testing.assert_allclose(jnp.linalg.norm(y.ravel()), jnp.linalg.norm(X.ravel()), rtol=1e-5)
-    assert jnp.abs(y - X).max() > 0.1
-
-
-def nn_orthogonal(n):
-    return jax.nn.initializers.orthogonal()(jax.random.key(3), (n, n))
+    w = np.float32(np.linalg.qr(np.random.default_rng(3).normal(size=(12, 12)))[0])
+    y = jax.jit(lambda x: layers.pixel_shuffle(jnp.matmul(layers.pixel_unshuffle(x), w, precision="highest")))(X)
+    np.testing.assert_allclose(np.linalg.norm(y), np.linalg.norm(X), rtol=1e-5)
+    assert np.abs(y - X).max() > 0.1
 
 
 @pytest.mark.parametrize("penalty", ["off_diagonal", "full"])
 def test_the_penalty_is_that_of_the_kernels_that_are_there(penalty):
     module = siriib.Calibration(scales=(16, 8), penalty=penalty)
-    variables = jax.jit(module.init)(jax.random.key(0), X)
+    variables = random_variables(module, X.shape)
     w = np.random.default_rng(0).normal(size=(2, 12, 12))  # as W_o x: a row for each channel that comes out
     for i in (1, 2):
-        kernel = jnp.asarray(w[i - 1].T.reshape(1, 1, 12, 12), jnp.float32)
+        kernel = np.float32(w[i - 1].T.reshape(1, 1, 12, 12))
         seen = lax.conv_general_dilated(
-            jnp.ones((1, 1, 1, 12)), kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            np.ones((1, 1, 1, 12), np.float32), kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
         np.testing.assert_allclose(seen.ravel(), w[i - 1].sum(1), rtol=1e-4)
         variables["params"][f"sr{i}"]["vectors"]["conv"]["kernel"] = kernel
     gram = w @ w.transpose(0, 2, 1)
     error = gram * (1 - np.eye(12)) if penalty == "off_diagonal" else gram - np.eye(12)
-    np.testing.assert_allclose(jax.jit(module.apply)(variables, X)[1], (error**2).sum(), rtol=1e-4)
+    found = jax.jit(lambda variables: module.apply(variables, X)[1])(variables)
+    np.testing.assert_allclose(found, (error**2).sum(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("options", [dict(fourier="amp_phase"), dict(fourier="reim"), dict(fuse="concat")])
 def test_the_named_variants_differ_and_have_gradients(options):
     default, module = siriib.Calibration(scales=(8,)), siriib.Calibration(scales=(8,), **options)
     small = X[:, :8, :8]
-    variables = jax.jit(module.init)(jax.random.key(0), small)
+    variables = random_variables(module, small.shape)
     one = jax.eval_shape(default.init, jax.random.key(0), small)["params"]["sr1"]
     assert jax.tree.map(np.shape, one) != jax.tree.map(np.shape, variables["params"]["sr1"])
     gradient = jax.jit(jax.grad(lambda x: module.apply(variables, x)[0].sum()))(small)
-    assert jnp.isfinite(gradient).all() and jnp.abs(gradient).max() > 0
+    assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
@@ -172,28 +175,28 @@ def test_resizing_is_pytorchs_without_anti_aliasing(size, platform):
 
 def test_pixel_unshuffle_has_pytorchs_order():
     torch = pytest.importorskip("torch", reason="the oracle is PyTorch")
-    x = np.asarray(X)
-    expected = torch.nn.functional.pixel_unshuffle(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), 2).numpy()
-    np.testing.assert_array_equal(layers.pixel_unshuffle(X), expected.transpose(0, 2, 3, 1))
-    np.testing.assert_array_equal(layers.pixel_shuffle(layers.pixel_unshuffle(X)), x)
+    expected = torch.nn.functional.pixel_unshuffle(torch.from_numpy(X.transpose(0, 3, 1, 2).copy()), 2).numpy()
+    packed, again = jax.jit(lambda x: (layers.pixel_unshuffle(x), layers.pixel_shuffle(layers.pixel_unshuffle(x))))(X)
+    np.testing.assert_array_equal(packed, expected.transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(again, X)
 
 
 def test_the_sigmoid_comes_before_the_interpolation(tiny):
     """By hand from the modules: the other order would give other values."""
     _, variables, apply = tiny
-    parts = {kind: tree["calibration"] for kind, tree in variables.items()}
     module = siriib.SingularRegularization("amplitude", "add", "off_diagonal", 1)
-    maps, swapped = [], []
-    for i, s in enumerate((16, 8), 1):
-        inside = {kind: tree[f"sr{i}"] for kind, tree in parts.items()}
 
-        @jax.jit
-        def both(inside, s=s):
+    @jax.jit
+    def by_hand(variables):
+        maps, swapped = [], []
+        for i, s in enumerate((16, 8), 1):
+            inside = {kind: tree["calibration"][f"sr{i}"] for kind, tree in variables.items()}
             y, _ = module.apply(inside, layers.resize(X, (s, s)), train=False)
-            return layers.resize(jax.nn.sigmoid(y), (16, 16)), jax.nn.sigmoid(layers.resize(y, (16, 16)))
+            maps.append(layers.resize(jax.nn.sigmoid(y), (16, 16)))
+            swapped.append(jax.nn.sigmoid(layers.resize(y, (16, 16))))
+        return sum(maps) / 2, sum(swapped) / 2
 
-        for images, kept in zip(both(inside), (maps, swapped), strict=True):
-            kept.append(images)
+    expected, swapped = by_hand(variables)
     found = apply(variables, X)[1]["x_avg"]
-    np.testing.assert_allclose(found, sum(maps) / 2, atol=1e-6)
-    assert jnp.abs(found - sum(swapped) / 2).max() > 1e-5
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert np.abs(found - swapped).max() > 1e-5
