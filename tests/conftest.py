@@ -164,6 +164,10 @@ def once(make):
 
     @functools.cache
     def made():
+        from ibjax.attacks.checks import inside_a_trace
+
+        if not inside_a_trace():  # in the context below, no jitted function is compiled as a whole
+            return make()
         with jax.ensure_compile_time_eval():
             return make()
 

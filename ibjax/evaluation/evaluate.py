@@ -145,6 +145,10 @@ def write_records(examined: Examined, folder: Path, keep: int = 10) -> list[dict
     """
     trained, split, settings, source = examined[:4]
     main, plan, records = settings["eps"], list(_plan(settings, trained, source)), []
+    predict = jax.jit(lambda variables, x: examined.predict(variables, x, None)[0])  # one program for all records
+
+    def answer(x):
+        return predict(trained.variables, x)
 
     @functools.lru_cache(maxsize=1)  # keeps one attack's compiled program for its whole ladder of eps
     def executor(name):
@@ -166,7 +170,7 @@ def write_records(examined: Examined, folder: Path, keep: int = 10) -> list[dict
             flags, x_adv, more = executor(name)(eps, identity["step_size"], title, wanted, state)
             record = _record(identity, more, flags)
             if pictured:
-                _save_examples(file.with_suffix(".examples.npz"), subset(split, wanted), x_adv, examined)
+                _save_examples(file.with_suffix(".examples.npz"), subset(split, wanted), x_adv, answer)
             if jax.process_index() == 0:
                 if not pictured:  # existing examples belong to another evaluation
                     file.with_suffix(".examples.npz").unlink(missing_ok=True)
@@ -451,11 +455,11 @@ def _record(identity, more, flags):
     }
 
 
-def _save_examples(file, split, x_adv, examined):
-    """Clean and adversarial images with their predictions, for the report's picture."""
-    x, answer = float_on_host(split.images[:]), jax.jit(lambda variables, x: examined.predict(variables, x, None)[0])
+def _save_examples(file, split, x_adv, answer):
+    """Clean and adversarial images with their predictions, the largest of `answer(x)`, for the report's picture."""
+    x = float_on_host(split.images[:])
     with precision.at(precision.JUDGEMENT):
-        logits = [np.asarray(answer(examined.trained.variables, images)) for images in (x, x_adv)]
+        logits = [np.asarray(answer(images)) for images in (x, x_adv)]
     predicted, predicted_adv = (each.argmax(1) for each in logits)
     if jax.process_index() == 0:  # the other processes only take part in the computation
         file.parent.mkdir(parents=True, exist_ok=True)
