@@ -63,10 +63,10 @@ if "IBJAX_TEST_PRODUCTS" in os.environ:
 
 # Files that take longest, in this order: workers begin with them, so that none is left with one of them at the end
 HEAVY = (
-    "test_objectives", "test_autoattack", "test_train", "test_names", "test_models", "test_attacks",
-    "test_precision", "test_other_attacks", "test_evaluate", "test_siriib", "test_foreign", "test_failing_disk",
-    "test_siriib_model", "test_report", "test_binarisation", "test_plane", "test_extending", "test_evaluate_options",
-    "test_convert", "test_step", "test_checks",
+    "test_train", "test_autoattack", "test_other_attacks", "test_objectives", "test_placement", "test_convert",
+    "test_ib_rar", "test_evaluate", "test_attacks", "test_models", "test_autocast", "test_checks", "test_distillation",
+    "test_precision", "test_runner", "test_extending", "test_binarisation", "test_attention", "test_environment",
+    "test_checkpoint", "test_apgd",
 )  # fmt: skip
 QUICK = tomllib.loads(Path(__file__).with_name("slow.toml").read_text(encoding="utf-8"))
 

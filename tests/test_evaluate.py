@@ -209,7 +209,7 @@ def judged_by_auto_attack(monkeypatch, folder):
 
 def saved_examples(monkeypatch, folder):
     examined = types.SimpleNamespace(predict=wide, trained=types.SimpleNamespace(variables=jnp.asarray(WIDE)))
-    evaluate._save_examples(folder / "a.npz", SPLIT, np.float32(IMAGES / 255), examined)
+    evaluate._save_examples(folder / "a.npz", SPLIT, np.float32(IMAGES / 255), evaluate._answers(examined))
 
 
 def fingerprint_of_a_surrogate(monkeypatch, folder):

@@ -145,10 +145,7 @@ def write_records(examined: Examined, folder: Path, keep: int = 10) -> list[dict
     """
     trained, split, settings, source = examined[:4]
     main, plan, records = settings["eps"], list(_plan(settings, trained, source)), []
-    predict = jax.jit(lambda variables, x: examined.predict(variables, x, None)[0])  # one program for all records
-
-    def answer(x):
-        return predict(trained.variables, x)
+    answer = _answers(examined)  # one program for all records
 
     @functools.lru_cache(maxsize=1)  # keeps one attack's compiled program for its whole ladder of eps
     def executor(name):
@@ -453,6 +450,12 @@ def _record(identity, more, flags):
         "date": datetime.date.today().isoformat(),
         "robust_flags": base64.b64encode(np.packbits(flags.robust).tobytes()).decode(),
     }
+
+
+def _answers(examined):
+    """x -> the network's logits; its weights are arguments of the program."""
+    program = jax.jit(lambda variables, x: examined.predict(variables, x, None)[0])
+    return lambda x: program(examined.trained.variables, x)
 
 
 def _save_examples(file, split, x_adv, answer):
