@@ -3,7 +3,6 @@
 import functools
 import json
 import shutil
-import types
 from pathlib import Path
 
 import jax
@@ -208,8 +207,8 @@ def judged_by_auto_attack(monkeypatch, folder):
 
 
 def saved_examples(monkeypatch, folder):
-    examined = types.SimpleNamespace(predict=wide, trained=types.SimpleNamespace(variables=jnp.asarray(WIDE)))
-    evaluate._save_examples(folder / "a.npz", SPLIT, np.float32(IMAGES / 255), evaluate._answers(examined))
+    answer = evaluate._program(wide, jnp.asarray(WIDE))
+    evaluate._save_examples(folder / "a.npz", SPLIT, np.float32(IMAGES / 255), answer)
 
 
 def fingerprint_of_a_surrogate(monkeypatch, folder):

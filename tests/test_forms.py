@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import once
 from ml_collections import ConfigDict
 
 from ibjax import config, losses
@@ -54,16 +55,20 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+@once
+def pixels():
+    return jax.random.uniform(jax.random.key(0), X.shape)
+
+
 def shaken(variables):
     """Weights and statistics as of a trained network: none is zero, variances are positive.
 
-    With this seed, rounding switches no ReLU of the networks below, which would change a gradient far beyond rounding.
+    With these and `pixels()`, rounding switches no ReLU of the networks below, which would change a gradient far more.
     """
-    rng = np.random.default_rng(7)
+    key = jax.random.key(3)
     parts = variables["params"], variables.get("batch_stats", {})
-    params = jax.tree.map(lambda a: a + np.float32(0.1 * rng.normal(size=a.shape)), jax.device_get(parts[0]))
-    statistics = jax.tree.map(lambda a: a + rng.random(a.shape, np.float32), jax.device_get(parts[1]))
-    return {"params": params, "batch_stats": statistics}
+    params = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(key, a.shape), parts[0])
+    return {"params": params, "batch_stats": jax.tree.map(lambda a: a + jax.random.uniform(key, a.shape), parts[1])}
 
 
 def everything(model, variables, x):
@@ -85,16 +90,15 @@ def everything(model, variables, x):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_is_the_same_on_every_platform(name):
     model = config.build("models", ConfigDict(NETWORKS[name]), "model", num_classes=5)
-    variables = shaken(jax.jit(model.init)(jax.random.key(1), X))
-    found = {}
+    x, found = pixels(), {}
+    variables = shaken(jax.jit(model.init)(jax.random.key(1), x))
     for platform in forms.TABLE:
         with cores.elsewhere(platform):
-            found[platform] = jax.jit(lambda v, x: everything(model, v, x))(variables, X)
+            found[platform] = jax.jit(lambda v, x: everything(model, v, x))(variables, x)
     for platform in ("cuda", "tpu"):
         pairs = zip(*map(jax.tree.leaves, (found[platform], found["cpu"])), strict=True)
         for a, b in pairs:
-            # a bias before a batch-norm has the gradient 0, of which rounding leaves some 5e-6
-            np.testing.assert_allclose(a, b, atol=5e-5 * np.abs(b).max() + 1e-5, err_msg=platform)
+            np.testing.assert_allclose(a, b, atol=5e-5 * np.abs(b).max() + 3e-6, err_msg=platform)
 
 
 def test_the_platform_is_that_of_the_program():

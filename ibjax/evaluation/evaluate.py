@@ -107,8 +107,7 @@ class Surrogate(NamedTuple):
 
     def fingerprint(self, x: Any) -> np.ndarray:
         """`checks.fingerprint` on these images; the weights are arguments of its programs, not constants in them."""
-        predict = jax.jit(self.predict)
-        return checks.fingerprint(lambda x: predict(self.variables, x)[0], x)
+        return checks.fingerprint(_program(self.predict, self.variables), x)
 
 
 class Examined(NamedTuple):
@@ -145,7 +144,7 @@ def write_records(examined: Examined, folder: Path, keep: int = 10) -> list[dict
     """
     trained, split, settings, source = examined[:4]
     main, plan, records = settings["eps"], list(_plan(settings, trained, source)), []
-    answer = _answers(examined)  # one program for all records
+    answer = _program(examined.predict, trained.variables)  # one for the pictures of all records
 
     @functools.lru_cache(maxsize=1)  # keeps one attack's compiled program for its whole ladder of eps
     def executor(name):
@@ -244,11 +243,9 @@ def _warnings(trained, asked):
 
 def _asked(trained, victim, split):
     """(the first images of a split as floats, what `checks.network` finds on them)."""
-    logits = jax.jit(victim)
     keys = draw_keys(trained.config.seed, len(split.labels))
     x = float_on_host(split.images[:256])
-    shown = lambda x, keys: logits(trained.variables, x, keys)[0]  # noqa: E731
-    return x, checks.network(shown, x, split.labels, keys[: len(x)])
+    return x, checks.network(_program(victim, trained.variables), x, split.labels, keys[: len(x)])
 
 
 def _plan(settings, trained, source):
@@ -452,17 +449,17 @@ def _record(identity, more, flags):
     }
 
 
-def _answers(examined):
-    """x -> the network's logits; its weights are arguments of the program."""
-    program = jax.jit(lambda variables, x: examined.predict(variables, x, None)[0])
-    return lambda x: program(examined.trained.variables, x)
+def _program(predict, variables):
+    """(x, …) -> the logits that `predict(variables, x, …)` returns first; the weights are arguments of the program."""
+    program = jax.jit(lambda *arguments: predict(*arguments)[0])
+    return lambda *arguments: program(variables, *arguments)
 
 
 def _save_examples(file, split, x_adv, answer):
-    """Clean and adversarial images with their predictions, the largest of `answer(x)`, for the report's picture."""
+    """Clean and adversarial images with their predictions, for the report's picture; answer: (x, None) -> logits."""
     x = float_on_host(split.images[:])
     with precision.at(precision.JUDGEMENT):
-        logits = [np.asarray(answer(images)) for images in (x, x_adv)]
+        logits = [np.asarray(answer(images, None)) for images in (x, x_adv)]
     predicted, predicted_adv = (each.argmax(1) for each in logits)
     if jax.process_index() == 0:  # the other processes only take part in the computation
         file.parent.mkdir(parents=True, exist_ok=True)
