@@ -257,18 +257,23 @@ class Leaf(NamedTuple):
         return self.shape[::-1] if len(self.shape) == 2 else self.shape
 
 
-@functools.lru_cache(maxsize=32)
 def key_map(name: str, model: nn.Module, shape: Shape = _RGB) -> dict[str, Leaf]:
     """{path of our leaf: its PyTorch counterpart} of all parameters and batch statistics, for images of this shape."""
     known = ARCHITECTURES[name]
     names, flattened = {**known.names, **_numbered(name, model)}, _flattened(model, shape)
     found = {}
-    for path, leaf in flatten(run.abstract_variables(model, shape, cluster.mesh())).items():
+    for path, ours in _shapes(model.clone(mean=None, std=None, dtype="float32"), shape).items():
         _, *modules, last = path.split("/")
         seen = flattened[1] if flattened and modules[0] == flattened[0] and last == "kernel" else None
         modules = [names.get(module, module) for module in modules if module not in ("conv", "dense")]
-        found[path] = Leaf(".".join([*modules, _LEAVES.get(last, last)]), leaf.shape, seen)
+        found[path] = Leaf(".".join([*modules, _LEAVES.get(last, last)]), ours, seen)
     return found
+
+
+@functools.lru_cache(maxsize=32)
+def _shapes(model, shape):
+    """{path: shape} of our leaves. The whole network is traced for them, so `model` is without what changes none."""
+    return {path: leaf.shape for path, leaf in flatten(run.abstract_variables(model, shape, cluster.mesh())).items()}
 
 
 def of_today(name: str, state: State) -> dict[str, np.ndarray]:
