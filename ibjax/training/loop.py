@@ -266,13 +266,13 @@ def _in_words(name, step, norms, orbax, why=""):
 
 def _first_broken(state):
     """The path of the first leaf of the state that is not finite; "" where all are finite."""
-    finite = trees.flatten(jax.device_get(_finite(state)))
+    finite = trees.flatten(jax.device_get(jax.tree.map(_finite, state)))
     return next((path for path, value in finite.items() if not value), "")
 
 
-@jax.jit
-def _finite(state):
-    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), state)
+@jax.jit  # leaf by leaf: those of equal shapes share a program, and one for a whole state has as many parts as leaves
+def _finite(leaf):
+    return jnp.isfinite(leaf).all()
 
 
 @contextlib.contextmanager
