@@ -7,6 +7,7 @@ import pickle
 import runpy
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from ibjax.errors import CheckpointError, InputError
 from ibjax.evaluation import report
 from ibjax.evaluation.evaluate import evaluate
 from ibjax.models import cnn, convnext, preact_resnet, resnet, vit, wide_resnet, xcit
-from ibjax.pytorch import architectures, exports, gate, imports, torch_file
+from ibjax.pytorch import architectures, exports, fit, gate, imports, torch_file
 from ibjax.pytorch import twins as definitions
 from ibjax.runs import checkpoint as checkpoints
 from ibjax.runs import run, rundir, trees
@@ -106,6 +107,15 @@ def test_an_export_is_read_as_the_architecture_that_it_was_exported_as(tmp_path)
     with pytest.raises(InputError, match=r"was exported as --arch=preact_resnet_raw, not preact_resnet; give --arch="):
         imports.read(file, "preact_resnet")
     assert imports.read(file, "preact_resnet_raw").model == model
+
+
+def test_a_network_is_traced_once_whatever_its_normalisation_and_precision(monkeypatch):
+    plain, traced = preact_resnet.Model(7, width=4, blocks=(1,)), []
+    original = run.abstract_variables
+    monkeypatch.setattr(run, "abstract_variables", lambda *given: traced.append(given) or original(*given))
+    others = plain.clone(mean=(0.5,) * 3, std=(0.5,) * 3), plain.clone(dtype="bfloat16")
+    names = [architectures.key_map("preact_resnet", model) for model in (plain, *others)]
+    assert names[0] == names[1] == names[2] and len(traced) == 1
 
 
 @pytest.mark.slow
@@ -255,6 +265,7 @@ def test_a_folder_that_is_not_empty_is_refused_and_a_new_one_is_written_whole_or
         raise CheckpointError("disk full")
 
     monkeypatch.setattr(checkpoints, "save", fails)
+    monkeypatch.setattr(checkpoints, "time", SimpleNamespace(sleep=lambda seconds: None))  # for threads of a true save
     (tmp_path / "empty").mkdir()
     for folder in ("empty", "absent"):
         with pytest.raises(CheckpointError, match="disk full"):
@@ -398,6 +409,13 @@ def test_another_architecture_is_refused_with_the_closest_and_the_first_differin
     refused(tmp_path, state, r"is no vgg: .*closest: --arch=dm_wide_resnet", arch="vgg")
     raw = twin("preact_rice").state_dict()
     refused(tmp_path, raw, r"closest: --arch=preact_resnet or preact_resnet_raw", arch="resnet")
+
+
+def test_the_closest_architecture_is_found_without_building_those_of_other_blocks(monkeypatch):
+    built, build = [], fit.build
+    monkeypatch.setattr(fit, "build", lambda name, options: built.append(name) or build(name, options))
+    assert "--arch=wide_resnet (100 %" in fit.closest(twins.state(twin()))
+    assert built == ["wide_resnet"]  # although the first or last layers of six others have the same names
 
 
 def test_every_weight_is_filled_and_no_weight_of_the_file_is_left_over(tmp_path):

@@ -306,6 +306,13 @@ def anchors(name: str) -> tuple[str, ...]:
     return tuple(f"{layer}.weight" for layer in layers)
 
 
+def has_blocks(name: str, state: State) -> bool:
+    """Whether any name is that of a weight in a block; True for architectures without blocks."""
+    first = ARCHITECTURES[name].block.format(stage="0", stage1="0", index="0")
+    pattern = re.escape(first).replace("0", r"\d+")
+    return not pattern or any(re.search(pattern + r"\.", key) for key in state)
+
+
 def _numbered(name, model):
     """Names of the parts that PyTorch numbers: blocks, stages, or VGG's layers."""
     known = ARCHITECTURES[name]

@@ -6,7 +6,7 @@ import flax.linen as nn
 import numpy as np
 
 from ibjax.errors import CheckpointError, InputError, nearest
-from ibjax.pytorch.architectures import ARCHITECTURES, Shape, State, anchors, build, key_map, of_today
+from ibjax.pytorch.architectures import ARCHITECTURES, Shape, State, anchors, build, has_blocks, key_map, of_today
 from ibjax.pytorch.sizes import input_shape, sizes
 
 _SIMILAR = 0.5  # minimum share of matching names for which an architecture is named as the closest
@@ -48,7 +48,8 @@ def closest(*states: State) -> str:
 
 def _agreement(name, state):
     """The share of names that a state and an architecture of the state's sizes share, with equal shapes."""
-    if not any(anchor in state for anchor in anchors(name)):  # saves building a network of default size for nothing
+    # saves building a network of default size for nothing: without a block it shares far fewer names than half
+    if not any(anchor in state for anchor in anchors(name)) or not has_blocks(name, state):
         return 0.0
     state = of_today(name, state)
     try:
