@@ -102,22 +102,27 @@ def test_class_means_are_those_of_the_epoch_before():
     memory = objective.memory(99, 4)
     np.testing.assert_allclose(memory["means"], 0.25)
     seen = jnp.asarray([0, 1, 2] * 4)  # not class 3
+
+    def forward(variables, x, key, edits=None):
+        return (jnp.float32(Z if x is BATCH["image"] else Z_ADV), {}), variables
+
+    @jax.jit
+    def step(variables, epoch):
+        """(what is remembered before the step, the variables after it)."""
+        now = {**NOW, "label": seen, "epoch": epoch}
+        variables = objective.remember(NET, variables, now, KEY)
+        return variables, objective.loss(NET._replace(forward=forward), variables, now, X_ADV, KEY)[1][0]
+
     variables = {"memory": memory}
     for epoch, count in ((0.0, 2), (1.0, 1)):
-        for step in range(count):
-            now = {**NOW, "label": seen, "epoch": jnp.float32(epoch + step / 2)}
-            variables = objective.remember(NET, variables, now, KEY)
+        for number in range(count):
+            remembered, variables = step(variables, np.float32(epoch + number / 2))
             if epoch:
                 p = softmax(Z / 2)
                 expected = np.stack([p[np.asarray(seen) == c].mean(0) for c in range(3)] + [np.full(4, 0.25)])
-                np.testing.assert_allclose(variables["memory"]["means"], expected, rtol=1e-5)
-                np.testing.assert_array_equal(variables["memory"]["sums"], 0)
-
-            def forward(variables, x, key, edits=None):
-                return (jnp.float32(Z if x is BATCH["image"] else Z_ADV), {}), variables
-
-            _, (variables, _) = objective.loss(NET._replace(forward=forward), variables, now, X_ADV, KEY)
-    again = objective.remember(NET, variables, {**NOW, "epoch": jnp.float32(1.5)}, KEY)
+                np.testing.assert_allclose(remembered["memory"]["means"], expected, rtol=1e-5)
+                np.testing.assert_array_equal(remembered["memory"]["sums"], 0)
+    again, _ = step(variables, np.float32(1.5))
     np.testing.assert_array_equal(again["memory"]["sums"], variables["memory"]["sums"])  # not in the middle of an epoch
 
 

@@ -71,6 +71,11 @@ def shaken(variables):
     return {"params": params, "batch_stats": jax.tree.map(lambda a: a + jax.random.uniform(key, a.shape), parts[1])}
 
 
+def started(model, x):
+    """Such weights and statistics of a network, made by one program."""
+    return jax.jit(lambda key, x: shaken(model.init(key, x)))(jax.random.key(1), x)
+
+
 def everything(model, variables, x):
     """Logits, taps and gradients of pixels in evaluation mode; the same of weights and statistics in training mode."""
     net = linen_net(model)
@@ -91,7 +96,7 @@ def everything(model, variables, x):
 def test_a_network_is_the_same_on_every_platform(name):
     model = config.build("models", ConfigDict(NETWORKS[name]), "model", num_classes=5)
     x, found = pixels(), {}
-    variables = shaken(jax.jit(model.init)(jax.random.key(1), x))
+    variables = started(model, x)
     for platform in forms.TABLE:
         with cores.elsewhere(platform):
             found[platform] = jax.jit(lambda v, x: everything(model, v, x))(variables, x)
@@ -215,7 +220,7 @@ def test_edits_and_taps_of_packed_maps_are_those_of_maps():
     """An edit sees maps, and changes what follows."""
     model = config.build("models", ConfigDict(dict(name="resnet", blocks=(1,), width=64)), "model", num_classes=5)
     x = X[:2, :8, :8]
-    variables = shaken(jax.jit(model.init)(jax.random.key(1), x))
+    variables = started(model, x)
     kept = np.arange(64)[None, None, None] % 3 == 0
     edits = {"stem": lambda z: jnp.where(kept, z, 0)}
     found = []

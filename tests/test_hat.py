@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.special
-from test_objectives import BATCH, NET, VARIABLES, X_ADV, loss_and_gradient
+from test_objectives import BATCH, NET, VARIABLES, X_ADV, loss_and_gradient, losses_and_gradients
 
 from ibjax.errors import InputError
 from ibjax.objectives.hat import hat
@@ -34,10 +34,7 @@ def test_it_is_its_formula(base):
 
 
 def test_without_helpers_it_is_trades():
-    (value, gradient, *_), (other, expected, *_) = (
-        loss_and_gradient(hat(beta=6.0, gamma=0.0)),
-        loss_and_gradient(trades()),
-    )
+    (value, gradient, *_), (other, expected, *_) = losses_and_gradients(hat(beta=6.0, gamma=0.0), trades())
     np.testing.assert_allclose(value, other, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient, expected)
 

@@ -1,5 +1,7 @@
 """IBD's attention-based feature distillation against its definition."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ def taps(seed, sizes, channels=5, batch=4):
     return {f"block{i}": np.float32(rng.normal(size=(batch, s, s, channels))) for i, s in enumerate(sizes, 1)}
 
 
-STUDENT, TEACHER = taps(0, [8, 8, 4, 2]), taps(1, [8, 4, 8])
+STUDENT, TEACHER = taps(0, [8, 4, 8]), taps(1, [8, 4])
 
 
 def start(head, student=STUDENT, teacher=TEACHER):
@@ -38,9 +40,14 @@ def apply(head, student=STUDENT, teacher=TEACHER):
     return jax.jit(lambda *given: head.apply(*given, train=False))(variables, student, teacher)
 
 
+@functools.cache
+def loss_and_attention():
+    return apply(AttentionMatching(16))
+
+
 def test_attention_rows_sum_to_one_over_students():
-    _, attention = apply(AttentionMatching(16))
-    assert attention.shape == (4, 3, 4)  # (B, teacher layers, student layers)
+    _, attention = loss_and_attention()
+    assert attention.shape == (4, 2, 3)  # (B, teacher layers, student layers)
     np.testing.assert_allclose(attention.sum(-1), 1, rtol=1e-5)
     assert np.abs(np.asarray(attention.sum(1)) - 1).max() > 0.05  # and not over teachers
 
@@ -48,7 +55,7 @@ def test_attention_rows_sum_to_one_over_students():
 def test_the_feature_loss_is_its_definition():
     """Energies, pooling, norms and the double sum in NumPy and float64, with PyTorch's pooling as the oracle."""
     torch = pytest.importorskip("torch", reason="the oracle of adaptive pooling is PyTorch")
-    loss, attention = apply(AttentionMatching(16))
+    loss, attention = loss_and_attention()
     expected = 0.0
     for i, z_t in enumerate(TEACHER.values()):
         e_t = (np.asarray(z_t, np.float64) ** 2).mean(-1)
@@ -70,13 +77,13 @@ def test_the_feature_loss_is_bounded_by_its_normalisation():
 
 
 def test_equal_uniform_maps_give_zero_and_a_finite_gradient():
-    flat = {f"block{i}": jnp.full((4, s, s, 5), 0.7) for i, s in enumerate([8, 8, 4], 1)}
+    flat = {f"block{i}": np.full((4, s, s, 5), 0.7, np.float32) for i, s in enumerate([8, 8, 4], 1)}
     assert float(apply(AttentionMatching(16), flat, flat)[0]) < 1e-12
-    black = {name: jnp.zeros_like(z) for name, z in flat.items()}
+    black = {name: np.zeros_like(z) for name, z in flat.items()}
     head = AttentionMatching(16)
     variables = start(head, black)
     gradient = jax.jit(jax.grad(lambda s: head.apply(variables, s, TEACHER, train=False)[0]))(black)
-    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(gradient))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
 def test_gradients_flow_through_values_keys_and_attention():
@@ -89,8 +96,8 @@ def test_gradients_flow_through_values_keys_and_attention():
 
     gradient = jax.jit(jax.grad(loss))(variables["params"])
     for name in ("query1", "key1", "bilinear"):
-        assert float(jnp.abs(gradient[name]["dense"]["kernel"]).max()) > 0
-    assert float(jnp.abs(gradient["position_t"]).max()) > 0
+        assert np.abs(gradient[name]["dense"]["kernel"]).max() > 0
+    assert np.abs(gradient["position_t"]).max() > 0
 
 
 def test_options_change_what_they_name():

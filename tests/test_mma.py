@@ -9,6 +9,7 @@ from ibjax.errors import InputError
 from ibjax.net import Net
 from ibjax.objectives.mma import bisect, mma, soft_logit_margin
 
+pytestmark = pytest.mark.usefixtures("rolled")
 RNG = np.random.default_rng(0)
 SHAPE, B, N = (3, 3, 1), 32, 40
 W = RNG.normal(size=(9, 2)).astype(np.float32)

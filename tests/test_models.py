@@ -251,9 +251,14 @@ def test_standardising_is_inside_the_model_and_is_pytorchs():
 def test_linear_layers_start_as_their_name_says():
     """Xavier's bound is √(6/(fan_in + fan_out)), with biases of zero; PyTorch's is 1/√fan_in for both."""
     backbone = dict(name="cnn", widths=(), hidden=(300,), dropout=0.0)
-    for name in ("xavier", "torch"):
-        model = stochastic.Model(10, backbone | dict(linear_init=name), latent=100, linear_init=name)
-        params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 28, 28, 1), np.float32))["params"]
+    models = {
+        name: stochastic.Model(10, backbone | dict(linear_init=name), latent=100, linear_init=name)
+        for name in ("xavier", "torch")
+    }
+    images = np.zeros((1, 28, 28, 1), np.float32)
+    started = jax.jit(lambda key: {name: model.init(key, images) for name, model in models.items()})
+    for name, variables in started(jax.random.key(0)).items():
+        params = variables["params"]
         for layer, fans in (
             (params["backbone"]["fc1"], (784, 300)),
             (params["gaussian"], (300, 200)),
@@ -261,15 +266,16 @@ def test_linear_layers_start_as_their_name_says():
         ):
             dense, bound = layer["dense"], (6 / sum(fans)) ** 0.5 if name == "xavier" else fans[0] ** -0.5
             assert dense["kernel"].shape == fans
-            assert 0.9 * bound < float(np.abs(dense["kernel"]).max()) <= bound
-            assert (float(np.abs(dense["bias"]).max()) == 0) == (name == "xavier")
+            assert 0.9 * bound < np.abs(dense["kernel"]).max() <= bound
+            assert (np.abs(dense["bias"]).max() == 0) == (name == "xavier")
     with pytest.raises(InputError, match=r"linear_init 'he' is unknown; allowed: "):
         parameters(stochastic.Model(10, backbone, linear_init="he"), (1, 28, 28, 1))
 
 
 def test_normalisation_is_inside_the_model():
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-    plain, normalising = resnet.Model(10, 10, 4), resnet.Model(10, 10, 4, mean=mean, std=std)
+    plain = SMALL["resnet"]
+    normalising = plain.clone(mean=mean, std=std)
     variables, outside = random_variables(plain), np.float32((IMAGES - mean) / std)
     found, expected = jax.jit(lambda x: (normalising.apply(variables, x)[0], plain.apply(variables, outside)[0]))(
         IMAGES
@@ -388,9 +394,9 @@ FAN_OUT = (2 / (9 * 32)) ** 0.5
     [
         (wide_resnet.Model(10, 10, 2), FAN_OUT, True),
         (wide_resnet.Model(10, 10, 2, variant="ib_rar"), PYTORCH, False),
-        (resnet.Model(10, blocks=(1, 1)), PYTORCH, False),
-        (resnet.Model(10, 50, stem="imagenet", blocks=(1, 1)), FAN_OUT, False),
-        (preact_resnet.Model(10, blocks=(1, 1)), PYTORCH, False),
+        (resnet.Model(10, blocks=(1,)), PYTORCH, False),
+        (resnet.Model(10, 50, stem="imagenet", blocks=(1,)), FAN_OUT, False),
+        (preact_resnet.Model(10, blocks=(1,)), PYTORCH, False),
         (vgg.Model(10, depth=11), PYTORCH, False),
         (vgg.Model(10, depth=11, variant="torchvision"), FAN_OUT, True),
         (cnn.Model(10), (2 / (9 * 16)) ** 0.5, True),
@@ -461,10 +467,9 @@ def test_an_impossible_width_or_border_is_refused(model, match):
 
 
 @pytest.mark.parametrize("name", ["wide_resnet", "preact_resnet"])
-def test_a_border_is_zeros_before_normalisation(name, built):
-    model, variables, x, *_ = built(name)
-    model, inner = model.clone(mean=(0.5,) * 3, std=(0.25,) * 3), x[:, 2:-2, 2:-2]
-    padded = np.pad(inner, ((0, 0), (2, 2), (2, 2), (0, 0)))
+def test_a_border_is_zeros_before_normalisation(name):
+    model, inner = SMALL[name].clone(mean=(0.5,) * 3, std=(0.25,) * 3), IMAGES[:, 2:-2, 2:-2]
+    variables, padded = random_variables(model), np.pad(inner, ((0, 0), (2, 2), (2, 2), (0, 0)))
     expected, _ = jax.jit(model.apply)(variables, padded)
     found, features = jax.jit(model.clone(border=2).apply)(variables, inner)
     np.testing.assert_array_equal(found, expected)

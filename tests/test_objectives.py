@@ -41,7 +41,7 @@ AWP = dict(perturb=dict(name="awp", gamma=0.01, warmup=0))
 # name -> (objective section, changes of the attack section; None: no attack, other changes)
 OBJECTIVES = {
     "standard": (dict(name="standard"), None, {}),
-    "pgd_at": (dict(name="pgd_at"), CE, {}),
+    "pgd_at": (dict(name="pgd_at"), CE, dict(model=CNN | dict(widths=((8,),)))),  # small: it runs by default
     "pgd_at-rice": (dict(name="pgd_at", passes="adv,adv,clean"), CE, dict(attack_bn="train")),
     "pgd_at-ema": (dict(name="pgd_at"), CE, dict(ema_decay=0.9)),
     "pgd_at-awp": (dict(name="pgd_at"), CE, AWP),
@@ -232,7 +232,7 @@ def test_saving_and_restoring_changes_no_bit(stepper, tmp_path):
 
 # ---- closed forms ------------------------------------------------------------------------------------------
 
-MODEL = cnn.Model(4, widths=((6,), (6,)), hidden=(), padding=1, batch_norm=True, pool="average")
+MODEL = cnn.Model(4, widths=((6,),), hidden=(), padding=1, batch_norm=True, pool="average")
 RNG = np.random.default_rng(0)
 BATCH = {
     "image": jnp.asarray(RNG.uniform(size=(12, 8, 8, 1)), jnp.float32),
@@ -262,8 +262,13 @@ NET = in_programs(linen_net(MODEL, {"teacher": MODEL}, {"teacher": TEACHER}))
 
 
 def loss_and_gradient(objective, variables=VARIABLES, net=NET, x_adv=X_ADV):
-    @jax.jit  # as one program, or JAX compiles one for every operation and shape
-    def found(variables):
+    return losses_and_gradients(objective, variables=variables, net=net, x_adv=x_adv)[0]
+
+
+def losses_and_gradients(*objectives, variables=VARIABLES, net=NET, x_adv=X_ADV):
+    """(loss, gradient, variables after it, metrics) of each objective, all as one program."""
+
+    def found(objective, variables):
         if objective.head is not None and "head" not in variables:
             features = net.predict(variables, BATCH["image"])[1]
             variables = {**variables, "head": objective.head.init(jax.random.key(5), features, features, train=False)}
@@ -271,15 +276,23 @@ def loss_and_gradient(objective, variables=VARIABLES, net=NET, x_adv=X_ADV):
         def value(params):
             return objective.loss(net, with_trainable(variables, params), BATCH, x_adv, jax.random.key(2))
 
-        return jax.value_and_grad(value, has_aux=True)(trainable(variables))
+        (loss, (after, metrics)), gradient = jax.value_and_grad(value, has_aux=True)(trainable(variables))
+        return loss, gradient, after, metrics
 
-    (loss, (after, metrics)), gradient = found(variables)
-    return loss, gradient, after, metrics
+    return jax.jit(lambda variables: [found(objective, variables) for objective in objectives])(variables)
 
 
 @functools.cache
-def trades_and_its_gradient():
-    return loss_and_gradient(trades(beta=6.0))
+def forms_of_trades():
+    """Of `losses_and_gradients`: two forwards, three, and two without a gradient through the clean prediction."""
+
+    def stopped(net, variables, batch, x_adv, key):
+        (clean, _), variables = net.forward(variables, batch["image"], key)
+        (adv, _), variables = net.forward(variables, x_adv, key)
+        robust = losses.kl(adv, jax.lax.stop_gradient(jax.nn.softmax(clean)))
+        return jnp.mean(losses.cross_entropy(clean, batch["label"])) + 6 * jnp.mean(robust), (variables, {})
+
+    return losses_and_gradients(trades(), trades(forwards=3), standard()._replace(loss=stopped))
 
 
 def first_state(optimizer, variables=VARIABLES, step=0):
@@ -292,8 +305,7 @@ def softmax(logits):
 
 
 def test_trades_with_beta_zero_is_cross_entropy():
-    plain, gradient, _, _ = loss_and_gradient(standard())
-    zero, zero_gradient, _, _ = loss_and_gradient(trades(beta=0.0))
+    (plain, gradient, *_), (zero, zero_gradient, *_) = losses_and_gradients(standard(), trades(beta=0.0))
     np.testing.assert_allclose(zero, plain, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient, zero_gradient)
 
@@ -304,28 +316,18 @@ def test_trades_is_its_formula():
     p, q = softmax(clean), softmax(adv)
     natural = -np.log(p[np.arange(12), BATCH["label"]]).mean()
     robust = (p * np.log(p / q)).sum(1).mean()
-    np.testing.assert_allclose(trades_and_its_gradient()[0], natural + 6 * robust, rtol=1e-5)
+    np.testing.assert_allclose(forms_of_trades()[0][0], natural + 6 * robust, rtol=1e-5)
 
 
 def test_trades_gradient_flows_through_the_clean_prediction():
     """It differs from the version that stops the gradient there, which is another method."""
-    _, gradient, _, _ = trades_and_its_gradient()
-
-    def stopped(params):
-        variables = with_trainable(VARIABLES, params)
-        (clean, _), variables = NET.forward(variables, BATCH["image"], jax.random.key(0))
-        (adv, _), _ = NET.forward(variables, X_ADV, jax.random.key(0))
-        robust = losses.kl(adv, jax.lax.stop_gradient(jax.nn.softmax(clean)))
-        return jnp.mean(losses.cross_entropy(clean, BATCH["label"])) + 6 * jnp.mean(robust)
-
-    other = jax.jit(jax.grad(stopped))(trainable(VARIABLES))
+    (_, gradient, *_), _, (_, other, *_) = forms_of_trades()
     pairs = zip(*map(jax.tree.leaves, jax.device_get((gradient, other))), strict=True)
     assert max(np.abs(a - b).max() for a, b in pairs) > 1e-2
 
 
 def test_three_forwards_move_the_running_statistics_once_more_and_nothing_else():
-    two, two_gradient, two_after, _ = trades_and_its_gradient()
-    three, three_gradient, three_after, _ = loss_and_gradient(trades(forwards=3))
+    (two, two_gradient, two_after, _), (three, three_gradient, three_after, _), _ = forms_of_trades()
     np.testing.assert_allclose(two, three, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), two_gradient, three_gradient)
     _, again = NET.forward(two_after, BATCH["image"], jax.random.key(0))
@@ -342,7 +344,8 @@ def test_the_attack_leaves_the_running_statistics_alone_and_training_mode_moves_
     def step(training):
         attacks = (None, stateful_pgd(**options)) if training else (pgd(**options), None)
         made = make_train_step(Problem(lambda _: NET, pgd_at(), *attacks), optimizer)
-        return jax.jit(made)(first_state(optimizer), BATCH, key)[0].variables["batch_stats"]
+        statistics = jax.jit(lambda state: made(state, BATCH, key)[0].variables["batch_stats"])  # nothing else is asked
+        return statistics(first_state(optimizer))
 
     def loss(x, variables, training):
         (logits, _), after = NET.forward(variables, x, key) if training else (NET.predict(variables, x), variables)
@@ -369,28 +372,32 @@ def test_the_attack_leaves_the_running_statistics_alone_and_training_mode_moves_
 def test_ibd_is_kl_to_the_teacher_and_has_cross_entropys_gradient():
     """The paper's D is the cross-entropy with the teacher's distribution, ours the KL: a constant apart."""
     y_t = softmax(NET.teacher(BATCH["image"])[0])
-    loss, gradient, _, _ = loss_and_gradient(ibd(beta=0.0, alpha=0.9))
 
-    def cross_entropy(params):
-        variables = with_trainable(VARIABLES, params)
-        (clean, _), variables = NET.forward(variables, BATCH["image"], jax.random.key(0))
-        (adv, _), _ = NET.forward(variables, X_ADV, jax.random.key(0))
+    def cross_entropy(net, variables, batch, x_adv, key):
+        (clean, _), variables = net.forward(variables, batch["image"], key)
+        (adv, _), variables = net.forward(variables, x_adv, key)
         natural, robust = (losses.cross_entropy(logits, np.float32(y_t)) for logits in (clean, adv))
-        return 0.1 * jnp.mean(natural) + 0.9 * jnp.mean(robust)
+        return 0.1 * jnp.mean(natural) + 0.9 * jnp.mean(robust), (variables, {})
 
-    value, expected = jax.jit(jax.value_and_grad(cross_entropy))(trainable(VARIABLES))
+    (loss, gradient, *_), (value, expected, *_) = losses_and_gradients(
+        ibd(beta=0.0, alpha=0.9), standard()._replace(loss=cross_entropy)
+    )
     entropy = -np.mean(np.sum(y_t * np.log(y_t), -1))
     np.testing.assert_allclose(loss, float(value) - entropy, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient, expected)
 
 
 def test_no_gradient_reaches_the_teacher():
+    objective = ibd()
+
     def loss(teacher_variables):
         net = linen_net(MODEL, {"teacher": MODEL}, {"teacher": teacher_variables})
-        return loss_and_gradient(ibd(), net=net)[0]
+        features = net.predict(VARIABLES, BATCH["image"])[1]
+        head = objective.head.init(jax.random.key(5), features, features, train=False)
+        return objective.loss(net, {**VARIABLES, "head": head}, BATCH, X_ADV, jax.random.key(2))[0]
 
-    gradient = jax.jit(jax.grad(loss))(TEACHER)
-    assert all(float(jnp.abs(leaf).max()) == 0.0 for leaf in jax.tree.leaves(gradient["params"]))
+    gradient = jax.device_get(jax.jit(jax.grad(loss))(TEACHER))
+    assert all(np.abs(leaf).max() == 0.0 for leaf in jax.tree.leaves(gradient["params"]))
 
 
 def test_the_attacks_target_follows_its_option():

@@ -82,11 +82,16 @@ def test_a_policy_changes_an_image_by_its_index_alone(make):
         assert np.any(other != first)
 
 
+def drawn(count, change, image):
+    """An image changed with so many keys, one after the other: a program for all at once takes longer to compile."""
+    keys = jax.random.split(jax.random.key(0), count)
+    return np.asarray(jax.jit(lambda keys: jax.lax.map(lambda key: change(key, jnp.asarray(image)), keys))(keys))
+
+
 def test_erasing_has_its_probability_and_area():
     """Over many draws: rectangles of zeros, whose mean area is that of the uniform share, and as often as asked."""
     made = policies.random_erasing(erase=0.4, area=(0.1, 0.3), ratio=(0.5, 2.0), pad=0, flip=False)
-    ones = jnp.ones((2000, 20, 20, 1))
-    erased = np.asarray(jax.jit(lambda x: _augmented(made, jax.random.key(0), x, jnp.arange(2000)))(ones))[..., 0] == 0
+    erased = drawn(2000, made.change, np.ones((20, 20, 1), np.float32))[..., 0] == 0
     hit = erased.any((1, 2))
     assert abs(hit.mean() - 0.4) < 0.04
     areas = erased[hit].mean((1, 2))
@@ -101,9 +106,7 @@ def test_idbhs_crop_is_a_window_somewhere_in_zeros():
     with pytest.raises(InputError, match="cuts off up to 8 lines; nothing would be left"):
         policies._crop_shift(8)(jax.random.key(0), jnp.asarray(image))
     shift = policies._crop_shift(4)
-    made = np.asarray(
-        jax.jit(jax.vmap(lambda key: shift(key, jnp.asarray(image))))(jax.random.split(jax.random.key(0), 300))
-    )
+    made = drawn(300, shift, image)
     cuts = set()
     for one in made:
         rows, columns = np.flatnonzero(one[..., 0].any(1)), np.flatnonzero(one[..., 0].any(0))

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 import scipy.special
-from conftest import in_programs, once, smoke_config
+from conftest import in_programs, smoke_config
+from test_models import random_variables
 
 from ibjax.errors import InputError
 from ibjax.information import hsic
@@ -33,10 +34,10 @@ NET = in_programs(linen_net(MODEL))
 KEY = jax.random.key(3)
 
 
-@once
+@functools.cache
 def initial():
     """Variables of the network."""
-    return {"batch_stats": {}, **jax.jit(MODEL.init)(jax.random.key(0), BATCH["image"])}
+    return random_variables(MODEL, BATCH["image"].shape)
 
 
 def passes(key=KEY):
@@ -74,11 +75,22 @@ def test_beta_is_small_then_rises_exponentially_to_its_value():
     assert off == 0
 
 
+@functools.cache
+def losses_within_an_epoch():
+    """{stepping: the losses near its begin and near its end}, all by one program."""
+    makes = {each: shared_information(warmup=0.5, ramp=10.0, lam=0.0, stepping=each) for each in ("epoch", "step")}
+
+    @jax.jit
+    def losses(epoch):
+        given = NET, initial(), {**BATCH, "epoch": epoch}, X_ADV, KEY
+        return {stepping: objective.loss(*given)[0] for stepping, objective in makes.items()}
+
+    return jax.tree.map(lambda *pair: pair, *(losses(np.float32(epoch)) for epoch in (9.1, 9.9)))
+
+
 @pytest.mark.parametrize("stepping, same", [("epoch", True), ("step", False)])
 def test_beta_moves_by_epoch_or_by_step(stepping, same):
-    objective = shared_information(warmup=0.5, ramp=10.0, lam=0.0, stepping=stepping)
-    loss = jax.jit(lambda epoch: objective.loss(NET, initial(), {**BATCH, "epoch": epoch}, X_ADV, KEY)[0])
-    early, late = (float(loss(np.float32(epoch))) for epoch in (9.1, 9.9))
+    early, late = losses_within_an_epoch()[stepping]
     assert (early == late) == same and early <= late
 
 

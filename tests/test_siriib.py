@@ -18,8 +18,8 @@ from ibjax.objectives.te import te
 from ibjax.objectives.trades import trades
 from ibjax.step import trainable, with_trainable
 
-BACKBONE = dict(name="resnet", blocks=(1, 1), width=4)
-MODEL = siriib.Model(4, backbone=BACKBONE, connections=2, scales=(8, 4), widths=(3, 5))
+BACKBONE = dict(name="resnet", blocks=(1,), width=4)
+MODEL = siriib.Model(4, backbone=BACKBONE, connections=2, scales=(8,), widths=(3, 5))
 RNG = np.random.default_rng(0)
 IMAGES = np.float32(RNG.random((6, 8, 8, 3)))
 X_ADV = np.float32(np.clip(IMAGES + 0.05 * RNG.normal(size=IMAGES.shape), 0, 1))

@@ -12,7 +12,7 @@ from ibjax.errors import InputError
 from ibjax.models import layers, resnet, siriib
 
 RESNET, WRN = dict(name="resnet", depth=18), dict(name="wide_resnet", depth=28, width=10)
-TINY = dict(name="resnet", blocks=(1, 1), width=4)
+TINY = dict(name="resnet", blocks=(1,), width=4)
 X = np.random.default_rng(0).random((2, 16, 16, 3), np.float32)
 
 
@@ -95,7 +95,7 @@ def test_the_network_is_the_backbone_with_the_connections_added(tiny):
     """The same logits from the classifier alone when the recorded f_i are added to its features by hand."""
     _, variables, apply = tiny
     logits, features = apply(variables, X)
-    alone = resnet.Model(10, blocks=(1, 1), width=4)
+    alone = resnet.Model(10, blocks=(1,), width=4)
     inside = {kind: tree["backbone"] for kind, tree in variables.items()}
     add = {"stem": lambda f: f + features["info1"], "stage1": lambda f: f + features["info2"]}
     expected, _ = jax.jit(lambda v, x: alone.apply(v, x, edits=add))(inside, X)

@@ -47,15 +47,18 @@ def cross_entropy(logits):
     return -scipy.special.log_softmax(np.float64(logits), axis=-1)[np.arange(12), np.asarray(BATCH["label"])].mean()
 
 
-def loss_of(objective, net, variables, x_adv):
-    """(loss, metrics) of an objective."""
+@functools.cache
+def computed(method, **options):
+    """{adversarial: (logits, features, loss, metrics)} of a method, all as one program."""
+    net, variables = gaussian_net(unit=method is ceb)
 
-    @jax.jit
-    def found(variables):
-        loss, (_, metrics) = objective.loss(net, variables, BATCH, x_adv, KEY)
-        return loss, metrics
+    def found(variables, adversarial):
+        x = X_ADV if adversarial else BATCH["image"]
+        (logits, features), _ = net.forward(variables, x, KEY)
+        loss, (_, metrics) = method(adversarial=adversarial, **options).loss(net, variables, BATCH, x, KEY)
+        return logits, features, loss, metrics
 
-    return found(variables)
+    return jax.jit(lambda variables: {each: found(variables, each) for each in (False, True)})(variables)
 
 
 @pytest.mark.parametrize("mu, sigma, prior_mu", [(0.7, 0.3, 0.0), (-1.2, 2.5, 0.0), (0.0, 1.0, 0.0), (0.4, 1.0, -1.1)])
@@ -83,13 +86,10 @@ def test_cebs_rate_is_the_mean_log_ratio_of_samples():
 
 @pytest.mark.parametrize("adversarial", [False, True])
 def test_vib_is_its_formula_in_bits(adversarial):
-    net, variables = gaussian_net()
-    x = X_ADV if adversarial else BATCH["image"]
-    (logits, features), _ = net.forward(variables, x, KEY)
+    logits, features, loss, metrics = computed(vib, beta=0.2)[adversarial]
     mu, sigma = (np.asarray(features[name], np.float64) for name in ("mu", "sigma"))
     nats = cross_entropy(logits)
     rate = 0.5 * (mu**2 + sigma**2 - 1 - np.log(sigma**2)).sum(1).mean()
-    loss, metrics = loss_of(vib(beta=0.2, adversarial=adversarial), net, variables, x)
     np.testing.assert_allclose(loss, (nats + 0.2 * rate) * np.log2(np.e), rtol=1e-5)
     np.testing.assert_allclose(metrics["rate"], rate / np.log(2), rtol=1e-5)
     assert vib(adversarial=adversarial).attack_losses == (("ce", "margin") if adversarial else ())
@@ -97,12 +97,9 @@ def test_vib_is_its_formula_in_bits(adversarial):
 
 @pytest.mark.parametrize("adversarial", [False, True])
 def test_ceb_is_its_formula(adversarial):
-    net, variables = gaussian_net(unit=True)
-    x = X_ADV if adversarial else BATCH["image"]
-    (logits, features), _ = net.forward(variables, x, KEY)
+    logits, features, loss, metrics = computed(ceb, rho=1.0)[adversarial]
     mu_y = np.asarray(features["class_means"], np.float64)[np.asarray(BATCH["label"])]
     rate = 0.5 * ((np.asarray(features["mu"], np.float64) - mu_y) ** 2).sum(1).mean()
-    loss, metrics = loss_of(ceb(rho=1.0, adversarial=adversarial), net, variables, x)
     np.testing.assert_allclose(metrics["rate"], rate, rtol=1e-5)
     np.testing.assert_allclose(loss, cross_entropy(logits) + np.exp(-1.0) * rate, rtol=1e-5)
 
@@ -123,7 +120,7 @@ def test_the_class_means_move_towards_the_means_of_their_class():
 
 
 def test_training_draws_a_new_sample_with_each_key_and_evaluation_none():
-    net, variables = gaussian_net()
+    net, variables = gaussian_net(unit=False)
     loss = jax.jit(lambda key: vib().loss(net, variables, BATCH, None, key)[0])
     drawn = [loss(jax.random.key(seed)) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
