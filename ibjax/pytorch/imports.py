@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -90,8 +89,8 @@ def from_torch(
     if photographs is None:
         imported["clean_acc"] = _clean_accuracy(logits, images.split.labels, clean_acc)
     with folders.whole(workdir) as folder:
-        arrays = jax.tree.map(jnp.asarray, variables)
-        rundir.write_network(folder, network.settings, {**images.facts, "imported": imported}, arrays)
+        facts = {**images.facts, "imported": imported}
+        rundir.write_network(folder, network.settings, facts, jax.device_put(variables))
     return imported
 
 
@@ -125,7 +124,7 @@ def load(
         )
     variables, _, delta = _compared(network, images)
     facts = {**images.facts, "imported": _imported(file, network, images, delta)}
-    variables = jax.tree.map(jnp.asarray, variables)
+    variables = jax.device_put(variables)
     logits_fn = checked_logits(linen_net(network.model).predict, variables)
     return run.Run(network.model, variables, logits_fn, config.effective(network.settings), facts, 0, file, {})
 
