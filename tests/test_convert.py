@@ -296,9 +296,9 @@ def random_run(folder, section, data):
 
     def fill(path, leaf):
         low = 0.5 if path[-1].key in ("scale", "var") else -0.3
-        return jnp.asarray(random.uniform(low, low + 0.7, leaf.shape), leaf.dtype)
+        return random.uniform(low, low + 0.7, leaf.shape).astype(leaf.dtype)
 
-    variables = jax.tree_util.tree_map_with_path(fill, shapes)
+    variables = jax.device_put(jax.tree_util.tree_map_with_path(fill, shapes))
     rundir.write_config(folder, settings, run.facts(arrays))
     with checkpoints.manager(folder) as orbax:
         checkpoints.save(orbax, TrainState(jnp.int32(0), variables, (), None), {"selection": 0.0})

@@ -37,7 +37,7 @@ NETWORKS = {
     "vgg": dict(name="vgg", depth=11, width=4, hidden=(16, 16)),
     "vgg-torchvision": dict(name="vgg", depth=11, width=4, hidden=(16, 16), variant="torchvision"),
     "cnn": dict(name="cnn", widths=((8,), (8,)), hidden=(16,)),
-    "cnn-norm": dict(name="cnn", widths=((8,), (8,)), hidden=(), pool="average", batch_norm=True, padding=1),
+    "cnn-norm": dict(name="cnn", widths=((8, 8),), hidden=(), pool="average", batch_norm=True, padding=1),
     "siriib": dict(name="siriib", backbone=RESNET, scales=(8,), widths=(8,), connections=3),
     "stochastic": dict(name="stochastic", backbone=RESNET, latent=8),
     "convnext": dict(name="convnext", blocks=(1, 1), width=8),

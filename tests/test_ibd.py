@@ -207,21 +207,24 @@ def test_the_whole_loss_is_its_formula(teacher_features):
     """From predictions and features that are computed one by one, in the order of the batch-norm policy."""
     objective = ibd(alpha=0.7, beta=30.0, teacher_features=teacher_features, qk_dim=16)
     x, key = BATCH["image"], jax.random.key(0)
-    of_x, of_x_adv = NET.teacher(x), NET.teacher(X_ADV)
-    head = start(objective.head, of_x[1], of_x[1])
-    variables = {**VARIABLES, "head": head}
-    (clean, _), after = NET.forward(variables, x, key)
-    (adv, features), after = NET.forward(after, X_ADV, key)
-    taught = (of_x if teacher_features == "nat" else of_x_adv)[1]
-    (feature, _), moved = jax.jit(lambda *given: objective.head.apply(*given, train=True, mutable=["batch_stats"]))(
-        head, features, taught
-    )
+    _, shapes = jax.eval_shape(NET.teacher, x)
+    head = start(objective.head, shapes, shapes)
+
+    @jax.jit
+    def found(variables):
+        of_x, of_x_adv = NET.teacher(x), NET.teacher(X_ADV)
+        (clean, _), after = NET.forward(variables, x, key)
+        (adv, features), after = NET.forward(after, X_ADV, key)
+        taught = (of_x if teacher_features == "nat" else of_x_adv)[1]
+        feature, moved = objective.head.apply(head, features, taught, train=True, mutable=["batch_stats"])
+        return of_x[0], clean, adv, feature[0], after, moved, objective.loss(NET, variables, BATCH, X_ADV, key)
+
+    target, clean, adv, feature, after, moved, (loss, (got, metrics)) = found({**VARIABLES, "head": head})
 
     def kl(logits):
-        p, q = (scipy.special.softmax(np.float64(z), axis=-1) for z in (of_x[0], logits))
+        p, q = (scipy.special.softmax(np.float64(z), axis=-1) for z in (target, logits))
         return (p * np.log(p / q)).sum(-1).mean()
 
-    loss, (got, metrics) = jax.jit(lambda variables: objective.loss(NET, variables, BATCH, X_ADV, key))(variables)
     assert float(feature) > 1e-4
     np.testing.assert_allclose(loss, 0.3 * kl(clean) + 0.7 * kl(adv) + 30 * float(feature), rtol=1e-5)
     np.testing.assert_allclose([metrics["natural"], metrics["robust"]], [kl(clean), kl(adv)], rtol=1e-4)

@@ -42,7 +42,10 @@ def test_parameters_are_those_of_the_structure_that_the_printed_tables_settle(mo
 
 
 @pytest.mark.parametrize("size", [32, 64])
-@pytest.mark.parametrize("backbone, most", [(RESNET, 5), (WRN, 4)])
+@pytest.mark.parametrize(
+    "backbone, most",
+    [(dict(name="resnet", blocks=(1, 1, 1, 1)), 5), (dict(name="wide_resnet", depth=10, width=10), 4)],
+)
 def test_each_connection_has_the_shape_of_the_feature_it_is_added_to(backbone, most, size):
     for connections in (0, 1, most):
         _, shapes = sizes(siriib.Model(10, backbone, connections=connections), size)
