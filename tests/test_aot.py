@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import config_rows, smoke_config
 from jax import lax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
@@ -24,7 +24,6 @@ from ibjax.data import extra
 from ibjax.devices import cluster, cores
 from ibjax.errors import InputError
 from ibjax.information.linalg import each_matrix
-from ibjax.runs import recipe_files
 from ibjax.training import ahead, hlo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -265,8 +264,8 @@ def test_images_that_nobody_knows_are_asked_for():
 
 def test_every_recipe_says_what_its_images_are():
     for file in sorted((ROOT / "configs").glob("*.py")):
-        for row in runpy.run_path(str(file)).get("ROWS", ("",)):
-            data = recipe_files.load(f"{file}:{row}").data
+        for row in config_rows(file.stem):
+            data = smoke_config(file.stem, row).data  # as the recipe has it, which is no short form here
             if "path" not in data:  # of a user's own files nothing is known
                 (height, width, channels), classes = ahead.images_of(data, None, None)
                 assert height == width and channels in (1, 3) and classes >= 10

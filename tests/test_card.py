@@ -24,6 +24,7 @@ EVIL = "*a_b* <img src=//evil.example/x> | [x](y)\n---\nlicense: mit"
 def settings(**changes):
     recipe = clean_recipe()
     recipe.update(title=EVIL, epochs=1, checkpoint_every=1)
+    recipe.model.widths = ((4,),)
     recipe.evaluate.update(attacks=("fgsm",), ladder=())
     with recipe.unlocked():
         recipe.update(changes)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import untrained_run
 
 import ibjax.models
 from ibjax import calls, config, errors, extensions, files, main, threat
@@ -50,20 +51,21 @@ def another_process():
         extensions._allowed.update(allowed)
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """(folder of the examples, workdir): a run of all four, stopped after an epoch, continued, evaluated."""
-    folder = tmp_path_factory.mktemp("mine")
+def write_examples(folder):
+    """`folder`, in which the examples now stand."""
     for name, source in examples().items():
         (folder / name).write_text(source)
-    patch = pytest.MonkeyPatch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(folder of the examples, workdir): a run of all four, as it begins, evaluated."""
+    folder = write_examples(tmp_path_factory.mktemp("mine"))
     with another_process(), cluster.on_one_device():
-        command = main.parse(["main", f"--config={folder / 'my_recipe.py'}", f"--workdir={folder / 'run'}"])
-        with patch.context() as stopping:
-            stopping.setattr(cluster, "preempted", lambda: True)
-            with pytest.raises(PreemptedError):
-                main.execute(*command)
-        main.execute(*command)
+        settings = recipe_files.load(str(folder / "my_recipe.py"))
+        loop.check(settings)
+        evaluate(untrained_run(folder / "run", settings))
     return folder, folder / "run"
 
 
@@ -73,8 +75,15 @@ def test_the_examples_are_four_of_at_most_40_lines():
     assert all(len(source.splitlines()) <= 40 for source in found.values())
 
 
-def test_the_examples_train_stop_resume_evaluate_and_report(made):
-    _, workdir = made
+def test_the_examples_train_stop_resume_evaluate_and_report(tmp_path, monkeypatch):
+    workdir = write_examples(tmp_path) / "run"
+    with another_process(), cluster.on_one_device():
+        command = main.parse(["main", f"--config={tmp_path / 'my_recipe.py'}", f"--workdir={workdir}"])
+        with monkeypatch.context() as stopping:
+            stopping.setattr(cluster, "preempted", lambda: True)
+            with pytest.raises(PreemptedError):
+                main.execute(*command)
+        main.execute(*command)
     found = {file.name: json.loads(file.read_text()) for file in (workdir / "eval" / "best").glob("*.json")}
     assert list(found) == ["my_attack_py_my_attack-4(start=0.5).json"]
     record = found["my_attack_py_my_attack-4(start=0.5).json"]
@@ -90,8 +99,9 @@ def test_the_examples_train_stop_resume_evaluate_and_report(made):
 
 def test_attacking_the_same_images_outside_the_run_gives_its_record(made):
     _, workdir = made
-    trained = ibjax.load(workdir, trust="code")
-    (found,), _ = attack_images(trained, run.test_split(trained), "stripes", trust="code")
+    with cluster.on_one_device():
+        trained = ibjax.load(workdir, trust="code")
+        (found,), _ = attack_images(trained, run.test_split(trained), "stripes", trust="code")
     record = json.loads((workdir / "eval/best/my_attack_py_my_attack-4(start=0.5).json").read_text())
     keys = ("attack", "attack_settings", "dataset", "eps", "clean_acc", "robust_acc", "fingerprint", "code")
     assert {key: found[key] for key in keys} == {key: record[key] for key in keys}
@@ -193,7 +203,7 @@ def test_changed_code_is_named_and_refused_unless_told(moved, changed):
     assert own_code.doubts(saved, recorded) == [
         f"the code of {section} '{name}' was changed while this run was trained"
     ]
-    assert ibjax.load(workdir, trust="code").step  # what the run goes on with is on record
+    ibjax.load(workdir, trust="code")  # what the run goes on with is on record
 
 
 def test_a_file_that_has_moved_is_found_in_the_runs_folder_and_in_the_current_one(moved, monkeypatch):
@@ -548,7 +558,8 @@ def test_own_augmentations_optimisers_schedules_and_perturbations_make_the_step(
 
 def test_an_objective_that_is_nan_at_the_start_is_blamed_and_no_learning_rate(recipe, tmp_path):
     (tmp_path / "w.py").write_text(OBJECTIVE.format("return batch['label']", "return jnp.log(-1.0), (variables, {})"))
-    recipe.objective = dict(name=f"{tmp_path}/w.py")
+    (tmp_path / "net.py").write_text(LOGITS.format("nn.Dense(self.num_classes)(x.reshape(len(x), -1))"))
+    recipe.objective, recipe.model = dict(name=f"{tmp_path}/w.py"), dict(name=f"{tmp_path}/net.py")
     text = r"loss is NaN or Inf in the very first batch, at the initial weights, so objective '.*w.py'"
     with pytest.raises(errors.DivergedError, match=text):
         loop.train(experiment.build(recipe), tmp_path / "run")

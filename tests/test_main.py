@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import clean_recipe, smoke_config
+from conftest import clean_recipe, digits_recipe, smoke_config
 
 from ibjax import config, errors, evaluate, main
 from ibjax.analysis import layers
@@ -326,7 +326,7 @@ def test_a_finished_command_does_nothing_again(digits_run, tmp_path, part):
     workdir = Path(shutil.copytree(digits_run / part, tmp_path / "run", ignore=shutil.ignore_patterns(".lock")))
     files = [*workdir.rglob("checkpoints/*/*"), *workdir.rglob("eval/best/*.json")]
     before = {file: file.stat().st_mtime_ns for file in files}
-    recipe, count = (smoke_config("digits"), 9) if part == "." else (clean_recipe(), 3)
+    recipe, count = (digits_recipe(), 9) if part == "." else (clean_recipe(), 3)
     assert len(main.execute(recipe, workdir, "train")) == count
     assert files and before == {file: file.stat().st_mtime_ns for file in before}
 

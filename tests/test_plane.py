@@ -26,6 +26,7 @@ OPTIONS = dict(every=3, n=12)
 def recipe(**changes):
     """Two epochs of seven steps, up to four at a time, with averaged weights, which are then what is measured."""
     settings = clean_recipe()
+    settings.model.widths = ((4,),)
     settings.update(ema_decay=0.5, steps_per_dispatch=4, **changes)
     return settings
 
@@ -84,7 +85,7 @@ def test_its_ends_are_the_untrained_and_the_trained_network(made, tmp_path):
     assert found["step"] == [0, 3, 6, 9, 12, 14] and found["finished"]
     assert found["weights"] == run.origin(trained, "last")["weights"]
     split = run.test_split(trained, 12)
-    assert list(found["nhsic"]) == found["taps"] == ["stage1", "stage2", "pre_logits"]
+    assert list(found["nhsic"]) == found["taps"] == ["stage1", "pre_logits"]
     x = to_float(jnp.asarray(split.images))
     first = initial_state(build(recipe())).variables
     for i, variables in ((0, first), (-1, trained.variables)):
@@ -189,13 +190,13 @@ def command(tmp_path, monkeypatch, *flags):
 
 def test_it_is_recorded_and_drawn_from_the_command_line(tmp_path, capsys, monkeypatch):
     picture = tmp_path / "plane.png"
-    flags = ("--every=5", "--n=12", "--taps=stage2,pre_logits", "--config.epochs=1", f"--picture={picture}")
+    flags = ("--every=5", "--n=12", "--taps=stage1,pre_logits", "--config.epochs=1", f"--picture={picture}")
     assert command(tmp_path, monkeypatch, *flags) == 0
     found = files.read_json(tmp_path / "run" / "plane.json")
-    assert found["step"] == [0, 5, 7] and found["taps"] == ["stage2", "pre_logits"]
+    assert found["step"] == [0, 5, 7] and found["taps"] == ["stage1", "pre_logits"]
     assert picture.read_bytes().startswith(b"\x89PNG")
-    x, y = (found["nhsic"]["stage2"][axis] for axis in "xy")
-    assert f"| stage2 | {x[0]:.2f} | {x[-1]:.2f} | {y[0]:.2f} | {y[-1]:.2f} |" in capsys.readouterr().out
+    x, y = (found["nhsic"]["stage1"][axis] for axis in "xy")
+    assert f"| stage1 | {x[0]:.2f} | {x[-1]:.2f} | {y[0]:.2f} | {y[-1]:.2f} |" in capsys.readouterr().out
 
 
 BAD = [

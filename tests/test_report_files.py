@@ -11,12 +11,13 @@ import webbrowser
 
 import pytest
 from PIL import Image
-from test_report import FLAGS, N, Page, healthy, record, run_main, seeds, write_examples, write_run
+from test_report import FLAGS, N, Page, healthy, record, run_main, seeds, undrawn, write_examples, write_run
 
 from ibjax.evaluation import report
 from ibjax.evaluation.report import grids, progress, runs, tables, watch
 from ibjax.evaluation.report.grids import Grid, Value
 
+pages_without_plots = undrawn  # a fixture of every test here; pictures in files are drawn
 EVIL = '[a] *b*_c & 50% $x$ #1 \\rm ~ ^ {d} <img src=x> | e--f `g` "h"\nline'
 
 

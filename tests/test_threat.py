@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import clean_recipe, smoke_config
+from conftest import clean_recipe, digits_recipe, smoke_config
 
 from ibjax import config, files, main, threat
 from ibjax.errors import InputError
@@ -101,7 +101,7 @@ def test_a_run_from_before_there_was_a_threat_model_loads_and_continues(digits_r
     saved = run.load(folder).config
     assert saved.threat.to_dict() == {"norm": "linf", "eps": "2/16"} and saved.attack.eps == "2/16"
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("eval/best/*.json")}
-    assert len(main.execute(smoke_config("digits"), folder)) == 9
+    assert len(main.execute(digits_recipe(), folder)) == 9
     assert before == {file: file.stat().st_mtime_ns for file in before}
 
 

@@ -264,8 +264,9 @@ class _Network:
         self.keys, self.count = keys, len(self.x)
         self.pulled: dict[int, Callable] = {}  # number of images -> the compiled gradient
 
-    def answer(self, rows: Any = slice(None)) -> Any:
-        """The network's output for these images."""
+    def answer(self, rows: Any = None) -> Any:
+        """The network's output for these images; None: for all of them."""
+        rows = np.arange(self.count) if rows is None else rows
         return self.logits_fn(jnp.asarray(self.x[rows]), *self._keys(rows))
 
     def logits(self, rows: np.ndarray) -> np.ndarray:
@@ -306,7 +307,13 @@ class _Network:
         return lambda rows, *arguments: program(constants, jnp.asarray(weights[rows]), *arguments)[0]
 
     def _keys(self, rows):
-        return () if self.keys is None else (self.keys[: self.count][rows],)
+        return () if self.keys is None else (_rows_of(self.keys, rows),)
+
+
+@jax.jit
+def _rows_of(keys, rows):
+    """One program, where indexing an array outside of one makes six."""
+    return keys[rows]
 
 
 def first(tree: Any) -> Array:

@@ -350,6 +350,7 @@ def sampling(model: nn.Module, samples: int) -> Callable:
     return predict
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def draw_keys(seed: int, n: int) -> jax.Array:
     """The keys (n,) of images 0 to n − 1 of a split, from which a network draws when `Scorer` scores it."""
     return geometry.fold(_image_keys(seed, jnp.arange(n)), _JUDGED)

@@ -339,5 +339,10 @@ def initializer(experiment: Experiment) -> Callable[..., TrainState]:
 
 def run_key(seed: int, which: int, mesh: Mesh) -> jax.Array:
     """One of the run's keys (0: initial weights, 1: training), on all devices of all processes."""
+    return _key_program(seed, which, mesh)()
+
+
+@functools.cache
+def _key_program(seed, which, mesh):
     replicated = NamedSharding(mesh, cluster.REPLICATED)
-    return jax.jit(lambda: jax.random.split(jax.random.key(seed))[which], out_shardings=replicated)()
+    return jax.jit(lambda: jax.random.split(jax.random.key(seed))[which], out_shardings=replicated)
