@@ -160,12 +160,13 @@ def test_the_loss_before_the_first_step_does_not_count_at_the_first_checkpoint()
     np.testing.assert_array_equal(rises["dlr"], 0)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1", "l1 larger_eps"])
 @pytest.mark.parametrize("options", [dict(loss="dlr"), dict(loss="dlr_targeted", targets=2, restarts=2)])
 def test_guarantees(norm, options):
     """x_adv lies in ball and box; wrong and unbroken images come back unchanged; no image sees another."""
     y = np.where(np.arange(len(X)) < 3, (Y_ + 1) % 5, Y_)
-    made = apgd(norm=norm, eps=EPS[norm], steps=12, **options)
+    norm, _, schedule = norm.partition(" ")
+    made = apgd(norm=norm, eps=EPS[norm], steps=12, larger_eps=bool(schedule), **options)
 
     @jax.jit
     def attacked(numbers, x, y):
