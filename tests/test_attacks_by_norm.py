@@ -168,7 +168,7 @@ def test_on_a_linear_network_blind_attacks_break_nothing_that_cannot_be(norm):
     """They break part of the others: random squares and noise do not have the direction of w."""
     margin = margins(norm)
     eps = float(np.quantile(margin, 0.8))
-    ball, attacks = dict(norm=norm, eps=eps), {"square": square(norm=norm, eps=eps, queries=300)}
+    ball, attacks = dict(norm=norm, eps=eps), {"square": square(norm=norm, eps=eps, queries=150)}
     if norm != "l1":
         attacks |= {"spsa": spsa(steps=10, samples=64, lr=eps / 4, **ball), "uniform": noise(**ball)}
         attacks |= {"sign": noise(kind="sign", **ball)}

@@ -287,7 +287,7 @@ def test_autoattack_and_its_checks_have_no_product_that_is_rounded():
 
 # ---- networks, at the default ----------------------------------------------------------------------------------
 
-MODEL = cnn.Model(num_classes=CLASSES, widths=((8,), (8,)), hidden=(), padding=1)
+MODEL = cnn.Model(num_classes=CLASSES, widths=((8,),), hidden=(), padding=1)
 
 
 @once
