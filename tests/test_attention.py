@@ -56,7 +56,7 @@ def test_the_matching_is_that_of_the_checkpoint(digits_run):
         ("x", dict(objective__adversarial=False, attack=None)),
     ],
 )
-def test_the_record_is_the_formula_over_attacked_images(sees, changes, workdir, rolled, monkeypatch):
+def test_the_record_is_the_formula_over_attacked_images(sees, changes, workdir, monkeypatch):
     """Of a matching that prefers some layers, and not the same for all images."""
     edit(workdir, **changes)
     restore, rng, heads = attention.restore_head, np.random.default_rng(3), []

@@ -228,7 +228,7 @@ def test_networks_without_usable_features_are_refused(workdir, monkeypatch):
     monkeypatch.setattr(analysis.run, "load", lambda *args: trained)
     monkeypatch.setattr(analysis, "features_of", lambda *args: lambda variables, x: 0 * x)
     with pytest.raises(InputError, match="no readout separates"):
-        analysis.evaluate(workdir, n=10, inner=2)  # so many as above, with the same programs for points
+        analysis.evaluate(workdir, n=4, inner=2)
     with pytest.raises(InputError, match="NaN or infinite"):
         run(lambda x: x / 0)
     with pytest.raises(InputError, match="eps=0 "):

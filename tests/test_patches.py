@@ -139,7 +139,7 @@ def test_swin_has_timms_logits_also_of_files_with_older_names(tmp_path):
 def test_attacks_run_unchanged(model):
     x, y = np.random.default_rng(0).random((4, 8, 8, 3), np.float32), np.arange(4, dtype=np.int32)
     variables = weights(model, x)
-    attack = pgd.pgd(loss="ce", norm="linf", eps=8 / 255, step_size=2 / 255, steps=3, unroll=False)
+    attack = pgd.pgd(loss="ce", norm="linf", eps=8 / 255, step_size=2 / 255, steps=3, init="none", unroll=False)
 
     @jax.jit
     def attacked(key):
