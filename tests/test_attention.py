@@ -102,11 +102,12 @@ def test_what_the_teacher_sees_and_the_size_of_batches(digits_run):
     experiment, trained = attention.experiment_of(digits_run), run.load(digits_run)
     head = attention.restore_head(experiment, digits_run, trained.step)
     images = run.test_split(trained).images[:9]
-    whole, *names = attention.attention(trained, experiment, head, images, images, 16)
+    twice, taught = np.concatenate([images, images]), np.concatenate([images, images[::-1]])
+    found, *names = attention.attention(trained, experiment, head, twice, taught, len(images))
+    whole, other = found[: len(images)], found[len(images) :]
     parts = attention.attention(trained, experiment, head, images, images, 5)
     np.testing.assert_allclose(parts[0], whole, atol=1e-6)
-    assert whole.shape == (len(images), 2, 2) and names == [["conv1", "conv2"]] * 2
-    other = attention.attention(trained, experiment, head, images, images[::-1], 16)[0]
+    assert whole.shape == other.shape == (len(images), 2, 2) and names == [["conv1", "conv2"]] * 2
     assert np.abs(other - whole).max() > 1e-4
 
 

@@ -148,3 +148,12 @@ def test_a_sweep_names_every_row_that_matches(tmp_path):
     )
     none = sweep("nothing", python=tmp_path)
     assert none.returncode == 2 and "alpha-0.8" in none.stderr
+
+
+@pytest.mark.parametrize("overrides", [[], ["--config.epochs=2"]])
+def test_a_configuration_takes_no_new_keys_once_its_overrides_are_applied(overrides):
+    settings = recipe_files.override(config.base(), overrides)
+    assert settings.epochs == (2 if overrides else config.base().epochs)
+    for section in (settings, settings.data):
+        with pytest.raises(AttributeError):
+            section.epoch = 3

@@ -48,6 +48,17 @@ def program(fun):
     return jax.jit(lambda x, lower, upper, steps: lbfgsb.minimize(fun, x, lower, upper, steps=steps))
 
 
+def beside_another(problem, steps):
+    """In float32, under `vmap` with a second problem: half the box, from a corner of it."""
+    fun, *arrays = problem
+    x, lower, upper = (np.float32(a) for a in arrays)
+    both = [np.stack(pair) for pair in zip((x, lower, upper), (lower, lower, (lower + upper) / 2), strict=True)]
+    return [part[0] for part in vmapped(fun)(*both, steps)]
+
+
+vmapped = functools.cache(lambda fun: jax.jit(jax.vmap(program(fun), (0, 0, 0, None))))
+
+
 value_and_gradient = functools.cache(lambda fun: jax.jit(jax.value_and_grad(fun)))
 
 
@@ -78,7 +89,7 @@ def test_the_first_iterations_are_scipys(problem):
 
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 def test_the_minimum_is_scipys_in_float32(problem):
-    x, value = ours(problem, jnp.float32, 100)
+    x, value = beside_another(problem, 100)
     with jax.enable_x64(True):
         expected = scipys(problem, jnp.float64, 1000)
     _, start, lower, upper = problem
@@ -91,7 +102,7 @@ def test_the_minimum_is_scipys_in_float32(problem):
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 def test_as_good_as_scipy_after_twenty_iterations(problem):
     expected = scipys(problem, jnp.float32, 20).fun
-    assert float(ours(problem, jnp.float32, 20)[1]) <= expected + 0.01 * abs(expected)
+    assert float(beside_another(problem, 20)[1]) <= expected + 0.01 * abs(expected)
 
 
 def test_vmapped_problems_do_not_disturb_each_other():

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from ibjax import losses
 from ibjax.attacks import eot as eot_module
@@ -37,16 +38,20 @@ def linear(x, weights=WEIGHTS):
 
 
 def curved(x):
-    return jnp.tanh(linear(x)) * 3 + jnp.square(linear(x))[:, ::-1]
+    tanh = (np if isinstance(x, np.ndarray) else jnp).tanh
+    return tanh(linear(x)) * 3 + linear(x)[:, ::-1] ** 2
 
 
-SCORES = linear(X)
-Y = (np.tanh(SCORES) * 3 + SCORES[:, ::-1] ** 2).argmax(1).astype(np.int32)  # all are classified correctly
+Y = curved(X).argmax(1).astype(np.int32)  # all are classified correctly
+
+
+def drawn(key):
+    return 0.3 * jax.random.normal(key, WEIGHTS.shape)
 
 
 def noisy(key, x):
     """A randomised network: other weights at every draw."""
-    return curved(x) + linear(x, 0.3 * jax.random.normal(key, WEIGHTS.shape))
+    return curved(x) + linear(x, drawn(key))
 
 
 def lenient(factory):
@@ -80,7 +85,7 @@ def on(fun, attack, target=Y):
 ROLLED = dict(steps=5, unroll=False)
 ATTACKS = {  # name ends with its norm
     "mim-linf": lambda eps=0.1: mim(eps=eps, step_size=eps / 4, **ROLLED),
-    "mim-l2": lambda eps=0.7: mim(norm="l2", eps=eps, step_size=eps / 4, init="uniform", **ROLLED),
+    "mim-l2": lambda eps=0.7: mim(norm="l2", eps=eps, step_size=eps / 4, init="gaussian", **ROLLED),
     "nifgsm-linf": lambda eps=0.1: nifgsm(eps=eps, step_size=eps / 4, **ROLLED),
     "targeted-random-linf": lambda eps=0.1: targeted(towards="random", eps=eps, step_size=eps / 4, **ROLLED),
     "targeted-l2": lambda eps=0.7: targeted(norm="l2", loss="margin", eps=eps, step_size=eps / 4, restarts=2, **ROLLED),
@@ -117,15 +122,25 @@ def run(attack, x=X, y=Y, key=KEY, logits_fn=curved):
 
 
 @functools.cache
+def key_per_image():
+    return jax.random.split(jax.random.key(3), 6)
+
+
+@functools.cache
 def within(name):
-    """eps for each image -> the images that an attack makes of X; one program for all radii."""
-    return jax.jit(lambda eps: ATTACKS[name](eps=eps)(KEY, curved, X, Y))
+    """(eps and a key of each image, x, y) -> the images that an attack makes of x; one program for all radii."""
+    return jax.jit(lambda eps, keys, x, y: ATTACKS[name](eps=eps)(keys, curved, x, y))
+
+
+def of_all(name, eps, program=within):
+    """The images that an attack makes of X, in balls of these radii."""
+    return np.asarray(program(name)(eps, key_per_image(), X, Y))
 
 
 @functools.cache
 def attacked(name):
     """The images that an attack makes of X, for several properties."""
-    return np.asarray(within(name)(np.full(6, EPS[norm_of(name)], np.float32)))
+    return of_all(name, np.full(6, EPS[norm_of(name)], np.float32))
 
 
 def norm_of(name):
@@ -159,24 +174,28 @@ def test_x_adv_lies_in_the_eps_ball_and_in_the_box(name):
 
 
 def test_eps_zero_returns_x(name):
-    np.testing.assert_array_equal(within(name)(np.zeros(6, np.float32)), X)
+    np.testing.assert_array_equal(of_all(name, np.zeros(6, np.float32)), X)
+
+
+def test_the_number_zero_as_eps_returns_x(name):
+    """It does not pass for None, which stands for no bound in DeepFool and C&W."""
     np.testing.assert_array_equal(run(ATTACKS[name](eps=0.0)), X)
 
 
 def test_the_same_key_gives_the_same_result_and_the_eps_may_be_one_per_image(name):
     norm = norm_of(name)
     eps = np.linspace(0.0, 1.0, 6, dtype=np.float32) * np.float32(EPS[norm])
-    first, second = (np.asarray(compute(name)(eps)) for compute in (within, within.__wrapped__))  # traced twice
-    np.testing.assert_array_equal(first, second)
+    first = of_all(name, eps)
+    np.testing.assert_array_equal(first, of_all(name, eps, within.__wrapped__))  # traced again
     size = distance(first, X, norm)
     assert np.all(size <= eps + 1e-6) and size[5] > 0
 
 
 def test_each_image_is_attacked_by_itself(name):
     """With a key per image, an image's result does not depend on the rest of its batch."""
-    keys, attack, rows = jax.random.split(jax.random.key(3), 6), ATTACKS[name](), np.array([0, 5])
-    together, pair = run(attack, key=keys), run(attack, X[rows], Y[rows], keys[rows])
-    np.testing.assert_allclose(together[rows], pair, atol=2e-5)
+    rows, eps = np.array([0, 5]), np.full(2, EPS[norm_of(name)], np.float32)
+    pair = within(name)(eps, key_per_image()[rows], X[rows], Y[rows])
+    np.testing.assert_allclose(attacked(name)[rows], pair, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in ATTACKS if not name.startswith(("noise", "ara"))], indirect=True)
@@ -351,19 +370,23 @@ def test_cw_finds_the_nearest_boundary_of_a_linear_model():
     np.testing.assert_allclose(size, exact, rtol=0.03, atol=2e-3)
 
 
+def log_softmax(x):
+    return jax.nn.log_softmax(linear(x))
+
+
+SIXTY = dict(c=1.0, lr=0.05, steps=60)
+CW = cw(**SIXTY)
+
+
 def test_cw_on_log_softmax_works_fixed_and_is_inert_in_torchattacks():
     """All logits negative: masking with 0 leaves no classification term, hence no gradient but that of the distance."""
     x, y = classified()
 
-    def log_softmax(x):
-        return jax.nn.log_softmax(linear(x))
+    def broken(attack):
+        return (linear(run(attack, x, y, logits_fn=log_softmax)).argmax(1) != y).sum()
 
-    def broken(**options):
-        x_adv = run(cw(c=1.0, lr=0.05, steps=60, **options), x, y, logits_fn=log_softmax)
-        return (linear(x_adv).argmax(1) != y).sum()
-
-    assert broken() == 6
-    assert broken(torchattacks_compat=True) == 0
+    assert broken(CW) == 6
+    assert broken(cw(torchattacks_compat=True, **SIXTY)) == 0
 
 
 def test_cw_moves_pixels_at_the_edge_of_the_box_and_torchattacks_does_not():
@@ -376,10 +399,10 @@ def test_cw_moves_pixels_at_the_edge_of_the_box_and_torchattacks_does_not():
 
 def test_cw_returns_x_where_nothing_nearer_than_eps_is_misclassified():
     x, y = classified()
-    free = run(cw(lr=0.05, steps=60), x, y, logits_fn=linear)
+    free = run(CW, x, y, logits_fn=log_softmax)
     sizes = distance(free, x, "l2")
     eps = float(np.sort(sizes)[2:4].mean())  # a bound that half of them keep
-    bounded = run(cw(lr=0.05, steps=60, eps=eps), x, y, logits_fn=linear)
+    bounded = run(cw(eps=eps, **SIXTY), x, y, logits_fn=log_softmax)
     expected = np.where((sizes < eps)[:, None, None, None], free, x)
     np.testing.assert_allclose(bounded, expected, atol=1e-6)
 
@@ -408,7 +431,7 @@ def test_cw_in_torchattacks_mode_stops_the_whole_batch_at_once():
     [(pgd, dict(norm="l2", eps=0.7)), (mim, dict(norm="l2", eps=0.7)), (nifgsm, dict(eps=0.1))],
 )
 def test_a_deterministic_network_gives_the_plain_attacks_result(attack, ball):
-    options = dict(loss="margin", step_size=ball["eps"] / 5, init="uniform", **ball, **ROLLED)
+    options = dict(loss="margin", step_size=ball["eps"] / 5, init="gaussian", **ball, **ROLLED)
     wrapped = eot(attack=attack, samples=3, **options)
     np.testing.assert_allclose(run(wrapped, logits_fn=lambda key, x: curved(x)), run(attack(**options)), atol=1e-5)
 
@@ -418,31 +441,35 @@ def test_the_gradient_is_the_mean_of_the_samples_gradients():
     step = eot(attack=pgd, samples=5, steps=1, init="none", eps=0.1, step_size=1e-3, unroll=False)
     x_adv = run(step, logits_fn=noisy)
 
-    @jax.jit
-    def gradients(x):
-        draws = sampled(fold_in(KEY, eot_module._NOISE), noisy, 5)
-        of_draw = jax.grad(lambda x, s: jnp.sum(losses.cross_entropy(draws(x)[1][s], Y)))
-        each = jax.vmap(of_draw, (None, 0))(x, jnp.arange(5))
-        return each, jax.grad(lambda x: jnp.sum(losses.cross_entropy(draws(x)[0], Y)))(x)
+    draws = jax.jit(lambda x: sampled(fold_in(KEY, eot_module._NOISE), lambda key, x: drawn(key), 5)(x)[1])
+    weights = np.float64(draws(X))  # of each sample
+    x = np.float64(X).reshape(6, 60)
+    h = x @ WEIGHTS
 
-    each, at_mean_logits = map(np.asarray, gradients(X))
+    def gradient(w):
+        """Of the cross-entropy, for the network with these random weights."""
+        logits = 3 * np.tanh(h) + h[:, ::-1] ** 2 + x @ w
+        slope = scipy.special.softmax(logits, axis=1) - np.eye(4)[Y]
+        return (slope @ w.T + (3 * slope / np.cosh(h) ** 2 + 2 * h * slope[:, ::-1]) @ WEIGHTS.T).reshape(X.shape)
+
+    each, at_mean_logits = np.stack([gradient(w) for w in weights]), gradient(weights.mean(0))
     mean = each.mean(0)
     inside = (X > 0) & (X < 1) & (np.abs(mean) > 1e-5)
     np.testing.assert_array_equal(np.sign(x_adv - X)[inside], np.sign(mean)[inside])
     assert np.mean((np.sign(mean) != np.sign(at_mean_logits))[inside]) > 0.01
 
 
-def test_noise_is_fresh_at_every_point_and_the_same_at_the_same_point():
+@pytest.mark.parametrize("key", [lambda: KEY, key_per_image], ids=["one", "per image"])
+def test_noise_is_fresh_at_every_point_and_the_same_at_the_same_point(key):
     forward = jax.jit(lambda key, x: (*sampled(key, noisy, 3)(x), curved(x)))
     moved = X.copy()
     moved[:, 2, 2, 1] += 1e-6  # one bit or two of one pixel
-    for key in (KEY, jax.random.split(KEY, 6)):
-        mean, draws, exact = map(np.asarray, forward(key, X))
-        np.testing.assert_array_equal(forward(key, X)[1], draws)
-        np.testing.assert_allclose(mean, draws.mean(0), atol=1e-6)
-        noise_here, (_, draws, exact) = draws - exact, map(np.asarray, forward(key, moved))
-        assert np.abs(noise_here - (draws - exact)).max(axis=(0, 2)).min() > 0.01
-        assert np.abs(noise_here[0] - noise_here[1]).min(axis=1).max() > 0.01
+    mean, draws, exact = map(np.asarray, forward(key(), X))
+    np.testing.assert_array_equal(forward(key(), X)[1], draws)
+    np.testing.assert_allclose(mean, draws.mean(0), atol=1e-6)
+    noise_here, (_, draws, exact) = draws - exact, map(np.asarray, forward(key(), moved))
+    assert np.abs(noise_here - (draws - exact)).max(axis=(0, 2)).min() > 0.01
+    assert np.abs(noise_here[0] - noise_here[1]).min(axis=1).max() > 0.01
 
 
 def test_expectation_beats_a_single_draw_on_a_noisy_network():
@@ -485,7 +512,7 @@ def test_ara_comes_as_near_to_the_guide_as_scipy():
 
     guide, eps, steps = X[guides(Y)], 0.1, 20
     x_adv = run(ara(eps=eps, steps=steps), y=guide)
-    reached, start, wanted = (np.asarray(jax.jit(curved)(x)) for x in (x_adv, X, guide))
+    reached, start, wanted = (curved(x) for x in (x_adv, X, guide))
     ours, before = (np.sum((z - wanted) ** 2, axis=1) for z in (reached, start))
 
     @jax.jit
@@ -561,26 +588,25 @@ def coupled(x):
     return batch_coupling(with_features(x), Y)
 
 
-@pytest.mark.parametrize("restarts", [1, 4])
+COUPLED = {  # restarts -> attack
+    n: pgd(loss=batch_coupling, eps=0.1, step_size=0.05, steps=2, restarts=n, unroll=False) for n in (1, 4)
+}
+
+
+@pytest.mark.parametrize("restarts", COUPLED)
 def test_pgd_takes_a_loss_that_couples_the_batch(restarts):
-    attack = pgd(loss=batch_coupling, eps=0.1, step_size=0.02, steps=8, restarts=restarts, unroll=False)
-    x_adv = run(attack, logits_fn=with_features)
+    x_adv = run(COUPLED[restarts], logits_fn=with_features)
     assert distance(x_adv, X, "linf").max() <= 0.1 + 1e-6
     assert coupled(x_adv) > coupled(X) + np.float32(0.1)
 
 
 def test_restarts_of_a_coupling_loss_keep_the_misclassified_then_the_larger_margin():
-    attack = {n: pgd(loss=batch_coupling, eps=0.1, step_size=0.02, steps=1, restarts=n, unroll=False) for n in (1, 6)}
-
-    @jax.jit
-    @jax.vmap
-    def single(i):
-        x_adv = attack[1](jax.random.fold_in(KEY, i), with_features, X, Y)
-        return losses.margin(curved(x_adv), Y), x_adv
-
-    margins, runs = map(np.asarray, single(np.arange(6)))
+    keys = jax.jit(lambda: [jax.random.fold_in(KEY, i) for i in range(4)])()
+    runs = np.stack([run(COUPLED[1], key=key, logits_fn=with_features) for key in keys])
+    margins = np.stack([margin(curved(x_adv), Y) for x_adv in runs])
+    assert len(set(margins.argmax(0))) > 1
     best = runs[margins.argmax(0), np.arange(6)]
-    np.testing.assert_allclose(run(attack[6], logits_fn=with_features), best, atol=1e-6)
+    np.testing.assert_allclose(run(COUPLED[4], logits_fn=with_features), best, atol=1e-6)
 
 
 def test_margin_pgd_breaks_of_a_linear_model_what_the_closed_form_says():

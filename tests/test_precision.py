@@ -272,13 +272,15 @@ def test_attacks_losses_and_projections_have_no_product_that_is_rounded():
             assert not found, name
 
 
-def test_autoattack_and_its_checks_have_no_product_that_is_rounded():
+@pytest.mark.parametrize("names", [["apgd-ce"], ["apgd-ce", "fab-t", "square"]], ids=["apgd-ce", "all"])
+def test_autoattack_and_its_checks_have_no_product_that_is_rounded(names):
     """Its programs on the host's side too: starts, the choice between attacks, the last judgement."""
-    plan = {
+    made = {
         "apgd-ce": iterative_apgd("ce", "linf", 0.05, steps=2),
         "fab-t": iterative_fab("linf", 0.05, steps=2, targets=2),
         "square": iterative_square("linf", 0.05, queries=2),
     }
+    plan = {name: made[name] for name in names}
     with rounded("bfloat16") as found:
         result = autoattack(KEY, network, X, np.asarray(network(X)).argmax(1), eps=0.05, attacks=plan, batch_size=8)
     assert not found
@@ -287,7 +289,7 @@ def test_autoattack_and_its_checks_have_no_product_that_is_rounded():
 
 # ---- networks, at the default ----------------------------------------------------------------------------------
 
-MODEL = cnn.Model(num_classes=CLASSES, widths=((8,), (8,)), hidden=(), padding=1)
+MODEL = cnn.Model(num_classes=CLASSES, widths=((8,),), hidden=(), padding=1)
 
 
 @once

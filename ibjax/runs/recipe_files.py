@@ -36,6 +36,9 @@ def override(settings: ConfigDict, overrides: list[str]) -> ConfigDict:
         _check_key(settings, path)
         if value is None:
             raise InputError(f"--config.{path} has no value; write --config.{path}=VALUE")
+    if not overrides:  # config_flags would print the whole configuration first
+        settings.lock()
+        return settings
     values = flags.FlagValues()
     with _argv(["", *overrides]):  # config_flags looks for overrides there
         config_flags.DEFINE_config_dict("config", settings, lock_config=True, flag_values=values)
