@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ibjax.attacks import checks, entrance
+from ibjax.attacks import checks, entrance, geometry
 from ibjax.attacks.apgd import apgd, iterative_apgd
 from ibjax.attacks.autoattack import autoattack
 from ibjax.attacks.eot import eot
+from ibjax.attacks.iterative import Iterative
 from ibjax.attacks.pgd import pgd
 from ibjax.attacks.square import iterative_square
 from ibjax.errors import InputError
@@ -37,6 +38,30 @@ def in_one_program(network):
 
 
 one_program = in_one_program(network)
+
+
+def one_step(eps, drawn=False, **counts):
+    """The smallest attack that a plan can have, in linf: a step moves x by eps along the signs of a gradient.
+
+    It is that of the logit of the target class, less that of the label. With `drawn` the way is half as long for images
+    whose keys are odd. `counts`: of steps, each of which does the same, of targets and of restarts.
+    """
+
+    def start(keys, restart, x, y):
+        odd = jax.random.key_data(keys)[:, -1] % 2 if drawn else jnp.zeros(len(x), jnp.uint32)
+        return x, jnp.zeros(len(x), bool), eps * jnp.where(odd == 1, 0.5, 1.0)
+
+    def step(i, logits_fn, x, y, other, state, exact=None):
+        def lead(x):
+            logits = logits_fn(x)
+            return jnp.sum((jax.nn.one_hot(other, logits.shape[1]) - jax.nn.one_hot(y, logits.shape[1])) * logits)
+
+        slope, way = jax.grad(lead)(x), state[2]
+        moved = jnp.clip(x + geometry.per_image(way, x) * jnp.sign(slope), 0, 1)
+        return moved, jnp.all(slope == 0, axis=(1, 2, 3)), way
+
+    found, flat = (lambda x, state: state[0]), (lambda state: state[1])
+    return Iterative("step", "linf", eps, start, step, x_adv=found, flat=flat, **{"steps": 1, **counts})
 
 
 def noise(key, x):
@@ -113,7 +138,9 @@ INDEPENDENT = {
     "pooled, with ties": lambda x: network(jax.lax.reduce_window(jnp.round(x), -jnp.inf, jax.lax.max, (1, 3, 3, 1),
                                                                  (1, 1, 1, 1), "SAME")),
     "not differentiable": lambda x: jax.pure_callback(
-        lambda x: np.asarray(network(jnp.asarray(x))), jax.ShapeDtypeStruct((len(x), CLASSES), jnp.float32), x
+        lambda x: np.maximum((np.reshape(x, (len(x), -1)) - np.float32(0.5)) @ HIDDEN, 0) @ OUT,
+        jax.ShapeDtypeStruct((len(x), CLASSES), jnp.float32),
+        x,
     ),
 }  # fmt: skip
 INDEPENDENT |= {
@@ -138,6 +165,19 @@ def test_an_attack_by_itself_asks_each_network_once_and_none_inside_a_trace(monk
     ENTERED(key, lambda x: one_program(x), X[:1], Y[:1])  # nothing to compare with
     jax.jit(lambda x: ENTERED(key, DEPENDENT["batch statistics"][0], x, Y))(X)
     assert len(asked) == 1
+
+
+def test_a_compiled_network_is_never_run_operation_by_operation():
+    traced = []
+
+    @jax.jit
+    def noting(x):
+        traced.append(isinstance(x, jax.core.Tracer))
+        return network(x), {"x": x}
+
+    with pytest.raises(InputError, match="give at least one"):  # after the network has been asked
+        autoattack(jax.random.key(0), noting, X, Y, "linf", 0.1, attacks={})
+    assert traced and all(traced)
 
 
 def of_one_size(network, size=N):
@@ -202,7 +242,7 @@ def test_a_random_network_attacked_by_itself_is_asked_with_a_key_for_each_image(
 def test_of_one_image_it_is_said_that_nothing_could_be_checked():
     warnings = checks.independent(one_program, X[:1])
     assert warnings == [checks.ONE_IMAGE]
-    few = {"apgd-ce": iterative_apgd("ce", "linf", 0.1, 2)}
+    few = {"step": one_step(0.1)}
     assert warnings[0] in autoattack(jax.random.key(0), one_program, X[:1], Y[:1], "linf", 0.1, attacks=few).warnings
 
 

@@ -316,6 +316,20 @@ def trained(made, tmp_path):
     return Path(shutil.copytree(made, tmp_path / "run"))
 
 
+@pytest.fixture
+def asked_once(monkeypatch):
+    """Each evaluation of one network asks it the same; here all of a test get the answers that the first one got."""
+    ask, answers = evaluate._asked, []
+
+    def asked(*network):
+        if not answers:
+            answers.append(ask(*network))
+        return answers[0]
+
+    monkeypatch.setattr(evaluate, "_asked", asked)
+
+
+@pytest.mark.usefixtures("asked_once")
 def test_records_are_reused_for_the_same_weights_and_images_only(trained):
     file = trained / "eval/best/fgsm.json"
     before = file.stat().st_mtime_ns
@@ -328,6 +342,7 @@ def test_records_are_reused_for_the_same_weights_and_images_only(trained):
     assert evaluate.evaluate(trained)[0]["robust_acc"] == record["robust_acc"]
 
 
+@pytest.mark.usefixtures("asked_once")
 def test_a_record_is_of_the_network_the_code_and_the_precision_that_made_it(trained, caplog):
     """The same weights with another activation, or another version's attack, give other numbers."""
     file = trained / "eval/best/fgsm.json"

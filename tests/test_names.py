@@ -277,7 +277,7 @@ def test_options_are_in_records_files_and_tables(digits):
 def once_evaluated(tmp_path_factory):
     """A run that has taken no step, with the records of two attacks."""
     model = dict(name="cnn", widths=(), hidden=())
-    settings = small_recipe(model=model, attacks=("pgd-2", "margin-2"))
+    settings = small_recipe(model=model, attacks=("pgd-1", "margin-1"))
     workdir = untrained_run(tmp_path_factory.mktemp("once") / "run", settings)
     evaluate.evaluate(workdir)
     return workdir
@@ -289,25 +289,25 @@ def evaluated(once_evaluated, tmp_path):
 
 
 def test_a_step_size_of_one_evaluation_is_an_option_of_its_attacks(evaluated):
-    own = (evaluated / "eval/best/pgd-2.json").read_bytes()
-    records = evaluate.evaluate(evaluated, attacks=("fgsm", "pgd-2"), step_size="1/64")
+    own = (evaluated / "eval/best/pgd-1.json").read_bytes()
+    records = evaluate.evaluate(evaluated, attacks=("fgsm", "pgd-1"), step_size="1/64")
     mains = {record["attack"]: record["step_size"] for record in records if record["main"]}
-    assert mains == {"fgsm": "8/255", "pgd-2(step_size=1/64)": "1/64"}
-    assert (evaluated / "eval/best/pgd-2.json").read_bytes() == own
+    assert mains == {"fgsm": "8/255", "pgd-1(step_size=1/64)": "1/64"}
+    assert (evaluated / "eval/best/pgd-1.json").read_bytes() == own
 
 
 def test_what_was_called_cw_is_read_reused_and_called_margin(evaluated, caplog):
     folder = evaluated / "eval/best"
-    for file in folder.glob("margin-2*"):  # as a run from before has it
+    for file in folder.glob("margin-1*"):  # as a run from before has it
         if file.suffix == ".json":
-            file.write_text(json.dumps({**files.read_json(file), "attack": "cw-2"}))
+            file.write_text(json.dumps({**files.read_json(file), "attack": "cw-1"}))
         file.rename(file.with_name(file.name.replace("margin", "cw")))
     before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
-    assert [record["attack"] for record in evaluate.evaluate(evaluated, attacks=("cw-2",))] == ["margin-2"]
+    assert [record["attack"] for record in evaluate.evaluate(evaluated, attacks=("cw-1",))] == ["margin-1"]
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
     (found,) = runs.read([evaluated])
-    assert "margin-2" in {record["attack"] for record in found.records}
-    assert "margin PGD-2" in report.table(found.records)
+    assert "margin-1" in {record["attack"] for record in found.records}
+    assert "margin PGD-1" in report.table(found.records)
     names.tell_of_old(["cw-2", "cw-l2-2", "margin-2", " pgd-2"])
     assert caplog.messages == ["attack 'cw-2' is called 'margin-2' now; the old name goes on working"]
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
-from test_checks import in_one_program
 
 from ibjax import losses
 from ibjax.analysis import attacked
@@ -49,7 +48,7 @@ NETWORKS = {
     "root": lambda x: certain(x) + 0 * jnp.sqrt(-moved(x)),  # with one that is NaN
     "overflow": lambda x: certain(x) + jnp.where(moved(x) > 0, jnp.inf, 0.0),
 }
-NETWORKS = {name: in_one_program(network) for name, network in NETWORKS.items()}
+NETWORKS = {name: jax.jit(network) for name, network in NETWORKS.items()}
 PLANS = {
     "apgd-ce": iterative_apgd("ce", "linf", EPS, 5),
     "apgd-t": iterative_apgd("margin_targeted", "linf", EPS, 5),

@@ -43,7 +43,7 @@ def test_the_calls_of_the_page_run(tmp_path, monkeypatch, lenient):
         exec(block, made)
     assert made["logits"].shape == (10, 10) and made["x_adv"].shape == (10, 8, 8, 1)
     (fgsm, pgd) = made["records"]
-    assert (fgsm["attack"], pgd["attack"], pgd["n"]) == ("fgsm", "pgd-10", 100)
+    assert (fgsm["attack"], pgd["attack"], pgd["n"]) == ("fgsm", "fgsm0", 100)
     assert pgd["imported"]["library"] == "torch" and pgd["max_distance"] <= 0.1 + 1e-6
     page = (tmp_path / "runs/mine/report.html").read_text()
     assert "given to ibjax.benchmark: torch.nn.modules.container.Sequential" in page and "My network" in page
@@ -112,7 +112,7 @@ def robust():
 
 def given(**options):
     """Arguments of a benchmark of the linear network."""
-    return dict(network=linear, data=(X, Y), threat=THREAT, attacks=("pgd-1",), title="Linear") | options
+    return dict(network=linear, data=(X, Y), threat=THREAT, attacks=("fgsm",), title="Linear") | options
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +136,8 @@ def test_a_second_call_computes_nothing_and_another_threat_model_stands_beside_t
     folder, records = made
     ibjax.benchmark(**given(threat=("l2", 0.1), workdir=folder))
     assert sorted(file.name for file in (folder / "eval/given").glob("*.json")) == [
-        "pgd-1.json",
-        "pgd-1.l2.eps0.1.json",
+        "fgsm.json",
+        "fgsm.l2.eps0.1.json",
     ]
     monkeypatch.setattr(evaluate, "_executor", None)  # nothing may be attacked
     assert ibjax.benchmark(**given(workdir=folder)) == json.loads(json.dumps(records))

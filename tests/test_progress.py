@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_checks import in_one_program
+from test_checks import one_step
 
 from ibjax.attacks import autoattack, progress
 from ibjax.attacks.apgd import iterative_apgd
@@ -14,10 +14,10 @@ RNG = np.random.default_rng(0)
 N, CLASSES, EPS = 24, 4, 0.05
 X = np.float32(RNG.uniform(0.25, 0.75, size=(N, 4, 4, 1)))
 WEIGHTS = np.float32(RNG.normal(size=(16, CLASSES)))
-FEW = {"apgd-ce": iterative_apgd("ce", "linf", EPS, 5), "apgd-t": iterative_apgd("dlr_targeted", "linf", EPS, 5)}
+FEW = {"first": one_step(EPS), "second": one_step(EPS, targets=2)}
 
 
-@in_one_program
+@jax.jit
 def linear(x):
     return (x.reshape(len(x), -1) - 0.5) @ jnp.asarray(WEIGHTS)
 
@@ -28,7 +28,7 @@ def rounded(x):
 
 
 rounded.defvjp(lambda x: (rounded(x), None), lambda _, g: (g,))
-masked = in_one_program(lambda x: linear(jnp.round(x * 64) / 64))
+masked = jax.jit(lambda x: linear(jnp.round(x * 64) / 64))
 Y = ((np.round(X * 64) / 64).reshape(N, -1) - 0.5).dot(WEIGHTS).argmax(1)
 
 
@@ -40,34 +40,35 @@ def attack(network, key=0, x=X, eps=EPS, **options):
 def test_a_state_does_not_outlive_the_gradient(tmp_path):
     """Whoever follows the warning about masked gradients gets new numbers, or is told that the state is old."""
     file = tmp_path / "state.npz"
-    before = attack(masked, state=file)
+    few = dict(attacks={"apgd-ce": iterative_apgd("ce", "linf", EPS, 5)}, state=file)
+    before = attack(masked, **few)
     assert any("gradient is zero" in text for text in before.warnings)
-    repaired = in_one_program(lambda x: linear(rounded(x)))  # the same logits, with a straight-through gradient
-    np.testing.assert_array_equal(repaired(jnp.asarray(X)), masked(jnp.asarray(X)))
+    repaired = jax.jit(lambda x: linear(rounded(x)))  # the same logits, with a straight-through gradient
+    np.testing.assert_array_equal(repaired(X), masked(X))
     with pytest.raises(InputError, match=r"another evaluation \(its gradients differ\); give restart=True"):
-        attack(repaired, state=file)
-    after = attack(repaired, state=file, restart=True)
+        attack(repaired, **few)
+    after = attack(repaired, **few, restart=True)
     assert after.robust.mean() < before.robust.mean() - 0.2 and not any(
         "gradient is zero" in text for text in after.warnings
     )
-    np.testing.assert_array_equal(attack(repaired, state=file).robust, after.robust)
-    np.testing.assert_array_equal(attack(repaired).robust, after.robust)
+    np.testing.assert_array_equal(attack(repaired, **few).robust, after.robust)
+    np.testing.assert_array_equal(attack(repaired, **few | dict(state=None)).robust, after.robust)
 
 
 def test_all_that_a_result_depends_on_is_compared(tmp_path, monkeypatch):
     file = tmp_path / "state.npz"
     attack(linear, state=file)
-    attack(in_one_program(lambda x: linear(x) * np.float32(1 + 1e-5)), state=file)  # to rounding the same network
+    attack(jax.jit(lambda x: linear(x) * np.float32(1 + 1e-5)), state=file)  # to rounding the same network
     with pytest.raises(InputError, match=r"its key differ\)"):
         attack(linear, state=file, key=1)
     with pytest.raises(InputError, match=r"its images differ\)"):  # by a grey level of one pixel
         attack(linear, state=file, x=X + np.float32(1 / 255) * (np.arange(X.size).reshape(X.shape) == 7))
     with pytest.raises(InputError, match=r"its attacks, eps differ\)"):
-        attack(linear, state=file, eps=0.06, attacks={"apgd-ce": iterative_apgd("ce", "linf", 0.06, 5)})
+        attack(linear, state=file, eps=0.06, attacks={"first": one_step(0.06)})
     with pytest.raises(InputError, match=r"its batch_size differ\)"):
         attack(linear, state=file, batch_size=16)
     with pytest.raises(InputError, match=r"its dtype differ\)"):
-        attack(in_one_program(lambda x: linear(x).astype(jnp.bfloat16)), state=file)
+        attack(jax.jit(lambda x: linear(x).astype(jnp.bfloat16)), state=file)
     with jax.default_matmul_precision("float32"), pytest.raises(InputError, match=r"its precision differ\)"):
         attack(linear, state=file)
     with pytest.raises(InputError, match=r"its precision differ\)"):

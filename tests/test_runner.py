@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_checks import one_step
 from test_faults import environment
 
 from ibjax.attacks import progress, runner
@@ -72,7 +73,7 @@ def on_an_accelerator(monkeypatch):
 
 
 def test_attacks_that_differ_in_their_loss_or_name_are_one_program():
-    plan = {name: few()[name] for name in ("apgd-ce", "apgd-t", "square")}
+    plan = {"apgd-ce": few()["apgd-ce"], "apgd-t": few()["apgd-t"], "step": one_step(EPS)}
     made, _, _ = run({**plan, "again": iterative_apgd("ce", "linf", EPS, 3)}, todo=np.arange(N))
     assert len(made.programs) == 2
 
@@ -175,15 +176,16 @@ def test_what_goes_wrong_in_a_thread_is_raised_where_its_program_is_called(on_an
 
     def failing(self, *args, **kwargs):
         count[0] += 1
-        if count[0] > 4:  # the logits and APGD's programs are well
+        if count[0] > 4:  # the logits and the programs of a step are well
             raise ValueError("no space left on the card")
         return compile(self, *args, **kwargs)
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", failing)
     seen, finish = [], progress.Progress.finish_attack
     monkeypatch.setattr(progress.Progress, "finish_attack", lambda self, *a: (seen.append(a), finish(self, *a)))
+    step = one_step(EPS)
     with pytest.raises(ValueError, match="no space left on the card"):
-        attack()
+        attack(attacks={"once": step, "again": step, "another": one_step(EPS)})
     assert len(seen) == 2
 
 
@@ -203,7 +205,7 @@ def test_an_interrupted_evaluation_does_not_wait_for_the_compiler(on_an_accelera
     monkeypatch.setattr(progress.Progress, "finish_attack", interrupted)
     try:
         with pytest.raises(KeyboardInterrupt):
-            attack(attacks={name: few()[name] for name in ("apgd-ce", "fab-t")})
+            attack(attacks={"once": one_step(EPS), "another": one_step(EPS)})
         assert not released.is_set()
     finally:
         released.set()

@@ -98,9 +98,15 @@ def test_in_l1_new_and_old_mass_weigh_the_same():
     np.testing.assert_allclose(np.min(np.abs(beside[mixed][:, None] - np.array(shares)), axis=1), 0, atol=1e-4)
 
 
+def started(attack, keys, x, y):
+    """The state before the first step, with the types of the later ones, which are then one program with it."""
+    state = jax.jit(lambda keys: attack.init(keys, 0, x, y))(keys)
+    return state._replace(margin=np.asarray(state.margin))
+
+
 def run(attack, steps, keys=None, x=X, y=Y):
     keys = jax.random.split(jax.random.key(2), len(x)) if keys is None else keys
-    state, states = jax.jit(lambda keys: attack.init(keys, 0, x, y))(keys), []
+    state, states = started(attack, keys, x, y), []
     step = jax.jit(lambda i, state: attack.step(i, linear, x, y, y, state))
     for i in range(steps):
         state = step(i, state)
@@ -130,7 +136,7 @@ def test_a_query_changes_one_square_to_the_walls_of_the_ball():
     sides = side_lengths(0.2 / 2 ** halvings(5000), (10, 10), "linf")
     assert {4, 3, 2} <= set(sides[:80])
     step = jax.jit(lambda i, s: attack.step(i, liked, x, y, y, s))
-    start = jax.jit(lambda key: attack.init(jax.random.split(key, N), 0, x, y))(jax.random.key(0))
+    start = started(attack, jax.random.split(jax.random.key(0), N), x, y)
     before, corners = step(0, start), set()
     for i in range(1, 80, 4):
         after = step(i, before._replace(margin=np.full(N, 2, np.float32)))  # so that the proposal is taken
@@ -168,7 +174,7 @@ def test_mass_moves_into_the_first_square(norm):
     """Where no wall is near, the whole ball is used, and the second square is emptied."""
     x = np.full_like(X, 0.5)
     attack = iterative_square(norm, EPS[norm], p_init=0.1)
-    state = jax.jit(lambda keys: attack.init(keys, 0, x, Y))(jax.random.split(jax.random.key(0), N))
+    state = started(attack, jax.random.split(jax.random.key(0), N), x, Y)
     step = jax.jit(lambda i, state: attack.step(i, liked, x, 0 * Y, Y, state))
     np.testing.assert_allclose(distance(state.x_best, x, norm), EPS[norm], rtol=1e-4)
     state = step(0, state)

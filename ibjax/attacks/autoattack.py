@@ -54,7 +54,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from tqdm import tqdm
@@ -64,7 +63,7 @@ from ibjax.attacks import autocast, checks, entrance, geometry
 from ibjax.attacks.apgd import FEWEST_CLASSES, iterative_apgd
 from ibjax.attacks.fab import iterative_fab
 from ibjax.attacks.hoist import unjitted
-from ibjax.attacks.iterative import Iterative, other_classes
+from ibjax.attacks.iterative import Iterative
 from ibjax.attacks.progress import Progress
 from ibjax.attacks.runner import Runner, passes
 from ibjax.attacks.sparse_rs import iterative_sparse_rs
@@ -257,10 +256,9 @@ def autoattack(
         raise InputError(f"draws={draws} is not allowed; give at least 2, for a mean and its standard error")
     with precisions.at(precision) if precision else precisions.evaluating():
         entrance.classes_of(logits_fn, x[:64], entrance.ANYTHING, stochastic=random)
-        logits_fn = _logits_alone(logits_fn)
         asked = _check_network(logits_fn, x, y, random, allow_randomized)
         runner = Runner(
-            key, logits_fn, x, y, norm=norm, eps=eps, batch_size=batch_size, randomized=random,
+            key, _logits_alone(logits_fn), x, y, norm=norm, eps=eps, batch_size=batch_size, randomized=random,
             search_dtype=search_dtype,
         )  # fmt: skip
         file = files.path(state) if state else None
@@ -389,7 +387,7 @@ def _check_plan(plan, norm, eps, random):
 
 def _run(runner, plan, logits, state, bar_name):
     """Runs all attacks that are not finished yet."""
-    others = np.asarray(other_classes(jnp.asarray(logits)))
+    others = np.argsort(-logits, axis=1, kind="stable")[:, 1:]  # `other_classes`, on the host
 
     def heed():
         """Ends with PreemptedError after a notice. The state is that before a batch that is not finished.
@@ -459,11 +457,14 @@ def _gains(clean, after):
     return []
 
 
+_correct = jax.jit(losses.correct)
+
+
 def _judged(runner, x_adv):
     """((clean, robust), warnings): flags of the images and their adversarial images, in the highest precision."""
     with precisions.at(precisions.JUDGEMENT):
         answers = runner.logits(runner.x, x_adv)
-    right, withstood = (np.asarray(losses.correct(logits, runner.y)) for logits in answers)
+    right, withstood = (np.asarray(_correct(logits, runner.y)) for logits in answers)
     warnings, undefined = [], int(np.sum(~np.isfinite(answers[1]).all(1)))
     if undefined:
         warnings.append(

@@ -90,11 +90,13 @@ class Asked(NamedTuple):
 def network(logits_fn: Callable, x: np.ndarray, y: np.ndarray, keys: Array | None = None) -> Asked:
     """Evaluates the network several times on up to 256 of the images and checks the results.
 
-    With `keys` (N,), a key per image, it is called as `logits_fn(x, keys)`. Raises InputError on errors that invalidate
-    every number: labels outside the classes, NaN logits, or logits of an image that depend on the rest of its batch.
+    It returns logits, or (logits, …). With `keys` (N,), a key per image, it is called as `logits_fn(x, keys)`. Raises
+    InputError on errors that invalidate every number: labels outside the classes, NaN logits, or logits of an image
+    that depend on the rest of its batch.
     """
     network, images = _Network(logits_fn, x, keys, _PROBED), x[:_PROBED]
     answer = network.answer()
+    answer = answer[0] if isinstance(answer, tuple) and answer else answer
     outside_traces(answer)
     if not hasattr(answer, "shape"):
         raise InputError(f"logits_fn returns a {type(answer).__name__}; return the logits alone, (B, classes)")
@@ -257,17 +259,20 @@ def differences(found: Any, wanted: Any, tolerance: Any = FINGERPRINT_TOLERANCE)
 
 
 class _Network:
-    """A network and some images, on which it can be evaluated in any order and in any batch."""
+    """A network and some images, on which it can be evaluated in any order and in any batch.
+
+    Images and keys are chosen on the host: on a device, each number of them would be some twenty programs to compile.
+    """
 
     def __init__(self, logits_fn: Callable, x: Any, keys: Array | None, most: int):
         self.logits_fn, self.x = logits_fn, np.asarray(x[:most])
         self.keys, self.count = keys, len(self.x)
+        self.words = None if keys is None else np.asarray(jax.random.key_data(keys))[: self.count]
         self.pulled: dict[int, Callable] = {}  # number of images -> the compiled gradient
 
-    def answer(self, rows: Any = None) -> Any:
-        """The network's output for these images; None: for all of them."""
-        rows = np.arange(self.count) if rows is None else rows
-        return self.logits_fn(jnp.asarray(self.x[rows]), *self._keys(rows))
+    def answer(self, rows: Any = slice(None)) -> Any:
+        """The network's output for these images."""
+        return self.logits_fn(jax.device_put(self.x[rows]), *self._keys(rows))
 
     def logits(self, rows: np.ndarray) -> np.ndarray:
         """The logits (B, classes) in float64, with 0 in place of NaN and infinite values."""
@@ -281,7 +286,7 @@ class _Network:
         """
         rng = np.random.default_rng(2)
         x = 0.98 * self.x[:_DIFFERENTIATED] + 0.02 * rng.random(self.x[:_DIFFERENTIATED].shape)
-        arguments = (jnp.asarray(x[rows], self.x.dtype), *self._keys(rows))
+        arguments = (jax.device_put(x[rows].astype(self.x.dtype)), *self._keys(rows))
         if len(rows) not in self.pulled:
             self.pulled[len(rows)] = self._compiled(*arguments)
         gradient = np.asarray(self.pulled[len(rows)](rows, *arguments), np.float64)
@@ -298,22 +303,16 @@ class _Network:
         classes = jax.eval_shape(lambda *a: first(logits_fn(*a)), *arguments).shape[-1]
         weights = np.random.default_rng(3).standard_normal((_DIFFERENTIATED, classes)).astype(np.float32)
         try:
-            program, constants, _ = hoisted(
-                pull, jnp.asarray(np.resize(weights, (len(arguments[0]), classes))), *arguments
-            )
+            program, constants, _ = hoisted(pull, np.resize(weights, (len(arguments[0]), classes)), *arguments)
         except (ValueError, NotImplementedError):
             return lambda rows, x, *keys: np.zeros((len(rows), 1))
         program = jax.jit(program)
-        return lambda rows, *arguments: program(constants, jnp.asarray(weights[rows]), *arguments)[0]
+        return lambda rows, *arguments: program(constants, weights[rows], *arguments)[0]
 
     def _keys(self, rows):
-        return () if self.keys is None else (_rows_of(self.keys, rows),)
-
-
-@jax.jit
-def _rows_of(keys, rows):
-    """One program, where indexing an array outside of one makes six."""
-    return keys[rows]
+        if self.words is None:
+            return ()
+        return (jax.random.wrap_key_data(self.words[rows], impl=jax.random.key_impl(self.keys)),)
 
 
 def first(tree: Any) -> Array:
