@@ -118,12 +118,19 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def own_process():
-    """A command line sets logging, hooks and variables of its process; a test must not do so for the next."""
+    """A command line sets logging, hooks and variables of its process; a test must not do so for the next.
+
+    Where threads of an earlier test still compile, a command that a test ends would end the process with it.
+    """
+    from ibjax import errors
+
+    unawaited, errors.unawaited = errors.unawaited, []
     before, hooks = (logging.root.handlers[:], logging.root.level), (sys.unraisablehook, sys.excepthook)
     variables = dict(os.environ)
     yield
     logging.root.handlers[:], logging.root.level = before
     sys.unraisablehook, sys.excepthook = hooks
+    errors.unawaited = unawaited
     if os.environ != variables:
         os.environ.clear()
         os.environ.update(variables)
