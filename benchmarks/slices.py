@@ -4,11 +4,11 @@
     python benchmarks/slices.py [--topology=v5e:2x2] [--rows='ibd_*'] [--batch=N] [--out=FILE]
 
 No slice is needed. Each row is compiled with its own batch size (or --batch), in bfloat16, with the generated images of
-the published file that it names. Memory is that of one chip. The images/s
-are the upper bounds that follow from FLOPs and from bytes, which no run reaches. "≥" marks programs with loops other
-than the attack's, whose bodies count only once in FLOPs and bytes. "Collectives" counts the communication of one step;
-"in loops" counts those inside an attack or another loop, which must be none. "Estimated" is what the compiler's own
-cost model expects of one chip, without communication, and no measurement.
+the published file that it names. Memory is that of one chip. The images/s are the upper bounds that follow from FLOPs
+and from bytes, which no run reaches. "≥" marks programs with loops other than the attack's, whose bodies count only
+once in FLOPs and bytes. "Collectives" counts the communication of one step; "in loops" counts those inside an attack or
+another loop: there are none, except in attacks whose batch-norm uses the statistics of the batch (`attack_bn`).
+"Estimated" is what the compiler's own cost model expects of one chip, without communication, and no measurement.
 
 Each row has its own process, which takes minutes on two cores. The same command continues where it was stopped; a row
 is compiled again if the code or a version has changed since. Writes a JSON file and the table beside it.
@@ -112,6 +112,9 @@ def caption(content: dict[str, Any]) -> str:
         which = "The rows" if len(old) == len(rows) else "Rows without an estimate"
         text += f" {which} are of the code of 2026-11-22, before batch-norm read its input once: since then an IBD "
         text += "step of that depth has 73 collectives in place of 135."
+    if any(item["depth"] > 0 for row in rows for item in row["collectives"]):
+        text += " The collectives in loops are those of batch-norm, which uses the statistics of the batch in these "
+        text += "attacks (`attack_bn`), as in the authors' code."
     return text
 
 
