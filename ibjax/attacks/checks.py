@@ -90,13 +90,13 @@ class Asked(NamedTuple):
 def network(logits_fn: Callable, x: np.ndarray, y: np.ndarray, keys: Array | None = None) -> Asked:
     """Evaluates the network several times on up to 256 of the images and checks the results.
 
-    It returns logits, or (logits, …). With `keys` (N,), a key per image, it is called as `logits_fn(x, keys)`. Raises
-    InputError on errors that invalidate every number: labels outside the classes, NaN logits, or logits of an image
-    that depend on the rest of its batch.
+    The network returns logits, or (logits, …). With `keys` (N,), a key per image, it is called as
+    `logits_fn(x, keys)`. Raises InputError on errors that invalidate every number: labels outside the classes, NaN
+    logits, or logits of an image that depend on the rest of its batch.
     """
     network, images = _Network(logits_fn, x, keys, _PROBED), x[:_PROBED]
-    answer = network.answer()
-    answer = answer[0] if isinstance(answer, tuple) and answer else answer
+    given = network.answer()
+    answer: Any = given[0] if isinstance(given, tuple) and given else given
     outside_traces(answer)
     if not hasattr(answer, "shape"):
         raise InputError(f"logits_fn returns a {type(answer).__name__}; return the logits alone, (B, classes)")
