@@ -60,20 +60,23 @@ def pixels():
     return jax.random.uniform(jax.random.key(0), X.shape)
 
 
-def shaken(variables):
+def started(model, x):
     """Weights and statistics as of a trained network: none is zero, variances are positive.
 
     With these and `pixels()`, rounding switches no ReLU of the networks below, which would change a gradient far more.
+    So they are added up in NumPy: as one program with the initialisation, the last bits are others.
     """
-    key = jax.random.key(3)
-    parts = variables["params"], variables.get("batch_stats", {})
-    params = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(key, a.shape), parts[0])
-    return {"params": params, "batch_stats": jax.tree.map(lambda a: a + jax.random.uniform(key, a.shape), parts[1])}
+    variables = {"batch_stats": {}, **jax.device_get(jax.jit(model.init)(jax.random.key(1), x))}
+    key, params, statistics = jax.random.key(3), variables["params"], variables["batch_stats"]
 
+    @jax.jit
+    def noise():
+        of_params = jax.tree.map(lambda a: jax.random.normal(key, a.shape), params)
+        return of_params, jax.tree.map(lambda a: jax.random.uniform(key, a.shape), statistics)
 
-def started(model, x):
-    """Such weights and statistics of a network, made by one program."""
-    return jax.jit(lambda key, x: shaken(model.init(key, x)))(jax.random.key(1), x)
+    of_params, of_statistics = jax.device_get(noise())
+    params = jax.tree.map(lambda a, b: a + np.float32(0.1) * b, params, of_params)
+    return {"params": params, "batch_stats": jax.tree.map(np.add, statistics, of_statistics)}
 
 
 def everything(model, variables, x):
