@@ -79,7 +79,6 @@ def table(content: dict[str, Any]) -> str:
             continue
         chip = CHIPS[found["kind"]]
         full = " (does not fit)" if found["memory"] > chip.hbm else ""
-        inside = sum(item["count"] for item in found["collectives"] if item["depth"] > 0)
         each = sum(item["count"] for item in found["collectives"] if item["depth"] == 0)
         peaks = (chip.flops / found["flops"], chip.bandwidth / found["bytes"])
         bounds = (f"{found['batch_size'] * peak:,.0f}" for peak in peaks)
@@ -88,7 +87,7 @@ def table(content: dict[str, Any]) -> str:
             f"{found['memory'] / GIB:.2f}{full}",
             f"{'≥ ' * bool(found['other_loops'])}{found['flops'] / 1e12:.2f}",
         )
-        lines.append((name, *size, *bounds, each, inside, *_expected(found)))
+        lines.append((name, *size, *bounds, each, _in_loops(found), *_expected(found)))
     filled = [column for column in range(len(heads)) if any(line[column] != "" for line in lines)]
     return measuring.markdown([heads[column] for column in filled], [[line[i] for i in filled] for line in lines])
 
@@ -112,10 +111,21 @@ def caption(content: dict[str, Any]) -> str:
         which = "The rows" if len(old) == len(rows) else "Rows without an estimate"
         text += f" {which} are of the code of 2026-11-22, before batch-norm read its input once: since then an IBD "
         text += "step of that depth has 73 collectives in place of 135."
-    if any(item["depth"] > 0 for row in rows for item in row["collectives"]):
+    looping = [name for name, row in content.items() if name != "run" and not row["error"] and _in_loops(row)]
+    if looping and all(_recipe(name).attack_bn == "batch" for name in looping):
         text += " The collectives in loops are those of batch-norm, which uses the statistics of the batch in these "
         text += "attacks (`attack_bn`), as in the authors' code."
     return text
+
+
+def _in_loops(found):
+    """The number of a row's collectives that are in loops."""
+    return sum(item["count"] for item in found["collectives"] if item["depth"] > 0)
+
+
+def _recipe(name):
+    """The configuration of FILE:ROW."""
+    return recipe_files.load(str(ROOT / "configs" / name.replace(":", ".py:")))
 
 
 def main() -> None:

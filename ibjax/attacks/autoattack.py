@@ -63,7 +63,7 @@ from ibjax.attacks import autocast, checks, entrance, geometry
 from ibjax.attacks.apgd import FEWEST_CLASSES, iterative_apgd
 from ibjax.attacks.fab import iterative_fab
 from ibjax.attacks.hoist import unjitted
-from ibjax.attacks.iterative import Iterative
+from ibjax.attacks.iterative import Iterative, other_classes
 from ibjax.attacks.progress import Progress
 from ibjax.attacks.runner import Runner, passes
 from ibjax.attacks.sparse_rs import iterative_sparse_rs
@@ -387,7 +387,7 @@ def _check_plan(plan, norm, eps, random):
 
 def _run(runner, plan, logits, state, bar_name):
     """Runs all attacks that are not finished yet."""
-    others = np.argsort(-logits, axis=1, kind="stable")[:, 1:]  # `other_classes`, on the host
+    others = np.asarray(jax.jit(other_classes)(logits))
 
     def heed():
         """Ends with PreemptedError after a notice. The state is that before a batch that is not finished.
@@ -457,14 +457,11 @@ def _gains(clean, after):
     return []
 
 
-_correct = jax.jit(losses.correct)
-
-
 def _judged(runner, x_adv):
     """((clean, robust), warnings): flags of the images and their adversarial images, in the highest precision."""
     with precisions.at(precisions.JUDGEMENT):
         answers = runner.logits(runner.x, x_adv)
-    right, withstood = (np.asarray(_correct(logits, runner.y)) for logits in answers)
+    right, withstood = (np.asarray(jax.jit(losses.correct)(logits, runner.y)) for logits in answers)
     warnings, undefined = [], int(np.sum(~np.isfinite(answers[1]).all(1)))
     if undefined:
         warnings.append(

@@ -82,6 +82,11 @@ class Architecture(NamedTuple):
     # (a name found only in older files, [(pattern of an old name, the new name), …])
     older: tuple[str, tuple[tuple[str, Callable[[re.Match], str] | str], ...]] = ("", ())
 
+    @property
+    def block_pattern(self) -> str:
+        """A regular expression of the names of blocks; its groups are the stage, where there are stages, and index."""
+        return re.sub(r"\\{\w+\\}", r"(\\d+)", re.escape(self.block))
+
 
 _DM = dict(
     defaults=dict(activation="silu"),
@@ -308,8 +313,7 @@ def anchors(name: str) -> tuple[str, ...]:
 
 def has_blocks(name: str, state: State) -> bool:
     """Whether any name is that of a weight in a block; True for architectures without blocks."""
-    first = ARCHITECTURES[name].block.format(stage="0", stage1="0", index="0")
-    pattern = re.escape(first).replace("0", r"\d+")
+    pattern = ARCHITECTURES[name].block_pattern
     return not pattern or any(re.search(pattern + r"\.", key) for key in state)
 
 

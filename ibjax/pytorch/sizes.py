@@ -25,8 +25,7 @@ def sizes(name: str, state: State) -> dict[str, Any]:
         return _patch_sizes(name, shapes)
     stem, head = (shapes.get(f"{known.names[layer]}.weight") or None for layer in ("stem", "head"))
     found: dict[str, Any] = {"num_classes": head[0] if head else 10}
-    pattern = re.escape(known.block).replace(r"\{stage\}", r"(\d+)").replace(r"\{stage1\}", r"(\d+)")
-    matches = [re.match(pattern.replace(r"\{index\}", r"(\d+)") + r"\.(\w+)", key) for key in state]
+    matches = [re.match(known.block_pattern + r"\.(\w+)", key) for key in state]
     blocks = {(int(match[1]), int(match[2])) for match in matches if match}
     stages = sorted({stage for stage, _ in blocks})
     counts = tuple(sum(stage == other for other, _ in blocks) for stage in stages)
@@ -52,8 +51,8 @@ def _patch_sizes(name, shapes):
     family, head = known.model, f"{known.names.get('head', 'head')}.weight"
     found: dict[str, Any] = {"num_classes": _channels(shapes, head) or 10}
     if family in ("convnext", "swin"):
-        above, depths = ("stages", convnext.DEPTHS) if family == "convnext" else ("layers", swin.DEPTHS)
-        pattern = rf"{above}\.(\d+)\.blocks\.(\d+)\."
+        depths = convnext.DEPTHS if family == "convnext" else swin.DEPTHS
+        pattern = known.block_pattern + r"\."
         places = {(int(m[1]), int(m[2])) for key in shapes if (m := re.match(pattern, key))}
         counts = tuple(sum(stage == other for other, _ in places) for stage in sorted({stage for stage, _ in places}))
         depth = next((depth for depth, usual in depths.items() if usual == counts), None)

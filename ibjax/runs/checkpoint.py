@@ -152,17 +152,18 @@ def save(store: Store, state: TrainState, metrics: dict[str, Any] | None = None)
     assert orbax is not None, "opened for reading"
     if step in orbax.all_steps():
         return
-    parts = {item: jax.device_get(cluster.on_host(tree)) for item, tree in zip(ITEMS, split(state), strict=True)}
+    trees_of = zip(ITEMS, split(state), strict=True)
+    parts = {item: trees.flatten(jax.device_get(cluster.on_host(tree))) for item, tree in trees_of}
     manifest: dict[str, Any] = {"step": step, "metrics": metrics or {}}
     if store.run is not None:
         manifest["run"] = dict(store.run)
-    for item, tree in parts.items():
-        manifest[item] = {path: trees.describe(leaf) for path, leaf in trees.flatten(tree).items()}
-        bad = [path for path, leaf in trees.flatten(tree).items() if not trees.finite(leaf)]
+    for item, leaves in parts.items():
+        manifest[item] = {path: trees.describe(leaf) for path, leaf in leaves.items()}
+        bad = [path for path, leaf in leaves.items() if not trees.finite(leaf)]
         if bad:
             raise CheckpointError(f"step {step} has NaN or Inf in {item}/{bad[0]} and {len(bad) - 1} more; not saved")
     # of NumPy arrays: of those on devices, orbax would fetch each once more, by programs that slice it for each device
-    args = {item: ocp.args.StandardSave(trees.nest(trees.flatten(tree))) for item, tree in parts.items()}
+    args = {item: ocp.args.StandardSave(trees.nest(leaves)) for item, leaves in parts.items()}
     manifest_args = ocp.args.JsonSave(files.seal(manifest))
     try:
         if not orbax.save(step, args=ocp.args.Composite(**args, manifest=manifest_args)):
