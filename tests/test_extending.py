@@ -203,7 +203,7 @@ def test_changed_code_is_named_and_refused_unless_told(moved, changed):
     assert own_code.doubts(saved, recorded) == [
         f"the code of {section} '{name}' was changed while this run was trained"
     ]
-    ibjax.load(workdir, trust="code")  # what the run goes on with is on record
+    assert ibjax.load(workdir, trust="code").step == 0  # what the run goes on with is on record
 
 
 def test_a_file_that_has_moved_is_found_in_the_runs_folder_and_in_the_current_one(moved, monkeypatch):

@@ -6,19 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import in_programs
-from test_objectives import BATCH, X_ADV, first_state, random_variables
+from test_objectives import BATCH, NET, VARIABLES, X_ADV, first_state
 
 from ibjax.errors import InputError
-from ibjax.models import cnn
-from ibjax.net import linen_net
 from ibjax.objectives.pgd_at import pgd_at
 from ibjax.optim import sgd
 from ibjax.perturb import awp
 from ibjax.step import Problem, make_train_step, with_trainable
 
-MODEL = cnn.Model(4, widths=((6,),), hidden=(), padding=1, batch_norm=True, pool="average")
-NET, VARIABLES = in_programs(linen_net(MODEL)), random_variables(0, MODEL)
 # its loss is one program, the same in all steps: two of them can have equal bits
 PGD_AT = pgd_at()
 PGD_AT = PGD_AT._replace(loss=jax.jit(PGD_AT.loss, static_argnums=0))

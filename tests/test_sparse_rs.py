@@ -31,8 +31,7 @@ def stepped(eps, queries=40):
     """The states of a run, from the start on."""
     attack = iterative_sparse_rs("l0", eps, queries)
     step = jax.jit(lambda i, x, y, state: attack.step(i, linear, x, y, None, state))
-    start = jax.jit(lambda x, y: attack.init(KEYS, 0, x, y))(X, Y)
-    states = [start._replace(margin=np.asarray(start.margin))]  # of the type of later ones: a step is one program
+    states = [jax.jit(lambda x, y: attack.init(KEYS, 0, x, y))(X, Y)]
     for i in range(queries):
         states.append(step(i, X, Y, states[-1]))
     return jax.device_get([state._replace(keys=None) for state in states])

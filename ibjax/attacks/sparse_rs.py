@@ -87,7 +87,7 @@ def iterative_sparse_rs(
         draws = geometry.fold(keys, 0)
         changed = _some(geometry.fold(draws, 1), jnp.ones(x.shape[:3], bool), k, k)
         x_best = jnp.where(changed[..., None], _of_colours(_colours(geometry.fold(draws, 2), x), x), x)
-        return State(keys, x_best, changed, jnp.full(x.shape[0], jnp.inf))
+        return State(keys, x_best, changed, jnp.full(x.shape[0], jnp.inf, x.dtype))
 
     def step(i, logits_fn, x, y, other, state, exact=None):
         proposal, changed = _exchange(geometry.fold(state.keys, i), x, state, exchanged, i)

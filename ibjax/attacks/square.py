@@ -95,7 +95,7 @@ def iterative_square(
     def init(keys, restart, x, y):
         draw_keys = geometry.fold(keys, 0)
         start = _stripes if norm == "linf" else _bumps
-        return State(keys, start(draw_keys, x, norm, radius), jnp.full(x.shape[0], jnp.inf))
+        return State(keys, start(draw_keys, x, norm, radius), jnp.full(x.shape[0], jnp.inf, x.dtype))
 
     def step(i, logits_fn, x, y, other, state, exact=None):
         keys = geometry.fold(state.keys, i)
