@@ -179,7 +179,7 @@ def test_verdicts():
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     sections = dict(model=dict(name="cnn", widths=((8,),), hidden=()), objective=dict(name="standard"), attack=None)
-    return untrained_run(tmp_path_factory.mktemp("runs") / "small", small_recipe(**sections))
+    return untrained_run(tmp_path_factory.mktemp("runs") / "small", small_recipe(X.shape[1:], **sections))
 
 
 def test_a_run_is_tested_from_the_command_line(workdir, monkeypatch, capsys):
@@ -228,7 +228,7 @@ def test_networks_without_usable_features_are_refused(workdir, monkeypatch):
     monkeypatch.setattr(analysis.run, "load", lambda *args: trained)
     monkeypatch.setattr(analysis, "features_of", lambda *args: lambda variables, x: 0 * x)
     with pytest.raises(InputError, match="no readout separates"):
-        analysis.evaluate(workdir, n=4, inner=2)
+        analysis.evaluate(workdir, attacks=["noise"], n=len(X), inner=2)
     with pytest.raises(InputError, match="NaN or infinite"):
         run(lambda x: x / 0)
     with pytest.raises(InputError, match="eps=0 "):

@@ -3,6 +3,7 @@
 And what these forms consist of: networks prepared once per attack, and operations with a gradient of their own.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from conftest import once
 from ml_collections import ConfigDict
+from test_models import random_variables
 
 from ibjax import config, losses
 from ibjax.attacks import hoist, pgd
@@ -67,16 +69,21 @@ def started(model, x):
     So they are added up in NumPy: as one program with the initialisation, the last bits are others.
     """
     variables = {"batch_stats": {}, **jax.device_get(jax.jit(model.init)(jax.random.key(1), x))}
-    key, params, statistics = jax.random.key(3), variables["params"], variables["batch_stats"]
+    params, statistics = variables["params"], variables["batch_stats"]
+    length = max(leaf.size for leaf in jax.tree.leaves(variables))
+    normally, uniformly = jax.device_get(noise(length))
+    params = jax.tree.map(lambda a: a + np.float32(0.1) * normally[: a.size].reshape(a.shape), params)
+    return {
+        "params": params,
+        "batch_stats": jax.tree.map(lambda a: a + uniformly[: a.size].reshape(a.shape), statistics),
+    }
 
-    @jax.jit
-    def noise():
-        of_params = jax.tree.map(lambda a: jax.random.normal(key, a.shape), params)
-        return of_params, jax.tree.map(lambda a: jax.random.uniform(key, a.shape), statistics)
 
-    of_params, of_statistics = jax.device_get(noise())
-    params = jax.tree.map(lambda a, b: a + np.float32(0.1) * b, params, of_params)
-    return {"params": params, "batch_stats": jax.tree.map(np.add, statistics, of_statistics)}
+@functools.partial(jax.jit, static_argnums=0)
+def noise(length):
+    """Of one key: what JAX draws for an array of any shape is the beginning of what it draws for a longer one."""
+    key = jax.random.key(3)
+    return jax.random.normal(key, (length,)), jax.random.uniform(key, (length,))
 
 
 def everything(model, variables, x):
@@ -223,7 +230,7 @@ def test_edits_and_taps_of_packed_maps_are_those_of_maps():
     """An edit sees maps, and changes what follows."""
     model = config.build("models", ConfigDict(dict(name="resnet", blocks=(1,), width=64)), "model", num_classes=5)
     x = X[:2, :8, :8]
-    variables = started(model, x)
+    variables = random_variables(model, x.shape)  # of values alone, where a ReLU that rounding switches is no matter
     kept = np.arange(64)[None, None, None] % 3 == 0
     edits = {"stem": lambda z: jnp.where(kept, z, 0)}
     found = []

@@ -44,6 +44,14 @@ def start(module, features):
     return module.init(jax.random.key(1), features, None, train=False)
 
 
+def drawn(module, features):
+    """Random weights and biases: to initialise the network would compile a program of its own."""
+    shapes = jax.eval_shape(partial(start, module), features)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda w: np.float32(rng.normal(size=w.shape) / np.sqrt(w.shape[0])), shapes["params"])
+    return {"params": params, "batch_stats": {"log_average": np.float32(0), "count": np.float32(0)}}
+
+
 def statistics(variables, z, z_other):
     """T of pairs, in NumPy and float64."""
     t = np.concatenate([z, z_other], 1).astype(np.float64)
@@ -58,7 +66,7 @@ def test_the_estimate_is_donsker_varadhans_bound():
     """Evaluation mode pairs each row with the next."""
     module = Mine("latent", (16, 16))
     features, other = given()
-    variables = start(module, features)
+    variables = drawn(module, features)
     z, z_other = np.asarray(features["latent"]), np.asarray(other["latent"])
     marginal = statistics(variables, z, np.roll(z_other, -1, 0))
     expected = statistics(variables, z, z_other).mean() - (logsumexp(marginal) - np.log(B))
@@ -69,16 +77,17 @@ def test_the_estimate_is_donsker_varadhans_bound():
 
 def test_a_projection_comes_before_the_layers():
     """A linear map of the pair: the same estimate as with its product in the first layer."""
-    module, features = Mine("latent", (16, 16), projection=3), given()[0]
-    variables = start(module, features)
-    params = jax.device_get(variables["params"])
+    module, (features, other) = Mine("latent", (16, 16), projection=3), given()
+    variables = drawn(module, features)
+    params = variables["params"]
     assert params["projection"]["dense"]["kernel"].shape == (2 * K, 3)
     assert params["dense1"]["dense"]["kernel"].shape == (3, 16)
     first, second = (params[name]["dense"] for name in ("projection", "dense1"))
     merged = {"kernel": first["kernel"] @ second["kernel"], "bias": first["bias"] @ second["kernel"] + second["bias"]}
     plain = {**{name: params[name] for name in ("dense2", "out")}, "dense1": {"dense": merged}}
-    expected, _ = apply(Mine("latent", (16, 16)), {**variables, "params": plain}, features, features)
-    np.testing.assert_allclose(apply(module, variables, features, features)[0], expected, rtol=1e-4, atol=1e-6)
+    expected, _ = apply(Mine("latent", (16, 16)), {**variables, "params": plain}, features, other, train=False)
+    got, _ = apply(module, variables, features, other, train=False)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_marginal_pairs_are_one_cycle_and_follow_the_key():

@@ -108,6 +108,7 @@ def test_an_image_whose_logits_become_nan_is_not_robust_and_named(network, attac
     ]
 
 
+@pytest.mark.usefixtures("rolled")
 def test_validation_counts_them_as_not_robust_and_says_so(caplog):
     settings = SimpleNamespace(seed=0, select_on="val", title="a run")
     data = SimpleNamespace(val=Split(IMAGES, Y))

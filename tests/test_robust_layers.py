@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import clean_recipe
+from test_models import random_variables
 
 import ibjax
 from ibjax import files
@@ -33,7 +34,7 @@ NETWORKS = [  # a pooled map; one that a shortcut and a convolution see; one bef
 def test_a_masked_network_is_the_network_with_zeros_at_its_tap(section, tap):
     """In evaluation and, with its batch statistics, in training."""
     inner = run.build_model(section, 5, "model")
-    variables = jax.jit(inner.init)(jax.random.key(1), X)
+    variables = random_variables(inner, X.shape)
     outer = masked.Model(5, section, tap, (1, 3))
     nested = {kind: {"backbone": tree} for kind, tree in variables.items()}
     width = jax.eval_shape(inner.apply, variables, X)[1][tap].shape[-1]
