@@ -103,9 +103,9 @@ def test_what_the_teacher_sees_and_the_size_of_batches(digits_run):
     head = attention.restore_head(experiment, digits_run, trained.step)
     images = run.test_split(trained).images[:9]
     twice, taught = np.concatenate([images, images]), np.concatenate([images, images[::-1]])
-    found, *names = attention.attention(trained, experiment, head, twice, taught, len(images))
+    found, *names = attention.attention(trained, experiment, head, twice, taught, 6)
     whole, other = found[: len(images)], found[len(images) :]
-    parts = attention.attention(trained, experiment, head, images, images, 5)
+    parts = attention.attention(trained, experiment, head, images, images, 6)  # the last three are a batch
     np.testing.assert_allclose(parts[0], whole, atol=1e-6)
     assert whole.shape == other.shape == (len(images), 2, 2) and names == [["conv1", "conv2"]] * 2
     assert np.abs(other - whole).max() > 1e-4

@@ -317,19 +317,24 @@ def trained(made, tmp_path):
 
 
 @pytest.fixture
-def asked_once(monkeypatch):
-    """Each evaluation of one network asks it the same; here all of a test get the answers that the first one got."""
-    ask, answers = evaluate._asked, []
+def prepared_once(monkeypatch):
+    """Each evaluation of one network asks it the same and compiles the same attack; here all of a test share them."""
 
-    def asked(*network):
-        if not answers:
-            answers.append(ask(*network))
-        return answers[0]
+    def only_once(make):
+        made = []
 
-    monkeypatch.setattr(evaluate, "_asked", asked)
+        def first(*arguments):
+            if not made:
+                made.append(make(*arguments))
+            return made[0]
+
+        return first
+
+    for name in ("_asked", "_executor"):
+        monkeypatch.setattr(evaluate, name, only_once(getattr(evaluate, name)))
 
 
-@pytest.mark.usefixtures("asked_once")
+@pytest.mark.usefixtures("prepared_once")
 def test_records_are_reused_for_the_same_weights_and_images_only(trained):
     file = trained / "eval/best/fgsm.json"
     before = file.stat().st_mtime_ns
@@ -342,7 +347,7 @@ def test_records_are_reused_for_the_same_weights_and_images_only(trained):
     assert evaluate.evaluate(trained)[0]["robust_acc"] == record["robust_acc"]
 
 
-@pytest.mark.usefixtures("asked_once")
+@pytest.mark.usefixtures("prepared_once")
 def test_a_record_is_of_the_network_the_code_and_the_precision_that_made_it(trained, caplog):
     """The same weights with another activation, or another version's attack, give other numbers."""
     file = trained / "eval/best/fgsm.json"

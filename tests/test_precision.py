@@ -10,6 +10,7 @@ import pytest
 from conftest import once
 from jax.sharding import AxisType, Mesh
 from rounding import STORED_BITS, rounded
+from test_models import random_variables
 from test_objectives import experiment
 
 from ibjax import losses
@@ -295,7 +296,7 @@ MODEL = cnn.Model(num_classes=CLASSES, widths=((8,),), hidden=(), padding=1)
 @once
 def weights():
     """Variables of MODEL."""
-    return shaken(jax.jit(MODEL.init)(KEY, X))
+    return random_variables(MODEL, X.shape)
 
 
 def of_another_order(precision):
