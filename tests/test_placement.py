@@ -113,6 +113,7 @@ def test_a_state_in_shares_trains_as_a_replicated_one(monkeypatch):
     for sharding in ("replicated", "fsdp"):
         settings = config.smoke(config.base(), (8, 8, 1), 10, {})
         settings.update(batch_size=jax.device_count() * 4, ema_decay=0.9, sharding=sharding)
+        settings.augment.update(pad=0, flip=False)
         settings.attack.update(unroll=False, steps=2)
         settings.model = dict(name="cnn", widths=((8,), (16,)), hidden=(), padding=1, batch_norm=True, pool="average")
         built = experiment.build(settings)
