@@ -19,7 +19,7 @@ from test_checks import one_step
 from ibjax.attacks import autoattack, progress
 from ibjax.attacks.apgd import iterative_apgd
 from ibjax.attacks.fab import iterative_fab
-from ibjax.attacks.iterative import UNTARGETED
+from ibjax.attacks.iterative import UNTARGETED, as_attack
 from ibjax.attacks.runner import Runner
 from ibjax.attacks.square import iterative_square
 from ibjax.devices import cluster
@@ -83,14 +83,29 @@ def attack(network=curved, key=KEY, x=X, y=Y, norm="linf", eps=0.02, **options):
     return autoattack.autoattack(key, network, x, y, norm, eps, **options)
 
 
+@jax.jit
+def partly(x):
+    """The curved network, with a gradient only where the first pixel is light."""
+    return curved(jnp.where(x[:, :1, :1, :1] > 0.5, x, jnp.round(x * 64) / 64))
+
+
+def steps():
+    """Two attacks that are as small as they can be, with draws, targets and restarts."""
+    targeted = one_step(0.06, drawn=True, targets=4)
+    return {"once": targeted, "again": targeted._replace(restarts=2, targets=2)}
+
+
+def some(plan):
+    """What to attack and how: `steps` on the network `partly`, or the first 2 or 4 of `short` on the curved one."""
+    if plan == "steps":
+        return dict(network=partly, eps=0.06, attacks=steps())
+    return dict(network=curved, eps=0.02, attacks=dict(itertools.islice(short().items(), plan)))
+
+
 @functools.cache
-def whole(count=2):
-    """`count` attacks on the curved network, in one batch over all devices."""
-    return attack(batch_size=64, attacks=first_of_short(count))
-
-
-def first_of_short(count):
-    return dict(itertools.islice(short().items(), count))
+def whole(plan):
+    """The result of `some` attacks in one batch over all devices."""
+    return attack(batch_size=64, **some(plan))
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
@@ -116,27 +131,28 @@ def test_standard_on_a_linear_network_is_its_margin(norm):
     assert list(result.robust_after) == ["apgd-ce", "apgd-t", "fab-t", "square"]
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_robust_accuracy_only_falls_and_bookkeeping_is_consistent(count):
-    result = whole(count)
+@pytest.mark.parametrize("plan", ["steps", 2, 4])
+def test_robust_accuracy_only_falls_and_bookkeeping_is_consistent(plan):
+    result, options = whole(plan), some(plan)
     counts = [result.clean.sum(), *(flags.sum() for flags in result.robust_after.values())]
-    assert list(result.robust_after) == list(result.seconds) == ["apgd-ce", "apgd-t", "fab-t", "square"][:count]
+    assert list(result.robust_after) == list(result.seconds) == list(options["attacks"])
     assert np.all(np.diff(counts) <= 0) and counts[2] < counts[1] < counts[0]
     for before, after in zip([result.clean, *result.robust_after.values()], result.robust_after.values(), strict=False):
         assert not np.any(after & ~before)
     np.testing.assert_array_equal(result.robust, list(result.robust_after.values())[-1])
-    np.testing.assert_array_equal(np.argmax(curved(result.x_adv), 1) == Y, result.robust)
+    np.testing.assert_array_equal(np.argmax(options["network"](result.x_adv), 1) == Y, result.robust)
     np.testing.assert_array_equal(np.any(result.x_adv != X, axis=(1, 2, 3)), result.clean & ~result.robust)
-    assert np.abs(result.x_adv - X).max() <= 0.02 + 1e-6
+    assert np.abs(result.x_adv - X).max() <= options["eps"] + 1e-6
     assert result.x_adv.min() >= 0 and result.x_adv.max() <= 1
+    assert (result.warnings == []) == (plan != "steps")  # whose network has no gradient for some images
 
 
-@pytest.mark.parametrize("devices, batch_size, count", [(8, 8, 2), (8, 8, 4), (1, 1, 4), (1, 256, 4)])
-def test_neither_batch_size_nor_number_of_devices_changes_a_flag(monkeypatch, devices, batch_size, count):
-    """Nor an image that the first `count` attacks find."""
+@pytest.mark.parametrize("devices, batch_size, plan", [(1, 8, "steps"), (8, 8, 2), (8, 8, 4), (1, 1, 4), (1, 256, 4)])
+def test_neither_batch_size_nor_number_of_devices_changes_a_flag(monkeypatch, devices, batch_size, plan):
+    """Nor an image that the attacks find."""
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
     monkeypatch.setattr(cluster, "mesh", lambda: mesh)
-    result, wanted = attack(batch_size=batch_size, attacks=first_of_short(count)), whole(count)
+    result, wanted = attack(batch_size=batch_size, **some(plan)), whole(plan)
     for name, flags in result.robust_after.items():
         assert np.sum(flags != wanted.robust_after[name]) == 0, name
     found = ~flags
@@ -145,15 +161,17 @@ def test_neither_batch_size_nor_number_of_devices_changes_a_flag(monkeypatch, de
 
 
 def test_numbers_of_numpy_are_saved_and_found_again(tmp_path):
-    plan = {"square": iterative_square("linf", 0.02, queries=np.int64(20), p_init=np.float32(0.3))}
+    square = iterative_square("linf", 0.02, queries=np.int64(20), p_init=np.float32(0.3))
+    plan = {"step": one_step(0.02, steps=square.steps)._replace(settings=square.settings)}
     options = dict(attacks=plan, batch_size=np.int64(8), state=tmp_path / "state.npz")
     first, again = attack(**options), attack(**options)
     np.testing.assert_array_equal(first.x_adv, again.x_adv)
 
 
 def test_another_key_draws_otherwise():
-    first, other = whole(), attack(key=jax.random.key(1), attacks={"apgd-ce": short()["apgd-ce"]})
-    found = ~other.robust & ~first.robust_after["apgd-ce"] & first.clean  # by both, in the first attack
+    first = whole("steps")
+    other = attack(key=jax.random.key(1), batch_size=64, **some("steps") | dict(attacks={"once": steps()["once"]}))
+    found = ~other.robust & ~first.robust_after["once"] & first.clean  # by both, in the first attack
     assert np.any(other.x_adv[found] != first.x_adv[found])
 
 
@@ -162,12 +180,9 @@ def test_another_key_draws_otherwise():
 
 def test_interrupted_anywhere_and_run_again_it_ends_with_the_same_flags_and_images(monkeypatch, tmp_path):
     monkeypatch.setattr(progress, "SAVE_SECONDS", 0.0)
-    targeted = one_step(0.02, drawn=True, targets=4)
-    attacks = {"once": targeted, "again": targeted._replace(restarts=2, targets=2)}
-    partly = jax.jit(lambda x: curved(jnp.where(x[:, :1, :1, :1] > 0.5, x, jnp.round(x * 64) / 64)))
-    run = functools.partial(attack, partly, batch_size=8, attacks=attacks)
-    whole, file = run(), tmp_path / "state.npz"
-    assert any("gradient is zero" in text for text in whole.warnings)
+    run = functools.partial(attack, batch_size=8, **some("steps"))
+    straight, file = whole("steps"), tmp_path / "state.npz"
+    assert any("gradient is zero" in text for text in straight.warnings)
     save, times = progress.Progress.save, []
 
     def save_and_stop(self, at_once=True):
@@ -184,12 +199,12 @@ def test_interrupted_anywhere_and_run_again_it_ends_with_the_same_flags_and_imag
         except KeyboardInterrupt:
             continue
     assert interruptions > 1 and len(times) > 9 and len(set(times)) == len(times)  # no work was done twice
-    assert result.warnings == whole.warnings
-    np.testing.assert_array_equal(result.x_adv, whole.x_adv)
-    for name, flags in whole.robust_after.items():
+    assert result.warnings == straight.warnings
+    np.testing.assert_array_equal(result.x_adv, straight.x_adv)
+    for name, flags in straight.robust_after.items():
         np.testing.assert_array_equal(result.robust_after[name], flags)
     again = run(state=file)  # finished: only read
-    np.testing.assert_array_equal(again.x_adv, whole.x_adv)
+    np.testing.assert_array_equal(again.x_adv, straight.x_adv)
     assert len(times) == len(set(times))
 
 
@@ -308,7 +323,6 @@ def test_an_honest_network_gets_no_warning(network):
     y = np.argmax(network(X), 1)
     first = {"apgd-ce": iterative_apgd("ce", "linf", 0.02, 20)}
     assert attack(network, y=y, attacks=first | {"square": short()["square"]}).warnings == []
-    assert whole().warnings == []
 
 
 @pytest.mark.parametrize(
@@ -379,10 +393,22 @@ def test_dlr_gives_way_to_the_margin_where_classes_are_too_few():
         assert list(plan) == ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
         reasons = [text for text in warnings if "classes" in text]
         assert len(reasons) == {2: 2, 3: 1, 4: 0}[classes], warnings
-    two = jax.jit(lambda x: linear(x - 0.5)[:, :2])
-    y = ((X.reshape(N, -1) - 0.5) @ WEIGHTS[:, :2]).argmax(1)
-    result = attack(two, y=y, eps=0.01, attacks=["apgd-t"])
-    assert 0 < result.robust.sum() < N and "there are 2" in result.warnings[0]
+    jax.eval_shape(lambda x: as_attack(plans[2][0]["apgd-t"])(KEY, two, x, TWO), X)  # which DLR would not take
+    result = attack(two, y=1 - TWO, attacks=["apgd-t"])  # nothing is left to attack
+    assert not result.robust.any() and "there are 2" in result.warnings[0]
+
+
+@jax.jit
+def two(x):
+    return linear(x - 0.5)[:, :2]
+
+
+TWO = ((X.reshape(N, -1) - 0.5) @ WEIGHTS[:, :2]).argmax(1)
+
+
+@pytest.mark.slow
+def test_images_of_two_classes_are_attacked_by_the_margin():
+    assert 0 < attack(two, y=TWO, eps=0.01, attacks=["apgd-t"]).robust.sum() < N
 
 
 def test_what_a_jitted_network_closes_over_is_not_compiled_in():

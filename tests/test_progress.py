@@ -7,7 +7,6 @@ import pytest
 from test_checks import one_step
 
 from ibjax.attacks import autoattack, progress
-from ibjax.attacks.apgd import iterative_apgd
 from ibjax.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -40,7 +39,7 @@ def attack(network, key=0, x=X, eps=EPS, **options):
 def test_a_state_does_not_outlive_the_gradient(tmp_path):
     """Whoever follows the warning about masked gradients gets new numbers, or is told that the state is old."""
     file = tmp_path / "state.npz"
-    few = dict(attacks={"apgd-ce": iterative_apgd("ce", "linf", EPS, 5)}, state=file)
+    few = dict(attacks={"towards each": one_step(EPS, targets=3)}, state=file)
     before = attack(masked, **few)
     assert any("gradient is zero" in text for text in before.warnings)
     repaired = jax.jit(lambda x: linear(rounded(x)))  # the same logits, with a straight-through gradient

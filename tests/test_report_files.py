@@ -92,19 +92,24 @@ def test_tables_of_like_names_do_not_overwrite_one_another():
 # ---- pictures ----------------------------------------------------------------------------------------------
 
 
-def test_every_figure_of_the_page_is_written_as_png_svg_and_pdf(tmp_path):
-    folder = write_run(tmp_path / "run", healthy())
+def test_the_command_writes_tables_and_pictures_and_opens_the_page(tmp_path, monkeypatch, capsys):
+    """Every figure of the page as PNG, SVG and PDF."""
+    folder, opened = write_run(tmp_path / "run", healthy()), []
     write_examples(folder)
-    found = report.write([folder], tmp_path / "page.html")
-    files = report.write_pictures(found, tmp_path / "pictures")
-    stems = ("curves", "training0", "examples0")
-    assert [file.name for file in files] == [f"{stem}{end}" for stem in stems for end in (".png", ".pdf", ".svg")]
+    monkeypatch.setattr(webbrowser, "open", lambda address: bool(opened.append(address)))
+    assert run_main(monkeypatch, folder, "--open", f"--tables={tmp_path}/t", f"--pictures={tmp_path}/p") == 0
+    printed = capsys.readouterr().out
+    address = (folder / "report.html").resolve().as_uri()
+    assert opened == [address] and f"no browser was found here; open {address}" in printed
+    assert f"tables: {tmp_path}/t, 3 files" in printed and f"pictures: {tmp_path}/p, 9 files" in printed
+    files, stems = sorted((tmp_path / "p").iterdir()), ("curves", "examples0", "training0")
+    assert [file.name for file in files] == [f"{stem}{end}" for stem in stems for end in (".pdf", ".png", ".svg")]
     starts = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
     assert all(file.read_bytes().startswith(starts[file.suffix]) for file in files)
     texts = {file.stem: file.read_text() for file in files if file.suffix == ".svg"}
     assert "student" in texts["curves"] and "validation images, attacked" in texts["training0"]  # the legends
     assert "#0a0b0c" not in texts["curves"] and "✗ 9" in texts["examples0"]  # no colour of the page's variables
-    with Image.open(tmp_path / "pictures" / "curves.png") as image:
+    with Image.open(tmp_path / "p" / "curves.png") as image:
         assert round(image.info["dpi"][0]) == 300
 
 
@@ -169,14 +174,8 @@ def test_lengths_of_time_in_words():
 # ---- the command line --------------------------------------------------------------------------------------
 
 
-def test_the_command_writes_tables_and_pictures_and_opens_the_page(tmp_path, monkeypatch, capsys):
-    folder, opened = write_run(tmp_path / "run", [record(attack) for attack in FLAGS]), []
-    monkeypatch.setattr(webbrowser, "open", lambda address: bool(opened.append(address)))
-    assert run_main(monkeypatch, folder, "--open", f"--tables={tmp_path}/t", f"--pictures={tmp_path}/p") == 0
-    printed = capsys.readouterr().out
-    address = (folder / "report.html").resolve().as_uri()
-    assert opened == [address] and f"no browser was found here; open {address}" in printed
-    assert f"tables: {tmp_path}/t, 3 files" in printed and f"pictures: {tmp_path}/p, 6 files" in printed
+def test_a_place_for_tables_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    folder = write_run(tmp_path / "run", [record(attack) for attack in FLAGS])
     (tmp_path / "file").write_text("")
     assert run_main(monkeypatch, folder, f"--tables={tmp_path}/file/t") == 2
     assert f"{tmp_path}/file/t cannot be written (Not a directory); give another --tables" in capsys.readouterr().err

@@ -13,10 +13,11 @@ import pytest
 from test_checks import one_step
 from test_faults import environment
 
-from ibjax.attacks import progress, runner
+from ibjax.attacks import geometry, progress, runner
 from ibjax.attacks.apgd import iterative_apgd
 from ibjax.attacks.autoattack import autoattack, sub_attacks
 from ibjax.attacks.fab import iterative_fab
+from ibjax.attacks.iterative import Iterative, lead
 from ibjax.attacks.runner import Runner
 from ibjax.attacks.square import iterative_square
 from ibjax.devices import forms
@@ -29,6 +30,7 @@ WEIGHTS = np.float32(RNG.normal(size=(48, CLASSES)))
 OTHERS = np.argsort(-(X.reshape(N, -1) @ WEIGHTS), axis=1)
 Y, OTHERS = OTHERS[:, 0], OTHERS[:, 1:]
 KEY = jax.random.key(0)
+PIXELS = np.float32(RNG.uniform(size=(1, 4, 4, 3)))  # of `searching`
 
 
 @jax.jit
@@ -58,6 +60,33 @@ def few(queries=60):
     }
 
 
+def searching(queries, eps=EPS):
+    """A search that is as small as one can be: a query moves all pixels to walls of the ball, by the image's key.
+
+    What lowers the margin is kept, and an image is done where the margin is not above 0.
+    """
+
+    def start(keys, restart, x, y):
+        return keys, x, jnp.full(len(x), jnp.inf)
+
+    def step(i, logits_fn, x, y, other, state, exact=None):
+        keys, best, margin = state
+        drawn = (jax.random.key_data(keys)[:, -1] % 997).astype(x.dtype)  # a number of each image
+        waves = jnp.sin(geometry.per_image(drawn * jnp.float32(1 + i), x) * PIXELS)
+        moved = jnp.clip(x + eps * jnp.sign(waves), 0, 1)
+        found = lead(logits_fn, exact, moved, y, margin > 0)
+        better = (margin > 0) & (found < margin)
+        return keys, jnp.where(geometry.per_image(better, x), moved, best), jnp.where(better, found, margin)
+
+    def x_adv(x, state):
+        return jnp.where(geometry.per_image(done(state), x), state[1], x)
+
+    def done(state):
+        return state[2] <= 0
+
+    return Iterative("search", "linf", eps, start, step, queries, x_adv, done, gradient=False)
+
+
 @pytest.fixture
 def on_an_accelerator(monkeypatch):
     """Programs are compiled ahead and sizes chosen as there; `on_an_accelerator(queries=…)` changes more."""
@@ -73,8 +102,11 @@ def on_an_accelerator(monkeypatch):
 
 
 def test_attacks_that_differ_in_their_loss_or_name_are_one_program():
-    plan = {"apgd-ce": few()["apgd-ce"], "apgd-t": few()["apgd-t"], "step": one_step(EPS)}
-    made, _, _ = run({**plan, "again": iterative_apgd("ce", "linf", EPS, 3)}, todo=np.arange(N))
+    apgd, others = few()["apgd-ce"], (few()["apgd-t"], iterative_apgd("ce", "linf", EPS, 3))
+    assert all(other.functions() == apgd.functions() for other in others)
+    step = one_step(EPS)
+    plan = {"step": step, "towards two": step._replace(targets=2), "search": searching(3), "again": step}
+    made, _, _ = run(plan, todo=np.arange(N))
     assert len(made.programs) == 2
 
 
@@ -93,22 +125,22 @@ def test_a_size_is_compiled_only_where_its_steps_save_more_than_that_takes(on_an
 
 
 def test_a_batch_that_is_nearly_done_shrinks_only_to_sizes_that_pay(on_an_accelerator):
-    plan = {"square": iterative_square("linf", 0.2, 200)}
+    plan = {"search": searching(200, 0.2)}
     on_an_accelerator(compiling=1)
     made, after, _ = run(plan, eps=0.2, batch_size=16)
     assert len(made.programs) > 1
     on_an_accelerator(compiling=10**6)
     made, again, _ = run(plan, eps=0.2, batch_size=16)
     assert len(made.programs) == 1
-    np.testing.assert_array_equal(after["square"], again["square"])
+    np.testing.assert_array_equal(after["search"], again["search"])
 
 
 def test_many_queries_at_once_change_no_flag_and_most_are_made_where_least_changes(on_an_accelerator):
-    attack = iterative_square("linf", EPS, 700)
+    attack = searching(701)
     found = {}
     for queries in (50, 500):
         on_an_accelerator(queries=queries)
-        found[queries] = run({"square": attack})[1]["square"], runner.stops(attack)
+        found[queries] = run({"search": attack})[1]["search"], runner.stops(attack)
     np.testing.assert_array_equal(found[50][0], found[500][0])
     assert 0 < found[50][0].sum() < N
     assert found[50][1] == [*range(50, 701, 50), 701] and found[500][1] == [50, 100, 200, 400, 701]
@@ -125,8 +157,8 @@ def test_a_program_ends_where_all_of_its_images_are_done():
 
 def test_a_batch_that_is_given_up_between_its_programs_is_as_if_it_had_not_begun():
     """What it has found so far is not kept, so that whoever goes on ends with the same bits."""
-    attack = few(queries=120)["square"]
-    made, _, wanted = run({"square": attack})
+    attack = searching(120)
+    made, _, wanted = run({"search": attack})
     looks, given_up, position = [False, True, True, *[False] * 9], 0, 0
 
     def heed():
@@ -136,7 +168,7 @@ def test_a_batch_that_is_given_up_between_its_programs_is_as_if_it_had_not_begun
     made.heed, broken, x_adv = heed, np.zeros(N, bool), X.copy()
     while position < N:
         try:
-            position = next(made.run("square", attack, np.arange(N), OTHERS, broken, x_adv, position))
+            position = next(made.run("search", attack, np.arange(N), OTHERS, broken, x_adv, position))
         except PreemptedError:
             given_up += 1
             assert not broken.any() and np.array_equal(x_adv, X)
@@ -163,7 +195,7 @@ def test_what_is_compiled_ahead_in_threads_has_the_same_flags_and_images(on_an_a
     for ahead in (False, True):
         on_an_accelerator(ahead=ahead, products="rounded")
         threads.clear()
-        found[ahead] = attack(attacks={"square": few()["square"]})
+        found[ahead] = attack(attacks={"search": searching(60)})
         assert all(name.startswith("compile") == ahead for name in threads)
         assert len(threads) == 2 + 4  # clean and judged logits, the parts of the attack
     np.testing.assert_array_equal(found[False].x_adv, found[True].x_adv)
@@ -238,20 +270,18 @@ def test_a_command_that_is_preempted_ends_with_its_exit_code_while_a_program_is_
 
 
 def test_further_targets_change_no_image_that_the_first_one_breaks():
-    """APGD towards one class, and towards three in turn, the least likely first."""
-    (_, first, once), (_, broken, x_adv) = (
-        run({"apgd-t": iterative_apgd("dlr_targeted", "linf", EPS, 3, targets=targets)}, others=OTHERS[:, ::-1])
-        for targets in (1, 3)
-    )
-    first, broken = ~first["apgd-t"], ~broken["apgd-t"]
+    """A step towards one class, and towards three in turn, the least likely first."""
+    made, first, once = run({"step": one_step(0.1, targets=1)}, eps=0.1, others=OTHERS[:, ::-1])
+    _, broken, x_adv = run({"step": one_step(0.1, targets=3)}, others=OTHERS[:, ::-1], made=made)
+    first, broken = ~first["step"], ~broken["step"]
     assert 0 < first.sum() < broken.sum() and np.all(broken[first])
     np.testing.assert_allclose(x_adv[first], once[first], atol=1e-5)
 
 
 def test_a_name_draws_for_itself_although_it_shares_its_program():
-    few = iterative_apgd("ce", "linf", EPS, 1)
-    made, _, first = run({"apgd-ce": few}, todo=np.arange(N))
-    images = [first, *(run({name: few}, todo=np.arange(N), made=made)[2] for name in ("apgd-ce", "another"))]
+    step = one_step(0.1, drawn=True, targets=1)
+    made, _, first = run({"step": step}, eps=0.1, todo=np.arange(N))
+    images = [first, *(run({name: step}, todo=np.arange(N), made=made)[2] for name in ("step", "another"))]
     assert len(made.programs) == 1
     np.testing.assert_array_equal(images[0], images[1])
     assert np.any(images[0] != images[2])
