@@ -64,7 +64,7 @@ def test_processes_agree_or_end_naming_the_difference_and_say_for_whom_they_wait
             """
             cluster.agree("numbers", {"a": (1, 2), "b": None})
             assert cluster.word_of_first("word", f"of {me}") == "of 0"
-            time.sleep(1.5 * me)
+            time.sleep(3 * me)
             cluster.agree("workdirs", {"steps in checkpoints/": [1, 2][: 2 - me]}, "give another --workdir")
             """.replace(" " * 12, "")
         )

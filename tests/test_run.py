@@ -36,7 +36,7 @@ def trained(tmp_path_factory):
     settings.update(epochs=1, batch_size=8)
     settings.data, settings.model, settings.objective = data, model, dict(name="standard")
     settings.augment.pad = 1
-    settings.validate.attack.steps = 1
+    settings.validate.attack.steps = 2
     settings.evaluate.update(attacks=("fgsm",), batch_size=8)
     workdir = tmp_path_factory.mktemp("run")
     main.execute(settings, workdir)

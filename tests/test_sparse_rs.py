@@ -26,6 +26,7 @@ def linear(x):
 
 Y = linear(X).argmax(1).astype(np.int32)
 KEYS = jax.random.split(jax.random.key(1), N)
+IN_ORDER = np.arange(N)
 
 
 @functools.cache
@@ -36,7 +37,7 @@ def programs(eps):
     return start, jax.jit(lambda i, x, y, state: attack.step(i, linear, x, y, None, state))
 
 
-def stepped(eps, order=np.arange(N)):  # noqa: B008
+def stepped(eps, order=IN_ORDER):
     """The states of a run on the images in this order, from the start on."""
     (start, step), x, y = programs(eps), X[order], Y[order]
     states = [start(order, x, y)]
