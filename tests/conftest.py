@@ -181,6 +181,13 @@ def once(make):
     return made
 
 
+def keys_of(count):
+    """`count` JAX keys, built from NumPy: `jax.random.split` compiles a program for every count."""
+    import numpy as np
+
+    return jax.random.wrap_key_data(np.random.default_rng(1).integers(2**32, size=(count, 2), dtype=np.uint32))
+
+
 def in_programs(net):
     """A `Net` each of whose calls is one program; JAX would compile one for every operation and shape of a layer."""
     import jax

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import keys_of
 
 from ibjax.attacks import checks, entrance, geometry
 from ibjax.attacks.apgd import apgd, iterative_apgd
@@ -21,7 +22,7 @@ N, CLASSES = 21, 5
 X = np.float32(RNG.uniform(size=(N, 6, 6, 2)))
 HIDDEN = np.float32(RNG.normal(size=(72, 32)))
 OUT = np.float32(RNG.normal(size=(32, CLASSES)))
-KEYS = jax.random.split(jax.random.key(1), N)
+KEYS = keys_of(N)
 
 
 def network(x):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import keys_of
 
 from ibjax.attacks import entrance, geometry
 from ibjax.attacks.apgd import apgd
@@ -154,7 +155,7 @@ NETWORKS = {
 KEYS = {
     "a fraction": (0.5, r"key is 0\.5; give one JAX key"),
     "nothing": (None, "key is None; give one JAX key"),
-    "too few": (jax.random.split(KEY, 3), r"key<fry>\[3\]; give"),
+    "too few": (keys_of(3), r"key<fry>\[3\]; give"),
     "huge": (2**70, "64 bits"),
     "signed words": (np.zeros(2, np.int32), r"int32\[2\]; give"),
 }

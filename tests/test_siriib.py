@@ -33,7 +33,6 @@ BATCH = {
 ORIGINAL = {"pgd_at": pgd_at(), "trades": trades(beta=6.0), "te": te(), "te_trades": te(base="trades", beta=6.0)}
 NET = in_programs(linen_net(MODEL))
 KEY = jax.random.key(3)
-KEY_OF_BASE = jax.random.split(KEY)[0]  # with which SiRIIB calls the loss of its base
 
 
 @functools.cache
@@ -50,10 +49,11 @@ def computed(base):
     @jax.jit
     def compute(variables):
         given = NET, variables, BATCH, X_ADV
+        of_base = jax.random.split(KEY)[0]  # the key with which SiRIIB calls the loss of its base
         return {
             "adv": NET.forward(variables, X_ADV, KEY)[0][1],
             "clean": NET.forward(variables, IMAGES, KEY)[0][1],
-            "plain": ORIGINAL[base].loss(*given, KEY_OF_BASE),
+            "plain": ORIGINAL[base].loss(*given, of_base),
             "whole": whole.loss(*given, KEY),
             "bare": bare.loss(*given, KEY),
             "proxy": whole.proxy(*given, KEY),

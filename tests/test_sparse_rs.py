@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import keys_of
 
 from ibjax import losses
 from ibjax.attacks import geometry
@@ -25,7 +26,7 @@ def linear(x):
 
 
 Y = linear(X).argmax(1).astype(np.int32)
-KEYS = jax.random.split(jax.random.key(1), N)
+KEYS = keys_of(N)
 IN_ORDER = np.arange(N)
 
 
