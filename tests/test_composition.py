@@ -52,8 +52,8 @@ def test_perturbed_and_averaged_weights_change_what_is_learned_and_nothing_else(
 
 
 def distance(a, b):
-    squares = jax.tree.map(lambda x, y: jnp.sum(jnp.square(x - y)), a, b)
-    return float(jnp.sqrt(sum(jax.tree.leaves(squares))))
+    squares = jax.tree.map(lambda x, y: np.sum(np.square(np.float64(x) - np.float64(y))), a, b)
+    return float(np.sqrt(sum(jax.tree.leaves(squares))))
 
 
 @pytest.mark.parametrize("name", ATTACKED)

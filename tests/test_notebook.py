@@ -143,6 +143,8 @@ def test_on_colab_a_wrong_install_stops_the_notebook_with_one_line(monkeypatch, 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", PICTURES)
 def test_the_notebooks_that_train_run_and_draw(name, tmp_path, monkeypatch):
+    for library in ALSO.get(name, []):
+        pytest.importorskip(library, reason="pip install 'ibjax[wrap]'")
     cells = execute(monkeypatch, tmp_path, NOTEBOOK.with_name(f"{name}.ipynb"))
     assert not [output for output in outputs(cells) if output["output_type"] == "error"]
     assert len(pictures(cells)) == PICTURES[name]

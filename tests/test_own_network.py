@@ -43,7 +43,7 @@ def test_the_calls_of_the_page_run(tmp_path, monkeypatch, lenient):
         exec(block, made)
     assert made["logits"].shape == (10, 10) and made["x_adv"].shape == (10, 8, 8, 1)
     (fgsm, pgd) = made["records"]
-    assert (fgsm["attack"], pgd["attack"], pgd["n"]) == ("fgsm", "fgsm0", 100)
+    assert (fgsm["attack"], pgd["attack"], pgd["n"]) == ("fgsm", "pgd-10", 100)
     assert pgd["imported"]["library"] == "torch" and pgd["max_distance"] <= 0.1 + 1e-6
     page = (tmp_path / "runs/mine/report.html").read_text()
     assert "given to ibjax.benchmark: torch.nn.modules.container.Sequential" in page and "My network" in page
