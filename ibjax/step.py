@@ -149,8 +149,8 @@ def init_state(
             "batch_stats": {},
             **head.init(head_key, features, teacher_features, train=False),
         }
-    if memory is not None:
-        variables["memory"] = memory
+    if memory is not None:  # where a Python number gave it a weak type, the first step would return another
+        variables["memory"] = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), memory)
     ema_params = jax.tree.map(jnp.copy, variables["params"]) if ema else None
     statistics = jax.tree.map(jnp.copy, variables["batch_stats"]) if ema_stats else None
     return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(trainable(variables)), ema_params, statistics)

@@ -99,9 +99,10 @@ def recipe():
 
 
 def test_the_choice_of_layers_trains_each_alone_and_goes_on_where_it_was(tmp_path):
-    found = layers.choose(recipe(), tmp_path, gain=-100.0)
-    assert list(found["accuracy"]) == ["none", "stage1", "pre_logits"]
-    assert found["layers"] == ["stage1", "pre_logits"] and found["attack"] == "pgd-2"
+    found, taps = layers.choose(recipe(), tmp_path, gain=0.0), ["stage1", "pre_logits"]
+    robust = {name: row["robust"] for name, row in found["accuracy"].items()}
+    assert list(robust) == ["none", *taps] and found["attack"] == "pgd-2"
+    assert found["layers"] == [tap for tap in taps if robust[tap] >= robust["none"]]
     saved = {name: rundir.read_config(tmp_path / name)[0].objective for name in found["accuracy"]}
     assert (saved["none"].alpha, saved["none"].beta) == (0.0, 0.0)
     assert saved["stage1"].layers == "stage1" and saved["stage1"].beta == 0.08
@@ -118,7 +119,7 @@ def test_the_choice_of_layers_trains_each_alone_and_goes_on_where_it_was(tmp_pat
     assert logs == {name: (tmp_path / name / "metrics.jsonl").stat().st_mtime_ns for name in saved}
     with pytest.raises(InputError, match="select_on"):  # runs that chose by other images are not these
         layers.choose(on_test(recipe()), tmp_path)
-    flag = layers.table(found).splitlines()[-1]
+    flag = layers.table(found | dict(layers=taps)).splitlines()[-1]
     assert flag == "--config.objective.layers=stage1,pre_logits"
     assert recipe_files.override(recipe(), [flag]).objective.layers == "stage1,pre_logits"
 

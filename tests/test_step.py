@@ -288,6 +288,13 @@ def test_a_memory_is_carried_from_step_to_step():
     assert "memory" not in evaluation_variables(state)
 
 
+def test_a_memory_begins_with_the_types_that_it_keeps():
+    """The weak type of a Python number is lost in the first step, and the second step would be compiled again."""
+    memory, optimizer = {"share": jnp.full((3,), 0.5)}, sgd(lr=lambda step: 0.1)
+    begin = lambda: init_state(KEY, CNN, MODEL, None, optimizer, BATCH["image"], False, memory)  # noqa: E731
+    assert memory["share"].weak_type and not jax.eval_shape(begin).variables["memory"]["share"].weak_type
+
+
 def test_what_is_remembered_is_there_for_target_attack_and_loss():
     """And it sees augmented images, before anything else has changed the variables."""
 
