@@ -3,8 +3,8 @@
     python -m ibjax.main --config=configs/digits.py --workdir=runs/digits
 
 Trains a TRADES teacher, an undefended network for contrast, and an IBD student of the same architecture, which learns
-from the teacher. Attacks all three at eps 2/16, which is two grey levels of the digits. Takes two minutes on two CPU
-cores.
+from the teacher. Attacks all three at eps 2/16, which is two grey levels of the digits. Takes two to four minutes on
+two CPU cores.
 """
 
 from ibjax.config import base, held, parse_arg, smoke
