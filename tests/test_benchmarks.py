@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from ibjax import perturb
+from ibjax import files, perturb
 from ibjax.devices import cores
 from ibjax.evaluation import named
 
@@ -221,7 +221,7 @@ def test_an_unknown_part_and_mixed_sizes_are_refused(three_parts, monkeypatch, c
 def test_everything_runs_at_tiny_sizes(tmp_path):
     command = [sys.executable, str(FOLDER / "all.py"), "--quick", f"--out={tmp_path / 'all.json'}"]
     done = subprocess.run(command, capture_output=True, text=True)
-    found = json.loads((tmp_path / "all.json").read_text())
+    found = files.read_json(tmp_path / "all.json")
     ended = {name: part["status"] for name, part in found.items() if name != "run"}
     assert list(ended) == list(everything.PARTS)
     assert done.returncode == 0 and all(status.startswith(("done", "left out")) for status in ended.values()), ended
