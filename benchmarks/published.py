@@ -248,24 +248,20 @@ def main() -> None:
     for option, allowed in (("only", NETWORKS), ("attacks", ATTACKS)):
         if unknown := [name for name in getattr(given, option) if name not in allowed]:
             parser.error(f"--{option}: {', '.join(unknown)} is unknown; allowed: {', '.join(allowed)}")
-
     if given.batch_size < 1:
         parser.error(f"--batch_size={given.batch_size} is not allowed; give 1 or more")
 
-    def command():
-        cluster.keep_compiled()
-        cluster.keep_memory()
-        x, y = images(given.data, given.n)
-        records = {} if given.out is None else kept(given.out, given.only, given.attacks, len(x))
-        for name in given.only:
-            records[name] = measure(name, given.attacks, given.folder, x, y, given.state, given.batch_size)
-            print(table([records[name]]), flush=True)
-            if given.out:
-                save(given.out, [records[name] for name in NETWORKS if name in records])
-        if any(records[name]["faults"] for name in given.only):
-            sys.exit(1)
-
-    command()
+    cluster.keep_compiled()
+    cluster.keep_memory()
+    x, y = images(given.data, given.n)
+    records = {} if given.out is None else kept(given.out, given.only, given.attacks, len(x))
+    for name in given.only:
+        records[name] = measure(name, given.attacks, given.folder, x, y, given.state, given.batch_size)
+        print(table([records[name]]), flush=True)
+        if given.out:
+            save(given.out, [records[name] for name in NETWORKS if name in records])
+    if any(records[name]["faults"] for name in given.only):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

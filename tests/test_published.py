@@ -122,9 +122,7 @@ def test_the_command_line_keeps_records_of_other_networks(folder, tmp_path, monk
         arguments += [f"--out={out}"]
         monkeypatch.setattr(sys, "argv", ["published.py", *arguments, "--attacks=clean,pgd-40"])
         monkeypatch.setattr(published.cluster, "keep_compiled", lambda: None)
-        with pytest.raises(SystemExit) as ended:
-            published.main()
-        assert ended.value.code == 0
+        published.main()  # exits where a number contradicts a published one
     records = files.read_json(out)["records"]
     assert [(record["network"], record["n"]) for record in records] == [("LPD_MLP_B_0.1", 5), ("LPD_MLP_B_0.2", 4)]
     for record in records:
