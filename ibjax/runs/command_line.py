@@ -55,7 +55,7 @@ def add_attacks(parser: argparse.ArgumentParser) -> None:
 
 def add_evaluation(parser: argparse.ArgumentParser) -> None:
     """Adds the other options that replace values of a run's `evaluate` section; OF_EVALUATION has their names."""
-    parser.add_argument("--n", type=int, help="number of test images; default: the run's evaluate.n, or all")
+    parser.add_argument("--n", type=int, help="number of images; default: the run's evaluate.n, or all; of a file all")
     parser.add_argument("--samples", type=int, help="classify by the mean of this many samples; default: the run's")
     parser.add_argument("--norm", help="linf, l2, l1 or l0; a norm other than the run's needs --eps")
     parser.add_argument("--eps", help='radius, as "8/255"')
