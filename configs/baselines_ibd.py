@@ -18,8 +18,8 @@ Arguments: a method, `sat` (default), `trades`, `hbar` or `infoat_r`; the suffix
 | HBaR, CIFAR-100  | 59.53 | 34.46 | 31.82   | 27.42  | 26.62      | 25.43            |
 | InfoAT, CIFAR-100| 58.23 | 34.46 | 31.39   | 28.68  | 26.76      | 26.21            |
 
-IBD does not say with which adversarial training it combines HBaR. Since its accuracy is close to that of TRADES, we use
-TRADES, with HBaR's own λ.
+IBD does not say with which adversarial training it combines HBaR. Since the published accuracy is close to that of
+TRADES, we use TRADES, with HBaR's own λ.
 
 AutoAttack and the last checkpoint: `python -m ibjax.evaluate --workdir=DIR [--checkpoint=last] --attacks=autoattack`.
 The paper selects checkpoints on the test set; here the default is 1,000 held-out training images. Cost: 23 (SAT) to 27

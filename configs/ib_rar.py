@@ -108,8 +108,8 @@ baseline of `ROW-paper`, without the terms. The mask of `ROW-paper` is made by
     python -m ibjax.analysis.mask --workdir=runs/ib_rar/vgg16-pgd-paper --checkpoint=last --tap=stage5 \
         --out=runs/ib_rar/vgg16-pgd-masked
 
-(with --tap=pre_logits for ResNet-18 and WRN-28-10). The paper's Algorithm 1 also masks every batch in training:
-`vgg16-pgd-algorithm_1`, with the same command afterwards. `python -m ibjax.analysis.layers` finds robust layers.
+(with --tap=pre_logits for ResNet-18 and WRN-28-10). The paper's Algorithm 1 also masks every batch in training: this is
+the row `vgg16-pgd-algorithm_1`, followed by the same command. `python -m ibjax.analysis.layers` finds robust layers.
 
 Our choices where the paper states nothing: Tables 3 and 4 use the robust layers of VGG16 and all layers of ResNet-18;
 Table 3 uses the mask, since its last line is that of Table 4; HBaR is trained with its authors' λ and layers and

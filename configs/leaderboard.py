@@ -1,4 +1,4 @@
-"""The training recipes that have led RobustBench beside their numbers, and four bottleneck methods on one of them.
+"""The training recipes that have led RobustBench, with their numbers, and four bottleneck methods in one of them.
 
     python -m ibjax.main --config=configs/leaderboard.py:ROW --workdir=runs/leaderboard/ROW
 
@@ -46,21 +46,22 @@
 
 The numbers are RobustBench's (commit 78fcc9e) where it lists the network; those of Gowal et al. 2020, Rebuffi et al.,
 Wang et al., Pang et al. and Liu et al. agree with the READMEs of deepmind-research, DM-Improves-AT (b390f25), SCORE
-(e82f442) and thu-ml/ares (306e35f). Swin-S's are of 1,000 images, from the last. Not checked against a public file,
-but from memory of the papers' tables: the numbers of rebuffi2021-cutmix, wang2023-28_10-1m and wang2023-28_10-50m, and
-batch and epochs of Wang et al.'s rows with more than 1 M images. docs/recipes.md compares every setting with the
-paper or its code; docs/leaderboard.md has the cost of every row, computed by `python docs/leaderboard.py`. `,smoke`
-shrinks any row; generated images are then left out.
+(e82f442) and thu-ml/ares (306e35f). Swin-S's numbers are those of 1,000 images, from the last README. The following are
+quoted from memory of the papers' tables and were not checked against a public file: the numbers of rebuffi2021-cutmix,
+wang2023-28_10-1m and wang2023-28_10-50m, and batch and epochs of Wang et al.'s rows with more than 1 M images.
+docs/recipes.md compares every setting with the paper or its code; docs/leaderboard.md has the cost of every row,
+computed by `python docs/leaderboard.py`. `,smoke` shrinks any row; generated images are then left out.
 
 Generated images are read from the file of `data.extra.path`, by default the published file's name in the folder
-`generated`: `cifar10_ddpm.npz` of Rebuffi et al., `1m.npz`, `20m.npz` and `50m.npz` of Wang et al., where the parts of
-the larger ones are joined. Those of the rows gowal2020-28_10, gowal2021 and bartoldson2024 are not published.
+`generated`: `cifar10_ddpm.npz` of Rebuffi et al., `1m.npz`, `20m.npz` and `50m.npz` of Wang et al. (join the parts of
+the larger ones first). The generated images of the rows gowal2020-28_10, gowal2021 and bartoldson2024 are not
+published.
 
 Deviations of all rows: checkpoints are selected on 1,000 training images that are held out, by PGD-40 on the margin
-every 20 epochs and in the last ones. On ImageNet: of CutMix and MixUp there is CutMix alone, RandAugment has fixed
-magnitudes and the operations of its paper. Of Singh et al.: training starts from random weights, where the authors
-start from networks trained on clean images; the attack is PGD-2, where theirs is APGD-2. Of Liu et al.: the attack
-takes its last iterate, where theirs keeps that of the largest loss and has shorter steps in the first five epochs.
+every 20 epochs and in the last ones. On ImageNet, only CutMix is used, not MixUp, and RandAugment has fixed magnitudes
+and the operations of its paper. In Singh et al.'s rows training starts from random weights, whereas the authors start
+from networks trained on clean images; the attack is PGD-2, theirs APGD-2. In Liu et al.'s rows the attack takes its
+last iterate, whereas theirs keeps that of the largest loss and has shorter steps in the first five epochs.
 """
 
 from ibjax.config import base, held, parse_arg, smoke

@@ -22,7 +22,7 @@ The paper's numbers:
 | lam-30         |                                              | 82.99 |        |         |        | 48.35      |
 | lam-0          | without L_svd and L_info (section 4.2): "will not converge to stable conditions" | | | | |    |
 | **Figure 5**   | `pgd_at`, `trades`, `awp`, `te` on CIFAR-10  |       |        |         |        |            |
-| **Figure 6**   | the same on CIFAR-100: `-cifar100` behind    |       |        |         |        |            |
+| **Figure 6**   | the same on CIFAR-100: suffix `-cifar100`    |       |        |         |        |            |
 | **Table 5**    | PGD-AT                                       |       |        |         |        |            |
 | wrn            | WRN-28-10-SR                                 | 86.74 | 54.30  | 53.90   | 52.99  | 50.94      |
 | wrn-l          | WRN-28-10-SR-L                               | 86.66 | 54.26  | 53.93   | 53.40  | 51.22      |

@@ -60,7 +60,7 @@ def aspects(made: ConfigDict) -> dict[str, str]:
     """What the page says of a configuration: aspect -> text."""
     made = config.effective(config.complete(made.copy_and_resolve_references()))
     objective = config.build("objectives", made.objective, "objective")
-    own = "of the objective's own" if objective.attack else "none"
+    own = "the objective's own" if objective.attack else "none"
     return {
         "data": _data(made),
         "augment": _augment(made),
@@ -109,7 +109,7 @@ def passes(objective: dict[str, Any]) -> str:
         return ", ".join({"clean": "x", "adv": "x'"}[one] for one in order.split(","))
     if name == "iad" and objective.get("passes") == "code":
         first = objective.get("variant", "I") == "I"
-        return "x', x', x, from `begin` on x" if first else "x', from `begin` on x"
+        return "x', x', x, from epoch `begin` on x" if first else "x', from epoch `begin` on x"
     if name == "siriib":
         return {"trades": "x, x'", "te_trades": "x, x'"}.get(base or "", "x', x for the added parts alone")
     if name == "ara":

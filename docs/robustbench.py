@@ -20,15 +20,15 @@ python -m ibjax.convert --torch=FILE --robustbench=Wang2023Better_WRN-70-16 --wo
 
 The name says architecture, size, normalisation and published accuracies ([all of them](zoo.md)); FILE is downloaded by
 hand. The import compares logits with PyTorch's and, where the test set is there, the clean accuracy with the published
-one; without the test set, `--photographs=32` (224 for ImageNet) compares logits alone. Where several networks have one
-name, write it as `cifar10/linf/Engstrom2019Robustness`.
+one; without the test set, `--photographs=32` (224 for ImageNet) compares logits alone. Where several networks share a
+name, write it in full, as in `cifar10/linf/Engstrom2019Robustness`.
 
 `python -m ibjax.evaluate --workdir=DIR --leaderboard` runs AutoAttack on the whole test set, writes the run's entry
-with RobustBench's keys to `DIR/leaderboard/`, and prints where it would stand. Submitting it is up to you.
+with RobustBench's keys to `DIR/leaderboard/`, and prints the rank that it would have. Submitting it is up to you.
 
-Networks are ranked by the lowest robust accuracy that is known, in percent, those for common corruptions by their
-accuracy under these. This page is generated from `ibjax/pytorch/published.csv` by `python docs/robustbench.py`; a test
-keeps it current.
+Networks are ranked by the lowest robust accuracy that is known, in percent; those for common corruptions are ranked by
+their accuracy under corruptions. This page is generated from `ibjax/pytorch/published.csv` by
+`python docs/robustbench.py`; a test keeps it current.
 
 | leaderboard | networks | imported |
 |---|---|---|

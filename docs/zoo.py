@@ -14,16 +14,16 @@ from ibjax.pytorch.published import Published, table
 
 HEAD = """# Published networks
 
-`ibjax.zoo` knows these {count} networks; it holds no weights. `zoo.load(NAME, FILE)` reads a file
-([your own network](own_network.md#published-networks)), `ibjax convert --torch=FILE --zoo=NAME --workdir=DIR` makes a
-run of it ([networks from PyTorch](teachers.md)), except of `kw` and `mlp_b`, which only `zoo.load` reads. Where several
-networks have one name, write it in full, as `cifar10/linf/Engstrom2019Robustness`. This page is generated from
+`ibjax.zoo` knows these {count} networks; it holds no weights. `zoo.load(NAME, FILE)` reads a file ([your own
+network](own_network.md#published-networks)), `ibjax convert --torch=FILE --zoo=NAME --workdir=DIR` makes a run from it
+([networks from PyTorch](teachers.md)). Only `zoo.load` reads the architectures `kw` and `mlp_b`. Where several networks
+share a name, write it in full, as in `cifar10/linf/Engstrom2019Robustness`. This page is generated from
 `ibjax/pytorch/published.csv` by `python docs/zoo.py`; a test keeps it current.
 
-Accuracies in percent are published ones, for ImageNet on 5,000 images, else on the whole test set; those for CIFAR and
-ImageNet are RobustBench's (commit 78fcc9e). Only what ibjax can import is listed;
-[RobustBench's leaderboards](robustbench.md) has the other networks too, and says why they cannot be. *Exact*: the
-robust accuracy that a verifier has proven. *Corruptions*: the accuracy under common corruptions.
+Accuracies are the published ones, in percent, on 5,000 images for ImageNet and on the whole test set otherwise; those
+for CIFAR and ImageNet are RobustBench's (commit 78fcc9e). Only networks that ibjax can import are listed;
+[RobustBench's networks](robustbench.md) also lists the others, with the reason for each. *Exact*: the robust accuracy
+that a verifier has proven. *Corruptions*: the accuracy under common corruptions.
 
 ## By architecture
 

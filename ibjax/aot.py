@@ -14,11 +14,12 @@ each step.
 
 A TPU's compiler also says how many cycles it expects of each kernel. From these follow the estimated milliseconds of a
 step of the attack's loop and of the rest, the share of the peak and the images/s of the slice, without communication.
-They are no measurement. Printed with them are the ten slowest kernels, by the operation that they come from, and every
-kernel of at least 20 µs that takes more than three times its own bound (products over peak, bytes over bandwidth).
+These are estimates, not measurements. Printed with them are the ten slowest kernels, by the operation that they come
+from, and every kernel of at least 20 µs that takes more than three times its own bound (products over peak, bytes over
+bandwidth).
 
-For a GPU, in place of these, the number of kernels inside and outside of loops, their bytes, and the bound that the
-card's bandwidth sets are printed.
+For a GPU, the command instead prints the number of kernels inside and outside of loops, their bytes, and the bound that
+the GPU's bandwidth sets.
 """
 
 import os
@@ -43,7 +44,7 @@ def parser() -> cli.Parser:
     parser.add_argument("--teacher", help="recipe of the teacher, where the configuration names none")
     ahead.add_images(parser)
     parser.add_argument(
-        "--images", type=int, metavar="N", help=f"of training, on every chip unless streamed; default: {IMAGES:,}"
+        "--images", type=int, metavar="N", help=f"training images, on every chip unless streamed; default: {IMAGES:,}"
     )
     parser.add_argument(
         "--generated", type=int, metavar="N", help="generated images of data.extra; default: those of its file, or 1 M"

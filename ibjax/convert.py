@@ -8,8 +8,9 @@
 
 Nothing is written unless the logits of a PyTorch network and ours agree. --to FOLDER means --to torch --out FOLDER.
 
-A card is a folder as Hugging Face keeps networks: README.md with metadata and the evaluation, model.safetensors,
-config.json. It is written to DIR/card unless --out says otherwise. The run that is made of a card has the same bits.
+A card is a folder in the layout of Hugging Face: README.md with metadata and the evaluation, model.safetensors,
+config.json. It is written to DIR/card unless --out says otherwise. The run that is made from a card has bit-identical
+weights.
 
 FILE is .pt, .pth, .t7 or .safetensors; --key selects one of several networks in it. An import compares logits on the
 test images of the configuration's data set (set by --config.data.data_dir=…), or without that data set on crops of
@@ -114,7 +115,7 @@ def add_import(parser: cli.Parser) -> None:
         metavar="NAME",
         help="the published network that it is (docs/robustbench.md), in place of --arch and the rest",
     )
-    add("--arch", help=f"which network it is, or whose names an export has: {', '.join(ARCHITECTURES)}")
+    add("--arch", help=f"architecture of the file, or the one whose names an export uses: {', '.join(ARCHITECTURES)}")
     add("--key", help="of several networks in the file the one that is meant, as state_dict or model_ema.module")
     add("--mean", help="with which pixels are normalised, as 0.4914,0.4822,0.4465; for pixels from 0 to 1")
     add("--std", help="likewise")

@@ -2,8 +2,9 @@
 
     python -m ibjax.doctor
 
-Exit code 0 when all is well, 1 when something needs mending: each problem is one line, with the line that mends it.
-Nothing is changed and nothing is trained. What cannot be found out is a problem too, never a traceback.
+Exit code 0 when all is well, 1 when something needs mending: each problem is one line, followed by a line that says how
+to mend it. Nothing is changed and nothing is trained. What cannot be found out is reported as a problem too, never as a
+traceback.
 """
 
 import importlib.metadata

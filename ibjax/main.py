@@ -2,7 +2,7 @@
 
     python -m ibjax.main --config=NAME[:arg] --workdir=DIR [--config.a.b=v …] [--mode=train|eval] [--restart]
                          [--trust=code|changed]
-    python -m ibjax.main --config=FILE.py[:arg] --workdir=DIR [--config.a.b=v …]            a recipe of one's own
+    python -m ibjax.main --config=FILE.py[:arg] --workdir=DIR [--config.a.b=v …]            your own recipe
     python -m ibjax.main --config=OTHER/config.json --workdir=DIR [--config.a.b=v …]        repeats another run
     python -m ibjax.main --list [--config=NAME]                                             names of recipes, of rows
 
@@ -13,9 +13,9 @@ command continues where it was stopped.
 If all checkpoints of a run are lost or damaged, the command says so and ends. --restart then begins that run again at
 step 0 and moves what is left of it to restarted-N/; a run with an undamaged checkpoint continues from it all the same.
 
-Names in a recipe and on the command line may refer to modules and files of your own. Where a run's folder names them
-(--config=OTHER/config.json, teacher.workdir), they run with --trust=code; --trust=changed goes on although the code of
-a run has changed since it was made.
+Names in a recipe and on the command line may refer to modules and files of your own. If a run's folder names them
+(--config=OTHER/config.json, teacher.workdir), they run only with --trust=code. With --trust=changed they run even if
+the code has changed since the run was made.
 
 | exit code | meaning                                |
 |-----------|----------------------------------------|

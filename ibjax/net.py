@@ -1,4 +1,4 @@
-"""How a network is called: through pure functions over plain nested dicts of arrays, whatever library it is written in.
+"""How a network is called: by pure functions over plain nested dicts of arrays, whatever library it is written in.
 
     predict    (variables, images) -> logits, features                    evaluation mode
     forward    (variables, images, key) -> (logits, features), variables  training mode: batch statistics move
@@ -29,7 +29,7 @@ Edits = Mapping[str, Callable[[Array], Array]]  # name of a tap -> edit of its f
 
 
 class Features(dict[str, Array]):
-    """The taps of a network by name; InputError, which names those that exist, where a method needs another one."""
+    """The taps of a network by name; a missing one raises an InputError that lists those that exist."""
 
     def __missing__(self, name: str) -> Array:
         taps = f"its taps are {', '.join(self)}" if self else "it returns logits alone; return (logits, {name: array})"

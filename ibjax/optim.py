@@ -108,8 +108,9 @@ def torch_one_cycle(
     The peak is at the step pct_start·T − 1 of T, the end at T − 1; a step is an epoch with stepping="epoch", as Wang et
     al. (2023) step it (with pct_start=0.025), and an optimiser's step otherwise. `anneal` is "cos" or "linear".
 
-    PyTorch's also cycles the momentum unless told otherwise, from 0.95 to 0.85 at the peak and back: that is
-    `optimizer.momentum=0.95` with `optimizer.momentum_at_peak=0.85`, to 0.004 in the rise and exactly afterwards.
+    By default PyTorch's OneCycleLR also cycles the momentum, from 0.95 to 0.85 at the peak and back.
+    `optimizer.momentum=0.95` with `optimizer.momentum_at_peak=0.85` reproduces this, to 0.004 during the rise and
+    exactly afterwards.
     """
     if anneal not in ("cos", "linear"):
         raise InputError(f"schedule.anneal='{anneal}' is unknown; {nearest(anneal, ('cos', 'linear'))}")
@@ -330,7 +331,7 @@ def average_decay(tau: float, *, warmup: bool = False, start: int = 0) -> Callab
 
         decay_t = 0 for t < start;   then min(τ, (1 + t − start) / (10 + t − start)) with `warmup`, else τ
 
-    With warm-up the first weights are soon forgotten, as in the code of Gowal et al. (2020, 2021; start=0). In the one
+    With warm-up the first weights are soon forgotten, as in the code of Gowal et al. (2020, 2021; start=0). In the code
     of SCORE and of Wang et al. (2023), start is 2.5 % of the training steps.
     """
 

@@ -70,7 +70,7 @@ class Objective(NamedTuple):
     attack: (net, variables, batch, key) -> (x_adv, variables), an inner maximisation that is specific to the method.
     memory: (training images, classes) -> variables["memory"] before the first step.
     remember: (net, variables, batch, key) -> variables with an updated memory. It runs before `target` and the attack,
-      at the unperturbed weights; what `loss` adds to the memory is of the perturbed ones.
+      at the unperturbed weights; what `loss` adds to the memory is computed at the perturbed weights.
     proxy: (net, variables, batch, x_adv, key) -> the loss that a weight perturbation increases; None: `loss`.
     fits_labels: whether `loss` has a cross-entropy with batch["label"], which smoothed labels change.
     """
@@ -157,7 +157,7 @@ def init_state(
 
 
 class Passes(NamedTuple):
-    """How the forward passes of attack and loss see batch-norm, where it is not what the objective says."""
+    """The batch-norm statistics in the passes of attack and loss, where they differ from what the objective says."""
 
     attack: str = "eval"  # or "batch": the attack sees the statistics of its batch, and moves no running statistics
     statistics: str = "all"  # or "adv": in the loss, passes over clean images leave the running ones as they are

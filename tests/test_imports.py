@@ -257,7 +257,7 @@ ROWS = [
         "resnet",
         Said(mean=(0.5,), std=(0.5,)),
         refused=r"keeps its normalisation, mean \(0\.4914.*; leave --mean and --std out",
-        page="refused: the file's own holds",
+        page="refused: the file has its own normalisation",
     ),
     Row(
         "RobustBench: `normalize.mean`, `normalize.std`, `model.`",

@@ -87,7 +87,7 @@ NAMED = {
 def test_the_page_says_the_order_in_which_passes_are_made():
     assert NAMED.keys() == ORDERS.keys()
     for name, (_, order) in ORDERS.items():
-        said = recipes.passes(NAMED[name]).replace("from `begin` on ", "").split(", ")
+        said = recipes.passes(NAMED[name]).replace("from epoch `begin` on ", "").split(", ")
         assert "".join({"x": "1", "x'": "2"}[one] for one in said) == str(order), name
 
 

@@ -16,9 +16,9 @@ the images that are not broken yet. With too few classes for DLR, the margin los
 
 Gradients and the search for adversarial images use float32 products of `precision`, "high" unless said otherwise: on a
 GPU TensorFloat-32, as PyTorch's convolutions. At the end every image and its adversarial image are classified once more
-at "highest", and the flags are those of this judgement. An image that was only broken by rounding counts as robust, one
-that only rounding kept does not; `Result.changed` says which flags were others before. A network that draws in each
-call, and is attacked in spite of it, is not asked again.
+at "highest", and the flags are those of this judgement. An image that was only broken by rounding counts as robust, and
+one that was only robust by rounding does not; `Result.changed` says which flags the judgement changed. A network that
+draws random numbers in each call, and is attacked with `allow_randomized`, is not judged again.
 
 With `search_dtype="bfloat16"` gradients and candidates come from the network with its products in bfloat16. The network
 itself, in float32, classifies every image that an attack reports, the image of largest loss and the last one of each
@@ -225,10 +225,10 @@ def autoattack(
       precision: of float32 products while attacking: "default", "high" or "highest" (`ibjax.devices.precision`). None:
         "high", or what JAX's `default_matmul_precision` is set to.
       search_dtype: "float32", or "bfloat16": gradients and the search use the network with its products in bfloat16
-        (`ibjax.attacks.autocast`), for speed; no other than the network itself judges an image. The result is not
-        the standard one.
-      progress: name of a progress bar; with it, a preemption notice stops the attack with PreemptedError, between two
-        steps on a CPU, and two programs of Square's queries on an accelerator.
+        (`ibjax.attacks.autocast`), for speed; images are judged by the network itself. The result is not the
+        standard one.
+      progress: name of a progress bar; with it, a preemption notice stops the attack with PreemptedError: on a CPU
+        between two steps, on an accelerator between two programs of Square's queries.
 
     Raises:
       InputError: images outside [0, 1], wrong labels, an invalid eps, an output that is not logits, a random network, a

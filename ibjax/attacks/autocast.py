@@ -2,10 +2,10 @@
 
     product(a, b)   becomes   float32( product( bfloat16(a), bfloat16(b) ) )          convolutions and matrix products
 
-Each product is accumulated in float32 by the hardware and stored in bfloat16, and so is what a product reads: whatever
-reads it too, as the sum at the end of a residual block, reads the stored number. Everything else, as normalisations,
-sums and activation functions, is computed in float32 from what is stored. Derivatives follow: the gradients of a
-product are products in bfloat16.
+Each product is accumulated in float32 by the hardware and stored in bfloat16. The operands of a product are stored in
+bfloat16 too; whatever else reads them, such as the sum at the end of a residual block, reads the stored numbers.
+Everything else, such as normalisations, sums and activation functions, is computed in float32 from what is stored.
+Derivatives follow: the gradients of a product are products in bfloat16.
 
 | what                                                  | becomes                                                      |
 |-------------------------------------------------------|--------------------------------------------------------------|
@@ -18,7 +18,7 @@ product are products in bfloat16.
 | loops (`scan`, `while_loop`) and conditionals         | as one product: those between two others are in bfloat16     |
 | `custom_jvp`, `custom_vjp`, and any other call        | stay in float32, as their derivatives are code of their own  |
 
-`told` says what a network keeps in float32 by the last row.
+`told` says which products of a network stay in float32 because of the last row.
 """
 
 from collections import Counter

@@ -2,7 +2,7 @@
 
 | argument  | accepted                                                                                             |
 |-----------|------------------------------------------------------------------------------------------------------|
-| key       | a JAX key, one or one per image (B,), old ones of jax.random.PRNGKey too; a whole number, as seed    |
+| key       | a JAX key, or one per image (B,), also old ones of jax.random.PRNGKey; a whole number, used as seed  |
 | logits_fn | a function that JAX can trace                                                                        |
 | x         | (B, H, W, C) float32 in [0, 1], of NumPy or JAX; up to 1e-6 outside, which is clipped                |
 | target    | labels (B,), classes that the network has; where the loss takes them, distributions (B, classes)     |

@@ -25,7 +25,7 @@ TOLERANCE = 1e-6  # how far rounding may move a pixel in float32; see `tolerance
 def check_norm(norm: Any, allowed: Sequence[str] = NORMS) -> str:
     """The norm's name in NORMS, from any spelling: "linf", "Linf", "L_inf", "inf", np.inf; "l2", "L2", "2", 2; "L1", 1.
 
-    Raises InputError unless the norm is in `allowed`, as "l0" only is where an attack is made for it.
+    Raises InputError unless the norm is in `allowed`; "l0" is allowed only by attacks that are made for it.
     """
     text = str(norm).lower().replace("_", "").removeprefix("l").removesuffix(".0")
     name = f"l{text}"
@@ -133,10 +133,10 @@ def distance(x_adv: Array, x: Array, norm: str) -> Array:
 def tolerance(eps: float, shape: Sequence[int]) -> float:
     """How far float32 rounding may leave an image (H, W, C) of a correct attack outside of the ball of radius `eps`.
 
-    1e-6, above a radius of 1 in radii. Norms are sums over all pixels, whose rounding grows with their number n: if it
-    is random, to ½·√n·2^−24 of the norm. Where all terms are equal it is not, and noise of random signs at ε = 1 in l2
-    lies 5e-6 outside for 224×224×3 pixels, where ½·√n·2^−24 is 1.2e-5 (CPU). Up to 32×32×3 pixels and ε = 0.5 that is
-    less than 1e-6.
+    At least 1e-6, or 1e-6·eps if eps is above 1. Norms are sums over all pixels, whose rounding error grows with their
+    number n: if it is random, to ½·√n·2^−24 of the norm. Where all terms are equal it is not, and noise of random signs
+    at ε = 1 in l2 lies 5e-6 outside for 224×224×3 pixels, where ½·√n·2^−24 is 1.2e-5 (CPU). Up to 32×32×3 pixels and ε
+    = 0.5 that is less than 1e-6.
     """
     return max(TOLERANCE * max(1.0, eps), eps * math.sqrt(math.prod(shape)) * 2**-25)
 

@@ -1,4 +1,4 @@
-"""Functions as programs: what they close over becomes arguments, what depends on that alone is computed once."""
+"""Functions as programs: what they close over becomes arguments, and what depends on that alone is computed once."""
 
 import inspect
 import itertools
@@ -34,8 +34,9 @@ def prepared(f: Callable, x: Array) -> Callable:
 
     A network folds its batch-norms into its convolutions and converts their weights; within the loop of an attack, that
     would be done in every step. It is done where `prepared` is called, and an optimisation barrier keeps the compiler
-    from moving it back. What is larger than what it is made from, such as a bias for every pixel, stays in the calls,
-    where it is no array in memory. Of x only shape and dtype are used; a call with other ones is a call of f itself.
+    from moving it back. Values that are larger than their operands, such as a bias for every pixel, are computed in the
+    calls, where they need not be stored in memory. Of x only shape and dtype are used; a call with other ones is a call
+    of f itself.
     """
     closed, shapes = jax.make_jaxpr(f, return_shape=True)(x)
     tree, like = jax.tree.structure(shapes), (x.shape, x.dtype)

@@ -57,7 +57,8 @@ class Compiler:
     def close(self) -> None:
         """Compiles nothing more. A program that is being compiled is finished, but nobody waits for it.
 
-        Nor does a command that ends: a notice of preemption leaves less time than a large program takes.
+        A command that ends does not wait for it either: a preemption notice leaves less time than compiling a large
+        program takes.
         """
         if self.threads is not None:
             self.threads.shutdown(wait=False, cancel_futures=True)

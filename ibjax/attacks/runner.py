@@ -187,7 +187,7 @@ class Runner:
             yield int(position)
 
     def expect(self, attack: Iterative, count: int) -> None:
-        """Begins to compile the programs for `count` items of an attack, or more; what they are is not known yet."""
+        """Begins to compile the programs for `count` items of an attack, or more, before it is known which."""
         self._programs(
             attack, len(_padded(np.arange(min(count, self.sizes[-1])), worthwhile(self.sizes, attack.steps)))
         )
@@ -327,7 +327,7 @@ def passes(attack: Iterative, others: np.ndarray) -> int:
 def stops(attack: Iterative) -> list[int]:
     """The steps before which an attack's programs are left; only there can a batch be compacted, on all devices alike.
 
-    Queries are made in more and more at once, since most images that fall do so early.
+    The number of queries between two stops grows, since most images that Square breaks are broken early.
     """
     if attack.done is None:
         stride = 1 if cores.form().unroll and attack.gradient else attack.steps
@@ -365,7 +365,7 @@ def _steps(attack, step, start, stop, state):
 def worthwhile(sizes: list[int], steps: int) -> list[int]:
     """Those of some batch sizes, ascending, that an attack of so many steps uses.
 
-    The largest, and each one that saves more time against the next larger one of them than compiling its program takes.
+    The largest, and each one that saves more time, compared with the next larger one, than compiling its program takes.
     Both are counted in steps at the largest size (`cores.form().compiling`), never by a clock or by what is compiled
     already: an evaluation that was interrupted goes on with the same sizes, and so with the same bits.
     """

@@ -2,7 +2,7 @@
 sparse black-box adversarial attacks", AAAI 2022. In l0: at most k pixels change, each in any way.
 
     M_0 = k random pixels; at these x_0 has random colours of {0, 1}^C, elsewhere it is x
-    each query: a pixels of M_t, drawn evenly, go back to x, and a pixels outside M_t get random colours of {0, 1}^C;
+    each query: a pixels of M_t, drawn uniformly, go back to x, and a pixels outside M_t get random colours of {0, 1}^C;
     this replaces x_t if its margin z_y − max_{k≠y} z_k is smaller, or if it is ≤ 0, which ends the search
 
     a = max( ⌊α·k⌋, 1 )          α = α_init, divided by 2, 4, 5, 6, 8, 10, 12, 15, 20 after 0, 50, 200, 500, 1000, 2000,

@@ -16,7 +16,7 @@
 |----------------|------------------------------------------------------------------------------------------|
 | "least_likely" | the class with the smallest logit at x, the paper's choice                                |
 | "most_likely"  | the class other than y with the largest logit at x, the easiest one                       |
-| "random"       | drawn evenly from the classes other than y, with the key of the image                     |
+| "random"       | drawn uniformly from the classes other than y, with the key of the image                  |
 | "next"         | (y + 1) mod K                                                                             |
 | a number       | this class for every image; images of this class are returned unchanged                   |
 | "given"        | the target of the call is a tuple (y, t), each of shape (B,)                              |

@@ -91,7 +91,7 @@ def parser() -> cli.Parser:
     parser.add_argument("--archives", type=files.path, help="folder of the archives; default: DATA_DIR/downloads")
     parser.add_argument("--download", action="store_true", help="fetch the archives that are missing")
     parser.add_argument("--unverified", action="store_true", help="accept archives that are not the official ones")
-    parser.add_argument("--label", default="", help="how results on the data are called; default: its usual name")
+    parser.add_argument("--label", default="", help="the data set's name in results; default: its usual name")
     return parser
 
 

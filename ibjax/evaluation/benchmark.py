@@ -1,4 +1,4 @@
-"""One call for a network that was trained elsewhere: the records and the report of a trained run.
+"""One call makes the records and the report for a network that was trained elsewhere.
 
     import ibjax
     from ibjax import wrap
@@ -6,9 +6,9 @@
     records = ibjax.benchmark(wrap.nnx(model), "cifar10", threat=("linf", "8/255"), attacks=("autoattack",),
                               workdir="runs/mine")
 
-The folder gets eval/given/<attack>.json, report.html, and a config.json that says which network it was. A second call
-computes only what is not there, and AutoAttack continues where it was stopped. Networks whose programs call back into
-Python, as PyTorch's do, run on one device.
+The folder gets eval/given/<attack>.json, report.html, and a config.json that says which network was attacked. A second
+call computes only what is missing, and AutoAttack continues where it was stopped. Networks whose programs call back
+into Python, as PyTorch's do, run on one device.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Model cards: a folder as Hugging Face keeps networks, written from a run, and made a run again.
+"""Model cards: a folder in the layout of Hugging Face, which is written from a run and can be turned into a run again.
 
 | file              | content                                                                                          |
 |-------------------|--------------------------------------------------------------------------------------------------|
@@ -38,7 +38,7 @@ _WEIGHTS = "model.safetensors"
 
 
 def to_card(workdir: Path, to: Path, checkpoint: str | int = "best") -> Path:
-    """Writes the card of a run's network to the folder `to`, which must not exist or be empty; returns it.
+    """Writes the card of a run's network to the folder `to`, which must be new or empty; returns it.
 
     The evaluation is that of the run's records of exactly these weights.
 
@@ -78,7 +78,7 @@ def to_card(workdir: Path, to: Path, checkpoint: str | int = "best") -> Path:
 
 
 def from_card(folder: Path, workdir: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Makes `workdir`, which must not exist or be empty, a run with the network of a card; returns what it says of it.
+    """Makes a run in `workdir`, which must be new or empty, with the network of a card; returns what the card says.
 
     overrides: of the configuration, where the data lies elsewhere: ["--config.data.data_dir=…"].
 

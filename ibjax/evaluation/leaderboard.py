@@ -25,7 +25,7 @@ _CLOSE = 0.015  # relative: entries with 0.5 stand beside 128/255, those with 0.
 
 
 def write(workdir: Path, checkpoint: str, norm: str, eps: str) -> tuple[Path, dict[str, Any]]:
-    """Writes leaderboard/CHECKPOINT.NORM.EPS.json into a run's folder; returns it and the entry. For all processes.
+    """Writes leaderboard/CHECKPOINT.NORM.EPS.json into a run's folder; returns file and entry. All processes call it.
 
     Raises InputError where the run has no AutoAttack record of the whole test set for this threat.
     """

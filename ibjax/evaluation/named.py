@@ -14,8 +14,7 @@
 | ara-STEPS                    | the representation attack, guided by images of other classes                        |
 | ib_rar-STEPS                 | IB-RAR's adaptive attack, with the run's own α and β or the defaults                |
 | siriib-STEPS, siriib-TERMS-STEPS | SiRIIB's adaptive attack on CE, L_svd and L_info or some: `siriib-ce-svd-20`    |
-
-| an attack of one's own       | an entry point of the group ibjax.attacks, `my_pkg.my_attack` or                    |
+| an attack of your own        | an entry point of the group ibjax.attacks, `my_pkg.my_attack` or                    |
 |                              | `./my_attack.py:my_attack`, each with -STEPS if it takes steps                      |
 
 Options are given in parentheses, as in `cw-l2-200(c=0.1,lr=0.1)`; records state them in the same form:
@@ -38,9 +37,9 @@ Options are given in parentheses, as in `cw-l2-200(c=0.1,lr=0.1)`; records state
 | all                               | count=both or attacked, see below                                              |
 
 With count=both an image counts as robust if it is classified correctly both clean and under attack. With
-count=attacked, as some papers count, only the prediction under attack matters. AutoAttack as a whole has no option
-that changes its steps, since it is a standard. With search_dtype=bfloat16 it is not the standard, as its name says. In
-l1 the defaults of its parts are those of AutoAttack for l1.
+count=attacked, as some papers count, only the prediction under attack matters. AutoAttack as a whole has no option that
+changes its steps, since it is a standard. With search_dtype=bfloat16 it is not the standard attack, and its name in
+records shows this. In l1 the defaults of its parts are those of AutoAttack for l1.
 """
 
 import functools

@@ -38,7 +38,7 @@ _ATTACKED, _JUDGED = 0x617474, 0x6A7564
 
 
 class GradientError(InputError):
-    """The gradient of a network is no number, so that an attack cannot judge it."""
+    """The gradient of a network is not finite, so that its robustness to an attack cannot be measured."""
 
 
 class Flags(NamedTuple):

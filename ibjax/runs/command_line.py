@@ -27,8 +27,8 @@ def of_run(module: str, description: str | None) -> Parser:
 
 
 TRUST = (
-    "run modules and files that a run's folder names and that are no part of ibjax: code, if they are what the run was "
-    "made with; changed, also if they have changed since"
+    "run modules and files that a run's folder names and that are not part of ibjax: code, if they are what the run "
+    "was made with; changed, also if they have changed since"
 )
 
 
@@ -55,11 +55,11 @@ def add_attacks(parser: argparse.ArgumentParser) -> None:
 
 def add_evaluation(parser: argparse.ArgumentParser) -> None:
     """Adds the other options that replace values of a run's `evaluate` section; OF_EVALUATION has their names."""
-    parser.add_argument("--n", type=int, help="number of test images; default: the run's evaluate.n, or all")
-    parser.add_argument("--samples", type=int, help="judge the mean of so many drawn predictions; default: the run's")
-    parser.add_argument("--norm", help="linf, l2, l1 or l0; another than the run's needs --eps")
+    parser.add_argument("--n", type=int, help="number of images; default: the run's evaluate.n, or all; of a file all")
+    parser.add_argument("--samples", type=int, help="classify by the mean of this many samples; default: the run's")
+    parser.add_argument("--norm", help="linf, l2, l1 or l0; a norm other than the run's needs --eps")
     parser.add_argument("--eps", help='radius, as "8/255"')
-    parser.add_argument("--step_size", help='of iterative attacks, as "2/255"; default: the run\'s share of eps')
+    parser.add_argument("--step_size", help='of iterative attacks, as "2/255"; default: the run\'s ratio to eps')
     parser.add_argument("--batch_size", type=int, help="images at a time")
     parser.add_argument(
         "--precision", choices=precision.NAMES, help="of float32 products in attacks; default: the run's, usually high"

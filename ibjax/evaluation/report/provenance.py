@@ -10,7 +10,7 @@ from ibjax.evaluation.results import Record, attack_label
 
 
 def facts(records: Sequence[Record]) -> dict[str, list[str]]:
-    """{what: lines} of the attacks, n, seeds, selection, hardware, versions and commits of which the tables result."""
+    """{what: lines} of the attacks, n, seeds, selection, hardware, versions and commits that produced the tables."""
     if not records:
         return {}
 
