@@ -49,15 +49,15 @@ ENTRIES = {
         (),
         True,
         "Figure 4 of IBD: which student layer the learned matching assigns to which teacher layer. Rows are teacher "
-        "layers and sum to 1; even rows mean no preference.",
+        "layers and sum to 1; a uniform row means no preference.",
     ),
     "embedding": Entry(
         "--workdir={digits} --workdir={digits}/undefended --attack=pgd-20",
         (),
         True,
         "Figure 3 of IB-RAR and Figure 8 of SiRIIB: t-SNE of the penultimate features of attacked images, here of the "
-        "student and of the undefended network. The silhouette is computed in feature space and can be compared; the "
-        "distances in the picture cannot.",
+        "student and of the undefended network. The silhouette is computed in feature space and can be compared "
+        "between networks; the distances in the picture cannot.",
     ),
     "plane": Entry(
         "--config=docs/gallery.py:ib_rar --workdir={gallery}/plane --every=20 --taps=stage1,stage2",
@@ -71,7 +71,7 @@ ENTRIES = {
         (),
         True,
         "Figures 1 and 2 of SiRIIB: does an attack act through the singular values of an image? `swapped` puts the "
-        "clean singular values back; `noise` is the control of equal size.",
+        "clean singular values back; `noise` is the control, random noise of the same size.",
     ),
     "modulation": Entry(
         "--workdir={gallery}/siriib --attacks=pgd-20,siriib-svd-20,siriib-info-20",
@@ -84,7 +84,7 @@ ENTRIES = {
         "--workdir={digits} --tap=stage1",
         (),
         True,
-        "Figure 7 of SiRIIB, with attacked images too: Score-CAM heat maps, for the class predicted on the clean "
+        "Figure 7 of SiRIIB: Score-CAM heat maps of clean and attacked images, for the class predicted on the clean "
         "image.",
     ),
     "binarisation": Entry(
@@ -99,7 +99,7 @@ ENTRIES = {
         ("isolated",),
         False,
         "Table 8 of SiRIIB: accuracy on attacked images, on the same images after a calibration that the attack did "
-        "not see, and under an attack through both.",
+        "not see, and under an attack through calibration and network.",
     ),
     "tendency": Entry(
         "--workdir={digits}/undefended --attack=pgd-20 --top=3",
@@ -111,8 +111,8 @@ ENTRIES = {
         "--config=docs/gallery.py:layers --workdir={gallery}/layers",
         (),
         False,
-        "Table 3 of IB-RAR: one network per tap with the information terms of this tap alone; a tap is robust if its "
-        "network gains a point of accuracy over the one without terms.",
+        "Table 3 of IB-RAR: one network per tap (feature layer) is trained with the information terms of this tap "
+        "alone. A tap is robust if its network gains a point of accuracy over the network without terms.",
     ),
     "mask": Entry(
         "--workdir={gallery}/ib_rar --tap=pre_logits --out={gallery}/masked",
@@ -264,12 +264,13 @@ def shown(printed: str) -> Iterator[str]:
 
 PREFACE = """# Gallery
 
-Each analysis of `ibjax.analysis`, run on small networks: the quickstart's, and a few more that `docs/gallery.py` trains
-on the same 8×8 digits. The commands are those that made the pictures and tables; the captions say which figure or table
-of a paper they stand for. These networks are for looking at, not for conclusions: 360 test images, one seed.
+This page shows the output of each analysis of `ibjax.analysis` on small networks: those of the quickstart, and a few
+more that `docs/gallery.py` trains on the same 8×8 digits (for the corruptions, on CIFAR-10 (JPEG)). The commands are
+those that made the pictures and tables. The text of an analysis says which figure or table of a paper it corresponds
+to. The networks only illustrate: one seed and 360 test images (corruptions: 500) support no conclusion.
 
 `python -m ibjax.analysis` lists the analyses, `python -m ibjax.analysis.NAME --help` describes one in full, and
-`--picture=FILE.pdf`, `.svg` or `.png` chooses the format. The page is generated: `python docs/gallery.py --help`.
+`--picture=FILE.pdf`, `.svg` or `.png` chooses the format. This page is generated: `python docs/gallery.py --help`.
 """
 
 if __name__ == "__main__":
