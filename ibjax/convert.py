@@ -19,7 +19,7 @@ does not say how its network was trained, so the other sections of the configura
 the training.
 
 Guarantees (tests of the same names): Nothing in a file can run code. Every weight is filled, and no weight of the file
-is left over. The gate (logits of real images agree to 1e-4) notices a change of any single weight. Import, export and
+is left over. The gate (logits of real images agree to 1e-4) notices a change of any parameter array. Import, export and
 import give the same bits. A folder that is not empty is refused; a new one is written whole or not at all.
 
 --robustbench, or --zoo, takes a name of RobustBench's leaderboards or of the other networks in docs/zoo.md. The name

@@ -136,6 +136,16 @@ def own_process():
         os.environ.update(variables)
 
 
+class Bomb:
+    """Whoever unpickles it makes the folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory):
     """The workdir of a finished `digits_recipe()`, with its teacher and contrast below it.

@@ -105,7 +105,7 @@ def test_the_loss_rises(name):
     assert loss(attacked(name)).mean() > loss(X).mean()
 
 
-def test_each_image_is_attacked_by_itself(name):
+def test_each_images_result_is_independent_of_the_others_in_its_batch(name):
     """With a key per image, an image's result does not depend on the rest of its batch.
 
     In float64: the last bits of float32, which do depend on it, now and then turn a sign.

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import pickle
 import re
 import shutil
 import sys
 
 import numpy as np
 import pytest
-from conftest import clean_recipe, untrained_run
+from conftest import Bomb, clean_recipe, untrained_run
 
 from ibjax import config, convert, files
 from ibjax.errors import CheckpointError, InputError
@@ -148,12 +149,18 @@ def test_weights_of_another_network_are_refused_even_with_their_digest(made, tmp
     refused({key: value for key, value in tensors.items() if key != name}, f"{name} is nothing")
     refused({**tensors, "more": tensors[name]}, "more is float32.*makes it nothing")
     refused({**tensors, name: tensors[name] + 1}, "does not hold the weights of config.json")
-    file.write_bytes(b"\x80\x04cposix\nsystem\n")  # a pickle
+
+
+def test_nothing_is_unpickled(made, tmp_path):
+    shutil.copytree(made[1], tmp_path / "card")
+    file = tmp_path / "card" / "model.safetensors"
+    file.write_bytes(pickle.dumps(Bomb(tmp_path / "executed")))
     content = files.read_json(made[1] / "config.json")
     content["card"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
     files.write_json(tmp_path / "card" / "config.json", content)
     with pytest.raises(CheckpointError, match="no safetensors file"):
         card.from_card(tmp_path / "card", tmp_path / "back")
+    assert not (tmp_path / "executed").exists()
 
 
 def test_options_of_the_data_s_place_may_change_and_no_others(made, tmp_path):

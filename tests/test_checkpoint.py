@@ -3,6 +3,8 @@
 import errno
 import gc
 import os
+import pickle
+import re
 import shutil
 import types
 
@@ -10,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import Bomb
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ibjax import files
@@ -24,10 +27,10 @@ def no_waiting(monkeypatch):
     monkeypatch.setattr(checkpoint, "time", types.SimpleNamespace(sleep=lambda seconds: None))
 
 
-def state(step, width=6, dtype=jnp.float32, ema=False):
+def state(step, width=6, dtype=jnp.float32, ema=False, classes=3):
     """Made in NumPy and put on a device: no program is compiled for it."""
     rng = np.random.default_rng(step)
-    kernel, b, mean, w = (np.float32(rng.normal(size=shape)) for shape in ((width, 5), (3,), (4,), (2,)))
+    kernel, b, mean, w = (np.float32(rng.normal(size=shape)) for shape in ((width, 5), (classes,), (4,), (2,)))
     params = {"a": {"kernel": kernel.astype(dtype)}, "b": b}
     variables = {"params": params, "batch_stats": {"mean": mean}, "head": {"params": {"w": w}, "batch_stats": {}}}
     average = jax.tree.map(lambda leaf: leaf + 1, params) if ema else None
@@ -73,14 +76,15 @@ def test_evaluation_restores_the_averaged_parameters_alone(tmp_path):
     np.testing.assert_array_equal(variables["params"]["b"], state(1, ema=True).ema_params["b"])
 
 
-def test_no_flipped_byte_gives_a_wrong_weight(tmp_path):
+def test_no_flipped_byte_gives_a_wrong_weight(tmp_path, caplog):
     """It gives the step before or, in one of Orbax's unread copies, the same state; never a wrong weight."""
     folder = saved(tmp_path, steps=(2, 3))
     rng = np.random.default_rng(0)
     data = [f for item in checkpoint.ITEMS for f in (folder / "3" / item).rglob("*") if f.is_file() and "/d/" in str(f)]
     assert data
-    found = 0
+    found = named = 0
     for trial in range(40):
+        caplog.clear()
         file = data[trial % len(data)]
         work = tmp_path / f"trial{trial}"
         shutil.copytree(folder, work / "checkpoints")
@@ -93,8 +97,10 @@ def test_no_flipped_byte_gives_a_wrong_weight(tmp_path):
         step = good[trees.digest(restored)]  # KeyError: a wrong weight was restored silently
         if step == 2:
             found += 1
+            named += bool(re.search(r"checkpoint 3: (variables|training)/\S+ is damaged", caplog.text))
             assert (work / "damaged" / "3").is_dir() and not (work / "checkpoints" / "3").exists()
     assert found >= 4
+    assert named == found
 
 
 def test_a_damaged_step_that_is_not_the_newest_is_set_aside_too(tmp_path):
@@ -164,6 +170,14 @@ def test_each_kind_of_file_may_be_damaged(tmp_path, damage):
         assert trees.digest(latest(work)) in digests, file
 
 
+def test_nothing_is_unpickled(tmp_path):
+    folder, executed = saved(tmp_path, steps=(2, 3)), tmp_path / "executed"
+    for file in [f for f in (folder / "3").rglob("*") if f.is_file()]:
+        file.write_bytes(pickle.dumps(Bomb(executed)))
+    assert int(latest(tmp_path).step) == 2
+    assert not executed.exists()
+
+
 @pytest.mark.parametrize("name", ["manifest.ocdbt", "d"])
 def test_a_missing_part_is_named_and_leaves_nothing_behind_that_speaks_later(tmp_path, name, capfd):
     """Reading takes no event loop, whose leftovers would write tracebacks after the line."""
@@ -196,6 +210,7 @@ def test_all_damaged_is_an_error_and_nothing_is_moved_until_restart_is_asked_for
     "like, words",
     [
         (lambda: state(0, width=7), "params/a/kernel: saved float32[6, 5], wanted float32[7, 5]"),
+        (lambda: state(0, width=7, classes=4), "params/b: saved float32[3], wanted float32[4]"),
         (lambda: state(0, dtype=jnp.bfloat16), "wanted bfloat16[6, 5]"),
         (lambda: state(0)._replace(opt_state=()), "wanted nothing"),
     ],
@@ -208,7 +223,7 @@ def test_another_network_or_type_is_refused_and_the_first_leaves_listed(tmp_path
     assert (folder / "3").is_dir()  # not damaged: not set aside
 
 
-def test_leftovers_of_a_killed_save_are_swept_and_do_not_count(tmp_path):
+def test_a_save_that_is_killed_leaves_the_previous_step_restorable(tmp_path):
     folder = saved(tmp_path, steps=(2,))
     leftover = folder / "7.orbax-checkpoint-tmp"
     shutil.copytree(folder / "2", leftover)

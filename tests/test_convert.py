@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import smoke_config
+from conftest import Bomb, smoke_config
 
 from ibjax import config, convert, files
 from ibjax.devices import cluster
@@ -270,6 +270,9 @@ def test_a_folder_that_is_not_empty_is_refused_and_a_new_one_is_written_whole_or
     for folder in ("empty", "absent"):
         with pytest.raises(CheckpointError, match="disk full"):
             convert.from_torch(file, "wide_resnet", tmp_path / folder, overrides=data)
+        monkeypatch.setattr(exports, "model_info", fails)
+        with pytest.raises(CheckpointError, match="disk full"):
+            convert.to_torch(workdir, tmp_path / folder)
     assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
 
 
@@ -355,16 +358,6 @@ def test_an_export_has_the_names_of_the_file_that_was_imported_or_those_that_are
 
 
 # ---- files -------------------------------------------------------------------------------------------------
-
-
-class Bomb:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __reduce__(self):
-        return os.mkdir, (self.file,)
 
 
 @pytest.mark.parametrize("legacy", [False, True])

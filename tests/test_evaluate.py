@@ -98,6 +98,7 @@ def test_batch_size_and_number_of_devices_change_no_flag(batch_size, devices):
     flags, x_adv = score(batch_size, devices, keep=N)
     np.testing.assert_allclose(x_adv, x_reference, atol=1e-6)
     np.testing.assert_array_equal(flags.robust, reference.robust)
+    np.testing.assert_array_equal(flags.clean, reference.clean)
     assert len(flags.robust) == N
 
 

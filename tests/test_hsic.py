@@ -256,14 +256,16 @@ DEGENERATE = {
 @jax.jit
 @jax.value_and_grad
 def every_measure(t, labels):
-    y = hsic.label_gram(labels, 10)
+    y = hsic.label_gram(labels, 30)  # more classes than samples
     r = jnp.stack([hsic.correlation_operator(k) for k in (hsic.scaled_gram(t), y)])
     plain = hsic.hsic(hsic.gaussian_gram(t, hsic.knn_width(t)), y)
     return jnp.sum(hsic.nhsic_layers(r, [t])) + plain
 
 
 @pytest.mark.parametrize("features", DEGENERATE.values(), ids=list(DEGENERATE))
-@pytest.mark.parametrize("labels", [LABELS, np.zeros(B, int)], ids=["classes", "one class"])
+@pytest.mark.parametrize(
+    "labels", [LABELS, np.zeros(B, int), np.arange(B)], ids=["classes", "one class", "a class each"]
+)
 def test_no_nan_on_degenerate_features_and_one_class(features, labels):
     value, gradient = every_measure(f32(features), labels)
     assert np.isfinite(value) and np.all(np.isfinite(gradient))

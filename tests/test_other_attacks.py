@@ -191,7 +191,7 @@ def test_the_same_key_gives_the_same_result_and_the_eps_may_be_one_per_image(nam
     assert np.all(size <= eps + 1e-6) and size[5] > 0
 
 
-def test_each_image_is_attacked_by_itself(name):
+def test_each_images_result_is_independent_of_the_others_in_its_batch(name):
     """With a key per image, an image's result does not depend on the rest of its batch."""
     rows, eps = np.array([0, 5]), np.full(2, EPS[norm_of(name)], np.float32)
     pair = within(name)(eps, key_per_image()[rows], X[rows], Y[rows])

@@ -76,8 +76,8 @@ def test_records_and_arrays_say_where_they_are(tmp_path, caplog):
 
 
 def test_a_result_made_with_other_settings_or_of_other_weights_is_kept_beside_the_new_one(tmp_path, caplog):
-    def write(name="pgd-20", versions="1", value=1.0):
-        content = {"attack": name, "versions": {"jax": versions}, "shape": (2, 3)}
+    def write(name="pgd-20", versions="1", value=1.0, weights="aa"):
+        content = {"attack": name, "versions": {"jax": versions}, "shape": (2, 3), "weights": weights}
         output.record(tmp_path / "new", "best", content, {"x": np.array([value])})
 
     def kept():
@@ -92,7 +92,9 @@ def test_a_result_made_with_other_settings_or_of_other_weights_is_kept_beside_th
     assert kept() == {"best": ("pgd-20", 1.0)}
     write("fgsm", value=2.0)
     write("apgd-ce", value=3.0)
-    assert kept() == {"best": ("apgd-ce", 3.0), "best.1": ("pgd-20", 1.0), "best.2": ("fgsm", 2.0)}
+    write("apgd-ce", value=4.0, weights="bb")
+    old = {"best.1": ("pgd-20", 1.0), "best.2": ("fgsm", 2.0), "best.3": ("apgd-ce", 3.0)}
+    assert kept() == {"best": ("apgd-ce", 4.0)} | old
     (tmp_path / "new/best.json").write_text("{")  # a damaged one is set aside too
     write()
-    assert (tmp_path / "new/best.3.json").read_text() == "{"
+    assert (tmp_path / "new/best.4.json").read_text() == "{"

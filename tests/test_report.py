@@ -336,6 +336,11 @@ def test_an_eps_written_in_two_ways_is_one_threat_model():
             "n = 8 (images aa) | dice, n = 8 (images b",
         ),
         ("same images", record("margin-2", step=2), "several steps"),
+        (
+            "one threat model",
+            record(train_threat={"norm": "l2", "eps": "6/16"}),
+            "trained in l2 at eps 6/16",
+        ),
         ("test set", record(selected_on="test"), "student: selected on the test set"),
         ("warning", record(warnings=["gradients may vanish"]), "gradients may vanish (1 records)"),
         ("flags", record(robust_acc=50.0), "50.0000 stated, 37.5000 counted"),

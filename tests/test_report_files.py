@@ -80,6 +80,9 @@ def test_whatever_a_title_holds_it_is_text_in_every_format():
         r"\textless{}img src=x\textgreater{} \textbar{} e-{}-f \textasciigrave{}g\textasciigrave{} ''h'' line"
     )
     assert text.count("{") == text.count("}") and text.count(r"\begin") == text.count(r"\end") == 2
+    # a terminal: one line for each row, nothing that moves its cursor
+    *_, row = lines = grids.aligned(grid._replace(lines=[[f"\x1b[2J{EVIL}", None]]))
+    assert len(lines) == 2 and row.isprintable() and row.startswith(rf"\x1b[2J{one_line}")
     # CSV: as its own reader reads it
     assert list(csv.reader(io.StringIO(grids.as_csv(grid))))[1][0] == EVIL
 

@@ -221,6 +221,13 @@ def test_what_goes_wrong_in_a_thread_is_raised_where_its_program_is_called(on_an
     assert len(seen) == 2
 
 
+def test_an_attack_that_leaves_ball_or_box_ends_the_evaluation():
+    for shift in (1e-3, 1.0):
+        cheat = one_step(EPS)._replace(x_adv=lambda x, state, shift=shift: state[0] + shift)
+        with pytest.raises(RuntimeError, match="away or outside"):
+            attack(attacks={"step": cheat})
+
+
 def test_an_interrupted_evaluation_does_not_wait_for_the_compiler(on_an_accelerator, monkeypatch):
     compile, count, released = jax.stages.Lowered.compile, [0], threading.Event()
 

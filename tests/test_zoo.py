@@ -129,7 +129,7 @@ def test_another_network_than_that_of_the_name_is_refused(tiny, monkeypatch):
         (dict(mean=None, std=None), "keeps mean .*, cifar10/linf/Tiny has None and None: another network"),
         (dict(mean=(0.5, 0.5, 0.5)), "keeps mean .*: another network"),
         (dict(sha256="0" * 64), "SHA-256"),
-        (dict(arch="resnet"), "resnet"),
+        (dict(arch="resnet"), "is no resnet"),
     ):
         changed = row._replace(**changes)
         monkeypatch.setitem(published.table(), changed.path, changed)

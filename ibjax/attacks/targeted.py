@@ -24,7 +24,8 @@
 An image that ends in any class other than y counts as broken in an evaluation, as for every attack. Deviation: the
 paper starts at x; init="none" does so.
 
-Guarantees (tests of the same names): x_adv lies in the eps-ball and in [0, 1]; t is never the true class.
+Guarantees (tests of the same names): x_adv lies in the eps-ball and in [0, 1]; no image is attacked
+towards its true class.
 """
 
 from collections.abc import Callable

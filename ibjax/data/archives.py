@@ -1,7 +1,7 @@
 """Official archives: finding or downloading them, checking digests, and reading members without writing them to disk.
 
 Guarantees (tests of the same names): an archive with another digest is refused; a member that points outside the
-archive is refused; links and devices are refused; .npy with objects is never unpickled.
+archive is refused; links and devices in a tar are refused; .npy with objects is never unpickled.
 """
 
 import contextlib

@@ -52,9 +52,15 @@ def text_of(value: Value | None) -> str:
     return f"{'≤ ' * value.bound}{value.mean:.2f}{spread}{runs}"
 
 
+def in_terminal(text: str) -> str:
+    """A line of printable characters; what a terminal would act on is shown as Python's escape sequence."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
 def aligned(grid: Grid) -> list[str]:
     """Lines for a terminal, header first: words left-aligned, numbers right-aligned."""
-    cells = grid.cells()
+    cells = [[in_terminal(cell) for cell in row] for row in grid.cells()]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     sides = [str.ljust] * grid.words + [str.rjust] * (len(widths) - grid.words)
     return ["  ".join(side(cell, width) for side, cell, width in zip(sides, row, widths, strict=True)) for row in cells]

@@ -372,9 +372,10 @@ def as_text(records: Iterable[Record], each: bool = False) -> str:
     texts, records = [], list(records)
     for table in tables(records, each):
         shown = grid(table)
-        texts.append("\n".join([shown.title, *grids.aligned(shown), *shown.notes]))
+        title, *notes = map(grids.in_terminal, (shown.title, *shown.notes))
+        texts.append("\n".join([title, *grids.aligned(shown), *notes]))
         texts += ["\n".join(grids.aligned(stage)) for stage in stages(table, records, each)]
-    texts += ["\n".join(found)] if (found := departed(records)) else []
+    texts += ["\n".join(map(grids.in_terminal, found))] if (found := departed(records)) else []
     return "\n\n".join(texts) or "no records: nothing has been evaluated yet"
 
 
