@@ -280,7 +280,7 @@ def test_rows_of_other_commits_stay_where_asked(tmp_path, monkeypatch):
 
     def compile_one(name):
         compiled_rows.append(name)
-        return {"compile_seconds": 1}
+        return {"compile_seconds": 1, "collectives": []}
 
     for name, keep in (("commit", False), ("commit", True), ("commit", False), ("versions", True)):
         with monkeypatch.context() as other:
@@ -294,7 +294,7 @@ def test_rows_of_slices_are_compiled_again_where_code_or_compiler_are_others(tmp
 
     def compile_row(name, options, topology):
         compiled_rows.append(name)
-        return {"error": "too large"} if name == "b:bad" else {"compile_seconds": 1}
+        return {"error": "too large"} if name == "b:bad" else {"compile_seconds": 1, "collectives": []}
 
     monkeypatch.setattr(slices, "rows", lambda: {"a:good": [], "b:bad": []})
     monkeypatch.setattr(slices, "compile_row", compile_row)

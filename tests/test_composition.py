@@ -12,6 +12,7 @@ from ibjax.attacks.pgd import loss_function
 from ibjax.errors import InputError
 from ibjax.training.experiment import build, initial_state
 
+NEITHER = dict(ema_decay=None, averaging=config.base().averaging.to_dict())
 BOTH = dict(perturb=dict(name="awp", gamma=0.01, warmup=0), ema_decay=0.9)
 # without the rows that differ in the step only
 ATTACKED = [name for name, (_, attack, _) in OBJECTIVES.items() if "pgd_at-" not in name and attack]
@@ -38,7 +39,7 @@ def test_every_objective_takes_perturbed_and_averaged_weights_and_distributions_
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if "awp" not in name])
 def test_perturbed_and_averaged_weights_change_what_is_learned_and_nothing_else(name, digits_run):
-    plain, both = (step_of(name, digits_run, **changes) for changes in (dict(ema_decay=None), BOTH))
+    plain, both = (step_of(name, digits_run, **changes) for changes in (NEITHER, BOTH))
     first = jax.device_get(initial_state(both.experiment).variables["params"])
     (old, _), (new, metrics) = (made(initial_state(made.experiment), steps=2) for made in (plain, both))
     assert np.isfinite(metrics["loss"])

@@ -40,7 +40,7 @@ def execute(monkeypatch, workdir, file=NOTEBOOK, images=None):
                 cell.source = re.sub(
                     r"run\.test\((\d+)\)", lambda n: f"run.test({min(int(n[1]), images)})", cell.source
                 )
-    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(file.parent)}}).execute()
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(file.parent)}}).execute()
     return notebook.cells
 
 

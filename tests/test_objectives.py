@@ -57,7 +57,7 @@ OBJECTIVES = {
             bn_statistics="adv",
             ema_decay=0.9,
             averaging=dict(warmup=True, start=0.0, statistics="averaged", batches=100),
-            mix=dict(name="cutmix", groups=2),
+            mix=dict(name="cutmix", per_image=True),
             augment=dict(name="random_erasing", pad=1, flip=False),
             smoothing=dict(delta=0.1, form="uniform", images="all"),
         ),
